@@ -1,0 +1,225 @@
+"""Settings: the model's (field names of the published config.json) and each stage's; command-line flags are made from the fields.
+
+Precedence: defaults and presets, then `--config FILE.json`, then flags.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Optional
+
+
+@dataclass
+class ModelConfig:
+    """A Cohere decoder as its config.json describes it. Defaults follow transformers' CohereConfig where the recipe has no say."""
+    vocab_size: int = 256000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: Optional[int] = None              # hidden_size / num_attention_heads unless given
+    max_position_embeddings: int = 8192
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    logit_scale: float = 0.0625
+    initializer_range: float = 0.02
+    use_qk_norm: bool = False
+    tie_word_embeddings: bool = True
+    pad_token_id: int = 0
+    bos_token_id: int = 5
+    eos_token_id: int = 255001
+
+    def __post_init__(self):
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads {self.num_key_value_heads}")
+
+    @classmethod
+    def from_published(cls, raw, where="config.json"):
+        """From a published config.json (a dict). Newer files keep rope_theta inside rope_parameters; both are read."""
+        raw = dict(raw)
+        if raw.get("model_type", "cohere") != "cohere":
+            raise ValueError(f"{where}: model_type {raw['model_type']!r} is not supported; only 'cohere' (Aya Expanse, Aya 23, Command R)")
+        rope = raw.get("rope_parameters") or {}
+        if "rope_theta" in rope:
+            raw["rope_theta"] = rope["rope_theta"]
+        if raw.get("attention_bias") or raw.get("hidden_act", "silu") != "silu" or (rope.get("rope_type") or "default") != "default":
+            raise ValueError(f"{where}: attention_bias, hidden_act other than silu, and scaled rope are not supported")
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in raw.items() if k in known and v is not None})
+
+    def published(self, architecture="CohereForCausalLM", dtype="float32"):
+        """The config.json to publish: the fields, plus what loaders of both old and new transformers look for."""
+        return {"architectures": [architecture], "model_type": "cohere", **asdict(self), "attention_bias": False, "attention_dropout": 0.0,
+                "hidden_act": "silu", "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"}, "use_cache": True,
+                "dtype": dtype, "torch_dtype": dtype}
+
+
+# Sizes. Published numbers for the Aya models (papers.md section 1.3); the small ones are ours, for the embedded world.
+MODEL_PRESETS = {
+    "smoke": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=1024),
+    "tiny": dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=3, vocab_size=4096),
+    "small": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4, vocab_size=16384),
+    "aya-expanse-8b": dict(logit_scale=0.125),
+    "aya-expanse-32b": dict(hidden_size=8192, intermediate_size=24576, num_hidden_layers=40, num_attention_heads=64, rope_theta=4e6),
+}
+_SMALL = dict(logit_scale=1.0, max_position_embeddings=1024, eos_token_id=9)     # eos = <|END_OF_TURN_TOKEN|> of our own tokenizers
+for _name in ("smoke", "tiny", "small"):
+    MODEL_PRESETS[_name].update(_SMALL)
+
+
+def model_preset(name, vocab_size=None):
+    """ModelConfig of a preset, with the vocabulary of the tokenizer at hand."""
+    config = ModelConfig(**MODEL_PRESETS[name])
+    if vocab_size:
+        config.vocab_size = vocab_size
+    return config
+
+
+@dataclass
+class Training:
+    """Settings that every stage shares. Counts of examples are over all ranks."""
+    max_steps: int = field(default=0, metadata={"help": "optimizer steps; 0 = as many as --epochs gives"})
+    epochs: float = field(default=1.0, metadata={"help": "passes over the data when --max-steps is 0"})
+    batch_size: int = field(default=32, metadata={"help": "examples (pairs, prompts) per step over all ranks"})
+    micro_batch_size: int = field(default=0, metadata={"help": "examples per forward on one rank; 0 = this rank's whole share"})
+    max_length: int = field(default=1024, metadata={"help": "tokens per example; longer ones are left out, counted and reported"})
+    learning_rate: float = 1e-5
+    warmup_steps: int = field(default=10, metadata={"help": "steps of linear warm-up"})
+    schedule: str = field(default="cosine", metadata={"help": "after the warm-up", "choices": ["cosine", "constant"]})
+    final_learning_rate: float = field(default=0.05, metadata={"help": "end of the cosine as a share of the peak (1/20: Tiny Aya, papers.md section 24)"})
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.98
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    save_every: int = field(default=0, metadata={"help": "steps between saved states; 0 = only at the end"})
+    eval_every: int = field(default=0, metadata={"help": "steps between evaluations on --eval-data; 0 = before the first and after the last"})
+    dtype: str = field(default="float32", metadata={"help": "compute dtype; weights, optimizer and losses stay fp32", "choices": ["float32", "bfloat16"]})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the decoder blocks"})
+    activation_checkpointing: bool = field(default=False, metadata={"help": "recompute each block in backward"})
+
+
+@dataclass
+class Pretrain(Training):
+    learning_rate: float = 3e-3
+
+
+@dataclass
+class SFT(Training):
+    epochs: float = 2.0
+
+
+@dataclass
+class Reward(Training):
+    lm_weight: float = field(default=0.0, metadata={"help": "weight of a next-token loss on the chosen answers beside the Bradley-Terry loss"})
+
+
+@dataclass
+class DPO(Training):
+    beta: float = field(default=0.1, metadata={"help": "strength of the pull to the reference, eq. 7 of arXiv 2305.18290"})
+    nll_weight: float = field(default=0.0, metadata={"help": "weight of the chosen answer's mean negative log-likelihood (nats per token) beside DPO"})
+
+
+@dataclass
+class RLOO(Training):
+    schedule: str = field(default="constant", metadata={"help": "after the warm-up", "choices": ["cosine", "constant"]})
+    num_samples: int = field(default=4, metadata={"help": "completions per prompt, k"})
+    temperature: float = 1.0
+    max_new_tokens: int = 64
+    beta: float = field(default=0.03, metadata={"help": "weight of the KL to the reference inside the reward (0.03: TL;DR setting of arXiv 2402.14740)"})
+
+
+@dataclass
+class Recipe:
+    """Every number of the whole recipe. Defaults are the preset tiny, chosen on the validation split (LOG.md)."""
+    model: str = field(default="tiny", metadata={"help": "size of base, teachers and students"})
+    level: str = field(default="tiny", metadata={"help": "tiny: five task families, fewer words; full: all ten", "choices": ["tiny", "full"]})
+    vocab_size: int = 6144
+    max_length: int = 128
+    max_new_tokens: int = 32
+    batch_size: int = 32
+    dtype: str = field(default="float32", metadata={"help": "compute dtype", "choices": ["float32", "bfloat16"]})
+    corpus: int = field(default=96000, metadata={"help": "rows of noisy text that the base is pretrained on, once"})
+    base_learning_rate: float = 3e-3
+    lessons: int = field(default=9600, metadata={"help": "examples per teacher"})
+    teacher_learning_rate: float = 1.5e-3
+    arbiter_gold: int = field(default=12800, metadata={"help": "right answers that the arbiter reads before it sees pairs"})
+    arbiter_pairs: int = 16000
+    arbiter_learning_rate: float = 2e-3
+    arbiter_lm_weight: float = 0.3
+    prompts: int = field(default=6000, metadata={"help": "prompts of the arbitrage"})
+    teacher_temperature: float = 1.0
+    sft_epochs: float = 2.0
+    sft_learning_rate: float = 1.5e-3
+    cluster_spill: float = field(default=0.0, metadata={"help": "share of the other languages' examples that each cluster also trains on"})
+    offline_learning_rate: float = 1e-4
+    offline_beta: float = 0.1
+    offline_nll_weight: float = 0.2
+    offline_margin: float = 0.5
+    rounds: int = field(default=3, metadata={"help": "rounds of online DPO"})
+    online_prompts: int = field(default=2000, metadata={"help": "fresh prompts per online round"})
+    online_samples: int = field(default=4, metadata={"help": "completions per prompt"})
+    online_learning_rate: float = 4e-4
+    online_beta: float = 0.1
+    online_nll_weight: float = 0.1
+    online_margin: float = 0.5
+    rloo_steps: int = 120
+    rloo_learning_rate: float = 5e-4
+    rloo_beta: float = 0.03
+    eval_count: int = field(default=1440, metadata={"help": "test questions"})
+    eval_split: str = field(default="test", metadata={"help": "settings are chosen on validation", "choices": ["test", "validation"]})
+    seed: int = 0
+
+
+RECIPES = {
+    "tiny": {},
+    "smoke": dict(model="smoke", vocab_size=1024, corpus=960, lessons=192, arbiter_gold=192, arbiter_pairs=240, prompts=240, sft_epochs=1.0,
+                  rounds=3, online_prompts=96, online_samples=2, max_new_tokens=12, eval_count=120, rloo_steps=2),
+    "small": dict(model="small", level="full", vocab_size=16384, dtype="bfloat16", max_length=256, max_new_tokens=64, batch_size=256, corpus=2_000_000,
+                  base_learning_rate=1e-3, lessons=100_000, teacher_learning_rate=3e-4, arbiter_gold=100_000, arbiter_pairs=100_000, arbiter_learning_rate=2e-4,
+                  prompts=50_000, sft_learning_rate=3e-4, offline_learning_rate=2e-5, online_prompts=10_000, online_learning_rate=5e-5,
+                  rloo_learning_rate=5e-5, eval_count=4800),
+}
+
+
+def add_flags(parser, settings_class):
+    """One flag per field: --learning-rate for learning_rate. Unset flags stay None, so that presets and --config show through."""
+    for f in fields(settings_class):
+        flag, meta = "--" + f.name.replace("_", "-"), f.metadata
+        text = f"{meta.get('help', f.name.replace('_', ' '))} (default {f.default})".replace("%", "%%")
+        if f.type in (bool, "bool"):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.add_argument(flag, type=type(f.default), choices=meta.get("choices"), default=None, help=text, metavar=None if meta.get("choices") else "N")
+
+
+def settings_from(settings_class, preset=None, config_file=None, flags=None):
+    """Build the dataclass: its defaults, then `preset`, then the JSON file, then the flags that were given."""
+    known = {f.name for f in fields(settings_class)}
+    values = dict(preset or {})
+    if config_file:
+        try:
+            loaded = json.loads(Path(config_file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--config {config_file}: not readable JSON ({error})") from None
+        unknown = sorted(set(loaded) - known)
+        if unknown:
+            raise ValueError(f"--config {config_file}: unknown setting {' '.join(unknown)}; known: {' '.join(sorted(known))}")
+        values.update(loaded)
+    values.update({k: v for k, v in (flags or {}).items() if k in known and v is not None})
+    return settings_class(**values)
+
+
+def check_training(settings, num_ranks):
+    """Refuse what cannot run, before anything heavy."""
+    for name in ("batch_size", "max_length", "learning_rate"):
+        if getattr(settings, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(settings, name)}")
+    if settings.batch_size % num_ranks:
+        raise ValueError(f"--batch-size {settings.batch_size} does not divide over {num_ranks} ranks; use a multiple of {num_ranks}")
+    share = settings.batch_size // num_ranks
+    if settings.micro_batch_size and share % settings.micro_batch_size:
+        raise ValueError(f"--micro-batch-size {settings.micro_batch_size} does not divide a rank's share of {share} examples; use a divisor of {share}")

@@ -1,0 +1,91 @@
+"""The 23 languages of Aya Expanse (section 1 of arXiv 2412.04261), Chinese in both scripts, and how the recipe groups them.
+
+The report trains one model per cluster of related languages and keeps English, Spanish and French in every cluster
+(launch blog, "Maximizing Performance through Model Merging"). It does not publish the clusters: these four are ours, by
+family first and by region where a family has one member. A user's own grouping comes as a JSON file {name: [codes]}.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Language:
+    code: str       # ISO 639-1, with the script where it matters (zh-Hant)
+    name: str
+    script: str
+    family: str
+
+
+LANGUAGES = {code: Language(code, name, script, family) for code, name, script, family in [
+    ("ar", "Arabic", "Arabic", "Semitic"),
+    ("zh", "Chinese (simplified)", "Han", "Sinitic"),
+    ("zh-Hant", "Chinese (traditional)", "Han", "Sinitic"),
+    ("cs", "Czech", "Latin", "Slavic"),
+    ("nl", "Dutch", "Latin", "Germanic"),
+    ("en", "English", "Latin", "Germanic"),
+    ("fr", "French", "Latin", "Romance"),
+    ("de", "German", "Latin", "Germanic"),
+    ("el", "Greek", "Greek", "Hellenic"),
+    ("he", "Hebrew", "Hebrew", "Semitic"),
+    ("hi", "Hindi", "Devanagari", "Indo-Iranian"),
+    ("id", "Indonesian", "Latin", "Austronesian"),
+    ("it", "Italian", "Latin", "Romance"),
+    ("ja", "Japanese", "Japanese", "Japonic"),
+    ("ko", "Korean", "Hangul", "Koreanic"),
+    ("fa", "Persian", "Arabic", "Indo-Iranian"),
+    ("pl", "Polish", "Latin", "Slavic"),
+    ("pt", "Portuguese", "Latin", "Romance"),
+    ("ro", "Romanian", "Latin", "Romance"),
+    ("ru", "Russian", "Cyrillic", "Slavic"),
+    ("es", "Spanish", "Latin", "Romance"),
+    ("tr", "Turkish", "Latin", "Turkic"),
+    ("uk", "Ukrainian", "Cyrillic", "Slavic"),
+    ("vi", "Vietnamese", "Latin", "Austroasiatic"),
+]}
+
+SHARED = ["en", "es", "fr"]     # in every cluster (launch blog)
+
+CLUSTERS = {                    # ours; the shared languages are added by `cluster_languages`
+    "west-europe": ["it", "pt", "ro", "de", "nl", "el"],
+    "slavic": ["cs", "pl", "ru", "uk"],
+    "west-asia": ["ar", "he", "fa", "tr", "hi"],
+    "east-asia": ["zh", "zh-Hant", "ja", "ko", "vi", "id"],
+}
+
+# Other spellings met in published data (the Aya collection uses ISO 639-3).
+ALIASES = {
+    "arb": "ar", "ara": "ar", "zho": "zh", "cmn": "zh", "zh-Hans": "zh", "zh-CN": "zh", "zh-TW": "zh-Hant", "ces": "cs", "nld": "nl",
+    "eng": "en", "fra": "fr", "deu": "de", "ell": "el", "heb": "he", "iw": "he", "hin": "hi", "ind": "id", "ita": "it", "jpn": "ja",
+    "kor": "ko", "pes": "fa", "fas": "fa", "pol": "pl", "por": "pt", "ron": "ro", "rus": "ru", "spa": "es", "tur": "tr", "ukr": "uk", "vie": "vi",
+}
+ALIASES |= {language.name: code for code, language in LANGUAGES.items()}
+
+
+def language_code(name):
+    """The code used here for a language as a file spells it, or None: 'fra', 'French', 'fr' -> 'fr'."""
+    return name if name in LANGUAGES else ALIASES.get(name)
+
+
+def cluster_languages(clusters, name, shared=SHARED):
+    """The languages that the cluster's model trains on: its own, then the shared ones."""
+    return clusters[name] + [code for code in shared if code not in clusters[name]]
+
+
+def read_clusters(path):
+    """{cluster: [language codes]} from a user's JSON file; every name must be a known language, in one cluster only."""
+    clusters = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(clusters, dict) or not all(isinstance(codes, list) and codes for codes in clusters.values()):
+        raise ValueError(f"{path}: clusters must be a JSON object of name -> non-empty list of language codes")
+    seen = {}
+    for name, codes in clusters.items():
+        if not name or "/" in name or name.startswith("."):
+            raise ValueError(f"{path}: cluster name {name!r} cannot name a folder; use letters, digits and dashes")
+        for code in codes:
+            if code not in LANGUAGES:
+                raise ValueError(f"{path}: cluster {name!r} has unknown language {code!r}; known: {' '.join(LANGUAGES)}")
+            if code in seen:
+                raise ValueError(f"{path}: language {code!r} is in both {seen[code]!r} and {name!r}; leave it in one")
+            seen[code] = name
+    return clusters

@@ -1,0 +1,188 @@
+"""The Cohere decoder (Aya Expanse, Aya 23, Command R), papers.md section 25 / transformers' modeling_cohere.
+
+What sets it apart: one bias-free LayerNorm per block feeding attention and MLP in PARALLEL, interleaved rotary pairs (GPT-J style),
+logits scaled by `logit_scale`, head tied to the embedding. Parameter names are those of the published safetensors.
+B batch, T tokens, H heads, K key-value heads, D head width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .losses import token_logps
+
+
+class LayerNorm(nn.Module):
+    """Mean-centred, scaled, without bias; fp32 inside. weight: (D,), or (H, D) for the optional query-key norm."""
+
+    def __init__(self, shape, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.eps = eps
+
+    def forward(self, x):
+        if self.weight.dim() == 1:
+            return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), None, self.eps).to(x.dtype)
+        return (F.layer_norm(x.float(), x.shape[-1:], None, None, self.eps) * self.weight.float()).to(x.dtype)
+
+
+def rotary(config, positions):
+    """cos and sin of the rotary angles in fp32, each repeated for the two members of a pair. positions (B, T) -> 2 x (B, T, 1, D)."""
+    D = config.head_dim
+    frequencies = config.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)      # (D/2,)
+    angles = (positions[..., None].float() * frequencies).repeat_interleave(2, -1)[:, :, None]                         # (B, T, 1, D)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate the interleaved pairs (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin). x (B, T, H, D)."""
+    turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.H, self.K, self.D = H, K, D
+        self.q_proj = nn.Linear(config.hidden_size, H * D, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, K * D, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, K * D, bias=False)
+        self.o_proj = nn.Linear(H * D, config.hidden_size, bias=False)
+        if config.use_qk_norm:
+            self.q_norm = LayerNorm((H, D), config.layer_norm_eps)
+            self.k_norm = LayerNorm((K, D), config.layer_norm_eps)
+        self.use_qk_norm = config.use_qk_norm
+
+    def forward(self, x, cos, sin, cache=None):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.H, self.D)
+        k = self.k_proj(x).view(B, T, self.K, self.D)
+        v = self.v_proj(x).view(B, T, self.K, self.D)
+        if self.use_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                  # (B, H, T, D), (B, K, T, D) twice
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.update(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.K != self.H)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x + attention(LN(x)) + mlp(LN(x)): the parallel block, one norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, cache=None):
+        h = self.input_layernorm(x)
+        return x + self.self_attn(h, cos, sin, cache) + self.mlp(h)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm: the `model.` part of the published names."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.activation_checkpointing = False
+
+    def forward(self, input_ids, cache=None):
+        """input_ids (B, T), right-padded: under the causal mask no real token sees the padding. -> (B, T, hidden_size)"""
+        x = self.embed_tokens(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=x.device)[None] if cache is None else cache.positions   # (1 or B, T)
+        cos, sin = rotary(self.config, positions)
+        for i, block in enumerate(self.layers):
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, cache and cache.layer(i))
+        return self.norm(x)
+
+
+class CohereForCausalLM(nn.Module):
+    architecture = "CohereForCausalLM"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self):
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, input_ids, mask=None, cache=None, last=None):
+        """Logits (B, T, V); with `mask` (B, T) instead the log-probs of the masked tokens, (N,) in the order of mask.nonzero(),
+        each given the tokens before it; with `last` (B,) the logits (B, V) at that position of each row.
+
+        Everything goes through this one call, because FSDP gathers the weights around a forward.
+        """
+        x = self.model(input_ids, cache)
+        if mask is not None:
+            return token_logps(x[:, :-1][mask[:, 1:]], self.head_weight, input_ids[mask], self.config.logit_scale)
+        if last is not None:
+            x = x[torch.arange(len(x), device=x.device), last]
+        return F.linear(x, self.head_weight) * self.config.logit_scale
+
+
+class RewardModel(nn.Module):
+    """The decoder with a scalar head `score` read at the last token of the answer; the usual sequence-classification layout."""
+    architecture = "CohereForSequenceClassification"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, input_ids, lengths, mask=None):
+        """Scores (B,) in fp32 at position lengths - 1, and, with `mask`, the log-probs of the masked tokens (N,) beside them."""
+        x = self.model(input_ids)
+        ends = x[torch.arange(len(x), device=x.device), lengths - 1]                        # (B, hidden_size)
+        scores = F.linear(ends.float(), self.score.weight.float())[:, 0]                    # (B,)
+        if mask is None:
+            return scores
+        return scores, token_logps(x[:, :-1][mask[:, 1:]], self.model.embed_tokens.weight, input_ids[mask], self.config.logit_scale)
+
+
+@torch.no_grad()
+def init_weights(model, generator):
+    """Normal(0, initializer_range) for matrices, ones for norms; output projections scaled by 1/sqrt(2 layers) (GPT-2);
+    reward head 1/sqrt(hidden + 1) (arXiv 2009.01325, appendix). Deterministic in `generator`, on any device."""
+    config = model.config
+    for name, parameter in model.named_parameters():
+        std = config.initializer_range
+        if parameter.dim() == 1 or "norm" in name:
+            parameter.fill_(1.0)
+            continue
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= (2 * config.num_hidden_layers) ** 0.5
+        if name == "score.weight":
+            std = (config.hidden_size + 1) ** -0.5
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model

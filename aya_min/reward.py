@@ -1,0 +1,24 @@
+"""Scores of a reward model: prompt and completion in, one number out, read at the last token (arXiv 2402.14740's RM set-up)."""
+
+import torch
+
+from . import distributed
+from .data import batches_in_order, collate, encode_example
+
+
+@torch.no_grad()
+def score_texts(model, tokenizer, rows, batch_size=64):
+    """Reward of each row's "completion" given its "prompt" (or "prompt_messages"), the work split over the ranks; a list of floats on every rank.
+
+    An empty completion is scored like any other text. model: a plain (unsharded) RewardModel.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    prompts = [r.get("prompt_messages") or [{"role": "user", "content": r["prompt"]}] for r in rows]
+    examples = [encode_example(tokenizer, p + [{"role": "assistant", "content": r["completion"]}], {}) for p, r in zip(prompts, rows)]
+    done = []
+    for indices, batch in batches_in_order(examples, collate, batch_size):
+        batch = batch.to(device)
+        done += zip(indices, model(batch.input_ids, batch.lengths).tolist())
+    scores = dict(sum(distributed.gather_objects(done), []))
+    return [scores[i] for i in range(len(rows))]

@@ -1,0 +1,60 @@
+"""What the embedded world gives the recipe in place of the report's private data: a noisy corpus for the base, uneven lessons for the
+teachers, graded preference pairs for the reward model. All seeded, all as JSONL rows.
+
+A mix is the weights of an answer's quality: (right in a sentence, right but bare, wrong, in a foreign language).
+"""
+
+import random
+
+from .languages import LANGUAGES, SHARED, cluster_languages
+from .world import answer, gold_answer, grade, questions, text_line
+
+CORPUS_MIX = (25, 50, 15, 10)       # the base knows the answers but mostly blurts them out: room for post-training (world C of the spike)
+HOME_MIX = (50, 40, 10, 0)          # a teacher on its own cluster and the shared languages
+AWAY_MIX = (30, 45, 20, 5)          # a teacher elsewhere
+CORRUPTIONS = (0, 30, 50, 20)       # what a gold answer is contrasted with in a reward model's pairs
+
+
+def corpus(count, seed, level):
+    """`count` rows for pretraining: a tenth lines of plain text, the rest questions with answers of mixed quality."""
+    rng, codes = random.Random(f"corpus/{seed}"), list(LANGUAGES)
+    lines = [{"text": text_line(rng, codes[i % len(codes)], level), "language": codes[i % len(codes)]} for i in range(count // 10)]
+    return lines + [{**q, "completion": answer(rng, q, CORPUS_MIX)[0]} for q in questions("train", count - len(lines), seed, level=level)]
+
+
+def lessons(clusters, name, count, seed, level):
+    """`count` rows for the teacher of a cluster: 60% in its own languages, 20% shared, 20% elsewhere and of poorer quality."""
+    rng, own = random.Random(f"lessons/{name}/{seed}"), clusters[name]
+    away = [code for code in LANGUAGES if code not in cluster_languages(clusters, name)]
+    rows = []
+    for codes, share, mix in ((own, 0.6, HOME_MIX), (SHARED, 0.2, HOME_MIX), (away, 0.2, AWAY_MIX)):
+        for q in questions("train", int(count * share), f"{name}/{seed}", tuple(codes), level):
+            rows.append({**q, "completion": answer(rng, q, mix)[0]})
+    return rows
+
+
+def gold(count, seed, level):
+    """`count` questions with their right answers in proper sentences."""
+    return [{**q, "completion": gold_answer(q)} for q in questions("train", count, f"gold/{seed}", level=level)]
+
+
+def graded_pairs(question_rows, sampled, seed, flip=0.05):
+    """Preference pairs labelled by the oracle, one per question where the grades differ; a share `flip` of the labels is wrong, as people's are.
+
+    sampled: for each question a list of teachers' answers, or None: then two corruptions or gold. Each row says what it is, "kind": "3 vs 1".
+    """
+    rng, rows = random.Random(f"pairs/{seed}"), []
+    for q, samples in zip(question_rows, sampled):
+        options = [(text, grade(q, text).grade) for text in samples] if samples else []
+        options += [(gold_answer(q), 3), answer(rng, q, CORRUPTIONS), answer(rng, q, CORRUPTIONS)]
+        if samples and rng.random() < 0.6:
+            options = options[:len(samples)]                                # teacher against teacher: what the arbiter will have to judge
+        first, second = rng.sample(options, 2)
+        if first[1] == second[1] or not first[0].strip() or not second[0].strip():
+            continue
+        best, worst = sorted((first, second), key=lambda o: -o[1])
+        kind = f"{best[1]} vs {worst[1]}"
+        if rng.random() < flip:
+            best, worst = worst, best
+        rows.append({**q, "chosen": best[0], "rejected": worst[0], "kind": kind})
+    return rows
