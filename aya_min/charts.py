@@ -14,9 +14,9 @@ MAX_POINTS = 200    # to a curve
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #f6f7f9; --card: #fff; --ink: #1b1f24; --dim: #59626e; --rule: #dde1e6; --a: #1f66b4; --b: #b4510a;
-  --heat: 31 102 180 }
+  --heat: 31 102 180; --full: .62 }
 @media (prefers-color-scheme: dark) { :root { --paper: #12151a; --card: #1a1e25; --ink: #e8eaed; --dim: #a3abb6; --rule: #343a44; --a: #6cb0ff;
-  --b: #ff9d57; --heat: 108 176 255 } }
+  --b: #ff9d57; --heat: 108 176 255; --full: .48 } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, "Noto Sans", sans-serif }
 main { max-width: 1120px; margin: auto; padding: 28px 16px 64px }
@@ -49,7 +49,7 @@ td small { display: block; font-weight: 400; color: var(--dim); font-size: 11.5p
 td.first, th.first { border-left: 1px solid var(--rule) }
 td.clear { font-weight: 700 }
 th.within { color: var(--dim); font-size: 12.5px; padding-top: 14px }
-.heat td { background: rgb(var(--heat) / calc(var(--share, 0) * .62)); text-align: center; min-width: 52px; padding: 3px 8px }
+.heat td { background: rgb(var(--heat) / calc(var(--share, 0) * var(--full))); text-align: center; min-width: 52px; padding: 3px 8px }
 .heat th { padding: 3px 10px } .heat thead th { text-align: center; white-space: normal; padding: 8px 6px }
 .heat td.home { box-shadow: inset 0 0 0 2px var(--ink) }
 .row { display: contents; font-size: 13.5px }
@@ -60,14 +60,17 @@ svg { display: block; overflow: visible } .track { width: 100% }
 svg text { font-size: 11px; fill: var(--dim); text-anchor: middle } svg .left { text-anchor: end } svg .begin { text-anchor: start }
 .a { --tone: var(--a) } .b { --tone: var(--b) }
 g line { stroke: var(--tone); stroke-width: 1.5 } g rect { fill: var(--tone); opacity: .6 } g .whisker { stroke: var(--ink) }
-.dot { fill: var(--tone); stroke: var(--tone) } .ring, .diamond { fill: var(--card); stroke: var(--tone); stroke-width: 2 } .bar { stroke: var(--tone); stroke-width: 3 }
+.dot { fill: var(--tone); stroke: var(--tone) } .ring, .diamond { fill: var(--card); stroke: var(--tone); stroke-width: 2 }
 .reference { stroke: var(--dim); stroke-dasharray: 3 3 } .join { stroke: var(--dim) } .frame { fill: none; stroke: var(--rule) }
 polyline { fill: none; stroke: var(--tone); stroke-width: 1.6; stroke-linejoin: round } .b polyline { stroke-dasharray: 4 3 }
 .answers { padding: 12px 16px } .answers header { color: var(--dim); font-size: 13px; margin-bottom: 4px }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 15em; overflow-y: auto; max-width: none; margin: 0 } .prompt { font-weight: 600 }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 15em; overflow-y: auto; max-width: none; margin: 0 }
+.prompt { font-weight: 600 }
 .answer { border-top: 1px solid var(--rule); padding-top: 7px; margin-top: 9px }
 .answer span { color: var(--dim); font-size: 13px } .answer i { font-style: normal; letter-spacing: 1px; color: var(--a) }
-@media (max-width: 560px) { .forest { grid-template-columns: 1fr max-content } .forest .row > :first-child { grid-column: 1 / -1; margin-top: 5px } }
+@media (max-width: 560px) {
+  .forest { grid-template-columns: 1fr max-content }
+  .forest .row > :first-child { grid-column: 1 / -1; margin-top: 5px } }
 details { margin-top: 44px } summary { cursor: pointer; font-weight: 600; font-size: 20px; margin-bottom: 8px }
 details td { text-align: left; white-space: normal; overflow-wrap: anywhere } code { font-size: 13px; overflow-wrap: anywhere }
 """
@@ -76,7 +79,6 @@ SHAPES = {          # around (0, 0); a nested <svg x="37%"> carries each to its 
     "dot": '<circle r="4"/>',
     "ring": '<circle r="4"/>',
     "diamond": '<path d="M0-5.5 5.5 0 0 5.5-5.5 0Z"/>',
-    "bar": '<path d="M0-6V6"/>',
 }
 
 
@@ -122,7 +124,7 @@ def downsample(points, limit=MAX_POINTS):
     if len(points) <= limit:
         return points
     cuts = [len(points) * i // limit for i in range(limit + 1)]
-    return [tuple(sum(axis) / len(axis) for axis in zip(*points[a:b])) for a, b in zip(cuts, cuts[1:])]
+    return [tuple(sum(values) / len(values) for values in zip(*points[a:b])) for a, b in zip(cuts, cuts[1:])]
 
 
 def around(middle, values, step=5):
@@ -150,14 +152,14 @@ def mark(value, scale, shape="dot", y=ROW // 2, tone="a", tip="", interval=None)
     return f'<g class="{tone}"><title>{esc(tip)}</title>{whisker}{drawn}</g>'
 
 
-def bar(value, scale, tone="a", tip="", interval=None):
+def bar(value, scale, tip="", interval=None):
     """A bar from the scale's low end, with a whisker."""
     if not finite(value):
         return ""
     whisker = ""
     if interval and all(map(finite, interval)):
         whisker = f'<line class="whisker" x1="{place(interval[0], scale)}" x2="{place(interval[1], scale)}" y1="13" y2="13"/>'
-    return f'<g class="{tone}"><title>{esc(tip)}</title><rect y="6" height="14" rx="2" width="{place(value, scale)}"/>{whisker}</g>'
+    return f'<g class="a"><title>{esc(tip)}</title><rect y="6" height="14" rx="2" width="{place(value, scale)}"/>{whisker}</g>'
 
 
 def join(start, end, scale):
@@ -180,7 +182,7 @@ def track(label, drawn, figure, scale, reference=None, height=ROW):
 def axis(scale, step, unit=""):
     """The numbers under a chart of tracks: the multiples of `step` on its scale."""
     ticks = [step * i for i in range(math.ceil(scale[0] / step), math.floor(scale[1] / step) + 1)]
-    texts = "".join(f'<text x="{place(tick, scale)}" y="12">{esc(f"{tick:g}")}{unit if tick == ticks[-1] else ""}</text>' for tick in ticks)
+    texts = "".join(f'<text x="{place(tick, scale)}" y="12">{tick:g}{unit if tick == ticks[-1] else ""}</text>' for tick in ticks)
     return f'<div class="row axis"><span></span><svg class="track" height="16" aria-hidden="true">{texts}</svg><span></span></div>'
 
 

@@ -43,10 +43,10 @@ class ModelConfig:
         raw = dict(raw)
         if raw.get("model_type", "cohere") != "cohere":
             raise ValueError(f"{where}: model_type {raw['model_type']!r} is not supported; only 'cohere' (Aya Expanse, Aya 23, Command R)")
-        rope = raw.get("rope_parameters") or {}
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if "rope_theta" in rope:
             raw["rope_theta"] = rope["rope_theta"]
-        if raw.get("attention_bias") or raw.get("hidden_act", "silu") != "silu" or (rope.get("rope_type") or "default") != "default":
+        if raw.get("attention_bias") or raw.get("hidden_act", "silu") != "silu" or (rope.get("rope_type") or rope.get("type") or "default") != "default":
             raise ValueError(f"{where}: attention_bias, hidden_act other than silu, and scaled rope are not supported")
         known = {f.name for f in fields(cls)}
         return cls(**{k: v for k, v in raw.items() if k in known and v is not None})
@@ -60,8 +60,8 @@ class ModelConfig:
 
 # Sizes. Published numbers for the Aya models (papers.md section 1.3); the small ones are ours, for the embedded world.
 MODEL_PRESETS = {
-    "smoke": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=1024),
-    "tiny": dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=3, vocab_size=4096),
+    "smoke": dict(initializer_range=0.08, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=1024),
+    "tiny": dict(initializer_range=0.08, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=3, vocab_size=6144),
     "small": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4, vocab_size=16384),
     "aya-expanse-8b": dict(logit_scale=0.125),
     "aya-expanse-32b": dict(hidden_size=8192, intermediate_size=24576, num_hidden_layers=40, num_attention_heads=64, rope_theta=4e6),
@@ -127,7 +127,6 @@ class DPO(Training):
 class RLOO(Training):
     schedule: str = field(default="constant", metadata={"help": "after the warm-up", "choices": ["cosine", "constant"]})
     num_samples: int = field(default=4, metadata={"help": "completions per prompt, k"})
-    temperature: float = 1.0
     max_new_tokens: int = 64
     beta: float = field(default=0.03, metadata={"help": "weight of the KL to the reference inside the reward (0.03: TL;DR setting of arXiv 2402.14740)"})
 
@@ -142,15 +141,16 @@ class Recipe:
     max_new_tokens: int = 32
     batch_size: int = 32
     dtype: str = field(default="float32", metadata={"help": "compute dtype", "choices": ["float32", "bfloat16"]})
-    corpus: int = field(default=96000, metadata={"help": "rows of noisy text that the base is pretrained on, once"})
-    base_learning_rate: float = 3e-3
+    corpus: int = field(default=128000, metadata={"help": "rows of noisy text that the base is pretrained on, once"})
+    base_learning_rate: float = 5e-3
     lessons: int = field(default=9600, metadata={"help": "examples per teacher"})
     teacher_learning_rate: float = 1.5e-3
-    arbiter_gold: int = field(default=12800, metadata={"help": "right answers that the arbiter reads before it sees pairs"})
-    arbiter_pairs: int = 16000
-    arbiter_learning_rate: float = 2e-3
+    arbiter_gold: int = field(default=32000, metadata={"help": "right answers that the arbiter reads before it sees pairs"})
+    arbiter_gold_learning_rate: float = 2e-3
+    arbiter_pairs: int = 24000
+    arbiter_learning_rate: float = 1e-3
     arbiter_lm_weight: float = 0.3
-    prompts: int = field(default=6000, metadata={"help": "prompts of the arbitrage"})
+    num_prompts: int = field(default=6000, metadata={"help": "prompts of the arbitrage"})
     teacher_temperature: float = 1.0
     sft_epochs: float = 2.0
     sft_learning_rate: float = 1.5e-3
@@ -176,13 +176,20 @@ class Recipe:
 
 RECIPES = {
     "tiny": {},
-    "smoke": dict(model="smoke", vocab_size=1024, corpus=960, lessons=192, arbiter_gold=192, arbiter_pairs=240, prompts=240, sft_epochs=1.0,
+    "smoke": dict(model="smoke", vocab_size=1024, corpus=960, lessons=192, arbiter_gold=192, arbiter_pairs=240, num_prompts=240, sft_epochs=1.0,
                   rounds=3, online_prompts=96, online_samples=2, max_new_tokens=12, eval_count=120, rloo_steps=2),
     "small": dict(model="small", level="full", vocab_size=16384, dtype="bfloat16", max_length=256, max_new_tokens=64, batch_size=256, corpus=2_000_000,
-                  base_learning_rate=1e-3, lessons=100_000, teacher_learning_rate=3e-4, arbiter_gold=100_000, arbiter_pairs=100_000, arbiter_learning_rate=2e-4,
-                  prompts=50_000, sft_learning_rate=3e-4, offline_learning_rate=2e-5, online_prompts=10_000, online_learning_rate=5e-5,
+                  base_learning_rate=1e-3, lessons=100_000, teacher_learning_rate=3e-4, arbiter_gold=100_000, arbiter_gold_learning_rate=3e-4, arbiter_pairs=100_000, arbiter_learning_rate=1e-4,
+                  num_prompts=50_000, sft_learning_rate=3e-4, offline_learning_rate=2e-5, online_prompts=10_000, online_learning_rate=5e-5,
                   rloo_learning_rate=5e-5, eval_count=4800),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line on standard error and exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def add_flags(parser, settings_class):
@@ -215,7 +222,9 @@ def settings_from(settings_class, preset=None, config_file=None, flags=None):
 
 def check_training(settings, num_ranks):
     """Refuse what cannot run, before anything heavy."""
-    for name in ("batch_size", "max_length", "learning_rate"):
+    if settings.max_length < 2:
+        raise ValueError(f"--max-length must be at least 2 tokens, got {settings.max_length}")
+    for name in ("batch_size", "learning_rate"):
         if getattr(settings, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(settings, name)}")
     if settings.batch_size % num_ranks:

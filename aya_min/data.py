@@ -82,12 +82,20 @@ def _messages(value, key, where):
 
 
 def _prompt_messages(value, where):
-    return [{"role": "user", "content": _text(value, "prompt", where)}] if isinstance(value, str) else _messages(value, "prompt", where)
+    messages = [{"role": "user", "content": _text(value, "prompt", where)}] if isinstance(value, str) else _messages(value, "prompt", where)
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"{where}: the prompt must end with a user turn, got {messages[-1]['role']!r}")
+    return messages
 
 
-def _answer(value, key, where):
-    """The answer's text, from a string or from messages that end with the assistant's."""
-    return _text(value if isinstance(value, str) else _messages([{"role": "user", "content": "?"}, *value][-2:], key, where)[-1]["content"], key, where)
+def _answer(value, prompt, key, where):
+    """The answer's text: a string, or messages that are one assistant turn, alone or after the prompt."""
+    if isinstance(value, list):
+        turns = value[len(prompt):] if value[:len(prompt)] == prompt else value
+        if len(turns) != 1 or not isinstance(turns[0], dict) or turns[0].get("role") != "assistant":
+            raise ValueError(f"{where}: {key!r} must be one assistant turn, alone or after the same prompt, got {len(turns)} turns; put earlier turns in the prompt")
+        value = turns[0].get("content")
+    return _text(value, key, where)
 
 
 def conversation(row, where):
@@ -99,7 +107,8 @@ def conversation(row, where):
         return messages
     for prompt, answer in (("prompt", "completion"), ("inputs", "targets")):
         if prompt in row and answer in row:
-            return _prompt_messages(row[prompt], where) + [{"role": "assistant", "content": _answer(row[answer], answer, where)}]
+            messages = _prompt_messages(row[prompt], where)
+            return messages + [{"role": "assistant", "content": _answer(row[answer], messages, answer, where)}]
     raise ValueError(f"{where}: no example in keys {sorted(row)}; needs messages, or prompt + completion, or inputs + targets")
 
 
@@ -108,21 +117,16 @@ def preference(row, where):
     missing = [key for key in ("chosen", "rejected") if key not in row]
     if missing or ("prompt" not in row and not isinstance(row.get("chosen"), list)):
         raise ValueError(f"{where}: no preference pair in keys {sorted(row)}; needs prompt, chosen, rejected")
-    if "prompt" in row:
-        prompt = _prompt_messages(row["prompt"], where)
-    else:                                                               # TRL's implicit prompt: whole conversations, equal but for the answer
-        prompt = _messages(row["chosen"], "chosen", where)[:-1]
-        if not prompt or prompt != row["rejected"][:-1]:
-            raise ValueError(f"{where}: chosen and rejected must share their prompt; or give it as 'prompt'")
-    chosen, rejected = _answer(row["chosen"], "chosen", where), _answer(row["rejected"], "rejected", where)
-    return prompt, chosen, rejected
+    # Without a prompt it is TRL's implicit one: chosen and rejected are whole conversations, equal but for the answer.
+    prompt = _prompt_messages(row["prompt"] if "prompt" in row else row["chosen"][:-1], where)
+    return prompt, _answer(row["chosen"], prompt, "chosen", where), _answer(row["rejected"], prompt, "rejected", where)
 
 
 def prompt_of(row, where):
     """The prompt messages of any known shape."""
     if "messages" in row:
         messages = _messages(row["messages"], "messages", where)
-        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        return _prompt_messages(messages[:-1] if messages[-1]["role"] == "assistant" else messages, where)
     for key in ("prompt", "inputs"):
         if key in row:
             return _prompt_messages(row[key], where)
@@ -201,7 +205,7 @@ def load_pairs(paths, tokenizer, max_length):
 
 
 def load_prompts(paths):
-    """[row, ...] with "messages_of_prompt" parsed out; every other key is kept."""
+    """[row, ...] with "prompt_messages" parsed out; every other key is kept."""
     return [{**row, "prompt_messages": prompt_of(row, where)} for path in paths for where, row in read_jsonl(path)]
 
 
@@ -307,6 +311,8 @@ def make_batches(items, collate_fn, settings):
 def batches_in_order(items, collate_fn, size=64):
     """[(indices, batch), ...] over this rank's share of all items, sorted by length; for evaluation and reference log-probs."""
     mine = sorted(range(distributed.rank(), len(items), distributed.num_ranks()), key=lambda i: length_of(items[i]))
+    if items and not mine:                              # a rank without items gets a batch of none: a sharded forward takes all ranks
+        return [([], collate_fn(items[:1]))]
     return [(mine[s:s + size], collate_fn([items[i] for i in mine[s:s + size]])) for s in range(0, len(mine), size)]
 
 

@@ -60,6 +60,7 @@ ALIASES = {
     "eng": "en", "fra": "fr", "deu": "de", "ell": "el", "heb": "he", "iw": "he", "hin": "hi", "ind": "id", "ita": "it", "jpn": "ja",
     "kor": "ko", "pes": "fa", "fas": "fa", "pol": "pl", "por": "pt", "ron": "ro", "rus": "ru", "spa": "es", "tur": "tr", "ukr": "uk", "vie": "vi",
 }
+ALIASES |= {"Standard Arabic": "ar", "Simplified Chinese": "zh", "Traditional Chinese": "zh-Hant", "Chinese": "zh", "Iranian Persian": "fa"}
 ALIASES |= {language.name: code for code, language in LANGUAGES.items()}
 
 

@@ -66,11 +66,12 @@ def evaluate(model, loss_fn, batches, device):
     A sharded model's forward is a collective, so every rank runs as many batches as the busiest, repeating its last for nothing.
     """
     model.eval()
-    total, batches = {}, [batch for _, batch in batches]
+    total = {}
     rounds = max(distributed.gather_objects(len(batches)))
     for i in range(rounds):
-        _, metrics = loss_fn(model, (batches[min(i, len(batches) - 1)]).to(device))
-        add_metrics(total, metrics if i < len(batches) else {k: torch.zeros_like(v) for k, v in metrics.items()})
+        indices, batch = batches[min(i, len(batches) - 1)]
+        _, metrics = loss_fn(model, batch.to(device))
+        add_metrics(total, metrics if indices and i < len(batches) else {k: torch.zeros_like(v) for k, v in metrics.items()})
     model.train()
     return reduced(total)
 

@@ -1,4 +1,4 @@
-"""Losses as pure tensor functions. All return SUMS over their units (tokens, pairs, completions); the loop divides once.
+"""Losses as pure tensor functions: one value per token, pair or completion, never a mean; the stages sum, the loop divides once.
 
 Log-probs are in nats, of natural logarithms, and computed in fp32.
 DPO: arXiv 2305.18290 eq. 7.  Bradley-Terry: eq. 2 there.  RLOO: arXiv 2402.14740, section 2.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .losses import token_logps
+from .losses import sum_by_row, token_logps
 
 
 class LayerNorm(nn.Module):
@@ -151,7 +151,13 @@ class CohereForCausalLM(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """The decoder with a scalar head `score` read at the last token of the answer; the usual sequence-classification layout."""
+    """The decoder with a scalar head: the last token's hidden state, and how likely the model itself finds the answer.
+
+        r(x, y) = w . h_end + v . (mean_t, min_t) log p(y_t | x, y_<t)
+
+    The second term is the departure from the usual last-token head. At a million parameters a last-token head learns form and language
+    but not correctness (LOG.md); the least likely token is where a wrong word shows. Without `score_logps` in the folder it is the usual head.
+    """
     architecture = "CohereForSequenceClassification"
 
     def __init__(self, config):
@@ -159,15 +165,18 @@ class RewardModel(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        self.score_logps = nn.Linear(2, 1, bias=False)
 
-    def forward(self, input_ids, lengths, mask=None):
-        """Scores (B,) in fp32 at position lengths - 1, and, with `mask`, the log-probs of the masked tokens (N,) beside them."""
+    def forward(self, input_ids, lengths, mask):
+        """Scores (B,) in fp32, read at position lengths - 1, and the log-probs of the masked (answer) tokens, (N,) in the order of mask.nonzero()."""
         x = self.model(input_ids)
         ends = x[torch.arange(len(x), device=x.device), lengths - 1]                        # (B, hidden_size)
-        scores = F.linear(ends.float(), self.score.weight.float())[:, 0]                    # (B,)
-        if mask is None:
-            return scores
-        return scores, token_logps(x[:, :-1][mask[:, 1:]], self.model.embed_tokens.weight, input_ids[mask], self.config.logit_scale)
+        logps = token_logps(x[:, :-1][mask[:, 1:]], self.model.embed_tokens.weight, input_ids[mask], self.config.logit_scale)
+        rows = mask.nonzero()[:, 0]
+        mean = sum_by_row(logps, mask) / mask.sum(1)                                        # (B,) nats
+        least = logps.new_zeros(len(x)).scatter_reduce(0, rows, logps, "amin")              # (B,) nats, at most 0
+        scores = F.linear(ends.float(), self.score.weight.float()) + F.linear(torch.stack((mean, least), 1), self.score_logps.weight.float())
+        return scores[:, 0], logps
 
 
 @torch.no_grad()
@@ -184,5 +193,8 @@ def init_weights(model, generator):
             std /= (2 * config.num_hidden_layers) ** 0.5
         if name == "score.weight":
             std = (config.hidden_size + 1) ** -0.5
+        if name == "score_logps.weight":
+            parameter.fill_(0.5)
+            continue
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model

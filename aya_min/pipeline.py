@@ -117,14 +117,12 @@ def settings(run, kind, **values):
     return kind(**{"batch_size": r.batch_size, "max_length": r.max_length, "dtype": r.dtype, "seed": r.seed, **values})
 
 
-def train_step(run, name, title, stage, start, rows, its_settings, held_out=None, **more):
+def train_step(run, name, title, stage, start, rows, its_settings, **more):
     """Train `stage` from the model folder `start` on rows (a list, or a function that makes it). -> the new model folder."""
     def make(folder, resume):
         data = data_file(run, name, rows() if callable(rows) else rows)
-        eval_data = [data_file(run, f"{name}-held-out", held_out())] if held_out else ()
         model, tokenizer = (weights.load_trunk if stage is stages.reward else weights.load)(start)
-        kwargs = {"eval_data": eval_data} if stage is not stages.rloo else more
-        stage(model, tokenizer, [data], its_settings, folder, run.device, resume=resume, **kwargs)
+        stage(model, tokenizer, [data], its_settings, folder, run.device, resume=resume, **more)
     step(run, name, title, make)
     return run.folder / "steps" / name / "model"
 
@@ -173,7 +171,7 @@ def build_arbiter(run, base, teachers):
     """The reward model: first right answers read as language (it must know more than its pool), then Bradley-Terry on preference pairs."""
     r = run.recipe
     reader = train_step(run, "arbiter-start", "the arbiter reads right answers", stages.sft, base, lambda: world_data.gold(r.arbiter_gold, r.seed, r.level),
-                        settings(run, SFT, learning_rate=r.teacher_learning_rate, epochs=1.0))
+                        settings(run, SFT, learning_rate=r.arbiter_gold_learning_rate, epochs=1.0))
 
     def pairs(split, count, flip):
         rows = questions(split, count, f"arbiter/{r.seed}", level=r.level)
@@ -184,9 +182,8 @@ def build_arbiter(run, base, teachers):
 
     def make(folder, resume):
         data = data_file(run, "arbiter", pairs("train", r.arbiter_pairs, 0.05))
-        held_out = pairs("validation", max(240, r.arbiter_pairs // 8), 0.0)
+        held_out = pairs(r.eval_split, max(240, r.arbiter_pairs // 12), 0.0)
         model, tokenizer = weights.load_trunk(reader)
-        init_weights_of_head(model, r.seed)
         its_settings = settings(run, Reward, learning_rate=r.arbiter_learning_rate, lm_weight=r.arbiter_lm_weight, epochs=1.0, warmup_steps=20)
         reward_folder = stages.reward(model, tokenizer, [data], its_settings, folder, run.device, resume=resume)
         return {"reward_model": judge_arbiter(run, reward_folder, held_out)}
@@ -211,7 +208,7 @@ def arbitrage(run, teachers, arbiter):
     r = run.recipe
 
     def make(folder, resume):
-        rows = questions("train", r.prompts, f"prompts/{r.seed}", level=r.level) if run.embedded else load_prompts(run.prompts)
+        rows = questions("train", r.num_prompts, f"prompts/{r.seed}", level=r.level) if run.embedded else load_prompts(run.prompts)
         answers, scores = {}, {}
         for i, (name, source) in enumerate(teachers.items()):
             sampled = read_answers(source, rows) if Path(source).is_file() else \

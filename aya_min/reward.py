@@ -1,4 +1,4 @@
-"""Scores of a reward model: prompt and completion in, one number out, read at the last token (arXiv 2402.14740's RM set-up)."""
+"""Scores of a reward model: prompt and completion in, one number out, by model.RewardModel."""
 
 import torch
 
@@ -19,6 +19,6 @@ def score_texts(model, tokenizer, rows, batch_size=64):
     done = []
     for indices, batch in batches_in_order(examples, collate, batch_size):
         batch = batch.to(device)
-        done += zip(indices, model(batch.input_ids, batch.lengths).tolist())
+        done += zip(indices, model(batch.input_ids, batch.lengths, batch.mask)[0].tolist())
     scores = dict(sum(distributed.gather_objects(done), []))
     return [scores[i] for i in range(len(rows))]

@@ -127,6 +127,14 @@ def _generate_batch(model, prompts, requests, max_new_tokens, temperature, stop_
         results[request] = Completion(tokens_out[row, :num_out[row]].tolist(), float(logp_out[row]), "stop" if stopped[row] else "length")
 
 
+def check_lengths(model, prompts, max_new_tokens):
+    """Refuse prompts that leave no room for their answers within the positions that the model knows."""
+    limit = model.config.max_position_embeddings
+    for i, p in enumerate(prompts):
+        if len(p) + max_new_tokens > limit:
+            raise ValueError(f"prompt {i} has {len(p)} tokens; with {max_new_tokens} new ones it passes the model's {limit}; shorten it or lower --max-new-tokens")
+
+
 def generate(model, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop_ids=(), seed=0,
              batch_size=256, numbers=None, progress=None):
     """Completions of many prompts by a plain (never a sharded) model: a list of num_samples Completions for each prompt.
@@ -136,10 +144,7 @@ def generate(model, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, 
     """
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or not 0 <= min_p <= 1:
         raise ValueError(f"temperature {temperature} must be >= 0, top-p {top_p} in (0, 1], top-k {top_k} >= 0, min-p {min_p} in [0, 1]")
-    limit = model.config.max_position_embeddings
-    for i, p in enumerate(prompts):
-        if len(p) + max_new_tokens > limit:
-            raise ValueError(f"prompt {i} has {len(p)} tokens; with {max_new_tokens} new ones it passes the model's {limit}; shorten it or lower --max-new-tokens")
+    check_lengths(model, prompts, max_new_tokens)
     numbers = range(len(prompts)) if numbers is None else numbers
     training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -159,9 +164,10 @@ def generate(model, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, 
 def answer_rows(model, tokenizer, rows, num_samples=1, max_new_tokens=64, temperature=1.0, seed=0, batch_size=256, progress=None, **filters):
     """Answer rows that carry "prompt_messages" or "prompt", the work split over the ranks: on every rank, for each row in order, a list of
     {"completion", "ids" (the sampled tokens, the stop token included), "finish_reason", "logp"}. The answers do not depend on the number of ranks."""
+    prompts = [tokenizer.encode_prompt(row.get("prompt_messages") or row["prompt"]) for row in rows]
+    check_lengths(model, prompts, max_new_tokens)                                              # all of them, so that no rank is refused alone
     mine = list(range(distributed.rank(), len(rows), distributed.num_ranks()))
-    prompts = [tokenizer.encode_prompt(rows[i].get("prompt_messages") or rows[i]["prompt"]) for i in mine]
-    samples = generate(model, prompts, num_samples, max_new_tokens, temperature, stop_ids=[tokenizer.end_of_turn_id], seed=seed,
+    samples = generate(model, [prompts[i] for i in mine], num_samples, max_new_tokens, temperature, stop_ids=[tokenizer.end_of_turn_id], seed=seed,
                        batch_size=batch_size, numbers=mine, progress=progress, **filters)
     done = [(i, [{"completion": tokenizer.decode(c.ids), "ids": c.ids, "finish_reason": c.finish_reason, "logp": c.logp} for c in group])
             for i, group in zip(mine, samples)]

@@ -23,7 +23,7 @@ from .loop import evaluate, train
 from .losses import bradley_terry_loss, dpo_loss, kl_shaped_rewards, rloo_advantages, sum_by_row
 from .model import CohereForCausalLM
 from .reward import score_texts
-from .sampling import answer_rows
+from .sampling import answer_rows, check_lengths
 
 
 # ---- loss functions: (model, batch) -> (sum over the batch's units, {name: (2, languages) sums and counts}) -------------------------
@@ -39,19 +39,13 @@ def reward_loss(lm_weight):
     """Bradley-Terry on pairs, plus lm_weight times the mean next-token loss (nats per token) of each chosen answer."""
     def loss_fn(model, batch):
         P = batch.count
-        if lm_weight:
-            mask = batch.mask.clone()
-            mask[P:] = False                                                               # language modelling on the chosen side only
-            scores, logps = model(batch.input_ids, batch.lengths, mask)
-            nll = sum_by_row(-logps, mask)[:P] / mask.sum(1)[:P].clamp(min=1)              # (P,) nats per token
-        else:
-            scores, nll = model(batch.input_ids, batch.lengths), batch.input_ids.new_zeros(P, dtype=torch.float32)
+        scores, logps = model(batch.input_ids, batch.lengths, batch.mask)
+        nll = sum_by_row(-logps, batch.mask)[:P] / batch.mask.sum(1)[:P]                   # (P,) nats per token of the chosen answers
         chosen, rejected = scores[:P], scores[P:]
         losses, ones = bradley_terry_loss(chosen, rejected), torch.ones_like(chosen)
-        metrics = {"loss": by_language(batch, losses, ones), "accuracy": by_language(batch, (chosen > rejected).float(), ones),
+        metrics = {"loss": by_language(batch, losses + lm_weight * nll, ones), "bt_loss": by_language(batch, losses, ones),
+                   "lm_loss": by_language(batch, nll, ones), "accuracy": by_language(batch, (chosen > rejected).float(), ones),
                    "margin": by_language(batch, chosen - rejected, ones), "mean_reward": by_language(batch, (chosen + rejected) / 2, ones)}
-        if lm_weight:
-            metrics["lm_loss"] = by_language(batch, nll, ones)
         return (losses + lm_weight * nll).sum(), metrics
     return loss_fn
 
@@ -65,7 +59,8 @@ def preference_loss(beta, nll_weight):
         nll, ones = -logps[0] / tokens[:P], torch.ones_like(losses)
         log = {"rewards/accuracies": (rewards[0] > rewards[1]).float(), "rewards/margins": rewards[0] - rewards[1], "rewards/chosen": rewards[0],
                "rewards/rejected": rewards[1], "logps/chosen": logps[0], "logps/rejected": logps[1], "dpo_loss": losses}
-        return (losses + nll_weight * nll).sum(), {"loss": by_language(batch, losses, ones), **{k: by_language(batch, v, ones) for k, v in log.items()}}
+        losses = losses + nll_weight * nll
+        return losses.sum(), {"loss": by_language(batch, losses, ones), **{k: by_language(batch, v, ones) for k, v in log.items()}}
     return loss_fn
 
 
@@ -80,20 +75,24 @@ def policy_gradient_loss(model, batch):
 # ---- reference log-probs -----------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def answer_logps(model, examples, pad_id, device, size=64):
-    """Log-prob (nats, summed over supervised tokens) of each example under a plain model, on every rank; work split over ranks."""
+def answer_logps(model, examples, pad_id, device, dtype="float32", size=64):
+    """Log-prob (nats, summed over supervised tokens) of each example under a plain model, on every rank; work split over ranks.
+
+    dtype: the compute dtype of the training that compares itself with them; another one would put the rounding of every token into the ratio."""
     model.eval()
     done = []
     for indices, batch in batches_in_order(examples, lambda items: collate(items, pad_id), size):
         batch = batch.to(device)
-        done += zip(indices, sum_by_row(model(batch.input_ids, mask=batch.mask), batch.mask).tolist())
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            logps = model(batch.input_ids, mask=batch.mask)                                # (N,)
+        done += zip(indices, sum_by_row(logps, batch.mask).tolist())
     logps = dict(sum(distributed.gather_objects(done), []))
     return [logps[i] for i in range(len(examples))]
 
 
-def store_reference(model, pairs, pad_id, device):
+def store_reference(model, pairs, pad_id, device, dtype="float32"):
     """Compute the reference's log-probs once and keep them with the pairs, so that one model is in memory while training."""
-    logps = answer_logps(model.to(device), [side for p in pairs for side in (p.chosen, p.rejected)], pad_id, device)
+    logps = answer_logps(model.to(device), [side for p in pairs for side in (p.chosen, p.rejected)], pad_id, device, dtype)
     for i, pair in enumerate(pairs):
         pair.ref_logps = torch.tensor(logps[2 * i:2 * i + 2]).numpy()
 
@@ -109,12 +108,14 @@ def versions():
     return {"aya_min": __version__, "commit": commit, "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
 
 
-def open_run(out, stage, settings, data, resume):
-    """Make the run folder and write config.json before step 0; refuse a folder that belongs to another run."""
+def open_run(out, stage, settings, data, resume, tokenizer, source):
+    """Make the run folder and write config.json and the tokenizer before step 0; refuse a folder that belongs to another run.
+
+    source: what else a resume needs to start from the same place ("model", "eval_data", "reward_model")."""
     check_training(settings, distributed.num_ranks())
 
     def prepare():
-        folder, config = Path(out), {"stage": stage, "settings": asdict(settings), "data": [str(p) for p in data]}
+        folder, config = Path(out), {"stage": stage, "settings": asdict(settings), "data": [str(p) for p in data], **(source or {})}
         if resume:
             path = folder / "config.json"
             if not (folder / "state").is_dir() or not path.is_file():
@@ -130,14 +131,18 @@ def open_run(out, stage, settings, data, resume):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({**config, "versions": versions(), "ranks": distributed.num_ranks(), "command": " ".join(sys.argv)},
                                                        indent=2, ensure_ascii=False), encoding="utf-8")
+        tokenizer.save(folder)
     distributed.from_main(prepare)
     return Path(out)
 
 
-def forget_after(metrics, step):
-    """Drop the lines of metrics.jsonl that a resumed run will write again (from `step` on)."""
-    lines = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if json.loads(line)["step"] < step]
-    metrics.write_text("".join(lines), encoding="utf-8")
+def forget_after(metrics, step, num_steps):
+    """Drop the lines of metrics.jsonl that a run resumed at `step` writes again: all from there on, but not the evaluation made just
+    before the state was saved. A line that a kill cut short has no end."""
+    lines = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    rows = [json.loads(line) for line in lines]
+    kept = [line for line, row in zip(lines, rows) if row["step"] < step or (row["step"] == step < num_steps and "loss" not in row)]
+    metrics.write_text("".join(kept), encoding="utf-8")
 
 
 def run_stage(stage, model, tokenizer, num_steps, batches, loss_fn, settings, run, device, eval_items=None, eval_collate=None, resume=False, **more):
@@ -147,7 +152,7 @@ def run_stage(stage, model, tokenizer, num_steps, batches, loss_fn, settings, ru
         held_out = batches_in_order(eval_items, eval_collate)
         evaluation = lambda: evaluate(model, loss_fn, held_out, device)
     if resume and distributed.is_main():
-        forget_after(run / "metrics.jsonl", json.loads((run / "state" / "state.json").read_text(encoding="utf-8"))["step"])
+        forget_after(run / "metrics.jsonl", json.loads((run / "state" / "state.json").read_text(encoding="utf-8"))["step"], num_steps)
     distributed.barrier()
     model = train(model, num_steps, batches, loss_fn, settings, run, device, evaluation, resume, title=stage, **more)
     if distributed.is_main() and evaluation:
@@ -160,13 +165,13 @@ def run_stage(stage, model, tokenizer, num_steps, batches, loss_fn, settings, ru
 
 # ---- the stages --------------------------------------------------------------------------------------------------------------------
 
-def pretrain(model, tokenizer, data, settings, out, device, eval_data=(), resume=False, stage="pretrain"):
+def pretrain(model, tokenizer, data, settings, out, device, eval_data=(), resume=False, source=None, stage="pretrain"):
     """Next-token training on {"text"} (every token) and on conversations (answers only). SFT is the same thing on conversations."""
-    run = open_run(out, stage, settings, data, resume)
     pad = lambda items: collate(items, tokenizer.pad_id)
     examples = load_examples(data, tokenizer, settings.max_length)
     held_out = load_examples(eval_data, tokenizer, settings.max_length) if eval_data else None
     num_steps, batches = make_batches(examples, pad, settings)
+    run = open_run(out, stage, settings, data, resume, tokenizer, source)
     return run_stage(stage, model, tokenizer, num_steps, batches, sft_loss, settings, run, device, held_out, pad, resume)
 
 
@@ -174,24 +179,24 @@ def sft(*args, **kwargs):
     return pretrain(*args, stage="sft", **kwargs)
 
 
-def reward(model, tokenizer, data, settings, out, device, eval_data=(), resume=False):
+def reward(model, tokenizer, data, settings, out, device, eval_data=(), resume=False, source=None):
     """Bradley-Terry training of a reward model on preference pairs; accuracy per language in the metrics."""
-    run = open_run(out, "reward", settings, data, resume)
     pad = lambda items: collate_pairs(items, tokenizer.pad_id)
     pairs = load_pairs(data, tokenizer, settings.max_length)
     held_out = load_pairs(eval_data, tokenizer, settings.max_length) if eval_data else None
     num_steps, batches = make_batches(pairs, pad, settings)
+    run = open_run(out, "reward", settings, data, resume, tokenizer, source)
     return run_stage("reward", model, tokenizer, num_steps, batches, reward_loss(settings.lm_weight), settings, run, device, held_out, pad, resume)
 
 
-def dpo(model, tokenizer, data, settings, out, device, eval_data=(), resume=False):
+def dpo(model, tokenizer, data, settings, out, device, eval_data=(), resume=False, source=None):
     """DPO against the model as it is at the start, whose log-probs are computed once. The first loss must be ln 2."""
-    run = open_run(out, "dpo", settings, data, resume)
     pad = lambda items: collate_pairs(items, tokenizer.pad_id)
     pairs = load_pairs(data, tokenizer, settings.max_length)
     held_out = load_pairs(eval_data, tokenizer, settings.max_length) if eval_data else []
-    store_reference(model, pairs + held_out, tokenizer.pad_id, device)
     num_steps, batches = make_batches(pairs, pad, settings)
+    run = open_run(out, "dpo", settings, data, resume, tokenizer, source)
+    store_reference(model, pairs + held_out, tokenizer.pad_id, device, settings.dtype)
 
     def loss_is_ln2(metrics):
         tolerance = 1e-4 if settings.dtype == "float32" else 1e-2
@@ -201,16 +206,19 @@ def dpo(model, tokenizer, data, settings, out, device, eval_data=(), resume=Fals
                      resume, check_first=loss_is_ln2)
 
 
-def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=False):
+def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=False, source=None):
     """Online RLOO: each step samples k completions of fresh prompts from a plain copy of the policy, scores them, subtracts the KL to
     the starting model, and takes one policy-gradient step. The reward model must share the policy's tokenizer."""
-    run = open_run(out, "rloo", settings, data, resume)
     prompts = load_prompts(data)
+    prompt_ids = [tokenizer.encode_prompt(p["prompt_messages"]) for p in prompts]
+    check_lengths(model, prompt_ids, settings.max_new_tokens)
+    if settings.num_samples < 2:
+        raise ValueError(f"--num-samples {settings.num_samples}: RLOO needs at least 2 samples a prompt for its baseline")
+    sampler = Sampler([len(ids) for ids in prompt_ids], settings.batch_size, settings.seed)
+    run = open_run(out, "rloo", settings, data, resume, tokenizer, source)
     k, policy, reference = settings.num_samples, CohereForCausalLM(model.config).to(device), CohereForCausalLM(model.config).to(device)
     reference.load_state_dict(model.state_dict())
     reward_model = reward_model.to(device)
-    prompt_ids = [tokenizer.encode_prompt(p["prompt_messages"]) for p in prompts]
-    sampler = Sampler([len(ids) for ids in prompt_ids], settings.batch_size, settings.seed)
     num_steps = settings.max_steps or -(-int(settings.epochs * len(prompts)) // settings.batch_size)
 
     def sampled_example(ids, answer, row):
@@ -225,7 +233,7 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=Fal
         flat = [(i, row, a) for i, row, group in zip(chosen, rows, answers) for a in group]
         examples = [sampled_example(prompt_ids[i], a, row) for i, row, a in flat]
         rewards = torch.tensor(score_texts(reward_model, tokenizer, [{**row, **a} for _, row, a in flat])).view(-1, k)      # (P, k)
-        ref, now = (torch.tensor(answer_logps(m, examples, tokenizer.pad_id, device)).view(-1, k) for m in (reference, policy))
+        ref, now = (torch.tensor(answer_logps(m, examples, tokenizer.pad_id, device, settings.dtype)).view(-1, k) for m in (reference, policy))
         advantages = rloo_advantages(kl_shaped_rewards(rewards, now, ref, settings.beta))
         mine = torch.arange(len(flat))[distributed.rank()::distributed.num_ranks()]
         made = []

@@ -19,9 +19,9 @@ ROLES = {"system": "<|SYSTEM_TOKEN|>", "user": "<|USER_TOKEN|>", "assistant": "<
 # The same format for tools that read tokenizer_config.json (transformers, vLLM).
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|START_OF_TURN_TOKEN|>' }}"
-    "{% if message['role'] == 'user' %}{{ '<|USER_TOKEN|>' + message['content'] + '<|END_OF_TURN_TOKEN|>' }}"
-    "{% elif message['role'] == 'system' %}{{ '<|SYSTEM_TOKEN|>' + message['content'] + '<|END_OF_TURN_TOKEN|>' }}"
-    "{% else %}{{ '<|CHATBOT_TOKEN|>' }}{% generation %}{{ message['content'] + '<|END_OF_TURN_TOKEN|>' }}{% endgeneration %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '<|USER_TOKEN|>' + message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}"
+    "{% elif message['role'] == 'system' %}{{ '<|SYSTEM_TOKEN|>' + message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}"
+    "{% else %}{{ '<|CHATBOT_TOKEN|>' }}{% generation %}{{ message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}{% endgeneration %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}")
 
 

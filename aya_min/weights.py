@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from . import distributed
 from .checkpoint import replace_folder
 from .config import ModelConfig
-from .model import CohereForCausalLM, RewardModel
+from .model import CohereForCausalLM, RewardModel, init_weights
 from .tokenizer import load_tokenizer
 
 ARCHITECTURES = {"CohereForCausalLM": CohereForCausalLM, "CohereForSequenceClassification": RewardModel}
@@ -81,11 +81,11 @@ def load(folder, device="cpu", dtype=torch.float32):
 
 
 def load_trunk(folder, device="cpu"):
-    """A reward model on a language model's (or reward model's) decoder, its head drawn anew if the folder has none."""
+    """A reward model on a language model's (or reward model's) decoder, its head drawn anew (seed 0) if the folder has none."""
     model, tokenizer = load(folder, device)
     if isinstance(model, RewardModel):
         return model, tokenizer
-    reward_model = RewardModel(model.config).to(device)
+    reward_model = init_weights(RewardModel(model.config), torch.Generator().manual_seed(0)).to(device)
     reward_model.model = model.model
     return reward_model, tokenizer
 

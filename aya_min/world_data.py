@@ -9,16 +9,15 @@ import random
 from .languages import LANGUAGES, SHARED, cluster_languages
 from .world import answer, gold_answer, grade, questions, text_line
 
-CORPUS_MIX = (25, 50, 15, 10)       # the base knows the answers but mostly blurts them out: room for post-training (world C of the spike)
+CORPUS_MIX = (25, 55, 12, 8)       # the base knows the answers but mostly blurts them out: room for post-training (world C of the spike)
 HOME_MIX = (50, 40, 10, 0)          # a teacher on its own cluster and the shared languages
 AWAY_MIX = (30, 45, 20, 5)          # a teacher elsewhere
-CORRUPTIONS = (0, 30, 50, 20)       # what a gold answer is contrasted with in a reward model's pairs
 
 
 def corpus(count, seed, level):
-    """`count` rows for pretraining: a tenth lines of plain text, the rest questions with answers of mixed quality."""
+    """`count` rows for pretraining: one in twenty a line of plain text, the rest questions with answers of mixed quality."""
     rng, codes = random.Random(f"corpus/{seed}"), list(LANGUAGES)
-    lines = [{"text": text_line(rng, codes[i % len(codes)], level), "language": codes[i % len(codes)]} for i in range(count // 10)]
+    lines = [{"text": text_line(rng, codes[i % len(codes)], level), "language": codes[i % len(codes)]} for i in range(count // 20)]
     return lines + [{**q, "completion": answer(rng, q, CORPUS_MIX)[0]} for q in questions("train", count - len(lines), seed, level=level)]
 
 
@@ -39,20 +38,26 @@ def gold(count, seed, level):
 
 
 def graded_pairs(question_rows, sampled, seed, flip=0.05):
-    """Preference pairs labelled by the oracle, one per question where the grades differ; a share `flip` of the labels is wrong, as people's are.
+    """Preference pairs labelled by the oracle, at most one per question; a share `flip` of the labels is wrong, as people's are.
 
-    sampled: for each question a list of teachers' answers, or None: then two corruptions or gold. Each row says what it is, "kind": "3 vs 1".
+    sampled: for each question a list of teachers' answers, or None. With samples it is mostly teacher against teacher, what the arbiter will
+    have to judge; the rest is right against wrong in the same style (a sentence, or bare), so that form alone does not decide.
+    Each row says what it is, "kind": "3 vs 1".
     """
     rng, rows = random.Random(f"pairs/{seed}"), []
     for q, samples in zip(question_rows, sampled):
-        options = [(text, grade(q, text).grade) for text in samples] if samples else []
-        options += [(gold_answer(q), 3), answer(rng, q, CORRUPTIONS), answer(rng, q, CORRUPTIONS)]
-        if samples and rng.random() < 0.6:
-            options = options[:len(samples)]                                # teacher against teacher: what the arbiter will have to judge
-        first, second = rng.sample(options, 2)
+        u, gold_pair = rng.random(), (gold_answer(q), 3)
+        if samples and u < 0.5:
+            first, second = ((text, grade(q, text).grade) for text in rng.sample(samples, 2))
+        elif u < 0.75:
+            first, second = gold_pair, answer(rng, q, (0, 0, 1, 0))
+        elif u < 0.9:
+            first, second = answer(rng, q, (0, 1, 0, 0)), answer(rng, q, (0, 0, 1, 0))
+        else:
+            first, second = gold_pair, answer(rng, q, (0, 1, 0, 1))
         if first[1] == second[1] or not first[0].strip() or not second[0].strip():
             continue
-        best, worst = sorted((first, second), key=lambda o: -o[1])
+        best, worst = sorted((first, second), key=lambda side: -side[1])
         kind = f"{best[1]} vs {worst[1]}"
         if rng.random() < flip:
             best, worst = worst, best

@@ -86,6 +86,16 @@ def test_the_command_merges_and_leaves_a_whole_folder_with_its_provenance(folder
     assert record["inputs"][1] == {"folder": str(folders[1]), "sha256": {"model.safetensors": digest}}
 
 
+def test_tensors_of_several_widths_are_written_aligned(folders, tmp_path):
+    merge_folders(folders, tmp_path / "out", "linear")
+    raw = (tmp_path / "out" / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:8 + length])
+    assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
+    widths = {"BF16": 2, "I64": 8, "BOOL": 1}
+    assert all(entry["data_offsets"][0] % widths[entry["dtype"]] == 0 for entry in header.values())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_copies_of_one_bf16_model_merge_to_exactly_that_model(method, base, tmp_path):
     model = write(tmp_path / "A", tensors(1))

@@ -1,0 +1,139 @@
+"""What several tests share: a tokenizer of 400 tokens, random models of two layers, files of the embedded world, and each stage run on them.
+
+test_distributed.py starts this file under torchrun, and then it runs what must not depend on the number of ranks.
+"""
+
+import json
+import random
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from aya_min import config, distributed, stages
+from aya_min.data import batches_in_order, collate, load_examples, load_prompts, make_batches
+from aya_min.loop import evaluate, train
+from aya_min.model import CohereForCausalLM, RewardModel, init_weights
+from aya_min.reward import score_texts
+from aya_min.sampling import answer_rows
+from aya_min.tokenizer import train_tokenizer
+from aya_min.world import answer, gold_answer, questions, write_jsonl
+
+CPU = torch.device("cpu")
+STAGES = {"sft": (stages.sft, config.SFT, "sft.jsonl"), "reward": (stages.reward, config.Reward, "pairs.jsonl"),
+          "dpo": (stages.dpo, config.DPO, "pairs.jsonl"), "rloo": (stages.rloo, config.RLOO, "prompts.jsonl")}
+
+
+@cache
+def tokenizer():
+    return train_tokenizer((q["prompt"] for q in questions("train", 480, 0, level="tiny")), 400)
+
+
+def make(architecture, seed, **changes):
+    """Weights large enough that what a token says depends on all tokens before it."""
+    sizes = dict(vocab_size=tokenizer().vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, logit_scale=1.0, max_position_embeddings=512, initializer_range=0.2, eos_token_id=tokenizer().end_of_turn_id)
+    return init_weights(architecture(config.ModelConfig(**{**sizes, **changes})), torch.Generator().manual_seed(seed))
+
+
+def language_model(seed=0, **changes):
+    return make(CohereForCausalLM, seed, **changes)
+
+
+def reward_model(seed=1, **changes):
+    return make(RewardModel, seed, **changes)
+
+
+def write_world(folder, count=36):
+    """sft.jsonl, pairs.jsonl, prompts.jsonl, and of each a short held-out file; answers of one word to several sentences."""
+    rng = random.Random(0)
+    for name, split, size in (("", "train", count), ("held-out-", "validation", 10)):
+        rows = questions(split, size, 0, level="tiny")
+        gold = [" ".join([gold_answer(q)] * rng.randint(1, 4)) if rng.random() < 0.5 else q["args"][0] for q in rows]
+        write_jsonl(folder / f"{name}sft.jsonl", [{**q, "completion": text} for q, text in zip(rows, gold)])
+        write_jsonl(folder / f"{name}pairs.jsonl", [{**q, "chosen": text, "rejected": answer(rng, q, (0, 1, 1, 1))[0]} for q, text in zip(rows, gold)])
+        write_jsonl(folder / f"{name}prompts.jsonl", rows)
+    return folder
+
+
+def run(stage, data, out, resume=False, held_out=False, **changes):
+    """Run a stage on write_world's files in this process (or on these ranks); its run folder."""
+    function, settings_class, file = STAGES[stage]
+    values = dict(batch_size=8, max_steps=3, learning_rate=1e-3, warmup_steps=2, max_length=256)
+    values |= {"reward": dict(lm_weight=0.3), "dpo": dict(nll_weight=0.2), "rloo": dict(num_samples=2, max_new_tokens=12)}.get(stage, {})
+    model, more = (reward_model() if stage == "reward" else language_model()), {}
+    if stage == "rloo":
+        more["reward_model"] = reward_model()
+    elif held_out:
+        more["eval_data"] = [data / f"held-out-{file}"]
+    function(model, tokenizer(), [data / file], settings_class(**{**values, **changes}), out, CPU, resume=resume, **more)
+    return out
+
+
+def logged(run_folder):
+    """The rows of metrics.jsonl without what a clock says."""
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+def assert_close(rows, others, **tolerance):
+    """The same keys, the same numbers, row by row."""
+    assert len(rows) == len(others)
+    for row, other in zip(rows, others):
+        assert row.keys() == other.keys()
+        for key in row:
+            torch.testing.assert_close(float(row[key]), float(other[key]), **tolerance, msg=lambda m: f"step {row['step']}, {key}: {m}")
+
+
+# ---- what test_distributed.py compares between one rank and two ---------------------------------------------------------------------
+
+def refusal(function, *args, **kwargs):
+    """The text of the ValueError that every rank must raise, rank by rank."""
+    try:
+        function(*args, **kwargs)
+    except ValueError as error:
+        return distributed.gather_objects(str(error))
+    return distributed.gather_objects(None)
+
+
+def on_these_ranks(world, out):
+    """Every stage, sampling, scoring and what must be refused by all ranks together. -> a JSON object of results, on every rank."""
+    share = 2 if distributed.num_ranks() > 1 else 0                     # two micro-batches a rank, or the whole batch at once
+    for stage in STAGES:
+        run(stage, world, out / stage, held_out=True, micro_batch_size=share)
+    rows = load_prompts([world / "prompts.jsonl"])[:9]
+    model, judge = language_model(), reward_model()
+    answers = answer_rows(model, tokenizer(), rows, 2, 12, temperature=0.7, seed=3, batch_size=4)
+    scores = score_texts(judge, tokenizer(), [{**row, **group[0]} for row, group in zip(rows, answers)], batch_size=2)
+    long = [rows[0], {"prompt": "word " * 600}, *rows[1:]]
+    few = load_examples([world / "held-out-sft.jsonl"], tokenizer(), 256)[:1]
+
+    def nan_on_the_last_rank(model, batch):
+        loss, metrics = stages.sft_loss(model, batch)
+        return loss * (float("nan") if distributed.rank() == distributed.num_ranks() - 1 else 1), metrics
+
+    settings, trained = config.SFT(batch_size=8, max_steps=1, learning_rate=1.0), language_model()
+    num_steps, batches = make_batches(load_examples([world / "sft.jsonl"], tokenizer(), 256), collate, settings)
+    not_finite = refusal(train, trained, num_steps, batches, nan_on_the_last_rank, settings, out / "sft", CPU)
+    moved = [name for name, p in language_model().named_parameters() if not torch.equal(p, distributed.full(dict(trained.named_parameters())[name].data))]
+    return {"answers": answers, "scores": scores, "not_finite": not_finite, "moved": moved,
+            "too_long": refusal(answer_rows, model, tokenizer(), long, 1, 12), "main": refusal(distributed.from_main, lambda: int("x")),
+            "one_held_out": evaluate(model, stages.sft_loss, batches_in_order(few, collate), CPU)}
+
+
+def main():
+    world, out = Path(sys.argv[1]), Path(sys.argv[2])
+    distributed.setup()
+    results = on_these_ranks(world, out)
+    run("sft", world, out.parent / "resumed", resume=True, max_steps=8, schedule="constant", held_out=True, eval_every=4)
+    if distributed.is_main():
+        (out / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    distributed.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The house rules that can be read off the source: imports point down the floors, six third-party packages, no pickle."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "aya_min").glob("*.py"), *(ROOT / "tests").glob("*.py")])
+PACKAGES = {"torch", "numpy", "tokenizers", "safetensors", "pytest", "tqdm"}
+
+FLOORS = [
+    {"config", "languages", "distributed", "losses", "merging", "tokenizer", "charts"},         # 0: settings, tables, pure tensor functions
+    {"model", "world", "checkpoint", "data", "report"},                                         # 1: the decoder, the world, how to resume, JSONL to batches
+    {"sampling", "reward", "loop", "world_data", "weights"},                                    # 2: what is done with a model or with the world
+    {"soups", "arbitrage", "preferences", "evaluate"},                                          # 3: what is done with answers and folders
+    {"stages"},                                                                                 # 4: pretrain, sft, reward, dpo, rloo
+    {"pipeline"},                                                                               # 5: the recipe; train.py, generate.py and merge.py stand on it
+]
+FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
+
+
+def imports(path):
+    """(modules of aya_min, other top-level names) that a file imports, inside functions too."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(filter(None, ["aya_min" if node.level else "", node.module]))
+            names = [package] if package != "aya_min" else [f"aya_min.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            top, _, rest = name.partition(".")
+            (ours if top == "aya_min" else others).add(rest.partition(".")[0] if top == "aya_min" else top)
+    return ours - {"", "__version__"}, others
+
+
+def test_every_module_has_exactly_one_floor():
+    modules = {path.stem for path in (ROOT / "aya_min").glob("*.py")} - {"__init__"}
+    assert modules == set(FLOOR) and sum(map(len, FLOORS)) == len(FLOOR)
+
+
+@pytest.mark.parametrize("module", FLOOR)
+def test_a_module_imports_only_from_lower_floors(module):
+    ours, _ = imports(ROOT / "aya_min" / f"{module}.py")
+    wrong = {f"{name} (floor {FLOOR[name]})" for name in ours if FLOOR[name] >= FLOOR[module]}
+    assert not wrong, f"{module} (floor {FLOOR[module]}) imports {wrong}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_only_the_six_packages_are_imported(path):
+    of_this_repository = set() if path.parent.name == "aya_min" else {other.stem for other in SOURCES if other.parent in (path.parent, ROOT)}
+    _, others = imports(path)
+    assert others <= PACKAGES | set(sys.stdlib_module_names) | of_this_repository
+
+
+def test_the_requirements_are_the_six_packages():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    assert {line.partition("==")[0] for line in lines} == PACKAGES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_file_is_read_with_pickle(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"torch\.load\b|(import|from) pickle\b", text)
+
+
+def test_the_reader_of_imports_sees_every_way_to_write_one(tmp_path):
+    lines = ["import os, torch.nn as nn", "from numpy import array", "from . import data, __version__", "from .losses import dpo_loss", "import aya_min.model",
+             "from aya_min import loop", "def f():", "    from .report import page"]
+    (tmp_path / "a.py").write_text("\n".join(lines))
+    assert imports(tmp_path / "a.py") == ({"data", "losses", "model", "loop", "report"}, {"os", "torch", "numpy"})

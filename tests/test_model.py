@@ -1,0 +1,297 @@
+"""The decoder against a slow reference written from the description in papers.md section 25: numpy, fp64, one head at a time,
+rotary embedding as multiplication by complex numbers. It shares no code and no tensor layout trick with the model."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aya_min.config import ModelConfig, model_preset
+from aya_min.losses import sum_by_row
+from aya_min.model import CohereForCausalLM, RewardModel, init_weights, rotary
+
+SMALL = dict(vocab_size=67, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, logit_scale=0.5,
+             rope_theta=100.0, initializer_range=0.3)
+VARIANTS = {
+    "grouped heads": {},
+    "as many key-value heads as heads": dict(num_key_value_heads=4),
+    "one key-value head": dict(num_key_value_heads=1),
+    "query-key norm": dict(use_qk_norm=True),
+    "untied head": dict(tie_word_embeddings=False),
+    "a head width of its own": dict(head_dim=10),
+    "everything": dict(use_qk_norm=True, tie_word_embeddings=False, head_dim=10, logit_scale=0.0625, layer_norm_eps=1e-3),
+}
+
+
+def build(model_class=CohereForCausalLM, seed=0, **changes):
+    generator = torch.Generator().manual_seed(seed)
+    model = init_weights(model_class(ModelConfig(**{**SMALL, **changes})), generator)
+    with torch.no_grad():                                               # norms that are all ones would hide a forgotten weight
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.copy_(1 + 0.3 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- against the reference ---------------------------------------------------------------------------------------------------------
+
+def layer_norm(x, weight, eps):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + eps) * weight
+
+
+def reference_logits(model, ids):
+    """ids (T,) of one sequence -> logits (T, V)."""
+    c, W = model.config, {name: p.detach().numpy().astype(np.float64) for name, p in model.named_parameters()}
+    T, H, K, D = len(ids), c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    turn = np.exp(1j * np.outer(np.arange(T), c.rope_theta ** (-2 * np.arange(D // 2) / D)))            # (T, D/2) unit complex numbers
+    x = W["model.embed_tokens.weight"][ids]
+    for i in range(c.num_hidden_layers):
+        w = lambda name: W[f"model.layers.{i}.{name}.weight"]
+        h = layer_norm(x, w("input_layernorm"), c.layer_norm_eps)
+        q, k, v = ((h @ w(f"self_attn.{name}_proj").T).reshape(T, -1, D) for name in "qkv")
+        if c.use_qk_norm:
+            q, k = layer_norm(q, w("self_attn.q_norm"), c.layer_norm_eps), layer_norm(k, w("self_attn.k_norm"), c.layer_norm_eps)
+        heads = []
+        for head in range(H):
+            group = head // (H // K)                                                                    # consecutive heads share keys and values
+            zq, zk = ((z[:, n, 0::2] + 1j * z[:, n, 1::2]) * turn for z, n in ((q, head), (k, group)))  # neighbours are one complex number
+            scores = (zq @ zk.conj().T).real / np.sqrt(D)
+            scores[np.triu_indices(T, 1)] = -np.inf
+            p = np.exp(scores - scores.max(-1, keepdims=True))
+            heads.append(p / p.sum(-1, keepdims=True) @ v[:, group])
+        gate = h @ w("mlp.gate_proj").T
+        mlp = (gate / (1 + np.exp(-gate)) * (h @ w("mlp.up_proj").T)) @ w("mlp.down_proj").T
+        x = x + np.concatenate(heads, -1) @ w("self_attn.o_proj").T + mlp                               # in parallel, from the same norm
+    head = W["model.embed_tokens.weight"] if c.tie_word_embeddings else W["lm_head.weight"]
+    return layer_norm(x, W["model.norm.weight"], c.layer_norm_eps) @ head.T * c.logit_scale
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_the_logits_equal_an_independent_slow_reference(changes):
+    model, ids = build(**changes), tokens(3, 17)
+    logits = model(ids).detach().numpy()
+    for row, sequence in zip(logits, ids.numpy()):
+        expected = reference_logits(model, sequence)
+        np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-5 * expected.std())
+
+
+def test_rotary_angles_are_fp32_and_no_two_positions_look_alike():
+    """In bf16 positions above 256 collide."""
+    config = model_preset("aya-expanse-8b")
+    cos, sin = rotary(config, torch.arange(8192)[None])
+    assert cos.dtype == torch.float32 and cos.shape == (1, 8192, 1, 128)
+    assert len(np.unique(np.concatenate([cos[0, :, 0], sin[0, :, 0]], -1), axis=0)) == 8192
+    exact = np.outer(np.arange(8192), 10000.0 ** (-np.arange(64) / 64)).repeat(2, -1)
+    np.testing.assert_allclose(cos[0, :, 0], np.cos(exact), atol=2e-3)
+    np.testing.assert_allclose(sin[0, :, 0], np.sin(exact), atol=2e-3)
+
+
+def test_attention_depends_on_distances_and_not_on_places():
+    """Rotary: the same tokens behind 5 more positions attend to each other alike. Seen on one head's scores q.k."""
+    attention = build().model.layers[0].self_attn
+    x = torch.randn(1, 6, 24, generator=torch.Generator().manual_seed(0))
+    outputs = [attention(x, *rotary(build().config, torch.arange(start, start + 6)[None])) for start in (0, 5)]
+    torch.testing.assert_close(*outputs)
+
+
+# ---- who sees whom -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("place", [1, 9, 16])
+def test_changing_a_token_changes_no_earlier_logit(place):
+    model, ids = build(), tokens(2, 17)
+    changed = ids.clone()
+    changed[:, place] = (ids[:, place] + 1) % SMALL["vocab_size"]
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :place], after[:, :place])
+    assert not torch.isclose(before[:, place:], after[:, place:]).all(-1).any()
+
+
+@pytest.mark.parametrize("padding", [1, 7, 64])
+@pytest.mark.parametrize("pad_id", [0, 9])
+def test_right_padding_changes_no_logit_no_log_prob_no_gradient_and_no_score(padding, pad_id):
+    ids, lengths = tokens(2, 12), torch.tensor([12, 7])
+    mask = torch.rand(2, 12, generator=torch.Generator().manual_seed(2)) < 0.5
+    mask[:, 0], mask[:, 6] = False, True
+    padded, padded_mask = F.pad(ids, (0, padding), value=pad_id), F.pad(mask, (0, padding))
+    model, reward_model = build(), build(RewardModel)
+    torch.testing.assert_close(model(padded)[:, :12], model(ids))
+    torch.testing.assert_close(reward_model(padded, lengths, padded_mask), reward_model(ids, lengths, mask))
+    results = []
+    for inputs, its_mask in ((ids, mask), (padded, padded_mask)):
+        logps = model(inputs, mask=its_mask)
+        results.append((sum_by_row(logps, its_mask), *torch.autograd.grad(-logps.sum(), list(model.parameters()))))
+    for alone, with_padding in zip(*results):
+        torch.testing.assert_close(with_padding, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sequence_has_the_same_loss_alone_as_beside_a_longer_one():
+    model, long, short = build(), tokens(1, 40), tokens(1, 9, seed=5)
+    batch = torch.cat([long, F.pad(short, (0, 31))])
+    mask = torch.arange(40)[None] < torch.tensor([40, 9])[:, None]
+    mask[:, 0] = False
+    together = sum_by_row(model(batch, mask=mask), mask)
+    alone = [model(ids, mask=mask[i:i + 1, :ids.shape[1]]).sum() for i, ids in enumerate((long, short))]
+    torch.testing.assert_close(together, torch.stack(alone))
+
+
+# ---- the ways to call it -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=False)], ids=["tied", "untied"])
+def test_masked_log_probs_are_the_log_softmax_of_the_logits_at_the_token_before(changes):
+    model, ids = build(**changes), tokens(3, 11)
+    mask = torch.rand(3, 11, generator=torch.Generator().manual_seed(2)) < 0.4
+    mask[:, 0] = False
+    mask[0] = False                                                     # a row without supervised tokens
+    logps = model(ids).log_softmax(-1)
+    expected = [logps[b, t - 1, ids[b, t]] for b, t in mask.nonzero().tolist()]
+    torch.testing.assert_close(model(ids, mask=mask), torch.stack(expected))
+
+
+def test_last_gives_the_logits_at_those_positions_only():
+    model, ids, last = build(), tokens(3, 11), torch.tensor([10, 0, 4])
+    torch.testing.assert_close(model(ids, last=last), model(ids)[torch.arange(3), last])
+
+
+def answers(lengths, width):
+    """The mask of answers that are each row's last tokens, at most three."""
+    places, lengths = torch.arange(width)[None], lengths[:, None]
+    return (places < lengths) & (places >= (lengths - 3).clamp(min=1))
+
+
+def test_a_score_is_read_at_the_answers_last_token_whatever_stands_after_or_inside():
+    """Found by length: the pad id inside the text does not move it, and neither does a batch mate."""
+    model, ids, lengths = build(RewardModel), tokens(3, 15), torch.tensor([15, 6, 2])
+    ids[0, 4] = ids[1, 2] = 0                                           # the pad id, typed
+    mask = answers(lengths, 15)
+    scores, _ = model(ids, lengths, mask)
+    assert scores.dtype == torch.float32 and len(scores.unique()) == 3
+    for i, length in enumerate(lengths):
+        alone, _ = model(ids[i:i + 1, :length], length[None], mask[i:i + 1, :length])
+        torch.testing.assert_close(alone, scores[i:i + 1])
+
+
+def test_a_score_is_the_head_at_the_last_token_plus_the_weighted_mean_and_least_log_prob_of_the_answer():
+    language_model, model, ids, lengths = build(), build(RewardModel), tokens(3, 15), torch.tensor([15, 6, 2])
+    language_model.model = model.model                                  # the log-probs are the trunk's own
+    with torch.no_grad():
+        model.score_logps.weight.copy_(torch.tensor([[0.7, -0.2]]))
+    mask = answers(lengths, 15)
+    scores, logps = model(ids, lengths, mask)
+    torch.testing.assert_close(logps, language_model(ids, mask=mask))
+    for i, (length, its) in enumerate(zip(lengths, logps.split(mask.sum(1).tolist()))):
+        expected = model.model(ids[i:i + 1, :length])[0, -1] @ model.score.weight[0] + 0.7 * its.mean() - 0.2 * its.min()
+        torch.testing.assert_close(scores[i], expected)
+
+
+@pytest.mark.parametrize("model_class", [CohereForCausalLM, RewardModel])
+def test_activation_checkpointing_changes_neither_loss_nor_gradients(model_class):
+    ids, mask = tokens(2, 12), torch.arange(12)[None].expand(2, 12) > 2
+    results, calls = [], []
+    for checkpointing in (False, True):
+        model = build(model_class).train()
+        model.model.activation_checkpointing = checkpointing
+        calls.append([])
+        model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls[-1].append(1))
+        loss = -model(ids, mask=mask).sum() if model_class is CohereForCausalLM else model(ids, torch.tensor([12, 7]), mask)[0].square().sum()
+        loss.backward()
+        results.append((loss.detach(), *(p.grad for p in model.parameters())))
+    assert [len(c) for c in calls] == [1, 2]                            # the block is computed once more in backward
+    for off, on in zip(*results):
+        torch.testing.assert_close(on, off, rtol=0, atol=0)
+
+
+def test_bf16_weights_give_bf16_logits_and_fp32_log_probs_near_the_fp32_models():
+    model, ids = build(), tokens(2, 12)
+    mask = torch.arange(12)[None].expand(2, 12) > 0
+    expected = model(ids, mask=mask)
+    half = model.bfloat16()
+    assert half(ids).dtype == torch.bfloat16
+    logps = half(ids, mask=mask)
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps, expected, rtol=0.05, atol=0.1)
+
+
+# ---- sizes, names, initial weights -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("preset, count", [("aya-expanse-8b", 8_028_033_024), ("aya-expanse-32b", 32_296_476_672)])
+def test_the_aya_presets_have_the_published_number_of_parameters(preset, count):
+    with torch.device("meta"):
+        model = CohereForCausalLM(model_preset(preset))
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+LAYER = ["input_layernorm.weight", "mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "self_attn.k_proj.weight", "self_attn.o_proj.weight",
+         "self_attn.q_proj.weight", "self_attn.v_proj.weight"]
+
+
+def test_parameter_names_are_the_published_ones():
+    published = ["model.embed_tokens.weight", "model.norm.weight"] + [f"model.layers.{i}.{name}" for i in range(2) for name in LAYER]
+    assert sorted(build().state_dict()) == sorted(published)
+    assert sorted(build(RewardModel).state_dict()) == sorted(published + ["score.weight", "score_logps.weight"])
+    assert sorted(build(tie_word_embeddings=False).state_dict()) == sorted(published + ["lm_head.weight"])
+    norms = [f"model.layers.{i}.self_attn.{x}_norm.weight" for i in range(2) for x in "qk"]
+    model = build(use_qk_norm=True)
+    assert sorted(model.state_dict()) == sorted(published + norms)
+    assert model.model.layers[0].self_attn.q_norm.weight.shape == (4, 6) and model.model.layers[0].self_attn.k_norm.weight.shape == (2, 6)
+
+
+def test_the_8b_presets_shapes_are_the_published_ones():
+    with torch.device("meta"):
+        state = CohereForCausalLM(model_preset("aya-expanse-8b")).state_dict()
+    assert len(state) == 32 * 8 + 2
+    shapes = {name.removeprefix("model.layers.31."): tuple(t.shape) for name, t in state.items() if "layers.31" in name or "layers" not in name}
+    assert shapes == {"model.embed_tokens.weight": (256000, 4096), "model.norm.weight": (4096,), "input_layernorm.weight": (4096,),
+                      "self_attn.q_proj.weight": (4096, 4096), "self_attn.k_proj.weight": (1024, 4096), "self_attn.v_proj.weight": (1024, 4096),
+                      "self_attn.o_proj.weight": (4096, 4096), "mlp.gate_proj.weight": (14336, 4096), "mlp.up_proj.weight": (14336, 4096),
+                      "mlp.down_proj.weight": (4096, 14336)}
+
+
+@pytest.mark.parametrize("model_class", [CohereForCausalLM, RewardModel])
+def test_initial_weights_reach_every_parameter_and_depend_only_on_the_seed(model_class):
+    config = ModelConfig(**{**SMALL, "use_qk_norm": True, "tie_word_embeddings": False})
+
+    def made(seed):
+        model = model_class(config)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(float("nan"))
+        return init_weights(model, torch.Generator().manual_seed(seed)).state_dict()
+    a, again, b = made(0), made(0), made(1)
+    assert all(t.isfinite().all() for t in a.values())
+    assert all(torch.equal(a[name], again[name]) for name in a)
+    assert all((t == 1).all() if "norm" in name else not torch.equal(t, b[name]) for name, t in a.items() if name != "score_logps.weight")
+
+
+def test_initial_spreads_are_those_of_the_docstring():
+    config = ModelConfig(vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
+    state = init_weights(RewardModel(config), torch.Generator().manual_seed(0)).state_dict()
+    spread = {name: state[name].std().item() for name in state}
+    assert spread["model.embed_tokens.weight"] == pytest.approx(0.02, rel=0.03)
+    assert spread["model.layers.0.self_attn.q_proj.weight"] == pytest.approx(0.02, rel=0.03)
+    assert spread["model.layers.1.mlp.down_proj.weight"] == pytest.approx(0.02 / 2, rel=0.03)
+    assert spread["score.weight"] == pytest.approx(257 ** -0.5, rel=0.2)
+
+
+# ---- config.json -------------------------------------------------------------------------------------------------------------------
+
+def test_a_config_survives_publishing_and_reading():
+    config = ModelConfig(**{**SMALL, "head_dim": 10, "rope_theta": 4e6})
+    assert ModelConfig.from_published(config.published()) == config
+
+
+def test_rope_theta_is_read_where_old_and_new_files_keep_it():
+    assert ModelConfig.from_published({"rope_theta": 7.0}).rope_theta == 7.0
+    assert ModelConfig.from_published({"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}).rope_theta == 7.0
+
+
+@pytest.mark.parametrize("raw", [{"attention_bias": True}, {"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+                                 {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"model_type": "cohere2"}, {"num_attention_heads": 6, "num_key_value_heads": 4}])
+def test_a_model_that_would_be_computed_wrongly_is_refused(raw):
+    """rope_scaling, the older spelling, was once ignored."""
+    with pytest.raises(ValueError):
+        ModelConfig.from_published({"model_type": "cohere", **raw})

@@ -1,0 +1,113 @@
+"""The whole recipe at the smoke preset, once; then what a rerun, a killed run and a user's own models do with it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def train(*args, check=True, **kwargs):
+    done = subprocess.run([sys.executable, "train.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+    assert not check or done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    run = tmp_path_factory.mktemp("recipe") / "smoke"
+    done = train("--preset", "smoke", "--arms", "all", "--out", run)
+    return run, done.stdout
+
+
+def test_the_recipe_leaves_every_stage_a_table_and_a_page(smoke):
+    run, printed = smoke
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    names = [m["name"] for m in summary["models"]]
+    stages = ["base", "sft", "offline", "online-1", "online-2", "online-3"]
+    arms = ["single", "random", "family", "mix", "online-only-3", "rloo", "no-shared"]
+    assert set(stages + arms) <= set(names)
+    for model in summary["models"]:
+        for decoding in ("greedy", "sampled"):
+            part = model[decoding]
+            assert part["num"] == 120 and 0 <= part["grade"] <= 3
+            for versus in part["versus"].values():
+                assert versus["win"] + versus["tie"] + versus["loss"] == 120
+    assert printed.strip().endswith(str(run / "report.html")) and (run / "report.html").is_file()
+    assert "| model" in printed
+    shares = summary["teacher_wins"]["ar"]
+    assert abs(sum(shares.values()) - 1) < 1e-6
+
+
+def test_offline_dpo_starts_at_ln_2_in_the_recipe_too(smoke):
+    first = json.loads((smoke[0] / "steps" / "offline-slavic" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert abs(first["dpo_loss"] - 0.693147) < 1e-4
+
+
+def test_a_merged_stage_is_the_plain_average_of_its_clusters(smoke):
+    import torch
+    from safetensors.torch import load_file
+    steps = smoke[0] / "steps"
+    merged = load_file(steps / "sft" / "model" / "model.safetensors")
+    parts = [load_file(path / "model" / "model.safetensors") for path in sorted(steps.glob("sft-*"))]
+    assert len(parts) == 4
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, sum(p[name] for p in parts) / 4)
+
+
+def test_a_rerun_skips_what_is_whole(smoke):
+    run, _ = smoke
+    before = {p: p.stat().st_mtime_ns for p in run.glob("steps/*/done.json")}
+    again = train("--preset", "smoke", "--arms", "all", "--out", run)
+    assert "pretraining" not in again.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in run.glob("steps/*/done.json")}
+
+
+def test_a_killed_run_goes_on_where_it_stopped_and_ends_the_same(smoke, tmp_path):
+    run = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "train.py", "--preset", "smoke", "--arms", "all", "--out", str(run)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (run / "steps" / "teacher-slavic" / "done.json").is_file():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train("--preset", "smoke", "--arms", "all", "--out", run)
+    whole, killed = (json.loads((r / "summary.json").read_text(encoding="utf-8")) for r in (smoke[0], run))
+    assert [(m["name"], m["greedy"]["grade"], m["sampled"]["reward"]) for m in whole["models"]] == \
+           [(m["name"], m["greedy"]["grade"], m["sampled"]["reward"]) for m in killed["models"]]
+
+
+def test_other_settings_in_the_same_folder_are_refused_in_one_line(smoke):
+    before = (smoke[0] / "config.json").read_bytes()
+    done = train("--preset", "smoke", "--out", smoke[0], "--seed", "5", check=False)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "seed" in done.stderr
+    assert (smoke[0] / "config.json").read_bytes() == before
+
+
+def test_the_pipeline_takes_a_users_own_models_prompts_and_completions(smoke, tmp_path):
+    from aya_min.world import gold_answer, questions, write_jsonl
+    steps = smoke[0] / "steps"
+    rows = questions("train", 240, 11, level="tiny")
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": q["prompt"], "language": q["language"], "id": i} for i, q in enumerate(rows)])
+    write_jsonl(tmp_path / "elsewhere.jsonl", [{"prompt": q["prompt"], "completion": gold_answer(q), "language": q["language"]} for q in rows])
+    (tmp_path / "clusters.json").write_text(json.dumps({"west": ["it", "pt", "ro", "de", "nl", "el", "cs", "pl", "ru", "uk"],
+                                                        "east": ["ar", "he", "fa", "tr", "hi", "zh", "zh-Hant", "ja", "ko", "vi", "id"]}))
+    done = train("--preset", "smoke", "--out", tmp_path / "own", "--base", steps / "base" / "model", "--prompts", tmp_path / "prompts.jsonl", "--teachers",
+                 steps / "teacher-slavic" / "model", tmp_path / "elsewhere.jsonl", "--arbiter", steps / "arbiter" / "model", "--clusters",
+                 tmp_path / "clusters.json", "--rounds", "1")
+    assert "not a win rate" in done.stdout
+    summary = json.loads((tmp_path / "own" / "summary.json").read_text(encoding="utf-8"))
+    assert [m["name"] for m in summary["models"]] == ["base", "single", "random", "mix", "sft", "offline", "online-1"]
+    shutil.copytree(steps / "arbiter" / "model", tmp_path / "judge")
+    judged = train("--preset", "smoke", "--out", tmp_path / "judged", "--base", steps / "base" / "model", "--prompts", tmp_path / "prompts.jsonl", "--teachers",
+                   steps / "teacher-slavic" / "model", tmp_path / "elsewhere.jsonl", "--arbiter", steps / "arbiter" / "model", "--clusters",
+                   tmp_path / "clusters.json", "--rounds", "1", "--judge", tmp_path / "judge")
+    assert "reward model" in judged.stdout.lower()

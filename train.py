@@ -1,0 +1,184 @@
+"""Train: the whole recipe, or one stage on your own files.
+
+    torchrun train.py                                              the recipe on the embedded world (preset tiny, runs/tiny)
+    torchrun train.py recipe --preset smoke --out runs/smoke       smaller, under a minute
+    torchrun train.py sft --model DIR --data F.jsonl --out RUN     one stage: pretrain, sft, reward, dpo, rloo
+    torchrun train.py sft --resume RUN                             go on with a stage that was stopped
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from aya_min import config, distributed, pipeline, stages, weights
+from aya_min.data import conversation, preference, prompt_of, read_jsonl
+from aya_min.languages import CLUSTERS, SHARED, read_clusters
+from aya_min.model import CohereForCausalLM, init_weights
+from aya_min.report import table
+from aya_min.tokenizer import load_tokenizer, train_tokenizer
+
+STAGES = {"pretrain": (stages.pretrain, config.Pretrain), "sft": (stages.sft, config.SFT), "reward": (stages.reward, config.Reward),
+          "dpo": (stages.dpo, config.DPO), "rloo": (stages.rloo, config.RLOO)}
+
+
+def make_parser():
+    parser = config.Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=config.Parser)
+    recipe = commands.add_parser("recipe", help="the whole recipe (the default)")
+    recipe.add_argument("--preset", choices=list(config.RECIPES), default="tiny")
+    recipe.add_argument("--out", help="run folder (default runs/PRESET); the same command goes on with what is there")
+    recipe.add_argument("--arms", choices=["main", "all"], default="main", help="all: also online only, RLOO, no shared languages")
+    recipe.add_argument("--base", help="your own model folder, instead of the embedded world's base")
+    recipe.add_argument("--prompts", nargs="+", help="your own prompt files (JSONL with language)")
+    recipe.add_argument("--teachers", nargs="+", help="model folders, or JSONL files of completions made elsewhere")
+    recipe.add_argument("--arbiter", help="reward model folder")
+    recipe.add_argument("--judge", help="a second reward model folder that judges the results, never the arbiter")
+    recipe.add_argument("--eval-prompts", nargs="+", help="prompts to be judged on (default: --prompts)")
+    recipe.add_argument("--clusters", help="JSON file {cluster: [languages]}")
+    recipe.add_argument("--config", help="JSON file of recipe settings")
+    config.add_flags(recipe, config.Recipe)
+    for name, (function, settings_class) in STAGES.items():
+        stage = commands.add_parser(name, help=function.__doc__.splitlines()[0] if name != "sft" else "Supervised fine-tuning on conversations.")
+        stage.add_argument("--model", help=f"model folder, or a preset's name for random weights ({' '.join(config.MODEL_PRESETS)})")
+        stage.add_argument("--tokenizer", help="folder with tokenizer.json, for a preset; without it one is trained on the data")
+        stage.add_argument("--data", nargs="+", help="JSONL files")
+        stage.add_argument("--eval-data", nargs="+", default=[], help="held-out JSONL files; reported per language")
+        stage.add_argument("--out", help="run folder; must be new")
+        stage.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+        stage.add_argument("--config", help="JSON file of settings")
+        stage.add_argument("--dry-run", action="store_true", help="check everything, print the settings, train nothing")
+        if name == "rloo":
+            stage.add_argument("--reward-model", help="reward model folder with the same tokenizer")
+        config.add_flags(stage, settings_class)
+    return parser
+
+
+def texts_of(paths):
+    """Every text in the files, for training a tokenizer."""
+    for path in paths:
+        for where, row in read_jsonl(path):
+            if "text" in row:
+                yield row["text"]
+            elif "chosen" in row:
+                prompt, chosen, rejected = preference(row, where)
+                yield from [m["content"] for m in prompt] + [chosen, rejected]
+            else:
+                messages = conversation(row, where) if {"messages", "completion", "targets"} & row.keys() else prompt_of(row, where)
+                yield from (m["content"] for m in messages)
+
+
+def load_model(args, device, settings):
+    """(model, tokenizer) of --model: a folder, or a preset with random weights and a given or newly trained tokenizer."""
+    if args.model in config.MODEL_PRESETS and not Path(args.model).is_dir():
+        preset = config.model_preset(args.model)
+        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(texts_of(args.data), preset.vocab_size)
+        architecture = weights.RewardModel if args.command == "reward" else CohereForCausalLM
+        preset.vocab_size, preset.eos_token_id = tokenizer.vocab_size, tokenizer.end_of_turn_id
+        return init_weights(architecture(preset), torch.Generator().manual_seed(settings.seed)), tokenizer
+    if args.tokenizer:
+        raise ValueError("--tokenizer goes with a preset; a model folder brings its own")
+    return (weights.load_trunk if args.command == "reward" else weights.load)(args.model, device)
+
+
+def run_one_stage(args, device):
+    function, settings_class = STAGES[args.command]
+    before = {}
+    if args.resume:
+        path = Path(args.resume) / "config.json"
+        if not path.is_file():
+            raise ValueError(f"--resume {args.resume}: no config.json there; give the run folder of a stage")
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before.get("stage") != args.command:
+            raise ValueError(f"--resume {args.resume}: that is a run of {before.get('stage')!r}, not {args.command!r}")
+        args.out, args.data, args.model = args.resume, args.data or before["data"], before["model"]
+        args.eval_data = args.eval_data or before["eval_data"]
+        args.tokenizer = args.resume if args.model in config.MODEL_PRESETS and not Path(args.model).is_dir() else None
+        if args.command == "rloo":
+            args.reward_model = args.reward_model or before["reward_model"]
+    needed = ["model", "data", "out"] + (["reward_model"] if args.command == "rloo" else [])
+    missing = ["--" + name.replace("_", "-") for name in needed if not getattr(args, name)]
+    if missing:
+        raise ValueError(f"{args.command} needs {' '.join(missing)}")
+    settings = config.settings_from(settings_class, before.get("settings"), args.config, vars(args))
+    config.check_training(settings, distributed.num_ranks())
+    if Path(args.out).is_dir() and any(Path(args.out).iterdir()) and not args.resume:
+        raise ValueError(f"--out {args.out} exists and is not empty; give a new folder, or --resume {args.out} to go on with it")
+    model, tokenizer = load_model(args, device, settings)
+    source = {"model": args.model, "eval_data": list(args.eval_data)}
+    more = {"eval_data": args.eval_data}
+    if args.command == "rloo":
+        reward_model, reward_tokenizer = weights.load(args.reward_model, device)
+        if not isinstance(reward_model, weights.RewardModel):
+            raise ValueError(f"--reward-model {args.reward_model}: a language model; give a folder that the reward stage wrote")
+        if reward_tokenizer.bpe.to_str() != tokenizer.bpe.to_str():
+            raise ValueError(f"--reward-model {args.reward_model}: another tokenizer than --model; both must be the same")
+        source["reward_model"], more = args.reward_model, {"reward_model": reward_model}
+    if args.dry_run:
+        size = sum(p.numel() for p in model.parameters())
+        rows = sum(len(read_jsonl(path)) for path in args.data)
+        print(f"{args.command}: {size:,} parameters, {rows:,} rows, {distributed.num_ranks()} ranks\n{json.dumps(asdict(settings), indent=1)}")
+        return
+    folder = function(model, tokenizer, args.data, settings, args.out, device, resume=bool(args.resume), source=source, **more)
+    if distributed.is_main():
+        print(folder)
+
+
+def run_whole_recipe(args, device):
+    recipe = config.settings_from(config.Recipe, config.RECIPES[args.preset], args.config, vars(args))
+    own = {"base": args.base, "prompts": args.prompts, "teachers": args.teachers, "arbiter": args.arbiter}
+    if any(own.values()) and not all(own.values()):
+        raise ValueError(f"your own pipeline also needs {' '.join('--' + k for k, v in own.items() if not v)}")
+    if not all(own.values()) and (args.judge or args.eval_prompts):
+        raise ValueError("--judge and --eval-prompts go with --base, --prompts, --teachers and --arbiter")
+    if args.judge and Path(args.judge).resolve() == Path(args.arbiter).resolve():
+        raise ValueError("--judge must not be the arbiter: a model would be judged by what trained it")
+    clusters = read_clusters(args.clusters) if args.clusters else CLUSTERS
+    for path in args.prompts or []:
+        for where, row in read_jsonl(path):
+            prompt_of(row, where)
+            if row.get("language") and row["language"] not in SHARED + sum(clusters.values(), []):
+                raise ValueError(f"{where}: language {row['language']!r} is in no cluster; add it to --clusters")
+    out = Path(args.out or f"runs/{args.preset}")
+    record = {"preset": args.preset, "arms": args.arms, "seed": recipe.seed, "recipe": asdict(recipe), "clusters": clusters,
+              **{k: v for k, v in {**own, "judge": args.judge, "eval_prompts": args.eval_prompts}.items() if v}}
+
+    def open_folder():
+        path = out / "config.json"
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = sorted(k for k in record.keys() | (before.keys() - {"versions", "command"}) if k != "arms" and json.loads(json.dumps(record.get(k))) != before.get(k))
+            if changed:
+                raise ValueError(f"{out} holds a run with other {' '.join(changed)}; give another --out, or the same settings to go on with it")
+        elif out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} exists and is not a run of the recipe; give another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        pipeline.write_json(path, {**record, "versions": stages.versions(), "command": " ".join(sys.argv)})
+    distributed.from_main(open_folder)
+    paths = {k: Path(v) if isinstance(v, str) else v for k, v in {**own, "judge": args.judge, "eval_prompts": args.eval_prompts}.items()}
+    summary = pipeline.run_recipe(pipeline.Run(out, recipe, device, clusters, args.arms, **paths))
+    if distributed.is_main():
+        print(f"\n{table(summary)}\n\n{out / 'report.html'}")
+
+
+def main():
+    argv = sys.argv[1:]
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        argv = ["recipe"] + argv
+    args = make_parser().parse_args(argv)
+    try:
+        device = distributed.setup()
+        (run_whole_recipe if args.command == "recipe" else run_one_stage)(args, device)
+    except (ValueError, FileNotFoundError) as error:
+        if distributed.is_main():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        distributed.close()
+
+
+if __name__ == "__main__":
+    main()
