@@ -66,19 +66,37 @@ def check(args):
             raise ValueError("--route fixed needs --table FILE.json")
         if args.num_samples != 1:
             raise ValueError("arbitrage takes one answer from each of --models; leave --num-samples out")
+    elif args.arbiter or args.pairs or args.table:
+        raise ValueError("--arbiter, --pairs and --table go with --models A B ...")
     for path in (args.out, args.pairs):
         if path and Path(path).exists():
             raise ValueError(f"{path} exists; give a new file, nothing is overwritten")
-    for folder in [args.model, args.arbiter, *(args.models or [])]:
-        if folder:
-            weights.read_config(folder)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path}: there is no such folder; make it first")
+    if args.pairs and Path(args.pairs).resolve() == Path(args.out).resolve():
+        raise ValueError("--pairs and --out are the same file; give two")
+    for folder in filter(None, [args.model, *(args.models or [])]):
+        if isinstance(weights.look_into(folder)[0], weights.RewardModel):
+            raise ValueError(f"{folder}: a reward model cannot generate; give a language model")
+    if args.arbiter and not isinstance(weights.look_into(args.arbiter)[0], weights.RewardModel):
+        raise ValueError(f"--arbiter {args.arbiter}: a language model, not a reward model; give a folder that the reward stage wrote")
+
+
+def read_table(path, rows, models):
+    """The teacher of each language, for --route fixed: {language: one of --models} for every language of the prompts."""
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--table {path}: not JSON ({error})") from None
+    wrong = sorted({str(row.get("language")) for row in rows if not isinstance(table, dict) or table.get(row.get("language")) not in models})
+    if wrong:
+        raise ValueError(f"--table {path}: names none of --models for {' '.join(wrong)}; it needs {{language: model folder}} for each language of the prompts")
+    return table
 
 
 def sample(folder, rows, args, device):
     """([rows' samples], new tokens, seconds) of one model folder."""
     model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
-    if isinstance(model, weights.RewardModel):
-        raise ValueError(f"{folder}: a reward model cannot generate; give a language model")
     started = time.perf_counter()
     groups = answer_rows(model, tokenizer, rows, args.num_samples, args.max_new_tokens, args.temperature, args.seed, args.batch_size,
                          progress=Path(folder).name, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
@@ -91,18 +109,16 @@ def plain(row):
 
 def arbitrage(rows, args, device):
     """All models answer all prompts, the arbiter scores, one answer is kept. Returns (new tokens, seconds)."""
+    table = read_table(args.table, rows, args.models) if args.route == "fixed" else None
     answers, scores, tokens, seconds = {}, {} if args.arbiter else None, 0, 0.0
     for folder in args.models:
         groups, n, s = sample(folder, rows, args, device)
         answers[folder], tokens, seconds = [group[0]["completion"] for group in groups], tokens + n, seconds + s
     if args.arbiter:
         arbiter, tokenizer = weights.load(args.arbiter, device)
-        if not isinstance(arbiter, weights.RewardModel):
-            raise ValueError(f"--arbiter {args.arbiter}: a language model, not a reward model; give a folder that the reward stage wrote")
         for folder in args.models:
             scores[folder] = score_texts(arbiter, tokenizer, [{**row, "completion": text} for row, text in zip(rows, answers[folder])])
     candidates = candidates_from(rows, answers, scores)
-    table = json.loads(Path(args.table).read_text(encoding="utf-8")) if args.table else None
     chosen, counts = route(candidates, args.route, args.seed, table)
     if distributed.is_main():
         by_prompt = {id(row["prompt_messages"]): {c["teacher"]: c["reward"] for c in row["candidates"]} for row in candidates}
@@ -138,7 +154,7 @@ def main():
     args = make_parser().parse_args()
     try:
         run(args, distributed.setup())
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if distributed.is_main():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

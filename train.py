@@ -81,7 +81,11 @@ def load_model(args, device, settings):
         return init_weights(architecture(preset), torch.Generator().manual_seed(settings.seed)), tokenizer
     if args.tokenizer:
         raise ValueError("--tokenizer goes with a preset; a model folder brings its own")
-    return (weights.load_trunk if args.command == "reward" else weights.load)(args.model, device)
+    if args.command == "reward":
+        return weights.load_trunk(args.model, device)
+    if weights.read_config(args.model)[1] == weights.RewardModel.architecture:
+        raise ValueError(f"--model {args.model}: a reward model; {args.command} trains language models")
+    return weights.load(args.model, device)
 
 
 def run_one_stage(args, device):
@@ -172,7 +176,7 @@ def main():
     try:
         device = distributed.setup()
         (run_whole_recipe if args.command == "recipe" else run_one_stage)(args, device)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if distributed.is_main():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

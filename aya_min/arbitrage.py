@@ -19,13 +19,14 @@ def candidates_from(rows, answers, scores=None):
 
 
 def read_answers(path, rows):
-    """Completions made elsewhere: for each prompt row the file's answer to the same prompt (and language, if the file says)."""
-    table = {}
+    """Completions made elsewhere: for each prompt row the file's answer to the same prompt, in the same language where both say theirs."""
+    exact, first = {}, {}                   # (prompt, language) -> answer; prompt -> its first answer in any language
     for where, row in read_jsonl(path):
-        answer = conversation(row, where)[-1]["content"]
-        for key in ((repr(prompt_of(row, where)), row.get("language")), (repr(prompt_of(row, where)), None)):
-            table.setdefault(key, answer)
-    found = [table.get((repr(r["prompt_messages"]), r.get("language")), table.get((repr(r["prompt_messages"]), None))) for r in rows]
+        prompt, answer = repr(prompt_of(row, where)), conversation(row, where)[-1]["content"]
+        exact.setdefault((prompt, row.get("language")), answer)
+        first.setdefault(prompt, answer)
+    keys = [(repr(r["prompt_messages"]), r.get("language")) for r in rows]
+    found = [exact.get((prompt, code), exact.get((prompt, None))) if code else first.get(prompt) for prompt, code in keys]
     missing = [r for r, text in zip(rows, found) if text is None]
     if missing:
         raise ValueError(f"{path}: no answer for {len(missing)} of {len(rows)} prompts, the first: {missing[0]['prompt_messages'][-1]['content'][:60]!r}; "

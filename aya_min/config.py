@@ -141,7 +141,7 @@ class Recipe:
     max_new_tokens: int = 32
     batch_size: int = 32
     dtype: str = field(default="float32", metadata={"help": "compute dtype", "choices": ["float32", "bfloat16"]})
-    corpus: int = field(default=128000, metadata={"help": "rows of noisy text that the base is pretrained on, once"})
+    corpus: int = field(default=144000, metadata={"help": "rows of noisy text that the base is pretrained on, once"})
     base_learning_rate: float = 5e-3
     lessons: int = field(default=9600, metadata={"help": "examples per teacher"})
     teacher_learning_rate: float = 1.5e-3
@@ -149,23 +149,27 @@ class Recipe:
     arbiter_gold_learning_rate: float = 2e-3
     arbiter_pairs: int = 24000
     arbiter_learning_rate: float = 1e-3
-    arbiter_lm_weight: float = 0.3
+    arbiter_lm_weight: float = 0.1
     num_prompts: int = field(default=6000, metadata={"help": "prompts of the arbitrage"})
-    teacher_temperature: float = 1.0
+    teacher_temperature: float = field(default=0.7, metadata={"help": "of the pool's answers; at 1.0 the worst ones teach offline DPO nothing (LOG.md)"})
     sft_epochs: float = 2.0
     sft_learning_rate: float = 1.5e-3
-    cluster_spill: float = field(default=0.0, metadata={"help": "share of the other languages' examples that each cluster also trains on"})
-    offline_learning_rate: float = 1e-4
+    cluster_scale: float = field(default=2.0, metadata={"help": "a cluster's learning rate over one model's: each has a fraction of the steps"})
+    cluster_spill: float = field(default=0.4, metadata={"help": "share of the other languages' examples that each cluster also trains on"})
+    offline_epochs: float = 2.0
+    offline_learning_rate: float = 3e-4
     offline_beta: float = 0.1
     offline_nll_weight: float = 0.2
-    offline_margin: float = 0.5
+    offline_margin: float = 1.0
     rounds: int = field(default=3, metadata={"help": "rounds of online DPO"})
-    online_prompts: int = field(default=2000, metadata={"help": "fresh prompts per online round"})
+    online_prompts: int = field(default=4000, metadata={"help": "fresh prompts per online round"})
     online_samples: int = field(default=4, metadata={"help": "completions per prompt"})
-    online_learning_rate: float = 4e-4
+    online_temperature: float = 0.7
+    online_epochs: float = 2.0
+    online_learning_rate: float = 3e-4
     online_beta: float = 0.1
     online_nll_weight: float = 0.1
-    online_margin: float = 0.5
+    online_margin: float = 1.0
     rloo_steps: int = 120
     rloo_learning_rate: float = 5e-4
     rloo_beta: float = 0.03
@@ -212,11 +216,15 @@ def settings_from(settings_class, preset=None, config_file=None, flags=None):
             loaded = json.loads(Path(config_file).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"--config {config_file}: not readable JSON ({error})") from None
-        unknown = sorted(set(loaded) - known)
+        unknown = sorted(set(loaded) - known) if isinstance(loaded, dict) else ["(not an object)"]
         if unknown:
             raise ValueError(f"--config {config_file}: unknown setting {' '.join(unknown)}; known: {' '.join(sorted(known))}")
         values.update(loaded)
     values.update({k: v for k, v in (flags or {}).items() if k in known and v is not None})
+    for f in fields(settings_class):
+        value, kind, choices = values.get(f.name, f.default), type(f.default), f.metadata.get("choices")
+        if not (type(value) is kind or (kind is float and type(value) is int)) or (choices and value not in choices):
+            raise ValueError(f"setting {f.name} must be {'one of ' + ' '.join(choices) if choices else 'of type ' + kind.__name__}, got {value!r}")
     return settings_class(**values)
 
 
@@ -224,9 +232,12 @@ def check_training(settings, num_ranks):
     """Refuse what cannot run, before anything heavy."""
     if settings.max_length < 2:
         raise ValueError(f"--max-length must be at least 2 tokens, got {settings.max_length}")
-    for name in ("batch_size", "learning_rate"):
-        if getattr(settings, name) <= 0:
+    for name in ("batch_size", "learning_rate", "max_grad_norm"):
+        if not getattr(settings, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(settings, name)}")
+    for name in ("max_steps", "micro_batch_size", "warmup_steps", "save_every", "eval_every"):
+        if getattr(settings, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(settings, name)}")
     if settings.batch_size % num_ranks:
         raise ValueError(f"--batch-size {settings.batch_size} does not divide over {num_ranks} ranks; use a multiple of {num_ranks}")
     share = settings.batch_size // num_ranks

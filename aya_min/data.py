@@ -161,11 +161,11 @@ def encode_example(tokenizer, messages, row):
 
 
 def _report_left_out(paths, kept, too_long, max_length):
+    if not kept:
+        raise ValueError(f"{' '.join(map(str, paths))}: no example fits into --max-length {max_length} tokens; raise it")
     if too_long and distributed.is_main():
         print(f"{' '.join(map(str, paths))}: {too_long} of {kept + too_long} examples are longer than --max-length {max_length} tokens and are left out",
               file=sys.stderr)
-    if not kept:
-        raise ValueError(f"{' '.join(map(str, paths))}: no example fits into --max-length {max_length} tokens; raise it")
 
 
 def load_examples(paths, tokenizer, max_length):
@@ -291,13 +291,21 @@ class Sampler:
         return np.concatenate(indices)
 
 
+def count_steps(num_items, settings):
+    """--max-steps, or as many as --epochs gives."""
+    num_steps = settings.max_steps or -(-int(settings.epochs * num_items) // settings.batch_size)
+    if num_steps < 1:
+        raise ValueError(f"--epochs {settings.epochs} of {num_items} examples is less than one example; give more, or --max-steps")
+    return num_steps
+
+
 def make_batches(items, collate_fn, settings):
     """(num_steps, batches): batches(step) is this rank's list of micro-batches for a step, a pure function of the step.
 
     The ranks take every n-th example of the global batch, so that they get similar lengths.
     """
     sampler = Sampler([length_of(item) for item in items], settings.batch_size, settings.seed)
-    num_steps = settings.max_steps or -(-int(settings.epochs * len(items)) // settings.batch_size)
+    num_steps = count_steps(len(items), settings)
     rank, ranks = distributed.rank(), distributed.num_ranks()
 
     def batches(step):

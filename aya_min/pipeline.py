@@ -241,19 +241,21 @@ def family_table(run, teachers):
 def train_clusters_and_merge(run, name, title, stage, start, rows, its_settings, epochs, shared=SHARED):
     """One model per language cluster, all from `start`, then their plain average (weighted linear merging, launch blog).
 
-    All clusters together take as many optimizer steps as one model would on all rows: steps are shared out equally.
+    All clusters together take as many optimizer steps as one model would on all rows, shared out equally; `cluster_spill` of the other
+    languages' rows keep the clusters from drifting apart (LOG.md: hard clusters this small do not average well).
     """
     r, folders = run.recipe, []
     total = max(len(run.clusters), round(epochs * len(rows) / r.batch_size))
     for cluster in run.clusters:
         codes = cluster_languages(run.clusters, cluster, shared)
         rng = random.Random(f"{name}/{cluster}/{r.seed}")
-        mine = [row for row in rows if row.get("language") in codes or rng.random() < r.cluster_spill]
-        if len(mine) < r.batch_size:
-            raise ValueError(f"cluster {cluster!r} has only {len(mine)} examples at {name}, fewer than a batch of {r.batch_size}; "
-                             "give more prompts in its languages, fewer clusters, or a smaller --batch-size")
-        folders.append(train_step(run, f"{name}-{cluster}", f"{title}: {cluster}", stage, start, mine,
-                                  settings(run, **{**its_settings, "max_steps": max(1, round(total / len(run.clusters)))})))
+        mine = [row for row in rows if row.get("language") in (None, *codes) or rng.random() < r.cluster_spill]    # without a language: in all
+        batch_size = min(r.batch_size, len(mine)) // distributed.num_ranks() * distributed.num_ranks()      # a small cluster takes small batches
+        if not batch_size:
+            raise ValueError(f"cluster {cluster!r} has {len(mine)} examples at {name}, too few to train on; give more prompts in its languages, or fewer clusters")
+        steps = max(1, round(total / len(run.clusters)))
+        cluster_settings = {**its_settings, "batch_size": batch_size, "max_steps": steps, "warmup_steps": max(1, steps // 10), "learning_rate": r.cluster_scale * its_settings["learning_rate"]}
+        folders.append(train_step(run, f"{name}-{cluster}", f"{title}: {cluster}", stage, start, mine, settings(run, **cluster_settings)))
 
     def make(folder, resume):
         if distributed.is_main():
@@ -283,7 +285,7 @@ def online_pairs(run, name, round_number, current, arbiter):
         else:
             everything = load_prompts(run.prompts)
             rows = random.Random(f"online/{r.seed}/{round_number}").sample(everything, min(r.online_prompts, len(everything)))
-        samples = answers_of(run, current, rows, r.online_samples, seed=7919 * round_number + r.seed, progress=f"sampling, round {round_number}")
+        samples = answers_of(run, current, rows, r.online_samples, r.online_temperature, seed=7919 * round_number + r.seed, progress=f"sampling, round {round_number}")
         flat = [{**row, "completion": text} for row, group in zip(rows, samples) for text in group]
         scores = iter(scores_of(run, arbiter, flat))
         scored = [{**row, "candidates": [{"teacher": f"sample-{i}", "completion": text, "reward": next(scores)} for i, text in enumerate(group)]}
@@ -299,11 +301,11 @@ def online_pairs(run, name, round_number, current, arbiter):
 
 def online_rounds(run, prefix, start, arbiter):
     """Rounds of online DPO from `start`; the reference of each round is the model it starts from. -> [(name, model folder), ...]"""
-    done, current = [], start
-    for t in range(1, run.recipe.rounds + 1):
+    r, done, current = run.recipe, [], start
+    for t in range(1, r.rounds + 1):
         name = f"{prefix}-{t}"
         pairs = online_pairs(run, name, t, current, arbiter)
-        current = train_clusters_and_merge(run, name, f"online DPO, round {t}", stages.dpo, current, pairs, dpo_settings(run, "online"), epochs=1.0)
+        current = train_clusters_and_merge(run, name, f"online DPO, round {t}", stages.dpo, current, pairs, dpo_settings(run, "online"), r.online_epochs)
         done.append((name, current))
     return done
 
@@ -347,7 +349,7 @@ def run_recipe(run):
     # Offline DPO: the pool's best against its worst
     pairs, offline_counts = best_worst(candidates, r.offline_margin)
     offline = keep("offline", "+ offline DPO, per cluster, merged", "stage",
-                   train_clusters_and_merge(run, "offline", "offline DPO", stages.dpo, sft, pairs, dpo_settings(run, "offline"), 1.0), "sft")
+                   train_clusters_and_merge(run, "offline", "offline DPO", stages.dpo, sft, pairs, dpo_settings(run, "offline"), r.offline_epochs), "sft")
 
     # Online DPO: three rounds
     previous = "offline"
@@ -369,7 +371,7 @@ def run_recipe(run):
 
 
 def more_arms(run, keep, base, sft, reward_rows, arbiter):
-    """--arms all: online without offline, RLOO from the same SFT model, clusters without the shared languages."""
+    """--arms all: online without offline (offline only is the stage itself), RLOO from the same SFT model, clusters without shared languages."""
     r, previous = run.recipe, "sft"
     for t, (name, folder) in enumerate(online_rounds(run, "online-only", sft, arbiter), 1):
         keep(name, f"SFT + online DPO only, round {t}", "arm", folder, previous)
@@ -382,7 +384,7 @@ def more_arms(run, keep, base, sft, reward_rows, arbiter):
                                max_new_tokens=r.max_new_tokens), reward_model=reward_model)
     keep("rloo", "SFT + RLOO", "arm", rloo, "sft")
     no_shared = train_clusters_and_merge(run, "no-shared", "SFT without shared languages", stages.sft, base,
-                                         [row for row in reward_rows if row.get("language") not in SHARED] , sft_settings(run), r.sft_epochs, shared=[])
+                                         reward_rows, sft_settings(run), r.sft_epochs, shared=[])
     keep("no-shared", "SFT per cluster without shared languages, merged", "arm", no_shared, "base")
 
 

@@ -17,8 +17,8 @@ import torch
 
 from . import __version__, distributed, weights
 from .config import check_training
-from .data import (Example, Sampler, batches_in_order, by_language, collate, collate_pairs, language_slot, load_examples, load_pairs,
-                   load_prompts, make_batches)
+from .data import (Example, Sampler, batches_in_order, by_language, collate, collate_pairs, count_steps, language_slot, load_examples,
+                   load_pairs, load_prompts, make_batches)
 from .loop import evaluate, train
 from .losses import bradley_terry_loss, dpo_loss, kl_shaped_rewards, rloo_advantages, sum_by_row
 from .model import CohereForCausalLM
@@ -151,8 +151,12 @@ def run_stage(stage, model, tokenizer, num_steps, batches, loss_fn, settings, ru
     if eval_items:
         held_out = batches_in_order(eval_items, eval_collate)
         evaluation = lambda: evaluate(model, loss_fn, held_out, device)
-    if resume and distributed.is_main():
-        forget_after(run / "metrics.jsonl", json.loads((run / "state" / "state.json").read_text(encoding="utf-8"))["step"], num_steps)
+    if resume:
+        done = json.loads((run / "state" / "state.json").read_text(encoding="utf-8"))["step"]
+        if done > num_steps:
+            raise ValueError(f"--resume {run}: that run has done {done} steps, more than the {num_steps} that are asked for; raise --max-steps or --epochs")
+        if distributed.is_main():
+            forget_after(run / "metrics.jsonl", done, num_steps)
     distributed.barrier()
     model = train(model, num_steps, batches, loss_fn, settings, run, device, evaluation, resume, title=stage, **more)
     if distributed.is_main() and evaluation:
@@ -215,11 +219,11 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=Fal
     if settings.num_samples < 2:
         raise ValueError(f"--num-samples {settings.num_samples}: RLOO needs at least 2 samples a prompt for its baseline")
     sampler = Sampler([len(ids) for ids in prompt_ids], settings.batch_size, settings.seed)
+    num_steps = count_steps(len(prompts), settings)
     run = open_run(out, "rloo", settings, data, resume, tokenizer, source)
     k, policy, reference = settings.num_samples, CohereForCausalLM(model.config).to(device), CohereForCausalLM(model.config).to(device)
     reference.load_state_dict(model.state_dict())
     reward_model = reward_model.to(device)
-    num_steps = settings.max_steps or -(-int(settings.epochs * len(prompts)) // settings.batch_size)
 
     def sampled_example(ids, answer, row):
         mask = [False] * len(ids) + [True] * len(answer["ids"])                                # exactly the sampled tokens, the stop token included

@@ -19,6 +19,7 @@ from .model import CohereForCausalLM, RewardModel, init_weights
 from .tokenizer import load_tokenizer
 
 ARCHITECTURES = {"CohereForCausalLM": CohereForCausalLM, "CohereForSequenceClassification": RewardModel}
+USUAL_HEAD_LACKS = "score_logps.weight"         # a head that reads the last token only: as if this were 0
 
 
 def tensor_files(folder):
@@ -26,7 +27,10 @@ def tensor_files(folder):
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        try:
+            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{index}: no weight_map of tensor names and files in it; download the model again") from None
         for name in set(weight_map.values()):
             if Path(name).name != name or not (folder / name).is_file():
                 raise ValueError(f"{index}: shard {name!r} is not a file in the folder; download the model again")
@@ -56,27 +60,43 @@ def read_config(folder):
     return ModelConfig.from_published(raw, where=str(path)), architecture
 
 
-@torch.no_grad()
-def load(folder, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) of a model folder, read tensor by tensor into the module that its config.json names."""
+def look_into(folder):
+    """(model without weights, tokenizer, {tensor name: file}) of a model folder whose files fit together; no weights are read."""
     config, architecture = read_config(folder)
     tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, config.json a vocabulary of {config.vocab_size}; they are of different models")
     with torch.device("meta"):
         model = ARCHITECTURES[architecture](config)
     files, own = tensor_files(folder), model.state_dict()
-    missing, extra = sorted(own.keys() - files.keys()), sorted(files.keys() - own.keys())
+    missing, extra = sorted(own.keys() - files.keys() - {USUAL_HEAD_LACKS}), sorted(files.keys() - own.keys())
     if missing or extra:
         raise ValueError(f"{folder}: the tensors do not fit config.json: " + "; ".join(
             f"{len(names)} {what}: {' '.join(names[:10])}" for what, names in (("missing", missing), ("extra", extra)) if names))
+    return model, tokenizer, files
+
+
+@torch.no_grad()
+def load(folder, device="cpu", dtype=torch.float32):
+    """(model, tokenizer) of a model folder, read tensor by tensor into the module that its config.json names."""
+    model, tokenizer, files = look_into(folder)
     model = model.to_empty(device=device).to(dtype)
     own = model.state_dict()
     for path in sorted(set(files.values())):
-        with safe_open(path, "pt", device=str(device)) as f:
-            for name in f.keys():
-                shape = tuple(f.get_slice(name).get_shape())
-                if shape != tuple(own[name].shape):
-                    raise ValueError(f"{path}: {name} has shape {shape}, config.json wants {tuple(own[name].shape)}")
-                own[name].copy_(f.get_tensor(name))
+        try:
+            with safe_open(path, "pt", device=str(device)) as f:
+                differ = sorted({name for name, file in files.items() if file == path} ^ set(f.keys()))
+                if differ:
+                    raise ValueError(f"{path}: does not hold what the index says: {' '.join(differ[:10])}; download the model again")
+                for name in f.keys():
+                    shape = tuple(f.get_slice(name).get_shape())
+                    if shape != tuple(own[name].shape):
+                        raise ValueError(f"{path}: {name} has shape {shape}, config.json wants {tuple(own[name].shape)}")
+                    own[name].copy_(f.get_tensor(name))
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
+    if USUAL_HEAD_LACKS in own.keys() - files.keys():
+        own[USUAL_HEAD_LACKS].zero_()
     return model, tokenizer
 
 

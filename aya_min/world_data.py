@@ -9,9 +9,9 @@ import random
 from .languages import LANGUAGES, SHARED, cluster_languages
 from .world import answer, gold_answer, grade, questions, text_line
 
-CORPUS_MIX = (25, 55, 12, 8)       # the base knows the answers but mostly blurts them out: room for post-training (world C of the spike)
+CORPUS_MIX = (20, 66, 8, 6)         # the base knows the answers but mostly blurts them out: room for post-training (world C of the spike)
 HOME_MIX = (50, 40, 10, 0)          # a teacher on its own cluster and the shared languages
-AWAY_MIX = (30, 45, 20, 5)          # a teacher elsewhere
+AWAY_MIX = (25, 40, 25, 10)         # a teacher elsewhere
 
 
 def corpus(count, seed, level):
@@ -49,12 +49,12 @@ def graded_pairs(question_rows, sampled, seed, flip=0.05):
         u, gold_pair = rng.random(), (gold_answer(q), 3)
         if samples and u < 0.5:
             first, second = ((text, grade(q, text).grade) for text in rng.sample(samples, 2))
-        elif u < 0.75:
+        elif u < 0.70:
             first, second = gold_pair, answer(rng, q, (0, 0, 1, 0))
-        elif u < 0.9:
+        elif u < 0.83:
             first, second = answer(rng, q, (0, 1, 0, 0)), answer(rng, q, (0, 0, 1, 0))
         else:
-            first, second = gold_pair, answer(rng, q, (0, 1, 0, 1))
+            first, second = gold_pair, answer(rng, q, (0, 2, 0, 1))
         if first[1] == second[1] or not first[0].strip() or not second[0].strip():
             continue
         best, worst = sorted((first, second), key=lambda side: -side[1])

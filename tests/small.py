@@ -60,12 +60,16 @@ def write_world(folder, count=36):
     return folder
 
 
-def run(stage, data, out, resume=False, held_out=False, **changes):
+VARIANTS = {"sft-recomputed": dict(activation_checkpointing=True), "sft-untied": dict(architecture=dict(tie_word_embeddings=False, use_qk_norm=True)),
+            **{f"{stage}-bfloat16": dict(dtype="bfloat16", max_steps=1) for stage in STAGES}}
+
+
+def run(stage, data, out, resume=False, held_out=False, architecture={}, **changes):
     """Run a stage on write_world's files in this process (or on these ranks); its run folder."""
     function, settings_class, file = STAGES[stage]
     values = dict(batch_size=8, max_steps=3, learning_rate=1e-3, warmup_steps=2, max_length=256)
     values |= {"reward": dict(lm_weight=0.3), "dpo": dict(nll_weight=0.2), "rloo": dict(num_samples=2, max_new_tokens=12)}.get(stage, {})
-    model, more = (reward_model() if stage == "reward" else language_model()), {}
+    model, more = (reward_model if stage == "reward" else language_model)(**architecture), {}
     if stage == "rloo":
         more["reward_model"] = reward_model()
     elif held_out:
@@ -105,12 +109,14 @@ def on_these_ranks(world, out):
     share = 2 if distributed.num_ranks() > 1 else 0                     # two micro-batches a rank, or the whole batch at once
     for stage in STAGES:
         run(stage, world, out / stage, held_out=True, micro_batch_size=share)
+    for name, changes in VARIANTS.items():
+        run(name.split("-")[0], world, out / name, micro_batch_size=share, **changes)
     rows = load_prompts([world / "prompts.jsonl"])[:9]
     model, judge = language_model(), reward_model()
     answers = answer_rows(model, tokenizer(), rows, 2, 12, temperature=0.7, seed=3, batch_size=4)
     scores = score_texts(judge, tokenizer(), [{**row, **group[0]} for row, group in zip(rows, answers)], batch_size=2)
     long = [rows[0], {"prompt": "word " * 600}, *rows[1:]]
-    few = load_examples([world / "held-out-sft.jsonl"], tokenizer(), 256)[:1]
+    few = load_examples([world / "held-out-sft.jsonl"], tokenizer(), 256)[:3]
 
     def nan_on_the_last_rank(model, batch):
         loss, metrics = stages.sft_loss(model, batch)
@@ -122,7 +128,7 @@ def on_these_ranks(world, out):
     moved = [name for name, p in language_model().named_parameters() if not torch.equal(p, distributed.full(dict(trained.named_parameters())[name].data))]
     return {"answers": answers, "scores": scores, "not_finite": not_finite, "moved": moved,
             "too_long": refusal(answer_rows, model, tokenizer(), long, 1, 12), "main": refusal(distributed.from_main, lambda: int("x")),
-            "one_held_out": evaluate(model, stages.sft_loss, batches_in_order(few, collate), CPU)}
+            "few_held_out": [evaluate(model, stages.sft_loss, batches_in_order(few[:n], collate, size=1), CPU) for n in (1, 3)]}
 
 
 def main():

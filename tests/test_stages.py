@@ -61,7 +61,7 @@ def test_dpo_is_minus_log_sigmoid_of_beta_times_the_difference_of_log_ratios(pai
     assert overall(metrics["rewards/chosen"]) == pytest.approx((beta * ratio[:, 0].mean()).item(), rel=1e-4, abs=1e-4)
     assert overall(metrics["rewards/margins"]) == pytest.approx((beta * (ratio[:, 0] - ratio[:, 1]).mean()).item(), rel=1e-4, abs=1e-4)
     assert overall(metrics["rewards/accuracies"]) == float((ratio[:, 0] > ratio[:, 1]).float().mean())
-    assert overall(metrics["logps/rejected"]) == pytest.approx(float(sum(full_logps(policy, p.rejected) for p in pairs)) / 6, rel=1e-5)
+    assert overall(metrics["logps/rejected"]) == pytest.approx(sum(full_logps(policy, p.rejected).item() for p in pairs) / 6, rel=1e-5)
 
 
 def test_the_nll_beside_dpo_is_the_chosen_answers_nats_per_token(pairs):
@@ -123,7 +123,7 @@ def test_padding_changes_no_loss(pairs):
 
 # the reference of DPO
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 3e-4)])
 def test_the_first_dpo_loss_is_ln_2(dtype, tolerance, world, tmp_path):
     """In bfloat16 the reference used to be computed in fp32: off by the rounding of every token of the answer."""
     row = logged(run("dpo", world, tmp_path / "run", dtype=dtype, max_steps=1))[0]
@@ -170,6 +170,12 @@ def test_rloo_raises_the_reward_of_its_own_samples(world, tmp_path):
     mean = lambda part: sum(row["reward"] for row in part) / len(part)
     assert mean(rows[-4:]) > mean(rows[:4]) + 0.5
     assert abs(rows[0]["kl"]) < 1e-4 < rows[-1]["kl"]
+
+
+def test_a_larger_beta_keeps_rloo_nearer_to_where_it_started(world, tmp_path):
+    free, held = (logged(run("rloo", world, tmp_path / str(beta), max_steps=12, learning_rate=1e-2, num_samples=4, max_new_tokens=1, beta=beta)) for beta in (0.0, 1.0))
+    assert free[0] == held[0]                                           # at the start there is no distance
+    assert sum(row["kl"] for row in held[-4:]) < 0.7 * sum(row["kl"] for row in free[-4:])
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -243,6 +249,15 @@ def test_resuming_with_other_settings_or_other_data_is_refused(world, tmp_path):
     with pytest.raises(ValueError, match="that run had other data files"):
         run("sft", write_world(tmp_path / "copy"), folder, resume=True)
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_with_fewer_steps_than_were_done_is_refused(world, tmp_path):
+    """The later weights used to be saved as those of the earlier step."""
+    folder = run("sft", world, tmp_path / "run", max_steps=3)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="has done 3 steps, more than the 2 that are asked for"):
+        run("sft", world, folder, resume=True, max_steps=2)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_resuming_what_was_never_saved_is_refused(world, tmp_path):

@@ -1,0 +1,171 @@
+"""Arbitrage and preference pairs by hand: which answer a route keeps, what is counted, which pairs come of it, whose answer is joined to which prompt."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from aya_min.arbitrage import candidates_from, read_answers, route, wins_table
+from aya_min.data import load_prompts
+from aya_min.preferences import best_worst
+from aya_min.world import write_jsonl
+
+
+def row(*candidates, **extra):
+    """A prompt row with candidates (teacher, completion, reward)."""
+    return {"prompt": "p", "language": "fr", **extra, "candidates": [{"teacher": t, "completion": c, "reward": r} for t, c, r in candidates]}
+
+
+# routes
+
+def test_candidates_stand_in_the_order_of_the_teachers_with_their_rewards():
+    rows = candidates_from([{"prompt": "a"}, {"prompt": "b"}], {"T": ["1", "2"], "U": ["3", "4"]}, {"T": [0.1, 0.2], "U": [0.3, 0.4]})
+    assert rows[1] == {"prompt": "b", "candidates": [{"teacher": "T", "completion": "2", "reward": 0.2}, {"teacher": "U", "completion": "4", "reward": 0.4}]}
+    assert candidates_from([{"prompt": "a"}], {"T": ["1"]})[0]["candidates"][0]["reward"] is None
+
+
+def test_the_reward_route_keeps_the_best_answer_of_each_prompt_and_counts_who_won():
+    rows = [row(("T", "a", 0.1), ("U", "b", 0.9), ("V", "c", -3.0), question_id="q1"), row(("T", "d", -1.0), ("U", "e", -2.0), language="de"), row(("T", "f", 0), ("U", "g", 1))]
+    chosen, counts = route(rows, "reward")
+    assert [(c["completion"], c["teacher"]) for c in chosen] == [("b", "U"), ("d", "T"), ("g", "U")]
+    assert chosen[0] == {"prompt": "p", "language": "fr", "question_id": "q1", "completion": "b", "teacher": "U"}
+    assert counts == {"prompts": 3, "wins": {"fr": {"U": 2}, "de": {"T": 1}}, "ties": 0, "equal_texts": 0, "empty": 0}
+
+
+def test_ties_and_equal_texts_are_counted_and_a_tie_is_broken_by_the_seed():
+    tie, same, same_reward = row(("T", "a", 1.0), ("U", "b", 1.0), ("V", "c", 0.0)), row(("T", "a", 1.0), ("U", "a", 0.9)), row(("T", "a", 1.0), ("U", "a", 1.0))
+    _, counts = route([tie, same, same_reward], "reward")
+    assert (counts["ties"], counts["equal_texts"]) == (1, 2)            # the same text twice is no tie
+    winners = Counter(route([tie], "reward", seed)[0][0]["teacher"] for seed in range(60))
+    assert set(winners) == {"T", "U"} and min(winners.values()) > 10
+
+
+def test_the_same_seed_routes_the_same_way():
+    rows = [row(*[(t, f"{t}{i}", 0.0) for t in "TUVW"]) for i in range(50)]
+    for how in ("reward", "random"):
+        first, again, other = (route(rows, how, seed)[0] for seed in (0, 0, 1))
+        assert first == again != other
+
+
+def test_the_random_route_takes_every_teacher_about_equally_often_whatever_the_rewards():
+    rows = [row(*[(t, f"{t}{i}", float(ord(t))) for t in "TUVW"]) for i in range(400)]
+    chosen, counts = route(rows, "random", 3)
+    assert counts["wins"]["fr"].keys() == set("TUVW") and all(60 < n < 140 for n in counts["wins"]["fr"].values())      # 4.6 sigma around 100
+    assert counts["ties"] == 0 and len(chosen) == 400
+
+
+def test_the_fixed_route_takes_the_teacher_of_the_language():
+    rows = [row(("T", "a", 0.0), ("U", "b", 9.0)), row(("T", "c", 0.0), ("U", "d", 9.0), language="de")]
+    chosen, counts = route(rows, "fixed", table={"fr": "T", "de": "U"})
+    assert [c["completion"] for c in chosen] == ["a", "d"] and counts["wins"] == {"fr": {"T": 1}, "de": {"U": 1}}
+
+
+@pytest.mark.parametrize("how", ["reward", "random", "fixed"])
+def test_empty_completions_are_never_chosen_and_a_prompt_with_nothing_else_is_left_out_and_counted(how):
+    rows = [row(("T", "  \n", 5.0), ("U", "b", 0.0)), row(("T", "", 1.0), ("U", "", 2.0))] * 20
+    chosen, counts = route(rows, how, table={"fr": "U"})
+    assert {c["completion"] for c in chosen} == {"b"} and len(chosen) == counts["empty"] == 20
+
+
+def test_a_prompt_without_a_language_counts_under_other():
+    bare = row(("T", "a", 1.0), ("U", "b", 0.0))
+    del bare["language"]
+    assert route([bare], "reward")[1]["wins"] == {"other": {"T": 1}}
+
+
+def test_the_table_of_wins_gives_percent_by_language():
+    text = wins_table({"fr": {"T": 3, "U": 1}, "de": {"U": 2}}, ["T", "U"])
+    assert [line.split() for line in text.splitlines()] == [["language", "T", "U"], ["de", "0%", "100%"], ["fr", "75%", "25%"]]
+
+
+# teachers' files
+
+@pytest.fixture
+def prompts(tmp_path):
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "7", "language": "fr"}, {"prompt": "7", "language": "de"}, {"prompt": "8", "language": "de"}, {"prompt": "9"}])
+    return load_prompts([tmp_path / "prompts.jsonl"])
+
+
+def answers(tmp_path, rows):
+    write_jsonl(tmp_path / "teacher.jsonl", rows)
+    return tmp_path / "teacher.jsonl"
+
+
+def test_answers_are_joined_by_prompt_and_language_in_the_prompts_order(prompts, tmp_path):
+    path = answers(tmp_path, [{"prompt": "9", "completion": "neun"}, {"prompt": "8", "language": "deu", "completion": "acht"},
+                              {"prompt": "7", "language": "German", "completion": "sieben"}, {"prompt": "7", "language": "fr", "completion": "sept"}])
+    assert read_answers(path, prompts) == ["sept", "sieben", "acht", "neun"]
+
+
+def test_an_answer_without_a_language_answers_its_prompt_in_any(prompts, tmp_path):
+    path = answers(tmp_path, [{"prompt": p, "completion": p * 2} for p in "789"])
+    assert read_answers(path, prompts) == ["77", "77", "88", "99"]
+
+
+def test_a_prompt_without_a_language_takes_the_answer_in_any(prompts, tmp_path):
+    path = answers(tmp_path, [{"prompt": "7", "completion": "a"}, {"prompt": "8", "completion": "b"}, {"prompt": "9", "language": "it", "completion": "nove"}])
+    assert read_answers(path, prompts) == ["a", "a", "b", "nove"]
+
+
+def test_an_answer_in_another_language_is_not_taken_for_the_prompts(prompts, tmp_path):
+    """Without an answer in its own language a prompt used to get one in another, which the file said was another."""
+    path = answers(tmp_path, [{"prompt": "7", "language": "de", "completion": "sieben"}, {"prompt": "8", "completion": "acht"}, {"prompt": "9", "completion": "neun"}])
+    with pytest.raises(ValueError, match="teacher.jsonl: no answer for 1 of 4 prompts, the first: '7'"):
+        read_answers(path, prompts)
+
+
+def test_a_missing_answer_is_refused_with_the_prompt(prompts, tmp_path):
+    with pytest.raises(ValueError, match="no answer for 2 of 4 prompts, the first: '8'.*one line for each prompt"):
+        read_answers(answers(tmp_path, [{"prompt": "7", "completion": "a"}]), prompts)
+
+
+def test_the_first_of_two_answers_to_a_prompt_counts(prompts, tmp_path):
+    path = answers(tmp_path, [{"prompt": p, "completion": p + suffix} for suffix in ("first", "second") for p in "789"])
+    assert read_answers(path, prompts) == ["7first", "7first", "8first", "9first"]
+
+
+def test_prompts_of_several_turns_are_joined_by_all_of_them(tmp_path):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "7"}]
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": turns}, {"prompt": "7"}])
+    path = answers(tmp_path, [{"messages": turns + [{"role": "assistant", "content": "long"}]}, {"inputs": "7", "targets": "short"}])
+    assert read_answers(path, load_prompts([tmp_path / "prompts.jsonl"])) == ["long", "short"]
+
+
+def test_an_empty_answer_of_a_teacher_is_refused_with_its_line(prompts, tmp_path):
+    with pytest.raises(ValueError, match="teacher.jsonl:2: 'completion' is empty"):
+        read_answers(answers(tmp_path, [{"prompt": "7", "completion": "a"}, {"prompt": "8", "completion": " "}]), prompts)
+
+
+# preference pairs
+
+def test_the_best_answer_is_chosen_and_the_worst_rejected():
+    pairs, counts = best_worst([row(("T", "a", 0.5), ("U", "b", 2.0), ("V", "c", -1.0), ("W", "d", 1.0), question_id="q")])
+    assert pairs == [{"prompt": "p", "language": "fr", "question_id": "q", "chosen": "b", "rejected": "c", "chosen_reward": 2.0, "rejected_reward": -1.0,
+                      "chosen_teacher": "U", "rejected_teacher": "V"}]
+    assert counts == {"pairs": 1, "equal_texts": 0, "small_margin": 0}
+
+
+def test_a_pair_needs_two_texts_and_a_difference_above_the_margin():
+    rows = [row(("T", "a", 1.0), ("U", "a", 0.0)), row(("T", "a", 1.0), ("U", "b", 1.0)), row(("T", "a", 1.5), ("U", "b", 1.0)), row(("T", "a", 1.6), ("U", "b", 1.0))]
+    assert best_worst(rows)[1] == {"pairs": 2, "equal_texts": 1, "small_margin": 1}
+    pairs, counts = best_worst(rows, margin=0.5)
+    assert counts == {"pairs": 1, "equal_texts": 1, "small_margin": 2} and pairs[0]["chosen_reward"] == 1.6
+
+
+def test_empty_completions_make_no_pair_though_they_are_the_worst():
+    assert best_worst([row(("T", "a", 1.0), ("U", " ", -5.0))]) == ([], {"pairs": 0, "equal_texts": 1, "small_margin": 0})
+    [pair], _ = best_worst([row(("T", "a", 1.0), ("U", "", -5.0), ("V", "c", 0.0))])
+    assert (pair["chosen"], pair["rejected"]) == ("a", "c")
+
+
+def test_samples_of_one_model_need_no_teacher():
+    own = {"prompt": "p", "candidates": [{"completion": "a", "reward": 1.0}, {"completion": "b", "reward": 0.0}]}
+    [pair], _ = best_worst([own])
+    assert pair["chosen"] == "a" and pair["chosen_teacher"] is None
+
+
+def test_neither_routes_nor_pairs_change_the_rows_they_read():
+    rows = [row(("T", "a", 1.0), ("U", "b", 0.0)) for _ in range(3)]
+    before = json.dumps(rows)
+    route(rows, "reward"), route(rows, "random"), best_worst(rows)
+    assert json.dumps(rows) == before
