@@ -162,14 +162,15 @@ class Recipe:
     offline_nll_weight: float = 0.2
     offline_margin: float = 1.0
     rounds: int = field(default=3, metadata={"help": "rounds of online DPO"})
-    online_prompts: int = field(default=4000, metadata={"help": "fresh prompts per online round"})
-    online_samples: int = field(default=4, metadata={"help": "completions per prompt"})
+    online_prompts: int = field(default=3000, metadata={"help": "fresh prompts per online round"})
+    online_samples: int = field(default=8, metadata={"help": "completions per prompt"})
     online_temperature: float = 0.7
     online_epochs: float = 2.0
-    online_learning_rate: float = 3e-4
+    online_learning_rate: float = 6e-4
     online_beta: float = 0.1
     online_nll_weight: float = 0.1
     online_margin: float = 1.0
+    rloo_samples: int = 4
     rloo_steps: int = 120
     rloo_learning_rate: float = 5e-4
     rloo_beta: float = 0.03

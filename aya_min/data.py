@@ -257,8 +257,8 @@ def length_of(item):
 class Sampler:
     """The seeded order of a data set. Its whole state is one integer, the global position; every rank computes the same order.
 
-    Each epoch is a permutation in which neighbours have similar lengths (sorted within windows of 16 batches, the batches
-    shuffled), so that padding is small. Every example comes once an epoch, at any number of ranks.
+    Each epoch is a permutation in which neighbours have similar lengths (sorted within windows of 16 batches, or of a quarter of a small
+    data set; the batches shuffled), so that padding is small. Every example comes once an epoch, at any number of ranks.
     """
 
     def __init__(self, lengths, batch_size, seed):
@@ -271,7 +271,7 @@ class Sampler:
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
             shuffled = rng.permutation(len(self.lengths))
-            window = 16 * self.batch_size
+            window = self.batch_size * max(1, min(16, len(shuffled) // self.batch_size // 4))
             by_length = [w[np.argsort(self.lengths[w], kind="stable")] for w in np.split(shuffled, range(window, len(shuffled), window))]
             flat = np.concatenate(by_length)
             batches = np.split(flat, range(self.batch_size, len(flat), self.batch_size))

@@ -380,7 +380,7 @@ def more_arms(run, keep, base, sft, reward_rows, arbiter):
     prompts = questions("preference", r.rloo_steps * r.batch_size, f"rloo/{r.seed}", level=r.level) if run.embedded else \
         [{k: v for k, v in row.items() if k != "prompt_messages"} for row in load_prompts(run.prompts)]
     rloo = train_step(run, "rloo", "RLOO from the SFT model", stages.rloo, sft, prompts,
-                      settings(run, RLOO, learning_rate=r.rloo_learning_rate, beta=r.rloo_beta, num_samples=r.online_samples, max_steps=r.rloo_steps,
+                      settings(run, RLOO, learning_rate=r.rloo_learning_rate, beta=r.rloo_beta, num_samples=r.rloo_samples, max_steps=r.rloo_steps,
                                max_new_tokens=r.max_new_tokens), reward_model=reward_model)
     keep("rloo", "SFT + RLOO", "arm", rloo, "sft")
     no_shared = train_clusters_and_merge(run, "no-shared", "SFT without shared languages", stages.sft, base,
@@ -433,7 +433,7 @@ def summarize_run(run, models, arbiter_record, arbitrage_counts, started):
     for m in models:
         entry = {k: m[k] for k in ("name", "title", "kind", "previous")}
         for decoding, rows in answers[m["name"]].items():
-            against = {"base": "base", "previous": m["previous"], "single": "single", "random": "random", "mix": "mix", "sft": "sft"}
+            against = {"base": "base", "previous": m["previous"], "single": "single", "random": "random", "mix": "mix", "sft": "sft", "offline": "offline"}
             against = {label: other for label, other in against.items() if other in answers and other != m["name"]}
             versus = {}
             for label, other in against.items():
