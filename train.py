@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from aya_min import config, distributed, pipeline, stages, weights
+from aya_min import config, distributed, pipeline, stages, steps, weights
 from aya_min.data import conversation, preference, prompt_of, read_jsonl
 from aya_min.languages import CLUSTERS, SHARED, read_clusters
 from aya_min.model import CohereForCausalLM, init_weights
@@ -144,7 +144,7 @@ def run_whole_recipe(args, device):
     for path in args.prompts or []:
         for where, row in read_jsonl(path):
             prompt_of(row, where)
-            if row.get("language") and row["language"] not in SHARED + sum(clusters.values(), []):
+            if row.get("language") and row["language"] not in ["other"] + SHARED + sum(clusters.values(), []):
                 raise ValueError(f"{where}: language {row['language']!r} is in no cluster; add it to --clusters")
     out = Path(args.out or f"runs/{args.preset}")
     record = {"preset": args.preset, "arms": args.arms, "seed": recipe.seed, "recipe": asdict(recipe), "clusters": clusters,
@@ -160,10 +160,10 @@ def run_whole_recipe(args, device):
         elif out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} exists and is not a run of the recipe; give another --out")
         out.mkdir(parents=True, exist_ok=True)
-        pipeline.write_json(path, {**record, "versions": stages.versions(), "command": " ".join(sys.argv)})
+        steps.write_json(path, {**record, "versions": stages.versions(), "command": " ".join(sys.argv)})
     distributed.from_main(open_folder)
     paths = {k: Path(v) if isinstance(v, str) else v for k, v in {**own, "judge": args.judge, "eval_prompts": args.eval_prompts}.items()}
-    summary = pipeline.run_recipe(pipeline.Run(out, recipe, device, clusters, args.arms, **paths))
+    summary = pipeline.run_recipe(steps.Run(out, recipe, device, clusters, args.arms, **paths))
     if distributed.is_main():
         print(f"\n{table(summary)}\n\n{out / 'report.html'}")
 

@@ -44,7 +44,7 @@ def route(rows, how, seed=0, table=None):
     for row in rows:
         options = [c for c in row["candidates"] if c["completion"].strip()]
         if how == "fixed":
-            options = [c for c in options if c["teacher"] == table[row["language"]]]
+            options = [c for c in options if c["teacher"] == table[row.get("language")]]
         if not options:
             counts["empty"] += 1
             continue

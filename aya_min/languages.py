@@ -61,6 +61,7 @@ ALIASES = {
     "kor": "ko", "pes": "fa", "fas": "fa", "pol": "pl", "por": "pt", "ron": "ro", "rus": "ru", "spa": "es", "tur": "tr", "ukr": "uk", "vie": "vi",
 }
 ALIASES |= {"Standard Arabic": "ar", "Simplified Chinese": "zh", "Traditional Chinese": "zh-Hant", "Chinese": "zh", "Iranian Persian": "fa"}
+ALIASES["other"] = "other"      # what a row without a language counts as; every cluster trains on it
 ALIASES |= {language.name: code for code, language in LANGUAGES.items()}
 
 

@@ -17,7 +17,9 @@ FLOORS = [
     {"sampling", "reward", "loop", "world_data", "weights"},                                    # 2: what is done with a model or with the world
     {"soups", "arbitrage", "preferences", "evaluate"},                                          # 3: what is done with answers and folders
     {"stages"},                                                                                 # 4: pretrain, sft, reward, dpo, rloo
-    {"pipeline"},                                                                               # 5: the recipe; train.py, generate.py and merge.py stand on it
+    {"steps"},                                                                                  # 5: a recipe's run on disk
+    {"results"},                                                                                # 6: what it shows for itself
+    {"pipeline"},                                                                               # 7: the recipe; train.py, generate.py and merge.py stand on it
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 

@@ -1,0 +1,127 @@
+"""A recipe's run on disk: every step is a folder RUN/steps/<name>, done once. A rerun skips what is whole, a killed run goes on where it stopped.
+
+Also the three things that most steps do: train a stage from a model folder, have a model folder answer prompts, have a reward model score answers.
+"""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+from . import distributed, stages, weights
+from .config import Recipe
+from .data import read_jsonl
+from .model import RewardModel
+from .reward import score_texts
+from .sampling import answer_rows
+from .world import write_jsonl
+
+
+@dataclass
+class Run:
+    """One run of the recipe: where it lives, its settings, and what a user brought instead of the embedded world."""
+    folder: Path
+    recipe: Recipe
+    device: torch.device
+    clusters: dict
+    arms: str = "main"                      # "main" or "all"
+    base: Optional[Path] = None             # a user's own: model folder,
+    prompts: Optional[list] = None          #   prompt files,
+    teachers: Optional[list] = None         #   model folders or files of completions,
+    arbiter: Optional[Path] = None          #   reward model folder,
+    judge: Optional[Path] = None            #   a second reward model,
+    eval_prompts: Optional[list] = None     #   prompts to be judged on
+
+    @property
+    def embedded(self):
+        return self.base is None
+
+
+def step(run, name, title, make):
+    """Do a step once. make(folder, resume) fills steps/<name> and returns a JSON object; a later run finds it in done.json."""
+    folder = run.folder / "steps" / name
+    if not distributed.from_main(lambda: (folder / "done.json").is_file()):
+        resume = distributed.from_main(lambda: _clear(folder))
+        if distributed.is_main():
+            print(f"[{name}] {title}{', resumed' if resume else ''}", flush=True)
+        started = time.perf_counter()
+        result = make(folder, resume) or {}
+        steps, tokens = distributed.from_main(lambda: _training_totals(folder))
+        record = {"name": name, "title": title, "seconds": time.perf_counter() - started, "training_steps": steps, "tokens": tokens, **result}
+        if distributed.is_main():
+            write_json(folder / "done.json", record)
+        distributed.barrier()
+    return json.loads((folder / "done.json").read_text(encoding="utf-8"))
+
+
+def _clear(folder):
+    """Remove what a killed step left, unless it saved a state to resume from. -> whether to resume."""
+    if (folder / "state").is_dir() and not (folder / "model").exists():
+        return True
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return False
+
+
+def _training_totals(folder):
+    if not (folder / "metrics.jsonl").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        return 0, 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    tokens = [line["tokens"] for line in lines if "tokens" in line]
+    return len(tokens), sum(tokens)
+
+
+def write_json(path, value):
+    temporary = path.with_name(path.name + ".tmp-0")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    temporary.rename(path)
+
+
+def data_file(run, name, rows):
+    """RUN/data/<name>.jsonl with the rows, written by rank 0."""
+    path = run.folder / "data" / f"{name}.jsonl"
+    if distributed.is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(path, rows)
+    distributed.barrier()
+    return path
+
+
+def rows_of(path):
+    return [row for _, row in read_jsonl(path)]
+
+
+def settings(run, kind, **values):
+    """A stage's settings from the recipe's."""
+    r = run.recipe
+    return kind(**{"batch_size": r.batch_size, "max_length": r.max_length, "dtype": r.dtype, "seed": r.seed, **values})
+
+
+def train_step(run, name, title, stage, start, rows, its_settings, **more):
+    """Train `stage` from the model folder `start` on rows (a list, or a function that makes it). -> the new model folder."""
+    def make(folder, resume):
+        data = data_file(run, name, rows() if callable(rows) else rows)
+        model, tokenizer = (weights.load_trunk if stage is stages.reward else weights.load)(start)
+        stage(model, tokenizer, [data], its_settings, folder, run.device, resume=resume, **more)
+    step(run, name, title, make)
+    return run.folder / "steps" / name / "model"
+
+
+def answers_of(run, model_folder, rows, num_samples=1, temperature=1.0, seed=0, progress=None):
+    """For each row a list of num_samples completions by a model folder, on every rank."""
+    model, tokenizer = weights.load(model_folder, run.device)
+    groups = answer_rows(model, tokenizer, rows, num_samples, run.recipe.max_new_tokens, temperature, seed, progress=progress)
+    return [[a["completion"] for a in group] for group in groups]
+
+
+def scores_of(run, reward_folder, rows):
+    model, tokenizer = weights.load(reward_folder, run.device)
+    if not isinstance(model, RewardModel):
+        raise ValueError(f"{reward_folder}: a language model, not a reward model; give a folder that the reward stage wrote")
+    return score_texts(model, tokenizer, rows)
