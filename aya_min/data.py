@@ -205,8 +205,15 @@ def load_pairs(paths, tokenizer, max_length):
 
 
 def load_prompts(paths):
-    """[row, ...] with "prompt_messages" parsed out; every other key is kept."""
-    return [{**row, "prompt_messages": prompt_of(row, where)} for path in paths for where, row in read_jsonl(path)]
+    """[row, ...] with "prompt" and its "prompt_messages", whatever the shape in the file; keys that are not part of an example are kept."""
+    rows = []
+    for path in paths:
+        for where, row in read_jsonl(path):
+            messages = prompt_of(row, where)
+            kept = {k: v for k, v in row.items() if k not in ("messages", "inputs", "targets", "text")}
+            plain = messages[0]["content"] if len(messages) == 1 else messages
+            rows.append({**kept, "prompt": plain, "prompt_messages": messages})
+    return rows
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------------------

@@ -105,6 +105,6 @@ def examples(answers, codes=("en", "ar", "zh", "hi", "ru", "el", "he", "ko")):
         index = next((i for i, row in enumerate(answers["base"]["greedy"]) if row.get("language") == code), None)
         if index is not None:
             rows = {name: answers[name]["greedy"][index] for name in stages_shown}
-            prompt = rows["base"].get("prompt") or rows["base"]["prompt_messages"][-1]["content"]
+            prompt = rows["base"]["prompt"] if isinstance(rows["base"]["prompt"], str) else rows["base"]["prompt"][-1]["content"]
             shown.append({"language": code, "prompt": prompt, "answers": [{"model": n, "completion": row["completion"], "grade": row.get("grade")} for n, row in rows.items()]})
     return shown

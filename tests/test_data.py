@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from aya_min.config import SFT
-from aya_min.data import (LANGUAGE_SLOTS, Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs, encode_example, load_examples,
-                          load_pairs, load_prompts, make_batches, preference, read_jsonl)
+from aya_min.data import (LANGUAGE_SLOTS, Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs,
+                          conversation, encode_example, load_examples, load_pairs, load_prompts, make_batches, preference,
+                          read_jsonl)
 from aya_min.tokenizer import train_tokenizer
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -404,3 +405,14 @@ def test_a_batch_moves_its_tensors_and_keeps_its_count():
     batch = replace(collate(numbered([3, 5])), advantages=torch.ones(2))
     moved = batch.to("meta")
     assert moved.count == batch.count and {t.device.type for t in vars(moved).values() if torch.is_tensor(t)} == {"meta"}
+
+
+def test_prompts_of_every_shape_can_be_trained_on_once_answered(tmp_path):
+    """Prompts in Aya's {"inputs"} or in messages, answered in the pipeline, were refused (or trained on their old answer) as SFT rows."""
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    shapes = [{"inputs": "hello", "targets": "old"}, {"messages": turns + [{"role": "assistant", "content": "old"}]}, {"prompt": "hello", "id": 7}, {"prompt": turns}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in shapes), encoding="utf-8")
+    for row, expected in zip(load_prompts([path]), ([turns[1]], turns, [turns[1]], turns)):
+        assert row["prompt_messages"] == expected
+        assert conversation({**row, "completion": "new"}, "here") == expected + [{"role": "assistant", "content": "new"}]
