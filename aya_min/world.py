@@ -327,7 +327,7 @@ def main():
         print(f"error: {out} exists; give a new folder", file=sys.stderr)
         sys.exit(2)
     rng = random.Random(args.seed)
-    data = {name: questions(name, args.count, args.seed, level=args.level) for name in SPLITS}
+    data = {name: questions(name, args.count, args.seed, level=args.level, unique=name in ("validation", "test")) for name in SPLITS}
     out.mkdir(parents=True)
     for name, rows in data.items():
         write_jsonl(out / f"{name}.jsonl", rows)

@@ -1,5 +1,7 @@
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,15 @@ def test_questions_depend_only_on_the_seed():
 
 def test_every_language_is_in_one_cluster_or_shared():
     assert sorted(sum(CLUSTERS.values(), []) + SHARED) == sorted(LANGUAGES)
+
+
+def test_the_command_writes_every_split_and_asks_no_test_question_twice(tmp_path):
+    """The arena refused answers to a test file in which some questions stood twice."""
+    out = tmp_path / "world"
+    subprocess.run([sys.executable, "-m", "aya_min.world", "--out", out, "--count", "480", "--level", "tiny"], check=True, cwd=CASES.parent.parent, capture_output=True)
+    rows = {path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in out.glob("*.jsonl")}
+    assert set(SPLITS) | {"sft", "pairs", "text"} == set(rows) and all(len(rows[name]) == 480 for name in SPLITS)
+    for name in ("validation", "test"):
+        assert len({(q["question_id"], q["language"]) for q in rows[name]}) == 480
+    again = subprocess.run([sys.executable, "-m", "aya_min.world", "--out", out], cwd=CASES.parent.parent, capture_output=True, text=True)
+    assert again.returncode == 2 and len(again.stderr.strip().splitlines()) == 1
