@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from aya_min import config, distributed, pipeline, stages, steps, weights
-from aya_min.data import conversation, preference, prompt_of, read_jsonl
+from aya_min.arbitrage import read_answers
+from aya_min.data import conversation, load_prompts, preference, prompt_of, read_jsonl
 from aya_min.languages import CLUSTERS, SHARED, read_clusters
 from aya_min.model import CohereForCausalLM, init_weights
 from aya_min.report import table
@@ -131,6 +132,26 @@ def run_one_stage(args, device):
         print(folder)
 
 
+def check_own(args, clusters):
+    """Look at everything that a user brings before any work: files, folders, what kind of model is in each."""
+    for path in args.prompts:
+        for where, row in read_jsonl(path):
+            if row.get("language") and row["language"] not in ["other"] + SHARED + sum(clusters.values(), []):
+                raise ValueError(f"{where}: language {row['language']!r} is in no cluster; add it to --clusters")
+    prompts = load_prompts(args.prompts)
+    load_prompts(args.eval_prompts or [])
+    tokenizers = {}
+    for flag, folder, wanted in [("--base", args.base, False), *(("--teachers", t, False) for t in args.teachers if not Path(t).is_file()),
+                                 ("--arbiter", args.arbiter, True), *([("--judge", args.judge, True)] if args.judge else [])]:
+        model, tokenizers[flag], _ = weights.look_into(folder)
+        if isinstance(model, weights.RewardModel) != wanted:
+            raise ValueError(f"{flag} {folder}: {'a language model, not a reward model' if wanted else 'a reward model, not a language model'}; give the other kind")
+    for path in filter(lambda t: Path(t).is_file(), args.teachers):
+        read_answers(path, prompts)
+    if args.arms == "all" and tokenizers["--base"].bpe.to_str() != tokenizers["--arbiter"].bpe.to_str():
+        raise ValueError("--arms all trains RLOO, which needs base and arbiter to share a tokenizer; use --arms main")
+
+
 def run_whole_recipe(args, device):
     recipe = config.settings_from(config.Recipe, config.RECIPES[args.preset], args.config, vars(args))
     own = {"base": args.base, "prompts": args.prompts, "teachers": args.teachers, "arbiter": args.arbiter}
@@ -141,11 +162,8 @@ def run_whole_recipe(args, device):
     if args.judge and Path(args.judge).resolve() == Path(args.arbiter).resolve():
         raise ValueError("--judge must not be the arbiter: a model would be judged by what trained it")
     clusters = read_clusters(args.clusters) if args.clusters else CLUSTERS
-    for path in args.prompts or []:
-        for where, row in read_jsonl(path):
-            prompt_of(row, where)
-            if row.get("language") and row["language"] not in ["other"] + SHARED + sum(clusters.values(), []):
-                raise ValueError(f"{where}: language {row['language']!r} is in no cluster; add it to --clusters")
+    if args.base:
+        check_own(args, clusters)
     out = Path(args.out or f"runs/{args.preset}")
     record = {"preset": args.preset, "arms": args.arms, "seed": recipe.seed, "recipe": asdict(recipe), "clusters": clusters,
               **{k: v for k, v in {**own, "judge": args.judge, "eval_prompts": args.eval_prompts}.items() if v}}

@@ -111,3 +111,18 @@ def test_the_pipeline_takes_a_users_own_models_prompts_and_completions(smoke, tm
                    steps / "teacher-slavic" / "model", tmp_path / "elsewhere.jsonl", "--arbiter", steps / "arbiter" / "model", "--clusters",
                    tmp_path / "clusters.json", "--rounds", "1", "--judge", tmp_path / "judge")
     assert "reward model" in judged.stdout.lower()
+
+
+def test_what_a_user_brings_is_looked_at_before_any_work(smoke, tmp_path):
+    steps, run = smoke[0] / "steps", tmp_path / "own"
+    good = {"--base": steps / "base" / "model", "--prompts": tmp_path / "p.jsonl", "--teachers": steps / "base" / "model", "--arbiter": steps / "arbiter" / "model"}
+    (tmp_path / "p.jsonl").write_text('{"prompt": "eins", "language": "de"}\n{"prompt": "zwei", "language": "de"}\n', encoding="utf-8")
+    (tmp_path / "short.jsonl").write_text('{"prompt": "eins", "completion": "1"}\n', encoding="utf-8")
+    (tmp_path / "clusters.json").write_text('{"east": ["ja"]}')
+    wrong = {"no answer for 1 of 2": {"--teachers": tmp_path / "short.jsonl"}, "not a reward model": {"--arbiter": steps / "base" / "model"},
+             "not a language model": {"--base": steps / "arbiter" / "model"}, "in no cluster": {"--clusters": tmp_path / "clusters.json"},
+             "p.jsonl.missing": {"--prompts": tmp_path / "p.jsonl.missing"}, "must not be the arbiter": {"--judge": good["--arbiter"]}}
+    for message, change in wrong.items():
+        done = train("--out", run, *(x for pair in {**good, **change}.items() for x in pair), check=False)
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert not run.exists()
