@@ -133,6 +133,7 @@ def arbitrage(rows, args, device):
 
 
 def run(args, device):
+    started = time.perf_counter()
     check(args)
     rows = load_prompts(args.prompts) if args.prompts else [{"prompt": args.prompt, "prompt_messages": [{"role": "user", "content": args.prompt}]}]
     if args.models:
@@ -147,19 +148,13 @@ def run(args, device):
             else:
                 print("\n".join(row["completion"] for row in made))
     if distributed.is_main():
-        print(f"{len(rows)} prompts, {tokens} new tokens, {seconds:.2f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s", file=sys.stderr)
+        print(f"{len(rows)} prompts, {tokens} new tokens, {seconds:.2f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s, "
+              f"and {time.perf_counter() - started - seconds:.1f} s for files, loading and scores", file=sys.stderr)
 
 
 def main():
     args = make_parser().parse_args()
-    try:
-        run(args, distributed.setup())
-    except (ValueError, OSError) as error:
-        if distributed.is_main():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        distributed.close()
+    distributed.launch(lambda device: run(args, device))
 
 
 if __name__ == "__main__":

@@ -191,15 +191,7 @@ def main():
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["recipe"] + argv
     args = make_parser().parse_args(argv)
-    try:
-        device = distributed.setup()
-        (run_whole_recipe if args.command == "recipe" else run_one_stage)(args, device)
-    except (ValueError, OSError) as error:
-        if distributed.is_main():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        distributed.close()
+    distributed.launch(lambda device: (run_whole_recipe if args.command == "recipe" else run_one_stage)(args, device))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ With one rank `shard` leaves the model alone, because FSDP2's bookkeeping costs 
 """
 
 import os
+import sys
 from datetime import timedelta
 
 import torch
@@ -30,6 +31,18 @@ def setup():
 def close():
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def launch(command):
+    """Run command(device) as a program does: start the ranks, say a user's mistake in one line (exit code 2), leave the group."""
+    try:
+        command(setup())
+    except (ValueError, OSError) as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        close()
 
 
 def rank():

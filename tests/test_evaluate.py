@@ -171,7 +171,8 @@ def test_summary_by_hand():
 
 def test_figures_are_json_that_any_reader_takes():
     rows = toy_rows(np.random.default_rng(0), 2, task="sum", seen_language="fr")
-    json.dumps(summarize(rows) | compare(rows, rows), allow_nan=False)
+    figures = summarize(rows) | compare(rows, rows)
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
 
 
 def world_answers(tmp_path):

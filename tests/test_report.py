@@ -178,7 +178,9 @@ def test_an_oracle_needs_no_warning(tmp_path):
 def test_a_part_that_was_not_recorded_is_left_out_without_error(tmp_path, missing):
     summary = summary_of_a_run()
     del summary[missing]
-    Tags(page_of(make_run(tmp_path / "run", summary)))
+    page = page_of(make_run(tmp_path / "run", summary))
+    Tags(page)                                          # well-formed
+    assert page != page_of(make_run(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("missing", ["grade", "grade_ci95", "right_language", "length", "by_language", "reward", "versus"])
