@@ -138,7 +138,8 @@ def train_clusters_and_merge(run, name, title, stage, start, rows, its_settings,
         if not batch_size:
             raise ValueError(f"cluster {cluster!r} has {len(mine)} examples at {name}, too few to train on; give more prompts in its languages, or fewer clusters")
         steps = max(1, round(total / len(run.clusters)))
-        cluster_settings = {**its_settings, "batch_size": batch_size, "max_steps": steps, "warmup_steps": max(1, steps // 10), "learning_rate": r.cluster_scale * its_settings["learning_rate"]}
+        cluster_settings = {**its_settings, "batch_size": batch_size, "max_steps": steps, "warmup_steps": max(1, steps // 10),
+                            "learning_rate": r.cluster_scale * its_settings["learning_rate"]}
         folders.append(train_step(run, f"{name}-{cluster}", f"{title}: {cluster}", stage, start, mine, settings(run, **cluster_settings)))
 
     def make(folder, resume):
@@ -175,6 +176,8 @@ def online_pairs(run, name, round_number, current, arbiter):
         scored = [{**row, "candidates": [{"teacher": f"sample-{i}", "completion": text, "reward": next(scores)} for i, text in enumerate(group)]}
                   for row, group in zip(rows, samples)]
         pairs, counts = best_worst(scored, r.online_margin)
+        if not pairs:
+            raise ValueError(f"{name}: no pair in {len(rows)} prompts ({counts}); lower --online-margin, or raise --online-samples or --online-temperature")
         if distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             write_jsonl(folder / "pairs.jsonl", pairs)
@@ -219,7 +222,7 @@ def run_recipe(run):
     # Arbitrage -> SFT: the student of the best answers, and the students of one teacher, of random ones, of each family's own
     single = best_teacher(candidates)
     reward_rows, arbitrage_counts = route(candidates, "reward", r.seed)
-    arms = [("single", f"SFT: single best teacher ({single})", route(candidates, "fixed", r.seed, {code: single for code in [*LANGUAGES, None]})[0]),
+    arms = [("single", f"SFT: single best teacher ({single})", route(candidates, "fixed", r.seed, {code: single for code in [*LANGUAGES, "other", None]})[0]),
             ("random", "SFT: random routing", route(candidates, "random", r.seed)[0])]
     if run.embedded:
         arms.append(("family", "SFT: family routing", route(candidates, "fixed", r.seed, family_table(run, teachers))[0]))
