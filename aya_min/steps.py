@@ -54,6 +54,7 @@ def step(run, name, title, make):
         record = {"name": name, "title": title, "seconds": time.perf_counter() - started, "training_steps": steps, "tokens": tokens, **result}
         if distributed.is_main():
             write_json(folder / "done.json", record)
+            shutil.rmtree(folder / "state", ignore_errors=True)            # three times the model's size, and a whole step is never resumed
         distributed.barrier()
     return json.loads((folder / "done.json").read_text(encoding="utf-8"))
 
