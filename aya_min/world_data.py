@@ -9,7 +9,7 @@ import random
 from .languages import LANGUAGES, SHARED, cluster_languages
 from .world import answer, gold_answer, grade, questions, text_line
 
-CORPUS_MIX = (20, 66, 8, 6)         # the base knows the answers but mostly blurts them out: room for post-training (world C of the spike)
+CORPUS_MIX = (20, 66, 8, 6)         # the base knows the answers but mostly blurts them out: room for post-training
 HOME_MIX = (30, 60, 10, 0)          # a teacher on its own cluster and the shared languages
 AWAY_MIX = (15, 50, 25, 10)         # a teacher elsewhere
 
