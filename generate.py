@@ -1,11 +1,13 @@
-"""Generate: answers of one model, or multilingual data arbitrage over several.
+"""Generate: answers of one model, a conversation with one or two, or multilingual data arbitrage over several.
 
     python generate.py --model DIR --prompt "..."
+    python generate.py --model DIR --chat           (or --models A B --chat: they answer side by side)
     torchrun generate.py --model DIR --prompts F.jsonl --out G.jsonl --num-samples 4 --temperature 0.7
     torchrun generate.py --models A B C --arbiter RM --prompts F.jsonl --out best.jsonl --pairs pairs.jsonl
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -15,22 +17,27 @@ import torch
 
 from aya_min import distributed, weights
 from aya_min.arbitrage import candidates_from, route, wins_table
+from aya_min.chat import chat
 from aya_min.config import Parser
 from aya_min.data import load_prompts
+from aya_min.journal import Journal
 from aya_min.preferences import best_worst
 from aya_min.reward import score_texts
-from aya_min.sampling import answer_rows
+from aya_min.sampling import answer_rows, check_lengths, check_sampling, plan, stream
 from aya_min.world import write_jsonl
+
+SAMPLING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos", "seed", "dtype")
 
 
 def make_parser():
     parser = Parser(prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder")
-    parser.add_argument("--models", nargs="+", help="model folders of the pool, for arbitrage")
+    parser.add_argument("--models", nargs="+", help="model folders of the pool, for arbitrage; or two, with --chat")
     parser.add_argument("--arbiter", help="reward model folder that scores the pool's answers")
-    parser.add_argument("--prompt", help="one prompt; the answer goes to standard output")
+    parser.add_argument("--prompt", help="one prompt; the answer goes to standard output as it is made")
+    parser.add_argument("--chat", action="store_true", help="talk in the terminal; /help there lists the commands")
     parser.add_argument("--prompts", nargs="+", help="JSONL files of prompts")
-    parser.add_argument("--out", help="JSONL to write; must not exist")
+    parser.add_argument("--out", help="JSONL to write; must not exist. Until it is whole, what is finished is in OUT.partial, and the same command goes on from there")
     parser.add_argument("--pairs", help="arbitrage: also write best/worst pairs here")
     parser.add_argument("--margin", type=float, default=0.0, help="arbitrage: least difference of reward in a pair (default 0)")
     parser.add_argument("--route", default="reward", choices=["reward", "random", "fixed"], help="how the answer is chosen (default reward)")
@@ -41,7 +48,9 @@ def make_parser():
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=256, help="sequences decoded together")
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end an answer before any of these texts too")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens whatever the model says, for timing")
+    parser.add_argument("--batch-size", type=int, default=256, help="sequences decoded together; a finished one makes room for the next prompt (default 256)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     return parser
@@ -51,13 +60,16 @@ def check(args):
     """Refuse what cannot work before any model is loaded."""
     if bool(args.model) == bool(args.models):
         raise ValueError("give either --model DIR or --models A B ...")
-    if bool(args.prompt) == bool(args.prompts):
-        raise ValueError("give either --prompt TEXT or --prompts F.jsonl")
+    if bool(args.prompt) + bool(args.prompts) + args.chat != 1:
+        raise ValueError("give one of --prompt TEXT, --prompts F.jsonl and --chat")
     if args.prompts and not args.out:
         raise ValueError("--prompts needs --out G.jsonl")
+    if args.chat and (distributed.num_ranks() > 1 or args.out or args.num_samples != 1 or args.stop or args.ignore_eos or len(args.models or [""]) > 2):
+        raise ValueError("--chat is for one process and one or two models, without --out, --num-samples, --stop and --ignore-eos")
+    check_sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     if args.num_samples < 1 or args.max_new_tokens < 1 or args.batch_size < 1:
         raise ValueError("--num-samples, --max-new-tokens and --batch-size must be at least 1")
-    if args.models:
+    if args.models and not args.chat:
         if not args.prompts:
             raise ValueError("arbitrage over --models needs --prompts F.jsonl --out G.jsonl")
         if args.route == "reward" and not args.arbiter or args.pairs and not args.arbiter:
@@ -67,7 +79,7 @@ def check(args):
         if args.num_samples != 1:
             raise ValueError("arbitrage takes one answer from each of --models; leave --num-samples out")
     elif args.arbiter or args.pairs or args.table:
-        raise ValueError("--arbiter, --pairs and --table go with --models A B ...")
+        raise ValueError("--arbiter, --pairs and --table go with --models A B ... --prompts F.jsonl")
     for path in (args.out, args.pairs):
         if path and Path(path).exists():
             raise ValueError(f"{path} exists; give a new file, nothing is overwritten")
@@ -94,25 +106,81 @@ def read_table(path, rows, models):
     return table
 
 
-def sample(folder, rows, args, device):
-    """([rows' samples], new tokens, seconds) of one model folder."""
-    model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
-    started = time.perf_counter()
-    groups = answer_rows(model, tokenizer, rows, args.num_samples, args.max_new_tokens, args.temperature, args.seed, args.batch_size,
-                         progress=Path(folder).name, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
-    return groups, sum(len(a["ids"]) for group in groups for a in group), time.perf_counter() - started
+def stop_ids_of(folder, tokenizer, args):
+    return [] if args.ignore_eos else sorted({*tokenizer.stop_ids, *weights.read_stop_ids(folder)})
+
+
+def look_at_prompts(folder, rows, args, device):
+    """(rows, tokens of a row, bytes) of the KV cache that this rank needs. Refuses, before any weights are read, prompts and caches that are too long."""
+    model, tokenizer, _ = weights.look_into(folder)
+    lengths = [len(tokenizer.encode_prompt(row["prompt_messages"])) for row in rows]
+    check_lengths(model.config, lengths, [args.max_new_tokens] * len(rows))
+    mine = lengths[distributed.rank()::distributed.num_ranks()]
+    return plan(model.config, mine, [args.max_new_tokens] * len(mine), args.num_samples, args.batch_size, device, getattr(torch, args.dtype))
+
+
+def open_journal(rows, folders, args):
+    """What is finished of this very work: the same prompts, models and settings; the batch size and the number of ranks may differ."""
+    files = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for folder in folders for file in {f for f, *_ in weights.look_into(folder)[2].values()}}
+    prompts = hashlib.sha256(json.dumps([row["prompt_messages"] for row in rows]).encode()).hexdigest()
+    journal = Journal(f"{args.out}.partial", {"models": folders, "model files": files, "prompts": prompts, **{k: getattr(args, k) for k in SAMPLING}})
+    if journal.done and distributed.is_main():
+        print(f"goes on: {len(journal.done)} of {len(rows) * len(folders)} prompts were finished before", file=sys.stderr)
+    return journal
+
+
+def sample(folder, rows, args, device, journal=None):
+    """([rows' samples], new tokens, seconds) of one model folder; what the journal has is not made again."""
+    done = journal.done if journal else {}
+    left = [i for i in range(len(rows)) if f"{folder} {i}" not in done]
+    tokens, seconds = 0, 0.0
+    if left:
+        slots, max_tokens, size = look_at_prompts(folder, [rows[i] for i in left], args, device)
+        if distributed.is_main():
+            print(f"{Path(folder).name}: KV cache of {slots} rows x {max_tokens} tokens, {size / 1e6:,.1f} MB a rank", file=sys.stderr)
+        model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
+        started = time.perf_counter()
+        made = answer_rows(model, tokenizer, [rows[i] for i in left], args.num_samples, args.max_new_tokens, args.temperature, args.seed, args.batch_size,
+                           progress=Path(folder).name, stop_ids=stop_ids_of(folder, tokenizer, args), stop_strings=args.stop, numbers=left,
+                           on_done=journal and (lambda j, answers: journal.add(f"{folder} {left[j]}", answers)), top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
+        seconds, tokens = time.perf_counter() - started, sum(len(a["ids"]) for group in made for a in group)
+        done = {**done, **{f"{folder} {i}": group for i, group in zip(left, made)}}
+    return [done[f"{folder} {i}"] for i in range(len(rows))], tokens, seconds
+
+
+def say(args, device):
+    """Stream the answer to --prompt to standard output. Returns (new tokens, seconds)."""
+    model, tokenizer = weights.load(args.model, device, getattr(torch, args.dtype))
+    started, ids = time.perf_counter(), []
+
+    def counted():
+        for i in stream(model, tokenizer.encode_prompt(args.prompt), args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p,
+                        stop_ids_of(args.model, tokenizer, args), args.seed):
+            ids.append(i)
+            yield i
+    for piece in tokenizer.stream(counted()):
+        print(piece, end="", flush=True)
+    print()
+    return len(ids), time.perf_counter() - started
+
+
+def talk(args, device):
+    models = []
+    for folder in args.models or [args.model]:
+        model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
+        models.append((Path(folder).name if Path(folder).name != "model" else Path(folder).parent.name, model, tokenizer, stop_ids_of(folder, tokenizer, args)))
+    chat(models, max_new_tokens=args.max_new_tokens, seed=args.seed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
 
 
 def plain(row):
     return {k: v for k, v in row.items() if k not in ("prompt_messages", "candidates")}
 
 
-def arbitrage(rows, args, device):
+def arbitrage(rows, args, device, journal, table):
     """All models answer all prompts, the arbiter scores, one answer is kept. Returns (new tokens, seconds)."""
-    table = read_table(args.table, rows, args.models) if args.route == "fixed" else None
     answers, scores, tokens, seconds = {}, {} if args.arbiter else None, 0, 0.0
     for folder in args.models:
-        groups, n, s = sample(folder, rows, args, device)
+        groups, n, s = sample(folder, rows, args, device, journal)
         answers[folder], tokens, seconds = [group[0]["completion"] for group in groups], tokens + n, seconds + s
     if args.arbiter:
         arbiter, tokenizer = weights.load(args.arbiter, device)
@@ -135,18 +203,28 @@ def arbitrage(rows, args, device):
 def run(args, device):
     started = time.perf_counter()
     check(args)
+    if args.chat:
+        return talk(args, device)
     rows = load_prompts(args.prompts) if args.prompts else [{"prompt": args.prompt, "prompt_messages": [{"role": "user", "content": args.prompt}]}]
+    folders = args.models or [args.model]
+    for folder in folders:
+        look_at_prompts(folder, rows, args, device)
+    table = read_table(args.table, rows, args.models) if args.route == "fixed" else None
+    journal = open_journal(rows, folders, args) if args.out else None
     if args.models:
-        tokens, seconds = arbitrage(rows, args, device)
+        tokens, seconds = arbitrage(rows, args, device, journal, table)
+    elif not args.out and args.num_samples == 1 and not args.stop and distributed.num_ranks() == 1:
+        tokens, seconds = say(args, device)
     else:
-        groups, tokens, seconds = sample(args.model, rows, args, device)
-        if distributed.is_main():
-            made = [{**plain(row), "completion": a["completion"], "num_tokens": len(a["ids"]), "finish_reason": a["finish_reason"], "logp": a["logp"],
-                     "model": args.model, "seed": args.seed, "sample": i} for row, group in zip(rows, groups) for i, a in enumerate(group)]
-            if args.out:
-                write_jsonl(args.out, made)
-            else:
-                print("\n".join(row["completion"] for row in made))
+        groups, tokens, seconds = sample(args.model, rows, args, device, journal)
+        if distributed.is_main() and args.out:
+            write_jsonl(args.out, [{**plain(row), "completion": a["completion"], "num_tokens": len(a["ids"]), "finish_reason": a["finish_reason"],
+                                    "logp": round(a["logp"], 4), "model": args.model, "seed": args.seed, "sample": i}
+                                   for row, group in zip(rows, groups) for i, a in enumerate(group)])
+        elif distributed.is_main():
+            print("\n".join(a["completion"] for a in groups[0]))
+    if journal:
+        journal.remove()
     if distributed.is_main():
         print(f"{len(rows)} prompts, {tokens} new tokens, {seconds:.2f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s, "
               f"and {time.perf_counter() - started - seconds:.1f} s for files, loading and scores", file=sys.stderr)
@@ -154,7 +232,11 @@ def run(args, device):
 
 def main():
     args = make_parser().parse_args()
-    distributed.launch(lambda device: run(args, device))
+    try:
+        distributed.launch(lambda device: run(args, device))
+    except KeyboardInterrupt:
+        print("stopped" + (f"; what is finished is in {args.out}.partial, and the same command goes on from there" if args.out else ""), file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ def texts_of(paths):
 
 
 def load_model(args, device, settings):
-    """(model, tokenizer) of --model: a folder, or a preset with random weights and a given or newly trained tokenizer."""
+    """(model, tokenizer) of --model: a folder, or a preset with random weights and a given or newly trained tokenizer.
+
+    A folder is read into the ranks' shards at once, unless the stage needs the plain model first."""
     if args.model in config.MODEL_PRESETS and not Path(args.model).is_dir():
         preset = config.model_preset(args.model)
         tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(texts_of(args.data), preset.vocab_size)
@@ -82,11 +84,10 @@ def load_model(args, device, settings):
         return init_weights(architecture(preset), torch.Generator().manual_seed(settings.seed)), tokenizer
     if args.tokenizer:
         raise ValueError("--tokenizer goes with a preset; a model folder brings its own")
-    if args.command == "reward":
-        return weights.load_trunk(args.model, device)
-    if weights.read_config(args.model)[1] == weights.RewardModel.architecture:
+    if args.command != "reward" and weights.read_config(args.model)[1] is weights.RewardModel:
         raise ValueError(f"--model {args.model}: a reward model; {args.command} trains language models")
-    return weights.load(args.model, device)
+    return weights.load(args.model, device, trunk=args.command == "reward", sharded=STAGES[args.command][0] not in stages.PLAIN_FIRST,
+                        compute_dtype=getattr(torch, settings.dtype))
 
 
 def run_one_stage(args, device):

@@ -60,10 +60,10 @@ def load_state(folder, model, optimizer):
 
 @torch.no_grad()
 def load_weights(model, weights):
-    """Copy whole tensors {name: tensor} into a plain or sharded model, in place; the names must be the same."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    """Copy whole tensors {name: tensor} into a plain or sharded model, in place; names and shapes must be the same."""
     own = model.state_dict()
-    assert own.keys() == weights.keys(), sorted(own.keys() ^ weights.keys())
+    differ = {(name, tensor.shape) for name, tensor in own.items()} ^ {(name, tensor.shape) for name, tensor in weights.items()}
+    assert not differ, sorted(differ)
     for name, target in own.items():
-        source = weights[name].to(target.device)
-        target.copy_(distribute_tensor(source, target.device_mesh, target.placements) if isinstance(target, DTensor) else source)
+        local, rows = distributed.own_rows(target)
+        local.copy_(weights[name][rows])

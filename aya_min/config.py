@@ -5,70 +5,137 @@ Precedence: defaults and presets, then `--config FILE.json`, then flags.
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import InitVar, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
+
+ROPE_THETA = {"cohere": 500000.0, "cohere2": 10000.0}       # the model types there are, and what a config.json without rope_theta means
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "max_position_embeddings")
+NUMBERS = ("layer_norm_eps", "rope_theta", "logit_scale", "initializer_range")
 
 
 @dataclass
 class ModelConfig:
-    """A Cohere decoder as its config.json describes it. Defaults follow transformers' CohereConfig where the recipe has no say."""
+    """A Cohere decoder as its config.json describes it. Defaults are those of transformers' CohereConfig and Cohere2Config (5.23).
+
+    model_type cohere: Aya Expanse, Aya 23, Command R. cohere2: Command R7B, Command A, Tiny Aya, where only the layers of type
+    "sliding_attention" rotate queries and keys, and look back no further than sliding_window.
+    """
+    model_type: str = "cohere"
     vocab_size: int = 256000
-    hidden_size: int = 4096
-    intermediate_size: int = 14336
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 8
+    hidden_size: int = 8192
+    intermediate_size: int = 22528
+    num_hidden_layers: int = 40
+    num_attention_heads: int = 64
+    num_key_value_heads: Optional[int] = None   # num_attention_heads unless given
     head_dim: Optional[int] = None              # hidden_size / num_attention_heads unless given
     max_position_embeddings: int = 8192
     layer_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    rope_theta: Optional[float] = None          # ROPE_THETA unless given
+    sliding_window: Optional[int] = 4096        # tokens, its own included, that a token sees in a sliding layer; None in cohere
+    layer_types: Optional[list] = None          # cohere2, for each layer: "sliding_attention" or "full_attention"
     logit_scale: float = 0.0625
     initializer_range: float = 0.02
     use_qk_norm: bool = False
     tie_word_embeddings: bool = True
     pad_token_id: int = 0
     bos_token_id: int = 5
-    eos_token_id: int = 255001
+    eos_token_id: Union[int, list] = 255001     # a sorted list if there are several
+    sliding_window_pattern: InitVar[int] = 4    # the older way to say layer_types: every so many layers one is full
 
-    def __post_init__(self):
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+    def __post_init__(self, sliding_window_pattern):
+        given = {name: getattr(self, name) for name in SIZES + NUMBERS if getattr(self, name) is not None}
+        wrong = [f"{name} {v!r}" for name, v in given.items() if type(v) is not int and (name in SIZES or type(v) is not float) or not v > 0]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: must be numbers above 0, and sizes whole")
+        if self.model_type not in ROPE_THETA:
+            raise ValueError(f"model_type {self.model_type!r} is not supported; supported: {' '.join(ROPE_THETA)}")
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.rope_theta = self.rope_theta or ROPE_THETA[self.model_type]
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads {self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: rotary embeddings turn pairs")
+        ids = stop_ids(self.eos_token_id)
+        self.eos_token_id = ids if len(ids) > 1 else ids[0]
+        if self.model_type == "cohere":
+            self.sliding_window = self.layer_types = None
+            return
+        if self.use_qk_norm:
+            raise ValueError("use_qk_norm is not known in cohere2, only in cohere")
+        if self.layer_types is None:
+            self.layer_types = layer_pattern(self.num_hidden_layers, sliding_window_pattern)
+        if len(self.layer_types) != self.num_hidden_layers or not {"sliding_attention", "full_attention"}.issuperset(self.layer_types):
+            raise ValueError(f"layer_types {self.layer_types} must be sliding_attention or full_attention for each of {self.num_hidden_layers} layers")
+        if "sliding_attention" in self.layer_types and (type(self.sliding_window) is not int or self.sliding_window < 1):
+            raise ValueError(f"sliding_window {self.sliding_window!r} must be a whole number above 0")
+
+    def window(self, i):
+        """How many tokens, its own included, a token sees in layer i; None: all before it."""
+        return self.sliding_window if self.layer_types and self.layer_types[i] == "sliding_attention" else None
+
+    def has_rope(self, i):
+        """Whether layer i rotates its queries and keys."""
+        return self.model_type == "cohere" or self.window(i) is not None
 
     @classmethod
     def from_published(cls, raw, where="config.json"):
-        """From a published config.json (a dict). Newer files keep rope_theta inside rope_parameters; both are read."""
-        raw = dict(raw)
-        if raw.get("model_type", "cohere") != "cohere":
-            raise ValueError(f"{where}: model_type {raw['model_type']!r} is not supported; only 'cohere' (Aya Expanse, Aya 23, Command R)")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if "rope_theta" in rope:
-            raw["rope_theta"] = rope["rope_theta"]
-        if raw.get("attention_bias") or raw.get("hidden_act", "silu") != "silu" or (rope.get("rope_type") or rope.get("type") or "default") != "default":
+        """From a published config.json (a dict). Newer files keep rope_theta inside rope_parameters, or rope_scaling; all places are read."""
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        scaled = not isinstance(rope, dict) or (rope.get("rope_type") or rope.get("type") or "default") != "default" or rope.keys() - {"rope_theta", "rope_type", "type"}
+        if raw.get("attention_bias") or raw.get("hidden_act", "silu") != "silu" or scaled:
             raise ValueError(f"{where}: attention_bias, hidden_act other than silu, and scaled rope are not supported")
-        known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in raw.items() if k in known and v is not None})
+        raw = {**raw, "rope_theta": rope.get("rope_theta") or raw.get("rope_theta")}
+        known = {f.name for f in fields(cls)} | {"sliding_window_pattern"}
+        try:
+            return cls(**{k: v for k, v in raw.items() if k in known and (v is not None or k == "sliding_window")})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from None
 
-    def published(self, architecture="CohereForCausalLM", dtype="float32"):
+    def published(self, task="ForCausalLM", dtype="float32"):
         """The config.json to publish: the fields, plus what loaders of both old and new transformers look for."""
-        return {"architectures": [architecture], "model_type": "cohere", **asdict(self), "attention_bias": False, "attention_dropout": 0.0,
+        own = {k: v for k, v in asdict(self).items() if v is not None}
+        patterns = [p for p in range(1, self.num_hidden_layers + 2) if layer_pattern(self.num_hidden_layers, p) == self.layer_types]
+        if patterns:
+            own["sliding_window_pattern"] = patterns[0]         # all that transformers 4.48-4.52 look at
+        return {"architectures": [self.model_type.capitalize() + task], **own, "attention_bias": False, "attention_dropout": 0.0,
                 "hidden_act": "silu", "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"}, "use_cache": True,
                 "dtype": dtype, "torch_dtype": dtype}
 
 
-# Sizes. Published numbers for the Aya models (papers.md section 1.3); the small ones are ours, for the embedded world.
+def layer_pattern(num_layers, every):
+    """The layer_types in which every so many layers one is full."""
+    if type(every) is not int or every < 1:
+        raise ValueError(f"sliding_window_pattern {every!r} must be a whole number above 0")
+    return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)]
+
+
+def stop_ids(eos_token_id):
+    """The ids that end an answer, sorted, of an eos_token_id as config.json and generation_config.json have it: one, or a list."""
+    ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    if not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(f"eos_token_id {eos_token_id!r} must be a token's number or a list of them")
+    return sorted(set(ids))
+
+
+# Sizes, those of the published config.json. Not read there but in independent ports: of command-r7b and tiny-aya rope_theta, logit_scale and
+# max_position_embeddings, and tiny-aya's token ids. The small ones are ours, for the embedded world.
+_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
+_SMALL = dict(rope_theta=1e4, logit_scale=1.0, max_position_embeddings=1024, eos_token_id=9)      # eos = <|END_OF_TURN_TOKEN|> of our own tokenizers
 MODEL_PRESETS = {
-    "smoke": dict(initializer_range=0.08, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=1024),
-    "tiny": dict(initializer_range=0.08, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=3, vocab_size=6144),
-    "small": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4, vocab_size=16384),
-    "aya-expanse-8b": dict(logit_scale=0.125),
-    "aya-expanse-32b": dict(hidden_size=8192, intermediate_size=24576, num_hidden_layers=40, num_attention_heads=64, rope_theta=4e6),
+    "smoke": dict(_SMALL, initializer_range=0.08, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=1024),
+    "tiny": dict(_SMALL, initializer_range=0.08, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, vocab_size=6144),
+    "small": dict(_SMALL, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4, vocab_size=16384),
+    "aya-expanse-8b": dict(_8B, rope_theta=1e4, logit_scale=0.125),
+    "aya-expanse-32b": dict(intermediate_size=24576, num_key_value_heads=8, rope_theta=4e6),
+    "aya-23-8b": dict(_8B, rope_theta=1e4),
+    "aya-23-35b": dict(rope_theta=8e6),         # also Command R v01: the defaults are its sizes
+    "command-r7b": dict(_8B, model_type="cohere2", rope_theta=5e4, logit_scale=0.25, max_position_embeddings=132096),
+    "tiny-aya": dict(model_type="cohere2", hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=4,
+                     vocab_size=262144, rope_theta=5e4, logit_scale=1.0, max_position_embeddings=500000, bos_token_id=2, eos_token_id=3),
 }
-_SMALL = dict(logit_scale=1.0, max_position_embeddings=1024, eos_token_id=9)     # eos = <|END_OF_TURN_TOKEN|> of our own tokenizers
-for _name in ("smoke", "tiny", "small"):
-    MODEL_PRESETS[_name].update(_SMALL)
 
 
 def model_preset(name, vocab_size=None):

@@ -156,7 +156,7 @@ def language_slot(row):
 def encode_example(tokenizer, messages, row):
     """Prompt and answer to ids and mask; the answer is the LAST turn only, earlier assistant turns are context."""
     ids, mask = tokenizer.encode_chat(messages[:-1], generation_prompt=True)
-    answer = tokenizer.encode(messages[-1]["content"].strip()) + [tokenizer.end_of_turn_id]
+    answer = tokenizer.encode_answer(messages[-1]["content"])
     return Example(np.array(ids + answer, np.int32), np.array([False] * len(mask) + [True] * len(answer)), language_slot(row))
 
 

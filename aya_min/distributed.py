@@ -7,11 +7,12 @@ With one rank `shard` leaves the model alone, because FSDP2's bookkeeping costs 
 import os
 import sys
 from datetime import timedelta
+from math import ceil
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 
 def setup():
@@ -65,15 +66,25 @@ def barrier():
 def shard(model, dtype=torch.float32):
     """Shard parameters, gradients and optimizer state over the ranks: every decoder block, then the rest, in place.
 
-    fp32 masters; `dtype` is the compute dtype of the gathered weights; gradients are reduced in fp32.
+    fp32 masters; `dtype` is the compute dtype of the gathered weights; gradients are reduced in fp32. A sharded model is left alone.
     """
-    if num_ranks() == 1:
+    if num_ranks() == 1 or isinstance(model, FSDPModule):
         return model
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()
     for block in model.model.layers:
         fully_shard(block, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
     return model
+
+
+def own_rows(tensor):
+    """(what this rank holds of a parameter, which rows of the whole these are); all of a plain tensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor, slice(0, len(tensor))
+    local, num_rows = tensor.to_local(), ceil(len(tensor) / num_ranks())                 # cut as torch.chunk does: the last ranks may have less
+    start, end = min(rank() * num_rows, len(tensor)), min((rank() + 1) * num_rows, len(tensor))
+    assert tensor.placements == (Shard(0),) and len(local) == end - start, (tensor.placements, local.shape, start, end)
+    return local, slice(start, end)
 
 
 def full(tensor):

@@ -180,7 +180,7 @@ def arena(answers, baseline, judge, out):
     """Compares two files of answers, writes eval.json, prints the table."""
     if Path(out).exists():
         raise ValueError(f"{out} exists: remove it, or name another --out")
-    if judge != "oracle" and read_config(judge)[1] != RewardModel.architecture:
+    if judge != "oracle" and read_config(judge)[1] is not RewardModel:
         raise ValueError(f"--judge {judge}: a language model, not a reward model; give 'oracle' or a folder that the reward stage wrote")
     sides = [read_answers(path, judge) for path in (answers, baseline)]
     join(*sides)  # what does not match is refused before any model is loaded

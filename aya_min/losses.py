@@ -19,6 +19,10 @@ def token_logps(hidden, weight, targets, logit_scale=1.0, chunk_size=4096):
     """log p(target) of each position, without ever holding more than `chunk_size` rows of logits, in backward too.
 
     hidden (N, D), weight (V, D), targets (N,) -> (N,) nats. With more than one chunk the logits are recomputed in backward.
+
+    Known gap: in bf16 the matmul rounds each logit before it becomes fp32, as in transformers. Measured where the target's logit is near 11: 0.010
+    nats a token on average, 0.028 at most. torch.mm(out_dtype=torch.float32) would not round, but has neither a derivative nor a CPU kernel in
+    torch 2.13; a head in fp32 was not tried on a GPU.
     """
     if len(hidden) <= chunk_size:
         return _chunk_logps(hidden, weight, targets, logit_scale)

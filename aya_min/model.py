@@ -1,7 +1,8 @@
-"""The Cohere decoder (Aya Expanse, Aya 23, Command R), papers.md section 25 / transformers' modeling_cohere.
+"""The Cohere decoder, as in transformers' modeling_cohere (Aya Expanse, Aya 23, Command R) and modeling_cohere2 (Command R7B, Tiny Aya).
 
 What sets it apart: one bias-free LayerNorm per block feeding attention and MLP in PARALLEL, interleaved rotary pairs (GPT-J style),
-logits scaled by `logit_scale`, head tied to the embedding. Parameter names are those of the published safetensors.
+logits scaled by `logit_scale`, head tied to the embedding. In cohere2 most layers look back over a window only, and only they have
+rotary embeddings. Parameter names are those of the published safetensors.
 B batch, T tokens, H heads, K key-value heads, D head width, V vocabulary.
 """
 
@@ -41,6 +42,15 @@ def rotate(x, cos, sin):
     return (x.float() * cos + turned.float() * sin).to(x.dtype)
 
 
+def window_mask(config, num_tokens, device):
+    """Who sees whom (True) in a sliding layer: the sliding_window tokens up to itself. (T, T), or None where plain causal attention is the same."""
+    if config.sliding_window is None or num_tokens <= config.sliding_window:
+        return None
+    places = torch.arange(num_tokens, device=device)
+    back = places[:, None] - places                                                        # (T, T)
+    return (back >= 0) & (back < config.sliding_window)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -55,18 +65,17 @@ class Attention(nn.Module):
             self.k_norm = LayerNorm((K, D), config.layer_norm_eps)
         self.use_qk_norm = config.use_qk_norm
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos=None, sin=None, mask=None):
+        """x (B, T, hidden_size); cos, sin: rotary(), None in a layer without; mask: (T, T) or None, causal."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.H, self.D)
         k = self.k_proj(x).view(B, T, self.K, self.D)
         v = self.v_proj(x).view(B, T, self.K, self.D)
         if self.use_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cos is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                  # (B, H, T, D), (B, K, T, D) twice
-        mask = None
-        if cache is not None:
-            k, v, mask = cache.update(k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.K != self.H)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -93,9 +102,9 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos=None, sin=None, mask=None):
         h = self.input_layernorm(x)
-        return x + self.self_attn(h, cos, sin, cache) + self.mlp(h)
+        return x + self.self_attn(h, cos, sin, mask) + self.mlp(h)
 
 
 class Decoder(nn.Module):
@@ -109,21 +118,23 @@ class Decoder(nn.Module):
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.activation_checkpointing = False
 
-    def forward(self, input_ids, cache=None):
+    def forward(self, input_ids):
         """input_ids (B, T), right-padded: under the causal mask no real token sees the padding. -> (B, T, hidden_size)"""
-        x = self.embed_tokens(input_ids)
-        positions = torch.arange(input_ids.shape[1], device=x.device)[None] if cache is None else cache.positions   # (1 or B, T)
-        cos, sin = rotary(self.config, positions)
+        x, config = self.embed_tokens(input_ids), self.config
+        turn = rotary(config, torch.arange(input_ids.shape[1], device=x.device)[None])
+        band = window_mask(config, input_ids.shape[1], x.device)
         for i, block in enumerate(self.layers):
+            inputs = (*(turn if config.has_rope(i) else (None, None)), band if config.window(i) else None)
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+                x = checkpoint(block, x, *inputs, use_reentrant=False)
             else:
-                x = block(x, cos, sin, cache and cache.layer(i))
+                x = block(x, *inputs)
         return self.norm(x)
 
 
 class CohereForCausalLM(nn.Module):
-    architecture = "CohereForCausalLM"
+    """The decoder with the language model's head; config.model_type says whether it is CohereForCausalLM or Cohere2ForCausalLM."""
+    task = "ForCausalLM"
 
     def __init__(self, config):
         super().__init__()
@@ -136,17 +147,15 @@ class CohereForCausalLM(nn.Module):
     def head_weight(self):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, input_ids, mask=None, cache=None, last=None):
+    def forward(self, input_ids, mask=None):
         """Logits (B, T, V); with `mask` (B, T) instead the log-probs of the masked tokens, (N,) in the order of mask.nonzero(),
-        each given the tokens before it; with `last` (B,) the logits (B, V) at that position of each row.
+        each given the tokens before it.
 
         Everything goes through this one call, because FSDP gathers the weights around a forward.
         """
-        x = self.model(input_ids, cache)
+        x = self.model(input_ids)
         if mask is not None:
             return token_logps(x[:, :-1][mask[:, 1:]], self.head_weight, input_ids[mask], self.config.logit_scale)
-        if last is not None:
-            x = x[torch.arange(len(x), device=x.device), last]
         return F.linear(x, self.head_weight) * self.config.logit_scale
 
 
@@ -158,7 +167,7 @@ class RewardModel(nn.Module):
     The second term is the departure from the usual last-token head. At a million parameters a last-token head learns form and language
     but not correctness (LOG.md); the least likely token is where a wrong word shows. Without `score_logps` in the folder it is the usual head.
     """
-    architecture = "CohereForSequenceClassification"
+    task = "ForSequenceClassification"
 
     def __init__(self, config):
         super().__init__()
@@ -179,22 +188,24 @@ class RewardModel(nn.Module):
         return scores[:, 0], logps
 
 
+def initial_value(config, name, shape, generator):
+    """Normal(0, initializer_range) for matrices, ones for norms; output projections scaled by 1/sqrt(2 layers) (GPT-2);
+    reward head 1/sqrt(hidden + 1) (arXiv 2009.01325, appendix)."""
+    std = config.initializer_range
+    if len(shape) == 1 or "norm" in name:
+        return torch.ones(shape)
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= (2 * config.num_hidden_layers) ** 0.5
+    if name == "score.weight":
+        std = (config.hidden_size + 1) ** -0.5
+    if name == "score_logps.weight":
+        return torch.full(shape, 0.5)
+    return torch.randn(shape, generator=generator) * std
+
+
 @torch.no_grad()
 def init_weights(model, generator):
-    """Normal(0, initializer_range) for matrices, ones for norms; output projections scaled by 1/sqrt(2 layers) (GPT-2);
-    reward head 1/sqrt(hidden + 1) (arXiv 2009.01325, appendix). Deterministic in `generator`, on any device."""
-    config = model.config
+    """Fill every parameter with its initial_value. Deterministic in `generator`, on any device."""
     for name, parameter in model.named_parameters():
-        std = config.initializer_range
-        if parameter.dim() == 1 or "norm" in name:
-            parameter.fill_(1.0)
-            continue
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            std /= (2 * config.num_hidden_layers) ** 0.5
-        if name == "score.weight":
-            std = (config.hidden_size + 1) ** -0.5
-        if name == "score_logps.weight":
-            parameter.fill_(0.5)
-            continue
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        parameter.copy_(initial_value(model.config, name, parameter.shape, generator))
     return model

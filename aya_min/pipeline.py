@@ -71,7 +71,7 @@ def build_arbiter(run, base, teachers):
     def make(folder, resume):
         data = data_file(run, "arbiter", pairs("train", r.arbiter_pairs, 0.05))
         held_out = pairs(r.eval_split, max(240, r.arbiter_pairs // 12), 0.0)
-        model, tokenizer = weights.load_trunk(reader)
+        model, tokenizer = weights.load(reader, run.device, trunk=True, sharded=True, compute_dtype=getattr(torch, r.dtype))
         its_settings = settings(run, Reward, learning_rate=r.arbiter_learning_rate, lm_weight=r.arbiter_lm_weight, epochs=1.0, warmup_steps=20)
         reward_folder = stages.reward(model, tokenizer, [data], its_settings, folder, run.device, resume=resume)
         return {"reward_model": judge_arbiter(run, reward_folder, held_out)}

@@ -9,17 +9,16 @@ all methods but linear (working inside large tensors by pieces is left to the is
 """
 
 import hashlib
-import json
 import math
 import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from . import __version__, merging
+from . import __version__, merging, tensorfiles
+from .tensorfiles import DTYPES, first_of, read, read_config, read_header, write_json
 
 METHODS = {    # method: the settings it takes and their defaults, from the papers (DARE has none: ours); weights None: 1 each
     "linear": {"weights": None},
@@ -29,14 +28,12 @@ METHODS = {    # method: the settings it takes and their defaults, from the pape
     "dare-linear": {"base": None, "weights": None, "density": 0.5, "lam": 1.0, "seed": 0},
     "dare-ties": {"base": None, "weights": None, "density": 0.5, "lam": 1.0, "seed": 0},
 }
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}    # safetensors' names
 OUTPUT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 COPIED = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 
 
 def merge_folders(folders, out, method, *, weights=None, base=None, density=None, lam=1.0, t=0.5, seed=0, dtype=None,
-                  shard_bytes=5_000_000_000):
+                  shard_bytes=tensorfiles.SHARD_BYTES):
     """Merge model folders into the new folder `out`; returns its Path.
 
     method, and which of the settings it looks at: METHODS. density None: the method's default.
@@ -50,10 +47,10 @@ def merge_folders(folders, out, method, *, weights=None, base=None, density=None
         raise ValueError(f"{out} is one of the models to merge; give another folder as the output")
     if os.path.lexists(out):
         raise ValueError(f"{out} exists already; remove it or give another folder as the output")
-    headers = [read_header(folder) for folder in inputs]
-    refuse_differences(inputs, headers)
-    shards = plan_shards(headers[0], OUTPUT_DTYPES.get(dtype), shard_bytes)
-    size = sum(num_bytes(*spec) for specs in shards.values() for spec in specs.values())
+    configs, headers = [read_config(folder) for folder in inputs], [read_header(folder) for folder in inputs]
+    refuse_differences(inputs, configs, headers)
+    specs = {name: (OUTPUT_DTYPES[dtype] if dtype and is_float(code) else code, shape) for name, (_, code, shape) in headers[0].items()}
+    files, size = tensorfiles.plan(specs, shard_bytes), sum(tensorfiles.num_bytes(*spec) for spec in specs.values())
     out.parent.mkdir(parents=True, exist_ok=True)
     if size > shutil.disk_usage(out.parent).free:
         raise ValueError(f"{out} needs {size / 1e9:.1f} GB, more than its disk has free; make room or give another folder as the output")
@@ -63,10 +60,8 @@ def merge_folders(folders, out, method, *, weights=None, base=None, density=None
     try:
         partial.mkdir()
         with tqdm(total=size, desc="merge", unit="B", unit_scale=True, disable=os.environ.get("RANK", "0") != "0") as bar:
-            for file, specs in shards.items():
-                merged = (merge_one(name, headers, method, settings, DTYPES[code]) for name, (code, _) in specs.items())
-                write_safetensors(partial / file, specs, merged, bar)
-        write_the_rest(folders[0], partial, shards, size, dtype)
+            tensorfiles.write(partial, files, merged_tensors(files, headers, method, settings, bar))
+        write_the_rest(folders[0], partial, configs[0], dtype)
         write_record(partial, inputs, headers, method, settings, dtype)
         partial.rename(out)
     except BaseException:                                                            # Ctrl-C and a full disk too
@@ -111,44 +106,10 @@ def refuse_weights(method, weights, num_models):
         raise ValueError(f"weights {weights} of {method} must not be negative nor all 0; for negation use task-arithmetic or dare-linear")
 
 
-def read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error})") from error
-
-
-def read_header(folder):
-    """{tensor name: (file, safetensors dtype, shape)} of a model folder; no weights are read."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not (folder / "config.json").exists() or single.exists() == index.exists():
-        raise ValueError(f"{folder} is not a model folder: it needs config.json and either model.safetensors or shards and their index")
-    weight_map = None if single.exists() else read_json(index).get("weight_map", {})
-    names = [single.name] if weight_map is None else sorted(set(weight_map.values()))
-    if strangers := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{index} names the shard {strangers[0]!r}, which is not a file name in its own folder; do not use this model")
-    header = {}
-    for file in [folder / name for name in names]:
-        try:
-            with safe_open(file, "pt") as tensors:
-                slices = {name: tensors.get_slice(name) for name in tensors.keys()}
-                header |= {name: (file, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} is not a whole safetensors file ({error}); copy or download it again") from error
-    if weight_map is not None and (wrong := weight_map.items() ^ {(name, file.name) for name, (file, _, _) in header.items()}):
-        raise ValueError(f"{index} and the shards disagree on {', '.join(sorted({name for name, _ in wrong})[:20])}")
-    return header
-
-
-def load(header, name):
-    with safe_open(header[name][0], "pt") as tensors:          # opened anew for each tensor: memory does not grow with the file
-        return tensors.get_tensor(name)
-
-
-def refuse_differences(inputs, headers):
+def refuse_differences(inputs, configs, headers):
     """One ValueError that names (up to 20 of) all differences which make a merge of these folders meaningless."""
     problems, first, header = [], inputs[0], headers[0]
-    for folder, other in zip(inputs, headers):
+    for folder, config, other in zip(inputs, configs, headers):
         problems += [f"{folder}: {name} is {code}, which cannot be merged" for name, (_, code, _) in other.items() if code not in DTYPES]
         problems += [f"{folder} lacks {name}" for name in sorted(header.keys() - other.keys())]
         problems += [f"{folder} has {name}, which {first} lacks" for name in sorted(other.keys() - header.keys())]
@@ -157,24 +118,18 @@ def refuse_differences(inputs, headers):
             if shape != other_shape:
                 problems.append(f"{folder}: {name} is {list(other_shape)}, in {first} {list(shape)}")
             elif code in DTYPES and other_code in DTYPES and not (is_float(code) and is_float(other_code)):
-                if code != other_code or not torch.equal(load(header, name), load(other, name)):
+                if code != other_code or not torch.equal(read(header, name), read(other, name)):
                     problems.append(f"{folder}: {name} is {other_code}, has no average, and differs from that of {first}")
         if sha256(folder / "tokenizer.json") != sha256(first / "tokenizer.json"):
             problems.append(f"{folder}: tokenizer.json is not that of {first}")
-        sizes = [read_json(place / "config.json").get("vocab_size") for place in (folder, first)]
-        if sizes[0] != sizes[1]:
-            problems.append(f"{folder}: vocab_size is {sizes[0]}, in {first} {sizes[1]}")
+        if config.get("vocab_size") != configs[0].get("vocab_size"):
+            problems.append(f"{folder}: vocab_size is {config.get('vocab_size')}, in {first} {configs[0].get('vocab_size')}")
     if problems:
-        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError("these models cannot be merged: " + "; ".join(problems[:20]) + more)
+        raise ValueError(f"these models cannot be merged: {first_of(problems, '; ')}")
 
 
 def is_float(code):
     return DTYPES[code].is_floating_point
-
-
-def num_bytes(code, shape):
-    return math.prod(shape) * DTYPES[code].itemsize
 
 
 def sha256(path):
@@ -185,25 +140,18 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def plan_shards(header, out_code, shard_bytes):
-    """{file name: {tensor name: (dtype, shape)}}: names in order, a new file when the next tensor would make it too large."""
-    shards, size = [{}], 0
-    for name, (_, code, shape) in sorted(header.items()):
-        spec = (out_code if out_code and is_float(code) else code, shape)
-        if shards[-1] and size + num_bytes(*spec) > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = spec
-        size += num_bytes(*spec)
-    shards = [dict(sorted(specs.items(), key=lambda item: -DTYPES[item[1][0]].itemsize)) for specs in shards]    # wide first: all aligned
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": specs for i, specs in enumerate(shards, 1)}
+def merged_tensors(files, headers, method, settings, bar):
+    """The tensors of a plan in its order, each merged when it is its turn."""
+    for specs in files.values():
+        for name, (code, _) in specs.items():
+            tensor = merge_one(name, headers, method, settings, DTYPES[code])
+            bar.update(tensor.nbytes)
+            yield tensor
 
 
 def merge_one(name, headers, method, settings, dtype):
     """The merged tensor of one name, in the output dtype. The base, where there is one, is the last of the headers."""
-    tensors = [load(header, name) for header in headers]
+    tensors = [read(header, name) for header in headers]
     if not dtype.is_floating_point:
         return tensors[0]                                                            # refuse_differences found them equal
     for tensor, header in zip(tensors, headers):
@@ -233,41 +181,14 @@ def refuse_infinite(tensor, what):
         raise ValueError(f"{what} holds NaN or infinite values; mend that model, or choose a wider --dtype")
 
 
-def write_safetensors(path, specs, tensors, bar):
-    """A safetensors file written tensor by tensor, where save_file needs all of them in memory at once.
-
-    specs: {name: (dtype, shape)}; tensors: an iterable in the same order. Layout: length of the header (u64, little-endian), header
-    (JSON, padded with spaces to 8 bytes), tensors without gaps.
-    """
-    header, end = {"__metadata__": {"format": "pt"}}, 0                              # transformers refuses a file without the format
-    for name, (code, shape) in specs.items():
-        begin, end = end, end + num_bytes(code, shape)
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
-            bar.update(tensor.nbytes)
-
-
-def write_the_rest(first, out, shards, size, dtype):
+def write_the_rest(first, out, config, dtype):
     """Everything of the model folder but the weights, from the first model; config.json says the dtype that is on disk."""
-    if len(shards) > 1:
-        weight_map = {name: file for file, specs in shards.items() for name in specs}
-        write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
     for name in COPIED:
         if (first / name).exists():
             shutil.copyfile(first / name, out / name)
-    config = read_json(first / "config.json")
     if dtype:
-        config |= {key: dtype for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}}
+        config = config | {key: dtype for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}}
     write_json(out / "config.json", config)
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_record(out, inputs, headers, method, settings, dtype):

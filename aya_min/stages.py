@@ -215,7 +215,7 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=Fal
     the starting model, and takes one policy-gradient step. The reward model must share the policy's tokenizer."""
     prompts = load_prompts(data)
     prompt_ids = [tokenizer.encode_prompt(p["prompt_messages"]) for p in prompts]
-    check_lengths(model, prompt_ids, settings.max_new_tokens)
+    check_lengths(model.config, [len(ids) for ids in prompt_ids], [settings.max_new_tokens] * len(prompt_ids))
     if settings.num_samples < 2:
         raise ValueError(f"--num-samples {settings.num_samples}: RLOO needs at least 2 samples a prompt for its baseline")
     sampler = Sampler([len(ids) for ids in prompt_ids], settings.batch_size, settings.seed)
@@ -249,3 +249,6 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=Fal
         return made
 
     return run_stage("rloo", model, tokenizer, num_steps, batches, policy_gradient_loss, settings, run, device, resume=resume)
+
+
+PLAIN_FIRST = (dpo, rloo)       # they compute with the whole model before they train it, so it must not come sharded

@@ -312,7 +312,10 @@ def grade(question, completion):
 # ---- files -----------------------------------------------------------------------------------------------------------------------
 
 def write_jsonl(path, rows):
-    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    """One object a line, under a temporary name first, so that a file that exists is whole."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.rename(path)
 
 
 def main():

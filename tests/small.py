@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from aya_min import config, distributed, stages
+from aya_min import config, distributed, stages, tensorfiles, weights
 from aya_min.data import batches_in_order, collate, load_examples, load_prompts, make_batches
 from aya_min.loop import evaluate, train
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights
@@ -64,12 +64,12 @@ VARIANTS = {"sft-recomputed": dict(activation_checkpointing=True), "sft-untied":
             **{f"{stage}-bfloat16": dict(dtype="bfloat16", max_steps=1) for stage in STAGES}}
 
 
-def run(stage, data, out, resume=False, held_out=False, architecture={}, **changes):
-    """Run a stage on write_world's files in this process (or on these ranks); its run folder."""
+def run(stage, data, out, resume=False, held_out=False, architecture={}, start=None, **changes):
+    """Run a stage on write_world's files in this process (or on these ranks), from a model folder or from fresh weights; its run folder."""
     function, settings_class, file = STAGES[stage]
     values = dict(batch_size=8, max_steps=3, learning_rate=1e-3, warmup_steps=2, max_length=256)
     values |= {"reward": dict(lm_weight=0.3), "dpo": dict(nll_weight=0.2), "rloo": dict(num_samples=2, max_new_tokens=12)}.get(stage, {})
-    model, more = (reward_model if stage == "reward" else language_model)(**architecture), {}
+    model, more = weights.load(start, sharded=True)[0] if start else (reward_model if stage == "reward" else language_model)(**architecture), {}
     if stage == "rloo":
         more["reward_model"] = reward_model()
     elif held_out:
@@ -104,6 +104,27 @@ def refusal(function, *args, **kwargs):
     return distributed.gather_objects(None)
 
 
+def loaded_sharded(model, folder, **options):
+    """Save a model on these ranks, load it sharded. -> [rank by rank: parameters held, parameters read], [names of what is not as it was]."""
+    weights.save(folder, model, tokenizer(), shard_bytes=30_000)
+    numbers, read = [], tensorfiles.read
+
+    def counting(header, name, rows):
+        numbers.append(read(header, name, rows).numel())
+        return read(header, name, rows)
+
+    torch.use_deterministic_algorithms(True)                            # new memory is filled with NaN
+    tensorfiles.read = counting
+    loaded, _ = weights.load(folder, sharded=True, **options)
+    tensorfiles.read = read
+    torch.use_deterministic_algorithms(False)
+    held = sum(distributed.own_rows(t)[0].numel() for t in loaded.state_dict().values())
+    whole = distributed.full_state(loaded)
+    return {"held and read": distributed.gather_objects([held, sum(numbers)]), "all": sum(t.numel() for t in whole.values()),
+            "not finite": [name for name, t in whole.items() if not t.isfinite().all()],
+            "differ": [name for name, t in model.state_dict().items() if name not in whole or not torch.equal(t, whole[name])]}
+
+
 def on_these_ranks(world, out):
     """Every stage, sampling, scoring and what must be refused by all ranks together. -> a JSON object of results, on every rank."""
     share = 2 if distributed.num_ranks() > 1 else 0                     # two micro-batches a rank, or the whole batch at once
@@ -111,6 +132,10 @@ def on_these_ranks(world, out):
         run(stage, world, out / stage, held_out=True, micro_batch_size=share)
     for name, changes in VARIANTS.items():
         run(name.split("-")[0], world, out / name, micro_batch_size=share, **changes)
+    odd = dict(model_type="cohere2", sliding_window=4, vocab_size=401, tie_word_embeddings=False)
+    loaded = {"language model": loaded_sharded(language_model(**odd), out / "language-model"), "reward model": loaded_sharded(reward_model(), out / "reward-model"),
+              "trunk": loaded_sharded(language_model(), out / "start", trunk=True)}
+    run("sft", world, out / "sft-loaded", micro_batch_size=share, held_out=True, start=out / "start")
     rows = load_prompts([world / "prompts.jsonl"])[:9]
     model, judge = language_model(), reward_model()
     answers = answer_rows(model, tokenizer(), rows, 2, 12, temperature=0.7, seed=3, batch_size=4)
@@ -126,7 +151,7 @@ def on_these_ranks(world, out):
     num_steps, batches = make_batches(load_examples([world / "sft.jsonl"], tokenizer(), 256), collate, settings)
     not_finite = refusal(train, trained, num_steps, batches, nan_on_the_last_rank, settings, out / "sft", CPU)
     moved = [name for name, p in language_model().named_parameters() if not torch.equal(p, distributed.full(dict(trained.named_parameters())[name].data))]
-    return {"answers": answers, "scores": scores, "not_finite": not_finite, "moved": moved,
+    return {"loaded": loaded, "answers": answers, "scores": scores, "not_finite": not_finite, "moved": moved,
             "too_long": refusal(answer_rows, model, tokenizer(), long, 1, 12), "main": refusal(distributed.from_main, lambda: int("x")),
             "few_held_out": [evaluate(model, stages.sft_loss, batches_in_order(few[:n], collate, size=1), CPU) for n in (1, 3)]}
 

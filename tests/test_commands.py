@@ -19,6 +19,7 @@ from small import ROOT, assert_close, language_model, logged, reward_model, toke
 import generate
 import train
 from aya_min import weights
+from aya_min.journal import Journal
 from aya_min.tokenizer import train_tokenizer
 from aya_min.world import write_jsonl
 
@@ -89,7 +90,7 @@ def call(folder, monkeypatch, capfd):
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 # mistakes
@@ -131,7 +132,7 @@ TRAIN_MISTAKES = {
     "sft --model A --data sft.jsonl --out old": "old exists and is not empty; give a new folder, or --resume",
     "sft --model A --data sft.jsonl --out taken.jsonl --batch-size 8": "Not a directory",
     "sft --model nowhere --data sft.jsonl --out new": "nowhere: not a model folder (no config.json)",
-    "sft --model lacking --data sft.jsonl --out new": "1 missing: model.layers.1.self_attn.o_proj.weight",
+    "sft --model lacking --data sft.jsonl --out new": "model.layers.1.self_attn.o_proj.weight is missing",
     "sft --model llama --data sft.jsonl --out new": "architecture 'LlamaForCausalLM' is not supported",
     "sft --model RM --data sft.jsonl --out new": "a reward model; sft trains language models",
     "sft --model A --tokenizer B --data sft.jsonl --out new": "--tokenizer goes with a preset",
@@ -154,7 +155,12 @@ GENERATE_MISTAKES = {
     f"{ASK} --frobnicate": "unrecognized arguments: --frobnicate",
     "--prompt hello": "give either --model DIR or --models A B",
     f"{POOL} --model A": "give either --model DIR or --models A B",
-    "--model A": "give either --prompt TEXT or --prompts",
+    "--model A": "give one of --prompt TEXT, --prompts F.jsonl and --chat",
+    "--model A --chat --prompt hello": "give one of --prompt TEXT, --prompts F.jsonl and --chat",
+    "--models A B C --chat": "--chat is for one process and one or two models",
+    "--model A --chat --num-samples 2": "--chat is for one process and one or two models",
+    f"{ASK} --max-new-tokens 500": "it passes the model's 512",
+    f"{ASK} --temperature nan": "temperature nan must be >= 0",
     "--model A --prompts prompts.jsonl": "--prompts needs --out",
     "--model A --prompts nowhere.jsonl --out new.jsonl": "nowhere.jsonl: cannot be read",
     "--model A --prompts malformed.jsonl --out new.jsonl": "malformed.jsonl:2: not a JSON object",
@@ -165,10 +171,10 @@ GENERATE_MISTAKES = {
     f"{POOL} --pairs taken.jsonl": "taken.jsonl exists",
     f"{POOL} --pairs new.jsonl": "--pairs and --out are the same file",
     "--model nowhere --prompt hello": "nowhere: not a model folder",
-    "--model lacking --prompt hello": "1 missing: model.layers.1.self_attn.o_proj.weight",
+    "--model lacking --prompt hello": "model.layers.1.self_attn.o_proj.weight is missing",
     "--model RM --prompt hello": "a reward model cannot generate",
     f"{POOL} --arbiter C": "--arbiter",
-    "--models A B lacking --arbiter RM --prompts prompts.jsonl --out new.jsonl": "lacking: the tensors do not fit config.json: 1 missing",
+    "--models A B lacking --arbiter RM --prompts prompts.jsonl --out new.jsonl": "lacking: the tensors do not fit config.json: model.layers.1",
     "--models A RM --prompts prompts.jsonl --out new.jsonl --route random": "a reward model cannot generate",
     "--models A B --prompts prompts.jsonl --out new.jsonl": "--route reward and --pairs need --arbiter RM",
     "--models A B --prompts prompts.jsonl --out new.jsonl --route random --pairs pairs-new.jsonl": "--route reward and --pairs need --arbiter RM",
@@ -304,6 +310,72 @@ def test_a_fixed_table_takes_each_languages_teacher_without_an_arbiter(call, fol
     assert rows and all(row["teacher"] == table[row["language"]] for row in rows)
 
 
+def test_every_prompt_format_is_read_and_its_keys_are_kept(call, tmp_path):
+    """The Aya collection's inputs, m-ArenaHard's question_id, cluster and category, conversations with a system turn."""
+    rows = [{"inputs": "Quelle couleur ?", "targets": "rouge", "language": "fr"}, {"prompt": "colour?", "question_id": "q1", "cluster": "c", "category": "arena-hard-v0.1"},
+            {"messages": [{"role": "system", "content": "brief"}, {"role": "user", "content": "colour?"}], "id": 7}]
+    write_jsonl(tmp_path / "in", rows)
+    assert call(generate, f"--model A --prompts {tmp_path}/in --out {tmp_path}/out --max-new-tokens 4")[0] == 0
+    made = read(tmp_path / "out")
+    assert [row["prompt"] for row in made[:2]] == ["Quelle couleur ?", "colour?"] and made[0]["language"] == "fr"
+    assert {k: made[1][k] for k in rows[1]} == rows[1] and made[2]["id"] == 7
+    assert made[2]["prompt"] == rows[2]["messages"]
+
+
+def test_ignore_eos_goes_on_to_the_limit_and_a_stop_text_ends_before_it(call, tmp_path):
+    line = "--model A --prompts prompts.jsonl --max-new-tokens 60 --temperature 1"
+    for name, flags in (("free", ""), ("on", "--ignore-eos"), ("cut", "--stop a e")):
+        assert call(generate, f"{line} --out {tmp_path}/{name} {flags}")[0] == 0
+    free, on, cut = (read(tmp_path / name) for name in ("free", "on", "cut"))
+    assert {row["num_tokens"] for row in on} == {60} and {row["finish_reason"] for row in on} == {"length"} and {row["finish_reason"] for row in free} == {"stop", "length"}
+    for whole, ended in zip(free, cut):
+        first = min([whole["completion"].find(s) for s in "ae" if s in whole["completion"]], default=len(whole["completion"]))
+        assert ended["completion"] == whole["completion"][:first]
+
+
+def test_the_stop_ids_are_those_of_generation_config_and_the_end_of_turn(call, folder, tmp_path):
+    shutil.copytree(folder / "A", tmp_path / "model")
+    line = f"--model {tmp_path}/model --prompts prompts.jsonl --max-new-tokens 30 --temperature 1"
+    assert call(generate, f"{line} --out {tmp_path}/before")[0] == 0
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, *range(100, 250)]}))
+    assert call(generate, f"{line} --out {tmp_path}/after")[0] == 0
+    before, after = read(tmp_path / "before"), read(tmp_path / "after")
+    assert sum(row["num_tokens"] for row in after) < sum(row["num_tokens"] for row in before) / 2
+    assert all(b["completion"].startswith(a["completion"]) for a, b in zip(after, before))
+
+
+def test_the_memory_of_the_cache_is_said_before_the_run(call, tmp_path):
+    _, _, err = call(generate, f"--model A --prompts prompts.jsonl --out {tmp_path}/out --max-new-tokens 8 --batch-size 4 --num-samples 2")
+    assert err[0].startswith("A: KV cache of 4 rows x 128 tokens, 0.1 MB a rank")
+
+
+def test_a_killed_run_goes_on_without_redoing_finished_prompts(call, folder, tmp_path, monkeypatch):
+    """The answers hold every kind of line end that Unicode has: a journal once read with splitlines() took them for its own."""
+    line = f"--model A --prompts prompts.jsonl --num-samples 2 --max-new-tokens 20 --temperature 1 --batch-size 6 --out {tmp_path}/"
+    assert call(generate, line + "whole")[0] == 0
+    made, add = [], Journal.add
+
+    def add_and_die(journal, key, answers):
+        made.append(key)
+        add(journal, key, [{**a, "completion": a["completion"] + "\u2028\x85"} for a in answers])
+        if len(made) in (5, 12):
+            journal.file.write('["half a li')
+            journal.file.flush()
+            raise KeyboardInterrupt
+    monkeypatch.setattr(Journal, "add", add_and_die)
+    for finished in (5, 12):
+        code, _, err = call(generate, line + "killed")
+        assert code == 130 and err[-1] == f"stopped; what is finished is in {tmp_path}/killed.partial, and the same command goes on from there"
+        assert len(set(made)) == len(made) == finished and not (tmp_path / "killed").exists()
+    code, _, err = call(generate, line + "killed --seed 1")
+    assert code == 2 and err == [f"error: {tmp_path}/killed.partial holds an unfinished run with other seed; give the same settings to go on with it, or remove it"]
+    code, _, err = call(generate, line + "killed")
+    assert code == 0 and err[0] == "goes on: 12 of 36 prompts were finished before" and len(set(made)) == len(made) == 36
+    assert not (tmp_path / "killed.partial").exists()
+    whole, killed = read(tmp_path / "whole"), read(tmp_path / "killed")
+    assert [{**row, "completion": row["completion"].removesuffix("\u2028\x85")} for row in killed] == whole
+
+
 # real processes
 
 def process(*arguments):
@@ -358,6 +430,23 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_once_for_all_ran
     assert done.returncode != 0 and "error: --batch-size 7 does not divide over 2 ranks; use a multiple of 2" in done.stderr
     assert done.stderr.count("error: ") == 1
     assert not (folder / "new").exists()
+
+
+def test_torchrun_writes_the_file_of_one_process_to_the_last_byte(call, folder, tmp_path):
+    """Also where a run of one process was killed; on the CPU in fp32 even the log-probs are the same."""
+    line = "--model A --prompts prompts.jsonl --num-samples 3 --max-new-tokens 40 --temperature 0.7"
+    assert call(generate, f"{line} --out {tmp_path}/one")[0] == 0
+    assert call(generate, f"{line} --out {tmp_path}/two --batch-size 2")[0] == 0        # to learn where its journal lies
+    (tmp_path / "two").unlink()
+    started = subprocess.Popen([sys.executable, "generate.py", *words(f"{line} --out {tmp_path}/two --batch-size 1", folder)], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while time.time() < deadline and started.poll() is None and not any(path.stat().st_size for path in (tmp_path / "two.partial").glob("*.jsonl")):
+        time.sleep(0.002)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    done = process(*TORCHRUN, "generate.py", *words(f"{line} --out {tmp_path}/two", folder))
+    assert done.returncode == 0 and "goes on: " in done.stderr, done.stderr[-3000:]
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
 def test_torchrun_generates_what_one_process_generates(call, folder, tmp_path):

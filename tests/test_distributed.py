@@ -66,6 +66,25 @@ def test_two_ranks_publish_the_weights_of_one(stage, folder):
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=lambda m: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("what", ["language model", "reward model", "trunk"])
+def test_a_folder_loaded_sharded_is_whole_and_each_rank_reads_its_rows_only(what, one_and_two):
+    """Odd numbers of rows, one row for two ranks, several files, memory full of NaN. The trunk's head is new: it is held and not read."""
+    one, two = (results["loaded"][what] for results in one_and_two)
+    num_new = 32 + 2 if what == "trunk" else 0
+    for loaded in (one, two):
+        assert loaded["differ"] == [] and loaded["not finite"] == []
+        assert sum(held for held, _ in loaded["held and read"]) == loaded["all"] == sum(read for _, read in loaded["held and read"]) + num_new
+    assert len(two["held and read"]) == 2 and all(0.48 < held / two["all"] < 0.52 for held, _ in two["held and read"])
+
+
+def test_training_from_a_folder_loaded_sharded_is_training_from_the_same_plain_model(folder):
+    one, two = logged(folder / "one" / "sft"), logged(folder / "two" / "sft-loaded")
+    assert_close(one, two, rtol=2e-4, atol=2e-5)
+    one, two = (load_file(folder / name / "model" / "model.safetensors") for name in ("one/sft", "two/sft-loaded"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=lambda m: f"{name}: {m}")
+
+
 def test_a_run_stopped_at_one_rank_then_at_two_then_ended_at_one_is_a_run_never_stopped(folder):
     assert_close(logged(folder / "whole"), logged(folder / "resumed"), rtol=2e-4, atol=2e-5)
     whole, resumed = (load_file(folder / name / "state" / file) for file in ("model.safetensors",) for name in ("whole", "resumed"))

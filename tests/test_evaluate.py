@@ -12,7 +12,7 @@ import torch
 from aya_min.config import model_preset
 from aya_min.evaluate import bootstrap_mean, compare, grade_answers, join, main, score_answers, summarize, table, win_rates
 from aya_min.languages import CLUSTERS, LANGUAGES, SHARED
-from aya_min.model import CohereForCausalLM, RewardModel, init_weights
+from aya_min.model import RewardModel, init_weights
 from aya_min.reward import score_texts
 from aya_min.tokenizer import train_tokenizer
 from aya_min.weights import save
@@ -264,7 +264,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(tmp_
     refused("broken.jsonl:2: the oracle knows no task 'poem'", answers=broken_by(lambda row: row | {"task": "poem"}))
     refused(f"question {good[2]['question_id']!r} (ar) has no row in the answers", answers=broken_by(lambda row: row))
     refused("not a model folder", judge=tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(model_preset("smoke").published(CohereForCausalLM.architecture)), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps(model_preset("smoke").published()), encoding="utf-8")
     refused("a language model, not a reward model", judge=tmp_path)
     refused("exists", where=a)
     with pytest.raises(SystemExit) as stop:

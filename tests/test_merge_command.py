@@ -192,7 +192,7 @@ def test_a_refusal_is_exit_code_2_and_one_line_on_standard_error(folders, tmp_pa
     state = tensors(2)
     del state["score.weight"]
     write(tmp_path / "headless", state)
-    for bad, words in (("headless", ["headless lacks score.weight"]), ("nowhere", ["nowhere is not a model folder"])):
+    for bad, words in (("headless", ["headless lacks score.weight"]), ("nowhere", ["nowhere: not a model folder"])):
         done = run("linear", folders[0], tmp_path / bad, "--out", tmp_path / "out")
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done
         assert all(word in done.stderr for word in words)
@@ -243,22 +243,22 @@ def test_a_shard_name_that_leaves_the_folder_is_refused(folders, tmp_path, capsy
     sharded = write(tmp_path / "sharded", tensors(1), num_shards=2)
     index = sharded / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("model-00001-of-00002.safetensors", "../A/model.safetensors"))
-    assert "'../A/model.safetensors', which is not a file name in its own folder" in refused(capsys, "linear", sharded, folders[0], "--out", tmp_path / "o")
+    assert "'../A/model.safetensors' is not the name of a safetensors file in its own folder" in refused(capsys, "linear", sharded, folders[0], "--out", tmp_path / "o")
 
 
 def test_files_that_are_not_whole_are_refused(folders, tmp_path, capsys):
     sharded = write(tmp_path / "sharded", tensors(1), num_shards=2)
     (sharded / "model-00002-of-00002.safetensors").unlink()
-    assert "model-00002-of-00002.safetensors is not a whole safetensors file" in refused(capsys, "linear", sharded, "--out", tmp_path / "o")
+    assert "model-00002-of-00002.safetensors: not a whole safetensors file" in refused(capsys, "linear", sharded, "--out", tmp_path / "o")
     sharded = write(tmp_path / "stale", tensors(1), num_shards=2)
     index = sharded / "model.safetensors.index.json"
     index.write_text(index.read_text().replace('"score.weight"', '"score.wait"'))
-    assert "the shards disagree on score.wait, score.weight" in refused(capsys, "linear", sharded, "--out", tmp_path / "o")
+    assert "the shards disagree on score.wait score.weight" in refused(capsys, "linear", sharded, "--out", tmp_path / "o")
     index.write_text("{")
-    assert "index.json cannot be read as JSON" in refused(capsys, "linear", sharded, "--out", tmp_path / "o")
+    assert "index.json: not JSON" in refused(capsys, "linear", sharded, "--out", tmp_path / "o")
     whole = folders[1] / "model.safetensors"
     whole.write_bytes(whole.read_bytes()[:-10])
-    assert "B/model.safetensors is not a whole safetensors file" in refused(capsys, "linear", *folders, "--out", tmp_path / "o")
+    assert "B/model.safetensors: not a whole safetensors file" in refused(capsys, "linear", *folders, "--out", tmp_path / "o")
 
 
 @pytest.mark.parametrize("arguments, words", [

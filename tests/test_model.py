@@ -1,5 +1,8 @@
-"""The decoder against a slow reference written from the description in papers.md section 25: numpy, fp64, one head at a time,
+"""The decoder against a slow reference written from the description of the two architectures: numpy, fp64, one head at a time,
 rotary embedding as multiplication by complex numbers. It shares no code and no tensor layout trick with the model."""
+
+import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from aya_min.model import CohereForCausalLM, RewardModel, init_weights, rotary
 
 SMALL = dict(vocab_size=67, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, logit_scale=0.5,
              rope_theta=100.0, initializer_range=0.3)
+COHERE2 = dict(model_type="cohere2", sliding_window=5, layer_types=["sliding_attention", "full_attention"])
 VARIANTS = {
     "grouped heads": {},
     "as many key-value heads as heads": dict(num_key_value_heads=4),
@@ -19,6 +23,9 @@ VARIANTS = {
     "query-key norm": dict(use_qk_norm=True),
     "untied head": dict(tie_word_embeddings=False),
     "a head width of its own": dict(head_dim=10),
+    "sliding and full layers": dict(model_type="cohere2", sliding_window=5, sliding_window_pattern=2),
+    "full and sliding layers": dict(model_type="cohere2", sliding_window=5, layer_types=["full_attention", "sliding_attention"], tie_word_embeddings=False),
+    "a window that is never reached": dict(model_type="cohere2", sliding_window=17, sliding_window_pattern=2, num_key_value_heads=4),
     "everything": dict(use_qk_norm=True, tie_word_embeddings=False, head_dim=10, logit_scale=0.0625, layer_norm_eps=1e-3),
 }
 
@@ -59,9 +66,11 @@ def reference_logits(model, ids):
         heads = []
         for head in range(H):
             group = head // (H // K)                                                                    # consecutive heads share keys and values
-            zq, zk = ((z[:, n, 0::2] + 1j * z[:, n, 1::2]) * turn for z, n in ((q, head), (k, group)))  # neighbours are one complex number
+            zq, zk = ((z[:, n, 0::2] + 1j * z[:, n, 1::2]) * (turn if c.has_rope(i) else 1) for z, n in ((q, head), (k, group)))   # neighbours are one number
             scores = (zq @ zk.conj().T).real / np.sqrt(D)
-            scores[np.triu_indices(T, 1)] = -np.inf
+            for place in range(T):
+                scores[place, place + 1:] = -np.inf
+                scores[place, :max(0, place + 1 - (c.window(i) or T))] = -np.inf
             p = np.exp(scores - scores.max(-1, keepdims=True))
             heads.append(p / p.sum(-1, keepdims=True) @ v[:, group])
         gate = h @ w("mlp.gate_proj").T
@@ -111,14 +120,34 @@ def test_changing_a_token_changes_no_earlier_logit(place):
     assert not torch.isclose(before[:, place:], after[:, place:]).all(-1).any()
 
 
+@pytest.mark.parametrize("place", [0, 3, 10])
+def test_a_token_is_seen_through_one_window_a_layer_and_no_further(place):
+    """Two sliding layers of 3 tokens: it reaches the 4 tokens after it. A full layer would carry it to the end."""
+    model, ids = build(model_type="cohere2", sliding_window=3, layer_types=["sliding_attention"] * 2), tokens(1, 17)
+    changed = ids.clone()
+    changed[:, place] = (ids[:, place] + 1) % SMALL["vocab_size"]
+    differs = ~torch.isclose(model(ids), model(changed), rtol=0, atol=1e-6).all(-1)[0]
+    assert differs.nonzero()[:, 0].tolist() == list(range(place, place + 5))
+
+
+def test_full_layers_of_cohere2_see_no_order_and_sliding_ones_do():
+    """Without rotary embeddings the last token's logits are the same whatever the order of those before it, in one layer."""
+    ids = tokens(1, 9)
+    turned = torch.cat([ids[:, :-1].flip(1), ids[:, -1:]], 1)
+    full, sliding = (build(model_type="cohere2", num_hidden_layers=1, layer_types=[kind]) for kind in ("full_attention", "sliding_attention"))
+    torch.testing.assert_close(full(ids)[:, -1], full(turned)[:, -1])
+    assert not torch.isclose(sliding(ids)[:, -1], sliding(turned)[:, -1], rtol=1e-3, atol=1e-3).any(-1).all()
+
+
 @pytest.mark.parametrize("padding", [1, 7, 64])
 @pytest.mark.parametrize("pad_id", [0, 9])
-def test_right_padding_changes_no_logit_no_log_prob_no_gradient_and_no_score(padding, pad_id):
+@pytest.mark.parametrize("changes", [{}, COHERE2], ids=["cohere", "cohere2"])
+def test_right_padding_changes_no_logit_no_log_prob_no_gradient_and_no_score(changes, padding, pad_id):
     ids, lengths = tokens(2, 12), torch.tensor([12, 7])
     mask = torch.rand(2, 12, generator=torch.Generator().manual_seed(2)) < 0.5
     mask[:, 0], mask[:, 6] = False, True
     padded, padded_mask = F.pad(ids, (0, padding), value=pad_id), F.pad(mask, (0, padding))
-    model, reward_model = build(), build(RewardModel)
+    model, reward_model = build(**changes), build(RewardModel, **changes)
     torch.testing.assert_close(model(padded)[:, :12], model(ids))
     torch.testing.assert_close(reward_model(padded, lengths, padded_mask), reward_model(ids, lengths, mask))
     results = []
@@ -152,11 +181,6 @@ def test_masked_log_probs_are_the_log_softmax_of_the_logits_at_the_token_before(
     torch.testing.assert_close(model(ids, mask=mask), torch.stack(expected))
 
 
-def test_last_gives_the_logits_at_those_positions_only():
-    model, ids, last = build(), tokens(3, 11), torch.tensor([10, 0, 4])
-    torch.testing.assert_close(model(ids, last=last), model(ids)[torch.arange(3), last])
-
-
 def answers(lengths, width):
     """The mask of answers that are each row's last tokens, at most three."""
     places, lengths = torch.arange(width)[None], lengths[:, None]
@@ -175,8 +199,9 @@ def test_a_score_is_read_at_the_answers_last_token_whatever_stands_after_or_insi
         torch.testing.assert_close(alone, scores[i:i + 1])
 
 
-def test_a_score_is_the_head_at_the_last_token_plus_the_weighted_mean_and_least_log_prob_of_the_answer():
-    language_model, model, ids, lengths = build(), build(RewardModel), tokens(3, 15), torch.tensor([15, 6, 2])
+@pytest.mark.parametrize("changes", [{}, COHERE2], ids=["cohere", "cohere2"])
+def test_a_score_is_the_head_at_the_last_token_plus_the_weighted_mean_and_least_log_prob_of_the_answer(changes):
+    language_model, model, ids, lengths = build(**changes), build(RewardModel, **changes), tokens(3, 15), torch.tensor([15, 6, 2])
     language_model.model = model.model                                  # the log-probs are the trunk's own
     with torch.no_grad():
         model.score_logps.weight.copy_(torch.tensor([[0.7, -0.2]]))
@@ -188,12 +213,13 @@ def test_a_score_is_the_head_at_the_last_token_plus_the_weighted_mean_and_least_
         torch.testing.assert_close(scores[i], expected)
 
 
+@pytest.mark.parametrize("changes", [{}, COHERE2], ids=["cohere", "cohere2"])
 @pytest.mark.parametrize("model_class", [CohereForCausalLM, RewardModel])
-def test_activation_checkpointing_changes_neither_loss_nor_gradients(model_class):
+def test_activation_checkpointing_changes_neither_loss_nor_gradients(model_class, changes):
     ids, mask = tokens(2, 12), torch.arange(12)[None].expand(2, 12) > 2
     results, calls = [], []
     for checkpointing in (False, True):
-        model = build(model_class).train()
+        model = build(model_class, **changes).train()
         model.model.activation_checkpointing = checkpointing
         calls.append([])
         model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls[-1].append(1))
@@ -218,11 +244,28 @@ def test_bf16_weights_give_bf16_logits_and_fp32_log_probs_near_the_fp32_models()
 
 # ---- sizes, names, initial weights -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("preset, count", [("aya-expanse-8b", 8_028_033_024), ("aya-expanse-32b", 32_296_476_672)])
-def test_the_aya_presets_have_the_published_number_of_parameters(preset, count):
+def by_hand(vocabulary, hidden, ffn, layers, heads, key_value_heads):
+    """Parameters of a model with heads of 128 and a tied head: in each layer q and o, k and v, three matrices of the MLP, one norm."""
+    return vocabulary * hidden + layers * (2 * hidden * heads * 128 + 2 * hidden * key_value_heads * 128 + 3 * hidden * ffn + hidden) + hidden
+
+
+@pytest.mark.parametrize("preset, count, sizes", [
+    ("aya-expanse-8b", 8_028_033_024, (256_000, 4096, 14336, 32, 32, 8)), ("aya-expanse-32b", 32_296_476_672, (256_000, 8192, 24576, 40, 64, 8)),
+    ("aya-23-8b", 8_028_033_024, (256_000, 4096, 14336, 32, 32, 8)), ("aya-23-35b", 34_980_831_232, (256_000, 8192, 22528, 40, 64, 64)),
+    ("command-r7b", 8_028_033_024, (256_000, 4096, 14336, 32, 32, 8)), ("tiny-aya", 3_349_227_520, (262_144, 2048, 11008, 36, 16, 4))])
+def test_the_presets_have_the_published_number_of_parameters(preset, count, sizes):
     with torch.device("meta"):
         model = CohereForCausalLM(model_preset(preset))
-    assert sum(p.numel() for p in model.parameters()) == count
+    assert sum(p.numel() for p in model.parameters()) == by_hand(*sizes) == count
+
+
+@pytest.mark.parametrize("preset", ["command-r7b", "tiny-aya"])
+def test_three_layers_of_four_slide_in_the_cohere2_presets(preset):
+    config = model_preset(preset)
+    assert [config.window(i) for i in range(8)] == [4096, 4096, 4096, None] * 2
+    assert [config.has_rope(i) for i in range(8)] == [True, True, True, False] * 2
+    config = model_preset("aya-expanse-8b")
+    assert not any(map(config.window, range(32))) and all(map(config.has_rope, range(32)))
 
 
 LAYER = ["input_layernorm.weight", "mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "self_attn.k_proj.weight", "self_attn.o_proj.weight",
@@ -231,7 +274,7 @@ LAYER = ["input_layernorm.weight", "mlp.down_proj.weight", "mlp.gate_proj.weight
 
 def test_parameter_names_are_the_published_ones():
     published = ["model.embed_tokens.weight", "model.norm.weight"] + [f"model.layers.{i}.{name}" for i in range(2) for name in LAYER]
-    assert sorted(build().state_dict()) == sorted(published)
+    assert sorted(build().state_dict()) == sorted(build(**COHERE2).state_dict()) == sorted(published)
     assert sorted(build(RewardModel).state_dict()) == sorted(published + ["score.weight", "score_logps.weight"])
     assert sorted(build(tie_word_embeddings=False).state_dict()) == sorted(published + ["lm_head.weight"])
     norms = [f"model.layers.{i}.self_attn.{x}_norm.weight" for i in range(2) for x in "qk"]
@@ -279,19 +322,62 @@ def test_initial_spreads_are_those_of_the_docstring():
 
 # ---- config.json -------------------------------------------------------------------------------------------------------------------
 
-def test_a_config_survives_publishing_and_reading():
-    config = ModelConfig(**{**SMALL, "head_dim": 10, "rope_theta": 4e6})
-    assert ModelConfig.from_published(config.published()) == config
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def test_rope_theta_is_read_where_old_and_new_files_keep_it():
-    assert ModelConfig.from_published({"rope_theta": 7.0}).rope_theta == 7.0
-    assert ModelConfig.from_published({"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}).rope_theta == 7.0
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 10, "rope_theta": 4e6}, {"eos_token_id": [7, 3]}, {"use_qk_norm": True, "tie_word_embeddings": False}, COHERE2,
+                                     {**COHERE2, "layer_types": [FULL, FULL]}, {**COHERE2, "layer_types": [SLIDING, SLIDING], "rope_theta": None}])
+def test_a_config_survives_publishing_and_reading(changes):
+    config = ModelConfig(**{**SMALL, **changes})
+    assert ModelConfig.from_published(json.loads(json.dumps(config.published()))) == config
 
 
-@pytest.mark.parametrize("raw", [{"attention_bias": True}, {"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-                                 {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"model_type": "cohere2"}, {"num_attention_heads": 6, "num_key_value_heads": 4}])
-def test_a_model_that_would_be_computed_wrongly_is_refused(raw):
+@pytest.mark.parametrize("raw, theta", [
+    ({"rope_theta": 7.0}, 7.0), ({"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}, 7.0), ({"rope_scaling": {"rope_theta": 7.0, "type": "default"}}, 7.0),
+    ({"rope_theta": 7.0, "rope_parameters": {"rope_type": "default"}}, 7.0), ({"rope_theta": 7.0, "rope_scaling": None}, 7.0),
+    ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}, "rope_scaling": {"rope_theta": 7.0}}, 7.0), ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7.0}}, 7.0),
+    ({}, 500000.0), ({"model_type": "cohere2"}, 10000.0)])
+def test_rope_theta_is_read_where_old_and_new_files_keep_it_in_transformers_order(raw, theta):
+    assert ModelConfig.from_published(raw).rope_theta == theta
+
+
+def test_as_many_key_value_heads_as_heads_unless_a_file_says_otherwise():
+    """As in transformers; the 8 of Aya Expanse was once taken for any file that says nothing."""
+    assert ModelConfig.from_published({"num_attention_heads": 16}).num_key_value_heads == 16
+    assert ModelConfig.from_published({"num_attention_heads": 16, "num_key_value_heads": None}).num_key_value_heads == 16
+
+
+@pytest.mark.parametrize("raw, types", [({}, [SLIDING, SLIDING, SLIDING, FULL, SLIDING]), ({"sliding_window_pattern": 2}, [SLIDING, FULL, SLIDING, FULL, SLIDING]),
+                                        ({"sliding_window_pattern": 1}, [FULL] * 5), ({"sliding_window_pattern": 9}, [SLIDING] * 5),
+                                        ({"sliding_window_pattern": 2, "layer_types": [FULL, SLIDING, FULL, FULL, FULL]}, [FULL, SLIDING, FULL, FULL, FULL])])
+def test_which_layers_slide_is_read_from_layer_types_or_the_older_pattern_and_published_as_both_where_possible(raw, types):
+    config = ModelConfig.from_published({"model_type": "cohere2", "num_hidden_layers": 5, "sliding_window": 6, **raw})
+    assert config.layer_types == types and [config.window(i) for i in range(5)] == [6 if t == SLIDING else None for t in types]
+    published = config.published()
+    assert published["layer_types"] == types and published["sliding_window"] == 6
+    assert ("sliding_window_pattern" in published) == (types.count(FULL) != 4)
+    if "sliding_window_pattern" in published:
+        del published["layer_types"]
+        assert ModelConfig.from_published(published) == config
+
+
+def test_a_cohere_config_has_no_window_whatever_its_file_says():
+    config = ModelConfig.from_published({"model_type": "cohere", "num_hidden_layers": 2, "sliding_window": 6, "layer_types": [SLIDING, FULL]})
+    assert config.window(0) is None and not {"sliding_window", "layer_types", "sliding_window_pattern"} & config.published().keys()
+
+
+@pytest.mark.parametrize("raw, says", [
+    ({"attention_bias": True}, "attention_bias"), ({"hidden_act": "gelu"}, "hidden_act"), ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "scaled rope"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaled rope"), ({"rope_parameters": {"rope_theta": 7.0, "partial_rotary_factor": 0.5}}, "scaled rope"),
+    ({"rope_parameters": {SLIDING: {"rope_theta": 7.0}}}, "scaled rope"), ({"rope_scaling": "yarn"}, "scaled rope"), ({"model_type": "llama"}, "model_type 'llama'"),
+    ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_attention_heads 6"), ({"head_dim": 7}, "head_dim 7 must be even"), ({"hidden_size": -8}, "hidden_size -8"),
+    ({"num_hidden_layers": 2.5, "rope_theta": "1e4"}, "num_hidden_layers 2.5, rope_theta '1e4'"), ({"logit_scale": True}, "logit_scale True"),
+    ({"eos_token_id": ["9"]}, "eos_token_id"), ({"model_type": "cohere2", "use_qk_norm": True}, "use_qk_norm"),
+    ({"model_type": "cohere2", "num_hidden_layers": 2, "layer_types": [FULL]}, "layer_types"),
+    ({"model_type": "cohere2", "num_hidden_layers": 1, "layer_types": ["chunked_attention"]}, "layer_types"), ({"model_type": "cohere2", "layer_types": 3}, "config.json: "),
+    ({"model_type": "cohere2", "sliding_window_pattern": 0}, "sliding_window_pattern 0"), ({"model_type": "cohere2", "sliding_window": None}, "sliding_window None"),
+    ({"model_type": "cohere2", "sliding_window": 0}, "sliding_window 0")])
+def test_a_model_that_would_be_computed_wrongly_is_refused(raw, says):
     """rope_scaling, the older spelling, was once ignored."""
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=f"^config.json: .*{re.escape(says)}" if not says.startswith("config") else says):
         ModelConfig.from_published({"model_type": "cohere", **raw})

@@ -7,7 +7,8 @@ import torch
 from small import language_model, reward_model, tokenizer
 
 from aya_min.reward import score_texts
-from aya_min.sampling import KVCache, answer_rows, choose, filtered, generate
+from aya_min import config, sampling
+from aya_min.sampling import Engine, answer_rows, choose, filtered, generate, plan, run, stream
 from aya_min.world import questions
 
 VOCABULARY = tokenizer().vocab_size
@@ -36,7 +37,7 @@ def kept(probs, **filters):
 def test_the_frequencies_of_chosen_tokens_are_the_probabilities_at_the_temperature():
     logits, n = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, -3.0]), 100_000
     uniforms = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    tokens, logps = choose(logits.expand(n, 6), uniforms, temperature=0.7)
+    tokens, logps = choose(logits.repeat(n, 1), uniforms, temperature=0.7)
     probs = (logits / 0.7).softmax(-1)
     frequencies = torch.bincount(tokens, minlength=6) / n
     assert ((frequencies - probs).abs() < 4 * (probs * (1 - probs) / n).sqrt()).all()
@@ -44,7 +45,7 @@ def test_the_frequencies_of_chosen_tokens_are_the_probabilities_at_the_temperatu
 
 
 def test_one_uniform_number_decides_by_the_inverse_of_the_cumulative_distribution():
-    logits = torch.tensor([0.2, 0.5, 0.3]).log().expand(6, 3)
+    logits = torch.tensor([0.2, 0.5, 0.3]).log().repeat(6, 1)
     tokens, _ = choose(logits, torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 1 - 2 ** -24]), temperature=1.0)
     assert tokens.tolist() == [0, 0, 1, 1, 2, 2]
 
@@ -52,31 +53,23 @@ def test_one_uniform_number_decides_by_the_inverse_of_the_cumulative_distributio
 def test_tokens_that_are_filtered_out_are_never_chosen_at_either_end_of_the_uniform_numbers():
     logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(1)).expand(3, 1000)
     for filters in (dict(top_k=5), dict(top_p=0.3), dict(min_p=0.5)):
-        tokens, _ = choose(logits, torch.tensor([0.0, 0.5, 1 - 2 ** -24]), 1.0, **filters)
+        tokens, _ = choose(logits.clone(), torch.tensor([0.0, 0.5, 1 - 2 ** -24]), 1.0, **filters)
         allowed = torch.isfinite(filtered(logits[:1], **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters}))[0].nonzero()[:, 0]
         assert set(tokens.tolist()) <= set(allowed.tolist())
 
 
 def test_temperature_0_is_greedy_with_log_probs_at_temperature_1():
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(2))
-    tokens, logps = choose(logits, torch.full((4,), 0.99), temperature=0, top_k=3)
+    tokens, logps = choose(logits.clone(), torch.full((4,), 0.99), temperature=0, top_k=3)
     assert tokens.tolist() == logits.argmax(-1).tolist()
     torch.testing.assert_close(logps, logits.log_softmax(-1).amax(-1))
 
 
 def test_log_probs_are_of_the_whole_distribution_whatever_the_filter():
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(3))
-    tokens, logps = choose(logits, torch.tensor([0.1, 0.5, 0.9]), temperature=0.5, top_k=1)
+    tokens, logps = choose(logits.clone(), torch.tensor([0.1, 0.5, 0.9]), temperature=0.5, top_k=1)
     torch.testing.assert_close(logps, (logits / 0.5).log_softmax(-1).amax(-1))
     assert tokens.tolist() == logits.argmax(-1).tolist()
-
-
-def test_bfloat16_logits_are_divided_and_normalized_in_fp32():
-    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(4)).bfloat16()
-    _, logps = choose(logits, torch.tensor([0.3, 0.6]), temperature=0.7)
-    assert logps.dtype == torch.float32
-    tokens, expected = choose(logits.double().float(), torch.tensor([0.3, 0.6]), temperature=0.7)
-    torch.testing.assert_close(logps, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("top_k, tokens", [(0, [0, 1, 2, 3]), (1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3])])
@@ -99,34 +92,85 @@ def test_top_p_counts_what_top_k_left():
     assert kept([0.1, 0.4, 0.2, 0.3], top_p=0.55) == [1, 3]
 
 
-# the cache
+# the engine against the plain forward
+
+SHAPES = [{}, {"use_qk_norm": True}, {"tie_word_embeddings": False}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"logit_scale": 0.25}, {"head_dim": 6},
+          {"model_type": "cohere2", "sliding_window": 8, "num_hidden_layers": 4}, {"model_type": "cohere2", "sliding_window": 40, "layer_types": ["full_attention", "sliding_attention"]}]
+
+
+def teacher_forced(model, prompt, ids, temperature):
+    """Log-probs (len(ids), V) of the plain forward over prompt and answer."""
+    logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1].detach() / (temperature or 1)
+    return logits.float().log_softmax(-1)
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_the_log_prob_of_what_was_sampled_is_that_of_the_whole_forward(temperature, changes, prompts):
+    """With and without a sliding window, whose ring is full after 8 or 40 tokens, and which is shorter and longer than the prompts."""
+    model = language_model(**changes)
+    for prompt, group in zip(prompts, generate(model, prompts, num_samples=2, max_new_tokens=60, temperature=temperature, stop_ids=[20, 30])):
+        for ids, logp, _ in group:
+            logps = teacher_forced(model, prompt, ids, temperature)
+            assert logp == pytest.approx(logps[torch.arange(len(ids)), torch.tensor(ids)].sum().item(), abs=1e-4)
+            if temperature == 0:
+                assert ids == logps.argmax(-1).tolist()
+
 
 @pytest.mark.parametrize("prefill", [1, 2, 17])
 def test_logits_token_by_token_with_the_cache_are_those_of_the_whole_forward(prefill, model):
-    rng = torch.Generator().manual_seed(0)
-    ids, lengths = torch.randint(13, VOCABULARY, (3, 24), generator=rng), torch.tensor([prefill, max(1, prefill - 1), 1])
-    whole = model(ids)
-    cache = KVCache(model.config, 3, 24, "cpu", torch.float32)
-    cache.start(prefill, prefill)
+    ids = torch.randint(13, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(0))
+    whole, engine, seen = model(ids).detach(), Engine(model, 3, 24, 24, temperature=0), []
+    engine.head = lambda x, head=engine.head: seen.append(head(x)) or seen[-1].clone()
     with torch.no_grad():
-        last = model(ids[:, :prefill], cache=cache, last=lengths - 1)
-        cache.lengths = lengths.clone()
-        for step in range(24 - prefill):
-            torch.testing.assert_close(last, whole[torch.arange(3), cache.lengths - 1], rtol=0, atol=1e-5)
-            cache.start(1, prefill + step + 1)
-            last = model(ids[torch.arange(3), cache.lengths][:, None], cache=cache)[:, 0]
-            cache.lengths = cache.lengths + 1
+        logits, kept = engine.prefill(ids[:, :prefill].tolist())
+        torch.testing.assert_close(logits, whole[:, prefill - 1], rtol=0, atol=1e-5)
+        for slot in range(3):
+            engine.place(slot, sampling.Row(slot, 0, prefill + 1, 24, None, [0]), kept, slot)
+        for position in range(prefill, 24):
+            engine.tokens[:] = ids[:, position]
+            engine.step(3, position + 1)
+            torch.testing.assert_close(seen[-1] * model.config.logit_scale, whole[:, position], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_qk_norm": True}, {"tie_word_embeddings": False}, {"num_key_value_heads": 4}, {"logit_scale": 0.25}])
-@pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
-def test_the_log_prob_of_what_was_sampled_is_that_of_the_whole_forward(temperature, changes, prompts):
-    model = language_model(**changes)
-    for prompt, group in zip(prompts, generate(model, prompts, num_samples=2, max_new_tokens=10, temperature=temperature, stop_ids=[20, 30])):
-        for ids, logp, _ in group:
-            logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1].detach() / (temperature or 1)
-            expected = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].sum()
-            assert logp == pytest.approx(expected.item(), abs=1e-4)
+def test_a_layer_with_a_sliding_window_keeps_only_its_window():
+    model = language_model(model_type="cohere2", sliding_window=8, num_hidden_layers=4)
+    engine = Engine(model, 2, 100, 10)
+    assert [keys.shape[2] for keys, _ in engine.cache] == [8, 8, 8, 128]
+    per_token = 2 * 2 * 8 * 4                            # keys and values, 2 key heads of 8 numbers, fp32
+    assert plan(model.config, [90], [10], 1, 2) == (1, 128, (3 * 8 + 128) * per_token)
+
+
+def test_bfloat16_log_probs_are_those_of_the_bfloat16_forward_to_its_rounding(prompts):
+    model = language_model().bfloat16()
+    for prompt, [(ids, logp, _)] in zip(prompts, generate(model, prompts, max_new_tokens=10, temperature=0.7)):
+        assert logp == pytest.approx(teacher_forced(model, prompt, ids, 0.7)[torch.arange(10), torch.tensor(ids)].sum().item(), rel=0.02)
+
+
+def test_unpacked_joined_weights_answer_alike_and_are_the_parameters_themselves(model, prompts, monkeypatch):
+    """Large models are not held twice: their parameters become views of the joined matrices, with the same values, and can be trained on."""
+    packed, before = generate(model, prompts, max_new_tokens=12, temperature=0), {name: p.clone() for name, p in model.state_dict().items()}
+    monkeypatch.setattr(sampling, "PACK_BYTES", 0)
+    fresh = language_model()
+    plain = generate(fresh, prompts, max_new_tokens=12, temperature=0)
+    assert [g[0].ids for g in plain] == [g[0].ids for g in packed]
+    assert all(torch.equal(p, before[name]) for name, p in fresh.state_dict().items())
+    attention, mlp = fresh.model.layers[0].self_attn, fresh.model.layers[0].mlp
+    assert attention.q_proj.weight.untyped_storage().data_ptr() == mlp.up_proj.weight.untyped_storage().data_ptr()
+    with torch.no_grad():
+        attention.v_proj.weight.mul_(-1)
+    changed = generate(fresh, prompts, max_new_tokens=12, temperature=0)
+    assert [g[0].ids for g in changed] != [g[0].ids for g in plain]
+    fresh(torch.tensor([prompts[0]])).sum().backward()
+    assert all(p.grad is not None for p in fresh.parameters())
+
+
+def test_weights_that_were_changed_in_place_are_seen_by_the_next_call(prompts):
+    """RLOO loads the trained weights into its sampling copy before each step; packed weights of the step before must not be used."""
+    model, other = language_model(0), language_model(5)
+    first = generate(model, prompts[:3], max_new_tokens=8, temperature=0)
+    model.load_state_dict(other.state_dict())
+    assert generate(model, prompts[:3], max_new_tokens=8, temperature=0) == generate(other, prompts[:3], max_new_tokens=8, temperature=0) != first
 
 
 # one request among others
@@ -141,12 +185,64 @@ def test_greedy_alone_is_greedy_in_a_batch_with_prompts_of_1_to_300_tokens(model
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 1000])
-def test_what_a_request_samples_does_not_depend_on_the_batch(batch_size, model, prompts):
-    whole = generate(model, prompts, num_samples=3, max_new_tokens=15, temperature=0.7, stop_ids=[20, 30, 40], seed=4)
-    cut = generate(model, prompts, num_samples=3, max_new_tokens=15, temperature=0.7, stop_ids=[20, 30, 40], seed=4, batch_size=batch_size)
-    assert [[c.ids for c in group] for group in cut] == [[c.ids for c in group] for group in whole]
-    part = generate(model, prompts[4:6], num_samples=3, max_new_tokens=15, temperature=0.7, stop_ids=[20, 30, 40], seed=4, numbers=[4, 5])
-    assert [[c.ids for c in group] for group in part] == [[c.ids for c in group] for group in whole[4:6]]
+@pytest.mark.parametrize("changes", [{}, {"model_type": "cohere2", "sliding_window": 16, "num_hidden_layers": 4}], ids=["cohere", "cohere2"])
+def test_what_a_request_samples_does_not_depend_on_the_batch_to_the_last_bit(changes, batch_size, prompts):
+    """On the CPU in fp32 with packed weights: attention runs over whole blocks of keys, so that even the log-probs are equal."""
+    model = language_model(**changes)
+    settings = dict(num_samples=3, max_new_tokens=45, temperature=0.7, stop_ids=[20, 30, 40], seed=4)
+    whole = generate(model, prompts, **settings)
+    assert generate(model, prompts, batch_size=batch_size, **settings) == whole
+    assert generate(model, prompts[4:6], numbers=[4, 5], batch_size=batch_size, **settings) == whole[4:6]
+
+
+class AsOnGPU(Engine):
+    """All slots over the whole cache at each step, idle rows too: the fixed shapes that a CUDA graph replays."""
+
+    def step(self, n, longest):
+        tokens, logps = self.decode(self.slots, self.max_tokens)
+        return tokens[:n].tolist(), logps[:n].tolist()
+
+
+@pytest.mark.parametrize("changes", [{}, {"model_type": "cohere2", "sliding_window": 16, "num_hidden_layers": 4}], ids=["cohere", "cohere2"])
+def test_fixed_shapes_with_idle_rows_give_the_same_answers(changes, prompts, monkeypatch):
+    model = language_model(**changes)
+    settings = dict(num_samples=2, max_new_tokens=30, temperature=0.7, stop_ids=[20, 30, 40], batch_size=5)
+    expected = generate(model, prompts, **settings)
+    monkeypatch.setattr(sampling, "Engine", AsOnGPU)
+    assert generate(model, prompts, **settings) == expected
+
+
+class Counting(Engine):
+    """Notes the rows of each step and the prompts that are prefilled."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.rows_of_steps, self.prefilled = [], []
+
+    def step(self, n, longest):
+        self.rows_of_steps.append(n)
+        return super().step(n, longest)
+
+    def prefill(self, prompts):
+        self.prefilled += prompts
+        return super().prefill(prompts)
+
+
+def test_a_finished_row_is_replaced_by_a_waiting_prompt_at_once(model):
+    """One answer of 10 tokens and four of 3 on two rows: the long one takes 9 steps after its prefill, the others 2 each, one after the other."""
+    engine, limits = Counting(model, 2, 32, 10, 0.0), [3, 3, 10, 3, 3]
+    prompts = [[20 + i] for i in range(5)]
+    rows = [row for _, ended in run(engine, prompts, limits, 1, range(5), 0, set(), None) for row in ended]
+    assert engine.rows_of_steps == [2] * 8 + [1]
+    assert [len(row.ids) for row in sorted(rows, key=lambda row: row.prompt)] == limits
+    assert [row.ids for row in sorted(rows, key=lambda row: row.prompt)] == [g[0].ids for g in generate(model, prompts, max_new_tokens=limits, temperature=0)]
+
+
+def test_k_samples_share_the_prefill_of_their_prompt_even_with_fewer_rows_than_samples(model, prompts):
+    engine = Counting(model, 3, 320, 9, 1.0)
+    rows = [row for _, ended in run(engine, prompts[:2] + prompts[4:5], [9] * 3, 8, range(3), 0, set(), None) for row in ended]
+    assert sorted(map(len, engine.prefilled)) == [5, 7, 300]
+    assert len(rows) == 24 and max(engine.rows_of_steps) == 3
 
 
 def test_k_samples_of_a_prompt_are_k_separate_requests(model, prompts):
@@ -222,7 +318,50 @@ def test_no_prompts_give_no_completions(model):
     assert generate(model, []) == []
 
 
+@pytest.mark.parametrize("stop_strings", [["e"], ["zzzz"], ["an", "th", "1"]])
+def test_an_answer_ends_with_the_token_that_completes_a_stop_string(stop_strings, model, prompts):
+    decode = tokenizer().decode
+    free = generate(model, prompts, num_samples=2, max_new_tokens=25, seed=2)
+    ended = generate(model, prompts, num_samples=2, max_new_tokens=25, seed=2, stop_strings=stop_strings, decode=decode)
+    for whole, cut in zip(sum(free, []), sum(ended, [])):
+        first = next((n for n in range(1, 26) if any(s in decode(whole.ids[:n]) for s in stop_strings)), None)
+        assert cut.ids == whole.ids[:first] and cut.finish_reason == ("stop" if first else "length")
+
+
+def test_each_prompt_may_have_its_own_number_of_new_tokens(model, prompts):
+    limits = [1 + 3 * i for i in range(len(prompts))]
+    free = generate(model, prompts, max_new_tokens=40, seed=1, batch_size=4)
+    assert [g[0].ids for g in generate(model, prompts, max_new_tokens=limits, seed=1, batch_size=4)] == [g[0].ids[:n] for g, n in zip(free, limits)]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_a_stream_gives_the_ids_of_the_completion_one_by_one(temperature, model, prompts):
+    [[whole]] = generate(model, prompts[:1], max_new_tokens=30, temperature=temperature, stop_ids=[20, 30, 40], seed=3)
+    ids = stream(model, prompts[0], 30, temperature, stop_ids=[20, 30, 40], seed=3)
+    assert next(ids) == whole.ids[0] and [whole.ids[0], *ids] == whole.ids
+
+
+def test_on_done_hears_of_each_prompt_once_with_all_its_samples(model, prompts):
+    heard = {}
+    groups = generate(model, prompts, num_samples=3, max_new_tokens=10, stop_ids=[20, 30, 40], batch_size=4, on_done=lambda i, group: heard.setdefault(i, []).append(group))
+    assert heard == {i: [group] for i, group in enumerate(groups)}
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_the_batch_size_that_does():
+    model = config.model_preset("aya-expanse-32b")
+    with pytest.raises(ValueError, match=r"the KV cache of 1000000 rows of 8192 tokens needs 1342178.6 GB, .* GB are free; (lower --batch-size to \d+ or less|shorten the prompts)"):
+        plan(model, [8000] * 1_000_000, [192] * 1_000_000, 1, 1_000_000, dtype=torch.bfloat16)
+    assert plan(config.model_preset("smoke"), [10, 20], [5, 5], 2, 3) == (3, 32, 3 * 32 * 2 * 2 * 32 * 4)
+
+
 # rows of text
+
+def test_an_answer_is_cut_before_its_stop_string_and_keeps_the_ids_that_were_sampled(model):
+    rows = questions("train", 5, 0, level="tiny")
+    groups = answer_rows(model, tokenizer(), rows, 2, max_new_tokens=60, seed=0, stop_strings=["a", "i"])
+    stopped = [a for group in groups for a in group if set("ai") & set(tokenizer().decode(a["ids"]))]
+    assert stopped and all(not set("ai") & set(a["completion"]) and tokenizer().decode(a["ids"]).startswith(a["completion"]) for a in stopped)
+
 
 def test_answers_are_decoded_without_the_end_token_and_keep_their_ids_and_reason(model):
     rows = questions("train", 5, 0, level="tiny")

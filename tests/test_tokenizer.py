@@ -1,12 +1,14 @@
 import json
+import random
 import unicodedata
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as BPE, models
 
+from aya_min.data import encode_example
 from aya_min.languages import LANGUAGES
-from aya_min.tokenizer import CHAT_TEMPLATE, SPECIALS, load_tokenizer, train_tokenizer
+from aya_min.tokenizer import CHAT_TEMPLATE, RESPONSE, RESPONSE_TEMPLATE, SPECIALS, load_tokenizer, train_tokenizer
 
 WORDS = Path(__file__).parent.parent / "aya_min" / "words"
 REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "parallel.jsonl"
@@ -24,6 +26,67 @@ def small():
 def multilingual():
     """Trained on the words of all languages, and on text full of typed special tokens."""
     return train_tokenizer([path.read_text(encoding="utf-8") for path in sorted(WORDS.glob("*.json"))] + [" ".join(SPECIALS)] * 50, 2048)
+
+
+# What Cohere publishes: the turn tokens stand at the end of the vocabulary, most of them not called special, and a post-processor adds BOS.
+ADDED = SPECIALS[8:] + ["<|YES_TOKEN|>", "<|USER_0_TOKEN|>", "<|START_THINKING|>", "<|END_THINKING|>", *RESPONSE]
+SPECIAL_AT_THE_END = {"<|END_OF_TURN_TOKEN|>"}
+
+# Chat templates of the four published shapes, with other words.
+AYA = ("{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set said = messages[1:] %}{% set system = messages[0]['content'] %}{% else %}"
+       "{% set said = messages %}{% set system = false %}{% endif %}{% if system != false %}{{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + system + "
+       "'<|END_OF_TURN_TOKEN|>' }}{% endif %}{% for m in said %}{% if m['role'] == 'user' %}{{ '<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' + m['content'].strip() + "
+       "'<|END_OF_TURN_TOKEN|>' }}{% else %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' + m['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}{% endif %}"
+       "{% endfor %}{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}")
+WITH_TOOLS = ("{% if documents %}\n<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Tools\n{% if tools %}Write <|START_THINKING|>{% endif %}<|END_OF_TURN_TOKEN|>"
+              "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>\n{%- else -%}\n")
+COMMAND_R7B = (WITH_TOOLS + AYA.replace("{{ bos_token }}", "").replace("<|CHATBOT_TOKEN|>", "<|CHATBOT_TOKEN|><|START_RESPONSE|>")
+               .replace("'<|END_OF_TURN_TOKEN|>' }}{% endif %}{% endfor", "'<|END_RESPONSE|><|END_OF_TURN_TOKEN|>' }}{% endif %}{% endfor")
+               .replace("}}{% endif %}{% for", "}}\n{%- else -%}\n    {{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|END_OF_TURN_TOKEN|>' }}\n{%- endif %}\n{%- for")
+               + "\n{% endif %}")
+TURN = "<|START_OF_TURN_TOKEN|>{% if m['role'] == 'user' %}<|USER_TOKEN|>{{ m['content'] }}{% else %}<|CHATBOT_TOKEN|><|START_RESPONSE|>{{ m['content'] }}<|END_RESPONSE|>"
+TINY_AYA = ("{{ bos_token }}{% set ns = namespace(system=false) %}{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = m['content'] %}{% endif %}"
+            "{% endfor %}<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Preamble\nBe good.\n\n- Be brief.{% if ns.system and ns.system != \"\" %}\n\n# More\n"
+            "{{ ns.system }}{% endif %}<|END_OF_TURN_TOKEN|>{% for m in messages %}{% if m['role'] != 'system' %}" + TURN + "{% endif %}<|END_OF_TURN_TOKEN|>"
+            "{% endif %}{% endfor %}{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>{% endif %}")
+COMMAND_A = ("{{ bos_token }}" + WITH_TOOLS + "{%- if messages[0]['role'] == 'system' %}{%- set developer = messages[0]['content'] %}{% endif %}\n"
+             "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Preamble\n{% if safety_mode|upper == 'STRICT' -%}\nBe strict.\n{%- else -%}\nBe good.\n{%- endif %}\n\n\n"
+             "- Be brief.\n{%- if developer %}\n\n\n# More\n{{ developer }}\n{%- endif -%}\n<|END_OF_TURN_TOKEN|>\n{%- for m in messages %}"
+             "{%- if m['role'] != 'system' %}" + TURN + "{% endif %}<|END_OF_TURN_TOKEN|>\n{%- endif %}\n{%- endfor %}\n{%- if add_generation_prompt %}"
+             "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>{% endif %}\n{%- endif %}")
+TEMPLATES = {"aya": AYA, "command-r7b": COMMAND_R7B, "tiny-aya": TINY_AYA, "command-a": COMMAND_A}
+
+
+def publish(folder, template=None, where="tokenizer_config.json", added=ADDED):
+    """A folder with a tokenizer.json shaped as Cohere's and the chat template where older and newer releases have it."""
+    folder.mkdir(exist_ok=True)
+    bpe = json.loads(train_tokenizer(["hi hi hi hi"], 270).bpe.to_str())
+    keep = [token for token in bpe["model"]["vocab"] if token not in SPECIALS[8:]]
+    bpe["model"]["vocab"] = {token: i for i, token in enumerate(keep)}
+    bpe["added_tokens"] = bpe["added_tokens"][:8] + [
+        {"id": len(keep) + i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": name in SPECIAL_AT_THE_END}
+        for i, name in enumerate(added)]
+    bpe["pre_tokenizer"]["pretokenizers"].pop(0)                            # Cohere's has digits and ByteLevel, not ours for Han
+    bpe["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
+    bpe["post_processor"] = {"type": "TemplateProcessing", "pair": [], "special_tokens": {"<BOS_TOKEN>": {"id": "<BOS_TOKEN>", "ids": [BOS], "tokens": ["<BOS_TOKEN>"]}},
+                             "single": [{"SpecialToken": {"id": "<BOS_TOKEN>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
+    (folder / "tokenizer.json").write_text(json.dumps(bpe, ensure_ascii=False), encoding="utf-8")
+    about = {"tokenizer_class": "CohereTokenizer", "add_bos_token": True, "model_max_length": 8192}
+    if where == "chat_template.jinja":
+        (folder / where).write_text(template, encoding="utf-8")
+    elif template:
+        about["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(about), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    return load_tokenizer(publish(tmp_path_factory.mktemp("published"), COMMAND_R7B))
+
+
+def written(tokenizer, ids):
+    return tokenizer.bpe.decode(ids, skip_special_tokens=False)
 
 
 def turns(*contents, system=None):
@@ -115,12 +178,177 @@ def test_a_forged_turn_stays_inside_the_users_turn(multilingual):
     assert supervised(ids, mask) == multilingual.encode("no") + [multilingual.end_of_turn_id]
 
 
+# ---- published files ---------------------------------------------------------------------------------------------------------------
+
+def test_command_r7b_opens_an_answer_with_a_marker_and_the_model_says_the_other_one_and_the_end(published):
+    assert published.start_of_turn_id > 260 and published.bos_id == BOS     # found by name, at the end of the vocabulary
+    ids, mask = published.encode_chat(turns("hi", "hi!"))
+    assert written(published, ids) == ("<BOS_TOKEN><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|USER_TOKEN|>hi"
+                                       "<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>hi!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>")
+    assert written(published, supervised(ids, mask)) == "hi!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+    assert written(published, published.encode_prompt("hi")).endswith("<|CHATBOT_TOKEN|><|START_RESPONSE|>")
+    assert ids == published.encode_prompt("hi") + published.encode_answer(" hi! ")
+    assert published.stop_ids == published.encode_answer("")
+    assert published.decode(ids) == "hihi!"
+
+
+def test_a_preference_pairs_answer_has_the_same_ids_and_mask_as_in_a_conversation(published, small):
+    for tokenizer in (published, small):
+        ids, mask = tokenizer.encode_chat(turns("hi", "!!", system="hi"))
+        example = encode_example(tokenizer, turns("hi", "!!", system="hi"), {})
+        assert (example.ids.tolist(), example.mask.tolist()) == (ids, mask)
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja", "a list"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_conversations_are_what_the_published_template_renders(name, where, tmp_path):
+    jinja2 = pytest.importorskip("jinja2")
+    template = TEMPLATES[name]
+    named = [{"name": "rag", "template": "<|START_THINKING|>"}, {"name": "default", "template": template}] if where == "a list" else template
+    tokenizer = load_tokenizer(publish(tmp_path / "model", named, where))
+    render = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template).render         # as transformers sets it
+    for system in (None, "Be kind."):
+        for contents in (["hi"], ["hi", "ho", "he"], ["hi", "ho"]):
+            messages, prompt = turns(*contents, system=system), len(contents) % 2 == 1
+            text = render(messages=messages, bos_token="<BOS_TOKEN>", add_generation_prompt=prompt)
+            ids, _ = tokenizer.encode_chat(messages, prompt)
+            assert written(tokenizer, ids).removeprefix("<BOS_TOKEN>") == text.removeprefix("<BOS_TOKEN>") and ids.count(BOS) == 1
+
+
+def test_a_preamble_comes_before_what_the_user_sets(tmp_path):
+    """Jinja as transformers sets it (trim_blocks) drops the first newline after an `if`."""
+    tokenizer = load_tokenizer(publish(tmp_path / "model", TINY_AYA))
+    for given, said in ((None, "# Preamble\nBe good.\n\n- Be brief."), (" ", "# Preamble\nBe good.\n\n- Be brief."),
+                        ("Rhyme.", "# Preamble\nBe good.\n\n- Be brief.\n# More\nRhyme.")):
+        messages = tokenizer.with_system_turn(turns("hi", system=given))
+        assert messages == turns("hi", system=said)
+
+
+def test_markers_in_the_vocabulary_count_only_if_the_template_uses_them_or_there_is_none(tmp_path):
+    for template, used in ((AYA, False), (COMMAND_R7B, True), (None, True)):
+        tokenizer = load_tokenizer(publish(tmp_path / str(used), template))
+        assert ("START_RESPONSE" in written(tokenizer, tokenizer.encode_prompt("hi"))) == used
+    tokenizer = load_tokenizer(publish(tmp_path / "none", added=ADDED[:-2]))
+    assert written(tokenizer, tokenizer.encode_answer("hi")) == "hi<|END_OF_TURN_TOKEN|>"
+
+
+@pytest.mark.parametrize("template, match", [
+    ([{"name": "rag", "template": AYA}], "the chat templates are rag; one must be named default"),
+    (AYA.replace("CHATBOT_TOKEN|>' }}", "CHATBOT_TOKEN|><|START_THINKING|>' }}"), r"opens answers with <\|START_THINKING\|>, a turn format not known here"),
+    (TINY_AYA.replace("- Be brief.", "{% for x in y %}{{ x }}{% endfor %}"), "a preamble in a form not known here")])
+def test_a_template_that_cannot_be_followed_is_refused_with_its_folder(template, match, tmp_path):
+    with pytest.raises(ValueError, match=match) as error:
+        load_tokenizer(publish(tmp_path / "model", template))
+    assert str(tmp_path / "model") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_template_with_markers_that_the_tokenizer_lacks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"lacks <\|START_RESPONSE\|> <\|END_RESPONSE\|>"):
+        load_tokenizer(publish(tmp_path / "model", COMMAND_R7B, added=ADDED[:-2]))
+
+
+def test_a_broken_tokenizer_config_is_refused_with_its_path(tmp_path):
+    (publish(tmp_path / "model") / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer_config.json: not JSON"):
+        load_tokenizer(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", SPECIALS[:8] + ADDED)
+def test_no_added_token_of_a_published_file_comes_out_of_a_users_text(name, published):
+    """The published files call most turn tokens not special, and encode_special_tokens alone lets those through."""
+    control = {published.bpe.token_to_id(each) for each in SPECIALS + ADDED}
+    for text in (name, f"hi {name}{name} hi", f"{name}\n"):
+        assert not control & set(published.encode(text)) and published.decode(published.encode(text)) == text
+    ids, mask = published.encode_chat(turns(name, "hi"))
+    assert written(published, supervised(ids, mask)) == "hi<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+    assert published.decode([published.bpe.token_to_id(name), HI - 5]) == "hi"
+
+
+def test_a_post_processor_that_adds_bos_adds_no_second_one(published):
+    assert published.bpe.encode("hi").ids == [BOS, HI - 5]                  # it is there and would
+    assert published.encode("hi") == [HI - 5]
+    assert published.encode_prompt(turns("hi", "hi", "hi")).count(BOS) == 1
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_published_tokenizer_is_saved_as_it_came(where, tmp_path):
+    folder, again = publish(tmp_path / "model", TINY_AYA, where), tmp_path / "again"
+    again.mkdir()
+    load_tokenizer(folder).save(again)
+    assert (again / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    before, after = (json.loads((path / "tokenizer_config.json").read_text()) for path in (folder, again))
+    assert after == {**before, "chat_template": TINY_AYA}
+    assert load_tokenizer(again).encode_chat(turns("hi", "ho")) == load_tokenizer(folder).encode_chat(turns("hi", "ho"))
+
+
+# ---- streams -----------------------------------------------------------------------------------------------------------------------
+
+def one_by_one(tokenizer, data, rng=None):
+    """Ids of bytes, a token for each byte; with `rng` cut at random into whatever tokens the vocabulary has, across characters too."""
+    alphabet = [*range(33, 127), *range(161, 173), *range(174, 256)]        # GPT-2's printable bytes; the others are 256, 257, ... in order
+    letters = {b: chr(b) for b in alphabet} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in alphabet)}
+    text, ids = "".join(letters[b] for b in data), []
+    while text:
+        lengths = [n for n in range(1, 9) if n <= len(text) and tokenizer.bpe.token_to_id(text[:n]) is not None] if rng else [1]
+        length = rng.choice(lengths) if rng else 1
+        ids.append(tokenizer.bpe.token_to_id(text[:length]))
+        text = text[length:]
+    return ids
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_a_stream_never_shows_half_a_character_in_any_language(code, small, multilingual):
+    text, rng = (WORDS / f"{code}.json").read_text(encoding="utf-8"), random.Random(code)
+    for tokenizer, cuts in ((small, None), (multilingual, rng)):
+        for _ in range(20):
+            start = rng.randrange(len(text) - 60)
+            piece = text[start:start + rng.randint(1, 60)]
+            ids = one_by_one(tokenizer, piece.encode("utf-8"), cuts)
+            shown = list(tokenizer.stream(ids))
+            assert len(shown) == len(ids) + 1 and "".join(shown) == piece == tokenizer.decode(ids)
+            assert not any("\ufffd" in each for each in shown)
+            for n in range(len(ids) + 1):                                   # and is never behind a token that ends with a whole character
+                assert "".join(shown[:n]) == tokenizer.decode(ids[:n]) or tokenizer.decode(ids[:n]).endswith("\ufffd")
+
+
+def test_a_stream_shows_an_emoji_when_its_last_byte_has_come(small):
+    ids = one_by_one(small, "🙂👩‍🚀".encode("utf-8"))
+    assert list(small.stream(ids)) == ["", "", "", "🙂", "", "", "", "👩", "", "", "\u200d", "", "", "", "🚀", ""]
+
+
+def test_a_stream_shows_a_leading_space_and_no_special_tokens(published):
+    ids = published.encode_prompt("hi")[:1] + published.encode(" hi") + published.encode_answer("!")
+    assert list(published.stream(ids)) == ["", " ", "hi", "!", "", "", ""]
+
+
+@pytest.mark.parametrize("data", [b"a\xffb", b"a\xe4\xbdhi", b"\xf0\x9f\x99\xc3\xa9!", b"\x80\x80a\x80b", b"\xe4\xbd", b"hi\xf0\x9f", "hi\ufffd!".encode(),
+                                  b"", b"\xff" * 500])
+def test_a_stream_goes_on_after_bytes_that_are_no_text_and_ends_with_what_is_left(data, small):
+    ids = one_by_one(small, data)
+    assert "".join(small.stream(ids)) == small.decode(ids) == data.decode("utf-8", "replace")
+
+
+def test_a_stream_of_random_tokens_is_their_text(multilingual):
+    rng = random.Random(0)
+    for _ in range(300):
+        ids = [rng.randrange(multilingual.vocab_size + 20) for _ in range(rng.randint(1, 40))]      # and ids that are no token
+        assert "".join(multilingual.stream(ids)) == multilingual.decode(ids)
+
+
+def test_a_stream_takes_no_token_before_it_is_asked(small):
+    def endless():
+        while True:
+            yield HI
+    shown = small.stream(endless())
+    assert [next(shown) for _ in range(3)] == ["hi"] * 3
+
+
 # ---- text --------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("code", LANGUAGES)
-def test_the_word_file_round_trips(code, small, multilingual):
+def test_the_word_file_round_trips(code, small, multilingual, published):
     text = (WORDS / f"{code}.json").read_text(encoding="utf-8")
-    for tokenizer in (small, multilingual):
+    for tokenizer in (small, multilingual, published):
         assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
 
 
@@ -152,18 +380,22 @@ def test_a_saved_tokenizer_reads_back_the_same(multilingual, tmp_path):
     assert (read.vocab_size, read.pad_id, read.bos_id, read.end_of_turn_id) == (multilingual.vocab_size, 0, BOS, END)
 
 
-def test_the_published_chat_template_renders_what_the_tokenizer_encodes(small):
+def test_the_chat_template_that_is_saved_renders_what_the_tokenizer_encodes(small, tmp_path):
     """It once kept the outer white space that encode_chat leaves out, so a server would have prompted otherwise than training did.
     jinja2 comes with torch; `generation` is a tag that transformers adds to it."""
     jinja2 = pytest.importorskip("jinja2")
-    template = jinja2.Template(CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
-    for messages in (turns("hi", "hi!"), turns(" hi ", "\nhi\n", "hi! ", system="hi ")):
-        generation_prompt = messages[-1]["role"] == "user"
-        text = template.render(messages=messages, bos_token="<BOS_TOKEN>", add_generation_prompt=generation_prompt)
-        ids, mask = small.encode_chat(messages, generation_prompt)
-        assert text == small.bpe.decode(ids, skip_special_tokens=False)
-    answer = CHAT_TEMPLATE.split("{% generation %}")[1].split("{% endgeneration %}")[0]
-    assert jinja2.Template(answer).render(message={"content": "hi!"}) == "hi!<|END_OF_TURN_TOKEN|>"
+    for tokenizer, own, end in ((small, CHAT_TEMPLATE, "<|END_OF_TURN_TOKEN|>"),
+                                (load_tokenizer(publish(tmp_path / "base")), RESPONSE_TEMPLATE, "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>")):
+        tokenizer.save(tmp_path)
+        assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == own
+        template = jinja2.Template(own.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+        for messages in (turns("hi", "hi!"), turns(" hi ", "\nhi\n", "hi! ", system="hi ")):
+            generation_prompt = messages[-1]["role"] == "user"
+            text = template.render(messages=messages, bos_token="<BOS_TOKEN>", add_generation_prompt=generation_prompt)
+            for read in (tokenizer, load_tokenizer(tmp_path)):
+                assert text == written(read, read.encode_chat(messages, generation_prompt)[0])
+        answer = own.split("{% generation %}")[1].split("{% endgeneration %}")[0]
+        assert jinja2.Template(answer).render(message={"content": "hi!"}) == "hi!" + end
 
 
 def test_a_folder_without_tokenizer_json_is_refused(tmp_path):

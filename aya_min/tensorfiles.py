@@ -1,0 +1,139 @@
+"""The tensors of a model folder on disk: one model.safetensors, or shards with an index. Headers are read first, tensors one by one.
+
+Nothing here knows an architecture. No pickle is read, no file outside the folder is opened (the hub's cache apart), and memory does not grow with the files.
+"""
+
+import json
+from itertools import islice
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}    # safetensors' names
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+SHARD_BYTES = 5_000_000_000                                                          # the largest file, as on the hub
+
+
+# ---- in ----------------------------------------------------------------------------------------------------------------------------
+
+def read_json(path):
+    """The JSON object in a file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); copy or download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object; copy or download it again")
+    return value
+
+
+def read_config(folder):
+    """The config.json of a model folder, as it is."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: not a model folder (no config.json); give a folder that a stage wrote or that was downloaded whole")
+    return read_json(path)
+
+
+def read_header(folder):
+    """{tensor name: (file, safetensors dtype, shape)} of a model folder; no weights are read."""
+    folder = Path(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    sharded = index.exists()
+    if single.exists() == sharded:
+        raise ValueError(f"{folder}: {'both' if sharded else 'no'} model.safetensors {'and' if sharded else 'or'} {index.name}; there must be one of "
+                         "them (only safetensors are read, never pickles such as pytorch_model.bin)")
+    weight_map = read_json(index).get("weight_map") if sharded else {}
+    if not (isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())):
+        raise ValueError(f"{index}: no weight_map of tensor names and file names in it; download the model again")
+    names = sorted(set(weight_map.values())) if sharded else [single.name]
+    for name in names:
+        refuse_outside(folder, name, index if sharded else single)
+    header, found = {}, set()
+    for file in [folder / name for name in names]:
+        try:
+            with safe_open(file, "pt") as tensors:
+                parts = {name: tensors.get_slice(name) for name in tensors.keys()}
+                header |= {name: (file, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
+        found |= {(name, file.name) for name in parts}
+    if sharded and (wrong := weight_map.items() ^ found):
+        raise ValueError(f"{index}: it and the shards disagree on {first_of(sorted({name for name, _ in wrong}), ' ')}; download the model again")
+    return header
+
+
+def refuse_outside(folder, name, where):
+    """Only files of the folder itself are opened. A link may go where the hub's cache keeps its files: snapshots/REVISION/name -> ../../blobs/HASH."""
+    if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
+        raise ValueError(f"{where}: {name!r} is not the name of a safetensors file in its own folder; do not use this model")
+    place = folder.resolve()
+    if (folder / name).resolve().parent not in (place, place.parent.parent / "blobs"):
+        raise ValueError(f"{where}: {name!r} is a link out of the folder; if you trust it, put the file itself there")
+
+
+def read(header, name, rows=None):
+    """A tensor, or those of its rows. It is mapped from the file and read when it is used; opened anew each time, so that its pages go with it."""
+    with safe_open(header[name][0], "pt") as tensors:
+        return tensors.get_tensor(name) if rows is None else tensors.get_slice(name)[rows]
+
+
+def first_of(words, between, most=20):
+    """The first twenty, and how many more there are, for one line on standard error."""
+    return between.join(words[:most]) + (f"{between}and {len(words) - most} more" if len(words) > most else "")
+
+
+# ---- out ---------------------------------------------------------------------------------------------------------------------------
+
+def num_bytes(code, shape):
+    return prod(shape) * DTYPES[code].itemsize
+
+
+def plan(specs, shard_bytes=SHARD_BYTES):
+    """{tensor name: (safetensors dtype, shape)} -> {file name: those in it}: names in order, a new file when the next one would make it too large."""
+    shards, size = [{}], 0
+    for name, spec in sorted(specs.items()):
+        if shards[-1] and size + num_bytes(*spec) > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = spec
+        size += num_bytes(*spec)
+    shards = [dict(sorted(part.items(), key=lambda item: -DTYPES[item[1][0]].itemsize)) for part in shards]     # wide first: all aligned
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": part for i, part in enumerate(shards, 1)}
+
+
+def write(folder, files, tensors):
+    """Write the files of a plan, tensor by tensor, and their index if there are several. tensors: an iterable in the plan's order."""
+    tensors = iter(tensors)
+    for name, specs in files.items():
+        write_file(folder / name, specs, islice(tensors, len(specs)))
+    if len(files) > 1:
+        size = sum(num_bytes(*spec) for specs in files.values() for spec in specs.values())
+        weight_map = {name: file for file, specs in files.items() for name in specs}
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def write_file(path, specs, tensors):
+    """A safetensors file written tensor by tensor, where save_file needs all of them in memory at once.
+
+    Layout: length of the header (u64, little-endian), header (JSON, padded with spaces to 8 bytes), tensors without gaps.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0                              # transformers refuses a file without the format
+    for name, (code, shape) in specs.items():
+        begin, end = end, end + num_bytes(code, shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
