@@ -23,7 +23,7 @@ from aya_min.data import load_prompts
 from aya_min.journal import Journal
 from aya_min.preferences import best_worst
 from aya_min.reward import score_texts
-from aya_min.sampling import answer_rows, check_lengths, check_sampling, plan, stream
+from aya_min.sampling import Fused, answer_rows, check_lengths, check_sampling, plan, stream
 from aya_min.world import write_jsonl
 
 SAMPLING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos", "seed", "dtype")
@@ -168,7 +168,7 @@ def talk(args, device):
     models = []
     for folder in args.models or [args.model]:
         model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
-        models.append((Path(folder).name if Path(folder).name != "model" else Path(folder).parent.name, model, tokenizer, stop_ids_of(folder, tokenizer, args)))
+        models.append((Path(folder).name if Path(folder).name != "model" else Path(folder).parent.name, Fused(model), tokenizer, stop_ids_of(folder, tokenizer, args)))
     chat(models, max_new_tokens=args.max_new_tokens, seed=args.seed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
 
 

@@ -18,7 +18,7 @@ from .model import rotary, window_mask
 
 Completion = namedtuple("Completion", "ids logp finish_reason")     # ids end with the stop token if finish_reason is "stop"; logp: nats, of all ids
 BLOCK = 32                  # keys: attention kernels sum in vectors and blocks; over whole ones, masked keys change nothing
-PREFILL_TOKENS = 4096       # padded tokens that are prefilled together
+PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}     # padded tokens that are prefilled together; more leave the CPU's caches (LOG.md)
 PACK_BYTES = 4e9            # on the CPU, models up to this size are kept a second time in oneDNN's own layout
 
 
@@ -69,7 +69,7 @@ def round_up(n, multiple=BLOCK):
 def linear(weight, pack):
     """x -> x W^T. oneDNN's prepacked product is 2.4 times as fast as torch's default (MKL) on an AMD CPU, and its rows do not depend on their number."""
     if pack:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     return lambda x: F.linear(x, weight)
 
@@ -84,27 +84,36 @@ def join(projections, dim, pack):
     return linear(joined, pack)
 
 
-class Engine:
-    """A model made ready to decode: joined weights and a static KV cache of `slots` rows with room for `max_tokens` tokens each.
+class Fused:
+    """The weights of a plain model as the engine reads them. Made once for many calls; one made before the weights changed may be out of date.
 
     In the parallel block q, k, v, gate and up read the same normed input, and o and down are added: two matmuls a layer.
+    """
+
+    def __init__(self, model):
+        parameters = list(model.parameters())
+        self.config, self.device, self.dtype = model.config, parameters[0].device, parameters[0].dtype
+        pack = self.device.type == "cpu" and sum(p.nbytes for p in parameters) <= PACK_BYTES and torch.backends.mkldnn.is_available() and (
+            self.dtype == torch.float32 or self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        self.layers = []
+        for block in model.model.layers:
+            a, m = block.self_attn, block.mlp
+            norms = [n.weight.detach() for n in ([a.q_norm, a.k_norm] if self.config.use_qk_norm else [])]
+            self.layers.append((block.input_layernorm.weight.detach(), norms, join([a.q_proj, a.k_proj, a.v_proj, m.gate_proj, m.up_proj], 0, pack),
+                                join([a.o_proj, m.down_proj], 1, pack)))
+        self.embedding, self.norm, self.head = model.model.embed_tokens.weight.detach(), model.model.norm.weight.detach(), linear(model.head_weight.detach(), pack)
+
+
+class Engine:
+    """A static KV cache of `slots` rows with room for `max_tokens` tokens each, and the two forwards that fill it and go on from it.
+
     Rows 0 .. n-1 are in use. Layers with a sliding window keep a ring of that many positions. The same mathematics as model.py, without padding:
     tokens of all rows stand in one line (N,), only attention sees them as rows.
     """
 
-    def __init__(self, model, slots, max_tokens, max_new_tokens, temperature=1.0, filters=(0, 1.0, 0.0)):
-        config, parameter = model.config, next(model.parameters())
-        self.config, self.slots, self.max_tokens, self.temperature, self.filters = config, slots, round_up(max_tokens), temperature, filters
-        self.device, dtype, size = parameter.device, parameter.dtype, sum(p.nbytes for p in model.parameters())
-        pack = self.device.type == "cpu" and size <= PACK_BYTES and torch.backends.mkldnn.is_available() and (
-            dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        self.layers = []
-        for block in model.model.layers:
-            a, m = block.self_attn, block.mlp
-            norms = [n.weight for n in ([a.q_norm, a.k_norm] if config.use_qk_norm else [])]
-            self.layers.append((block.input_layernorm.weight, norms, join([a.q_proj, a.k_proj, a.v_proj, m.gate_proj, m.up_proj], 0, pack),
-                                join([a.o_proj, m.down_proj], 1, pack)))
-        self.embedding, self.norm, self.head = model.model.embed_tokens.weight, model.model.norm.weight, linear(model.head_weight, pack)
+    def __init__(self, fused, slots, max_tokens, max_new_tokens, temperature=1.0, filters=(0, 1.0, 0.0)):
+        config, self.slots, self.max_tokens, self.temperature, self.filters = fused.config, slots, round_up(max_tokens), temperature, filters
+        self.fused, self.config, self.device, dtype = fused, config, fused.device, fused.dtype
         cos, sin = rotary(config, torch.arange(self.max_tokens, device=self.device)[None])
         self.turns = torch.complex(cos[0, ..., ::2], sin[0, ..., ::2])                          # (max_tokens, 1, D/2): an interleaved pair is a complex number
         self.by_hand = self.device.type == "cpu" and dtype == torch.float32
@@ -123,8 +132,8 @@ class Engine:
         """Logits (N, V) in fp32 of tokens ids (N,) at positions (N,), or those at the indices `last`. attend(layer, q (N, H, D), k, v (N, K, D)) -> (N, H D)."""
         c = self.config
         H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        x, turns = F.embedding(ids, self.embedding), self.turns[positions]                      # (N, hidden), (N, 1, D/2)
-        for i, (norm, qk_norms, project_in, project_out) in enumerate(self.layers):
+        x, turns = F.embedding(ids, self.fused.embedding), self.turns[positions]                      # (N, hidden), (N, 1, D/2)
+        for i, (norm, qk_norms, project_in, project_out) in enumerate(self.fused.layers):
             h = F.layer_norm(x, x.shape[-1:], norm, None, c.layer_norm_eps)
             heads, gate, up = project_in(h).split([(H + 2 * K) * D, c.intermediate_size, c.intermediate_size], -1)
             heads = heads.unflatten(1, (H + 2 * K, D))                                          # queries, keys, values
@@ -137,8 +146,8 @@ class Engine:
                     qk.copy_(torch.view_as_real(pairs).flatten(-2))
             q, k, v = heads.split((H, K, K), 1)
             x = x + project_out(torch.cat((attend(i, q, k, v), F.silu(gate).mul_(up)), 1))
-        x = F.layer_norm(x if last is None else x[last], x.shape[-1:], self.norm, None, c.layer_norm_eps)
-        return self.head(x).float().mul_(c.logit_scale)
+        x = F.layer_norm(x if last is None else x[last], x.shape[-1:], self.fused.norm, None, c.layer_norm_eps)
+        return self.fused.head(x).float().mul_(c.logit_scale)
 
     @torch.inference_mode()
     def prefill(self, prompts):
@@ -158,15 +167,20 @@ class Engine:
             return y.transpose(1, 2)[rows, positions].flatten(1)
         return self.forward(ids, positions, attend, last), kept
 
-    @torch.inference_mode()
-    def decode(self, n, T):
-        """One token more for rows 0 .. n-1, attending to the first T positions of the cache: tokens (n,), log-probs (n,)."""
-        K, D, rows, positions = self.config.num_key_value_heads, self.config.head_dim, self.rows[:n], self.lengths[:n].clamp(max=self.max_tokens - 1)
-        mask = self.uniforms.new_zeros(n, T).masked_fill_(self.keys[:T] > positions[:, None], float("-inf")).to(self.embedding.dtype)[:, None]   # (n, 1, T)
-        by_key_head = mask.repeat_interleave(K, 0) if self.by_hand else None                    # (n K, 1, T)
-
+    def look_at(self, n, T):
+        """Make views of the first T positions of rows 0 .. n-1, unless the step before had the same."""
         if self.looking_at != (n, T):
-            self.looking_at, self.views = (n, T), [(k[:n, :, :T], v[:n, :, :T], k[:n, :, :T].transpose(2, 3).flatten(0, 1), v[:n, :, :T].flatten(0, 1)) for k, v in self.cache]
+            self.looking_at, self.views = (n, T), []
+            for keys, values in self.cache:
+                keys, values = keys[:n, :, :T], values[:n, :, :T]                               # (n, K, T or size, D)
+                self.views.append((keys, values, keys.transpose(2, 3).flatten(0, 1) if self.by_hand else None, values.flatten(0, 1) if self.by_hand else None))
+
+    def decode(self, n, T):
+        """One token more for rows 0 .. n-1, attending to the first T positions of the cache, as look_at(n, T) has them:
+        tokens (n,), log-probs (n,)."""
+        K, D, rows, positions = self.config.num_key_value_heads, self.config.head_dim, self.rows[:n], self.lengths[:n].clamp(max=self.max_tokens - 1)
+        mask = self.uniforms.new_zeros(n, T).masked_fill_(self.keys[:T] > positions[:, None], float("-inf")).to(self.fused.dtype)[:, None]   # (n, 1, T)
+        by_key_head = mask.repeat_interleave(K, 0) if self.by_hand else None                    # (n K, 1, T)
 
         def attend(i, q, k, v):
             """The H/K queries that share a key head stand as its rows: (n, K, H/K, D)."""
@@ -188,6 +202,7 @@ class Engine:
 
     def capture(self):
         """Record one step of all the slots over the whole cache as a CUDA graph: shapes never change, so nothing is compiled or recorded again."""
+        self.look_at(self.slots, self.max_tokens)
         step = torch.compile(self.decode, dynamic=False)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -206,7 +221,10 @@ class Engine:
             self.graph.replay()
             tokens, logps = (t[:n] for t in self.output)
         else:
-            tokens, logps = self.decode(n, min(round_up(longest), self.max_tokens))
+            T = min(round_up(longest), self.max_tokens)
+            with torch.inference_mode():                                                        # lighter than no_grad, but not for torch.compile
+                self.look_at(n, T)
+                tokens, logps = self.decode(n, T)
         return tokens.tolist(), logps.tolist()
 
     def place(self, slot, row, kept, p):
@@ -269,7 +287,7 @@ def run(engine, prompts, limits, num_samples, numbers, seed, stop_ids, stopped):
     def prefill_some():
         """Prefill the next prompts and choose the first token of each of their samples. Returns the rows that this ends."""
         group = [waiting.popleft()]
-        while waiting and (len(group) + 1) * round_up(max(len(prompts[i]) for i in (*group, waiting[0]))) <= PREFILL_TOKENS:
+        while waiting and (len(group) + 1) * round_up(max(len(prompts[i]) for i in (*group, waiting[0]))) <= PREFILL_TOKENS[engine.device.type]:
             group.append(waiting.popleft())
         logits, kept = engine.prefill([prompts[i] for i in group])
         made = [(Row(i, s, len(prompts[i]), limits[i], uniforms(numbers[i] * num_samples + s, limits[i])), p) for p, i in enumerate(group) for s in range(num_samples)]
@@ -334,7 +352,7 @@ def plan(config, lengths, limits, num_samples, batch_size, device="cpu", dtype=t
     check_lengths(config, lengths, limits)
     slots, max_tokens = min(batch_size, len(lengths) * num_samples), round_up(max(map(sum, zip(lengths, limits)), default=0))
     per_token = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    prefilled = max(PREFILL_TOKENS, round_up(max(lengths, default=0))) * config.num_hidden_layers * per_token
+    prefilled = max(PREFILL_TOKENS[torch.device(device).type], round_up(max(lengths, default=0))) * config.num_hidden_layers * per_token
     per_slot, free = sum(cache_sizes(config, max_tokens)) * per_token, free_bytes(device)
     if free is not None and slots * per_slot + prefilled > free:
         most = int((free - prefilled) // per_slot)
@@ -354,7 +372,7 @@ def stop_test(stop_strings, decode):
 @torch.no_grad()
 def generate(model, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop_ids=(), stop_strings=(), decode=None,
              seed=0, batch_size=256, numbers=None, progress=None, on_done=None):
-    """Completions of many prompts by a plain (never a sharded) model: a list of num_samples Completions for each prompt.
+    """Completions of many prompts by a plain (never a sharded) model, or its Fused weights: a list of num_samples Completions for each prompt.
 
     prompts: lists of ids. max_new_tokens: a number, or one for each prompt. stop_strings need decode(ids) -> text.
     numbers: the request number of each prompt (default its index), which with `seed` fixes its random numbers. batch_size: rows decoded together.
@@ -363,11 +381,11 @@ def generate(model, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, 
     check_sampling(temperature, top_k, top_p, min_p)
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     numbers = range(len(prompts)) if numbers is None else numbers
-    parameter, training = next(model.parameters()), model.training
-    slots, max_tokens, _ = plan(model.config, [len(p) for p in prompts], limits, num_samples, batch_size, parameter.device, parameter.dtype)
+    fused = model if isinstance(model, Fused) else Fused(model)
+    slots, max_tokens, _ = plan(fused.config, [len(p) for p in prompts], limits, num_samples, batch_size, fused.device, fused.dtype)
     if not prompts:
         return []
-    engine = Engine(model.eval(), slots, max_tokens, max(limits), temperature, (top_k, top_p, min_p))
+    engine = Engine(fused, slots, max_tokens, max(limits), temperature, (top_k, top_p, min_p))
     results = [[None] * num_samples for _ in prompts]
     with tqdm(total=len(prompts), desc=progress, unit="prompt", leave=False, disable=progress is None or not distributed.is_main(), mininterval=1) as bar:
         for _, ended in run(engine, prompts, limits, num_samples, numbers, seed, set(stop_ids), stop_test(stop_strings, decode)):
@@ -377,16 +395,15 @@ def generate(model, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, 
                     bar.update()
                     if on_done:
                         on_done(row.prompt, results[row.prompt])
-    model.train(training)
     return results
 
 
 @torch.no_grad()
 def stream(model, prompt, max_new_tokens=256, temperature=0.3, top_k=0, top_p=1.0, min_p=0.0, stop_ids=(), seed=0):
-    """The ids of one completion, one by one as they are chosen; the stop token included, if it comes."""
-    parameter = next(model.parameters())
-    _, max_tokens, _ = plan(model.config, [len(prompt)], [max_new_tokens], 1, 1, parameter.device, parameter.dtype)
-    engine, sent = Engine(model.eval(), 1, max_tokens, max_new_tokens, temperature, (top_k, top_p, min_p)), 0
+    """The ids of one completion of a model, or its Fused weights, one by one as they are chosen; the stop token included, if it comes."""
+    fused = model if isinstance(model, Fused) else Fused(model)
+    _, max_tokens, _ = plan(fused.config, [len(prompt)], [max_new_tokens], 1, 1, fused.device, fused.dtype)
+    engine, sent = Engine(fused, 1, max_tokens, max_new_tokens, temperature, (top_k, top_p, min_p)), 0
     for rows, ended in run(engine, [prompt], [max_new_tokens], 1, [0], seed, set(stop_ids), None):
         for row in rows + ended:
             yield from row.ids[sent:]

@@ -1,6 +1,8 @@
 """Logits to token by hand and by counting; the cached engine against the plain forward; what one request gets, whoever else is in the batch.
 And the scores of a reward model, which must not depend on the batch either."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from small import language_model, reward_model, tokenizer
 
 from aya_min.reward import score_texts
 from aya_min import config, sampling
-from aya_min.sampling import Engine, answer_rows, choose, filtered, generate, plan, run, stream
+from aya_min.sampling import Engine, Fused, answer_rows, choose, filtered, generate, plan, run, stream
 from aya_min.world import questions
 
 VOCABULARY = tokenizer().vocab_size
@@ -120,8 +122,8 @@ def test_the_log_prob_of_what_was_sampled_is_that_of_the_whole_forward(temperatu
 @pytest.mark.parametrize("prefill", [1, 2, 17])
 def test_logits_token_by_token_with_the_cache_are_those_of_the_whole_forward(prefill, model):
     ids = torch.randint(13, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(0))
-    whole, engine, seen = model(ids).detach(), Engine(model, 3, 24, 24, temperature=0), []
-    engine.head = lambda x, head=engine.head: seen.append(head(x)) or seen[-1].clone()
+    whole, engine, seen = model(ids).detach(), Engine(Fused(model), 3, 24, 24, temperature=0), []
+    engine.fused.head = lambda x, head=engine.fused.head: seen.append(head(x)) or seen[-1].clone()
     with torch.no_grad():
         logits, kept = engine.prefill(ids[:, :prefill].tolist())
         torch.testing.assert_close(logits, whole[:, prefill - 1], rtol=0, atol=1e-5)
@@ -135,7 +137,7 @@ def test_logits_token_by_token_with_the_cache_are_those_of_the_whole_forward(pre
 
 def test_a_layer_with_a_sliding_window_keeps_only_its_window():
     model = language_model(model_type="cohere2", sliding_window=8, num_hidden_layers=4)
-    engine = Engine(model, 2, 100, 10)
+    engine = Engine(Fused(model), 2, 100, 10)
     assert [keys.shape[2] for keys, _ in engine.cache] == [8, 8, 8, 128]
     per_token = 2 * 2 * 8 * 4                            # keys and values, 2 key heads of 8 numbers, fp32
     assert plan(model.config, [90], [10], 1, 2) == (1, 128, (3 * 8 + 128) * per_token)
@@ -199,6 +201,7 @@ class AsOnGPU(Engine):
     """All slots over the whole cache at each step, idle rows too: the fixed shapes that a CUDA graph replays."""
 
     def step(self, n, longest):
+        self.look_at(self.slots, self.max_tokens)
         tokens, logps = self.decode(self.slots, self.max_tokens)
         return tokens[:n].tolist(), logps[:n].tolist()
 
@@ -210,6 +213,21 @@ def test_fixed_shapes_with_idle_rows_give_the_same_answers(changes, prompts, mon
     expected = generate(model, prompts, **settings)
     monkeypatch.setattr(sampling, "Engine", AsOnGPU)
     assert generate(model, prompts, **settings) == expected
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_the_compiled_step_of_a_cuda_graph_gives_the_same_answers(model, prompts, monkeypatch):
+    """It once ran in inference mode, which torch.compile refuses; a GPU would have been the first to tell."""
+    class Compiled(AsOnGPU):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.decode = torch.compile(self.decode, dynamic=False)
+    monkeypatch.setattr(sampling, "PACK_BYTES", 0)
+    settings = dict(max_new_tokens=8, temperature=0.7, stop_ids=[20, 30, 40], batch_size=5)
+    expected = generate(language_model(num_hidden_layers=1), prompts, **settings)
+    monkeypatch.setattr(sampling, "Engine", Compiled)
+    compiled = generate(language_model(num_hidden_layers=1), prompts, **settings)
+    assert [[c.ids for c in g] for g in compiled] == [[c.ids for c in g] for g in expected]
 
 
 class Counting(Engine):
@@ -230,7 +248,7 @@ class Counting(Engine):
 
 def test_a_finished_row_is_replaced_by_a_waiting_prompt_at_once(model):
     """One answer of 10 tokens and four of 3 on two rows: the long one takes 9 steps after its prefill, the others 2 each, one after the other."""
-    engine, limits = Counting(model, 2, 32, 10, 0.0), [3, 3, 10, 3, 3]
+    engine, limits = Counting(Fused(model), 2, 32, 10, 0.0), [3, 3, 10, 3, 3]
     prompts = [[20 + i] for i in range(5)]
     rows = [row for _, ended in run(engine, prompts, limits, 1, range(5), 0, set(), None) for row in ended]
     assert engine.rows_of_steps == [2] * 8 + [1]
@@ -239,7 +257,7 @@ def test_a_finished_row_is_replaced_by_a_waiting_prompt_at_once(model):
 
 
 def test_k_samples_share_the_prefill_of_their_prompt_even_with_fewer_rows_than_samples(model, prompts):
-    engine = Counting(model, 3, 320, 9, 1.0)
+    engine = Counting(Fused(model), 3, 320, 9, 1.0)
     rows = [row for _, ended in run(engine, prompts[:2] + prompts[4:5], [9] * 3, 8, range(3), 0, set(), None) for row in ended]
     assert sorted(map(len, engine.prefilled)) == [5, 7, 300]
     assert len(rows) == 24 and max(engine.rows_of_steps) == 3
@@ -307,11 +325,11 @@ def test_settings_out_of_range_are_refused_with_their_range(changes, model):
         generate(model, [[20]], **changes)
 
 
-def test_a_training_model_is_handed_back_in_training(model):
-    model.train()
-    generate(model, [[20]], max_new_tokens=1)
-    assert model.training
-    model.eval()
+def test_fused_weights_serve_many_calls(model, prompts):
+    fused = Fused(model)
+    for seed in (0, 1):
+        assert generate(fused, prompts[:3], max_new_tokens=5, seed=seed) == generate(model, prompts[:3], max_new_tokens=5, seed=seed)
+    assert list(stream(fused, prompts[0], 5, 1.0)) == generate(model, prompts[:1], max_new_tokens=5)[0][0].ids
 
 
 def test_no_prompts_give_no_completions(model):
