@@ -1,37 +1,28 @@
-"""Merge model folders into one, with no training; or see how far two are apart.
+"""Merge model folders into one, with no training: a weighted average, SLERP, task arithmetic, TIES or DARE.
 
     python merge.py linear A B C --weights 0.5 0.3 0.2 --out DIR
     python merge.py slerp A B --t 0.3 --out DIR
     python merge.py ties A B C --base BASE --density 0.2 --out DIR
-    python merge.py --config merge.json --out DIR               mergekit's configuration, as JSON
-    python merge.py diff A B --base BASE
 
 Each method has only the flags that it uses (python merge.py METHOD --help). The methods: aya_min/merging.py; the files: aya_min/soups.py.
 """
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
-from aya_min.soups import METHODS, OUTPUT_DTYPES, check_settings, compare_folders, from_config, merge_folders, to_config
-from aya_min.tensorfiles import read_json
+from aya_min.soups import METHODS, OUTPUT_DTYPES, merge_folders
 
 FLAGS = {    # setting: its flag
     "base": ("--base", {"metavar": "DIR", "required": True, "help": "the model that the others were trained from"}),
     "weights": ("--weights", {"type": float, "nargs": "+", "metavar": "W", "help": "one for each model, in order; default: all 1"}),
-    "normalize": ("--normalize", {"action": argparse.BooleanOptionalAction, "help": "divide by the sum of the weights; default: %(default)s"}),
-    "t": ("--t", {"type": float, "nargs": "+", "help": "0 is the first model, 1 the second; several: a gradient over the layers; default: %(default)s"}),
-    "density": ("--density", {"type": float, "nargs": "+", "help": "the share of each task vector to keep, above 0 and at most 1; one, or one for each model; "
-                                                                   "default: %(default)s"}),
+    "t": ("--t", {"type": float, "help": "0 is the first model, 1 the second; default: %(default)s"}),
+    "density": ("--density", {"type": float, "help": "the share of each task vector to keep, above 0 and at most 1; default: %(default)s"}),
     "lam": ("--lambda", {"type": float, "metavar": "L", "help": "scale of the merged task vector; default: %(default)s"}),
     "seed": ("--seed", {"type": int, "help": "of the random drops; default: %(default)s"}),
-    "convention": ("--convention", {"choices": ["paper", "mergekit"], "help": "where they differ, see aya_min/merging.py; default: %(default)s"}),
 }
 SUMMARIES = {"linear": "weighted average, the weights divided by their sum (what Aya Expanse uses)",
              "slerp": "spherical interpolation of two models",
              "task-arithmetic": "base + lambda * weighted sum of task vectors",
-             "model-stock": "from the base towards the average, by the angle between the task vectors",
              "ties": "trim, elect a sign, average those that agree",
              "dare-linear": "random drop and rescale, then task-arithmetic",
              "dare-ties": "random drop and rescale, then elect a sign, average those that agree"}
@@ -44,62 +35,21 @@ class Parser(argparse.ArgumentParser):
 
 def parse(arguments):
     parser = Parser(prog="merge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="mergekit's configuration as JSON, instead of METHOD and its flags")
-    commands = parser.add_subparsers(dest="method", metavar="METHOD")
-
-    def add_output(command):
-        command.add_argument("--out", metavar="DIR", help="the new folder; it must not exist")
-        command.add_argument("--device", default="cpu", help="where to compute, such as cuda; default: %(default)s")
-        command.add_argument("--print-config", action="store_true", help="print mergekit's configuration of this merge, and merge nothing")
-    add_output(parser)
+    methods = parser.add_subparsers(dest="method", required=True, metavar="METHOD")
     for method, settings in METHODS.items():
-        command = commands.add_parser(method, help=SUMMARIES[method], description=SUMMARIES[method], allow_abbrev=False)
+        command = methods.add_parser(method, help=SUMMARIES[method], description=SUMMARIES[method], allow_abbrev=False)
         command.add_argument("folders", nargs="+", metavar="MODEL", help="model folders: config.json and model.safetensors or shards")
-        add_output(command)
+        command.add_argument("--out", required=True, metavar="DIR", help="the new folder; it must not exist")
         command.add_argument("--dtype", choices=OUTPUT_DTYPES, help="of the output; default: that of the first model")
         for setting, default in settings.items():
             flag, options = FLAGS[setting]
             command.add_argument(flag, dest=setting, default=default, **options)
-    command = commands.add_parser("diff", help="how far two models are apart, by tensor and layer", description=compare_folders.__doc__, allow_abbrev=False,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.add_argument("folders", nargs=2, metavar="MODEL")
-    command.add_argument("--base", metavar="DIR", help="the model that both were trained from")
-    command.add_argument("--device", default="cpu", help="where to compute, such as cuda; default: %(default)s")
-    command.add_argument("--json", action="store_true", help="print the rows as JSON")
-    options = vars(parser.parse_args(arguments))
-    if (options["config"] is None) == (options["method"] is None):
-        parser.error("give either a method or --config FILE")
-    if options["method"] != "diff" and not (options["out"] or options["print_config"]):
-        parser.error("the following arguments are required: --out")
-    return options
-
-
-def print_table(rows):
-    print(f"{'distance':>10} {'cosine':>10}" + (f" {'task cosine':>11} {'same sign':>10}" if "same_sign" in rows[0] else ""))
-    for row in rows:
-        print(" ".join(f"{'-':>10}" if value is None else f"{value:10.6f}" for key, value in row.items() if key != "what") + f"  {row['what']}")
-
-
-def run(method, config, print_config=False, out=None, device="cpu", json=False, **options):
-    pass
+    return parser.parse_args(arguments)
 
 
 def main(arguments=None):
-    options = parse(arguments)
-    config, method = options.pop("config"), options["method"]
+    options = vars(parse(arguments))
     try:
-        if method == "diff":
-            rows = compare_folders(*options["folders"], options["base"], options["device"])
-            print(json.dumps(rows)) if options["json"] else print_table(rows)
-            return 0
-        if config:
-            options |= from_config(read_json(config))
-        printed = options.pop("print_config")
-        if printed:
-            folders, dtype = options["folders"], options["dtype"]
-            settings = {key: value for key, value in options.items() if key in METHODS[options["method"]]}
-            print(json.dumps(to_config(folders, options["method"], check_settings(options["method"], settings, len(folders), dtype), dtype), indent=2))
-            return 0
         out = merge_folders(**options)
     except (ValueError, OSError) as error:
         print(f"merge.py: {error}", file=sys.stderr)
