@@ -139,11 +139,12 @@ def sample(folder, rows, args, device, journal=None):
         if distributed.is_main():
             print(f"{Path(folder).name}: KV cache of {slots} rows x {max_tokens} tokens, {size / 1e6:,.1f} MB a rank", file=sys.stderr)
         model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
-        started = time.perf_counter()
+        started = []
         made = answer_rows(model, tokenizer, [rows[i] for i in left], args.num_samples, args.max_new_tokens, args.temperature, args.seed, args.batch_size,
                            progress=Path(folder).name, stop_ids=stop_ids_of(folder, tokenizer, args), stop_strings=args.stop, numbers=left,
-                           on_done=journal and (lambda j, answers: journal.add(f"{folder} {left[j]}", answers)), top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
-        seconds, tokens = time.perf_counter() - started, sum(len(a["ids"]) for group in made for a in group)
+                           on_done=journal and (lambda j, answers: journal.add(f"{folder} {left[j]}", answers)), on_ready=lambda: started.append(time.perf_counter()),
+                           top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
+        seconds, tokens = time.perf_counter() - (started or [time.perf_counter()])[0], sum(len(a["ids"]) for group in made for a in group)
         done = {**done, **{f"{folder} {i}": group for i, group in zip(left, made)}}
     return [done[f"{folder} {i}"] for i in range(len(rows))], tokens, seconds
 
@@ -227,7 +228,7 @@ def run(args, device):
         journal.remove()
     if distributed.is_main():
         print(f"{len(rows)} prompts, {tokens} new tokens, {seconds:.2f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s, "
-              f"and {time.perf_counter() - started - seconds:.1f} s for files, loading and scores", file=sys.stderr)
+              f"and {time.perf_counter() - started - seconds:.1f} s for files, loading, compiling and scores", file=sys.stderr)
 
 
 def main():

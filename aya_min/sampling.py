@@ -371,12 +371,13 @@ def stop_test(stop_strings, decode):
 
 @torch.no_grad()
 def generate(model, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop_ids=(), stop_strings=(), decode=None,
-             seed=0, batch_size=256, numbers=None, progress=None, on_done=None):
+             seed=0, batch_size=256, numbers=None, progress=None, on_done=None, on_ready=None):
     """Completions of many prompts by a plain (never a sharded) model, or its Fused weights: a list of num_samples Completions for each prompt.
 
     prompts: lists of ids. max_new_tokens: a number, or one for each prompt. stop_strings need decode(ids) -> text.
     numbers: the request number of each prompt (default its index), which with `seed` fixes its random numbers. batch_size: rows decoded together.
-    progress: text of a tqdm bar on rank 0, or None. on_done(i, completions) is called as soon as prompt i has all of them.
+    progress: text of a tqdm bar on rank 0, or None. on_done(i, completions) is called as soon as prompt i has all of them,
+    on_ready() when the engine has been built (on a GPU: compiled).
     """
     check_sampling(temperature, top_k, top_p, min_p)
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
@@ -386,6 +387,8 @@ def generate(model, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, 
     if not prompts:
         return []
     engine = Engine(fused, slots, max_tokens, max(limits), temperature, (top_k, top_p, min_p))
+    if on_ready:
+        on_ready()
     results = [[None] * num_samples for _ in prompts]
     with tqdm(total=len(prompts), desc=progress, unit="prompt", leave=False, disable=progress is None or not distributed.is_main(), mininterval=1) as bar:
         for _, ended in run(engine, prompts, limits, num_samples, numbers, seed, set(stop_ids), stop_test(stop_strings, decode)):
@@ -416,7 +419,7 @@ def cut_at(text, stop_strings):
 
 
 def answer_rows(model, tokenizer, rows, num_samples=1, max_new_tokens=64, temperature=1.0, seed=0, batch_size=256, progress=None, stop_ids=None,
-                stop_strings=(), numbers=None, on_done=None, **filters):
+                stop_strings=(), numbers=None, on_done=None, **more):
     """Answer rows that carry "prompt_messages" or "prompt", the work split over the ranks: on every rank, for each row in order, a list of
     {"completion", "ids" (the sampled tokens, the stop token included), "finish_reason", "logp"}. The answers do not depend on the number of ranks.
 
@@ -428,7 +431,7 @@ def answer_rows(model, tokenizer, rows, num_samples=1, max_new_tokens=64, temper
     as_answers = lambda group: [{"completion": cut_at(tokenizer.decode(c.ids), stop_strings), "ids": c.ids, "finish_reason": c.finish_reason, "logp": c.logp} for c in group]
     samples = generate(model, [prompts[i] for i in mine], num_samples, max_new_tokens, temperature, seed=seed, batch_size=batch_size, progress=progress,
                        stop_ids=tokenizer.stop_ids if stop_ids is None else stop_ids, stop_strings=stop_strings, decode=tokenizer.decode,
-                       numbers=[numbers[i] if numbers else i for i in mine], on_done=on_done and (lambda j, group: on_done(mine[j], as_answers(group))), **filters)
+                       numbers=[numbers[i] if numbers else i for i in mine], on_done=on_done and (lambda j, group: on_done(mine[j], as_answers(group))), **more)
     done = dict(zip(mine, map(as_answers, samples)))
     done = {i: answers for part in distributed.gather_objects(done) for i, answers in part.items()}
     return [done[i] for i in range(len(rows))]

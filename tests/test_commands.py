@@ -258,7 +258,7 @@ def test_a_run_of_a_preset_is_resumed_with_the_tokenizer_that_it_trained(call, f
 def test_one_prompt_is_answered_on_standard_output_with_one_line_of_speed_on_standard_error(call):
     code, out, err = call(generate, "--model A --prompt colours? --max-new-tokens 8 --temperature 0")
     assert code == 0 and out.strip()
-    assert err[-1].startswith("1 prompts, 8 new tokens, ") and err[-1].endswith("loading and scores")
+    assert err[-1].startswith("1 prompts, 8 new tokens, ") and err[-1].endswith("loading, compiling and scores")
     assert call(generate, "--model A --prompt colours? --max-new-tokens 8 --temperature 0")[1] == out
 
 
