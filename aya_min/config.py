@@ -165,6 +165,7 @@ class Training:
     save_every: int = field(default=0, metadata={"help": "steps between saved states; 0 = only at the end"})
     eval_every: int = field(default=0, metadata={"help": "steps between evaluations on --eval-data; 0 = before the first and after the last"})
     dtype: str = field(default="float32", metadata={"help": "compute dtype; weights, optimizer and losses stay fp32", "choices": ["float32", "bfloat16"]})
+    packing: bool = field(default=False, metadata={"help": "leave the padding of a micro-batch out of everything but attention"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the decoder blocks"})
     activation_checkpointing: bool = field(default=False, metadata={"help": "recompute each block in backward"})
 

@@ -238,9 +238,10 @@ class Batch:
 
 
 def collate(examples, pad_id=0):
-    """Right-padded batch of supervised examples; count = supervised tokens."""
+    """Right-padded batch of supervised examples, a multiple of 16 tokens wide (matmul libraries prepare and keep code for each shape that they meet);
+    count = supervised tokens."""
     lengths = np.array([len(e.ids) for e in examples])
-    input_ids = np.full((len(examples), lengths.max()), pad_id, np.int64)
+    input_ids = np.full((len(examples), -(-lengths.max() // 16) * 16), pad_id, np.int64)
     mask = np.zeros(input_ids.shape, bool)
     for i, e in enumerate(examples):
         input_ids[i, :len(e.ids)], mask[i, :len(e.ids)] = e.ids, e.mask

@@ -98,6 +98,7 @@ def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=
     """
     run = Path(run)
     model = distributed.shard(model.to(device), getattr(torch, settings.dtype))
+    model.model.packing = settings.packing
     model.model.activation_checkpointing = settings.activation_checkpointing
     if settings.compile:
         for block in model.model.layers:

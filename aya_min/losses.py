@@ -6,28 +6,74 @@ DPO: arXiv 2305.18290 eq. 7.  Bradley-Terry: eq. 2 there.  RLOO: arXiv 2402.1474
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+
+from .linear import outer, product
 
 
-def _chunk_logps(hidden, weight, targets, logit_scale):
-    logits = F.linear(hidden, weight).float() * logit_scale                                        # (n, V)
-    log_z = logits.logsumexp(-1)                                                                   # (n,)
-    return logits.gather(1, targets[:, None])[:, 0] - log_z                                        # (n,)
+LOGITS = 2 ** 27            # numbers that a chunk may have
 
 
-def token_logps(hidden, weight, targets, logit_scale=1.0, chunk_size=4096):
-    """log p(target) of each position, without ever holding more than `chunk_size` rows of logits, in backward too.
+class TokenLogps(torch.autograd.Function):
+    """log p(target) chunk by chunk, every step on a chunk's logits in place: with log_z = log sum_v exp z_v,
 
-    hidden (N, D), weight (V, D), targets (N,) -> (N,) nats. With more than one chunk the logits are recomputed in backward.
+        log p = z_target - log_z        d log p / d z = onehot(target) - softmax(z)
+
+    One chunk keeps its softmax for the backward; several are computed again there, so that one is held at a time. torch 2.13 has
+    F.linear_cross_entropy, which 2.11 lacks.
+    """
+
+    @staticmethod
+    def probabilities(hidden, weight, targets):
+        """softmax (n, V) in fp32 and log p(target) (n,) of a chunk."""
+        z = product(hidden, weight).float()
+        top = z.amax(-1, keepdim=True)
+        chosen = z.gather(1, targets[:, None]) - top
+        sums = z.sub_(top).exp_().sum(-1, keepdim=True)
+        return z.div_(sums), (chosen - sums.log())[:, 0]
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, logit_scale, rows):
+        device, dtype = hidden.device.type, weight.dtype
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        ctx.scale, ctx.rows = logit_scale, rows
+        ctx.probs, logps = None, []
+        scaled, cast = (hidden * logit_scale).to(ctx.dtype), weight.to(ctx.dtype)
+        for h, t in zip(scaled.split(rows), targets.split(rows)):
+            ctx.probs, part = TokenLogps.probabilities(h, cast, t)
+            logps.append(part)
+        if len(logps) > 1:
+            ctx.probs = None
+        ctx.save_for_backward(hidden, weight, targets)
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, weight, targets = ctx.saved_tensors
+        scaled, cast = (hidden * ctx.scale).to(ctx.dtype), weight.to(ctx.dtype)
+        d_hidden, d_weight = [], torch.zeros_like(weight, dtype=torch.float32) if len(hidden) > ctx.rows else None
+        for h, t, g in zip(scaled.split(ctx.rows), targets.split(ctx.rows), gradient.split(ctx.rows)):
+            probs = ctx.probs if ctx.probs is not None else TokenLogps.probabilities(h, cast, t)[0]
+            dz = probs.mul_(-g[:, None])
+            dz.scatter_add_(1, t[:, None], g[:, None])
+            dz = dz.to(ctx.dtype)
+            d_hidden.append(product(dz, cast.t()))
+            part = outer(dz, h)
+            d_weight = part if d_weight is None else d_weight.add_(part)
+        ctx.probs = None
+        return torch.cat(d_hidden).mul_(ctx.scale).to(hidden.dtype), d_weight.to(weight.dtype), None, None, None
+
+
+def token_logps(hidden, weight, targets, logit_scale=1.0, chunk_size=None):
+    """log p(target) of each position, without ever holding more than `chunk_size` rows of logits, in backward too (default: as many rows as make 0.5 GB in fp32).
+
+    hidden (N, D), weight (V, D), targets (N,) -> (N,) nats.
 
     Known gap: in bf16 the matmul rounds each logit before it becomes fp32, as in transformers. Measured where the target's logit is near 11: 0.010
-    nats a token on average, 0.028 at most. torch.mm(out_dtype=torch.float32) would not round, but has neither a derivative nor a CPU kernel in
-    torch 2.13; a head in fp32 was not tried on a GPU.
+    nats a token on average, 0.028 at most. torch.mm(out_dtype=torch.float32) would not round, but has no CPU kernel in torch 2.13.
     """
-    if len(hidden) <= chunk_size:
-        return _chunk_logps(hidden, weight, targets, logit_scale)
-    pieces = zip(hidden.split(chunk_size), targets.split(chunk_size))
-    return torch.cat([checkpoint(_chunk_logps, h, weight, t, logit_scale, use_reentrant=False) for h, t in pieces])
+    N = len(hidden)
+    hidden, targets = F.pad(hidden, (0, 0, 0, -N % 128)), F.pad(targets, (0, -N % 128))            # few shapes: matmul libraries keep code for each
+    return TokenLogps.apply(hidden, weight, targets, logit_scale, chunk_size or max(128, LOGITS // len(weight) // 128 * 128))[:N]
 
 
 def sum_by_row(values, mask):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .linear import Linear, linear
 from .losses import sum_by_row, token_logps
 
 
@@ -51,33 +52,61 @@ def window_mask(config, num_tokens, device):
     return (back >= 0) & (back < config.sliding_window)
 
 
+class Line:
+    """Where the tokens of a micro-batch stand when it is packed: all documents in one line (N,), without padding, positions counted in each.
+
+    Attention alone sees them as rows: each token attends within its own document. lengths (B,), right-padded rows of T tokens.
+    """
+
+    def __init__(self, lengths, num_tokens):
+        self.shape, self.lengths = (len(lengths), num_tokens), lengths
+        self.rows, self.positions = (torch.arange(num_tokens, device=lengths.device) < lengths[:, None]).nonzero(as_tuple=True)        # (N,) twice
+
+    def unpack(self, x):
+        """(N, ...) -> (B, T, ...), zeros in the padding."""
+        return x.new_zeros(*self.shape, *x.shape[1:]).index_put((self.rows, self.positions), x)
+
+    def pack(self, x):
+        """(B, T, ...) -> (N, ...)"""
+        return x[self.rows, self.positions]
+
+    def attend(self, q, k, v, window):
+        """torch's variable-length attention, on GPUs in half precision. q (N, H, D), k, v (N, K, D) -> (N, H, D)."""
+        from torch.nn.attention.varlen import varlen_attn
+        ends = F.pad(self.lengths.cumsum(0), (1, 0)).int()                                 # (B + 1,) where documents begin and end
+        return varlen_attn(q, k, v, ends, ends, self.shape[1], self.shape[1], window_size=(window - 1 if window else -1, 0), enable_gqa=k.shape[1] != q.shape[1])
+
+
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, window=None):
         super().__init__()
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.H, self.K, self.D = H, K, D
-        self.q_proj = nn.Linear(config.hidden_size, H * D, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, K * D, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, K * D, bias=False)
-        self.o_proj = nn.Linear(H * D, config.hidden_size, bias=False)
+        self.H, self.K, self.D, self.window = H, K, D, window
+        self.q_proj = Linear(config.hidden_size, H * D, bias=False)
+        self.k_proj = Linear(config.hidden_size, K * D, bias=False)
+        self.v_proj = Linear(config.hidden_size, K * D, bias=False)
+        self.o_proj = Linear(H * D, config.hidden_size, bias=False)
         if config.use_qk_norm:
             self.q_norm = LayerNorm((H, D), config.layer_norm_eps)
             self.k_norm = LayerNorm((K, D), config.layer_norm_eps)
         self.use_qk_norm = config.use_qk_norm
 
-    def forward(self, x, cos=None, sin=None, mask=None):
-        """x (B, T, hidden_size); cos, sin: rotary(), None in a layer without; mask: (T, T) or None, causal."""
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.H, self.D)
-        k = self.k_proj(x).view(B, T, self.K, self.D)
-        v = self.v_proj(x).view(B, T, self.K, self.D)
+    def forward(self, x, cos=None, sin=None, mask=None, line=None):
+        """x (B, T, hidden_size), or (N, hidden_size) along a Line; cos, sin: rotary(), None in a layer without; mask: (T, T) or None, causal."""
+        q = self.q_proj(x).unflatten(-1, (self.H, self.D))
+        k = self.k_proj(x).unflatten(-1, (self.K, self.D))
+        v = self.v_proj(x).unflatten(-1, (self.K, self.D))
         if self.use_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if line and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            return self.o_proj(line.attend(q, k, v, self.window).flatten(-2))
+        if line:
+            q, k, v = line.unpack(q), line.unpack(k), line.unpack(v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                  # (B, H, T, D), (B, K, T, D) twice
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.K != self.H)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.K != self.H).transpose(1, 2)
+        return self.o_proj((line.pack(y) if line else y).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -85,9 +114,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -96,15 +125,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(LN(x)) + mlp(LN(x)): the parallel block, one norm."""
 
-    def __init__(self, config):
+    def __init__(self, config, window=None):
         super().__init__()
         self.input_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, window)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos=None, sin=None, mask=None):
+    def forward(self, x, cos=None, sin=None, mask=None, line=None):
         h = self.input_layernorm(x)
-        return x + self.self_attn(h, cos, sin, mask) + self.mlp(h)
+        return x + self.self_attn(h, cos, sin, mask, line) + self.mlp(h)
 
 
 class Decoder(nn.Module):
@@ -114,22 +143,28 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, config.window(i)) for i in range(config.num_hidden_layers))
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.activation_checkpointing = False
+        self.packing = False                        # leave the padding out, where lengths are given
+        self.activation_checkpointing = 0           # blocks that are recomputed in backward: 0 none, 1 all, n every n-th
 
-    def forward(self, input_ids):
+    def forward(self, input_ids, lengths=None):
         """input_ids (B, T), right-padded: under the causal mask no real token sees the padding. -> (B, T, hidden_size)"""
         x, config = self.embed_tokens(input_ids), self.config
-        turn = rotary(config, torch.arange(input_ids.shape[1], device=x.device)[None])
+        line = Line(lengths, input_ids.shape[1]) if self.packing and lengths is not None else None
+        turn = rotary(config, torch.arange(input_ids.shape[1], device=x.device)[None])     # (1, T, 1, D) twice
+        if line:
+            x, turn = line.pack(x), [each[0, line.positions] for each in turn]             # (N, hidden_size), (N, 1, D) twice
         band = window_mask(config, input_ids.shape[1], x.device)
+        every = self.activation_checkpointing if self.training else 0
         for i, block in enumerate(self.layers):
-            inputs = (*(turn if config.has_rope(i) else (None, None)), band if config.window(i) else None)
-            if self.activation_checkpointing and self.training:
+            inputs = (*(turn if config.has_rope(i) else (None, None)), band if config.window(i) else None, line)
+            if every and i % every == 0:
                 x = checkpoint(block, x, *inputs, use_reentrant=False)
             else:
                 x = block(x, *inputs)
-        return self.norm(x)
+        x = self.norm(x)
+        return line.unpack(x) if line else x
 
 
 class CohereForCausalLM(nn.Module):
@@ -141,22 +176,22 @@ class CohereForCausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def head_weight(self):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, input_ids, mask=None):
+    def forward(self, input_ids, mask=None, lengths=None):
         """Logits (B, T, V); with `mask` (B, T) instead the log-probs of the masked tokens, (N,) in the order of mask.nonzero(),
-        each given the tokens before it.
+        each given the tokens before it. lengths (B,) of the rows: needed for packing.
 
         Everything goes through this one call, because FSDP gathers the weights around a forward.
         """
-        x = self.model(input_ids)
+        x = self.model(input_ids, lengths)
         if mask is not None:
             return token_logps(x[:, :-1][mask[:, 1:]], self.head_weight, input_ids[mask], self.config.logit_scale)
-        return F.linear(x, self.head_weight) * self.config.logit_scale
+        return linear(x, self.head_weight) * self.config.logit_scale
 
 
 class RewardModel(nn.Module):
@@ -173,12 +208,12 @@ class RewardModel(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.score = nn.Linear(config.hidden_size, 1, bias=False)
-        self.score_logps = nn.Linear(2, 1, bias=False)
+        self.score = Linear(config.hidden_size, 1, bias=False)
+        self.score_logps = Linear(2, 1, bias=False)
 
     def forward(self, input_ids, lengths, mask):
         """Scores (B,) in fp32, read at position lengths - 1, and the log-probs of the masked (answer) tokens, (N,) in the order of mask.nonzero()."""
-        x = self.model(input_ids)
+        x = self.model(input_ids, lengths)
         ends = x[torch.arange(len(x), device=x.device), lengths - 1]                        # (B, hidden_size)
         logps = token_logps(x[:, :-1][mask[:, 1:]], self.model.embed_tokens.weight, input_ids[mask], self.config.logit_scale)
         rows = mask.nonzero()[:, 0]

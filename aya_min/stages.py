@@ -30,7 +30,7 @@ from .sampling import answer_rows, check_lengths
 
 def sft_loss(model, batch):
     """Next-token negative log-likelihood of the supervised tokens, in nats; also the whole of pretraining."""
-    logps = model(batch.input_ids, mask=batch.mask)                                        # (N,)
+    logps = model(batch.input_ids, batch.mask, batch.lengths)                                        # (N,)
     nll, tokens = sum_by_row(-logps, batch.mask), batch.mask.sum(1)                        # (B,)
     return -logps.sum(), {"loss": by_language(batch, nll, tokens)}
 
@@ -54,7 +54,7 @@ def preference_loss(beta, nll_weight):
     """DPO on pairs with stored reference log-probs, plus nll_weight times the chosen answer's nats per token."""
     def loss_fn(model, batch):
         P, tokens = batch.count, batch.mask.sum(1)
-        logps = sum_by_row(model(batch.input_ids, mask=batch.mask), batch.mask).view(2, P)     # chosen, rejected
+        logps = sum_by_row(model(batch.input_ids, batch.mask, batch.lengths), batch.mask).view(2, P)     # chosen, rejected
         losses, rewards = dpo_loss(logps, batch.ref_logps, beta)
         nll, ones = -logps[0] / tokens[:P], torch.ones_like(losses)
         log = {"rewards/accuracies": (rewards[0] > rewards[1]).float(), "rewards/margins": rewards[0] - rewards[1], "rewards/chosen": rewards[0],
@@ -66,7 +66,7 @@ def preference_loss(beta, nll_weight):
 
 def policy_gradient_loss(model, batch):
     """REINFORCE with given advantages: -A * log pi(completion), per completion (arXiv 2402.14740)."""
-    logps = sum_by_row(model(batch.input_ids, mask=batch.mask), batch.mask)                # (B,)
+    logps = sum_by_row(model(batch.input_ids, batch.mask, batch.lengths), batch.mask)                # (B,)
     losses, ones = -batch.advantages * logps, torch.ones_like(logps)
     log = {"reward": batch.rewards, "kl": logps - batch.ref_logps, "entropy": -logps}      # kl and entropy: per completion, nats, estimated from the samples
     return losses.sum(), {k: by_language(batch, v, ones) for k, v in log.items()}
@@ -84,7 +84,7 @@ def answer_logps(model, examples, pad_id, device, dtype="float32", size=64):
     for indices, batch in batches_in_order(examples, lambda items: collate(items, pad_id), size):
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            logps = model(batch.input_ids, mask=batch.mask)                                # (N,)
+            logps = model(batch.input_ids, batch.mask, batch.lengths)                                # (N,)
         done += zip(indices, sum_by_row(logps, batch.mask).tolist())
     logps = dict(sum(distributed.gather_objects(done), []))
     return [logps[i] for i in range(len(examples))]
@@ -237,7 +237,9 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=Fal
         flat = [(i, row, a) for i, row, group in zip(chosen, rows, answers) for a in group]
         examples = [sampled_example(prompt_ids[i], a, row) for i, row, a in flat]
         rewards = torch.tensor(score_texts(reward_model, tokenizer, [{**row, **a} for _, row, a in flat])).view(-1, k)      # (P, k)
-        ref, now = (torch.tensor(answer_logps(m, examples, tokenizer.pad_id, device, settings.dtype)).view(-1, k) for m in (reference, policy))
+        of_model = lambda m: torch.tensor(answer_logps(m, examples, tokenizer.pad_id, device, settings.dtype)).view(-1, k)
+        ref = of_model(reference)                                                              # (P, k) nats
+        now = torch.tensor([a["logp"] for _, _, a in flat]).view(-1, k) if settings.dtype == "float32" else of_model(policy)   # in bf16 both are rounded alike
         advantages = rloo_advantages(kl_shaped_rewards(rewards, now, ref, settings.beta))
         mine = torch.arange(len(flat))[distributed.rank()::distributed.num_ranks()]
         made = []

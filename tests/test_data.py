@@ -268,8 +268,8 @@ def test_masks_come_from_lengths_and_not_from_ids(tokenizer, write):
 
 def test_a_padded_batch_is_exactly_this():
     batch = collate([Example(np.array([5, 7, 9]), np.array([False, True, True]), 2), Example(np.array([5]), np.array([False]), 0)], pad_id=0)
-    assert batch.input_ids.tolist() == [[5, 7, 9], [5, 0, 0]] and batch.input_ids.dtype == torch.int64
-    assert batch.mask.tolist() == [[False, True, True], [False, False, False]]
+    assert batch.input_ids.tolist() == [[5, 7, 9] + [0] * 13, [5] + [0] * 15] and batch.input_ids.dtype == torch.int64
+    assert batch.mask.tolist() == [[False, True, True] + [False] * 13, [False] * 16]
     assert (batch.count, batch.num_tokens, batch.languages.tolist()) == (2, 4, [2, 0])
 
 

@@ -12,14 +12,15 @@ SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "aya_min").glob("*.py"), *(ROOT /
 PACKAGES = {"torch", "numpy", "tokenizers", "safetensors", "pytest", "tqdm"}
 
 FLOORS = [
-    {"config", "languages", "distributed", "losses", "merging", "tokenizer", "charts", "tensorfiles"},   # 0: settings, tables, pure tensor functions
-    {"model", "world", "checkpoint", "data", "report"},                                         # 1: the decoder, the world, how to resume, JSONL to batches
-    {"sampling", "reward", "loop", "world_data", "weights", "journal"},                                    # 2: what is done with a model or with the world
-    {"soups", "arbitrage", "preferences", "evaluate", "chat"},                                         # 3: what is done with answers and folders
-    {"stages"},                                                                                 # 4: pretrain, sft, reward, dpo, rloo
-    {"steps"},                                                                                  # 5: a recipe's run on disk
-    {"results"},                                                                                # 6: what it shows for itself
-    {"pipeline"},                                                                               # 7: the recipe; train.py, generate.py and merge.py stand on it
+    {"linear"},                                                                                 # 0: one matrix product
+    {"config", "languages", "distributed", "losses", "merging", "tokenizer", "charts", "tensorfiles"},  # 1: settings, tables, pure tensor functions
+    {"model", "world", "checkpoint", "data", "report"},                                         # 2: the decoder, the world, how to resume, JSONL to batches
+    {"sampling", "reward", "loop", "world_data", "weights", "journal"},                         # 3: what is done with a model or with the world
+    {"soups", "arbitrage", "preferences", "evaluate", "chat"},                                  # 4: what is done with answers and folders
+    {"stages"},                                                                                 # 5: pretrain, sft, reward, dpo, rloo
+    {"steps"},                                                                                  # 6: a recipe's run on disk
+    {"results"},                                                                                # 7: what it shows for itself
+    {"pipeline"},                                                                               # 8: the recipe; train.py, generate.py and merge.py stand on it
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 

@@ -1,9 +1,11 @@
+import json
 import math
 from itertools import product
 
 import pytest
 import torch
 
+from aya_min import losses
 from aya_min.losses import bradley_terry_loss, dpo_loss, kl_shaped_rewards, rloo_advantages, sum_by_row, token_logps
 
 
@@ -42,16 +44,33 @@ def test_chunked_log_probs_equal_unchunked_ones():
         torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
 
 
-def test_chunked_log_probs_keep_no_logits_for_the_backward():
-    """Chunks alone save nothing while autograd keeps every one of them."""
-    hidden, weight, targets, _ = problem(N=64, D=4)
+def peak_bytes(function, folder):
+    """The most bytes that tensors made by a function took at once, by torch's own profiler."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        function()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    totals = [event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]"]
+    return max(totals) - totals[0]
 
-    def largest_kept(chunk_size):
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-            token_logps(hidden, weight, targets, 1.0, chunk_size)
-        return max(kept, default=0)
-    assert largest_kept(64) >= 64 * 301 and largest_kept(8) < 8 * 301
+
+@pytest.mark.parametrize("N, V", [(2048, 3000), (4096, 3000), (2048, 6000)])
+def test_peak_memory_grows_with_the_chunk_and_not_with_tokens_times_vocabulary(N, V, tmp_path):
+    """Forward and backward hold one chunk of logits (and a few vectors, the hidden states and the gradients), where all of them would be N x V."""
+    hidden, weight = torch.randn(N, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
+    targets = torch.randint(V, (N,))
+    peak = peak_bytes(lambda: token_logps(hidden, weight, targets, chunk_size=128).sum().backward(), tmp_path)
+    chunk, all_logits = 4 * 128 * V, 4 * N * V
+    assert chunk < peak < 2.5 * chunk + 4 * 8 * 6 * (N + V) + 200_000 < all_logits / 3
+    assert peak_bytes(lambda: token_logps(hidden, weight, targets, chunk_size=N).sum().backward(), tmp_path) > all_logits
+
+
+def test_the_default_chunk_is_half_a_gigabyte_of_fp32_logits_for_any_vocabulary(monkeypatch):
+    rows = []
+    monkeypatch.setattr(losses.TokenLogps, "apply", lambda *args: rows.append(args[-1]) or args[0].sum(1))
+    for V in (4096, 256_000, 2_000_000):
+        token_logps(torch.zeros(10, 2), torch.zeros(1, 2).expand(V, 2), torch.zeros(10, dtype=torch.long))
+    assert rows == [32768, 512, 128] and 512 * 256_000 * 4 < 0.55e9
 
 
 def test_log_probs_of_bf16_weights_are_fp32_and_of_huge_logits_finite():

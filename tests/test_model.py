@@ -381,3 +381,43 @@ def test_a_model_that_would_be_computed_wrongly_is_refused(raw, says):
     """rope_scaling, the older spelling, was once ignored."""
     with pytest.raises(ValueError, match=f"^config.json: .*{re.escape(says)}" if not says.startswith("config") else says):
         ModelConfig.from_published({"model_type": "cohere", **raw})
+
+
+# packing
+
+SHAPES = [{}, {"use_qk_norm": True, "tie_word_embeddings": False}, {"model_type": "cohere2", "sliding_window": 5, "num_hidden_layers": 4}]
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+@pytest.mark.parametrize("checkpointing", [0, 1])
+def test_packed_documents_have_the_loss_and_gradients_of_padded_and_of_separate_ones(changes, checkpointing):
+    """Very different lengths, a document of one token among them; with and without recomputation."""
+    lengths = torch.tensor([17, 1, 9, 16, 3])
+    ids, mask = tokens(5, 20), torch.arange(20) < lengths[:, None]
+    mask[:, :2] = False
+    results = []
+    for packing in (True, False, None):
+        model = build(**changes).train()
+        model.model.packing, model.model.activation_checkpointing = bool(packing), checkpointing
+        if packing is None:
+            parts = [model(ids[i:i + 1, :n], mask[i:i + 1, :n]) for i, n in enumerate(lengths.tolist()) if n > 2]
+            logps = torch.cat(parts)
+        else:
+            logps = model(ids, mask, lengths)
+        logps.square().sum().backward()
+        results.append((logps.detach(), [p.grad for p in model.parameters()]))
+    for logps, grads in results[1:]:
+        torch.testing.assert_close(results[0][0], logps, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(results[0][1], grads):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_packing_computes_no_padding():
+    """The MLP sees the real tokens in one line; what stands in the padding changes nothing, not even a bit."""
+    model, seen = build(), []
+    model.model.packing = True
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+    ids, lengths = tokens(3, 12), torch.tensor([12, 2, 5])
+    hidden = model.model(ids, lengths)
+    other = torch.where(torch.arange(12) < lengths[:, None], ids, 7)
+    assert seen == [(19, model.config.hidden_size)] and torch.equal(model.model(other, lengths), hidden) and (hidden[1, 2:] == 0).all()
