@@ -1,28 +1,40 @@
-"""Merge model folders into one, with no training: a weighted average, SLERP, task arithmetic, TIES or DARE.
+"""Merge model folders into one, with no training; or see how far two are apart.
 
     python merge.py linear A B C --weights 0.5 0.3 0.2 --out DIR
     python merge.py slerp A B --t 0.3 --out DIR
     python merge.py ties A B C --base BASE --density 0.2 --out DIR
+    python merge.py --config merge.json --out DIR               mergekit's configuration, as JSON
+    python merge.py diff A B --base BASE
 
 Each method has only the flags that it uses (python merge.py METHOD --help). The methods: aya_min/merging.py; the files: aya_min/soups.py.
 """
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
-from aya_min.soups import METHODS, OUTPUT_DTYPES, merge_folders
+import torch
+
+from aya_min.mergeconfig import METHODS, OUTPUT_DTYPES, check_settings, from_config, to_config
+from aya_min.soups import compare_folders, merge_folders, table
+from aya_min.tensorfiles import read_json
 
 FLAGS = {    # setting: its flag
     "base": ("--base", {"metavar": "DIR", "required": True, "help": "the model that the others were trained from"}),
     "weights": ("--weights", {"type": float, "nargs": "+", "metavar": "W", "help": "one for each model, in order; default: all 1"}),
-    "t": ("--t", {"type": float, "help": "0 is the first model, 1 the second; default: %(default)s"}),
-    "density": ("--density", {"type": float, "help": "the share of each task vector to keep, above 0 and at most 1; default: %(default)s"}),
+    "normalize": ("--normalize", {"action": argparse.BooleanOptionalAction, "help": "divide by the sum of the weights; default: %(default)s"}),
+    "t": ("--t", {"type": float, "nargs": "+", "help": "0 is the first model, 1 the second; several: a gradient over the layers; default: %(default)s"}),
+    "density": ("--density", {"type": float, "nargs": "+", "metavar": "D", "help": "the share of each task vector to keep, above 0 and at most 1: "
+                                                                                   "one, or one for each model; default: %(default)s"}),
     "lam": ("--lambda", {"type": float, "metavar": "L", "help": "scale of the merged task vector; default: %(default)s"}),
     "seed": ("--seed", {"type": int, "help": "of the random drops; default: %(default)s"}),
+    "convention": ("--convention", {"choices": ["paper", "mergekit"], "help": "where they differ, see aya_min/merging.py; default: %(default)s"}),
 }
 SUMMARIES = {"linear": "weighted average, the weights divided by their sum (what Aya Expanse uses)",
              "slerp": "spherical interpolation of two models",
              "task-arithmetic": "base + lambda * weighted sum of task vectors",
+             "model-stock": "from the base towards the average, by the angle between the task vectors",
              "ties": "trim, elect a sign, average those that agree",
              "dare-linear": "random drop and rescale, then task-arithmetic",
              "dare-ties": "random drop and rescale, then elect a sign, average those that agree"}
@@ -33,27 +45,64 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")        # one line, without the usage
 
 
+def device(name):
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here ({str(error).splitlines()[0]})") from None
+
+
 def parse(arguments):
     parser = Parser(prog="merge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    methods = parser.add_subparsers(dest="method", required=True, metavar="METHOD")
-    for method, settings in METHODS.items():
-        command = methods.add_parser(method, help=SUMMARIES[method], description=SUMMARIES[method], allow_abbrev=False)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="mergekit's configuration as JSON, in the place of METHOD and its flags")
+    commands = parser.add_subparsers(dest="method", metavar="METHOD")
+    diff = commands.add_parser("diff", help="how far two models are apart", description=compare_folders.__doc__, allow_abbrev=False,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    diff.add_argument("folders", nargs=2, metavar="MODEL", help="model folders: config.json and model.safetensors or shards")
+    diff.add_argument("--base", metavar="DIR", help="the model that both were trained from")
+    diff.add_argument("--json", action="store_true", help="print the rows as JSON")
+    methods = [commands.add_parser(method, help=SUMMARIES[method], description=SUMMARIES[method], allow_abbrev=False) for method in METHODS]
+    for method, command in zip(METHODS, methods):
         command.add_argument("folders", nargs="+", metavar="MODEL", help="model folders: config.json and model.safetensors or shards")
-        command.add_argument("--out", required=True, metavar="DIR", help="the new folder; it must not exist")
         command.add_argument("--dtype", choices=OUTPUT_DTYPES, help="of the output; default: that of the first model")
-        for setting, default in settings.items():
+        for setting, default in METHODS[method].items():
             flag, options = FLAGS[setting]
             command.add_argument(flag, dest=setting, default=default, **options)
-    return parser.parse_args(arguments)
+    for command in (parser, *methods):
+        command.add_argument("--out", metavar="DIR", help="the new folder; it must not exist")
+        command.add_argument("--print-config", action="store_true", help="print mergekit's configuration of this merge, and merge nothing")
+    for command in (parser, diff, *methods):
+        command.add_argument("--device", type=device, default="cpu", help="where to compute, such as cuda; default: %(default)s")
+    options = parser.parse_args(arguments)
+    if (options.config is None) == (options.method is None):
+        parser.error("give a method, or --config FILE, and not both")
+    if options.method != "diff" and not (options.out or options.print_config):
+        parser.error("the following arguments are required: --out")
+    return vars(options)
 
 
 def main(arguments=None):
-    options = vars(parse(arguments))
+    options = parse(arguments)
+    config, is_json, only_print = (options.pop(key, None) for key in ("config", "json", "print_config"))
     try:
+        if options["method"] == "diff":
+            rows = compare_folders(*options["folders"], options["base"], options["device"])
+            print(json.dumps(rows, indent=1) if is_json else table(rows))
+            return 0
+        if config:
+            options |= from_config(read_json(config))
+        if only_print:
+            method, folders, dtype = (options[key] for key in ("method", "folders", "dtype"))
+            settings = {key: options[key] for key in METHODS[method]}
+            print(json.dumps(to_config(folders, method, check_settings(method, settings, len(folders), dtype), dtype), indent=2))
+            return 0
         out = merge_folders(**options)
     except (ValueError, OSError) as error:
         print(f"merge.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("merge.py: stopped; nothing was kept", file=sys.stderr)
+        return 130
     print(f"{out}: {options['method']} of {len(options['folders'])} models")
     return 0
 

@@ -1,146 +1,225 @@
 """Merging as pure tensor functions: the same parameter tensor of several models in, one merged fp32 tensor out.
 
-linear          model soups (arXiv 2203.05482) with weights: the operator that Aya Expanse uses after every stage
-slerp           spherical interpolation of two models (Shoemake 1985; as an operator on models: arXiv 2410.10801)
-task_arithmetic base + lambda * sum of task vectors, tau_i = theta_i - base (arXiv 2212.04089, section 2)
-ties            the same with trimming and an elected sign (arXiv 2306.01708, algorithm 1)
-dare_linear     task_arithmetic, and
-dare_ties       ties, with random drop-and-rescale (arXiv 2311.03099) in the place of trimming
+linear           model soups (arXiv 2203.05482) with weights: the operator that Aya Expanse uses after every stage
+slerp            spherical interpolation of two models (Shoemake 1985; as an operator on models: arXiv 2410.10801)
+task_arithmetic  base + lambda * sum of task vectors, tau_i = theta_i - base (arXiv 2212.04089, section 2)
+model_stock      base + t * (average - base), t from the angle between the task vectors (arXiv 2403.19522)
+ties             task vectors trimmed, a sign elected, those that agree averaged (arXiv 2306.01708, algorithm 1)
+dare_linear      task vectors dropped at random and rescaled (arXiv 2311.03099), then task_arithmetic; or
+dare_ties        the last two steps of ties
 
-The last four are one pipeline with two switches: what makes a task vector sparse (nothing, trim, dare), and what combines
-the task vectors (a weighted sum; an elected sign and the mean of those that agree).
+Two families. The first four are a weighted sum of the models, whose weights may come from the tensor's inner products. The last three are
+one pipeline with two switches: what makes a task vector sparse (trim, drop), and what combines them (a sum; an elected sign and a mean).
 
-Input tensors may be of any floating dtype; all arithmetic is fp32, and what leaves here is fp32: accumulated in bf16, an average of 3
-to 7 copies of one model differs from that model in 13-52% of its weights.
+A tensor is merged in pieces, so memory does not grow with it. Each method takes `over`, which runs a function work(start, tensors) on all
+pieces and yields what it returns, for what must be known of the whole tensor (inner products, thresholds); it returns such a function,
+which merges one piece. tensors: the N models' pieces and then the base's, if the method has one, flat and fp32; start: the first's place.
 
-Departure from the papers: TIES trims the task vector of the whole model, here each tensor is trimmed by itself, because tensors are
-merged one at a time. The weights are ours too: TIES and DARE have none, that is, all 1.
+All arithmetic is fp32: accumulated in bf16, an average of 3 to 7 copies of one model differs from it in 13-52% of its weights. Models are
+summed, not their differences from the base, wherever the base cancels: a weight far smaller than the base's would lose its digits.
+
+convention: "paper", or "mergekit" where mergekit 0.1.5 does otherwise; each function says how. Weights in ties and dare_ties are ours.
 """
 
 import hashlib
 import math
+from functools import reduce
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+
+def merge(method, tensors, base=None, **settings):
+    """A method on whole tensors in memory, any shape and floating dtype -> fp32. What soups.merge_folders does piece by piece."""
+    inputs = [tensor.float().flatten() for tensor in [*tensors, *([] if base is None else [base])]]
+    return method(lambda work: [work(0, inputs)], **settings)(0, inputs).view(tensors[0].shape)
+
+
+# ---- weighted sums -----------------------------------------------------------------------------------------------------------------
 
 def weighted_sum(tensors, weights):
-    """sum_i w_i x_i in fp32. tensors: N tensors of one shape, any dtype; weights: N numbers."""
-    total = torch.zeros(tensors[0].shape, dtype=torch.float32)
-    for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(tensor, alpha=weight)                       # widened to fp32 on the fly: no fp32 copy of the input
+    """sum_i w_i x_i, fp32."""
+    total = tensors[0] * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total.add_(tensor, alpha=weight)
     return total
 
 
-def linear(tensors, weights, normalize=True):
-    """Weighted average, theta = sum_i a_i theta_i with sum_i a_i = 1 (arXiv 2410.10801; equal weights: the uniform soup of 2203.05482).
+def linear(over, weights, normalize=True):
+    """theta = sum_i a_i theta_i with sum_i a_i = 1 (arXiv 2410.10801; equal weights: the uniform soup of 2203.05482).
 
     normalize: divide the weights by their sum first; without it they are taken as they are.
     """
     scale = sum(weights) if normalize else 1.0
-    assert scale != 0, f"weights {weights} sum to 0"
-    return weighted_sum(tensors, [weight / scale for weight in weights])
+    return lambda start, tensors: weighted_sum(tensors, [weight / scale for weight in weights])
 
 
-def norm(tensor):
-    """Euclidean length as a Python float, added up in fp64: fp32 sums of 20 million squares were seen to be off by 1e-3."""
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
+def task_arithmetic(over, weights, lam=1.0, normalize=False):
+    """theta = base + lambda * sum_i w_i tau_i (arXiv 2212.04089, section 2: addition; a negative weight is its negation)."""
+    scale = lam / (sum(weights) if normalize else 1.0)
+    return lambda start, tensors: weighted_sum(tensors, [scale * weight for weight in weights] + [1 - scale * sum(weights)])
 
 
-def slerp(first, second, t):
-    """Spherical interpolation (Shoemake 1985) of two tensors seen as vectors; t=0 is the first, t=1 the second.
+def gram(vectors):
+    """Inner products of N vectors, (N, N), in fp64: fp32 sums of 20 million squares were seen to be off by 1e-3. Adds up over pieces."""
+    stacked = torch.stack(vectors).double()             # (N, elements)
+    return stacked @ stacked.T
 
-    theta = sin((1-t)W)/sin(W) theta_1 + sin(tW)/sin(W) theta_2, W = angle between the two, radians. Near-parallel tensors, whose arc
-    is the straight line to within fp32, exactly opposite ones, which have no single arc, and zeros, which have no angle, are
-    interpolated linearly.
+
+def total(over, work):
+    """The sum of work(start, tensors) over all pieces."""
+    return reduce(torch.add, over(work))
+
+
+def slerp(over, t, convention="paper"):
+    """theta = sin((1-t)W)/sin(W) theta_1 + sin(tW)/sin(W) theta_2, W = angle between the two tensors, radians; t=0 is the first, 1 the second.
+
+    Near-parallel tensors, whose arc is the straight line to within fp32, exactly opposite ones, which have no single arc, and zeros,
+    which have no angle, are interpolated linearly (mergekit: all whose cosine is beyond 0.9995, as that of most models with one base).
     """
-    first, second = first.float(), second.float()
-    lengths = norm(first), norm(second)
-    sine = 0.0
-    if all(lengths):
-        u, v = first / lengths[0], second / lengths[1]
-        angle = 2 * math.atan2(norm(u - v), norm(u + v))       # exact near 0 and pi too, where arccos of a dot product is not
-        sine = math.sin(angle)
-    if sine < 1e-4:                                            # lerp and slerp differ by at most angle^2 / 8 near 0
-        return weighted_sum([first, second], [1 - t, t])
-    return weighted_sum([first, second], [math.sin((1 - t) * angle) / sine, math.sin(t * angle) / sine])
+    (aa, ab), (_, bb) = total(over, lambda start, tensors: gram(tensors)).tolist()
+    cosine = ab / math.sqrt(aa * bb) if aa * bb > 0 else 1.0
+    sine = math.sqrt(max(0.0, 1 - cosine ** 2))
+    weights = [1 - t, t]
+    if sine > (1e-4 if convention == "paper" else math.sqrt(1 - 0.9995 ** 2)):          # lerp and slerp differ by at most angle^2 / 8 near 0
+        angle = math.atan2(sine, cosine)
+        weights = [math.sin((1 - t) * angle) / sine, math.sin(t * angle) / sine]
+    return lambda start, tensors: weighted_sum(tensors, weights)
 
 
-def task_vectors(tensors, base):
-    """tau_i = theta_i - theta_base (arXiv 2212.04089, section 2), fp32."""
-    return [tensor.float() - base.float() for tensor in tensors]
+def model_stock(over, convention="paper"):
+    """theta = t * mean_i theta_i + (1 - t) * base, t = N cos / (1 + (N - 1) cos), cos the mean over pairs of task vectors (arXiv 2403.19522, section 4).
 
-
-def task_arithmetic(tensors, base, weights, lam=1.0):
-    """theta = theta_base + lambda * sum_i w_i tau_i (arXiv 2212.04089, section 2: addition; a negative weight is its negation)."""
-    return base.float() + lam * weighted_sum(task_vectors(tensors, base), weights)
-
-
-def trim(delta, density):
-    """TIES step 1 (arXiv 2306.01708, algorithm 1, "keep top-k"): zero all but the largest |delta|, a share `density` of them, at least one.
-
-    The threshold is the exact k-th largest magnitude, found by selection in linear time. Entries equal to it all stay, so the
-    result does not depend on their order (and bf16 task vectors, which have few distinct values, keep somewhat more than asked).
+    The paper's picture has acute angles; where the mean cosine of a tensor is not above 0, it stays the base's (mergekit extrapolates).
     """
-    num_dropped = delta.numel() - max(1, round(density * delta.numel()))
-    if num_dropped <= 0:
-        return delta
-    magnitude = delta.abs()
-    threshold = np.partition(magnitude.flatten().numpy(), num_dropped)[num_dropped]    # 15x as fast as torch.kthvalue on a CPU
-    return torch.where(magnitude >= threshold.item(), delta, 0.0)
+    products = total(over, lambda start, tensors: gram(task_vectors(tensors)))          # (N, N)
+    num, lengths = len(products), products.diagonal().sqrt().clamp(min=1e-300)
+    cosines = products / torch.outer(lengths, lengths)
+    cosine = (cosines.sum() - cosines.trace()).item() / max(1, num * (num - 1))
+    t = num * cosine / (1 + (num - 1) * cosine) if cosine > 0 or convention == "mergekit" else 0.0
+    return lambda start, tensors: weighted_sum(tensors, [t / num] * num + [1 - t])
 
 
-def elect_and_average(deltas, weights):
-    """TIES steps 2 and 3 (arXiv 2306.01708, algorithm 1): elect a sign for each parameter, average the deltas that have it.
+# ---- sparse task vectors -----------------------------------------------------------------------------------------------------------
 
-    gamma = sgn(sum_i delta_i), A = {i: sgn(delta_i) = gamma}, tau = sum_{i in A} w_i delta_i / sum_{i in A} w_i, and 0 where A is empty.
-    A sum of exactly 0 elects no sign and leaves 0, as the formula says. The weights (not in the paper; w_i >= 0) take no part in
-    the election, except that a model of weight 0 has no vote.
+def task_vectors(tensors):
+    """tau_i = theta_i - base (arXiv 2212.04089, section 2)."""
+    *models, base = tensors
+    return [model - base for model in models]
+
+
+COARSE, FINE = 16, 15       # the 31 bits of a magnitude, in two steps
+
+
+def count_magnitudes(delta, coarse=None):
+    """How many |delta| have each value of their first 16 bits; or, of those whose first 16 are `coarse`, of their last 15. Adds up over pieces.
+
+    The bits of fp32 numbers that are not negative, read as integers, are in the order of the numbers.
     """
-    elected = weighted_sum(deltas, [float(weight > 0) for weight in weights]).sign()
-    total, mass = torch.zeros_like(elected), torch.zeros_like(elected)
-    for delta, weight in zip(deltas, weights, strict=True):
-        agrees = delta * elected > 0
-        total.add_(delta * agrees, alpha=weight)
+    bits = delta.abs().view(torch.int32)
+    if coarse is None:
+        return torch.bincount(bits >> FINE, minlength=1 << COARSE)
+    return torch.bincount(bits[bits >> FINE == coarse] & (1 << FINE) - 1, minlength=1 << FINE)
+
+
+def place_of(counts, rank):
+    """(the bin that holds the number of this rank, its rank inside); rank 0 is the smallest."""
+    ends = counts.cumsum(0)
+    found = torch.searchsorted(ends, rank, right=True)
+    return found.item(), (rank - ends[found] + counts[found]).item()
+
+
+def thresholds(over, density):
+    """For each model the least |tau| that belongs to the largest, a share `density` of them: exact, in two counting passes, no sort.
+
+    over: the pieces of one tensor, or of all tensors. density: one for each model.
+    """
+    coarse = total(over, lambda start, tensors: torch.stack([count_magnitudes(delta) for delta in task_vectors(tensors)]))      # (N, 65536)
+    size = coarse[0].sum().item()
+    found = [place_of(counts, size - max(1, int(share * size))) for counts, share in zip(coarse, density, strict=True)]
+    fine = total(over, lambda start, tensors: torch.stack([count_magnitudes(delta, high) for delta, (high, _) in zip(task_vectors(tensors), found)]))
+    bits = [(high << FINE) + place_of(counts, rank)[0] for counts, (high, rank) in zip(fine, found)]
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).tolist()
+
+
+def trim(delta, threshold):
+    """TIES step 1 (arXiv 2306.01708, algorithm 1, "keep top-k"): zero all |delta| below the threshold.
+
+    Entries equal to it all stay, so the result does not depend on their order (mergekit keeps just so many; bf16 has few distinct values).
+    """
+    return F.hardshrink(delta, np.nextafter(np.float32(threshold), np.float32(-1)).item())      # keeps what is above; 10x as fast as where
+
+
+def drop(delta, density, seed, name, start=0):
+    """DARE's m * delta, m ~ Bernoulli(density) (arXiv 2311.03099, 1 - p = density), not yet rescaled.
+
+    m comes from the seed, the tensor's name and place and the delta's own bits: the same however the files are sharded, wherever they
+    lie, and in whatever order the models are given. SFC64's raw stream is the same in all versions of numpy and on all devices.
+    """
+    content = delta.view(torch.int32).sum(dtype=torch.int64).item()
+    key = hashlib.sha256(f"{seed} {name} {start} {content}".encode()).digest()
+    raw = np.random.SFC64(int.from_bytes(key[:16], "little")).random_raw((len(delta) + 1) // 2)
+    draws = torch.from_numpy(raw.view(np.int32)[:len(delta)]).to(delta.device)          # uniform over 32 bits
+    return delta * (draws <= max(0, round(density * 2 ** 32) - 1) - 2 ** 31)
+
+
+def sparse_merge(sparse, tensors, weights, scales, lam, normalize, elected, convention):
+    """theta = base + lambda * sum_{i in A} w_i s_i tau_i / W, for each parameter.
+
+    A: the models whose sparse tau_i is not 0 and, if `elected`, has the sign gamma = sgn(sum_i tau_i) (TIES steps 2 and 3); a sum of exactly
+    0 elects no sign. The weights (w_i >= 0) take no part in the election, but a model of weight 0 has no vote.
+    mergekit: sgn(sum_i w_i tau_i), and 0 elects +. W: 1; if `normalize`, sum_{i in A} w_i if `elected`, else sum_i w_i (mergekit's).
+    """
+    *models, base = tensors
+    if elected:
+        votes = [scale * (weight if convention == "mergekit" else weight > 0) for weight, scale in zip(weights, scales)]
+        gamma = weighted_sum(sparse, votes)
+        gamma = (gamma >= 0) * 2.0 - 1 if convention == "mergekit" else gamma.sign_()
+    merged, moved, mass = torch.zeros_like(base), torch.zeros_like(base), torch.zeros_like(base)
+    for model, delta, weight, scale in zip(models, sparse, weights, scales, strict=True):
+        agrees = delta.sign().mul_(gamma).clamp_(min=0) if elected else delta.sign().abs_()     # 1 or 0: the model is in A
+        merged.addcmul_(model, agrees, value=weight * scale)
+        moved.add_(agrees, alpha=weight * scale)
         mass.add_(agrees, alpha=weight)
-    return torch.where(mass > 0, total / mass, 0.0)
+    if normalize:                                       # where A is empty, 0 / the least of the weights
+        mass = mass.clamp_(min=min(weight for weight in weights if weight > 0)) if elected else sum(weights)
+        merged, moved = merged.div_(mass), moved.div_(mass)
+    return merged.mul_(lam).add_(moved.mul_(-lam).add_(1).mul_(base))                   # lambda/W * sum w s theta + (1 - lambda/W * sum w s) base
 
 
-def ties(tensors, base, weights, density=0.2, lam=1.0):
-    """theta = theta_base + lambda * tau: trim, elect sign, disjoint mean (arXiv 2306.01708, algorithm 1; defaults: top 20%, lambda 1)."""
-    trimmed = [trim(delta, density) for delta in task_vectors(tensors, base)]
-    return base.float() + lam * elect_and_average(trimmed, weights)
+def ties(over, weights, density, lam=1.0, normalize=True, limits=None, convention="paper"):
+    """theta = base + lambda * tau: trim, elect sign, disjoint mean (arXiv 2306.01708, algorithm 1; defaults of the paper: top 20%, lambda 1).
 
-
-def mask_generator(seed, name, delta):
-    """The generator of one model's DARE mask for one tensor, from the seed, the tensor's name and the delta's own bits.
-
-    So the mask is the same however the files are sharded, wherever they lie, and in whatever order the models are given.
+    limits: the thresholds; None: this tensor's own, as in mergekit (the paper trims the task vector of the whole model).
     """
-    content = delta.contiguous().view(torch.int32).sum(dtype=torch.int64).item()
-    key = hashlib.sha256(f"{seed} {name} {content}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
+    limits = thresholds(over, density) if limits is None else limits
+
+    def piece(start, tensors):
+        sparse = [trim(delta, limit) for delta, limit in zip(task_vectors(tensors), limits, strict=True)]
+        return sparse_merge(sparse, tensors, weights, [1.0] * len(weights), lam, normalize, True, convention)
+    return piece
 
 
-def dare(delta, density, seed, name):
-    """DARE (arXiv 2311.03099): m ~ Bernoulli(p), delta~ = (1 - m) * delta, delta^ = delta~ / (1 - p), with 1 - p = density.
+def dare_linear(over, weights, density, lam=1.0, normalize=False, seed=0, name="", convention="paper", elected=False):
+    """theta = base + lambda * sum_i w_i m_i tau_i / density: DARE, then task arithmetic (arXiv 2311.03099).
 
-    So the expectation over masks is delta. `name` is the tensor's; see mask_generator.
+    mergekit rescales so that the sum of magnitudes in each tensor stays what it was, where the paper divides by the density.
     """
-    keep = torch.rand(delta.shape, generator=mask_generator(seed, name, delta)) < density
-    return delta * keep / density
+    def dropped(start, tensors):
+        return [drop(delta, share, seed, name, start) for delta, share in zip(task_vectors(tensors), density, strict=True)]
+
+    scales = [1 / share for share in density]
+    if convention == "mergekit":
+        sums = total(over, lambda start, tensors: torch.stack([torch.stack([delta.abs().sum(dtype=torch.float64) for delta in deltas])
+                                                               for deltas in (task_vectors(tensors), dropped(start, tensors))]))
+        scales = [before / after if after > 0 else 1.0 for before, after in sums.T.tolist()]
+    return lambda start, tensors: sparse_merge(dropped(start, tensors), tensors, weights, scales, lam, normalize, elected, convention)
 
 
-def dare_linear(tensors, base, weights, density=0.5, lam=1.0, seed=0, name=""):
-    """theta = theta_base + lambda * sum_i w_i dare(tau_i): DARE, then task arithmetic (arXiv 2311.03099)."""
-    dropped = [dare(delta, density, seed, name) for delta in task_vectors(tensors, base)]
-    return base.float() + lam * weighted_sum(dropped, weights)
-
-
-def dare_ties(tensors, base, weights, density=0.5, lam=1.0, seed=0, name=""):
-    """theta = theta_base + lambda * tau: DARE in the place of TIES's trim, then elect sign and disjoint mean.
+def dare_ties(over, weights, density, lam=1.0, normalize=True, seed=0, name="", convention="paper"):
+    """DARE in the place of TIES's trim, then elect sign and disjoint mean.
 
     That is what merging tools, and so arXiv 2410.10801, call DARE-TIES. The DARE paper runs it before all of TIES, trimming included.
     """
-    dropped = [dare(delta, density, seed, name) for delta in task_vectors(tensors, base)]
-    return base.float() + lam * elect_and_average(dropped, weights)
+    return dare_linear(over, weights, density, lam, normalize, seed, name, convention, elected=True)

@@ -1,135 +1,149 @@
-"""Model folders in, one merged model folder out: tensor by tensor, driven by the tensor names that the files hold.
+"""Model folders in, one merged model folder out, or numbers of how far two are apart: piece by piece, by the tensor names in the files.
 
 Nothing here knows an architecture: reward models, tied heads or models of other families merge as well. Whatever differs between the
 inputs (names, shapes, tokenizer, vocabulary) is refused before any work. The output is written beside its place and renamed, so an
-interrupted merge leaves nothing that looks whole. The methods are in merging.py.
+interrupted merge leaves nothing that looks whole. The methods are in merging.py, their settings in mergeconfig.py.
 
-Integer and boolean tensors, which have no average, must be equal in all inputs. Memory: one tensor of each model, widened to fp32 by
-all methods but linear (working inside large tensors by pieces is left to the issue on merging).
+Memory does not grow with the models: each core has one piece of each model, read, merged and written by one thread. Integer and boolean
+tensors, which have no average, must be equal in all inputs; so must a tied head and its embedding, and the head is not written.
 """
 
+import glob
 import hashlib
 import math
 import os
+import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from . import __version__, merging, tensorfiles
-from .tensorfiles import DTYPES, first_of, read, read_config, read_header, write_json
+from .mergeconfig import OUTPUT_DTYPES, check_settings, layer_of, settings_by_tensor, to_config
+from .tensorfiles import DTYPES, first_of, num_bytes, places, read_config, read_header, read_piece, write_json
 
-METHODS = {    # method: the settings it takes and their defaults, from the papers (DARE has none: ours); weights None: 1 each
-    "linear": {"weights": None},
-    "slerp": {"t": 0.5},
-    "task-arithmetic": {"base": None, "weights": None, "lam": 1.0},
-    "ties": {"base": None, "weights": None, "density": 0.2, "lam": 1.0},
-    "dare-linear": {"base": None, "weights": None, "density": 0.5, "lam": 1.0, "seed": 0},
-    "dare-ties": {"base": None, "weights": None, "density": 0.5, "lam": 1.0, "seed": 0},
-}
-OUTPUT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 COPIED = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+SAME = ["model_type", "vocab_size", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings"]     # shapes do not show all of these
+PIECE = 1 << 18             # elements; DARE's masks depend on it
 
 
-def merge_folders(folders, out, method, *, weights=None, base=None, density=None, lam=1.0, t=0.5, seed=0, dtype=None,
-                  shard_bytes=tensorfiles.SHARD_BYTES):
+def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes=tensorfiles.SHARD_BYTES, **settings):
     """Merge model folders into the new folder `out`; returns its Path.
 
-    method, and which of the settings it looks at: METHODS. density None: the method's default.
+    settings: mergeconfig.METHODS. Each of the weights (one for each model), density (one for all, or a list of one for each), t and lam
+    may be a number, a gradient such as [0, 0.5, 1] over the layers, or filters by name, see mergeconfig.number_at.
     dtype: one of OUTPUT_DTYPES; None keeps that of each tensor of the first folder, whatever the others have.
     """
     folders, out = [Path(folder) for folder in folders], Path(out)
-    given = {"weights": weights, "base": base, "density": density, "lam": lam, "t": t, "seed": seed}
-    settings = check_settings(method, given, len(folders), dtype)
-    inputs = folders + [Path(base)] if "base" in settings else folders
+    settings = check_settings(method, settings, len(folders), dtype)
+    inputs = folders + [Path(settings["base"])] if "base" in settings else folders
     if out.resolve() in [folder.resolve() for folder in inputs]:
         raise ValueError(f"{out} is one of the models to merge; give another folder as the output")
     if os.path.lexists(out):
         raise ValueError(f"{out} exists already; remove it or give another folder as the output")
-    configs, headers = [read_config(folder) for folder in inputs], [read_header(folder) for folder in inputs]
-    refuse_differences(inputs, configs, headers)
+    configs, headers = look_into(inputs)
+    values = settings_by_tensor(method, settings, float_names(headers[0]))
     specs = {name: (OUTPUT_DTYPES[dtype] if dtype and is_float(code) else code, shape) for name, (_, code, shape) in headers[0].items()}
-    files, size = tensorfiles.plan(specs, shard_bytes), sum(tensorfiles.num_bytes(*spec) for spec in specs.values())
+    files, size = tensorfiles.plan(specs, shard_bytes), sum(num_bytes(*spec) for spec in specs.values())
     out.parent.mkdir(parents=True, exist_ok=True)
-    if size > shutil.disk_usage(out.parent).free:
-        raise ValueError(f"{out} needs {size / 1e9:.1f} GB, more than its disk has free; make room or give another folder as the output")
+    if size > (free := shutil.disk_usage(out.parent).free):
+        raise ValueError(f"{out} needs {size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; make room or give another folder as the output")
 
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)                                       # left by a merge that was killed
-    try:
-        partial.mkdir()
-        with tqdm(total=size, desc="merge", unit="B", unit_scale=True, disable=os.environ.get("RANK", "0") != "0") as bar:
-            tensorfiles.write(partial, files, merged_tensors(files, headers, method, settings, bar))
-        write_the_rest(folders[0], partial, configs[0], dtype)
-        write_record(partial, inputs, headers, method, settings, dtype)
-        partial.rename(out)
-    except BaseException:                                                            # Ctrl-C and a full disk too
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with partial_folder(out) as partial, ThreadPoolExecutor(1) as hasher:
+        try:
+            inputs_files = [sorted({file for file, _, _ in header.values()}) for header in headers]
+            digests = {file: hasher.submit(sha256, file) for file in dict.fromkeys(sum(inputs_files, []))}      # beside the merge, which waits for disks
+            merge_files(partial, files, headers, method, settings, values, device)
+            write_the_rest(folders[0], partial, configs[0], dtype)
+            write_json(partial / "merge.json", {
+                "config": to_config(folders, method, settings, dtype),
+                "inputs": [{"folder": str(folder), "sha256": {file.name: digests[file].result() for file in its_files}}
+                           for folder, its_files in zip(inputs, inputs_files)],       # the base, where there is one, is the last
+                "versions": {"aya_min": __version__, "torch": torch.__version__}})
+        finally:
+            hasher.shutdown(cancel_futures=True)
     return out
 
 
-def check_settings(method, given, num_models, dtype):
-    """{setting: value} of those that the method takes; ValueError for a value with which it has no meaning."""
-    if method not in METHODS:
-        raise ValueError(f"unknown merge method {method!r}; choose one of {', '.join(METHODS)}")
-    if dtype not in [None, *OUTPUT_DTYPES]:
-        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(OUTPUT_DTYPES)}")
-    if num_models < 1 or (method == "slerp" and num_models != 2):
-        raise ValueError(f"{method} merges {'exactly two models' if method == 'slerp' else 'one model or more'}, not {num_models}")
-    settings = {name: default if given[name] is None else given[name] for name, default in METHODS[method].items()}
-    if "base" in settings:
-        if settings["base"] is None:
-            raise ValueError(f"{method} needs the model that the others were trained from; give it with --base DIR")
-        settings["base"] = str(settings["base"])
-    if not 0 <= settings.get("t", 0) <= 1:
-        raise ValueError(f"t is {settings['t']}; give a number from 0 (the first model) to 1 (the second)")
-    if not 0 < settings.get("density", 1) <= 1:
-        raise ValueError(f"density is {settings['density']}; give the share of each task vector to keep, above 0 and at most 1")
-    if not math.isfinite(settings.get("lam", 1)):
-        raise ValueError(f"lambda is {settings['lam']}; give a finite number")
-    if "weights" in settings:
-        settings["weights"] = [1.0] * num_models if settings["weights"] is None else [float(weight) for weight in settings["weights"]]
-        refuse_weights(method, settings["weights"], num_models)
-    return settings
+@contextmanager
+def partial_folder(out):
+    """A folder beside `out` that becomes it at the end, or goes away; those that killed merges left go first."""
+    for left in out.parent.glob(glob.escape(out.name) + ".tmp-*"):
+        if not is_alive(left.name.rpartition("-")[2]):
+            shutil.rmtree(left)
+    partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        partial.rename(out)
+    except BaseException as error:                                                   # Ctrl-C and a full disk too
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ValueError(f"{out} could not be made ({error}); nothing of it was kept") from error
+        raise
 
 
-def refuse_weights(method, weights, num_models):
-    if len(weights) != num_models:
-        raise ValueError(f"{len(weights)} weights for {num_models} models; give one weight for each model, in the same order")
-    if not all(map(math.isfinite, weights)):
-        raise ValueError(f"weights {weights} are not all finite numbers")
-    if method == "linear" and abs(sum(weights)) < 1e-6:
-        raise ValueError(f"weights {weights} sum to 0, so they cannot be normalised; for differences of models use task-arithmetic")
-    if method in ("ties", "dare-ties") and (min(weights) < 0 or max(weights) == 0):
-        raise ValueError(f"weights {weights} of {method} must not be negative nor all 0; for negation use task-arithmetic or dare-linear")
+def is_alive(pid):
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:                                                          # another user's
+        pass
+    return True
 
 
-def refuse_differences(inputs, configs, headers):
-    """One ValueError that names (up to 20 of) all differences which make a merge of these folders meaningless."""
-    problems, first, header = [], inputs[0], headers[0]
-    for folder, config, other in zip(inputs, configs, headers):
-        problems += [f"{folder}: {name} is {code}, which cannot be merged" for name, (_, code, _) in other.items() if code not in DTYPES]
-        problems += [f"{folder} lacks {name}" for name in sorted(header.keys() - other.keys())]
-        problems += [f"{folder} has {name}, which {first} lacks" for name in sorted(other.keys() - header.keys())]
-        for name in sorted(header.keys() & other.keys()):
-            (_, code, shape), (_, other_code, other_shape) = header[name], other[name]
-            if shape != other_shape:
-                problems.append(f"{folder}: {name} is {list(other_shape)}, in {first} {list(shape)}")
-            elif code in DTYPES and other_code in DTYPES and not (is_float(code) and is_float(other_code)):
-                if code != other_code or not torch.equal(read(header, name), read(other, name)):
-                    problems.append(f"{folder}: {name} is {other_code}, has no average, and differs from that of {first}")
-        if sha256(folder / "tokenizer.json") != sha256(first / "tokenizer.json"):
-            problems.append(f"{folder}: tokenizer.json is not that of {first}")
-        if config.get("vocab_size") != configs[0].get("vocab_size"):
-            problems.append(f"{folder}: vocab_size is {config.get('vocab_size')}, in {first} {configs[0].get('vocab_size')}")
+# ---- what is refused ---------------------------------------------------------------------------------------------------------------
+
+def look_into(inputs):
+    """(configs, headers) of model folders that belong together. One ValueError names (up to 20 of) all differences that make a merge meaningless."""
+    configs, headers = [read_config(folder) for folder in inputs], [read_header(folder) for folder in inputs]
+    problems, first = [], inputs[0]
+    for folder, config, header in zip(inputs, configs, headers):
+        problems += [f"{folder}: {name} is {code}, which cannot be merged" for name, (_, code, _) in header.items() if code not in DTYPES]
+        head, embedding = header.get("lm_head.weight"), header.get("model.embed_tokens.weight")
+        if config.get("tie_word_embeddings") and head and embedding:
+            if head[1:] != embedding[1:] or head[1] not in DTYPES or not equal(header, "lm_head.weight", header, "model.embed_tokens.weight"):
+                problems.append(f"{folder}: lm_head.weight is not model.embed_tokens.weight, to which its config.json ties it")
+            del header["lm_head.weight"]
+    for folder, config, header in zip(inputs[1:], configs[1:], headers[1:]):
+        problems += differences(folder, config, header, first, configs[0], headers[0])
     if problems:
         raise ValueError(f"these models cannot be merged: {first_of(problems, '; ')}")
+    return configs, headers
+
+
+def differences(folder, config, header, first, first_config, first_header):
+    problems = [f"{folder} lacks {name}" for name in sorted(first_header.keys() - header.keys())]
+    problems += [f"{folder} has {name}, which {first} lacks" for name in sorted(header.keys() - first_header.keys())]
+    for name in sorted(first_header.keys() & header.keys()):
+        (_, code, shape), (_, other_code, other_shape) = first_header[name], header[name]
+        if shape != other_shape:
+            problems.append(f"{folder}: {name} is {list(other_shape)}, in {first} {list(shape)}")
+        elif code in DTYPES and other_code in DTYPES and not (is_float(code) and is_float(other_code)):
+            if code != other_code or not equal(first_header, name, header, name):
+                problems.append(f"{folder}: {name} is {other_code}, has no average, and differs from that of {first}")
+    if sha256(folder / "tokenizer.json") != sha256(first / "tokenizer.json"):
+        problems.append(f"{folder}: tokenizer.json is not that of {first}")
+    return problems + [f"{folder}: {key} is {config[key]}, in {first} {first_config[key]}"
+                       for key in SAME if key in config and key in first_config and config[key] != first_config[key]]
+
+
+def equal(header, name, other, other_name):
+    """Whether two tensors of one shape and dtype hold the same numbers."""
+    one, two = (places({key: part[key]})[key] for part, key in ((header, name), (other, other_name)))
+    return all(torch.equal(read_piece(one, *span), read_piece(two, *span)) for span in spans(one[3]))
 
 
 def is_float(code):
     return DTYPES[code].is_floating_point
+
+
+def float_names(header):
+    return [name for name, (_, code, _) in header.items() if is_float(code)]
 
 
 def sha256(path):
@@ -140,45 +154,72 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def merged_tensors(files, headers, method, settings, bar):
-    """The tensors of a plan in its order, each merged when it is its turn."""
-    for specs in files.values():
-        for name, (code, _) in specs.items():
-            tensor = merge_one(name, headers, method, settings, DTYPES[code])
-            bar.update(tensor.nbytes)
-            yield tensor
-
-
-def merge_one(name, headers, method, settings, dtype):
-    """The merged tensor of one name, in the output dtype. The base, where there is one, is the last of the headers."""
-    tensors = [read(header, name) for header in headers]
-    if not dtype.is_floating_point:
-        return tensors[0]                                                            # refuse_differences found them equal
-    for tensor, header in zip(tensors, headers):
-        refuse_infinite(tensor, f"{name} in {header[name][0]}")
-    merged = combine(name, tensors, method, settings).to(dtype)
-    refuse_infinite(merged, f"{name}, merged, as {dtype}")
-    return merged
-
-
-def combine(name, tensors, method, settings):
-    if method == "linear":
-        return merging.linear(tensors, settings["weights"])
-    if method == "slerp":
-        return merging.slerp(*tensors, settings["t"])
-    *tensors, base = tensors
-    weights, lam = settings["weights"], settings["lam"]
-    if method == "task-arithmetic":
-        return merging.task_arithmetic(tensors, base, weights, lam)
-    if method == "ties":
-        return merging.ties(tensors, base, weights, settings["density"], lam)
-    dare = {"dare-linear": merging.dare_linear, "dare-ties": merging.dare_ties}[method]
-    return dare(tensors, base, weights, settings["density"], lam, settings["seed"], name)
-
-
 def refuse_infinite(tensor, what):
-    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():   # TIES would turn a NaN into the base's value
+    """TIES would turn a NaN into the base's value. A sum is finite if all are, but for overflow, and 20x as fast to look at."""
+    if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
         raise ValueError(f"{what} holds NaN or infinite values; mend that model, or choose a wider --dtype")
+
+
+# ---- the work ----------------------------------------------------------------------------------------------------------------------
+
+def spans(size):
+    return [(start, min(PIECE, size - start)) for start in range(0, size, PIECE)]
+
+
+@contextmanager
+def workers():
+    """A pool of as many threads as torch has now, 8 at most, with torch on one thread in each: while one reads or writes, another computes."""
+    num_threads = torch.get_num_threads()
+    torch.empty(31 << 20, dtype=torch.uint8)            # freed at once, it makes glibc keep what smaller tensors free: 30x fewer page faults
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(min(8, num_threads))      # each holds pieces of all models, and Python's lock lets few more run
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(num_threads)
+
+
+def over(names, inputs, pool, device, bar):
+    """merging.py's `over`: a function that runs work(start, tensors) on all pieces of these tensors, in order. inputs: places, the base's last."""
+    def read(place, name, start, count):
+        piece = read_piece(place, start, count).to(device).float()
+        refuse_infinite(piece, f"{name} in {place[0]}")
+        return piece
+
+    def run(work):
+        for name in names:
+            one = lambda span: (work(span[0], [read(place[name], name, *span) for place in inputs]), span[1])      # noqa: E731
+            for result, count in pool.map(one, spans(inputs[0][name][3])):
+                bar.update(count * DTYPES[inputs[0][name][1]].itemsize)
+                yield result
+    return run
+
+
+def merge_files(folder, files, headers, method, settings, values, device):
+    """Merge all tensors into the files of a plan. values: their settings."""
+    paper_ties = method == "ties" and settings["convention"] == "paper"
+    passes = {"slerp": 2, "model-stock": 2, "ties": 3}.get(method, 1) + ("seed" in settings and settings["convention"] == "mergekit")
+    size = passes * sum(num_bytes(*headers[0][name][1:]) for name in values)
+    function, inputs, outputs = getattr(merging, method.replace("-", "_")), [places(header) for header in headers], tensorfiles.create(folder, files)
+    bar = tqdm(total=size, desc="merge", unit="B", unit_scale=True, disable=os.environ.get("RANK", "0") != "0")
+    with bar, workers() as pool:
+        limits = merging.thresholds(over(list(values), inputs, pool, device, bar), settings["density"]) if paper_ties else None
+        for name, place in outputs.items():
+            if name not in values:                                                   # look_into found them equal
+                for span in spans(place[3]):
+                    tensorfiles.write_piece(place, span[0], read_piece(inputs[0][name], *span))
+            elif place[3]:
+                pieces = over([name], inputs, pool, device, bar)
+                merged = function(pieces, **values[name], **({"limits": limits} if paper_ties else {}))
+
+                def write(start, tensors):
+                    piece = merged(start, tensors).to(DTYPES[place[1]]).cpu()
+                    refuse_infinite(piece, f"{name}, merged, as {piece.dtype}")
+                    tensorfiles.write_piece(place, start, piece)
+                for _ in pieces(write):
+                    pass
+    tensorfiles.seal(folder, files)
 
 
 def write_the_rest(first, out, config, dtype):
@@ -191,10 +232,50 @@ def write_the_rest(first, out, config, dtype):
     write_json(out / "config.json", config)
 
 
-def write_record(out, inputs, headers, method, settings, dtype):
-    """merge.json: where this model came from. The base, where there is one, is the last of the inputs."""
-    digests = [{file.name: sha256(file) for file in sorted({file for file, _, _ in header.values()})} for header in headers]
-    write_json(out / "merge.json", {
-        "method": method, "settings": settings, "dtype": dtype or "as the first input",
-        "inputs": [{"folder": str(folder), "sha256": digest} for folder, digest in zip(inputs, digests)],
-        "versions": {"aya_min": __version__, "torch": torch.__version__}})
+# ---- how far two models are apart --------------------------------------------------------------------------------------------------
+
+def compare_folders(first, second, base=None, device="cpu"):
+    """Rows {"what", "distance", "cosine"} for each tensor, each kind of tensor over the layers, each layer, and all together.
+
+    distance: |b - a| / |a|. With a base, of the task vectors a - base and b - base too: "task_cosine", and "same_sign", the share of the
+    parameters moved by both that were moved to the same side. None where a length is 0.
+    """
+    _, headers = look_into([Path(folder) for folder in (first, second, base) if folder is not None])
+    names = [name for name in float_names(headers[0]) if math.prod(headers[0][name][2])]
+    inputs, found = [places(header) for header in headers], {}
+    size = sum(num_bytes(*headers[0][name][1:]) for name in names)
+    with tqdm(total=size, desc="diff", unit="B", unit_scale=True) as bar, workers() as pool:
+        for name in names:
+            sums, layer = merging.total(over([name], inputs, pool, device, bar), sums_of), layer_of(name)
+            rows = [(0, 0, name), (3, 0, "all")]
+            if layer is not None:
+                rows += [(1, 0, re.sub(r"\.\d+\.", ".*.", name, count=1)), (2, layer, re.sub(r"(\.\d+)\..*", r"\1", name))]
+            for row in rows:
+                found[row] = found.get(row, 0) + sums
+    return [numbers_of(what, sums) for (_, _, what), sums in sorted(found.items())]
+
+
+def sums_of(start, tensors):
+    """What adds up over pieces: inner products of a, b, b - a and, with a base, of the task vectors (25 or 9); parameters moved alike, and by both."""
+    a, b, *base = tensors
+    tasks = merging.task_vectors(tensors) if base else []
+    sides = tasks[0].sign() * tasks[1].sign() if base else torch.zeros(1)
+    return torch.cat([merging.gram([a, b, b - a, *tasks]).flatten().cpu(), torch.tensor([(sides > 0).sum(), (sides != 0).sum()], dtype=torch.float64)])
+
+
+def numbers_of(what, sums):
+    products, (alike, moved) = sums[:-2].view(math.isqrt(len(sums) - 2), -1), sums[-2:].tolist()
+    lengths = products.diagonal().sqrt().tolist()
+
+    def cosine(i, j):
+        return products[i, j].item() / (lengths[i] * lengths[j]) if lengths[i] * lengths[j] else None
+    numbers = {"what": what, "distance": lengths[2] / lengths[0] if lengths[0] else None, "cosine": cosine(0, 1)}
+    return numbers | ({"task_cosine": cosine(3, 4), "same_sign": alike / moved if moved else None} if len(lengths) == 5 else {})
+
+
+def table(rows):
+    """The rows as lines of text."""
+    columns = [key for key in rows[0] if key != "what"]
+    lines = [[column.replace("_", " ") for column in columns] + [""]]
+    lines += [["-" if row[column] is None else f"{row[column]:.6f}" for column in columns] + [row["what"]] for row in rows]
+    return "\n".join("".join(f"{cell:>13}" for cell in cells) + f"  {what}" for *cells, what in lines)

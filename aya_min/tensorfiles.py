@@ -4,7 +4,6 @@ Nothing here knows an architecture. No pickle is read, no file outside the folde
 """
 
 import json
-from itertools import islice
 from math import prod
 from pathlib import Path
 
@@ -81,6 +80,30 @@ def read(header, name, rows=None):
         return tensors.get_tensor(name) if rows is None else tensors.get_slice(name)[rows]
 
 
+def places(header):
+    """{tensor name: (file, safetensors dtype, offset of its first byte, number of elements)}, for read_piece."""
+    found, parts = {}, {}
+    for name, (path, code, shape) in header.items():
+        if path not in parts:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                parts[path] = 8 + length, json.loads(file.read(length))
+        begin, entries = parts[path]
+        found[name] = path, code, begin + entries[name]["data_offsets"][0], prod(shape)
+    return found
+
+
+def read_piece(place, start, count):
+    """Elements start to start + count of a tensor, flat. They are copied: mapped pages would count as memory of the process until they are unmapped."""
+    path, code, offset, _ = place
+    piece = torch.empty(count, dtype=DTYPES[code])                                   # (count,)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset + start * piece.itemsize)
+        if file.readinto(piece.view(torch.uint8).numpy()) != piece.nbytes:
+            raise ValueError(f"{path}: ends early; it changed while it was read")
+    return piece
+
+
 def first_of(words, between, most=20):
     """The first twenty, and how many more there are, for one line on standard error."""
     return between.join(words[:most]) + (f"{between}and {len(words) - most} more" if len(words) > most else "")
@@ -109,30 +132,52 @@ def plan(specs, shard_bytes=SHARD_BYTES):
 
 def write(folder, files, tensors):
     """Write the files of a plan, tensor by tensor, and their index if there are several. tensors: an iterable in the plan's order."""
-    tensors = iter(tensors)
+    for place, tensor in zip(create(folder, files).values(), tensors, strict=True):
+        write_piece(place, 0, tensor.contiguous().flatten())
+    seal(folder, files)
+
+
+def create(folder, files):
+    """The files of a plan, empty, at their full size -> the places of their tensors, which may be written in any order. Not readable before `seal`."""
+    found = {}
     for name, specs in files.items():
-        write_file(folder / name, specs, islice(tensors, len(specs)))
+        text, end = file_header(specs), 0
+        for tensor, (code, shape) in specs.items():
+            found[tensor] = folder / name, code, len(text) + end, prod(shape)
+            end += num_bytes(code, shape)
+        with open(folder / name, "wb") as file:
+            file.truncate(len(text) + end)
+    return found
+
+
+def write_piece(place, start, piece):
+    """Elements start to start + len(piece) of a tensor, flat."""
+    path, _, offset, _ = place
+    with open(path, "r+b") as file:
+        file.seek(offset + start * piece.itemsize)
+        file.write(piece.view(torch.uint8).numpy())
+
+
+def seal(folder, files):
+    """Write the headers, without which no reader takes a file, and the index of a plan whose tensors are all written."""
+    for name, specs in files.items():
+        with open(folder / name, "r+b") as file:
+            file.write(file_header(specs))
     if len(files) > 1:
         size = sum(num_bytes(*spec) for specs in files.values() for spec in specs.values())
         weight_map = {name: file for file, specs in files.items() for name in specs}
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def write_file(path, specs, tensors):
-    """A safetensors file written tensor by tensor, where save_file needs all of them in memory at once.
-
-    Layout: length of the header (u64, little-endian), header (JSON, padded with spaces to 8 bytes), tensors without gaps.
-    """
+def file_header(specs):
+    """The first bytes of a safetensors file: their length (u64, little-endian) and JSON padded with spaces to 8 bytes; the tensors follow without gaps."""
     header, end = {"__metadata__": {"format": "pt"}}, 0                              # transformers refuses a file without the format
     for name, (code, shape) in specs.items():
         begin, end = end, end + num_bytes(code, shape)
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_json(path, value):

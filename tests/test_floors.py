@@ -13,7 +13,7 @@ PACKAGES = {"torch", "numpy", "tokenizers", "safetensors", "pytest", "tqdm"}
 
 FLOORS = [
     {"linear"},                                                                                 # 0: one matrix product
-    {"config", "languages", "distributed", "losses", "merging", "tokenizer", "charts", "tensorfiles"},  # 1: settings, tables, pure tensor functions
+    {"config", "languages", "distributed", "losses", "merging", "tokenizer", "charts", "tensorfiles", "mergeconfig"},  # 1: settings, tables, pure tensor functions
     {"model", "world", "checkpoint", "data", "report"},                                         # 2: the decoder, the world, how to resume, JSONL to batches
     {"sampling", "reward", "loop", "world_data", "weights", "journal"},                         # 3: what is done with a model or with the world
     {"soups", "arbitrage", "preferences", "evaluate", "chat"},                                  # 4: what is done with answers and folders

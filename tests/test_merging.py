@@ -1,9 +1,16 @@
+"""aya_min/merging.py: hand-worked values, identities, slow versions, and that a tensor merged in pieces is the tensor merged whole."""
+
+import inspect
 import math
 
 import pytest
 import torch
 
-from aya_min.merging import dare, dare_linear, dare_ties, elect_and_average, linear, norm, slerp, task_arithmetic, ties, trim
+from aya_min.merging import count_magnitudes, dare_linear, dare_ties, drop, gram, linear, merge, model_stock, place_of, slerp, task_arithmetic, thresholds, ties, trim
+
+SPARSE = [ties, dare_linear, dare_ties]
+WITH_BASE = [task_arithmetic, model_stock, *SPARSE]
+WITH_CONVENTION = [slerp, model_stock, *SPARSE]
 
 
 def models(num=3, shape=(40, 50), scale=0.01, dtype=torch.float32, seed=0):
@@ -13,17 +20,31 @@ def models(num=3, shape=(40, 50), scale=0.01, dtype=torch.float32, seed=0):
     return [(base + scale * torch.randn(shape, generator=generator)).to(dtype) for _ in range(num)], base.to(dtype)
 
 
+def settings(method, num, weight=1.0, density=0.5, **more):
+    """Those of the given settings that the method takes."""
+    values = {"weights": [weight] * num, "density": [density] * num, "t": 0.3, "name": "x", **more}
+    return {key: value for key, value in values.items() if key in inspect.signature(method).parameters}
+
+
+def in_pieces(method, tensors, base=None, piece=7, **options):
+    """A method on flat tensors, by pieces of a few elements."""
+    tensors = [tensor.flatten().float() for tensor in [*tensors, *([] if base is None else [base])]]
+    spans = range(0, len(tensors[0]), piece)
+    over = lambda work: (work(start, [tensor[start:start + piece] for tensor in tensors]) for start in spans)      # noqa: E731
+    return torch.cat(list(over(method(over, **options))))
+
+
 # linear
 
 def test_linear_is_the_weighted_average_and_without_normalising_the_weighted_sum():
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([5.0, -2.0])
-    assert linear([a, b], [3, 1]).tolist() == [2.0, 1.0]
-    assert linear([a, b], [3, 1], normalize=False).tolist() == [8.0, 4.0]
+    assert merge(linear, [a, b], weights=[3, 1]).tolist() == [2.0, 1.0]
+    assert merge(linear, [a, b], weights=[3, 1], normalize=False).tolist() == [8.0, 4.0]
 
 
 def test_linear_with_weights_one_and_zero_is_that_model():
     (a, b, _), _ = models()
-    assert torch.equal(linear([a, b], [1, 0]), a) and torch.equal(linear([a, b], [0, 1]), b)
+    assert torch.equal(merge(linear, [a, b], weights=[1, 0]), a) and torch.equal(merge(linear, [a, b], weights=[0, 1]), b)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -31,81 +52,136 @@ def test_linear_with_weights_one_and_zero_is_that_model():
 def test_copies_of_one_half_precision_model_merge_to_exactly_that_model(num, dtype):
     """Accumulated in bf16, 13-52% of the weights change."""
     model = torch.randn(100_000, generator=torch.Generator().manual_seed(1)).to(dtype)
-    assert torch.equal(linear([model] * num, [1] * num).to(dtype), model)
-    assert torch.equal(linear([model] * num, [0.2 + i for i in range(num)]).to(dtype), model)
-    assert torch.equal(slerp(model, model, 0.3).to(dtype), model)
+    for weights in ([1] * num, [0.2 + i for i in range(num)]):
+        assert torch.equal(merge(linear, [model] * num, weights=weights).to(dtype), model)
+    assert torch.equal(merge(slerp, [model] * 2, t=0.3).to(dtype), model)
     base = (model + 0.01).to(dtype)
-    for method in (task_arithmetic, ties, dare_linear, dare_ties):
-        density = {} if method is task_arithmetic else {"density": 1.0}
-        assert torch.equal(method([model] * num, base, [1 / num] * num, **density).to(dtype), model), method
+    for method in WITH_BASE:
+        assert torch.equal(merge(method, [model] * num, base, **settings(method, num, 1 / num, density=1.0)).to(dtype), model), method
+
+
+@pytest.mark.parametrize("method", WITH_BASE)
+def test_copies_merge_to_exactly_that_model_where_its_weights_are_far_smaller_than_the_base_s(method):
+    """base + (theta - base) in fp32 has lost the digits of theta: 1 + (1e-6 - 1) is 9.5e-7."""
+    small = torch.tensor([1e-6, -3e-7, 2e-8, 1e-9]).repeat(4).bfloat16()
+    base = torch.tensor([1.0, -0.5, 0.02, 3.0]).repeat(4).bfloat16()
+    for num in (2, 4):
+        assert torch.equal(merge(method, [small] * num, base, **settings(method, num, 1 / num, density=1.0)).bfloat16(), small)
+    assert not torch.equal((base.float() + (small.float() - base.float())).bfloat16(), small)
 
 
 # slerp
 
 def test_slerp_of_perpendicular_tensors_walks_the_arc():
     a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
-    torch.testing.assert_close(slerp(a, b, 1 / 3), torch.tensor([[2 * math.cos(math.pi / 6), 2 * math.sin(math.pi / 6)]]))
+    torch.testing.assert_close(merge(slerp, [a, b], t=1 / 3), torch.tensor([[2 * math.cos(math.pi / 6), 2 * math.sin(math.pi / 6)]]))
 
 
 def test_slerp_weighs_tensors_of_other_lengths_by_the_angle_of_their_directions():
     a, b = torch.tensor([3.0, 0.0]), torch.tensor([0.5, 0.5])                  # 45 degrees apart: at t=1/2 both get sin(22.5)/sin(45)
-    torch.testing.assert_close(slerp(a, b, 0.5), (a + b) * math.sin(math.pi / 8) / math.sin(math.pi / 4))
+    torch.testing.assert_close(merge(slerp, [a, b], t=0.5), (a + b) * math.sin(math.pi / 8) / math.sin(math.pi / 4))
 
 
 def test_slerp_at_t_zero_and_one_is_the_first_and_the_second_model():
     (a, b, _), _ = models(scale=1.0)
-    assert torch.equal(slerp(a, b, 0), a) and torch.equal(slerp(a, b, 1), b)
+    torch.testing.assert_close(merge(slerp, [a, b], t=0), a, rtol=1e-6, atol=0)
+    torch.testing.assert_close(merge(slerp, [a, b], t=1), b, rtol=1e-6, atol=0)
 
 
-def test_slerp_of_colinear_opposite_and_zero_tensors_is_linear():
+@pytest.mark.parametrize("convention", ["paper", "mergekit"])
+def test_slerp_of_colinear_opposite_and_zero_tensors_is_linear(convention):
     a, zero = torch.tensor([1.0, -2.0, 4.0]), torch.zeros(3)
-    torch.testing.assert_close(slerp(a, 3 * a, 0.25), 1.5 * a)
-    torch.testing.assert_close(slerp(a, -a, 0.25), 0.5 * a)
-    torch.testing.assert_close(slerp(a, zero, 0.25), 0.75 * a)
-    assert torch.equal(slerp(zero, zero, 0.5), zero)
+    for other, expected in ((3 * a, 1.5 * a), (-a, 0.5 * a), (zero, 0.75 * a)):
+        torch.testing.assert_close(merge(slerp, [a, other], t=0.25, convention=convention), expected)
+    assert torch.equal(merge(slerp, [zero, zero], t=0.5, convention=convention), zero)
 
 
-def test_slerp_has_no_step_where_it_turns_linear():
-    for angle in (0.9e-4, 1.1e-4, 1e-3, 0.05):
-        a, b = torch.tensor([1.0, 0.0]), torch.tensor([math.cos(angle), math.sin(angle)])
-        torch.testing.assert_close(slerp(a, b, 0.5), torch.tensor([math.cos(angle / 2), math.sin(angle / 2)]))
+def test_slerp_has_no_step_where_it_turns_linear_and_mergekit_s_has_one():
+    def halfway(angle, convention):
+        return merge(slerp, [torch.tensor([1.0, 0.0]), torch.tensor([math.cos(angle), math.sin(angle)])], t=0.5, convention=convention)
+    for angle in (0.9e-4, 1.1e-4, 1e-3, 0.03, 0.05):
+        torch.testing.assert_close(halfway(angle, "paper"), torch.tensor([math.cos(angle / 2), math.sin(angle / 2)]))
+    assert halfway(0.030, "mergekit").norm() < 1 - 1e-4 and halfway(0.033, "mergekit").norm() > 1 - 1e-6
 
 
-def test_norm_of_a_large_tensor_is_exact():
+def test_inner_products_of_large_tensors_are_exact():
     """torch's fp32 norm of 20 million numbers on one thread was seen to be off by 1e-3."""
     large = torch.randn(20_000_000, generator=torch.Generator().manual_seed(0))
-    assert norm(large) == pytest.approx(math.sqrt(sum(part.double().square().sum().item() for part in large.split(1_000_000))), rel=1e-9)
+    assert gram([large]).item() == pytest.approx(sum(part.double().square().sum().item() for part in large.split(1_000_000)), rel=1e-9)
 
 
-# task arithmetic
+# task arithmetic, model stock
 
 def test_task_arithmetic_adds_and_negates_task_vectors():
     base, a, b = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 1.0]), torch.tensor([1.0, 5.0])
-    assert task_arithmetic([a, b], base, [1, 1]).tolist() == [2.0, 5.0]
-    assert task_arithmetic([a, b], base, [1, -0.5], lam=2).tolist() == [3.0, -3.0]
+    assert merge(task_arithmetic, [a, b], base, weights=[1, 1]).tolist() == [2.0, 5.0]
+    assert merge(task_arithmetic, [a, b], base, weights=[1, -0.5], lam=2).tolist() == [3.0, -3.0]
+    assert merge(task_arithmetic, [a, b], base, weights=[2, 6], normalize=True).tolist() == [1.25, 4.0]
 
 
 def test_task_arithmetic_with_weights_that_sum_to_one_is_linear():
     tensors, base = models()
-    torch.testing.assert_close(task_arithmetic(tensors, base, [0.5, 0.3, 0.2]), linear(tensors, [0.5, 0.3, 0.2]))
+    torch.testing.assert_close(merge(task_arithmetic, tensors, base, weights=[0.5, 0.3, 0.2]), merge(linear, tensors, weights=[0.5, 0.3, 0.2]))
+
+
+def test_model_stock_worked_by_hand():
+    base = torch.tensor([1.0, 1.0, 1.0])
+    right, up, out = base + torch.tensor([3.0, 0, 0]), base + torch.tensor([0, 2.0, 0]), base + torch.tensor([4.0, 4.0, 0])
+    assert torch.equal(merge(model_stock, [right, up], base), base)                             # 90 degrees: t = 0
+    torch.testing.assert_close(merge(model_stock, [right, right], base), right)                 # 0 degrees: t = 1
+    # 45 degrees: t = 2 c / (1 + c), c = sqrt(1/2), of the average (3.5, 2, 0)
+    t = math.sqrt(2) / (1 + math.sqrt(0.5))
+    torch.testing.assert_close(merge(model_stock, [right, out], base), base + t * torch.tensor([3.5, 2.0, 0]))
+    # 90, 45, 45: c = sqrt(2)/3, t = 3 c / (1 + 2 c), of the average (7/3, 2, 0)
+    t = math.sqrt(2) / (1 + 2 * math.sqrt(2) / 3)
+    torch.testing.assert_close(merge(model_stock, [right, up, out], base), base + t * torch.tensor([7 / 3, 2.0, 0]))
+
+
+def test_model_stock_of_task_vectors_that_point_apart_is_the_base_and_mergekit_s_goes_beyond_it():
+    base = torch.zeros(2)
+    a, b = torch.tensor([1.0, 1.0]), torch.tensor([-2.0, 1.0])                                  # cos = -1 / sqrt(10)
+    assert torch.equal(merge(model_stock, [a, b], base), base)
+    t = 2 * -math.sqrt(0.1) / (1 - math.sqrt(0.1))
+    torch.testing.assert_close(merge(model_stock, [a, b], base, convention="mergekit"), t * (a + b) / 2)
+    assert torch.equal(merge(model_stock, [base, base], base), base)
 
 
 # TIES
 
-def test_trim_keeps_the_largest_magnitudes():
-    delta = torch.tensor([[0.1, -5.0, 0.3], [2.0, -0.2, 0.0]])
-    assert torch.equal(trim(delta, 1 / 3), torch.tensor([[0.0, -5.0, 0.0], [2.0, 0.0, 0.0]]))
-    assert torch.equal(trim(delta, 0.01), torch.tensor([[0.0, -5.0, 0.0], [0.0, 0.0, 0.0]]))        # at least one
-    assert torch.equal(trim(delta, 1.0), delta)
+def test_trim_keeps_the_magnitudes_from_the_threshold_on():
+    delta = torch.tensor([0.1, -5.0, 0.3, 2.0, -0.3, 0.0])
+    assert torch.equal(trim(delta, 2.0), torch.tensor([0.0, -5.0, 0.0, 2.0, 0.0, 0.0]))
+    assert torch.equal(trim(delta, delta[2].item()), torch.tensor([0.0, -5.0, 0.3, 2.0, -0.3, 0.0]))        # both that equal it
+    assert torch.equal(trim(delta, 0.0), delta)
 
 
-def test_trim_agrees_with_a_full_sort_and_keeps_all_that_equal_the_threshold():
-    delta = torch.randn(10_001, generator=torch.Generator().manual_seed(0))
-    for density in (0.001, 0.2, 0.5, 0.9):
-        kept = trim(delta, density) != 0
-        assert kept.sum() == round(density * 10_001)
-        assert delta[kept].abs().min() > delta[~kept].abs().max()
-    assert (trim(torch.tensor([1.0, -1.0, 1.0, 0.5]), 0.25) != 0).tolist() == [True, True, True, False]
+def test_the_counting_of_magnitudes_worked_by_hand():
+    delta = torch.tensor([1.0, -1.0, 1.0 + 2 ** -23, 2.0, 0.0])
+    coarse = count_magnitudes(delta)
+    one, two = 127 << 8, 128 << 8                                               # the exponent, then 8 bits of the fraction
+    assert {bin: coarse[bin].item() for bin in coarse.nonzero().flatten().tolist()} == {0: 1, one: 3, two: 1}
+    assert [place_of(coarse, rank) for rank in range(5)] == [(0, 0), (one, 0), (one, 1), (one, 2), (two, 0)]
+    assert count_magnitudes(delta, one)[:3].tolist() == [2, 1, 0] and count_magnitudes(delta, one).sum() == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-3, 1e-20, 1e10])
+def test_thresholds_are_those_of_a_full_sort(scale, dtype):
+    base = torch.zeros(10_001)
+    tensors = [(scale * torch.randn(10_001, generator=torch.Generator().manual_seed(seed))).to(dtype).float() for seed in (0, 1)]
+    tensors[1][3000:] = 0                                                       # most of its parameters did not move
+    over = lambda work: (work(start, [x[start:start + 999] for x in (*tensors, base)]) for start in range(0, 10_001, 999))      # noqa: E731
+    for density in (1e-9, 0.001, 0.2, 0.5, 0.9, 1.0):
+        kept = max(1, int(density * 10_001))
+        expected = [tensor.abs().sort(descending=True).values[kept - 1].item() for tensor in tensors]
+        assert thresholds(over, [density, density]) == expected
+        if dtype == torch.float32 and density < 1:
+            assert (trim(tensors[0], expected[0]) != 0).sum() == kept
+
+
+def elect_and_average(deltas, weights, convention="paper"):
+    """Steps 2 and 3 alone: nothing is trimmed, and the base is 0."""
+    return merge(ties, list(deltas), torch.zeros(deltas.shape[1]), weights=weights, density=[1.0] * len(deltas), convention=convention).tolist()
 
 
 def test_elect_and_average_worked_by_hand():
@@ -113,70 +189,151 @@ def test_elect_and_average_worked_by_hand():
                            [-1.0, 2.0, -2.0, 0.0, 0.0],
                            [1.0, -4.0, 0.0, 0.0, 0.0]])
     # sums 3, -1, 0, 0, 1: mean of 3 and 1; of -4 alone; no sign; nothing there; of 1 alone, as zeros do not agree with +
-    assert elect_and_average(list(deltas), [1, 1, 1]).tolist() == [2.0, -4.0, 0.0, 0.0, 1.0]
+    assert elect_and_average(deltas, [1, 1, 1]) == [2.0, -4.0, 0.0, 0.0, 1.0]
     # with weights 3, 1, 1 the election is the same, and the first mean is (3*3 + 1*1) / 4
-    assert elect_and_average(list(deltas), [3, 1, 1]).tolist() == [2.5, -4.0, 0.0, 0.0, 1.0]
+    assert elect_and_average(deltas, [3, 1, 1]) == [2.5, -4.0, 0.0, 0.0, 1.0]
     # without the third model: sums 2, 3, 0, 0, 1
-    assert elect_and_average(list(deltas), [1, 1, 0]).tolist() == [3.0, 1.5, 0.0, 0.0, 1.0]
+    assert elect_and_average(deltas, [1, 1, 0]) == [3.0, 1.5, 0.0, 0.0, 1.0]
+    # mergekit, 3, 1, 1: sums 9 - 1 + 1, 3 + 2 - 4, 6 - 2, 0, 3; and with 1, 1, 1 a sum of 0 elects +
+    assert elect_and_average(deltas, [3, 1, 1], "mergekit") == [2.5, 1.25, 2.0, 0.0, 1.0]
+    assert elect_and_average(deltas, [1, 1, 1], "mergekit") == [2.0, -4.0, 2.0, 0.0, 1.0]
+
+
+def test_the_signs_of_the_tiniest_task_vectors_agree():
+    """Their products with each other are 0 in fp32."""
+    deltas = torch.tensor([[1e-30, -1e-38], [2e-30, 1e-40]])
+    assert elect_and_average(deltas, [1, 1]) == [pytest.approx(1.5e-30, rel=1e-6), pytest.approx(-1e-38, rel=1e-6)]
 
 
 def test_ties_worked_by_hand():
     base = torch.tensor([1.0, 1.0, 1.0, 1.0])
     a, b = base + torch.tensor([4.0, 0.1, 2.0, 0.0]), base + torch.tensor([2.0, 0.0, -3.0, 0.2])
     # half of each kept: [4, 0, 2, 0] and [2, 0, -3, 0]; signs +, none, -, none; means 3, 0, -3, 0
-    torch.testing.assert_close(ties([a, b], base, [1, 1], density=0.5, lam=0.5), torch.tensor([2.5, 1.0, -0.5, 1.0]))
+    torch.testing.assert_close(merge(ties, [a, b], base, weights=[1, 1], density=[0.5, 0.5], lam=0.5), torch.tensor([2.5, 1.0, -0.5, 1.0]))
+    # not normalised: sums 6, 0, -3, 0
+    torch.testing.assert_close(merge(ties, [a, b], base, weights=[1, 1], density=[0.5, 0.5], normalize=False), torch.tensor([7.0, 1.0, -2.0, 1.0]))
+    # thresholds of the whole model, here higher than this tensor's own
+    torch.testing.assert_close(merge(ties, [a, b], base, weights=[1, 1], density=[0.5, 0.5], limits=[3.0, 3.0]), torch.tensor([5.0, 1.0, -2.0, 1.0]))
 
 
 def test_ties_of_one_model_at_density_one_is_that_model():
     (a, *_), base = models()
-    torch.testing.assert_close(ties([a], base, [1], density=1.0), a)
+    torch.testing.assert_close(merge(ties, [a], base, weights=[1], density=[1.0]), a)
     (a, *_), base = models(dtype=torch.bfloat16)
-    assert torch.equal(ties([a], base, [0.7], density=1.0).bfloat16(), a)
+    assert torch.equal(merge(ties, [a], base, weights=[0.7], density=[1.0]).bfloat16(), a)
+
+
+def slow_sparse_merge(sparse, base, weights, lam, elected, normalize, mergekit):
+    """One parameter after the other, in Python's fp64, on task vectors."""
+    merged = []
+    for i, start in enumerate(base.tolist()):
+        deltas = [delta[i].item() for delta in sparse]
+        agree = [delta != 0 for delta in deltas]
+        if elected:
+            vote = sum(delta * (weight if mergekit else weight > 0) for delta, weight in zip(deltas, weights))
+            sign = (1 if vote >= 0 else -1) if mergekit else (vote > 0) - (vote < 0)
+            agree = [delta * sign > 0 for delta in deltas]
+        total = sum(weight * delta for weight, delta, agrees in zip(weights, deltas, agree) if agrees)
+        mass = sum(weight for weight, agrees in zip(weights, agree) if agrees) if elected else sum(weights)
+        merged.append(start + lam * (total / mass if normalize and mass else total))
+    return torch.tensor(merged)
+
+
+@pytest.mark.parametrize("convention", ["paper", "mergekit"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("method", SPARSE)
+def test_the_pipeline_is_a_slow_one_that_takes_parameter_after_parameter(method, normalize, convention):
+    tensors, base = models(shape=(300,), scale=0.5)
+    deltas, weights, density = [tensor - base for tensor in tensors], [0.5, 0.3, 0.4], [0.5, 0.8, 0.3]
+    if method is ties:
+        sparse = [delta * (delta.abs() >= delta.abs().sort(descending=True).values[int(share * 300) - 1]) for delta, share in zip(deltas, density)]
+    else:
+        dropped = [drop(delta, share, 3, "x") for delta, share in zip(deltas, density)]
+        sparse = [kept * (delta.abs().sum() / kept.abs().sum() if convention == "mergekit" else 1 / share) for delta, kept, share in zip(deltas, dropped, density)]
+    expected = slow_sparse_merge(sparse, base, weights, 0.7, method is not dare_linear, normalize, convention == "mergekit")
+    given = {"weights": weights, "density": density, "lam": 0.7, "normalize": normalize, "convention": convention} | ({} if method is ties else {"seed": 3, "name": "x"})
+    torch.testing.assert_close(merge(method, tensors, base, **given), expected, rtol=1e-5, atol=1e-5)
 
 
 # DARE
 
-def test_dare_at_density_one_is_task_arithmetic():
+def test_dare_at_density_one_is_task_arithmetic_and_ties():
     tensors, base = models()
-    assert torch.equal(dare_linear(tensors, base, [0.5, 0.3, 0.2], density=1.0, lam=0.7),
-                       task_arithmetic(tensors, base, [0.5, 0.3, 0.2], lam=0.7))
-    assert torch.equal(dare_ties(tensors, base, [1, 1, 1], density=1.0), ties(tensors, base, [1, 1, 1], density=1.0))
+    torch.testing.assert_close(merge(dare_linear, tensors, base, weights=[0.5, 0.3, 0.2], density=[1.0] * 3, lam=0.7),
+                               merge(task_arithmetic, tensors, base, weights=[0.5, 0.3, 0.2], lam=0.7))
+    for convention in ("paper", "mergekit"):
+        given = {"weights": [1, 2, 1], "density": [1.0] * 3, "convention": convention}
+        torch.testing.assert_close(merge(dare_ties, tensors, base, **given), merge(ties, tensors, base, **given))
 
 
 def test_dare_drops_a_share_and_divides_the_rest_by_the_density():
-    delta = torch.ones(100, 1000)
-    dropped = dare(delta, 0.25, seed=0, name="x")
-    assert sorted(dropped.unique().tolist()) == [0.0, 4.0]
-    assert abs((dropped != 0).float().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 100_000)
+    base, model = torch.zeros(100, 1000), torch.ones(100, 1000)
+    merged = merge(dare_linear, [model], base, weights=[1], density=[0.25])
+    assert sorted(merged.unique().tolist()) == [0.0, 4.0]
+    assert abs((merged != 0).float().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 100_000)
+    assert (merge(dare_linear, [model], base, weights=[1], density=[1e-12]) != 0).sum() == 0
+
+
+def test_mergekit_s_rescaling_keeps_the_sum_of_magnitudes_in_each_tensor():
+    (a, *_), base = models(shape=(50,))
+    delta = merge(dare_linear, [a], base, weights=[1], density=[0.3], convention="mergekit") - base
+    assert delta.abs().sum().item() == pytest.approx((a - base).abs().sum().item(), rel=1e-4)
+    assert (delta == 0).sum() > 20
 
 
 def test_the_mean_of_dare_over_many_masks_is_the_delta():
     delta, num_masks, density = torch.linspace(-1, 1, 64), 4000, 0.3
-    total = sum(dare(delta, density, seed, "x") for seed in range(num_masks))
+    total = sum(merge(dare_linear, [delta], torch.zeros(64), weights=[1], density=[density], seed=seed) for seed in range(num_masks))
     sigma = delta.abs() * math.sqrt((1 - density) / density / num_masks)
     assert ((total / num_masks - delta).abs() <= 4 * sigma + 1e-6).all()
 
 
-def test_dare_masks_depend_on_the_seed_the_tensor_name_and_the_model_only():
+def test_dare_masks_depend_on_the_seed_the_tensor_s_name_and_place_and_the_model_only():
     (a, b, _), base = models(num=3, shape=(10_000,))
-    mask = dare(a - base, 0.5, 0, "x") != 0
-    assert torch.equal(mask, dare(a - base, 0.5, 0, "x") != 0)
-    for other in (dare(a - base, 0.5, 1, "x"), dare(a - base, 0.5, 0, "y"), dare(b - base, 0.5, 0, "x")):
+    mask = drop(a - base, 0.5, 0, "x") != 0
+    assert torch.equal(mask, drop(a - base, 0.5, 0, "x") != 0)
+    for other in (drop(a - base, 0.5, 1, "x"), drop(a - base, 0.5, 0, "y"), drop(b - base, 0.5, 0, "x"), drop(a - base, 0.5, 0, "x", start=1)):
         assert abs(((other != 0) == mask).float().mean() - 0.5) < 0.02                                # as independent masks
 
 
-@pytest.mark.parametrize("method", [task_arithmetic, ties, dare_linear, dare_ties])
+def test_dare_masks_do_not_change_between_versions():
+    """A merge can be made again: the first bits of one mask, as first written. Odd lengths too."""
+    kept = drop(torch.ones(33), 0.5, 0, "x") != 0
+    assert "".join("01"[bit] for bit in kept.tolist()) == "011011110010001110101110111001010"
+
+
+# all
+
+@pytest.mark.parametrize("method", WITH_BASE)
 def test_the_order_of_the_models_does_not_matter(method):
     tensors, base = models(dtype=torch.bfloat16)
     weights = [0.5, 0.3, 0.2]
-    torch.testing.assert_close(method(tensors, base, weights), method(tensors[::-1], base, weights[::-1]))
-    torch.testing.assert_close(linear(tensors, weights), linear(tensors[::-1], weights[::-1]))
-    torch.testing.assert_close(slerp(tensors[0], tensors[1], 0.3), slerp(tensors[1], tensors[0], 0.7))
+    one, two = settings(method, 3, **{"weights": weights}), settings(method, 3, **{"weights": weights[::-1]})
+    torch.testing.assert_close(merge(method, tensors, base, **one), merge(method, tensors[::-1], base, **two))
+    torch.testing.assert_close(merge(linear, tensors, weights=weights), merge(linear, tensors[::-1], weights=weights[::-1]))
+    torch.testing.assert_close(merge(slerp, tensors[:2], t=0.3), merge(slerp, tensors[1::-1], t=0.7))
 
 
-def test_scalars_and_empty_tensors_merge_too():
-    one, empty = torch.tensor(2.0), torch.zeros(0, 3)
-    for tensor in (one, empty):
-        for method in (task_arithmetic, ties, dare_linear, dare_ties):
-            assert method([tensor, tensor], tensor, [1, 1]).shape == tensor.shape
-        assert torch.equal(slerp(tensor, tensor, 0.5), tensor) and torch.equal(linear([tensor, tensor], [1, 1]), tensor)
+@pytest.mark.parametrize("convention", ["paper", "mergekit"])
+@pytest.mark.parametrize("method", [linear, slerp, task_arithmetic, model_stock, ties])
+def test_a_tensor_merged_in_pieces_is_the_tensor_merged_whole(method, convention):
+    """Not DARE's, whose masks are those of a piece."""
+    tensors, base = models(num=2 if method is slerp else 3, shape=(20, 5), scale=0.5)
+    given = settings(method, len(tensors), **({"convention": convention} if method in WITH_CONVENTION else {}))
+    with_base = {"base": base} if method in WITH_BASE else {}
+    torch.testing.assert_close(in_pieces(method, tensors, **with_base, **given).view(20, 5), merge(method, tensors, **with_base, **given))
+
+
+@pytest.mark.parametrize("method", [dare_linear, dare_ties])
+def test_dare_in_pieces_rescales_by_the_whole_tensor_in_mergekit_s_convention(method):
+    (a, *_), base = models(shape=(1000,), scale=0.5)
+    delta = in_pieces(method, [a], base, piece=100, weights=[1.0], density=[0.3], convention="mergekit") - base
+    ratios = (delta / (a - base))[delta.abs() > 1e-3]
+    assert len(ratios) > 200 and ratios.max() - ratios.min() < 1e-2 and delta.abs().sum().item() == pytest.approx((a - base).abs().sum().item(), rel=1e-4)
+
+
+def test_scalars_merge_too():
+    one = torch.tensor(2.0)
+    for method in WITH_BASE:
+        assert merge(method, [one, one], one, **settings(method, 2)).shape == ()
+    assert torch.equal(merge(slerp, [one, one], t=0.5), one) and torch.equal(merge(linear, [one, one], weights=[1, 1]), one)
