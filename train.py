@@ -9,6 +9,7 @@
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from aya_min import config, distributed, pipeline, stages, steps, weights
 from aya_min.arbitrage import read_answers
 from aya_min.data import conversation, load_prompts, preference, prompt_of, read_jsonl
+from aya_min.estimate import dry_run
 from aya_min.languages import CLUSTERS, SHARED, read_clusters
 from aya_min.model import CohereForCausalLM, init_weights
 from aya_min.report import table
@@ -41,6 +43,7 @@ def make_parser():
     recipe.add_argument("--eval-prompts", nargs="+", help="prompts to be judged on (default: --prompts)")
     recipe.add_argument("--clusters", help="JSON file {cluster: [languages]}")
     recipe.add_argument("--config", help="JSON file of recipe settings")
+    recipe.add_argument("--collective-timeout", type=float, default=1800, metavar="SECONDS", help="how long a rank waits for the others before it takes them for dead (default 1800)")
     config.add_flags(recipe, config.Recipe)
     for name, (function, settings_class) in STAGES.items():
         stage = commands.add_parser(name, help=function.__doc__.splitlines()[0] if name != "sft" else "Supervised fine-tuning on conversations.")
@@ -51,9 +54,13 @@ def make_parser():
         stage.add_argument("--out", help="run folder; must be new")
         stage.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
         stage.add_argument("--config", help="JSON file of settings")
-        stage.add_argument("--dry-run", action="store_true", help="check everything, print the settings, train nothing")
+        stage.add_argument("--collective-timeout", type=float, default=600, metavar="SECONDS", help="how long a rank waits for the others before it takes them for dead (default 600)")
+        stage.add_argument("--dry-run", action="store_true", help="check everything, print what it needs (memory, communication, operations), train nothing")
+        stage.add_argument("--gpus", type=int, metavar="N", help="with --dry-run: the number of GPUs (default: the ranks at hand)")
         if name == "rloo":
             stage.add_argument("--reward-model", help="reward model folder with the same tokenizer")
+        if name == "dpo":
+            stage.add_argument("--reference-logps", metavar="FILE", help="where the reference's log-probs are kept, to share them between runs (default RUN/reference.safetensors)")
         config.add_flags(stage, settings_class)
     return parser
 
@@ -78,21 +85,35 @@ def load_model(args, device, settings):
     A folder is read into the ranks' shards at once, unless the stage needs the plain model first."""
     if args.model in config.MODEL_PRESETS and not Path(args.model).is_dir():
         preset = config.model_preset(args.model)
-        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(texts_of(args.data), preset.vocab_size)
         architecture = weights.RewardModel if args.command == "reward" else CohereForCausalLM
+        if args.dry_run and not args.tokenizer and not args.data:
+            return on_meta(architecture, preset), None
+        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(texts_of(args.data), preset.vocab_size)
         preset.vocab_size, preset.eos_token_id = tokenizer.vocab_size, tokenizer.end_of_turn_id
+        if args.dry_run:
+            return on_meta(architecture, preset), tokenizer
         return init_weights(architecture(preset), torch.Generator().manual_seed(settings.seed)), tokenizer
     if args.tokenizer:
         raise ValueError("--tokenizer goes with a preset; a model folder brings its own")
     if args.command != "reward" and weights.read_config(args.model)[1] is weights.RewardModel:
         raise ValueError(f"--model {args.model}: a reward model; {args.command} trains language models")
-    return weights.load(args.model, device, trunk=args.command == "reward", sharded=STAGES[args.command][0] not in stages.PLAIN_FIRST,
-                        compute_dtype=getattr(torch, settings.dtype))
+    trunk = args.command == "reward"
+    if args.dry_run:
+        return weights.look_into(args.model, trunk)[:2]
+    return weights.load(args.model, "cpu" if settings.cpu_offload else device, trunk=trunk, sharded=STAGES[args.command][0] not in stages.PLAIN_FIRST,
+                        compute_dtype=getattr(torch, settings.dtype), replicate=settings.replicate, cpu_offload=settings.cpu_offload)
+
+
+def on_meta(architecture, model_config):
+    with torch.device("meta"):
+        return architecture(model_config)
 
 
 def run_one_stage(args, device):
     function, settings_class = STAGES[args.command]
     before = {}
+    if args.out and not args.resume and distributed.restart_count() and (Path(args.out) / "config.json").is_file():
+        args.resume = args.out              # torchrun --max-restarts started the same command again
     if args.resume:
         path = Path(args.resume) / "config.json"
         if not path.is_file():
@@ -100,33 +121,42 @@ def run_one_stage(args, device):
         before = json.loads(path.read_text(encoding="utf-8"))
         if before.get("stage") != args.command:
             raise ValueError(f"--resume {args.resume}: that is a run of {before.get('stage')!r}, not {args.command!r}")
-        args.out, args.data, args.model = args.resume, args.data or before["data"], before["model"]
+        args.out, args.data, args.model = args.resume, args.data or before["data"], args.model or before["model"]
         args.eval_data = args.eval_data or before["eval_data"]
-        args.tokenizer = args.resume if args.model in config.MODEL_PRESETS and not Path(args.model).is_dir() else None
+        if args.model in config.MODEL_PRESETS and not Path(args.model).is_dir() and (Path(args.resume) / "tokenizer.json").is_file():
+            args.tokenizer = args.resume
         if args.command == "rloo":
             args.reward_model = args.reward_model or before["reward_model"]
-    needed = ["model", "data", "out"] + (["reward_model"] if args.command == "rloo" else [])
+    needed = ["model"] if args.dry_run else ["model", "data", "out"] + (["reward_model"] if args.command == "rloo" else [])
     missing = ["--" + name.replace("_", "-") for name in needed if not getattr(args, name)]
     if missing:
         raise ValueError(f"{args.command} needs {' '.join(missing)}")
     settings = config.settings_from(settings_class, before.get("settings"), args.config, vars(args))
-    config.check_training(settings, distributed.num_ranks())
-    if Path(args.out).is_dir() and any(Path(args.out).iterdir()) and not args.resume:
-        raise ValueError(f"--out {args.out} exists and is not empty; give a new folder, or --resume {args.out} to go on with it")
+    ranks = args.gpus or distributed.num_ranks()
+    config.check_training(settings, ranks)
+    if args.gpus and not args.dry_run:
+        raise ValueError("--gpus goes with --dry-run; torchrun --nproc-per-node says how many ranks train")
+    if settings.cpu_offload and device.type == "cpu" and not args.dry_run:
+        raise ValueError("--cpu-offload needs a GPU to offload from; on a CPU leave it out")
+    if not args.resume and args.out:
+        distributed.from_main(lambda: stages.check_new(Path(args.out)))
     model, tokenizer = load_model(args, device, settings)
     source = {"model": args.model, "eval_data": list(args.eval_data)}
     more = {"eval_data": args.eval_data}
-    if args.command == "rloo":
-        reward_model, reward_tokenizer = weights.load(args.reward_model, device)
+    if args.command == "rloo" and args.reward_model:
+        reward_model, reward_tokenizer = weights.look_into(args.reward_model)[:2] if args.dry_run else weights.load(args.reward_model, device)
         if not isinstance(reward_model, weights.RewardModel):
             raise ValueError(f"--reward-model {args.reward_model}: a language model; give a folder that the reward stage wrote")
-        if reward_tokenizer.bpe.to_str() != tokenizer.bpe.to_str():
+        if tokenizer and reward_tokenizer.bpe.to_str() != tokenizer.bpe.to_str():
             raise ValueError(f"--reward-model {args.reward_model}: another tokenizer than --model; both must be the same")
         source["reward_model"], more = args.reward_model, {"reward_model": reward_model}
+    if args.command == "dpo":
+        more["reference_logps"] = args.reference_logps
     if args.dry_run:
-        size = sum(p.numel() for p in model.parameters())
-        rows = sum(len(read_jsonl(path)) for path in args.data)
-        print(f"{args.command}: {size:,} parameters, {rows:,} rows, {distributed.num_ranks()} ranks\n{json.dumps(asdict(settings), indent=1)}")
+        is_main = distributed.is_main()
+        distributed.close()                 # a process group of ranks that are not there takes its place
+        if is_main:
+            print(dry_run(args.command, args.model, model, settings, args.data, args.eval_data, tokenizer, ranks, more.get("reward_model")))
         return
     folder = function(model, tokenizer, args.data, settings, args.out, device, resume=bool(args.resume), source=source, **more)
     if distributed.is_main():
@@ -176,13 +206,15 @@ def run_whole_recipe(args, device):
             changed = sorted(k for k in record.keys() | (before.keys() - {"versions", "command"}) if k != "arms" and json.loads(json.dumps(record.get(k))) != before.get(k))
             if changed:
                 raise ValueError(f"{out} holds a run with other {' '.join(changed)}; give another --out, or the same settings to go on with it")
-        elif out.exists() and any(out.iterdir()):
+        elif out.exists() and {path.name for path in out.iterdir()} - {".lock"}:
             raise ValueError(f"{out} exists and is not a run of the recipe; give another --out")
         out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(stages.lock(out))
         steps.write_json(path, {**record, "versions": stages.versions(), "command": " ".join(sys.argv)})
-    distributed.from_main(open_folder)
     paths = {k: Path(v) if isinstance(v, str) else v for k, v in {**own, "judge": args.judge, "eval_prompts": args.eval_prompts}.items()}
-    summary = pipeline.run_recipe(steps.Run(out, recipe, device, clusters, args.arms, **paths))
+    with ExitStack() as held:
+        distributed.from_main(open_folder)
+        summary = pipeline.run_recipe(steps.Run(out, recipe, device, clusters, args.arms, **paths))
     if distributed.is_main():
         print(f"\n{table(summary)}\n\n{out / 'report.html'}")
 
@@ -192,7 +224,11 @@ def main():
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["recipe"] + argv
     args = make_parser().parse_args(argv)
-    distributed.launch(lambda device: (run_whole_recipe if args.command == "recipe" else run_one_stage)(args, device))
+    try:
+        distributed.launch(lambda device: (run_whole_recipe if args.command == "recipe" else run_one_stage)(args, device), args.collective_timeout)
+    except KeyboardInterrupt:
+        print("stopped; what was saved before is kept", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -166,8 +166,11 @@ class Training:
     eval_every: int = field(default=0, metadata={"help": "steps between evaluations on --eval-data; 0 = before the first and after the last"})
     dtype: str = field(default="float32", metadata={"help": "compute dtype; weights, optimizer and losses stay fp32", "choices": ["float32", "bfloat16"]})
     packing: bool = field(default=False, metadata={"help": "leave the padding of a micro-batch out of everything but attention"})
-    compile: bool = field(default=False, metadata={"help": "torch.compile the decoder blocks"})
-    activation_checkpointing: bool = field(default=False, metadata={"help": "recompute each block in backward"})
+    compile: Optional[bool] = field(default=None, metadata={"help": "torch.compile the decoder blocks; unset: yes on a GPU, no on a CPU"})
+    activation_checkpointing: int = field(default=0, metadata={"help": "blocks that are recomputed in backward: 0 none, 1 all, n every n-th"})
+    replicate: int = field(default=1, metadata={"help": "copies of the model, each sharded over as many ranks as that leaves (HSDP)"})
+    cpu_offload: bool = field(default=False, metadata={"help": "keep the shards of weights, gradients and optimizer in the CPU's memory"})
+    profile: Optional[int] = field(default=None, metadata={"help": "a step to profile, counted from 0: RUN/profile.json and a table", "const": 2})
 
 
 @dataclass
@@ -265,15 +268,21 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
+def kind(f):
+    """The type of a field's values, whether or not it may be None."""
+    return {Optional[bool]: bool, Optional[int]: int}.get(f.type, f.type)
+
+
 def add_flags(parser, settings_class):
     """One flag per field: --learning-rate for learning_rate. Unset flags stay None, so that presets and --config show through."""
     for f in fields(settings_class):
         flag, meta = "--" + f.name.replace("_", "-"), f.metadata
         text = f"{meta.get('help', f.name.replace('_', ' '))} (default {f.default})".replace("%", "%%")
-        if f.type in (bool, "bool"):
+        if kind(f) is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            parser.add_argument(flag, type=type(f.default), choices=meta.get("choices"), default=None, help=text, metavar=None if meta.get("choices") else "N")
+            optional = {"nargs": "?", "const": meta["const"]} if "const" in meta else {}
+            parser.add_argument(flag, type=kind(f), choices=meta.get("choices"), default=None, help=text, metavar=None if meta.get("choices") else "N", **optional)
 
 
 def settings_from(settings_class, preset=None, config_file=None, flags=None):
@@ -291,9 +300,10 @@ def settings_from(settings_class, preset=None, config_file=None, flags=None):
         values.update(loaded)
     values.update({k: v for k, v in (flags or {}).items() if k in known and v is not None})
     for f in fields(settings_class):
-        value, kind, choices = values.get(f.name, f.default), type(f.default), f.metadata.get("choices")
-        if not (type(value) is kind or (kind is float and type(value) is int)) or (choices and value not in choices):
-            raise ValueError(f"setting {f.name} must be {'one of ' + ' '.join(choices) if choices else 'of type ' + kind.__name__}, got {value!r}")
+        value, right, choices = values.get(f.name, f.default), kind(f), f.metadata.get("choices")
+        fits = type(value) is right or right is float and type(value) is int or value is None and f.default is None
+        if not fits or (choices and value not in choices):
+            raise ValueError(f"setting {f.name} must be {'one of ' + ' '.join(choices) if choices else 'of type ' + right.__name__}, got {value!r}")
     return settings_class(**values)
 
 
@@ -304,9 +314,11 @@ def check_training(settings, num_ranks):
     for name in ("batch_size", "learning_rate", "max_grad_norm"):
         if not getattr(settings, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(settings, name)}")
-    for name in ("max_steps", "micro_batch_size", "warmup_steps", "save_every", "eval_every"):
+    for name in ("max_steps", "micro_batch_size", "warmup_steps", "save_every", "eval_every", "activation_checkpointing"):
         if getattr(settings, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(settings, name)}")
+    if settings.replicate < 1 or num_ranks % settings.replicate:
+        raise ValueError(f"--replicate {settings.replicate} does not divide {num_ranks} ranks; use a divisor of {num_ranks}")
     if settings.batch_size % num_ranks:
         raise ValueError(f"--batch-size {settings.batch_size} does not divide over {num_ranks} ranks; use a multiple of {num_ranks}")
     share = settings.batch_size // num_ranks

@@ -19,6 +19,7 @@ from . import distributed
 from .languages import LANGUAGES, language_code
 
 LANGUAGE_SLOTS = list(LANGUAGES) + ["other"]        # per-language metrics are vectors over these; examples without a language go last
+EQUAL_SHARE = 0.05                                  # of pairs with two equal answers: more are refused
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------------------
@@ -38,10 +39,10 @@ def read_jsonl(path):
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8"), parse_constant=_no_json)
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8 without a byte-order mark") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not a JSON object ({error}); one whole object a line, no empty lines") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object; one object a line")
@@ -52,6 +53,10 @@ def read_jsonl(path):
             row["language"] = code
         rows.append((where, row))
     return rows
+
+
+def _no_json(name):
+    raise ValueError(f"{name} is no JSON")
 
 
 def _text(value, key, where):
@@ -140,6 +145,7 @@ class Example:
     ids: np.ndarray             # (T,) int32
     mask: np.ndarray            # (T,) bool, True where the token is supervised
     language: int               # index into LANGUAGE_SLOTS
+    where: str = ""             # "file:line"
 
 
 @dataclass
@@ -153,11 +159,11 @@ def language_slot(row):
     return LANGUAGE_SLOTS.index(row["language"]) if row.get("language") else len(LANGUAGE_SLOTS) - 1
 
 
-def encode_example(tokenizer, messages, row):
+def encode_example(tokenizer, messages, row, where=""):
     """Prompt and answer to ids and mask; the answer is the LAST turn only, earlier assistant turns are context."""
     ids, mask = tokenizer.encode_chat(messages[:-1], generation_prompt=True)
     answer = tokenizer.encode_answer(messages[-1]["content"])
-    return Example(np.array(ids + answer, np.int32), np.array([False] * len(mask) + [True] * len(answer)), language_slot(row))
+    return Example(np.array(ids + answer, np.int32), np.array([False] * len(mask) + [True] * len(answer)), language_slot(row), where)
 
 
 def _report_left_out(paths, kept, too_long, max_length):
@@ -166,6 +172,16 @@ def _report_left_out(paths, kept, too_long, max_length):
     if too_long and distributed.is_main():
         print(f"{' '.join(map(str, paths))}: {too_long} of {kept + too_long} examples are longer than --max-length {max_length} tokens and are left out",
               file=sys.stderr)
+
+
+def _report_equal(equal, total):
+    """A pair of equal answers teaches nothing. A few are named and left out; where there are many, something is wrong with the data."""
+    if equal:
+        text = f"{len(equal)} of {total} pairs have the same answer as chosen and rejected: {' '.join(equal[:10])}{' ...' if len(equal) > 10 else ''}"
+        if len(equal) > EQUAL_SHARE * total:
+            raise ValueError(f"{text}; that is more than {EQUAL_SHARE:.0%}, look at how the pairs were made")
+        if distributed.is_main():
+            print(f"{text}; they are left out", file=sys.stderr)
 
 
 def load_examples(paths, tokenizer, max_length):
@@ -178,28 +194,31 @@ def load_examples(paths, tokenizer, max_length):
                 ids = tokenizer.encode(_text(row["text"], "text", where)) + [tokenizer.end_of_turn_id]
                 for start in range(0, len(ids), max_length - 1):
                     piece = np.array([tokenizer.bos_id] + ids[start:start + max_length - 1], np.int32)
-                    examples.append(Example(piece, np.arange(len(piece)) > 0, language_slot(row)))
+                    examples.append(Example(piece, np.arange(len(piece)) > 0, language_slot(row), where))
                 continue
             ids, mask = tokenizer.encode_chat(conversation(row, where))
             if len(ids) > max_length:
                 too_long += 1
             else:
-                examples.append(Example(np.array(ids, np.int32), np.array(mask), language_slot(row)))
+                examples.append(Example(np.array(ids, np.int32), np.array(mask), language_slot(row), where))
     _report_left_out(paths, len(examples), too_long, max_length)
     return examples
 
 
 def load_pairs(paths, tokenizer, max_length):
-    """Preference pairs of JSONL files; a pair with either side too long is left out, counted and reported."""
-    pairs, too_long = [], 0
+    """Preference pairs of JSONL files; a pair with either side too long, or with the same answer twice, is left out, counted and reported."""
+    pairs, too_long, equal = [], 0, []
     for path in paths:
         for where, row in read_jsonl(path):
             prompt, chosen, rejected = preference(row, where)
-            both = [encode_example(tokenizer, prompt + [{"role": "assistant", "content": text}], row) for text in (chosen, rejected)]
-            if max(len(side.ids) for side in both) > max_length:
+            both = [encode_example(tokenizer, prompt + [{"role": "assistant", "content": text}], row, where) for text in (chosen, rejected)]
+            if chosen == rejected:
+                equal.append(where)
+            elif max(len(side.ids) for side in both) > max_length:
                 too_long += 1
             else:
                 pairs.append(Pair(*both))
+    _report_equal(equal, len(pairs) + too_long + len(equal))
     _report_left_out(paths, len(pairs), too_long, max_length)
     return pairs
 
@@ -228,6 +247,8 @@ class Batch:
     ref_logps: Optional[torch.Tensor] = None        # (2, B/2) pairs, or (B,) completions, nats
     advantages: Optional[torch.Tensor] = None       # (B,) RLOO
     rewards: Optional[torch.Tensor] = None          # (B,) RLOO, for the log
+    repeats: Optional[torch.Tensor] = None          # (2, B) an earlier row, or itself, and how many tokens both begin with; None if no two begin alike
+    where: tuple = ()                               # (B,) "file:line" of each row, to name it when its loss is not finite
 
     @property
     def num_tokens(self):
@@ -246,7 +267,23 @@ def collate(examples, pad_id=0):
     for i, e in enumerate(examples):
         input_ids[i, :len(e.ids)], mask[i, :len(e.ids)] = e.ids, e.mask
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(mask), torch.from_numpy(lengths),
-                 torch.tensor([e.language for e in examples]), int(mask.sum()))
+                 torch.tensor([e.language for e in examples]), int(mask.sum()), repeats=repeats_of(examples), where=tuple(e.where for e in examples))
+
+
+def repeats_of(examples):
+    """Batch.repeats: a pair's two answers, or the samples of one prompt, begin alike; so does what was drawn twice."""
+    first, seen = [], {}
+    for i, e in enumerate(examples):
+        first.append(seen.setdefault(e.where or i, i))
+    shared = [0 if i == j else common_start(examples[i].ids, examples[j].ids) for i, j in enumerate(first)]
+    return torch.tensor([first, shared]) if any(shared) else None
+
+
+def common_start(a, b):
+    """How many tokens two texts begin with alike."""
+    size = min(len(a), len(b))
+    differ = np.flatnonzero(a[:size] != b[:size])
+    return int(differ[0]) if len(differ) else size
 
 
 def collate_pairs(pairs, pad_id=0):

@@ -4,19 +4,30 @@ One process (plain `python`, or torchrun with one rank) needs no process group: 
 With one rank `shard` leaves the model alone, because FSDP2's bookkeeping costs more than half a step at toy size.
 """
 
+import hashlib
+import json
 import os
+import signal
 import sys
+import time
 from datetime import timedelta
-from math import ceil
+from math import ceil, prod
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}        # by device; with --cpu-offload gradients are normed on the CPU
 
-def setup():
-    """Start the process group if torchrun started more than one rank. Returns the device of this rank."""
+
+def setup(timeout=1800):
+    """Start the process group if torchrun started more than one rank. Returns the device of this rank.
+
+    timeout: seconds that a rank waits in a collective for the others, before it takes them for dead and the run goes down."""
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
     if 0 < len(missing) < 3:
         raise ValueError(f"the environment has some of torchrun's variables but not {' '.join(missing)}; start with torchrun, or unset them")
@@ -25,7 +36,10 @@ def setup():
     if cuda:
         torch.cuda.set_device(local_rank)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        limit = timedelta(seconds=timeout)
+        store, rank, ranks = next(rendezvous("env://", timeout=limit))
+        own = dist.PrefixStore(f"restart {restart_count()}", store)         # torchrun (2.13) keeps one store over restarts, with the dead ranks' addresses in it
+        dist.init_process_group(BACKENDS["cuda" if cuda else "cpu"], store=own, rank=rank, world_size=ranks, timeout=limit)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 
@@ -34,16 +48,71 @@ def close():
         dist.destroy_process_group()
 
 
-def launch(command):
-    """Run command(device) as a program does: start the ranks, say a user's mistake in one line (exit code 2), leave the group."""
-    try:
-        command(setup())
-    except (ValueError, OSError) as error:
-        if is_main():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
+def launch(command, timeout=1800):
+    """Run command(device) as a program does: start the ranks, leave the group, say what went wrong and end with a code that tells it.
+
+    2: a user's mistake or a full disk, one line on standard error. 143, 130: stopped by SIGTERM, SIGINT where it can go on from (Stopped).
+    Anything else is ours: its traceback, which torchrun repeats for the rank that failed first. Under torchrun any of them is a failure:
+    it stops the other ranks, and with --max-restarts starts all of them again."""
+    @record
+    def run():
+        try:
+            command(setup(timeout))
+        except Stopped as stopped:
+            if is_main():
+                print(stopped, file=sys.stderr)
+            close()
+            sys.exit(128 + stopped.number)
+        except (ValueError, OSError) as error:
+            if not is_main():           # nearly always rank 0 says the same, and torchrun then ends this one in its sleep
+                time.sleep(2)
+            print(f"error: {error}" if is_main() else f"error on rank {rank()}: {error}", file=sys.stderr)
+            sys.exit(2)
         close()
+    run()
+
+
+def restart_count():
+    """How often torchrun --max-restarts has started this very command again, after a rank of it had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+class Stopped(Exception):
+    """A signal ended the run, on all ranks at the same place. number: the signal's."""
+
+    def __init__(self, message, number):
+        super().__init__(message)
+        self.number = number
+
+
+class Signals:
+    """SIGTERM and SIGINT inside a `with`: remembered, to be acted on where all ranks can do it together. A second SIGINT ends the process at once."""
+
+    def __init__(self):
+        self.received = 0                                       # the signal's number
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def remember(self, number, frame):
+        self.received = int(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)        # the kernel's, which also ends a process that waits inside a collective
+        if is_main():
+            os.write(2, f"\n{signal.Signals(number).name}: finishing the step, then saving\n".encode())
+
+    def any_rank(self, device):
+        """Whether any rank was signalled. A collective."""
+        return bool(sum_over_ranks(torch.tensor(float(self.received), device=device)).item())
+
+    def agreed(self):
+        """The number of the signal that some rank got. A collective."""
+        return max(gather_objects(self.received))
 
 
 def rank():
@@ -63,17 +132,29 @@ def barrier():
         dist.barrier()
 
 
-def shard(model, dtype=torch.float32):
+def make_mesh(replicate=1, device_type=None):
+    """The ranks as a DeviceMesh: one line, or (replicate, shard) where there are several copies of the model (HSDP)."""
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not dist.is_initialized():                                                        # one process with --cpu-offload
+        dist.init_process_group(BACKENDS[device_type], store=dist.HashStore(), rank=0, world_size=1)
+    if replicate == 1:
+        return init_device_mesh(device_type, (num_ranks(),), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (replicate, num_ranks() // replicate), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model, dtype=torch.float32, replicate=1, cpu_offload=False, mesh=None):
     """Shard parameters, gradients and optimizer state over the ranks: every decoder block, then the rest, in place.
 
     fp32 masters; `dtype` is the compute dtype of the gathered weights; gradients are reduced in fp32. A sharded model is left alone.
+    replicate: so many copies, each sharded over its part of the ranks. cpu_offload: the shards stay in the CPU's memory, where the model must be.
     """
-    if num_ranks() == 1 or isinstance(model, FSDPModule):
+    if (num_ranks() == 1 and not cpu_offload and not mesh) or isinstance(model, FSDPModule):
         return model
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()
+    how = {"mesh": mesh or make_mesh(replicate), "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+           "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()}
     for block in model.model.layers:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(block, **how)
+    fully_shard(model, **how)
     return model
 
 
@@ -81,9 +162,12 @@ def own_rows(tensor):
     """(what this rank holds of a parameter, which rows of the whole these are); all of a plain tensor."""
     if not isinstance(tensor, DTensor):
         return tensor, slice(0, len(tensor))
-    local, num_rows = tensor.to_local(), ceil(len(tensor) / num_ranks())                 # cut as torch.chunk does: the last ranks may have less
-    start, end = min(rank() * num_rows, len(tensor)), min((rank() + 1) * num_rows, len(tensor))
-    assert tensor.placements == (Shard(0),) and len(local) == end - start, (tensor.placements, local.shape, start, end)
+    assert tensor.placements[-1] == Shard(0) and all(p.is_replicate() for p in tensor.placements[:-1]), tensor.placements
+    mesh, last = tensor.device_mesh, tensor.device_mesh.ndim - 1
+    local, part, parts = tensor.to_local(), mesh.get_local_rank(last), mesh.size(last)
+    num_rows = ceil(len(tensor) / parts)                                                 # cut as torch.chunk does: the last ranks may have less
+    start, end = min(part * num_rows, len(tensor)), min((part + 1) * num_rows, len(tensor))
+    assert len(local) == end - start, (local.shape, start, end)
     return local, slice(start, end)
 
 
@@ -95,6 +179,20 @@ def full(tensor):
 def full_state(model):
     """{name: whole tensor on the CPU} of a sharded or plain model. A collective; every rank holds the result."""
     return {name: full(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+
+
+def fingerprint(model):
+    """A short text that no other architecture and no other weights have: of each tensor's name, shape, type and the sum of its bits, the same at
+    any number of ranks. Quick, where the weights are; it is to tell mistakes, not forgeries. A collective."""
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+    about, sums = [], []
+    for name, tensor in model.state_dict().items():
+        sharded = isinstance(tensor, DTensor)
+        copies = prod(n for n, p in zip(tensor.device_mesh.shape, tensor.placements) if p.is_replicate()) if sharded else num_ranks()
+        about.append([name, list(tensor.shape), str(tensor.dtype), copies])
+        sums.append((tensor.to_local() if sharded else tensor).view(bits[tensor.itemsize]).sum(dtype=torch.int64).item())
+    totals = [sum(column) // row.pop() for column, row in zip(zip(*gather_objects(sums)), about)]
+    return hashlib.sha256(json.dumps([about, totals]).encode()).hexdigest()
 
 
 def sum_over_ranks(tensor):
@@ -114,15 +212,15 @@ def gather_objects(items):
 
 
 def from_main(make):
-    """Call `make` on rank 0 only and give its result to all. A ValueError there is raised on every rank."""
+    """Call `make` on rank 0 only and give its result to all. A ValueError or OSError there is raised on every rank."""
     box = [None]
     if is_main():
         try:
             box = [make()]
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             box = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(box)
-    if isinstance(box[0], ValueError):
+    if isinstance(box[0], (ValueError, OSError)):
         raise box[0]
     return box[0]

@@ -7,17 +7,23 @@ gradient norm however it is cut into micro-batches or ranks.
 
 import json
 import math
+import signal
+import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from . import checkpoint, distributed
 from .data import LANGUAGE_SLOTS
 
 PER_LANGUAGE = ("loss", "accuracy", "rewards/accuracies", "reward")     # metrics that are logged for each language too
+
+PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}     # bf16, dense, of NVIDIA's data sheets
 
 
 def learning_rate(step, num_steps, settings):
@@ -40,6 +46,45 @@ def make_optimizer(model, settings):
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.adam_beta2), fused=True)
 
 
+def training_flops(config, lengths, num_supervised):
+    """Floating-point operations of forward and backward over texts of these lengths (tokens), recomputation not counted: 6 for each weight
+    and token that meets it, and 12 head_dim for each head, query and key that it sees, in every layer.
+
+    The embedding's lookup is free, and the head meets the supervised tokens only; where all are, the first term is the usual 6 N a token.
+    """
+    H, K, D, hidden = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+    block = hidden * (2 * (H + K) * D + 3 * config.intermediate_size)                              # q, k, v, o; gate, up, down
+    windows = [config.window(i) or max(lengths) for i in range(config.num_hidden_layers)]
+    pairs = sum(min(T, w) * (min(T, w) + 1) // 2 + max(T - w, 0) * w for w in windows for T in lengths)
+    return 6 * (config.num_hidden_layers * block * sum(lengths) + hidden * config.vocab_size * num_supervised) + 12 * H * D * pairs
+
+
+def peak_flops(device, dtype):
+    """What the device can do in bf16 without sparsity, operations a second; None where this is not known, or the computation is in fp32."""
+    if device.type != "cuda" or dtype != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+
+
+def start_profiler(device):
+    profiler = profile(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else []))
+    profiler.start()
+    return profiler
+
+
+def write_profile(profiler, path):
+    """End a profile: a Chrome trace, and on standard error the ten operations that take the most time of their own (on a GPU, its time)."""
+    profiler.stop()
+    profiler.export_chrome_trace(str(path))
+    events = list(profiler.key_averages())
+    on_device = sum(e.self_device_time_total for e in events)
+    own = [e.self_device_time_total if on_device else e.self_cpu_time_total for e in events]       # microseconds
+    first = sorted(zip(own, events), key=lambda pair: -pair[0])[:10]
+    lines = [f"{t / 1000:10.1f} ms {t / sum(own):6.1%} {e.count:7} x  {e.key[:80]}" for t, e in first]
+    tqdm.write("\n".join([f"{path}: open it in ui.perfetto.dev or chrome://tracing", *lines]), file=sys.stderr)
+
+
 def add_metrics(total, metrics):
     """Add {name: (2, languages) sums and counts} into `total`."""
     for name, value in metrics.items():
@@ -60,8 +105,9 @@ def reduced(metrics, languages=True):
 
 
 @torch.no_grad()
-def evaluate(model, loss_fn, batches, device):
-    """Held-out metrics, overall and per language: {"loss": ..., "loss/fr": ...}. batches: this rank's [(indices, batch)].
+def evaluate(model, loss_fn, batches, device, stop=None):
+    """Held-out metrics, overall and per language: {"loss": ..., "loss/fr": ...}; None if a signal (stop: distributed.Signals) cuts it short.
+    batches: this rank's [(indices, batch)].
 
     A sharded model's forward is a collective, so every rank runs as many batches as the busiest, repeating its last for nothing.
     """
@@ -69,6 +115,9 @@ def evaluate(model, loss_fn, batches, device):
     total = {}
     rounds = max(distributed.gather_objects(len(batches)))
     for i in range(rounds):
+        if stop and stop.any_rank(device):
+            model.train()
+            return None
         indices, batch = batches[min(i, len(batches) - 1)]
         _, metrics = loss_fn(model, batch.to(device))
         add_metrics(total, metrics if indices and i < len(batches) else {k: torch.zeros_like(v) for k, v in metrics.items()})
@@ -88,53 +137,101 @@ def write_metrics(path, row):
             f.write(json_line(row))
 
 
-def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=None, resume=False, check_first=None, title="train"):
-    """Train in place.
+def evaluated(path, step):
+    """Whether the evaluation before `step` is logged: it is then the last line."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    last = json.loads(lines[-1]) if lines else {}
+    return last.get("step") == step and "loss" not in last
+
+
+def origin(model, losses, micro_batches):
+    """Where a loss or gradient that is not finite comes from, in words: ranks and their examples, or else the first parameter. A collective."""
+    mine = [name for loss, batch in zip(losses, micro_batches) if not loss.isfinite() for name in dict.fromkeys(batch.where)]
+    by_rank = distributed.gather_objects(mine)
+    if any(by_rank):
+        return "; ".join(f"rank {rank}, examples {' '.join(names[:8])}{' ...' if len(names) > 8 else ''}" for rank, names in enumerate(by_rank) if names)
+    bad = {name for name, p in model.named_parameters() if p.grad is not None and not distributed.own_rows(p.grad)[0].isfinite().all()}
+    bad = set.union(*distributed.gather_objects(bad))
+    return f"the losses are finite, the gradient of {next((name for name, _ in model.named_parameters() if name in bad), 'each parameter too, their norm')} is not"
+
+
+def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=None, state=None, check_first=None, title="train", stop=None):
+    """Train in place, from the start or from a saved state (its folder).
 
     batches(step) -> this rank's micro-batches; loss_fn(model, batch) -> (loss_sum, {name: (2, languages) sums and counts});
     evaluation() -> {name: value} is called before the first step, every `eval_every` steps and after the last, and logged as eval/...;
     check_first(metrics) may refuse the very first step. Raises ValueError, on all ranks together and before the optimizer
-    moves, when a loss or gradient norm is not finite.
+    moves, when a loss or gradient norm is not finite. After SIGTERM or SIGINT, on any rank, all of them finish the step (an evaluation is
+    left, and made up for on resume), save, and raise distributed.Stopped. stop: the Signals to look at, for whom the caller asks too.
     """
-    run = Path(run)
-    model = distributed.shard(model.to(device), getattr(torch, settings.dtype))
+    run, stop = Path(run), stop or distributed.Signals()
+    model = distributed.shard(model.to("cpu" if settings.cpu_offload else device), getattr(torch, settings.dtype), settings.replicate, settings.cpu_offload)
     model.model.packing = settings.packing
     model.model.activation_checkpointing = settings.activation_checkpointing
-    if settings.compile:
+    if settings.compile or (settings.compile is None and device.type == "cuda"):
         for block in model.model.layers:
             block.compile(dynamic=True)
     optimizer = make_optimizer(model, settings)
-    first = checkpoint.load_state(run / "state", model, optimizer) if resume else 0
-    sharded = distributed.num_ranks() > 1
+    distributed.from_main(lambda: checkpoint.check_room(run / "state", checkpoint.state_bytes(model)))
+    first = saved = checkpoint.load_state(state, model, optimizer) if state else 0
+    sharded, ranks, peak = isinstance(model, FSDPModule), distributed.num_ranks(), peak_flops(device, settings.dtype)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16" and not sharded)
 
-    def log_evaluation(step):
-        write_metrics(run / "metrics.jsonl", {"step": step, **{f"eval/{k}": v for k, v in evaluation().items()}})
+    def save(done):
+        nonlocal saved
+        if done > saved:
+            checkpoint.save_state(run / "state", model, optimizer, done)
+            saved = done
 
-    if evaluation and first == 0:
-        log_evaluation(0)
+    def leave(done):
+        save(done)
+        number = stop.agreed()
+        raise distributed.Stopped(f"stopped by {signal.Signals(number).name} after {done} of {num_steps} steps. {checkpoint.newest_name(run / 'state')}; "
+                                  f"--resume {run} goes on (a recipe: the same command)", number)
+
+    def log_evaluation(done):
+        values = evaluation()
+        if values is None:
+            leave(done)
+        write_metrics(run / "metrics.jsonl", {"step": done, **{f"eval/{k}": v for k, v in values.items()}})
+
+    def is_due(done):
+        return evaluation and done < num_steps and (done == 0 or settings.eval_every and done % settings.eval_every == 0)
+
+    if is_due(first) and not distributed.from_main(lambda: evaluated(run / "metrics.jsonl", first)):
+        log_evaluation(first)
     model.train()
     bar = tqdm(range(first, num_steps), initial=first, total=num_steps, desc=title, unit="step", disable=not distributed.is_main(), leave=False, mininterval=1)
     for step in bar:
+        profiler = start_profiler(device) if step == settings.profile and distributed.is_main() else None
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, num_steps, settings)
         micro_batches = batches(step)
-        counts = torch.tensor([sum(b.count for b in micro_batches), sum(b.num_tokens for b in micro_batches)], dtype=torch.float64, device=device)
-        count, tokens = distributed.sum_over_ranks(counts).tolist()
-        loss, total = torch.zeros((), dtype=torch.float64, device=device), {}
+        flops = sum(training_flops(model.config, b.lengths.tolist(), int(b.mask.sum())) for b in micro_batches)
+        counts = [sum(b.count for b in micro_batches), sum(b.num_tokens for b in micro_batches), flops, stop.received]
+        count, tokens, flops, stopping = distributed.sum_over_ranks(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
+        if stopping:
+            leave(step)
+        losses, total = [], {}
         for i, batch in enumerate(micro_batches):
-            if sharded:
-                model.set_requires_gradient_sync(i == len(micro_batches) - 1)
+            if sharded:                                                        # gradients go to their shards at once: whole ones may not fit
+                model.set_requires_all_reduce(i == len(micro_batches) - 1)     # between the copies of HSDP once a step
             with autocast:
                 loss_sum, logged = loss_fn(model, batch.to(device))
-            (loss_sum * (distributed.num_ranks() / count)).backward()          # FSDP averages over ranks: undo that
-            loss += loss_sum.detach()
+            (loss_sum * (ranks / count)).backward()                            # FSDP averages over ranks: undo that
+            losses.append(loss_sum.detach())
             add_metrics(total, logged)
-        loss = distributed.sum_over_ranks(loss).item() / count
-        grad_norm = distributed.full(nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)).item()
+        sums = torch.stack([sum(loss.double() for loss in losses), torch.tensor(stop.received, dtype=torch.float64, device=device)])
+        loss, stopping = distributed.sum_over_ranks(sums).tolist()
+        loss /= count
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        grad_norm = distributed.full(norm).item()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm}: stopped before the weights moved; lower --learning-rate, or look at the data")
+            positions = f"positions {step * settings.batch_size} to {(step + 1) * settings.batch_size - 1} of the data order"
+            raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm} ({origin(model, losses, micro_batches)}; {positions}): stopped before the "
+                             f"weights moved. {checkpoint.newest_name(run / 'state')}; lower --learning-rate, or look at the data")
+        nn.utils.clip_grads_with_norm_(model.parameters(), settings.max_grad_norm, norm)
         metrics = reduced(total)
         if step == 0 and check_first:
             check_first(metrics)
@@ -142,15 +239,19 @@ def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=
         optimizer.zero_grad()
         seconds = time.perf_counter() - started
         row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "tokens": int(tokens),
-               "seconds": seconds, "tokens_per_second": tokens / seconds, **metrics}
+               "seconds": seconds, "tokens_per_second": tokens / seconds, **({"mfu": flops / (seconds * ranks * peak)} if peak else {}), **metrics}
         write_metrics(run / "metrics.jsonl", row)
-        bar.set_postfix(loss=f"{loss:.3f}", norm=f"{grad_norm:.2f}", tok_s=f"{tokens / seconds:.0f}", refresh=False)
+        bar.set_postfix(loss=f"{loss:.3f}", norm=f"{grad_norm:.2f}", tok_s=f"{tokens / seconds:.0f}", **({"mfu": f"{row['mfu']:.0%}"} if peak else {}), refresh=False)
+        if profiler:
+            write_profile(profiler, run / "profile.json")
         done = step + 1
-        if evaluation and done < num_steps and settings.eval_every and done % settings.eval_every == 0:
+        if settings.save_every and done % settings.save_every == 0:
+            save(done)
+        if stopping:
+            leave(done)
+        if is_due(done):
             log_evaluation(done)
-        if settings.save_every and done < num_steps and done % settings.save_every == 0:
-            checkpoint.save_state(run / "state", model, optimizer, done)
+    save(num_steps)
     if evaluation:
         log_evaluation(num_steps)
-    checkpoint.save_state(run / "state", model, optimizer, num_steps)
     return model

@@ -56,15 +56,25 @@ class Line:
     """Where the tokens of a micro-batch stand when it is packed: all documents in one line (N,), without padding, positions counted in each.
 
     Attention alone sees them as rows: each token attends within its own document. lengths (B,), right-padded rows of T tokens.
+    repeats (2, B), see data.Batch: what a row has in common with an earlier one, a pair's prompt, stands in the line, and is computed, once.
     """
 
-    def __init__(self, lengths, num_tokens):
-        self.shape, self.lengths = (len(lengths), num_tokens), lengths
-        self.rows, self.positions = (torch.arange(num_tokens, device=lengths.device) < lengths[:, None]).nonzero(as_tuple=True)        # (N,) twice
+    def __init__(self, lengths, num_tokens, repeats=None):
+        places = torch.arange(num_tokens, device=lengths.device)
+        there = places < lengths[:, None]                                                  # (B, T)
+        own = there & (places >= repeats[1][:, None]) if repeats is not None else there
+        self.shape, self.lengths, self.once = (len(lengths), num_tokens), lengths, repeats is None
+        self.rows, self.positions = own.nonzero(as_tuple=True)                             # (N,) twice
+        if not self.once:
+            at = torch.zeros_like(there, dtype=torch.long).masked_scatter(own, torch.arange(len(self.rows), device=lengths.device))
+            self.at = torch.where(own, at, at[repeats[0]])                                 # (B, T) where in the line each token stands
+            self.documents, self.first = self.at[there], own[there]                        # (M,) the rows one after the other; which of them are own
 
     def unpack(self, x):
-        """(N, ...) -> (B, T, ...), zeros in the padding."""
-        return x.new_zeros(*self.shape, *x.shape[1:]).index_put((self.rows, self.positions), x)
+        """(N, ...) -> (B, T, ...); what stands in the padding is not to be looked at."""
+        if self.once:
+            return x.new_zeros(*self.shape, *x.shape[1:]).index_put((self.rows, self.positions), x)
+        return x.index_select(0, self.at.flatten()).unflatten(0, self.shape)
 
     def pack(self, x):
         """(B, T, ...) -> (N, ...)"""
@@ -74,7 +84,10 @@ class Line:
         """torch's variable-length attention, on GPUs in half precision. q (N, H, D), k, v (N, K, D) -> (N, H, D)."""
         from torch.nn.attention.varlen import varlen_attn
         ends = F.pad(self.lengths.cumsum(0), (1, 0)).int()                                 # (B + 1,) where documents begin and end
-        return varlen_attn(q, k, v, ends, ends, self.shape[1], self.shape[1], window_size=(window - 1 if window else -1, 0), enable_gqa=k.shape[1] != q.shape[1])
+        if not self.once:
+            q, k, v = q[self.documents], k[self.documents], v[self.documents]              # (M, H or K, D)
+        y = varlen_attn(q, k, v, ends, ends, self.shape[1], self.shape[1], window_size=(window - 1 if window else -1, 0), enable_gqa=k.shape[1] != q.shape[1])
+        return y if self.once else y[self.first]
 
 
 class Attention(nn.Module):
@@ -148,10 +161,10 @@ class Decoder(nn.Module):
         self.packing = False                        # leave the padding out, where lengths are given
         self.activation_checkpointing = 0           # blocks that are recomputed in backward: 0 none, 1 all, n every n-th
 
-    def forward(self, input_ids, lengths=None):
+    def forward(self, input_ids, lengths=None, repeats=None):
         """input_ids (B, T), right-padded: under the causal mask no real token sees the padding. -> (B, T, hidden_size)"""
         x, config = self.embed_tokens(input_ids), self.config
-        line = Line(lengths, input_ids.shape[1]) if self.packing and lengths is not None else None
+        line = Line(lengths, input_ids.shape[1], repeats) if self.packing and lengths is not None else None
         turn = rotary(config, torch.arange(input_ids.shape[1], device=x.device)[None])     # (1, T, 1, D) twice
         if line:
             x, turn = line.pack(x), [each[0, line.positions] for each in turn]             # (N, hidden_size), (N, 1, D) twice
@@ -182,13 +195,13 @@ class CohereForCausalLM(nn.Module):
     def head_weight(self):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, input_ids, mask=None, lengths=None):
+    def forward(self, input_ids, mask=None, lengths=None, repeats=None):
         """Logits (B, T, V); with `mask` (B, T) instead the log-probs of the masked tokens, (N,) in the order of mask.nonzero(),
-        each given the tokens before it. lengths (B,) of the rows: needed for packing.
+        each given the tokens before it. lengths (B,) of the rows, repeats (2, B): for packing.
 
         Everything goes through this one call, because FSDP gathers the weights around a forward.
         """
-        x = self.model(input_ids, lengths)
+        x = self.model(input_ids, lengths, repeats)
         if mask is not None:
             return token_logps(x[:, :-1][mask[:, 1:]], self.head_weight, input_ids[mask], self.config.logit_scale)
         return linear(x, self.head_weight) * self.config.logit_scale
@@ -211,9 +224,9 @@ class RewardModel(nn.Module):
         self.score = Linear(config.hidden_size, 1, bias=False)
         self.score_logps = Linear(2, 1, bias=False)
 
-    def forward(self, input_ids, lengths, mask):
+    def forward(self, input_ids, lengths, mask, repeats=None):
         """Scores (B,) in fp32, read at position lengths - 1, and the log-probs of the masked (answer) tokens, (N,) in the order of mask.nonzero()."""
-        x = self.model(input_ids, lengths)
+        x = self.model(input_ids, lengths, repeats)
         ends = x[torch.arange(len(x), device=x.device), lengths - 1]                        # (B, hidden_size)
         logps = token_logps(x[:, :-1][mask[:, 1:]], self.model.embed_tokens.weight, input_ids[mask], self.config.logit_scale)
         rows = mask.nonzero()[:, 0]

@@ -12,7 +12,7 @@ from typing import Optional
 
 import torch
 
-from . import distributed, stages, weights
+from . import checkpoint, distributed, stages, weights
 from .config import Recipe
 from .data import read_jsonl
 from .model import RewardModel
@@ -61,7 +61,7 @@ def step(run, name, title, make):
 
 def _clear(folder):
     """Remove what a killed step left, unless it saved a state to resume from. -> whether to resume."""
-    if (folder / "state").is_dir() and not (folder / "model").exists():
+    if checkpoint.published(folder / "state") and not (folder / "model").exists():
         return True
     if folder.exists():
         shutil.rmtree(folder)

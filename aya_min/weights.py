@@ -70,16 +70,16 @@ def look_into(folder, trunk=False):
 
 
 @torch.no_grad()
-def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype=torch.float32, trunk=False):
+def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype=torch.float32, trunk=False, replicate=1, cpu_offload=False):
     """(model, tokenizer) of a model folder, read tensor by tensor into the module that its config.json names.
 
-    sharded: distributed.shard(model, compute_dtype) before anything is read, so that each rank reads and holds its rows only.
+    sharded: distributed.shard(model, compute_dtype, replicate, cpu_offload) before anything is read, so that each rank reads and holds its rows only.
     trunk: a reward model on the folder's decoder; its head is drawn anew (seed 0) if the folder has none.
     """
     model, tokenizer, header = look_into(folder, trunk)
     model = model.to(dtype)
     if sharded:
-        distributed.shard(model, compute_dtype)
+        distributed.shard(model, compute_dtype, replicate, cpu_offload)
     generator = torch.Generator().manual_seed(0)
     for name, target in model.to_empty(device=device).state_dict().items():
         local, rows = distributed.own_rows(target)

@@ -10,11 +10,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from aya_min import config, distributed, stages, tensorfiles, weights
+from aya_min import checkpoint, config, distributed, stages, tensorfiles, weights
 from aya_min.data import batches_in_order, collate, load_examples, load_prompts, make_batches
 from aya_min.loop import evaluate, train
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights
@@ -72,7 +73,9 @@ def run(stage, data, out, resume=False, held_out=False, architecture={}, start=N
     model, more = weights.load(start, sharded=True)[0] if start else (reward_model if stage == "reward" else language_model)(**architecture), {}
     if stage == "rloo":
         more["reward_model"] = reward_model()
-    elif held_out:
+    if "reference_logps" in changes:
+        more["reference_logps"] = changes.pop("reference_logps")
+    if held_out and stage != "rloo":
         more["eval_data"] = [data / f"held-out-{file}"]
     function(model, tokenizer(), [data / file], settings_class(**{**values, **changes}), out, CPU, resume=resume, **more)
     return out
@@ -82,6 +85,22 @@ def logged(run_folder):
     """The rows of metrics.jsonl without what a clock says."""
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+def state_of(run_folder, step=None):
+    """{name: whole tensor} of a run's saved state, the newest unless a step is given, put together from the ranks' files without the code under test."""
+    folder, pieces = checkpoint.published(run_folder / "state")[-1] if step is None else run_folder / "state" / f"step-{step}", {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            places = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for name in file.keys():
+                pieces.setdefault(name, []).append((places[name]["saved_offsets"], file.get_tensor(name)))
+    whole = {}
+    for name, parts in pieces.items():
+        parts.sort(key=lambda part: part[0])
+        whole[name] = torch.cat([tensor for _, tensor in parts])
+        assert [offsets[0] for offsets, _ in parts] == [sum(len(t) for _, t in parts[:i]) for i in range(len(parts))], name
+    return whole
 
 
 def assert_close(rows, others, **tolerance):

@@ -143,7 +143,9 @@ TRAIN_MISTAKES = {
     "rloo --model A --data long.jsonl --out new --reward-model RM --batch-size 2": "it passes the model's 512",
     "sft --resume nowhere": "no config.json there",
     "dpo --resume old": "that is a run of 'sft', not 'dpo'",
-    "sft --resume old --seed 3": "that run had other seed",
+    "sft --resume old --model B": "that run had another model",
+    "sft --resume old --data held-out-sft.jsonl": "that run had other data: ",
+    "sft --resume old --seed 3": "that run had seed 0, not 3",
     "recipe --out new --base A --prompts prompts.jsonl --teachers A B": "your own pipeline also needs --arbiter",
     "recipe --out new --judge RM": "--judge and --eval-prompts go with --base",
     "recipe --out new --base A --prompts prompts.jsonl --teachers A B --arbiter RM --judge RM": "--judge must not be the arbiter",
@@ -219,15 +221,15 @@ def test_an_output_in_a_folder_that_does_not_exist_is_refused_before_anything_is
 def test_a_dry_run_prints_the_settings_and_writes_nothing(call, folder):
     before = snapshot(folder)
     code, out, err = call(train, "dpo --model A --data pairs.jsonl --out new --batch-size 4 --beta 0.5 --dry-run")
-    assert code == 0 and err == [] and out.startswith("dpo: ") and "36 rows, 1 ranks" in out
-    assert json.loads(out.split("\n", 1)[1])["beta"] == 0.5
+    assert code == 0 and err == [] and out.startswith(f"dpo of {folder}/A: ") and " parameters on 1 ranks, float32" in out
+    assert json.loads(out.split("\nsettings ")[1])["beta"] == 0.5
     assert snapshot(folder) == before
 
 
 def test_flags_win_over_the_config_file_and_that_over_the_defaults(call, folder, tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({"batch_size": 4, "learning_rate": 2, "schedule": "constant"}))
     _, out, _ = call(train, f"sft --model A --data sft.jsonl --out new --config {tmp_path}/settings.json --batch-size 6 --dry-run")
-    settings = json.loads(out.split("\n", 1)[1])
+    settings = json.loads(out.split("\nsettings ")[1])
     assert (settings["batch_size"], settings["learning_rate"], settings["schedule"], settings["epochs"]) == (6, 2, "constant", 2.0)
 
 
@@ -396,7 +398,7 @@ def test_killed_twice_and_resumed_by_the_command_is_never_stopped_bit_for_bit(ca
 
     def start_and_kill(arguments, after):
         child = subprocess.Popen([sys.executable, "train.py", *words(arguments, folder)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.time() + 60
+        deadline = time.time() + 300
         while child.poll() is None and time.time() < deadline:
             if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b'"lr"') > after:
                 break

@@ -416,3 +416,14 @@ def test_prompts_of_every_shape_can_be_trained_on_once_answered(tmp_path):
     for row, expected in zip(load_prompts([path]), ([turns[1]], turns, [turns[1]], turns)):
         assert row["prompt_messages"] == expected
         assert conversation({**row, "completion": "new"}, "here") == expected + [{"role": "assistant", "content": "new"}]
+
+
+def test_a_batch_says_which_rows_begin_alike_and_for_how_long():
+    """A pair's answers after their prompt, and where they begin with the same words; an example drawn twice; rows of other lines never."""
+    def example(ids, where):
+        return Example(np.array(ids, np.int32), np.arange(len(ids)) > 2, 0, where)
+    pairs = [Pair(example([1, 2, 3, 4], "a:1"), example([1, 2, 3, 5, 6], "a:1")), Pair(example([1, 2, 3, 7, 8], "a:2"), example([1, 2, 3, 7], "a:2"))]
+    assert collate_pairs(pairs).repeats.tolist() == [[0, 1, 0, 1], [0, 0, 3, 4]]
+    assert collate([pairs[0].chosen, pairs[1].chosen]).repeats is None
+    assert collate([pairs[0].chosen, pairs[1].chosen, pairs[0].chosen]).repeats.tolist() == [[0, 1, 0], [0, 0, 4]]
+    assert collate([example([1, 2], ""), example([1, 2], "")]).repeats is None

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import CPU, STAGES, assert_close, language_model, logged, run, tokenizer, write_world
+from small import CPU, STAGES, assert_close, language_model, logged, run, state_of, tokenizer, write_world
 
 from aya_min import stages
 from aya_min.config import SFT
@@ -84,8 +84,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_fp32_weights(world, tmp_path):
     exact, rough = (logged(run("sft", world, tmp_path / dtype, dtype=dtype)) for dtype in ("float32", "bfloat16"))
     assert exact[0]["loss"] != rough[0]["loss"]
     assert_close(exact, rough, rtol=0.05, atol=0.05)
-    state = load_file(tmp_path / "bfloat16" / "state" / "model.safetensors")
-    assert {t.dtype for t in state.values()} == {torch.float32}
+    assert {t.dtype for t in state_of(tmp_path / "bfloat16").values()} == {torch.float32}
 
 
 def test_clipping_scales_the_gradient_and_logs_the_norm_before_it(world, tmp_path):
@@ -93,7 +92,7 @@ def test_clipping_scales_the_gradient_and_logs_the_norm_before_it(world, tmp_pat
     free, clipped = (run("sft", world, tmp_path / str(limit), max_steps=1, max_grad_norm=limit) for limit in (1e9, 0.5))
     norm = logged(free)[0]["grad_norm"]
     assert norm > 1 and logged(clipped)[0]["grad_norm"] == norm
-    moments = [load_file(folder / "state" / "optimizer.safetensors")["model.norm.weight|exp_avg"] for folder in (free, clipped)]
+    moments = [state_of(folder)["model.norm.weight|exp_avg"] for folder in (free, clipped)]
     torch.testing.assert_close(moments[1], moments[0] * 0.5 / norm, rtol=1e-5, atol=1e-9)
 
 
@@ -218,8 +217,8 @@ def test_a_run_killed_between_saves_writes_the_metrics_of_one_never_killed(eval_
             if step == stop_at:
                 raise Stopped
             return batches(step)
-        stages.open_run(folder, "sft", settings, [], resume, tokenizer(), None)
-        stages.run_stage("sft", language_model(), tokenizer(), num_steps, stopping, stages.sft_loss, settings, folder, CPU, held_out, collate, resume)
+        with stages.open_run(folder, "sft", settings, [], resume, tokenizer(), None, {}, num_steps) as run:
+            stages.run_stage("sft", language_model(), tokenizer(), num_steps, stopping, stages.sft_loss, settings, run, CPU, held_out, collate)
 
     part(tmp_path / "whole")
     for stop_at, resume in ((5, False), (8, True)):                             # after the save at 3, after the one at 6

@@ -421,3 +421,25 @@ def test_packing_computes_no_padding():
     hidden = model.model(ids, lengths)
     other = torch.where(torch.arange(12) < lengths[:, None], ids, 7)
     assert seen == [(19, model.config.hidden_size)] and torch.equal(model.model(other, lengths), hidden) and (hidden[1, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+@pytest.mark.parametrize("checkpointing", [0, 1])
+def test_what_rows_begin_with_alike_is_computed_once_with_the_loss_and_gradients_of_separate_rows(changes, checkpointing):
+    """A prompt of 7 tokens with two answers, one of 9 with three (two of them equal), and a row by itself; windows of 5 end inside the prompts."""
+    first, shared, lengths = torch.tensor([0, 1, 0, 1, 1, 5]), torch.tensor([0, 0, 7, 9, 15, 0]), torch.tensor([17, 15, 8, 20, 15, 4])
+    ids, results, seen = tokens(6, 20), [], []
+    for row in (2, 3, 4):
+        ids[row, :shared[row]] = ids[first[row], :shared[row]]
+    mask = (torch.arange(20) < lengths[:, None]) & (torch.arange(20) >= torch.tensor([7, 9, 7, 9, 9, 1])[:, None])
+    for packing in (True, False):
+        model = build(**changes).train()
+        model.model.packing, model.model.activation_checkpointing = packing, checkpointing
+        model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[:-1].numel()))
+        logps = model(ids, mask, lengths, torch.stack((first, shared)))
+        logps.square().sum().backward()
+        results.append((logps.detach(), [p.grad for p in model.parameters()]))
+    assert seen[0] == lengths.sum() - shared.sum() and seen[-1] == 120
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from small import CPU, STAGES, language_model, logged, reward_model, run, tokenizer, write_world
+from small import CPU, STAGES, assert_close, language_model, logged, reward_model, run, state_of, tokenizer, write_world
 
 from aya_min import stages, weights
 from aya_min.config import DPO, RLOO, SFT
@@ -23,9 +23,9 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pairs(world):
+def pairs(world, tmp_path_factory):
     loaded = load_pairs([world / "pairs.jsonl"], tokenizer(), 256)[:6]
-    stages.store_reference(language_model(), loaded, 0, CPU)
+    stages.store_reference(language_model(), loaded, 0, CPU, DPO(), tmp_path_factory.mktemp("reference") / "file", "")
     return loaded
 
 
@@ -178,6 +178,31 @@ def test_a_larger_beta_keeps_rloo_nearer_to_where_it_started(world, tmp_path):
     assert sum(row["kl"] for row in held[-4:]) < 0.7 * sum(row["kl"] for row in free[-4:])
 
 
+def test_reference_log_probs_on_disk_spare_the_next_run_its_pass_and_are_refused_for_any_other(world, tmp_path, monkeypatch):
+    """Of the same model, pairs and dtype they are taken to the last bit; of others, or damaged, they are named and left as they are."""
+    file, passes, of_model = tmp_path / "reference.safetensors", [], stages.answer_logps
+    monkeypatch.setattr(stages, "answer_logps", lambda *args: passes.append(args) or of_model(*args))
+    dpo = lambda name, data=world, **changes: logged(run("dpo", data, tmp_path / name, reference_logps=file, **changes))
+    assert dpo("first") == dpo("second") == logged(run("dpo", world, tmp_path / "own")) and len(passes) == 2
+    assert dpo("another beta", beta=0.5)[0]["dpo_loss"] == pytest.approx(math.log(2), abs=1e-4) and len(passes) == 2
+    kept, says = file.read_bytes(), f"^{file}: not the reference log-probs of this model, these pairs and "
+    (tmp_path / "other").mkdir()
+    for name, changes in {"model": dict(architecture=dict(num_hidden_layers=1)), "pairs": dict(data=write_world(tmp_path / "other", count=40)), "dtype": dict(dtype="bfloat16")}.items():
+        with pytest.raises(ValueError, match=says):
+            dpo(name, **changes)
+    assert file.read_bytes() == kept
+    file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(ValueError, match=says + "float32; remove it, or give another file"):
+        dpo("damaged")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_packing_changes_neither_loss_nor_gradient_norm_of_a_stage(stage, world, tmp_path):
+    """In dpo, reward and rloo what the rows of one prompt have in common is computed once."""
+    plain, packed = (logged(run(stage, world, tmp_path / str(packing), packing=packing)) for packing in (False, True))
+    assert_close(plain, packed, rtol=2e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_same_seed_gives_the_same_bits_and_another_seed_other_batches(stage, world, tmp_path):
     first, again, other = (run(stage, world, tmp_path / name, seed=seed) for name, seed in (("first", 0), ("again", 0), ("other", 1)))
@@ -191,7 +216,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_other_batches(stage,
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_folder_holds_what_the_design_says(stage, world, tmp_path):
     folder = run(stage, world, tmp_path / "run", held_out=True)
-    expected = {"config.json", "metrics.jsonl", "model", "state", "tokenizer.json", "tokenizer_config.json"} | ({"eval.json"} if stage != "rloo" else set())
+    expected = {".lock", "config.json", "metrics.jsonl", "model", "state", "tokenizer.json", "tokenizer_config.json"} | ({"eval.json"} if stage != "rloo" else set()) | ({"reference.safetensors"} if stage == "dpo" else set())
     assert {path.name for path in folder.iterdir()} == expected
     about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert about["stage"] == stage and about["settings"]["batch_size"] == 8 and about["versions"]["torch"] == torch.__version__
@@ -199,7 +224,7 @@ def test_a_run_folder_holds_what_the_design_says(stage, world, tmp_path):
     steps = [row for row in rows if "lr" in row]
     assert all({"step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second"} <= row.keys() for row in steps)
     model, _ = weights.load(folder / "model")
-    state = load_file(folder / "state" / "model.safetensors")
+    state = state_of(folder)
     assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
     if stage != "rloo":
         assert [row["step"] for row in rows if "lr" not in row] == [0, 3]
@@ -213,7 +238,7 @@ def test_the_run_is_described_before_its_first_step(world, tmp_path):
         model.model.norm.weight[0] = math.nan
     with pytest.raises(ValueError, match="step 0: loss nan"):
         stages.sft(model, tokenizer(), [world / "sft.jsonl"], SFT(batch_size=8), tmp_path / "run", CPU)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.mark.parametrize("stage, line, says", [
@@ -233,7 +258,7 @@ def test_data_that_are_refused_leave_no_run_folder_in_the_way_of_the_next_attemp
 
 def test_a_folder_with_anything_in_it_is_not_written_into(world, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="exists and is not empty; give another --out, or --resume"):
+    with pytest.raises(ValueError, match="exists and is not empty; give a new folder, or --resume"):
         run("sft", world, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -241,13 +266,15 @@ def test_a_folder_with_anything_in_it_is_not_written_into(world, tmp_path):
 def test_resuming_with_other_settings_or_other_data_is_refused(world, tmp_path):
     folder = run("sft", world, tmp_path / "run")
     before = (folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="that run had other batch_size seed"):
+    with pytest.raises(ValueError, match="that run had batch_size 8, not 4; seed 0, not 7"):
         run("sft", world, folder, resume=True, batch_size=4, seed=7)
-    with pytest.raises(ValueError, match="that run had other stage"):
+    with pytest.raises(ValueError, match="that run had stage sft, not dpo"):
         run("dpo", world, folder, resume=True)
     (tmp_path / "copy").mkdir()
-    with pytest.raises(ValueError, match="that run had other data files"):
-        run("sft", write_world(tmp_path / "copy"), folder, resume=True)
+    run("sft", write_world(tmp_path / "copy"), folder, resume=True)             # the same content, elsewhere
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="that run had other data: .*other/sft.jsonl"):
+        run("sft", write_world(tmp_path / "other", count=40), folder, resume=True)
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
@@ -260,8 +287,8 @@ def test_resuming_with_fewer_steps_than_were_done_is_refused(world, tmp_path):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_resuming_what_was_never_saved_is_refused(world, tmp_path):
-    with pytest.raises(ValueError, match="no saved state there; use --save-every"):
+def test_resuming_what_was_never_started_is_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="no config.json there"):
         run("sft", world, tmp_path / "run", resume=True)
 
 

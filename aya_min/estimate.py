@@ -1,0 +1,244 @@
+"""What a stage will need, before it runs and without a GPU: `--dry-run`. Memory of one rank part by part, communication, tokens and operations a step.
+
+Nothing about the model, its loss or FSDP is written down here a second time as a formula: a step is run, on torch's fake tensors, which have a shape
+and no numbers, beside torch's fake process group, which stands for the other ranks. `Watch` adds up the storages that come and go. (torch's own
+MemTracker gives the same totals; it takes fifteen times as long and does not tell FSDP's buffers, and the logits, from the rest.)
+
+Known gaps: the step is eager, torch.compile keeps less; the kernels are the CPU's. Not counted: what CUDA, NCCL and cuBLAS take, and holes in the
+allocator. A card that is sold as 80 GB has 85, one of 141 has 150: those 6 percent are left for them.
+"""
+
+import inspect
+import json
+import weakref
+from collections import Counter
+from dataclasses import asdict, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from . import distributed, stages
+from .data import Example, Pair, batches_in_order, collate, collate_pairs, length_of, load_examples, load_pairs, load_prompts
+from .loop import make_optimizer, training_flops
+from .sampling import answer_rows, cache_sizes, round_up
+
+CARDS = (80, 141)           # GB: A100 and H100, H200
+PARTS = ("parameters", "gradients", "optimizer moments", "activations", "logits chunk", "gathered by FSDP", "work of the backward")
+
+
+class Watch(TorchDispatchMode):
+    """The bytes that are alive, by part, while operations run, and what they were when they were most."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.storages, self.alive, self.part = weakref.WeakKeyDictionary(), Counter(), "activations"    # part: of what is made now
+        self.peak, self.traffic, self.resize = {}, Counter(), torch.UntypedStorage.resize_
+
+    def __enter__(self):
+        def resize(storage, size):                              # how FSDP gives back what it gathered: no operation tells
+            self.resize(storage, size)
+            if storage in self.storages:
+                self.count(storage)
+        torch.UntypedStorage.resize_ = resize
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_ = self.resize
+        return super().__exit__(*error)
+
+    def count(self, storage, part=None):
+        """Count a storage in its part, or again if its size or part is another now."""
+        if storage not in self.storages:
+            self.storages[storage] = [part or self.part, 0]
+            weakref.finalize(storage, self.forget, self.storages[storage])
+        entry = self.storages[storage]
+        self.alive[entry[0]] -= entry[1]
+        entry[:] = part or entry[0], storage.nbytes()
+        self.alive[entry[0]] += entry[1]
+        if self.alive.total() > sum(self.peak.values()):
+            self.peak = dict(self.alive)
+
+    def forget(self, entry):
+        self.alive[entry[0]] -= entry[1]
+
+    def mark(self, tensors, part):
+        for tensor in tensors:
+            self.count((tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage(), part)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name, kwargs = operation.name(), kwargs or {}
+        given = [t for t in tree_iter((args, kwargs)) if torch.is_tensor(t)]
+        if all(type(t) is torch.Tensor for t in given) and (given or name.startswith("aten::arange")):
+            with unset_fake_temporarily():                      # the batch has numbers, and with them which tokens are supervised, and how many
+                return operation(*args, **kwargs)
+        if name == "aten::index.Tensor":
+            with unset_fake_temporarily():
+                args = args[0], [i for mask in args[1] for i in (mask.nonzero().unbind(1) if mask is not None and mask.dtype == torch.bool else [mask])]
+        made = operation(*args, **kwargs)
+        if name.startswith("c10d::_"):
+            out, own = args[:2]
+            gathers = out.numel() > own.numel()
+            self.traffic["all-gathered" if gathers else "reduce-scattered"] += abs(out.nbytes - own.nbytes)
+            self.mark([out], "gathered by FSDP" if gathers else "gradients")
+        elif name == "c10d::allreduce_":
+            self.traffic["all-reduced"] += sum(t.nbytes for t in args[0])
+        elif name.startswith("fsdp::"):                         # the weights that are copied out of what was gathered
+            self.mark([t for t in tree_iter(kwargs.get("out")) if torch.is_tensor(t)], "gathered by FSDP")
+        for tensor in tree_iter(made):
+            if isinstance(tensor, FakeTensor):
+                is_logits = tensor.dim() == 2 and tensor.shape[1] == self.vocab_size
+                self.count(tensor.untyped_storage(), "logits chunk" if is_logits and tensor.untyped_storage() not in self.storages else None)
+        return made
+
+
+def simulate(model_class, config, settings, loss_fn, batch, ranks, num_micro_batches=1):
+    """A Watch of one optimizer step of rank 0, its peak and its traffic; `batch` (plain tensors) stands for each of the micro-batches.
+
+    It is the second step, so that the moments are there, and at most two micro-batches, so that gradients are there too: more add no memory.
+    """
+    mesh, watch, fake, some = None, Watch(config.vocab_size), FakeTensorMode(allow_non_fake_inputs=True), min(2, num_micro_batches)
+    if ranks > 1 or settings.cpu_offload:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+        mesh = distributed.make_mesh(settings.replicate, "cpu")
+    try:
+        with fake:
+            model = model_class(config).train()
+            if mesh:
+                distributed.shard(model, getattr(torch, settings.dtype), settings.replicate, mesh=mesh)
+        model.model.activation_checkpointing, model.model.packing = settings.activation_checkpointing, settings.packing
+        optimizer = make_optimizer(model, settings)
+        with fake, watch:
+            watch.mark(model.parameters(), "parameters")
+            for p in model.parameters():
+                p.register_post_accumulate_grad_hook(lambda p: watch.mark([p.grad], "gradients"))
+            for micro_batches in (1, some):
+                watch.peak, watch.traffic = {}, Counter()
+                for i in range(micro_batches):
+                    if mesh:
+                        model.set_requires_all_reduce(i == micro_batches - 1)
+                    with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16" and not mesh):
+                        loss_sum = loss_fn(model, batch)[0]
+                    watch.part = "work of the backward"
+                    loss_sum.backward()
+                    watch.part = "activations"
+                    del loss_sum
+                nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                watch.mark((t for state in optimizer.state.values() for t in state.values()), "optimizer moments")
+    finally:
+        if mesh:
+            distributed.close()
+    for name in ("all-gathered", "reduce-scattered"):
+        watch.traffic[name] *= num_micro_batches / some
+    watch.traffic["all-reduced"] *= 2 * (settings.replicate - 1) / settings.replicate          # a ring sends and receives everything twice, but for its own part
+    return watch
+
+
+def forward_bytes(model_class, config, settings, loss_fn, batch):
+    """The most bytes that a forward without gradients takes beside the weights."""
+    fake, watch = FakeTensorMode(allow_non_fake_inputs=True), Watch(config.vocab_size)
+    with fake:
+        model = model_class(config).eval()
+    with fake, watch, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+        watch.mark(model.parameters(), "parameters")
+        loss_fn(model, batch)
+    return sum(watch.peak.values()) - sum(p.nbytes for p in model.parameters())
+
+
+# ---- what a stage trains on, and what else it holds ----------------------------------------------------------------------------------
+
+def blank(length):
+    """An example where no data are given: every token but the first is supervised."""
+    return Example(np.zeros(length, np.int32), np.arange(length) > 0, 0)
+
+
+def items_of(stage, settings, data, tokenizer):
+    """The stage's items from its data, or one of --max-length tokens; an rloo prompt with the longest answer that it may get."""
+    if stage in ("pretrain", "sft"):
+        return load_examples(data, tokenizer, settings.max_length) if data else [blank(settings.max_length)]
+    if stage in ("reward", "dpo"):
+        pairs = load_pairs(data, tokenizer, settings.max_length) if data else [Pair(blank(settings.max_length), blank(settings.max_length))]
+        return [replace(pair, ref_logps=np.zeros(2)) for pair in pairs]
+    new = settings.max_new_tokens
+    lengths = [len(tokenizer.encode_prompt(row["prompt_messages"])) + new for row in load_prompts(data)] if data else [settings.max_length]
+    return [Example(np.zeros(n, np.int32), np.arange(n) >= n - new, 0) for n in lengths]
+
+
+def rows_of(item, samples=1):
+    """The rows of a batch that an item becomes."""
+    return [item.chosen, item.rejected] if isinstance(item, Pair) else [item] * samples
+
+
+def largest(items, size, samples=1):
+    """The largest batch of this many items: the longest together."""
+    longest = sorted(items * -(-size // len(items)), key=length_of)[-size:]
+    if isinstance(longest[0], Pair):
+        return collate_pairs(longest)
+    batch = collate([row for item in longest for row in rows_of(item, samples)])
+    return replace(batch, ref_logps=(zeros := torch.zeros(len(batch.mask))), advantages=zeros, rewards=zeros)      # as rloo's have
+
+
+def loss_of(stage, settings):
+    return {"reward": lambda: stages.reward_loss(settings.lm_weight), "dpo": lambda: stages.preference_loss(settings.beta, settings.nll_weight),
+            "rloo": lambda: stages.policy_gradient_loss}.get(stage, lambda: stages.sft_loss)()
+
+
+def default(function, name):
+    return inspect.signature(function).parameters[name].default
+
+
+def cache_bytes(config, settings, items, ranks):
+    """The KV cache while rloo samples: the rows of one rank, in fp32, as in sampling.plan."""
+    rows = min(default(answer_rows, "batch_size"), -(-settings.batch_size // ranks) * settings.num_samples)
+    return rows * sum(cache_sizes(config, round_up(max(map(length_of, items))))) * 2 * config.num_key_value_heads * config.head_dim * 4
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------------------------
+
+def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, reward_model=None):
+    """The text of --dry-run. model, reward_model: on the meta device; without a reward model rloo is taken to have one of the policy's size."""
+    config, items, loss_fn = model.config, items_of(stage, settings, data, tokenizer), loss_of(stage, settings)
+    share, samples = settings.batch_size // ranks, settings.num_samples if stage == "rloo" else 1
+    size = settings.micro_batch_size or share
+    batch = largest(items, size, samples)
+    watch = simulate(type(model), config, settings, loss_fn, batch, ranks, share // size)
+    forward = lambda loss_fn, items, function: forward_bytes(type(model), config, settings, loss_fn, largest(items, default(function, "size")))
+    plain = lambda model: sum(4 * p.numel() for p in model.parameters())                    # bytes of a whole copy in fp32
+    step = {part: watch.peak.get(part, 0) for part in PARTS}
+    on_cpu = sum(step.pop(part) for part in PARTS[:3]) if settings.cpu_offload else 0
+    if stage == "rloo":
+        step |= {"policy and reference, whole": 2 * plain(model), "reward model": plain(reward_model or model)}
+    held = sum(step.get(part, 0) for part in ("parameters", "optimizer moments", "policy and reference, whole", "reward model"))
+    phases = {"in all, in a training step": sum(step.values())}
+    if eval_data:
+        phases["in all, in an evaluation"] = held + forward(loss_fn, items_of(stage, settings, eval_data, tokenizer), batches_in_order)
+    texts = [row for item in items for row in rows_of(item, samples)]
+    if stage == "dpo":
+        phases["the whole model, in its reference pass before"] = plain(model) + forward(stages.sft_loss, texts, stages.answer_logps)
+    if stage == "rloo":
+        cache = cache_bytes(config, settings, items, ranks)
+        sampling = max(cache, plain(model) if ranks > 1 else 0, forward(stages.sft_loss, texts, stages.answer_logps))
+        phases[f"in all, while it samples; {cache / 1e9:.2f} of KV cache"] = held + sampling
+    peak = max(phases.values())
+    lengths, supervised = [len(text.ids) for text in texts], sum(int(text.mask.sum()) for text in texts)
+    flops = settings.batch_size / len(items) * training_flops(config, lengths, supervised)
+    of = "the data" if data else "--max-length" if stage != "rloo" else "--max-length, the answer included"
+    return "\n".join([
+        f"{stage} of {name}: {sum(p.numel() for p in model.parameters()):,} parameters on {ranks} ranks, {settings.dtype}, activation checkpointing {settings.activation_checkpointing}",
+        f"the largest of {share // size} micro-batches: {' x '.join(map(str, batch.mask.shape))} tokens, {int(batch.mask.sum()):,} supervised; lengths from {of}",
+        "", "    GB  on each rank", *(f"{size / 1e9:6.2f}  {part}" for part, size in step.items() if size), *(f"{size / 1e9:6.2f}  {phase}" for phase, size in phases.items()),
+        *([f"{on_cpu / 1e9:6.2f}  parameters, gradients, moments in the CPU's memory"] if on_cpu else []),
+        "        " + ", ".join(f"{'fits' if peak <= card * 1e9 else 'does not fit'} {card} GB" for card in CARDS),
+        "", "        a step", *(f"{size / 1e9:6.2f}  {what} by each rank" for what, size in watch.traffic.items() if size),
+        f"{settings.batch_size * sum(lengths) / len(items):,.0f} tokens: {settings.batch_size} x {sum(lengths) / len(items):,.1f}, the longest text {max(lengths):,}",
+        f"{flops:.3g} floating-point operations of the model, {flops / ranks:.3g} on each rank",
+        f"settings {json.dumps(asdict(settings))}"])
