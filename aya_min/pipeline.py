@@ -123,7 +123,8 @@ def family_table(run, teachers):
 # ---- train per cluster, merge; online DPO ----------------------------------------------------------------------------------------
 
 def train_clusters_and_merge(run, name, title, stage, start, rows, its_settings, epochs, shared=SHARED):
-    """One model per language cluster, all from `start`, then their plain average (weighted linear merging, launch blog).
+    """One model per language cluster, all from `start` ({cluster: folder}: each from its own), then their plain average (weighted linear
+    merging, launch blog).
 
     All clusters together take as many optimizer steps as one model would on all rows, shared out equally; `cluster_spill` of the other
     languages' rows keep the clusters from drifting apart (LOG.md: hard clusters this small do not average well).
@@ -140,7 +141,8 @@ def train_clusters_and_merge(run, name, title, stage, start, rows, its_settings,
         steps = max(1, round(total / len(run.clusters)))
         cluster_settings = {**its_settings, "batch_size": batch_size, "max_steps": steps, "warmup_steps": max(1, steps // 10),
                             "learning_rate": r.cluster_scale * its_settings["learning_rate"]}
-        folders.append(train_step(run, f"{name}-{cluster}", f"{title}: {cluster}", stage, start, mine, settings(run, **cluster_settings)))
+        folders.append(train_step(run, f"{name}-{cluster}", f"{title}: {cluster}", stage, start[cluster] if isinstance(start, dict) else start, mine,
+                                  settings(run, **cluster_settings)))
 
     def make(folder, resume):
         if distributed.is_main():
