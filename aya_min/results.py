@@ -36,7 +36,9 @@ def eval_rows(run):
 
 
 def evaluate_model(run, model, arbiter):
-    """Answers of a model to the evaluation prompts, greedy and at temperature 1, graded by the oracle (or the judge), in steps/eval-<name>/."""
+    """Answers of a model to the evaluation prompts, greedy and at temperature 1, graded by the oracle (or the judge), in steps/eval-<name>/.
+
+    arbiter: the reward model whose score goes beside each answer; None: no score."""
     name = model["name"]
 
     def make(folder, resume):
@@ -44,8 +46,9 @@ def evaluate_model(run, model, arbiter):
         for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             answers = [group[0] for group in answers_of(run, model["folder"], rows, temperature=temperature, seed=run.recipe.seed)]
             answered = [{**row, "completion": text} for row, text in zip(rows, answers)]
-            rewards = scores_of(run, arbiter, answered)
-            judged = [{**row, "reward": reward} for row, reward in zip(grade_answers(answered) if run.embedded else answered, rewards)]
+            judged = grade_answers(answered) if run.embedded else answered
+            if arbiter:
+                judged = [{**row, "reward": reward} for row, reward in zip(judged, scores_of(run, arbiter, answered))]
             if run.judge:
                 scores = scores_of(run, run.judge, answered)            # rounded: padding moves the last bits, and equal texts must tie
                 judged = [{**row, "grade": round(score, 4)} for row, score in zip(judged, scores)]

@@ -1,6 +1,6 @@
 """The recipe's merging questions at small scale, from finished runs of several seeds (train.py --seed S --arms all --out RUN).
 
-    python tests/bench/merging_questions.py RUN [RUN ...] --out DIR [--heads 1 5]        trains, answers, writes DIR/seed-S.json
+    python tests/bench/merging_questions.py RUN [RUN ...] --out DIR [--heads 1]          trains, answers, writes DIR/seed-S.json
     python tests/bench/merging_questions.py --table DIR/seed-*.json                      the Markdown tables
 
 Every variant is a run of its own, DIR/seed-S/VARIANT/steps/NAME, with the recipe's settings and step names, so that clusters draw the recipe's own
@@ -37,18 +37,21 @@ from aya_min.preferences import best_worst                                      
 from aya_min.results import evaluate_model                                                                      # noqa: E402
 from aya_min.soups import merge_folders                                                                         # noqa: E402
 from aya_min.steps import Run, rows_of, settings, step, train_step, write_json                                  # noqa: E402
+from aya_min.tokenizer import load_tokenizer                                                                    # noqa: E402
 
 STARTS = {"sft": "base", "no-shared": "base", "offline": "sft", "online-1": "offline"}      # merged stage of the recipe -> what its clusters started from
-METHODS = {"slerp": {}, "ties": {}, "dare-ties": {}, "dare-linear": {"normalize": True}, "model-stock": {}}        # else the papers' settings, mergeconfig.py
+METHODS = ("slerp", "ties", "dare-ties", "model-stock")      # the settings of mergeconfig.py, the papers' where they give any
 DECODINGS = ("greedy", "sampled")
 
 # (question, what the papers say, [(A, B, what the win rate of A against B tells)]); a model is VARIANT/NAME, recipe/NAME the finished run's
 QUESTIONS = [
     ("shared languages in every cluster", "Aya Expanse: English, Spanish and French in each cluster make merging more robust",
-     [("recipe/no-shared", "recipe/sft", "without against with, recipe's clusters"), ("hard/no-shared", "hard/sft", "without against with, no spill")]),
+     [("recipe/no-shared", "recipe/sft", "without against with, the recipe's clusters (spill 0.4)"), ("hard/no-shared", "hard/sft", "without against with, no spill"),
+      ("methods/no-shared-ties", "methods/sft-ties", "without against with, merged by TIES"),
+      ("methods/no-shared-dare-ties", "methods/sft-dare-ties", "without against with, merged by DARE-TIES")]),
     ("one model per language", "Aya Expanse: merging one model per language does not achieve the benefits of cross-lingual transfer; Mix or Merge: six monolingual "
      "models merged beat the mix (71.2 against 67.4), three do better (77.0)",
-     [("languages/sft", "hard/sft", "against one per family, no spill"), ("languages/sft", "recipe/sft", "against one per family, recipe's"),
+     [("languages/sft", "hard/sft", "against one per family, no spill"), ("languages/sft", "recipe/sft", "against one per family, the recipe's"),
       ("languages/sft", "recipe/mix", "against one model on the mix")]),
     ("merging once, at the end", "Aya Expanse merges after every stage; no comparison given",
      [("once/offline", "recipe/offline", "SFT and offline DPO by cluster, then merged, against merged after each")]),
@@ -69,15 +72,22 @@ def answer(source, out, all_heads):
     started, models, theirs = time.time(), {}, lambda name: source / "steps" / name / "model"
     for name in [*STARTS, "base", "mix"]:
         models[f"recipe/{name}"] = source / "steps" / f"eval-{name}"
+    sizes = {"recipe": num_parameters(theirs("base"))}
 
     def variant(name, clusters=clusters, **changes):
         print(f"-- seed {r.seed}, {name}: {time.time() - started:.0f} s", flush=True)
         return Run(out / name, replace(r, **changes), device, clusters)
 
+    def save():
+        """What there is so far: a run that is stopped leaves the figures of the variants that are done."""
+        seconds = {folder.name: sum(json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in folder.glob("steps/*/done.json")) for folder in sorted(out.iterdir())}
+        write_json(out.with_name(out.name + ".json"), {"seed": r.seed, "versions": stages.versions(), "recipe": about["recipe"], "seconds": seconds,
+                                                       "parameters": sizes, **numbers(models, sizes)})
+
     def evaluated(run, name):
         """The model of a step, answering the recipe's test questions."""
         folder = run.folder / "steps" / name / "model"
-        evaluate_model(run, {"name": name, "folder": folder}, theirs("arbiter"))
+        evaluate_model(run, {"name": name, "folder": folder}, None)
         models[f"{run.folder.name}/{name}"] = run.folder / "steps" / f"eval-{name}"
         return folder
 
@@ -89,6 +99,7 @@ def answer(source, out, all_heads):
         for method in METHODS:
             merge_step(run, f"{stage}-{method}", method, [theirs(f"{stage}-{cluster}") for cluster in clusters], theirs(start))
             evaluated(run, f"{stage}-{method}")
+    save()
 
     run = variant("once")
     starts = {cluster: theirs(f"sft-{cluster}") for cluster in clusters}
@@ -97,6 +108,7 @@ def answer(source, out, all_heads):
     run = variant("order")
     train_step(run, "offline", "offline DPO, one model", stages.dpo, theirs("sft"), pairs, settings(run, **dpo_settings(run, "offline"), epochs=r.offline_epochs))
     evaluated(run, "offline")
+    save()
 
     run = variant("hard", cluster_spill=0.0)
     for name, shared in (("sft", {}), ("no-shared", {"shared": []})):
@@ -105,18 +117,17 @@ def answer(source, out, all_heads):
     run = variant("languages", {code: [code] for code in LANGUAGES}, cluster_spill=0.0)
     train_clusters_and_merge(run, "sft", "SFT by language", stages.sft, theirs("base"), rows, sft_settings(run), r.sft_epochs, shared=[])
     evaluated(run, "sft")
+    save()
 
-    sizes = {"recipe": num_parameters(theirs("base"))}
     for heads in all_heads:
         run = variant(f"heads-{heads}")
-        base = base_with(run, heads, theirs("base"), source / "data" / "base.jsonl")
+        base = base_with(run, heads, source)
         train_step(run, "mix", "SFT, one model on the mix", stages.sft, base, rows, settings(run, **sft_settings(run), epochs=r.sft_epochs))
         train_clusters_and_merge(run, "sft", "SFT", stages.sft, base, rows, sft_settings(run), r.sft_epochs)
         for name in ("base", "mix", "sft"):
             evaluated(run, name)
         sizes[run.folder.name] = num_parameters(base)
-    write_json(out.with_name(out.name + ".json"), {"seed": r.seed, "versions": stages.versions(), "recipe": about["recipe"], "seconds": seconds_of(out),
-                                                   "parameters": sizes, **numbers(models, sizes)})
+        save()
     print(f"-- seed {r.seed}, done: {time.time() - started:.0f} s", flush=True)
 
 
@@ -127,7 +138,7 @@ def merge_step(run, name, method, folders, start):
             slerp_tree(folders, folder / "model")
         else:
             seed = {"seed": run.recipe.seed} if method.startswith("dare") else {}
-            merge_folders(folders, folder / "model", method, base=start, **METHODS[method], **seed)
+            merge_folders(folders, folder / "model", method, base=start, **seed)
     step(run, name, f"{len(folders)} clusters merged by {method}", make)
 
 
@@ -140,17 +151,17 @@ def slerp_tree(folders, out):
     return merge_folders(sides, out, "slerp", t=1 - half / len(folders))
 
 
-def base_with(run, heads, recipe_base, data):
-    """A base with so many heads, pretrained as the recipe's on the same rows with the same tokenizer. -> its folder"""
+def base_with(run, heads, source):
+    """A base with so many heads, pretrained as the finished run's on the same rows with the same tokenizer. -> its folder"""
     r, preset = run.recipe, config.MODEL_PRESETS[run.recipe.model]
 
     def make(folder, resume):
-        _, tokenizer = weights.load(recipe_base, run.device)
+        tokenizer = load_tokenizer(source / "steps" / "base")
         size = {key: preset[key] * heads // preset["num_attention_heads"] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
         model = config.ModelConfig(**{**preset, **size, "vocab_size": tokenizer.vocab_size, "num_key_value_heads": None})
         model = init_weights(CohereForCausalLM(model), torch.Generator().manual_seed(r.seed))
         its_settings = settings(run, config.Pretrain, learning_rate=r.base_learning_rate, warmup_steps=50, save_every=500)
-        stages.pretrain(model, tokenizer, [data], its_settings, folder, run.device, resume=resume)
+        stages.pretrain(model, tokenizer, [source / "data" / "base.jsonl"], its_settings, folder, run.device, resume=resume)
     step(run, "base", f"pretraining a base of {heads} heads", make)
     return run.folder / "steps" / "base" / "model"
 
@@ -159,13 +170,8 @@ def num_parameters(folder):
     return sum(p.numel() for p in weights.load(folder)[0].parameters())
 
 
-def seconds_of(out):
-    """Seconds of all steps of each variant, whenever they were made."""
-    return {folder.name: sum(json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in folder.glob("steps/*/done.json")) for folder in sorted(out.iterdir())}
-
-
 def numbers(models, sizes):
-    """Mean grades, and the win rates of all pairs that the tables show: {"A against B": {decoding: win_rates}}."""
+    """Mean grades, and the win rates of all pairs that the tables show and that are there: {"A against B": {decoding: win_rates}}."""
     answers = {name: {d: rows_of(folder / f"{d}.jsonl") for d in DECODINGS} for name, folder in models.items()}
     grades = {name: {d: statistics.mean(row["grade"] for row in rows) for d, rows in by_decoding.items()} for name, by_decoding in answers.items()}
     pairs = [(a, b) for _, _, comparisons in QUESTIONS for a, b, _ in comparisons]
@@ -177,7 +183,7 @@ def numbers(models, sizes):
     def rates(a, b, decoding):
         joined = join(answers[a][decoding], answers[b][decoding])
         return win_rates([x["grade"] for x, _ in joined], [y["grade"] for _, y in joined], [x["question_id"] for x, _ in joined])
-    return {"grades": grades, "win_rates": {f"{a} against {b}": {d: rates(a, b, d) for d in DECODINGS} for a, b in dict.fromkeys(pairs)}}
+    return {"grades": grades, "win_rates": {f"{a} against {b}": {d: rates(a, b, d) for d in DECODINGS} for a, b in dict.fromkeys(pairs) if a in models and b in models}}
 
 
 # ---- the tables --------------------------------------------------------------------------------------------------------------------
@@ -188,6 +194,8 @@ def cell(rates):
 
 def verdict(seeds, pair):
     """better or worse: the intervals of all seeds are above or below 50, by decoding; anything else is not shown."""
+    if not all(pair in seed["win_rates"] for seed in seeds):
+        return "not done"
     said = {}
     for decoding in DECODINGS:
         bounds = [seed["win_rates"][pair][decoding]["ci95"] for seed in seeds]
@@ -196,7 +204,8 @@ def verdict(seeds, pair):
 
 
 def cells(seeds, pair):
-    return " | ".join(f"{cell(seed['win_rates'][pair]['greedy'])}; {cell(seed['win_rates'][pair]['sampled'])}" for seed in seeds) + f" | {verdict(seeds, pair)}"
+    found = [seed["win_rates"].get(pair) for seed in seeds]
+    return " | ".join("; ".join(cell(rates[d]) for d in DECODINGS) if rates else "-" for rates in found) + f" | {verdict(seeds, pair)}"
 
 
 def size_verdict(seeds, names):
@@ -215,7 +224,7 @@ def tables(seeds):
     for question, claim, comparisons in QUESTIONS:
         for i, (a, b, title) in enumerate(comparisons):
             lines.append(f"| {question}: {title} | {'' if i else claim} | {cells(seeds, f'{a} against {b}')} |")
-    sizes = sorted(seeds[0]["parameters"].items(), key=lambda item: item[1])
+    sizes = sorted(((name, size) for name, size in seeds[0]["parameters"].items() if all(name in seed["parameters"] for seed in seeds)), key=lambda item: item[1])
     for i, (name, size) in enumerate(sizes):
         for a, b, title in (("sft", "mix", "clusters merged against the mix"), ("sft", "base", "clusters merged against the base"), ("mix", "base", "the mix against the base")):
             lines.append(f"| {SIZES[0]}, {size / 1e6:.2f}M: {title} | {SIZES[1] if (i, a, b) == (0, 'sft', 'mix') else ''} | {cells(seeds, f'{name}/{a} against {name}/{b}')} |")
@@ -250,7 +259,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs, one for each seed")
     parser.add_argument("--out", type=Path, help="where the variants and the figures go; the same command goes on with what is there")
-    parser.add_argument("--heads", nargs="*", type=int, default=[1, 5], help="the other sizes, in heads (the preset tiny has 3)")
+    parser.add_argument("--heads", nargs="*", type=int, default=[1], help="the other sizes, in heads of the recipe's width (the preset tiny has 3; default 1)")
     parser.add_argument("--table", nargs="+", type=Path, metavar="JSON", help="print the tables of these figures")
     args = parser.parse_args()
     if args.table:
