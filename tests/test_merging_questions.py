@@ -70,7 +70,7 @@ def test_a_gain_grows_with_size_when_the_intervals_of_smallest_and_largest_are_a
     assert SCRIPT["size_verdict"]([apart, touching], ["s", "l"]) == "gain with size: not shown to change greedy, not shown to change sampled"
 
 
-def test_the_most_consistent_method_is_the_one_with_the_smallest_largest_shortfall():
+def test_consistency_is_the_range_over_seeds_the_mean_and_the_largest_shortfall_from_the_best_method():
     def rates(value):
         return {d: {"win_rate": value, "ci95": [value - 1, value + 1]} for d in SCRIPT["DECODINGS"]}
     starts, methods = SCRIPT["STARTS"], SCRIPT["METHODS"]
@@ -79,5 +79,6 @@ def test_the_most_consistent_method_is_the_one_with_the_smallest_largest_shortfa
         linear = {f"recipe/{stage} against recipe/{start}": rates(55.0) for stage, start in starts.items()}
         others = {f"methods/{stage}-{method} against recipe/{start}": rates(value if method == "ties" else 40.0) for stage, start in starts.items() for method in methods}
         seeds.append({"win_rates": linear | others})
+    assert SCRIPT["consistency"]([*seeds, {"win_rates": linear}]) == {}     # one seed lacks the other methods
     found = SCRIPT["consistency"](seeds)
     assert found["linear"]["greedy"] == (0.0, 55.0, 3.0) and found["ties"]["greedy"] == (6.0, 55.0, 3.0) and found["slerp"]["sampled"] == (0.0, 40.0, 18.0)

@@ -1,17 +1,17 @@
 """The recipe's merging questions at small scale, from finished runs of several seeds (train.py --seed S --arms all --out RUN).
 
-    python tests/bench/merging_questions.py RUN [RUN ...] --out DIR [--heads 1]          trains, answers, writes DIR/seed-S.json
-    python tests/bench/merging_questions.py --table DIR/seed-*.json                      the Markdown tables
+    python tests/bench/merging_questions.py RUN [RUN ...] --out DIR          trains, answers, writes DIR/seed-S.json; the same again goes on
+    python tests/bench/merging_questions.py --table DIR/seed-*.json          the Markdown tables
 
 Every variant is a run of its own, DIR/seed-S/VARIANT/steps/NAME, with the recipe's settings and step names, so that clusters draw the recipe's own
-rows, and what is whole is not done again. The finished runs are only read. All variants of one stage take the same number of optimizer steps in all.
+rows, and what is whole is not done again. The finished runs are only read. All models of one stage take the same number of optimizer steps in all.
 
 methods     the finished run's clusters of each stage merged by other methods; SLERP takes two models, so four are merged as a tree of pairs
 hard        SFT by cluster without the others' rows (cluster_spill 0), with and without the shared languages: clusters that really differ
 languages   SFT with one model per language, without others' rows or shared languages, merged
 once        offline DPO of each cluster from its own SFT model, merged once at the end (also: DPO, then merge)
 order       offline DPO as one model on the merged SFT model (merge, then DPO)
-heads-N     base, one model on the mix and merged clusters for a decoder with N heads as wide as the recipe's, all else alike
+sizes       heads-N: base, one model on the mix, and merged clusters of a decoder with N heads as wide as the recipe's, all else alike
 """
 
 import argparse
@@ -19,7 +19,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from aya_min import config, distributed, stages, weights                                                        # noqa: E402
 from aya_min.arbitrage import route                                                                             # noqa: E402
 from aya_min.evaluate import join, win_rates                                                                    # noqa: E402
-from aya_min.languages import LANGUAGES                                                                         # noqa: E402
+from aya_min.languages import LANGUAGES, SHARED                                                                  # noqa: E402
 from aya_min.model import CohereForCausalLM, init_weights                                                       # noqa: E402
 from aya_min.pipeline import dpo_settings, sft_settings, train_clusters_and_merge                               # noqa: E402
 from aya_min.preferences import best_worst                                                                      # noqa: E402
@@ -58,77 +58,89 @@ QUESTIONS = [
     ("merge and DPO, in which order", "Mix or Merge (SLERP, against their base): DPO, then merge 78.0; merge, then DPO 74.0; merge without DPO 72.6",
      [("once/offline", "order/offline", "DPO, then merge, against merge, then DPO"), ("recipe/offline", "order/offline", "merge, DPO by cluster, merge, against merge, then DPO")]),
 ]
-SIZES = ("merging gain and size", "Aya Expanse: gains from merging up to 3 times larger at 35B than at 8B")
+SIZES = ("merging gain and size", "Aya Expanse: gains from merging up to 3 times larger at 35B than at 8B",
+         [("sft", "mix", "clusters merged against the mix"), ("sft", "base", "clusters merged against the base"), ("mix", "base", "the mix against the base")])
 
 
-# ---- the work ----------------------------------------------------------------------------------------------------------------------
+# ---- the variants ------------------------------------------------------------------------------------------------------------------
 
-def answer(source, out, all_heads):
-    """All variants of one seed. source: the folder of a finished run. Leaves `out` and out.json."""
-    if not (source / "summary.json").is_file() or not (source / "steps" / "no-shared" / "done.json").is_file():
-        raise ValueError(f"{source} is not a finished run of the recipe with all arms; finish it with train.py --arms all --out {source}")
-    about = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    r, clusters, device = config.Recipe(**about["recipe"]), about["clusters"], torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    started, models, theirs = time.time(), {}, lambda name: source / "steps" / name / "model"
-    for name in [*STARTS, "base", "mix"]:
-        models[f"recipe/{name}"] = source / "steps" / f"eval-{name}"
-    sizes = {"recipe": num_parameters(theirs("base"))}
+@dataclass
+class Seed:
+    """A finished run of one seed, and where its variants go."""
+    source: Path
+    out: Path
+    recipe: config.Recipe
+    clusters: dict
+    device: torch.device
+    heads: list                             # of the models of other sizes
 
-    def variant(name, clusters=clusters, **changes):
-        print(f"-- seed {r.seed}, {name}: {time.time() - started:.0f} s", flush=True)
-        return Run(out / name, replace(r, **changes), device, clusters)
+    def theirs(self, name):
+        """The model of one of the finished run's steps."""
+        return self.source / "steps" / name / "model"
 
-    def save():
-        """What there is so far: a run that is stopped leaves the figures of the variants that are done."""
-        seconds = {folder.name: sum(json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in folder.glob("steps/*/done.json")) for folder in sorted(out.iterdir())}
-        write_json(out.with_name(out.name + ".json"), {"seed": r.seed, "versions": stages.versions(), "recipe": about["recipe"], "seconds": seconds,
-                                                       "parameters": sizes, **numbers(models, sizes)})
+    def variant(self, name, clusters=None, **changes):
+        return Run(self.out / name, replace(self.recipe, **changes), self.device, clusters or self.clusters)
 
-    def evaluated(run, name):
-        """The model of a step, answering the recipe's test questions."""
-        folder = run.folder / "steps" / name / "model"
-        evaluate_model(run, {"name": name, "folder": folder}, None)
-        models[f"{run.folder.name}/{name}"] = run.folder / "steps" / f"eval-{name}"
-        return folder
+    def candidates(self):
+        return rows_of(self.source / "steps" / "arbitrage" / "candidates.jsonl")
 
-    candidates = rows_of(source / "steps" / "arbitrage" / "candidates.jsonl")
-    rows, pairs = route(candidates, "reward", r.seed)[0], best_worst(candidates, r.offline_margin)[0]
 
-    run = variant("methods")
+def evaluated(run, name):
+    """The model of a step answers the recipe's test questions, without the arbiter's scores."""
+    evaluate_model(run, {"name": name, "folder": run.folder / "steps" / name / "model"}, None)
+
+
+def methods(seed):
+    run = seed.variant("methods")
     for stage, start in STARTS.items():
         for method in METHODS:
-            merge_step(run, f"{stage}-{method}", method, [theirs(f"{stage}-{cluster}") for cluster in clusters], theirs(start))
+            merge_step(run, f"{stage}-{method}", method, [seed.theirs(f"{stage}-{cluster}") for cluster in seed.clusters], seed.theirs(start))
             evaluated(run, f"{stage}-{method}")
-    save()
 
-    run = variant("once")
-    starts = {cluster: theirs(f"sft-{cluster}") for cluster in clusters}
-    train_clusters_and_merge(run, "offline", "offline DPO, each cluster from its own SFT model", stages.dpo, starts, pairs, dpo_settings(run, "offline"), r.offline_epochs)
+
+def once(seed):
+    run, starts = seed.variant("once"), {cluster: seed.theirs(f"sft-{cluster}") for cluster in seed.clusters}
+    pairs, _ = best_worst(seed.candidates(), run.recipe.offline_margin)
+    train_clusters_and_merge(run, "offline", "offline DPO on each cluster's SFT model", stages.dpo, starts, pairs, dpo_settings(run, "offline"), run.recipe.offline_epochs)
     evaluated(run, "offline")
-    run = variant("order")
-    train_step(run, "offline", "offline DPO, one model", stages.dpo, theirs("sft"), pairs, settings(run, **dpo_settings(run, "offline"), epochs=r.offline_epochs))
+
+
+def order(seed):
+    run = seed.variant("order")
+    pairs, _ = best_worst(seed.candidates(), run.recipe.offline_margin)
+    train_step(run, "offline", "offline DPO, one model", stages.dpo, seed.theirs("sft"), pairs, settings(run, **dpo_settings(run, "offline"), epochs=run.recipe.offline_epochs))
     evaluated(run, "offline")
-    save()
 
-    run = variant("hard", cluster_spill=0.0)
-    for name, shared in (("sft", {}), ("no-shared", {"shared": []})):
-        train_clusters_and_merge(run, name, "SFT without spill", stages.sft, theirs("base"), rows, sft_settings(run), r.sft_epochs, **shared)
-        evaluated(run, name)
-    run = variant("languages", {code: [code] for code in LANGUAGES}, cluster_spill=0.0)
-    train_clusters_and_merge(run, "sft", "SFT by language", stages.sft, theirs("base"), rows, sft_settings(run), r.sft_epochs, shared=[])
-    evaluated(run, "sft")
-    save()
 
-    for heads in all_heads:
-        run = variant(f"heads-{heads}")
-        base = base_with(run, heads, source)
-        train_step(run, "mix", "SFT, one model on the mix", stages.sft, base, rows, settings(run, **sft_settings(run), epochs=r.sft_epochs))
-        train_clusters_and_merge(run, "sft", "SFT", stages.sft, base, rows, sft_settings(run), r.sft_epochs)
-        for name in ("base", "mix", "sft"):
+def hard(seed):
+    run = seed.variant("hard", cluster_spill=0.0)
+    for name, shared in (("sft", SHARED), ("no-shared", [])):
+        sft_by_cluster(run, seed, name, seed.theirs("base"), shared)
+
+
+def languages(seed):
+    sft_by_cluster(seed.variant("languages", {code: [code] for code in LANGUAGES}, cluster_spill=0.0), seed, "sft", seed.theirs("base"), [])
+
+
+def sizes(seed):
+    for heads in seed.heads:
+        run = seed.variant(f"heads-{heads}")
+        base = base_with(run, heads, seed.source)
+        rows, _ = route(seed.candidates(), "reward", run.recipe.seed)
+        train_step(run, "mix", "SFT, one model on the mix", stages.sft, base, rows, settings(run, **sft_settings(run), epochs=run.recipe.sft_epochs))
+        sft_by_cluster(run, seed, "sft", base, SHARED)
+        for name in ("base", "mix"):
             evaluated(run, name)
-        sizes[run.folder.name] = num_parameters(base)
-        save()
-    print(f"-- seed {r.seed}, done: {time.time() - started:.0f} s", flush=True)
+
+
+VARIANTS = {"methods": (methods, "no-shared"), "once": (once, "offline"), "order": (order, "offline"), "hard": (hard, "arbitrage"),
+            "languages": (languages, "arbitrage"), "sizes": (sizes, "arbitrage")}           # and the last step of the finished run that each needs
+
+
+def sft_by_cluster(run, seed, name, base, shared):
+    rows, _ = route(seed.candidates(), "reward", run.recipe.seed)
+    train_clusters_and_merge(run, name, f"SFT, {run.folder.name}", stages.sft, base, rows, sft_settings(run), run.recipe.sft_epochs, shared=shared)
+    evaluated(run, name)
 
 
 def merge_step(run, name, method, folders, start):
@@ -166,24 +178,36 @@ def base_with(run, heads, source):
     return run.folder / "steps" / "base" / "model"
 
 
-def num_parameters(folder):
-    return sum(p.numel() for p in weights.load(folder)[0].parameters())
+# ---- figures -----------------------------------------------------------------------------------------------------------------------
+
+def save(seed):
+    """out.json: the figures of all variants that are done, so that a run which is stopped leaves some."""
+    seconds = {}
+    for path in seed.out.glob("*/steps/*/done.json"):
+        seconds[path.parts[-4]] = seconds.get(path.parts[-4], 0) + json.loads(path.read_text(encoding="utf-8"))["seconds"]
+    bases = {"recipe": seed.theirs("base")} | {path.parts[-4]: path for path in sorted(seed.out.glob("heads-*/steps/base/model"))}
+    parameters = {name: sum(p.numel() for p in weights.load(folder)[0].parameters()) for name, folder in bases.items()}
+    answers = {f"recipe/{path.parent.name[5:]}": path.parent for path in seed.source.glob("steps/eval-*/done.json")}
+    answers |= {f"{path.parts[-4]}/{path.parent.name[5:]}": path.parent for path in seed.out.glob("*/steps/eval-*/done.json")}
+    write_json(seed.out.with_name(seed.out.name + ".json"), {"seed": seed.recipe.seed, "versions": stages.versions(), "recipe": asdict(seed.recipe), "seconds": seconds,
+                                                             "parameters": parameters, **numbers(answers, parameters)})
 
 
-def numbers(models, sizes):
+def numbers(answers, sizes):
     """Mean grades, and the win rates of all pairs that the tables show and that are there: {"A against B": {decoding: win_rates}}."""
-    answers = {name: {d: rows_of(folder / f"{d}.jsonl") for d in DECODINGS} for name, folder in models.items()}
-    grades = {name: {d: statistics.mean(row["grade"] for row in rows) for d, rows in by_decoding.items()} for name, by_decoding in answers.items()}
     pairs = [(a, b) for _, _, comparisons in QUESTIONS for a, b, _ in comparisons]
-    pairs += [(f"{size}/{a}", f"{size}/{b}") for size in sizes for a, b in (("sft", "mix"), ("sft", "base"), ("mix", "base"))]
+    pairs += [(f"{size}/{a}", f"{size}/{b}") for size in sizes for a, b, _ in SIZES[2]]
     for stage, start in STARTS.items():
         names = [f"recipe/{stage}"] + [f"methods/{stage}-{method}" for method in METHODS]
         pairs += [(name, f"recipe/{start}") for name in names] + [(name, names[0]) for name in names[1:]]
+    pairs = [(a, b) for a, b in dict.fromkeys(pairs) if a in answers and b in answers]
+    rows = {name: {d: rows_of(answers[name] / f"{d}.jsonl") for d in DECODINGS} for name in dict.fromkeys(sum(pairs, ()))}
 
     def rates(a, b, decoding):
-        joined = join(answers[a][decoding], answers[b][decoding])
+        joined = join(rows[a][decoding], rows[b][decoding])
         return win_rates([x["grade"] for x, _ in joined], [y["grade"] for _, y in joined], [x["question_id"] for x, _ in joined])
-    return {"grades": grades, "win_rates": {f"{a} against {b}": {d: rates(a, b, d) for d in DECODINGS} for a, b in dict.fromkeys(pairs) if a in models and b in models}}
+    return {"grades": {name: {d: statistics.mean(row["grade"] for row in rows[name][d]) for d in DECODINGS} for name in rows},
+            "win_rates": {f"{a} against {b}": {d: rates(a, b, d) for d in DECODINGS} for a, b in pairs}}
 
 
 # ---- the tables --------------------------------------------------------------------------------------------------------------------
@@ -210,6 +234,8 @@ def cells(seeds, pair):
 
 def size_verdict(seeds, names):
     """larger with size: in all seeds the interval of clusters against mix is, for the largest model, above that of the smallest; smaller likewise."""
+    if len(names) < 2 or not all(f"{name}/sft against {name}/mix" in seed["win_rates"] for seed in seeds for name in names):
+        return "gain with size: not done"
     said = []
     for decoding in DECODINGS:
         ends = [[seed["win_rates"][f"{name}/sft against {name}/mix"][decoding]["ci95"] for name in (names[0], names[-1])] for seed in seeds]
@@ -224,52 +250,69 @@ def tables(seeds):
     for question, claim, comparisons in QUESTIONS:
         for i, (a, b, title) in enumerate(comparisons):
             lines.append(f"| {question}: {title} | {'' if i else claim} | {cells(seeds, f'{a} against {b}')} |")
-    sizes = sorted(((name, size) for name, size in seeds[0]["parameters"].items() if all(name in seed["parameters"] for seed in seeds)), key=lambda item: item[1])
-    for i, (name, size) in enumerate(sizes):
-        for a, b, title in (("sft", "mix", "clusters merged against the mix"), ("sft", "base", "clusters merged against the base"), ("mix", "base", "the mix against the base")):
-            lines.append(f"| {SIZES[0]}, {size / 1e6:.2f}M: {title} | {SIZES[1] if (i, a, b) == (0, 'sft', 'mix') else ''} | {cells(seeds, f'{name}/{a} against {name}/{b}')} |")
-    lines += ["", size_verdict(seeds, [name for name, _ in sizes]), "",
-              f"| merged otherwise, against the linear merge | {head} | found |", "|---|" + "---|" * (len(seeds) + 1)]
+    question, claim, comparisons = SIZES
+    sizes = sorted((size, name) for name, size in seeds[0]["parameters"].items())
+    for size, name in sizes:
+        for a, b, title in comparisons:
+            lines.append(f"| {question}, {size / 1e6:.2f}M: {title} | {claim} | {cells(seeds, f'{name}/{a} against {name}/{b}')} |")
+            claim = ""
+    lines += ["", size_verdict(seeds, [name for _, name in sizes]), "", f"| merged otherwise, against the linear merge | {head} | found |", "|---|" + "---|" * (len(seeds) + 1)]
     for stage in STARTS:
         lines += [f"| {stage}: {method} | {cells(seeds, f'methods/{stage}-{method} against recipe/{stage}')} |" for method in METHODS]
-    lines += ["", "| method, against the stage's start | spread over seeds, greedy; sampled | mean win rate, greedy; sampled | largest shortfall from the best method, greedy; sampled |", "|---|---|---|---|"]
     consistent = consistency(seeds)
-    for method, by_decoding in consistent.items():
-        lines.append(f"| {method} | " + " | ".join("; ".join(f"{by_decoding[d][i]:.1f}" for d in DECODINGS) for i in range(3)) + " |")
-    best = [min(consistent, key=lambda method: consistent[method][d][2]) for d in DECODINGS]
-    return "\n".join(lines + ["", f"most consistent (smallest largest shortfall over all stages and seeds): {best[0]} greedy, {best[1]} sampled"])
+    lines += ["", "| method, against the stage's start | range over seeds, greedy; sampled | mean win rate | largest shortfall from the best method |", "|---|---|---|---|"]
+    lines += [f"| {method} | " + " | ".join("; ".join(f"{found[d][i]:.1f}" for d in DECODINGS) for i in range(3)) + " |" for method, found in consistent.items()]
+    best = [min(consistent, key=lambda method: consistent[method][d][2]) for d in DECODINGS if consistent]
+    return "\n".join(lines + ["", f"most consistent, by its largest shortfall over all stages and seeds (greedy; sampled): {'; '.join(best) or 'not done'}", "",
+                              "better, worse: the 95% intervals of all seeds are above, or below, 50; anything else is not shown"])
 
 
 def consistency(seeds):
     """{method: {decoding: (points)}}: the range over seeds of its win rate against the stage's start, a mean over stages; the mean win rate;
-    and by how much it is worse than the best method at its worst stage and seed."""
+    and by how much it is behind the best method at its worst stage and seed."""
     def rate(seed, stage, method, decoding):
         name = f"recipe/{stage}" if method == "linear" else f"methods/{stage}-{method}"
         return seed["win_rates"][f"{name} against recipe/{STARTS[stage]}"][decoding]["win_rate"]
+    if not all(f"methods/{stage}-{method} against recipe/{start}" in seed["win_rates"] for seed in seeds for stage, start in STARTS.items() for method in METHODS):
+        return {}
     found = {method: {} for method in ["linear", *METHODS]}
-    for decoding in DECODINGS:
-        rates = {method: {stage: [rate(seed, stage, method, decoding) for seed in seeds] for stage in STARTS} for method in found}
-        for method, by_stage in rates.items():
-            short = [max(rates[other][stage][i] for other in rates) - by_stage[stage][i] for stage in STARTS for i in range(len(seeds))]
-            found[method][decoding] = (statistics.mean(max(row) - min(row) for row in by_stage.values()), statistics.mean(sum(by_stage.values(), [])), max(short))
+    for d in DECODINGS:
+        rates = {method: [[rate(seed, stage, method, d) for seed in seeds] for stage in STARTS] for method in found}            # stages x seeds
+        best = [[max(same) for same in zip(*rows)] for rows in zip(*rates.values())]
+        for method, rows in rates.items():
+            short = [top - own for tops, row in zip(best, rows) for top, own in zip(tops, row)]
+            found[method][d] = (statistics.mean(max(row) - min(row) for row in rows), statistics.mean(sum(rows, [])), max(short))
     return found
 
 
-def main():
+def main(device):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs, one for each seed")
     parser.add_argument("--out", type=Path, help="where the variants and the figures go; the same command goes on with what is there")
     parser.add_argument("--heads", nargs="*", type=int, default=[1], help="the other sizes, in heads of the recipe's width (the preset tiny has 3; default 1)")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="which (default: all)")
     parser.add_argument("--table", nargs="+", type=Path, metavar="JSON", help="print the tables of these figures")
     args = parser.parse_args()
     if args.table:
         print(tables([json.loads(path.read_text(encoding="utf-8")) for path in args.table]))
-    elif not args.runs or not args.out:
+        return
+    if not args.runs or not args.out:
         parser.error("give finished runs and --out, or --table")
+    seeds = []
     for source in args.runs:
-        seed = json.loads((source / "config.json").read_text(encoding="utf-8"))["seed"]
-        answer(source, args.out / f"seed-{seed}", args.heads)
+        about = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        seeds.append(Seed(source, args.out / f"seed-{about['seed']}", config.Recipe(**about["recipe"]), about["clusters"], device, args.heads))
+        for name, (_, needed) in VARIANTS.items():
+            if name in args.variants and not (source / "steps" / needed / "done.json").is_file():
+                raise ValueError(f"{source} has not finished the step {needed}, which {name} needs; finish it with train.py --arms all --out {source}")
+    started = time.time()
+    for seed in seeds:
+        for name in args.variants:
+            print(f"-- {time.time() - started:.0f} s: seed {seed.recipe.seed}, {name}", flush=True)
+            VARIANTS[name][0](seed)
+            save(seed)
+    print(f"-- {time.time() - started:.0f} s: done", flush=True)
 
 
 if __name__ == "__main__":
-    distributed.launch(lambda device: main())
+    distributed.launch(main)
