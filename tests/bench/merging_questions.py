@@ -4,7 +4,7 @@
     python tests/bench/merging_questions.py --table DIR/seed-*.json          the Markdown tables
 
 Every variant is a run of its own, DIR/seed-S/VARIANT/steps/NAME, with the recipe's settings and step names, so that clusters draw the recipe's own
-rows, and what is whole is not done again. The finished runs are only read. All models of one stage take the same number of optimizer steps in all.
+rows, and what is whole is not done again. The finished runs are only read. All arms of a stage take the same number of optimizer steps (to rounding).
 
 methods     the finished run's clusters of each stage merged by other methods; SLERP takes two models, so four are merged as a tree of pairs
 hard        SFT by cluster without the others' rows (cluster_spill 0), with and without the shared languages: clusters that really differ
@@ -51,8 +51,8 @@ QUESTIONS = [
       ("methods/no-shared-dare-ties", "methods/sft-dare-ties", "without against with, merged by DARE-TIES")]),
     ("one model per language", "Aya Expanse: merging one model per language does not achieve the benefits of cross-lingual transfer; Mix or Merge: six monolingual "
      "models merged beat the mix (71.2 against 67.4), three do better (77.0)",
-     [("languages/sft", "hard/sft", "against one per family, no spill"), ("languages/sft", "recipe/sft", "against one per family, the recipe's"),
-      ("languages/sft", "recipe/mix", "against one model on the mix")]),
+     [("languages/sft", "hard/sft", "against one per family, no spill"), ("languages/sft", "hard/no-shared", "against one per family, no spill, no shared languages"),
+      ("languages/sft", "recipe/sft", "against one per family, the recipe's"), ("languages/sft", "recipe/mix", "against one model on the mix")]),
     ("merging once, at the end", "Aya Expanse merges after every stage; no comparison given",
      [("once/offline", "recipe/offline", "SFT and offline DPO by cluster, then merged, against merged after each")]),
     ("merge and DPO, in which order", "Mix or Merge (SLERP, against their base): DPO, then merge 78.0; merge, then DPO 74.0; merge without DPO 72.6",
