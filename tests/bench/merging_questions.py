@@ -52,7 +52,8 @@ QUESTIONS = [
     ("one model per language", "Aya Expanse: merging one model per language does not achieve the benefits of cross-lingual transfer; Mix or Merge: six monolingual "
      "models merged beat the mix (71.2 against 67.4), three do better (77.0)",
      [("languages/sft", "hard/sft", "against one per family, no spill"), ("languages/sft", "hard/no-shared", "against one per family, no spill, no shared languages"),
-      ("languages/sft", "recipe/sft", "against one per family, the recipe's"), ("languages/sft", "recipe/mix", "against one model on the mix")]),
+      ("languages/sft", "recipe/sft", "against one per family, the recipe's"), ("languages/sft", "recipe/mix", "against one model on the mix"),
+      ("languages/sft", "recipe/base", "against the base"), ("hard/sft", "recipe/base", "one per family, no spill, against the base")]),
     ("merging once, at the end", "Aya Expanse merges after every stage; no comparison given",
      [("once/offline", "recipe/offline", "SFT and offline DPO by cluster, then merged, against merged after each")]),
     ("merge and DPO, in which order", "Mix or Merge (SLERP, against their base): DPO, then merge 78.0; merge, then DPO 74.0; merge without DPO 72.6",
