@@ -14,11 +14,8 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
+from aya_min.files import Digests, read_json
 from aya_min.mergeconfig import METHODS, OUTPUT_DTYPES, check_settings, from_config, to_config
-from aya_min.soups import compare_folders, merge_folders, table
-from aya_min.tensorfiles import read_json
 
 FLAGS = {    # setting: its flag
     "base": ("--base", {"metavar": "DIR", "required": True, "help": "the model that the others were trained from"}),
@@ -39,6 +36,12 @@ SUMMARIES = {"linear": "weighted average, the weights divided by their sum (what
              "dare-linear": "random drop and rescale, then task-arithmetic",
              "dare-ties": "random drop and rescale, then elect a sign, average those that agree"}
 
+DIFF = """Rows for each tensor, each kind of tensor over the layers, each layer, and all together.
+
+distance: |b - a| / |a|; cosine: of a and b. With a base, of the task vectors a - base and b - base: task cosine, and same sign, the share
+of the parameters moved by both that were moved to the same side. - where a length is 0.
+"""
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -46,6 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def device(name):
+    import torch
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -56,7 +60,7 @@ def parse(arguments):
     parser = Parser(prog="merge.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE", help="mergekit's configuration as JSON, in the place of METHOD and its flags")
     commands = parser.add_subparsers(dest="method", metavar="METHOD")
-    diff = commands.add_parser("diff", help="how far two models are apart", description=compare_folders.__doc__, allow_abbrev=False,
+    diff = commands.add_parser("diff", help="how far two models are apart", description=DIFF, allow_abbrev=False,
                                formatter_class=argparse.RawDescriptionHelpFormatter)
     diff.add_argument("folders", nargs=2, metavar="MODEL", help="model folders: config.json and model.safetensors or shards")
     diff.add_argument("--base", metavar="DIR", help="the model that both were trained from")
@@ -72,7 +76,7 @@ def parse(arguments):
         command.add_argument("--out", metavar="DIR", help="the new folder; it must not exist")
         command.add_argument("--print-config", action="store_true", help="print mergekit's configuration of this merge, and merge nothing")
     for command in (parser, diff, *methods):
-        command.add_argument("--device", type=device, default="cpu", help="where to compute, such as cuda; default: %(default)s")
+        command.add_argument("--device", type=device, default=argparse.SUPPRESS, help="where to compute, such as cuda; default: cpu")
     options = parser.parse_args(arguments)
     if (options.config is None) == (options.method is None):
         parser.error("give a method, or --config FILE, and not both")
@@ -81,22 +85,31 @@ def parse(arguments):
     return vars(options)
 
 
+def weight_files(folders):
+    """The files of weights, links apart: what a link leads to is not read before it is known where it leads."""
+    return [file for folder in folders for file in sorted(Path(folder).glob("model*.safetensors")) if file.is_file() and not file.is_symlink()]
+
+
 def main(arguments=None):
     options = parse(arguments)
     config, is_json, only_print = (options.pop(key, None) for key in ("config", "json", "print_config"))
     try:
-        if options["method"] == "diff":
-            rows = compare_folders(*options["folders"], options["base"], options["device"])
-            print(json.dumps(rows, indent=1) if is_json else table(rows))
-            return 0
         if config:
             options |= from_config(read_json(config))
+        method, folders, dtype = (options.get(key) for key in ("method", "folders", "dtype"))
         if only_print:
-            method, folders, dtype = (options[key] for key in ("method", "folders", "dtype"))
             settings = {key: options[key] for key in METHODS[method]}
             print(json.dumps(to_config(folders, method, check_settings(method, settings, len(folders), dtype), dtype), indent=2))
             return 0
-        out = merge_folders(**options)
+        with Digests() as digests:
+            if method != "diff":
+                digests.begin(weight_files([*folders, options["base"]] if "base" in options else folders))      # while torch is imported
+            from aya_min.soups import compare_folders, merge_folders, table
+            if method == "diff":
+                rows = compare_folders(*folders, options["base"], options.get("device", "cpu"))
+                print(json.dumps(rows, indent=1) if is_json else table(rows))
+                return 0
+            out = merge_folders(**options, digests=digests)
     except (ValueError, OSError) as error:
         print(f"merge.py: {error}", file=sys.stderr)
         return 2

@@ -151,17 +151,22 @@ def trim(delta, threshold):
     return F.hardshrink(delta, np.nextafter(np.float32(threshold), np.float32(-1)).item())      # keeps what is above; 10x as fast as where
 
 
+DRAWS = 1 << 16             # values of a draw: DARE's densities are multiples of 1 / DRAWS
+
+
 def drop(delta, density, seed, name, start=0):
-    """DARE's m * delta, m ~ Bernoulli(density) (arXiv 2311.03099, 1 - p = density), not yet rescaled.
+    """DARE's m * delta, m ~ Bernoulli(density) (arXiv 2311.03099, 1 - p = density), not yet rescaled. density: a multiple of 1 / DRAWS.
 
     m comes from the seed, the tensor's name and place and the delta's own bits: the same however the files are sharded, wherever they
     lie, and in whatever order the models are given. SFC64's raw stream is the same in all versions of numpy and on all devices.
     """
-    content = delta.view(torch.int32).sum(dtype=torch.int64).item()
+    size = len(delta)
+    content = delta[:size // 2 * 2].view(torch.int64).sum().item() + delta[-1:].view(torch.int32).item()      # by twos: 6x as fast as by ones
     key = hashlib.sha256(f"{seed} {name} {start} {content}".encode()).digest()
-    raw = np.random.SFC64(int.from_bytes(key[:16], "little")).random_raw((len(delta) + 1) // 2)
-    draws = torch.from_numpy(raw.view(np.int32)[:len(delta)]).to(delta.device)          # uniform over 32 bits
-    return delta * (draws <= max(0, round(density * 2 ** 32) - 1) - 2 ** 31)
+    raw = np.random.SFC64(int.from_bytes(key[:16], "little")).random_raw((size + 3) // 4)
+    draws = torch.from_numpy(raw.view(np.int16)[:size]).to(delta.device)                # uniform over 16 bits
+    kept = torch.le(draws, round(density * DRAWS) - 1 - DRAWS // 2, out=torch.empty_like(delta))      # 1 or 0; as booleans 4x as slow
+    return kept.mul_(delta)
 
 
 def sparse_merge(sparse, tensors, weights, scales, lam, normalize, elected, convention):
@@ -176,16 +181,21 @@ def sparse_merge(sparse, tensors, weights, scales, lam, normalize, elected, conv
         votes = [scale * (weight if convention == "mergekit" else weight > 0) for weight, scale in zip(weights, scales)]
         gamma = weighted_sum(sparse, votes)
         gamma = (gamma >= 0) * 2.0 - 1 if convention == "mergekit" else gamma.sign_()
-    merged, moved, mass = torch.zeros_like(base), torch.zeros_like(base), torch.zeros_like(base)
+    merged, mass = torch.zeros_like(base), torch.zeros_like(base)
+    one_scale = len(set(scales)) == 1                   # then moved = scale * mass
+    moved = None if one_scale else torch.zeros_like(base)
     for model, delta, weight, scale in zip(models, sparse, weights, scales, strict=True):
-        agrees = delta.sign().mul_(gamma).clamp_(min=0) if elected else delta.sign().abs_()     # 1 or 0: the model is in A
-        merged.addcmul_(model, agrees, value=weight * scale)
-        moved.add_(agrees, alpha=weight * scale)
+        agrees = delta.sign_().mul_(gamma).clamp_(min=0) if elected else delta.sign_().abs_()       # 1 or 0: the model is in A
+        merged.addcmul_(model, agrees, value=lam * weight * scale)
         mass.add_(agrees, alpha=weight)
+        if not one_scale:
+            moved.add_(agrees, alpha=weight * scale)
+    if one_scale:
+        moved, lam = mass, lam * scales[0]
     if normalize:                                       # where A is empty, 0 / the least of the weights
-        mass = mass.clamp_(min=min(weight for weight in weights if weight > 0)) if elected else sum(weights)
-        merged, moved = merged.div_(mass), moved.div_(mass)
-    return merged.mul_(lam).add_(moved.mul_(-lam).add_(1).mul_(base))                   # lambda/W * sum w s theta + (1 - lambda/W * sum w s) base
+        divisor = mass.clamp(min=min(weight for weight in weights if weight > 0)) if elected else sum(weights)
+        merged, moved = merged.div_(divisor), moved.div_(divisor)
+    return merged.addcmul_(torch.rsub(moved, 1, alpha=lam), base)                       # lambda/W * sum w s theta + (1 - lambda/W * sum w s) base
 
 
 def ties(over, weights, density, lam=1.0, normalize=True, limits=None, convention="paper"):
@@ -204,8 +214,11 @@ def ties(over, weights, density, lam=1.0, normalize=True, limits=None, conventio
 def dare_linear(over, weights, density, lam=1.0, normalize=False, seed=0, name="", convention="paper", elected=False):
     """theta = base + lambda * sum_i w_i m_i tau_i / density: DARE, then task arithmetic (arXiv 2311.03099).
 
+    The density is rounded to 1 / DRAWS, in the mask and in the division, so that the mean over masks stays the task vector.
     mergekit rescales so that the sum of magnitudes in each tensor stays what it was, where the paper divides by the density.
     """
+    density = [max(1, round(share * DRAWS)) / DRAWS for share in density]
+
     def dropped(start, tensors):
         return [drop(delta, share, seed, name, start) for delta, share in zip(task_vectors(tensors), density, strict=True)]
 

@@ -9,7 +9,6 @@ tensors, which have no average, must be equal in all inputs; so must a tied head
 """
 
 import glob
-import hashlib
 import math
 import os
 import re
@@ -22,20 +21,22 @@ import torch
 from tqdm import tqdm
 
 from . import __version__, merging, tensorfiles
+from .files import Digests, write_json
 from .mergeconfig import OUTPUT_DTYPES, check_settings, layer_of, settings_by_tensor, to_config
-from .tensorfiles import DTYPES, first_of, num_bytes, places, read_config, read_header, read_piece, write_json
+from .tensorfiles import DTYPES, first_of, num_bytes, places, read_config, read_header, read_piece
 
 COPIED = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 SAME = ["model_type", "vocab_size", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings"]     # shapes do not show all of these
 PIECE = 1 << 18             # elements; DARE's masks depend on it
 
 
-def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes=tensorfiles.SHARD_BYTES, **settings):
+def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes=tensorfiles.SHARD_BYTES, digests=None, **settings):
     """Merge model folders into the new folder `out`; returns its Path.
 
     settings: mergeconfig.METHODS. Each of the weights (one for each model), density (one for all, or a list of one for each), t and lam
     may be a number, a gradient such as [0, 0.5, 1] over the layers, or filters by name, see mergeconfig.number_at.
     dtype: one of OUTPUT_DTYPES; None keeps that of each tensor of the first folder, whatever the others have.
+    digests: of the models' files, if they were begun before.
     """
     folders, out = [Path(folder) for folder in folders], Path(out)
     settings = check_settings(method, settings, len(folders), dtype)
@@ -52,19 +53,15 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
     if size > (free := shutil.disk_usage(out.parent).free):
         raise ValueError(f"{out} needs {size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; make room or give another folder as the output")
 
-    with partial_folder(out) as partial, ThreadPoolExecutor(1) as hasher:
-        try:
-            inputs_files = [sorted({file for file, _, _ in header.values()}) for header in headers]
-            digests = {file: hasher.submit(sha256, file) for file in dict.fromkeys(sum(inputs_files, []))}      # beside the merge, which waits for disks
-            merge_files(partial, files, headers, method, settings, values, device)
-            write_the_rest(folders[0], partial, configs[0], dtype)
-            write_json(partial / "merge.json", {
-                "config": to_config(folders, method, settings, dtype),
-                "inputs": [{"folder": str(folder), "sha256": {file.name: digests[file].result() for file in its_files}}
-                           for folder, its_files in zip(inputs, inputs_files)],       # the base, where there is one, is the last
-                "versions": {"aya_min": __version__, "torch": torch.__version__}})
-        finally:
-            hasher.shutdown(cancel_futures=True)
+    with partial_folder(out) as partial, digests or Digests() as digests:
+        files_of = {folder: sorted({file for file, _, _ in header.values()}) for folder, header in zip(inputs, headers)}
+        digests.begin(sum(files_of.values(), []))                                    # beside the merge
+        merge_files(partial, files, headers, method, settings, values, device)
+        write_the_rest(folders[0], partial, configs[0], dtype)
+        write_json(partial / "merge.json", {
+            "config": to_config(folders, method, settings, dtype),
+            "inputs": [{"folder": str(folder), "sha256": {file.name: digests[file] for file in files_of[folder]}} for folder in inputs],    # the base is the last
+            "versions": {"aya_min": __version__, "torch": torch.__version__}})
     return out
 
 
@@ -126,7 +123,7 @@ def differences(folder, config, header, first, first_config, first_header):
         elif code in DTYPES and other_code in DTYPES and not (is_float(code) and is_float(other_code)):
             if code != other_code or not equal(first_header, name, header, name):
                 problems.append(f"{folder}: {name} is {other_code}, has no average, and differs from that of {first}")
-    if sha256(folder / "tokenizer.json") != sha256(first / "tokenizer.json"):
+    if content(folder / "tokenizer.json") != content(first / "tokenizer.json"):
         problems.append(f"{folder}: tokenizer.json is not that of {first}")
     return problems + [f"{folder}: {key} is {config[key]}, in {first} {first_config[key]}"
                        for key in SAME if key in config and key in first_config and config[key] != first_config[key]]
@@ -146,17 +143,14 @@ def float_names(header):
     return [name for name, (_, code, _) in header.items() if is_float(code)]
 
 
-def sha256(path):
-    """Hex digest of a file, None if there is none."""
-    if not path.exists():
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def content(path):
+    return path.read_bytes() if path.exists() else None
 
 
 def refuse_infinite(tensor, what):
     """TIES would turn a NaN into the base's value. A sum is finite if all are, but for overflow, and 20x as fast to look at."""
-    if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+    dtype = None if tensor.dtype == torch.bfloat16 else torch.float32               # bf16 has fp32's range, and its own sum is 3x as fast
+    if not tensor.sum(dtype=dtype).isfinite() and not tensor.isfinite().all():
         raise ValueError(f"{what} holds NaN or infinite values; mend that model, or choose a wider --dtype")
 
 

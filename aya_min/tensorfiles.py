@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .files import read_json, write_json
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}    # safetensors' names
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -17,17 +19,6 @@ SHARD_BYTES = 5_000_000_000                                                     
 
 
 # ---- in ----------------------------------------------------------------------------------------------------------------------------
-
-def read_json(path):
-    """The JSON object in a file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); copy or download it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object; copy or download it again")
-    return value
-
 
 def read_config(folder):
     """The config.json of a model folder, as it is."""
@@ -178,7 +169,3 @@ def file_header(specs):
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

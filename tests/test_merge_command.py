@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from small import language_model, reward_model, tokenizer
 
 from aya_min import merging, soups, tensorfiles, weights
+from aya_min.files import Digests
 from aya_min.mergeconfig import METHODS, from_config, number_at
 from aya_min.soups import compare_folders, merge_folders
-from merge import main
+from merge import main, weight_files
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -313,6 +314,31 @@ def test_merges_load_in_transformers_and_merge_from_what_it_saves(tmp_path):
     one, two = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in "12")
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, merging.merge(merging.linear, [one[name], two[name]], weights=[1, 1]).bfloat16()), name
+
+
+# before torch
+
+def test_the_settings_are_read_and_the_models_hashed_before_torch_is_there(folders):
+    """Importing torch takes as long as hashing a gigabyte or more: merge.py does both at once."""
+    code = ("import merge, sys; from aya_min.files import Digests; merge.main(sys.argv[1:]); digests = Digests(); files = merge.weight_files(sys.argv[2:4]); "
+            "digests.begin(files); print([digests[file] for file in files], 'torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, "linear", *map(str, folders[:2]), "--print-config"], cwd=ROOT, capture_output=True, text=True, check=True)
+    expected = [hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() for folder in folders[:2]]
+    assert done.stdout.splitlines()[-1] == f"{expected} False"
+
+
+def test_what_a_link_leads_to_is_not_hashed_before_it_is_known_where_it_leads(folders, tmp_path):
+    (folders[0] / "model-x.safetensors").symlink_to(tmp_path / "elsewhere")
+    assert weight_files(folders) == [folder / "model.safetensors" for folder in folders]
+
+
+def test_a_refusal_does_not_wait_for_the_hash_of_a_large_file(tmp_path):
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(1 << 36)                          # 64 GB of nothing: a minute at least
+    started = time.monotonic()
+    with Digests() as digests:
+        digests.begin([tmp_path / "large"])
+    assert time.monotonic() - started < 5
 
 
 # mergekit
