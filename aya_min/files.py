@@ -32,7 +32,7 @@ class Digests:
     """
 
     def __init__(self):
-        self.found, self.pool, self.stopped = {}, ThreadPoolExecutor(8), False
+        self.found, self.pool, self.stopped = {}, ThreadPoolExecutor(4), False
 
     def begin(self, paths):
         self.found |= {path: self.pool.submit(self.of, path) for path in dict.fromkeys(paths) if path not in self.found}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from . import __version__, merging, tensorfiles
 from .files import Digests, write_json
 from .mergeconfig import OUTPUT_DTYPES, check_settings, layer_of, settings_by_tensor, to_config
-from .tensorfiles import DTYPES, first_of, num_bytes, places, read_config, read_header, read_piece
+from .tensorfiles import DTYPES, drop_tied_head, equal, first_of, num_bytes, places, read_config, read_header, read_piece
 
 COPIED = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 SAME = ["model_type", "vocab_size", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings"]     # shapes do not show all of these
@@ -101,11 +101,8 @@ def look_into(inputs):
     problems, first = [], inputs[0]
     for folder, config, header in zip(inputs, configs, headers):
         problems += [f"{folder}: {name} is {code}, which cannot be merged" for name, (_, code, _) in header.items() if code not in DTYPES]
-        head, embedding = header.get("lm_head.weight"), header.get("model.embed_tokens.weight")
-        if config.get("tie_word_embeddings") and head and embedding:
-            if head[1:] != embedding[1:] or head[1] not in DTYPES or not equal(header, "lm_head.weight", header, "model.embed_tokens.weight"):
-                problems.append(f"{folder}: lm_head.weight is not model.embed_tokens.weight, to which its config.json ties it")
-            del header["lm_head.weight"]
+        if config.get("tie_word_embeddings") and not drop_tied_head(header):
+            problems.append(f"{folder}: lm_head.weight is not model.embed_tokens.weight, to which its config.json ties it")
     for folder, config, header in zip(inputs[1:], configs[1:], headers[1:]):
         problems += differences(folder, config, header, first, configs[0], headers[0])
     if problems:
@@ -127,12 +124,6 @@ def differences(folder, config, header, first, first_config, first_header):
         problems.append(f"{folder}: tokenizer.json is not that of {first}")
     return problems + [f"{folder}: {key} is {config[key]}, in {first} {first_config[key]}"
                        for key in SAME if key in config and key in first_config and config[key] != first_config[key]]
-
-
-def equal(header, name, other, other_name):
-    """Whether two tensors of one shape and dtype hold the same numbers."""
-    one, two = (places({key: part[key]})[key] for part, key in ((header, name), (other, other_name)))
-    return all(torch.equal(read_piece(one, *span), read_piece(two, *span)) for span in spans(one[3]))
 
 
 def is_float(code):

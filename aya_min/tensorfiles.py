@@ -95,6 +95,23 @@ def read_piece(place, start, count):
     return piece
 
 
+def equal(header, name, other, other_name, piece=1 << 20):
+    """Whether two tensors of one shape and dtype hold the same numbers."""
+    one, two = (places({key: part[key]})[key] for part, key in ((header, name), (other, other_name)))
+    return all(torch.equal(read_piece(one, start, count), read_piece(two, start, count))
+               for start in range(0, one[3], piece) for count in [min(piece, one[3] - start)])
+
+
+def drop_tied_head(header):
+    """Take lm_head.weight, which some write all the same, out of the header of a tied model. Whether it was the embedding, if both are there."""
+    embedding, head = header.get("model.embed_tokens.weight"), header.get("lm_head.weight")
+    if not (embedding and head):
+        return True
+    alike = head[1:] == embedding[1:] and head[1] in DTYPES and equal(header, "lm_head.weight", header, "model.embed_tokens.weight")
+    del header["lm_head.weight"]
+    return alike
+
+
 def first_of(words, between, most=20):
     """The first twenty, and how many more there are, for one line on standard error."""
     return between.join(words[:most]) + (f"{between}and {len(words) - most} more" if len(words) > most else "")

@@ -45,7 +45,8 @@ def read_stop_ids(folder):
 
 
 def look_into(folder, trunk=False):
-    """(model without weights, tokenizer, header) of a model folder whose files fit together, see tensorfiles.read_header; no weights are read.
+    """(model without weights, tokenizer, header) of a model folder whose files fit together, see tensorfiles.read_header; no weights are read
+    (but of a head that a tied model repeats).
 
     trunk: a reward model whatever the folder holds; if it is a language model, the decoder is there and the head is missing.
     """
@@ -56,7 +57,9 @@ def look_into(folder, trunk=False):
     with torch.device("meta"):
         found, model = model_class(config), (RewardModel if trunk else model_class)(config)
     header, own = tensorfiles.read_header(folder), found.state_dict()
-    problems = [f"{name} is missing" for name in sorted(own.keys() - header.keys() - {USUAL_HEAD_LACKS})]
+    alike = not config.tie_word_embeddings or tensorfiles.drop_tied_head(header)
+    problems = [] if alike else ["lm_head.weight is not model.embed_tokens.weight, to which config.json ties it"]
+    problems += [f"{name} is missing" for name in sorted(own.keys() - header.keys() - {USUAL_HEAD_LACKS})]
     problems += [f"{name} is extra" for name in sorted(header.keys() - own.keys())]
     for name in sorted(header.keys() & own.keys()):
         _, code, shape = header[name]
@@ -106,7 +109,8 @@ def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.
         if isinstance(model, RewardModel):
             config |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
         tensorfiles.write_json(temporary / "config.json", config)
-        generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_of_turn_id, "pad_token_id": tokenizer.pad_id}
+        stops = stop_ids(tokenizer.stop_ids)
+        generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": tokenizer.pad_id}
         tensorfiles.write_json(temporary / "generation_config.json", generation)
         tokenizer.save(temporary)
         replace_folder(temporary, folder)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 import make_mergekit                                                # noqa: E402
+import make_transformers                                            # noqa: E402
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 KILLS = int(os.environ.get("MERGE_KILLS", 3))                       # 20 in the long version of the test
@@ -298,6 +300,32 @@ def test_models_of_this_project_merge_and_load(make, tmp_path):
     out = merge_folders([tmp_path / "1", tmp_path / "2"], tmp_path / "out", "slerp")
     merged, _ = weights.load(out)
     assert type(merged) is type(make(1)) and merged.state_dict().keys() == state_of(out).keys()
+
+
+@pytest.fixture(scope="module")
+def by_transformers(tmp_path_factory):
+    place = tmp_path_factory.mktemp("transformers")
+    with zipfile.ZipFile(make_transformers.ZIP) as packed:
+        packed.extractall(place)
+    return place
+
+
+@pytest.mark.parametrize("case", make_transformers.CASES)
+def test_sharded_folders_that_transformers_wrote_merge_to_what_a_hand_merge_of_them_gives(case, by_transformers, tmp_path):
+    """make_transformers.py, which made them, also loaded every outcome with transformers: no tensor missing or unexpected, the logits of the merge by hand."""
+    place, (model_type, dtype, _) = by_transformers / case, make_transformers.CASES[case]
+    states = [make_transformers.state_of(place / name) for name in ("A", "B", "base")]
+    assert len(list((place / "A").glob("*.safetensors"))) > 2 and {tensor.dtype for tensor in states[0].values()} == {dtype}
+    for method in make_transformers.FLAGS:
+        assert main(make_transformers.command(method, place, tmp_path / method)) == 0
+        merged, expected = state_of(tmp_path / method), make_transformers.by_hand(method, *states)
+        assert merged.keys() == expected.keys() == states[0].keys()
+        for name, tensor in merged.items():
+            assert tensor.dtype == dtype and tensor.shape == states[0][name].shape
+            torch.testing.assert_close(tensor, expected[name].to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+        assert any(not torch.equal(merged[name], states[0][name]) for name in merged)
+        assert json.loads((tmp_path / method / "config.json").read_text()) == json.loads((place / "A" / "config.json").read_text())
+        assert (tmp_path / method / "generation_config.json").read_bytes() == (place / "A" / "generation_config.json").read_bytes()
 
 
 def test_merges_load_in_transformers_and_merge_from_what_it_saves(tmp_path):
@@ -624,7 +652,7 @@ def test_the_remains_of_a_merge_that_still_runs_stay(folders, tmp_path):
 
 def peak(commands):
     """Bytes of resident memory at most, mapped pages included, of a process that runs merge.py with these arguments one after the other."""
-    code = "import json, merge, sys; [merge.main(command) for command in json.loads(sys.argv[1])]; print(open('/proc/self/status').read())"
+    code = "import json, merge, sys, aya_min.soups; [merge.main(command) for command in json.loads(sys.argv[1])]; print(open('/proc/self/status').read())"
     done = subprocess.run([sys.executable, "-c", code, json.dumps([list(map(str, command)) for command in commands])], cwd=ROOT, env=ENVIRONMENT | {"OMP_NUM_THREADS": "2"},
                           capture_output=True, text=True, check=True)
     assert done.stdout.count(" of ") == sum("--out" in command for command in commands), done.stderr
@@ -641,7 +669,7 @@ def test_memory_does_not_grow_with_the_model_or_its_largest_tensor(tmp_path):
     a, b, c = (tmp_path / name for name in "ABC")
     methods = [[method, *([b, c] if method == "slerp" else [a, b, c]), *(["--base", a] if "base" in METHODS[method] else []), "--out", tmp_path / method] for method in METHODS]
     imports, used = peak([]), peak([*methods, ["diff", b, c, "--base", a]])
-    assert used < (3 + 2) * 80e6 + 300e6 and used - imports < 200e6, (used, imports)
+    assert used < (3 + 2) * 80e6 + 300e6 and used - imports < 250e6, (used, imports)
 
 
 # diff

@@ -143,6 +143,14 @@ def test_no_parameter_is_left_as_memory_happened_to_be(make, trunk, nan_where_no
     assert all(t.isfinite().all() for t in loaded.state_dict().values())
 
 
+def test_an_answer_s_several_ends_are_all_in_the_generation_config(folder, tmp_path):
+    """Command R7B's answers end with <|END_RESPONSE|>; one that only knows <|END_OF_TURN_TOKEN|> would print it."""
+    model, words = weights.load(folder)
+    words.stop_ids = [words.end_of_turn_id, 7]
+    weights.save(tmp_path / "saved", model, words)
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"] == weights.read_stop_ids(tmp_path / "saved") == [7, 9]
+
+
 def test_the_stop_ids_are_those_of_generation_config_else_of_config(folder):
     assert weights.read_stop_ids(folder) == [9]
     edit_json(folder / "generation_config.json", eos_token_id=[12, 9, 12])
@@ -201,13 +209,23 @@ def refused(folder, function=weights.load):
     return str(caught.value)
 
 
+def test_a_tied_head_that_is_written_all_the_same_loads_if_it_is_the_embedding_and_is_refused_if_not(folder):
+    """merge.py took such folders, and weights.load called the head extra."""
+    plain = weights.load(folder)[0].state_dict()
+    rewrite(folder, lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"].clone()}))
+    loaded = weights.load(folder)[0].state_dict()
+    assert loaded.keys() == plain.keys() and all(torch.equal(loaded[name], plain[name]) for name in plain)
+    rewrite(folder, lambda state: state["lm_head.weight"][3].add_(1))
+    assert "lm_head.weight is not model.embed_tokens.weight, to which config.json ties it" in refused(folder)
+
+
 @pytest.mark.parametrize("function", [weights.load, weights.look_into])
 def test_all_that_does_not_fit_config_json_is_named_before_any_weight_is_read(function, folder):
     changed = {"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 16), "model.layers.2.mlp.up_proj.weight": torch.zeros(2), "lm_head.weight": torch.zeros(3),
                "model.layers.1.mlp.up_proj.weight": torch.zeros(32, 64)}                             # as many numbers, but transposed
     rewrite(folder, lambda state: [state.pop("model.layers.1.self_attn.o_proj.weight"), state.pop("model.norm.weight"), state.update(changed)])
     line = refused(folder, function)
-    for words in ("model.layers.1.self_attn.o_proj.weight is missing", "model.norm.weight is missing", "lm_head.weight is extra",
+    for words in ("model.layers.1.self_attn.o_proj.weight is missing", "model.norm.weight is missing", "lm_head.weight is not model.embed_tokens.weight, to which",
                   "model.layers.2.mlp.up_proj.weight is extra", "model.layers.0.mlp.up_proj.weight has shape (64, 16), config.json wants (64, 32)",
                   "model.layers.1.mlp.up_proj.weight has shape (32, 64), config.json wants (64, 32)"):
         assert words in line
