@@ -253,12 +253,38 @@ def test_a_head_that_is_tied_and_written_all_the_same_is_left_out(tmp_path):
 
 
 def test_the_inputs_are_left_as_they_are(folders, base, tmp_path):
+    """By every method, by a comparison, and by merges that are refused or fail in the middle: F23 of the fault list."""
+    other = write(tmp_path / "other", {**tensors(2), "score.weight": torch.ones(1, 9)})
+    nan = write(tmp_path / "nan", {**tensors(2), "score.weight": torch.full((1, 8), torch.nan)})
+
     def state():
-        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for folder in [*folders, base] for path in folder.iterdir()}
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for folder in [*folders, base, other, nan] for path in folder.iterdir()}
     before = state()
-    merge_folders(folders, tmp_path / "out", "dare-ties", base=base)
+    for method in METHODS:
+        merge_folders(folders[:2], tmp_path / method, method, **given(method, base=base))
+        for bad in (other, nan):
+            with pytest.raises(ValueError):
+                merge_folders([folders[0], bad], tmp_path / "out", method, **given(method, base=base))
     compare_folders(*folders[:2], base)
+    with pytest.raises(ValueError):
+        merge_folders(folders, folders[1], "linear")
     assert state() == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zeros_and_task_vectors_that_are_equal_or_opposite_have_a_merge(method, base, tmp_path):
+    """F23: what has no angle, no sign or no length. The base itself merges to the base, and so do opposite moves of one length."""
+    start = {"w": torch.arange(1.0, 9.0)}
+    states = {"start": start, "there": {"w": start["w"] + 0.5}, "back": {"w": start["w"] - 0.5}, "zeros": {"w": torch.zeros(8)}}
+    place = {name: write(tmp_path / "in" / name, state) for name, state in states.items()}
+
+    def merged(one, two, out, base="start"):
+        settings = given(method, base=place[base], density=1.0, weights=[0.5, 0.5])
+        return state_of(merge_folders([place[one], place[two]], tmp_path / out, method, **settings))["w"]
+    torch.testing.assert_close(merged("start", "start", "none"), start["w"])
+    torch.testing.assert_close(merged("there", "there", "alike"), states["there"]["w"])
+    torch.testing.assert_close(merged("there", "back", "opposite"), start["w"], rtol=1e-2, atol=1e-2)
+    assert (merged("zeros", "zeros", "zeros", base="zeros") == 0).all()
 
 
 @pytest.mark.parametrize("convention", ["paper", "mergekit"])
@@ -453,11 +479,12 @@ def test_all_differences_are_named_at_once(tmp_path, capsys):
     state["body.layers.0.scale"] = torch.ones(9).bfloat16()
     state["lm_head.weight"] = torch.ones(60, 8).bfloat16()
     state["positions"] = torch.arange(5) + 1
+    state["mask"] = torch.ones(3).bfloat16()
     del state["score.weight"]
     other = write(tmp_path / "other", state, vocab_size=61, tokenizer="{ }", num_attention_heads=2)
     line = refused(capsys, "linear", *folders, other, "--out", tmp_path / "out")
     for words in (f"{other} lacks score.weight", f"{other} has lm_head.weight, which {folders[0]} lacks", "body.layers.0.scale is [9], in",
-                  "positions is I64, has no average, and differs", "tokenizer.json is not that of", "vocab_size is 61, in", "num_attention_heads is 2, in"):
+                  "positions is I64, has no average, and differs", "mask is BF16, has no average, and differs", "tokenizer.json is not that of", "vocab_size is 61, in", "num_attention_heads is 2, in"):
         assert words in line
     assert str(folders[1]) not in line and not (tmp_path / "out").exists()
 

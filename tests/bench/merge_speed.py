@@ -9,6 +9,7 @@ command; the inputs stay in the page cache. Figures are medians with minimum and
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -61,6 +62,22 @@ def measure(command):
     return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
 
 
+def floor(file, place):
+    """Seconds of one core that no linear merge of three such files goes below: import torch, hash and read three, write one (in the page cache, no arithmetic)."""
+    chunk, size, rates = memoryview(bytearray(1 << 22)), file.stat().st_size, {}
+    for what in ("sha256", "read", "write"):
+        digest, started = hashlib.sha256(), time.perf_counter()
+        with open(place / "floor" if what == "write" else file, "wb" if what == "write" else "rb", buffering=0) as stream:
+            for _ in range(0, size, len(chunk)):
+                stream.write(chunk) if what == "write" else stream.readinto(chunk)
+                digest.update(chunk) if what == "sha256" else None
+        rates[what] = time.perf_counter() - started
+    (place / "floor").unlink()
+    imported = measure([sys.executable, "-c", "import torch"])[1]
+    print(f"one core: {', '.join(f'{what} {size / seconds / 1e9:.2f} GB/s' for what, seconds in rates.items())}, import torch {imported:.1f} s; "
+          f"together for three models {imported + 3 * rates['sha256'] + 3 * rates['read'] + rates['write']:.1f} s of CPU")
+
+
 def spread(values, digits=1):
     return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
@@ -84,6 +101,7 @@ def main():
         version = subprocess.run([str(Path(args.mergekit).with_name("pip")), "show", "mergekit"], capture_output=True, text=True).stdout.split()[3] if args.mergekit else "none"
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.threads} threads, torch {torch_version}, mergekit {version}; "
               f"3 models of {num_parameters / 1e6:.0f}M parameters, {2 * num_parameters / 1e9:.2f} GB each; load at the start {os.getloadavg()[0]:.1f}")
+        floor(Path(models[0]) / "model.safetensors", place)
         print("| method | merge.py, s | its CPU s | peak GB | mergekit, s | its CPU s | peak GB | times as fast |\n|---|---|---|---|---|---|---|---|")
         for method in args.methods:
             flags = {"density": 0.5} if method.endswith("ties") or method == "dare_linear" else {}
