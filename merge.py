@@ -5,8 +5,9 @@
     python merge.py ties A B C --base BASE --density 0.2 --out DIR
     python merge.py --config merge.json --out DIR               mergekit's configuration, as JSON
     python merge.py diff A B --base BASE
+    python merge.py search A B C D --prompts F.jsonl --out DIR  the weights of linear, searched by CMA-ES
 
-Each method has only the flags that it uses (python merge.py METHOD --help). The methods: aya_min/merging.py; the files: aya_min/soups.py.
+Each method has only the flags that it uses (python merge.py METHOD --help). The methods: aya_min/merging.py; the files: aya_min/soups.py; the search: aya_min/search.py.
 """
 
 import argparse
@@ -43,6 +44,24 @@ of the parameters moved by both that were moved to the same side. - where a leng
 """
 
 
+SEARCH = """The weights of a linear merge by CMA-ES (arXiv 2412.04144), beside the best single model, the uniform soup and the greedy soup, on data that the search did not see.
+
+Measured, one of: the embedded world's oracle on greedy answers (--prompts), a held-out loss (--eval-data), any command (--command). The same command goes on where a killed one stopped."""
+SEARCH_FLAGS = {
+    "--prompts": {"nargs": "+", "metavar": "F.jsonl", "help": "questions of the embedded world (python -m aya_min.world)"},
+    "--eval-data": {"nargs": "+", "metavar": "F.jsonl", "help": "examples; the tasks are the files, or the languages of a single one"},
+    "--command": {"metavar": "'CMD {model}'", "help": "its last line is a JSON object {task: number, the higher the better}; {split}: fitness or held-out"},
+    "--held-out": {"nargs": "+", "metavar": "F.jsonl", "help": "data that the search does not see; default: half of the data, by --seed"},
+    "--by": {"nargs": "+", "choices": ["task", "language", "cluster"], "default": ["task"], "help": "--prompts: what a task is; several: each combination; default: task"},
+    "--max-new-tokens": {"type": int, "default": 32, "help": "--prompts: of an answer; default: %(default)s"},
+    "--max-length": {"type": int, "default": 1024, "help": "--eval-data: tokens of an example; default: %(default)s"},
+    "--evaluations": {"type": int, "default": 200, "help": "points that CMA-ES tries, in whole generations; the baselines come on top; default: %(default)s"},
+    "--seed": {"type": int, "default": 0},
+    "--allow-negative": {"action": "store_true", "help": "weights of any sign whose sum is 1; without it they are above 0"},
+    "--leave-one-out": {"action": "store_true", "help": "measure the result without each model, too"},
+    "--dtype": {"choices": OUTPUT_DTYPES, "help": "of the output; default: that of the first model"}}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")        # one line, without the usage
@@ -65,6 +84,11 @@ def parse(arguments):
     diff.add_argument("folders", nargs=2, metavar="MODEL", help="model folders: config.json and model.safetensors or shards")
     diff.add_argument("--base", metavar="DIR", help="the model that both were trained from")
     diff.add_argument("--json", action="store_true", help="print the rows as JSON")
+    search = commands.add_parser("search", help="search the weights of linear by CMA-ES, and compare with the best single model and with soups", allow_abbrev=False,
+                                 description=SEARCH, formatter_class=argparse.RawDescriptionHelpFormatter)
+    search.add_argument("folders", nargs="+", metavar="MODEL", help="the pool, 16 or more: checkpoints with one architecture and one tokenizer")
+    for flag, options in SEARCH_FLAGS.items():
+        search.add_argument(flag, **options)
     methods = [commands.add_parser(method, help=SUMMARIES[method], description=SUMMARIES[method], allow_abbrev=False) for method in METHODS]
     for method, command in zip(METHODS, methods):
         command.add_argument("folders", nargs="+", metavar="MODEL", help="model folders: config.json and model.safetensors or shards")
@@ -72,15 +96,16 @@ def parse(arguments):
         for setting, default in METHODS[method].items():
             flag, options = FLAGS[setting]
             command.add_argument(flag, dest=setting, default=default, **options)
-    for command in (parser, *methods):
+    for command in (parser, search, *methods):
         command.add_argument("--out", metavar="DIR", help="the new folder; it must not exist")
+    for command in (parser, *methods):
         command.add_argument("--print-config", action="store_true", help="print mergekit's configuration of this merge, and merge nothing")
-    for command in (parser, diff, *methods):
+    for command in (parser, diff, search, *methods):
         command.add_argument("--device", type=device, default=argparse.SUPPRESS, help="where to compute, such as cuda; default: cpu")
     options = parser.parse_args(arguments)
     if (options.config is None) == (options.method is None):
         parser.error("give a method, or --config FILE, and not both")
-    if options.method != "diff" and not (options.out or options.print_config):
+    if options.method != "diff" and not (options.out or getattr(options, "print_config", False)):
         parser.error("the following arguments are required: --out")
     return vars(options)
 
@@ -94,6 +119,12 @@ def main(arguments=None):
     options = parse(arguments)
     config, is_json, only_print = (options.pop(key, None) for key in ("config", "json", "print_config"))
     try:
+        if options["method"] == "search":
+            from aya_min import front
+            from aya_min.search import search_folders           # models and training: two seconds that the other methods do not need
+            print(front.table(search_folders(**{key: value for key, value in options.items() if key != "method"})))
+            print(f"{options['out']}: model, search.json, evaluations.jsonl, report.html")
+            return 0
         if config:
             options |= from_config(read_json(config))
         method, folders, dtype = (options.get(key) for key in ("method", "folders", "dtype"))
@@ -114,7 +145,8 @@ def main(arguments=None):
         print(f"merge.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("merge.py: stopped; nothing was kept", file=sys.stderr)
+        kept = f"what was measured is in {options['out']}.partial, and the same command goes on from there" if options["method"] == "search" else "nothing was kept"
+        print(f"merge.py: stopped; {kept}", file=sys.stderr)
         return 130
     print(f"{out}: {options['method']} of {len(options['folders'])} models")
     return 0

@@ -60,7 +60,7 @@ svg { display: block; overflow: visible } .track { width: 100% }
 svg text { font-size: 11px; fill: var(--dim); text-anchor: middle } svg .left { text-anchor: end } svg .begin { text-anchor: start }
 .a { --tone: var(--a) } .b { --tone: var(--b) }
 g line { stroke: var(--tone); stroke-width: 1.5 } g rect { fill: var(--tone); opacity: .6 } g .whisker { stroke: var(--ink) }
-.dot { fill: var(--tone); stroke: var(--tone) } .ring, .diamond { fill: var(--card); stroke: var(--tone); stroke-width: 2 }
+.point { fill: var(--tone); opacity: .5 } .dot { fill: var(--tone); stroke: var(--tone) } .ring, .diamond { fill: var(--card); stroke: var(--tone); stroke-width: 2 }
 .reference { stroke: var(--dim); stroke-dasharray: 3 3 } .join { stroke: var(--dim) } .frame { fill: none; stroke: var(--rule) }
 polyline { fill: none; stroke: var(--tone); stroke-width: 1.6; stroke-linejoin: round } .b polyline { stroke-dasharray: 4 3 }
 .answers { padding: 12px 16px } .answers header { color: var(--dim); font-size: 13px; margin-bottom: 4px }
@@ -79,6 +79,7 @@ SHAPES = {          # around (0, 0); a nested <svg x="37%"> carries each to its 
     "dot": '<circle r="4"/>',
     "ring": '<circle r="4"/>',
     "diamond": '<path d="M0-5.5 5.5 0 0 5.5-5.5 0Z"/>',
+    "point": '<circle r="2"/>',
 }
 
 
@@ -232,6 +233,31 @@ def lines(title, series, marks=False, box=BOX):
             f'<text class="left" x="-3" y="{height}">{short(min(ys)) if max(ys) > min(ys) else ""}</text>'
             f'<text class="begin" x="0" y="{height + 13}">{short(min(xs))}</text>'
             f'<text class="left" x="{width}" y="{height + 13}">{short(max(xs)) if max(xs) > min(xs) else ""}</text></svg></figure>')
+
+
+def scatter(title, labels, series, front, box=(400, 260)):
+    """Points (x, y) in a plane, more is better on both axes. labels: of x and y. series: [(shape, tone, [(x, y, tip), ...])]; front: [(x, y), ...], joined.
+
+    Both scales are the data's own and are written at their ends.
+    """
+    xs, ys = ([point[i] for _, _, points in series for point in points] for i in (0, 1))
+    if not xs:
+        return ""
+    (width, height), wide, tall = box, max(xs) - min(xs) or 1, max(ys) - min(ys) or 1
+
+    def at(x, y):
+        return 8 + (width - 16) * (x - min(xs)) / wide, 8 + (height - 16) * (max(ys) - y) / tall
+
+    path = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in sorted(front))
+    drawn = f'<g class="b"><polyline points="{path}"/></g>' + "".join(
+        f'<g class="{tone}">' + "".join(f'<svg x="{at(x, y)[0]:.1f}" y="{at(x, y)[1]:.1f}" class="{shape}"><title>{esc(tip)}: {short(x)}, {short(y)}</title>'
+                                        f'{SHAPES[shape]}</svg>' for x, y, tip in points) + "</g>" for shape, tone, points in series)
+    said = f"{labels[0]} from {short(min(xs))} to {short(max(xs))}, {labels[1]} from {short(min(ys))} to {short(max(ys))}"
+    return (f'<figure class="curve"><figcaption>{esc(title)}</figcaption>'
+            f'<svg viewBox="-44 -16 {width + 48} {height + 34}" role="img" aria-label="{esc(title)}: {esc(said)}"><path class="frame" d="M0 0V{height}H{width}"/>'
+            f'{drawn}<text class="begin" x="-40" y="-5">{esc(labels[1])}</text><text class="left" x="-3" y="12">{short(max(ys))}</text>'
+            f'<text class="left" x="-3" y="{height}">{short(min(ys))}</text><text class="begin" x="0" y="{height + 14}">{short(min(xs))}</text>'
+            f'<text x="{width // 2}" y="{height + 14}">{esc(labels[0])}</text><text class="left" x="{width}" y="{height + 14}">{short(max(xs))}</text></svg></figure>')
 
 
 def grid(charts, kind="", key=""):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .charts import (STYLE, around, axis, bar, chart, clock, esc, finite, grid, heat_map, interval_text, join, legend, lines, mark,
                      number, section, track, within)
+from .front import search_part
 from .languages import LANGUAGES, SHARED
 
 DECODINGS = ("greedy", "sampled")
@@ -30,14 +31,21 @@ def read_json(path):
         raise ValueError(f"{path} is not JSON in UTF-8 ({error}): run the step that wrote it again") from None
 
 
-def read_metrics(path):
-    """metrics.jsonl as {key: [(step, value), ...]}. A last line without its line end is being written right now, and is left out."""
-    series, written = {}, path.read_bytes() if path.is_file() else b""
+def read_lines(path):
+    """The objects of a file with one a line. A last line without its line end is being written right now, and is left out."""
+    rows, written = [], path.read_bytes() if path.is_file() else b""
     for count, line in enumerate(written[:written.rfind(b"\n") + 1].splitlines(), 1):
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except ValueError as error:
             raise ValueError(f"{path} line {count} is not JSON in UTF-8 ({error}): mend or remove the line") from None
+    return rows
+
+
+def read_metrics(path):
+    """metrics.jsonl as {key: [(step, value), ...]}."""
+    series = {}
+    for row in read_lines(path):
         for key, value in row.items():
             if key != "step" and finite(value):
                 series.setdefault(key, []).append((row["step"], value))
@@ -356,7 +364,8 @@ def page(run):
     """The whole of report.html. The policy in its head lets nothing be fetched and no script run, whatever a model wrote."""
     summary, config = read_json(run / "summary.json"), read_json(run / "config.json")
     warning = f'<p class="warning">{esc(judged_by(summary))}</p>' if summary.get("models") and judged_by(summary) else ""
-    parts = [*(headline(summary, decoding) for decoding in DECODINGS), warning, table_part(summary), win_rates_part(summary),
+    parts = [search_part(read_json(run / "search.json"), read_lines(run / "evaluations.jsonl")),
+             *(headline(summary, decoding) for decoding in DECODINGS), warning, table_part(summary), win_rates_part(summary),
              languages_part(summary), teachers_part(summary), reward_part(summary), stage_part(run), curves_part(run, summary),
              online_part(summary), examples_part(summary), costs_part(summary)]
     body = "\n".join(filter(None, parts)) or "<p>Nothing is recorded here yet but the settings.</p>"
@@ -370,8 +379,8 @@ def page(run):
 def write_report(run):
     """Writes RUN/report.html and, where there are models to compare, RUN/report.md. Returns the page's path."""
     run = Path(run)
-    if not any((run / name).is_file() for name in ("config.json", "summary.json", "metrics.jsonl")):
-        raise ValueError(f"{run} is not a run folder: it holds no config.json, summary.json or metrics.jsonl; give the --out of a run")
+    if not any((run / name).is_file() for name in ("config.json", "summary.json", "metrics.jsonl", "search.json")):
+        raise ValueError(f"{run} is not a run folder: it holds no config.json, summary.json, metrics.jsonl or search.json; give the --out of a run")
     # "replace": a model's text may hold half of a surrogate pair, which UTF-8 cannot write
     (run / "report.html").write_text(page(run), encoding="utf-8", errors="replace")
     if text := table(read_json(run / "summary.json")):

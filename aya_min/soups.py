@@ -30,13 +30,13 @@ SAME = ["model_type", "vocab_size", "num_attention_heads", "num_key_value_heads"
 PIECE = 1 << 18             # elements; DARE's masks depend on it
 
 
-def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes=tensorfiles.SHARD_BYTES, digests=None, **settings):
+def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes=tensorfiles.SHARD_BYTES, digests=None, progress=True, **settings):
     """Merge model folders into the new folder `out`; returns its Path.
 
     settings: mergeconfig.METHODS. Each of the weights (one for each model), density (one for all, or a list of one for each), t and lam
     may be a number, a gradient such as [0, 0.5, 1] over the layers, or filters by name, see mergeconfig.number_at.
     dtype: one of OUTPUT_DTYPES; None keeps that of each tensor of the first folder, whatever the others have.
-    digests: of the models' files, if they were begun before.
+    digests: of the models' files, if they were begun before. progress: show a bar.
     """
     folders, out = [Path(folder) for folder in folders], Path(out)
     settings = check_settings(method, settings, len(folders), dtype)
@@ -56,7 +56,7 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
     with partial_folder(out) as partial, digests or Digests() as digests:
         files_of = {folder: sorted({file for file, _, _ in header.values()}) for folder, header in zip(inputs, headers)}
         digests.begin(sum(files_of.values(), []))                                    # beside the merge
-        merge_files(partial, files, headers, method, settings, values, device)
+        merge_files(partial, files, headers, method, settings, values, device, progress)
         write_the_rest(folders[0], partial, configs[0], dtype)
         write_json(partial / "merge.json", {
             "config": to_config(folders, method, settings, dtype),
@@ -181,13 +181,13 @@ def over(names, inputs, pool, device, bar):
     return run
 
 
-def merge_files(folder, files, headers, method, settings, values, device):
+def merge_files(folder, files, headers, method, settings, values, device, progress):
     """Merge all tensors into the files of a plan. values: their settings."""
     paper_ties = method == "ties" and settings["convention"] == "paper"
     passes = {"slerp": 2, "model-stock": 2, "ties": 3}.get(method, 1) + ("seed" in settings and settings["convention"] == "mergekit")
     size = passes * sum(num_bytes(*headers[0][name][1:]) for name in values)
     function, inputs, outputs = getattr(merging, method.replace("-", "_")), [places(header) for header in headers], tensorfiles.create(folder, files)
-    bar = tqdm(total=size, desc="merge", unit="B", unit_scale=True, disable=os.environ.get("RANK", "0") != "0")
+    bar = tqdm(total=size, desc="merge", unit="B", unit_scale=True, disable=not progress or os.environ.get("RANK", "0") != "0")
     with bar, workers() as pool:
         limits = merging.thresholds(over(list(values), inputs, pool, device, bar), settings["density"]) if paper_ties else None
         for name, place in outputs.items():

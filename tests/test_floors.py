@@ -13,13 +13,13 @@ PACKAGES = {"torch", "numpy", "tokenizers", "safetensors", "pytest", "tqdm"}
 
 FLOORS = [
     {"linear", "files"},                                                                        # 0: one matrix product, plain files
-    {"config", "languages", "distributed", "losses", "merging", "tokenizer", "charts", "tensorfiles", "mergeconfig"},  # 1: settings, tables, pure tensor functions
-    {"model", "world", "checkpoint", "data", "report"},                                         # 2: the decoder, the world, how to resume, JSONL to batches
-    {"sampling", "reward", "loop", "world_data", "weights", "journal"},                         # 3: what is done with a model or with the world
+    {"config", "languages", "distributed", "losses", "merging", "tokenizer", "charts", "tensorfiles", "mergeconfig", "cmaes"},  # 1: settings, tables, pure tensor functions
+    {"model", "world", "checkpoint", "data", "front"},                                          # 2: the decoder, the world, how to resume, JSONL to batches
+    {"sampling", "reward", "loop", "world_data", "weights", "journal", "report"},               # 3: what is done with a model or with the world
     {"soups", "arbitrage", "preferences", "evaluate", "chat"},                                  # 4: what is done with answers and folders
     {"stages"},                                                                                 # 5: pretrain, sft, reward, dpo, rloo
-    {"steps", "estimate"},                                                                      # 6: a recipe's run on disk; what a stage will need
-    {"results"},                                                                                # 7: what it shows for itself
+    {"steps", "estimate", "fitness"},                                                           # 6: a recipe's run on disk; what a stage will need; what a search measures
+    {"results", "search"},                                                                      # 7: what a run shows for itself; the search
     {"pipeline"},                                                                               # 8: the recipe; train.py, generate.py and merge.py stand on it
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}

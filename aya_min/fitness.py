@@ -1,0 +1,149 @@
+"""What a search over merges measures: {task: number, the higher the better} of a merged model, on the fitness or the held-out split.
+
+An `evaluate` is any function (weights, split) -> {task: number}; split is "fitness" or "held-out". of_models and of_folders make one of a `measure`,
+which is given the merged model, in memory or as a folder: the embedded world's oracle, a held-out loss, any command.
+"""
+
+import json
+import random
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import merging, weights as model_folders
+from .data import batches_in_order, collate, load_examples, load_prompts
+from .evaluate import grade_answers, group
+from .languages import CLUSTERS, SHARED
+from .loop import evaluate as held_out_metrics
+from .mergeconfig import OUTPUT_DTYPES
+from .model import RewardModel
+from .sampling import answer_rows
+from .soups import look_into, merge_folders, over, workers
+from .stages import sft_loss
+from .tensorfiles import DTYPES, places
+from .world import TASKS
+
+HOME = {code: "shared" for code in SHARED} | {code: name for name, codes in CLUSTERS.items() for code in codes}
+BY = {"task": lambda row: row["task"], "language": lambda row: row["language"], "cluster": lambda row: HOME[row["language"]]}
+
+
+def of_models(folders, measure, dtype=None, device="cpu"):
+    """An `evaluate` that merges into one model in memory. measure(model, tokenizer, split) -> {task: number}.
+
+    The folders are read piece by piece each time: memory holds one fp32 model and, in the system's file cache as far as there is room, the pool.
+    The numbers are those of the folder that merge_folders writes: same sums, rounded to the same dtype.
+    """
+    headers = look_into([Path(folder) for folder in folders])[1]
+    if any(isinstance(model_folders.look_into(folder)[0], RewardModel) for folder in folders):
+        raise ValueError("a reward model is among the models; a search by --prompts or --eval-data takes language models only")
+    model, tokenizer = model_folders.load(folders[0], device)
+    inputs = [places(header) for header in headers]
+
+    def evaluate(weights, split):
+        used = [(place, weight) for place, weight in zip(inputs, weights) if weight]
+        with torch.no_grad(), workers() as pool, tqdm(disable=True) as bar:
+            for name, target in model.state_dict().items():
+                pieces, code = over([name], [place for place, _ in used], pool, device, bar), OUTPUT_DTYPES.get(dtype, headers[0][name][1])
+                merged, flat = merging.linear(pieces, [weight for _, weight in used]), target.view(-1)
+
+                def write(start, tensors):
+                    piece = merged(start, tensors).to(DTYPES[code])
+                    flat[start:start + len(piece)] = piece
+                for _ in pieces(write):
+                    pass
+        return measure(model, tokenizer, split)
+    return evaluate
+
+
+def of_folders(folders, measure, scratch, dtype=None, device="cpu"):
+    """An `evaluate` that writes each merge to the folder `scratch` and removes it after. measure(folder, split) -> {task: number}."""
+    def evaluate(weights, split):
+        shutil.rmtree(scratch, ignore_errors=True)
+        folder = merge_folders(folders, scratch, "linear", weights=weights, dtype=dtype, device=device, progress=False)
+        try:
+            return measure(folder, split)
+        finally:
+            shutil.rmtree(folder)
+    return evaluate
+
+
+def graded(model, tokenizer, rows, max_new_tokens):
+    """The rows with the model's greedy answers and the oracle's verdicts."""
+    answers = answer_rows(model, tokenizer, rows, 1, max_new_tokens, 0.0)
+    return grade_answers([{**row, "completion": answer["completion"]} for row, (answer,) in zip(rows, answers)])
+
+
+def task_of(row, by):
+    """The task of a question: by one of BY, or each combination of several."""
+    return " ".join(BY[kind](row) for kind in by)
+
+
+def by_oracle(splits, by, max_new_tokens):
+    """measure(model, tokenizer, split): the oracle's mean grade (0-3) for each task. splits: {split: questions}."""
+    def measure(model, tokenizer, split):
+        rows = graded(model, tokenizer, splits[split], max_new_tokens)
+        return {task: sum(row["grade"] for row in part) / len(part) for task, part in group(rows, lambda row: task_of(row, by)).items()}
+    return measure
+
+
+def by_loss(splits):
+    """measure(model, tokenizer, split): minus the held-out loss, nats a token, for each file, or of one file for each language. splits: {split: {task: examples}}."""
+    def measure(model, tokenizer, split):
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            losses = {task: held_out_metrics(model, sft_loss, batches_in_order(examples, collate), device) for task, examples in splits[split].items()}
+        if len(losses) == 1:
+            (found,) = losses.values()
+            return {key.removeprefix("loss/"): -loss for key, loss in found.items() if key.startswith("loss/")} or {"loss": -found["loss"]}
+        return {task: -found["loss"] for task, found in losses.items()}
+    return measure
+
+
+def by_command(command):
+    """measure(folder, split): run the command, {model} and {split} filled in; the last line that it prints is a JSON object of numbers by task."""
+    def measure(folder, split):
+        filled = [word.replace("{model}", str(folder)).replace("{split}", split) for word in shlex.split(command)]
+        done = subprocess.run(filled, stdout=subprocess.PIPE, text=True)
+        lines = done.stdout.strip().splitlines()
+        try:
+            found = json.loads(lines[-1]) if lines and done.returncode == 0 else None
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"--command: {shlex.join(filled)} ended with exit code {done.returncode} and the last line {lines[-1:]}; "
+                             "it must end with 0 and a JSON object of numbers by task")
+        return found
+    return measure
+
+
+def halves(items, seed, key):
+    """Two halves of the items by the seed; those of one key stay together."""
+    keys = sorted({key(item) for item in items})
+    random.Random(seed).shuffle(keys)
+    first = set(keys[:(len(keys) + 1) // 2])
+    return [item for item in items if key(item) in first], [item for item in items if key(item) not in first]
+
+
+def read_questions(paths):
+    rows = load_prompts(paths)
+    for i, row in enumerate(rows, 1):
+        if row.get("task") not in TASKS or row.get("language") not in HOME or not isinstance(row.get("args"), list) or not isinstance(row.get("question_id"), str):
+            raise ValueError(f"{' '.join(map(str, paths))}: prompt {i} is not a question of the embedded world (question_id, language, task, args), "
+                             "which the oracle needs; measure others with --eval-data or --command")
+    return rows
+
+
+def loss_splits(folder, eval_data, held_out, max_length, seed):
+    """{split: {file's name: examples}}; without held-out files each is cut in halves, identical examples together."""
+    tokenizer, splits = model_folders.look_into(folder)[1], {"fitness": {}, "held-out": {}}
+    for i, path in enumerate(eval_data):
+        examples = load_examples([path], tokenizer, max_length)
+        parts = (examples, load_examples([held_out[i]], tokenizer, max_length)) if held_out else halves(examples, seed, lambda example: example.ids.tobytes())
+        if {example.language for example in parts[0]} != {example.language for example in parts[1]}:
+            raise ValueError(f"{path}: the fitness and the held-out examples are not of the same languages; give more examples, or --held-out with the same")
+        splits["fitness"][Path(path).stem], splits["held-out"][Path(path).stem] = parts
+    return splits
