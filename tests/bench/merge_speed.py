@@ -66,12 +66,12 @@ def floor(file, place):
     """Seconds of one core that no linear merge of three such files goes below: import torch, hash and read three, write one (in the page cache, no arithmetic)."""
     chunk, size, rates = memoryview(bytearray(1 << 22)), file.stat().st_size, {}
     for what in ("sha256", "read", "write"):
-        digest, started = hashlib.sha256(), time.perf_counter()
+        digest, started = hashlib.sha256(), time.process_time()
         with open(place / "floor" if what == "write" else file, "wb" if what == "write" else "rb", buffering=0) as stream:
             for _ in range(0, size, len(chunk)):
                 stream.write(chunk) if what == "write" else stream.readinto(chunk)
                 digest.update(chunk) if what == "sha256" else None
-        rates[what] = time.perf_counter() - started
+        rates[what] = time.process_time() - started
     (place / "floor").unlink()
     imported = measure([sys.executable, "-c", "import torch"])[1]
     print(f"one core: {', '.join(f'{what} {size / seconds / 1e9:.2f} GB/s' for what, seconds in rates.items())}, import torch {imported:.1f} s; "
