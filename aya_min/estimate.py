@@ -17,12 +17,10 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from . import distributed, stages
 from .data import Example, Pair, batches_in_order, collate, collate_pairs, length_of, load_examples, load_pairs, load_prompts
@@ -33,14 +31,18 @@ CARDS = (80, 141)           # GB: A100 and H100, H200
 PARTS = ("parameters", "gradients", "optimizer moments", "activations", "logits chunk", "gathered by FSDP", "work of the backward")
 
 
+def tensors_in(values):
+    return [t for value in values for t in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(t, torch.Tensor)]
+
+
 class Watch(TorchDispatchMode):
     """The bytes that are alive, by part, while operations run, and what they were when they were most."""
 
-    def __init__(self, vocab_size):
+    def __init__(self, config):
         super().__init__()
-        self.vocab_size = vocab_size
+        self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.storages, self.alive, self.part = weakref.WeakKeyDictionary(), Counter(), "activations"    # part: of what is made now
-        self.peak, self.traffic, self.resize = {}, Counter(), torch.UntypedStorage.resize_
+        self.peak, self.most, self.traffic, self.resize = {}, Counter(), Counter(), torch.UntypedStorage.resize_        # most: of each part by itself
 
     def __enter__(self):
         def resize(storage, size):                              # how FSDP gives back what it gathered: no operation tells
@@ -63,6 +65,7 @@ class Watch(TorchDispatchMode):
         self.alive[entry[0]] -= entry[1]
         entry[:] = part or entry[0], storage.nbytes()
         self.alive[entry[0]] += entry[1]
+        self.most[entry[0]] = max(self.most[entry[0]], self.alive[entry[0]])
         if self.alive.total() > sum(self.peak.values()):
             self.peak = dict(self.alive)
 
@@ -75,7 +78,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name, kwargs = operation.name(), kwargs or {}
-        given = [t for t in tree_iter((args, kwargs)) if torch.is_tensor(t)]
+        if name == "prim::device":                              # most of all calls
+            return args[0].device if type(args[0]) is torch.Tensor else args[0].fake_device
+        given = tensors_in([*args, *kwargs.values()])
         if all(type(t) is torch.Tensor for t in given) and (given or name.startswith("aten::arange")):
             with unset_fake_temporarily():                      # the batch has numbers, and with them which tokens are supervised, and how many
                 return operation(*args, **kwargs)
@@ -91,10 +96,10 @@ class Watch(TorchDispatchMode):
         elif name == "c10d::allreduce_":
             self.traffic["all-reduced"] += sum(t.nbytes for t in args[0])
         elif name.startswith("fsdp::"):                         # the weights that are copied out of what was gathered
-            self.mark([t for t in tree_iter(kwargs.get("out")) if torch.is_tensor(t)], "gathered by FSDP")
-        for tensor in tree_iter(made):
+            self.mark(tensors_in([kwargs.get("out")]), "gathered by FSDP")
+        for tensor in tensors_in([made]):
             if isinstance(tensor, FakeTensor):
-                is_logits = tensor.dim() == 2 and tensor.shape[1] == self.vocab_size
+                is_logits = tensor.dim() == 2 and tensor.shape[1] == self.vocab_size and tensor.shape[0] != self.hidden_size
                 self.count(tensor.untyped_storage(), "logits chunk" if is_logits and tensor.untyped_storage() not in self.storages else None)
         return made
 
@@ -102,9 +107,9 @@ class Watch(TorchDispatchMode):
 def simulate(model_class, config, settings, loss_fn, batch, ranks, num_micro_batches=1):
     """A Watch of one optimizer step of rank 0, its peak and its traffic; `batch` (plain tensors) stands for each of the micro-batches.
 
-    It is the second step, so that the moments are there, and at most two micro-batches, so that gradients are there too: more add no memory.
+    The moments are there, and the gradients of micro-batches before this one if there are any: one micro-batch tells, more add no memory.
     """
-    mesh, watch, fake, some = None, Watch(config.vocab_size), FakeTensorMode(allow_non_fake_inputs=True), min(2, num_micro_batches)
+    mesh, watch, fake = None, Watch(config), FakeTensorMode(allow_non_fake_inputs=True)
     if ranks > 1 or settings.cpu_offload:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
         mesh = distributed.make_mesh(settings.replicate, "cpu")
@@ -119,33 +124,29 @@ def simulate(model_class, config, settings, loss_fn, batch, ranks, num_micro_bat
             watch.mark(model.parameters(), "parameters")
             for p in model.parameters():
                 p.register_post_accumulate_grad_hook(lambda p: watch.mark([p.grad], "gradients"))
-            for micro_batches in (1, some):
-                watch.peak, watch.traffic = {}, Counter()
-                for i in range(micro_batches):
-                    if mesh:
-                        model.set_requires_all_reduce(i == micro_batches - 1)
-                    with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16" and not mesh):
-                        loss_sum = loss_fn(model, batch)[0]
-                    watch.part = "work of the backward"
-                    loss_sum.backward()
-                    watch.part = "activations"
-                    del loss_sum
-                nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-                optimizer.step()
+                p.grad = torch.zeros_like(p)
+                watch.mark([p.grad], "gradients")
+            optimizer.step()
+            watch.mark((t for state in optimizer.state.values() for t in state.values()), "optimizer moments")
+            if num_micro_batches == 1:
                 optimizer.zero_grad()
-                watch.mark((t for state in optimizer.state.values() for t in state.values()), "optimizer moments")
+            watch.peak = {}
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16" and not mesh):
+                loss_sum = loss_fn(model, batch)[0]
+            watch.part = "work of the backward"
+            loss_sum.backward()                                 # clipping and a fused AdamW work in place: the peak is behind
     finally:
         if mesh:
             distributed.close()
     for name in ("all-gathered", "reduce-scattered"):
-        watch.traffic[name] *= num_micro_batches / some
+        watch.traffic[name] *= num_micro_batches
     watch.traffic["all-reduced"] *= 2 * (settings.replicate - 1) / settings.replicate          # a ring sends and receives everything twice, but for its own part
     return watch
 
 
 def forward_bytes(model_class, config, settings, loss_fn, batch):
     """The most bytes that a forward without gradients takes beside the weights."""
-    fake, watch = FakeTensorMode(allow_non_fake_inputs=True), Watch(config.vocab_size)
+    fake, watch = FakeTensorMode(allow_non_fake_inputs=True), Watch(config)
     with fake:
         model = model_class(config).eval()
     with fake, watch, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):

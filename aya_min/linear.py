@@ -8,15 +8,19 @@ from torch import nn
 
 def product(x, weight):
     """x W^T without a derivative. x (..., K), weight (N, K) -> (..., N)."""
-    plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
-    if plain or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available() or not x.numel():
+    if not by_onednn(x, weight):
         return F.linear(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
+def by_onednn(x, weight):
+    plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
+    return not plain and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available() and x.numel() > 0
+
+
 def outer(dy, x):
     """dy^T x: the gradient of W. dy (M, N), x (M, K) -> (N, K). oneDNN copies its first argument when it is transposed, so that is the narrower one."""
-    if x.shape[1] < dy.shape[1]:
+    if x.shape[1] < dy.shape[1] and by_onednn(x, dy):
         return product(x.t(), dy.t()).t().contiguous()
     return product(dy.t(), x.t())
 
