@@ -73,7 +73,7 @@ def token_logps(hidden, weight, targets, logit_scale=1.0, chunk_size=None):
     """
     N = len(hidden)
     hidden, targets = F.pad(hidden, (0, 0, 0, -N % 128)), F.pad(targets, (0, -N % 128))            # few shapes: matmul libraries keep code for each
-    return TokenLogps.apply(hidden, weight, targets, logit_scale, chunk_size or max(128, LOGITS // len(weight) // 128 * 128))[:N]
+    return TokenLogps.apply(hidden, weight, targets, logit_scale, chunk_size or max(128, LOGITS // len(weight) // 128 * 128))[:N].clone()       # a view would have FSDP warn
 
 
 def sum_by_row(values, mask):

@@ -4,7 +4,10 @@ test_distributed.py starts this file under torchrun, and then it runs what must 
 """
 
 import json
+import multiprocessing
+import os
 import random
+import socket
 import sys
 from functools import cache
 from pathlib import Path
@@ -59,6 +62,27 @@ def write_world(folder, count=36):
         write_jsonl(folder / f"{name}pairs.jsonl", [{**q, "chosen": text, "rejected": answer(rng, q, (0, 1, 1, 1))[0]} for q, text in zip(rows, gold)])
         write_jsonl(folder / f"{name}prompts.jsonl", rows)
     return folder
+
+
+def on_ranks(ranks, function, *args):
+    """function(*args) on so many ranks (gloo), forked from this process, which has torch imported. -> what each returns; all must end well."""
+    def one_rank(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        torch.set_num_threads(1)
+        distributed.setup(60)
+        results.put((rank, function(*args)))
+        distributed.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    results, processes = fork.SimpleQueue(), [fork.Process(target=one_rank, args=(rank,)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * ranks
+    return [result for _, result in sorted((results.get() for _ in processes), key=lambda pair: pair[0])]
 
 
 VARIANTS = {"sft-recomputed": dict(activation_checkpointing=True), "sft-untied": dict(architecture=dict(tie_word_embeddings=False, use_qk_norm=True)),

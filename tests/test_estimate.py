@@ -5,9 +5,7 @@ This file is also what the tests start, alone and under torchrun, to be measured
 
 import gc
 import json
-import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -15,10 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import CPU, on_ranks
 from torch.utils.flop_counter import FlopCounterMode
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from aya_min import distributed, estimate, stages
 from aya_min.config import DPO, RLOO, SFT, ModelConfig, Pretrain, Reward
@@ -29,7 +25,6 @@ from aya_min.model import CohereForCausalLM, RewardModel, init_weights
 LARGE = dict(vocab_size=8000, hidden_size=256, intermediate_size=2048, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, logit_scale=1.0)
 SMALL = dict(vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
 CASES = {"plain": dict(), "recomputed": dict(activation_checkpointing=1, micro_batch_size=1)}         # this one in two micro-batches
-CPU = torch.device("cpu")
 
 
 def large(changes, ranks):
@@ -67,31 +62,15 @@ def bytes_taken(sizes, changes, folder):
     return memory("VmHWM") - before
 
 
-def measure(folder, ranks, rank, port, told):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    distributed.setup()
+def all_cases(folder):
     for sizes in (SMALL, LARGE):                            # what a first step loads is there before the second round
-        taken = {f"{ranks} {name}": bytes_taken(sizes, changes, folder) for name, changes in CASES.items()}
-    told.put(taken)
-    distributed.close()
+        taken = {name: bytes_taken(sizes, changes, folder) for name, changes in CASES.items()}
+    return taken
 
 
 def main():
-    fork, taken = multiprocessing.get_context("fork"), {}
-    for ranks in (1, 2):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        told = fork.Queue()
-        processes = [fork.Process(target=measure, args=(Path(sys.argv[1]), ranks, rank, port, told)) for rank in range(ranks)]
-        for process in processes:
-            process.start()
-        for _ in processes:
-            for name, size in told.get(timeout=60).items():
-                taken[name] = max(size, taken.get(name, 0))
-        for process in processes:
-            process.join()
-    print(json.dumps(taken))
+    taken = {ranks: on_ranks(ranks, all_cases, Path(sys.argv[1])) for ranks in (1, 2)}
+    print(json.dumps({f"{ranks} {name}": max(each[name] for each in by_rank) for ranks, by_rank in taken.items() for name in CASES}))
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------------------
