@@ -219,6 +219,7 @@ def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, rew
     if stage == "rloo":
         step |= {"policy and reference, whole": 2 * plain(model), "reward model": plain(reward_model or model)}
     held = sum(step.get(part, 0) for part in ("parameters", "optimizer moments", "policy and reference, whole", "reward model"))
+    later = lambda part, size: f", {watch.most[part] / 1e9:.2f} at another moment" if watch.most[part] > 1.05 * size + 1e7 else ""
     phases = {"in all, in a training step": sum(step.values())}
     if eval_data:
         phases["in all, in an evaluation"] = held + forward(loss_fn, items_of(stage, settings, eval_data, tokenizer), batches_in_order)
@@ -236,7 +237,7 @@ def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, rew
     return "\n".join([
         f"{stage} of {name}: {sum(p.numel() for p in model.parameters()):,} parameters on {ranks} ranks, {settings.dtype}, activation checkpointing {settings.activation_checkpointing}",
         f"the largest of {share // size} micro-batches: {' x '.join(map(str, batch.mask.shape))} tokens, {int(batch.mask.sum()):,} supervised; lengths from {of}",
-        "", "    GB  on each rank", *(f"{size / 1e9:6.2f}  {part}" for part, size in step.items() if size), *(f"{size / 1e9:6.2f}  {phase}" for phase, size in phases.items()),
+        "", "    GB  on each rank", *(f"{size / 1e9:6.2f}  {part}{later(part, size)}" for part, size in step.items() if size or watch.most[part]), *(f"{size / 1e9:6.2f}  {phase}" for phase, size in phases.items()),
         *([f"{on_cpu / 1e9:6.2f}  parameters, gradients, moments in the CPU's memory"] if on_cpu else []),
         "        " + ", ".join(f"{'fits' if peak <= card * 1e9 else 'does not fit'} {card} GB" for card in CARDS),
         "", "        a step", *(f"{size / 1e9:6.2f}  {what} by each rank" for what, size in watch.traffic.items() if size),

@@ -72,7 +72,8 @@ def test_activation_checkpointing_n_recomputes_every_nth_block(every, recomputed
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
-def test_compiled_blocks_have_the_loss_and_norm_of_eager_ones(world, tmp_path):
+def test_compiled_blocks_have_the_loss_and_norm_of_eager_ones(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)            # no pool of compilers for one small block
     eager, compiled = (run("sft", world, tmp_path / str(on), max_steps=1, architecture=dict(num_hidden_layers=1), compile=on) for on in (False, True))
     same_steps(logged(eager), logged(compiled), 1e-5)
 
