@@ -163,6 +163,7 @@ class Training:
     max_grad_norm: float = 1.0
     seed: int = 0
     save_every: int = field(default=0, metadata={"help": "steps between saved states; 0 = only at the end"})
+    publish_every: int = field(default=0, metadata={"help": "steps between model folders RUN/checkpoints/step-N, to average the last of them, say; 0 = only RUN/model at the end"})
     eval_every: int = field(default=0, metadata={"help": "steps between evaluations on --eval-data; 0 = before the first and after the last"})
     dtype: str = field(default="float32", metadata={"help": "compute dtype; weights, optimizer and losses stay fp32", "choices": ["float32", "bfloat16"]})
     packing: bool = field(default=False, metadata={"help": "leave the padding of a micro-batch out of everything but attention"})
@@ -314,7 +315,7 @@ def check_training(settings, num_ranks):
     for name in ("batch_size", "learning_rate", "max_grad_norm"):
         if not getattr(settings, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(settings, name)}")
-    for name in ("max_steps", "micro_batch_size", "warmup_steps", "save_every", "eval_every", "activation_checkpointing"):
+    for name in ("max_steps", "micro_batch_size", "warmup_steps", "save_every", "publish_every", "eval_every", "activation_checkpointing"):
         if getattr(settings, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(settings, name)}")
     if settings.replicate < 1 or num_ranks % settings.replicate:

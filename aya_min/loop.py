@@ -155,14 +155,15 @@ def origin(model, losses, micro_batches):
     return f"the losses are finite, the gradient of {next((name for name, _ in model.named_parameters() if name in bad), 'each parameter too, their norm')} is not"
 
 
-def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=None, state=None, check_first=None, title="train", stop=None):
+def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=None, state=None, check_first=None, title="train", stop=None, publish=None):
     """Train in place, from the start or from a saved state (its folder).
 
     batches(step) -> this rank's micro-batches; loss_fn(model, batch) -> (loss_sum, {name: (2, languages) sums and counts});
     evaluation() -> {name: value} is called before the first step, every `eval_every` steps and after the last, and logged as eval/...;
     check_first(metrics) may refuse the very first step. Raises ValueError, on all ranks together and before the optimizer
     moves, when a loss or gradient norm is not finite. After SIGTERM or SIGINT, on any rank, all of them finish the step (an evaluation is
-    left, and made up for on resume), save, and raise distributed.Stopped. stop: the Signals to look at, for whom the caller asks too.
+    left, and made up for on resume), save, and raise distributed.Stopped. stop: the Signals to look at, for whom the caller asks too;
+    publish(model, step): called every `publish_every` steps.
     """
     run, stop = Path(run), stop or distributed.Signals()
     model = distributed.shard(model.to("cpu" if settings.cpu_offload else device), getattr(torch, settings.dtype), settings.replicate, settings.cpu_offload)
@@ -245,6 +246,8 @@ def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=
         if profiler:
             write_profile(profiler, run / "profile.json")
         done = step + 1
+        if settings.publish_every and done % settings.publish_every == 0:      # before the state: a run that goes on from there has published it
+            publish(model, done)
         if settings.save_every and done % settings.save_every == 0:
             save(done)
         if stopping:

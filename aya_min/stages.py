@@ -34,7 +34,7 @@ from .model import CohereForCausalLM
 from .reward import score_texts
 from .sampling import answer_rows, check_lengths
 
-MAY_CHANGE = ("learning_rate", "max_steps", "epochs", "save_every", "eval_every", "micro_batch_size", "packing", "compile",
+MAY_CHANGE = ("learning_rate", "max_steps", "epochs", "save_every", "publish_every", "eval_every", "micro_batch_size", "packing", "compile",
               "activation_checkpointing", "replicate", "cpu_offload", "profile")         # on resume: what chooses neither examples nor their loss
 
 
@@ -271,7 +271,8 @@ def run_stage(stage, model, tokenizer, num_steps, batches, loss_fn, settings, ru
         held_out = batches_in_order(eval_items, eval_collate)
         evaluation = lambda: evaluate(model, loss_fn, held_out, device, stop)
     with stop:
-        model = train(model, num_steps, batches, loss_fn, settings, folder, device, evaluation, run.state, title=stage, stop=stop, **more)
+        publish = lambda model, step: weights.save(folder / "checkpoints" / f"step-{step}", model, tokenizer)
+        model = train(model, num_steps, batches, loss_fn, settings, folder, device, evaluation, run.state, title=stage, stop=stop, publish=publish, **more)
         if distributed.is_main() and evaluation:
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
             last = [line for line in lines if "eval/loss" in line][-1]

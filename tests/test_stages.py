@@ -14,6 +14,7 @@ from aya_min.config import DPO, RLOO, SFT
 from aya_min.data import LANGUAGE_SLOTS, collate, collate_pairs, load_examples, load_pairs
 from aya_min.losses import rloo_advantages
 from aya_min.sampling import generate
+from aya_min.soups import merge_folders
 from aya_min.world import write_jsonl
 
 
@@ -230,6 +231,17 @@ def test_a_run_folder_holds_what_the_design_says(stage, world, tmp_path):
         assert [row["step"] for row in rows if "lr" not in row] == [0, 3]
         last = {k.removeprefix("eval/"): v for k, v in rows[-1].items() if k.startswith("eval/")}
         assert json.loads((folder / "eval.json").read_text()) == last and any(key.startswith("loss/") for key in last)
+
+
+def test_published_checkpoints_are_the_model_at_their_steps_and_average_to_their_mean(world, tmp_path):
+    folder = run("sft", world, tmp_path / "run", max_steps=6, publish_every=2, schedule="constant")
+    parts = [folder / "checkpoints" / f"step-{step}" for step in (2, 4, 6)]
+    assert sorted((folder / "checkpoints").iterdir()) == parts
+    states = [load_file(part / "model.safetensors") for part in parts]
+    short = load_file(run("sft", world, tmp_path / "short", max_steps=4, schedule="constant") / "model" / "model.safetensors")
+    assert all(torch.equal(states[1][name], t) for name, t in short.items()) and any((states[0][name] != t).any() for name, t in short.items())
+    merged = load_file(merge_folders(parts[-2:], tmp_path / "merged", "linear") / "model.safetensors")
+    assert all(torch.allclose(t, (states[1][name] + states[2][name]) / 2, rtol=0, atol=1e-7) for name, t in merged.items())
 
 
 def test_the_run_is_described_before_its_first_step(world, tmp_path):
