@@ -7,6 +7,7 @@ import pytest
 import torch
 from small import CPU, STAGES, assert_close, language_model, logged, on_ranks, reward_model, run, write_world
 from torch import nn
+from torch._inductor import config as inductor
 
 from aya_min import config, loop, stages
 
@@ -72,9 +73,9 @@ def test_activation_checkpointing_n_recomputes_every_nth_block(every, recomputed
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
-def test_compiled_blocks_have_the_loss_and_norm_of_eager_ones(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)            # no pool of compilers for one small block
-    eager, compiled = (run("sft", world, tmp_path / str(on), max_steps=1, architecture=dict(num_hidden_layers=1), compile=on) for on in (False, True))
+def test_compiled_blocks_have_the_loss_and_norm_of_eager_ones(world, tmp_path):
+    with inductor.patch(compile_threads=1):                                     # no pool of compilers for one small block
+        eager, compiled = (run("sft", world, tmp_path / str(on), max_steps=1, architecture=dict(num_hidden_layers=1), compile=on) for on in (False, True))
     same_steps(logged(eager), logged(compiled), 1e-5)
 
 
