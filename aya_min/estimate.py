@@ -107,7 +107,7 @@ class Watch(TorchDispatchMode):
 def simulate(model_class, config, settings, loss_fn, batch, ranks, num_micro_batches=1):
     """A Watch of one optimizer step of rank 0, its peak and its traffic; `batch` (plain tensors) stands for each of the micro-batches.
 
-    The moments are there, and the gradients of micro-batches before this one if there are any: one micro-batch tells, more add no memory.
+    The moments are there, and the gradients of earlier micro-batches if there are any, so that one tells; of HSDP two, where FSDP keeps those in a way of its own.
     """
     mesh, watch, fake = None, Watch(config), FakeTensorMode(allow_non_fake_inputs=True)
     if ranks > 1 or settings.cpu_offload:
@@ -128,18 +128,22 @@ def simulate(model_class, config, settings, loss_fn, batch, ranks, num_micro_bat
                 watch.mark([p.grad], "gradients")
             optimizer.step()
             watch.mark((t for state in optimizer.state.values() for t in state.values()), "optimizer moments")
-            if num_micro_batches == 1:
+            rounds = min(2, num_micro_batches) if settings.replicate > 1 else 1
+            if rounds == 2 or num_micro_batches == 1:
                 optimizer.zero_grad()
-            watch.peak = {}
-            with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16" and not mesh):
-                loss_sum = loss_fn(model, batch)[0]
-            watch.part = "work of the backward"
-            loss_sum.backward()                                 # clipping and a fused AdamW work in place: the peak is behind
+            watch.peak, watch.most = {}, Counter(watch.alive)
+            for last in [False, True][-rounds:]:
+                if mesh:
+                    model.set_requires_all_reduce(last)
+                watch.part, loss_sum = "activations", None
+                with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16" and not mesh):
+                    loss_sum = loss_fn(model, batch)[0]
+                watch.part = "work of the backward"
+                loss_sum.backward()                             # clipping and a fused AdamW work in place: the peak is behind
     finally:
         if mesh:
             distributed.close()
-    for name in ("all-gathered", "reduce-scattered"):
-        watch.traffic[name] *= num_micro_batches
+    watch.traffic = Counter({name: size * num_micro_batches / rounds if name != "all-reduced" else size for name, size in watch.traffic.items()})
     watch.traffic["all-reduced"] *= 2 * (settings.replicate - 1) / settings.replicate          # a ring sends and receives everything twice, but for its own part
     return watch
 
