@@ -42,10 +42,13 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def warm_and_count(world, tmp_path_factory, request):
-    """Import what torch imports late, before anything is forked; print the counts at the end."""
+    """Import what torch imports late, before anything is forked; print the counts at the end. One thread, as in the programs: two add up in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     STAGES.update(ALL)
     run("sft", world, tmp_path_factory.mktemp("warm") / "run", max_steps=1)
     yield
+    torch.set_num_threads(threads)
     STAGES.pop("pretrain")
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(f"\n{'fault':6} {'tried':>6} {'survived':>9} {'bytes lost':>11}")
