@@ -148,12 +148,12 @@ def simulate(model_class, config, settings, loss_fn, batch, ranks, num_micro_bat
     return watch
 
 
-def forward_bytes(model_class, config, settings, loss_fn, batch):
-    """The most bytes that a forward without gradients takes beside the weights."""
+def forward_bytes(model_class, config, settings, loss_fn, batch, sharded):
+    """The most bytes that a forward without gradients takes beside the weights. A plain one in bf16 keeps a cast copy of them all (autocast's)."""
     fake, watch = FakeTensorMode(allow_non_fake_inputs=True), Watch(config)
     with fake:
-        model = model_class(config).eval()
-    with fake, watch, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+        model = model_class(config).eval().to(getattr(torch, settings.dtype) if sharded else torch.float32)
+    with fake, watch, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16" and not sharded):
         watch.mark(model.parameters(), "parameters")
         loss_fn(model, batch)
     return sum(watch.peak.values()) - sum(p.nbytes for p in model.parameters())
@@ -216,7 +216,7 @@ def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, rew
     size = settings.micro_batch_size or share
     batch = largest(items, size, samples)
     watch = simulate(type(model), config, settings, loss_fn, batch, ranks, share // size)
-    forward = lambda loss_fn, items, function: forward_bytes(type(model), config, settings, loss_fn, largest(items, default(function, "size")))
+    forward = lambda loss_fn, items, size, sharded=ranks > 1: forward_bytes(type(model), config, settings, loss_fn, largest(items, size), sharded)
     plain = lambda model: sum(4 * p.numel() for p in model.parameters())                    # bytes of a whole copy in fp32
     step = {part: watch.peak.get(part, 0) for part in PARTS}
     on_cpu = sum(step.pop(part) for part in PARTS[:3]) if settings.cpu_offload else 0
@@ -226,13 +226,14 @@ def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, rew
     later = lambda part, size: f", {watch.most[part] / 1e9:.2f} at another moment" if watch.most[part] > 1.05 * size + 1e7 else ""
     phases = {"in all, in a training step": sum(step.values())}
     if eval_data:
-        phases["in all, in an evaluation"] = held + forward(loss_fn, items_of(stage, settings, eval_data, tokenizer), batches_in_order)
+        phases["in all, in an evaluation"] = held + forward(loss_fn, items_of(stage, settings, eval_data, tokenizer), default(batches_in_order, "size"))
     texts = [row for item in items for row in rows_of(item, samples)]
     if stage == "dpo":
-        phases["the whole model, in its reference pass before"] = plain(model) + forward(stages.sft_loss, texts, stages.answer_logps)
+        sharded = sum(step.get(part, 0) for part in ("parameters", "gathered by FSDP"))
+        phases["in all, in the reference pass before"] = sharded + forward(stages.sft_loss, texts, stages.reference_rows(settings))
     if stage == "rloo":
         cache = cache_bytes(config, settings, items, ranks)
-        sampling = max(cache, plain(model) if ranks > 1 else 0, forward(stages.sft_loss, texts, stages.answer_logps))
+        sampling = max(cache, plain(model) if ranks > 1 else 0, forward(stages.sft_loss, texts, default(stages.answer_logps, "size"), sharded=False))
         phases[f"in all, while it samples; {cache / 1e9:.2f} of KV cache"] = held + sampling
     peak = max(phases.values())
     lengths, supervised = [len(text.ids) for text in texts], sum(int(text.mask.sum()) for text in texts)

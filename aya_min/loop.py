@@ -155,6 +155,11 @@ def origin(model, losses, micro_batches):
     return f"the losses are finite, the gradient of {next((name for name, _ in model.named_parameters() if name in bad), 'each parameter too, their norm')} is not"
 
 
+def spread(model, settings, device):
+    """The model where it trains: on its device, and sharded if there are ranks to share it; as it is if that was done before."""
+    return distributed.shard(model.to("cpu" if settings.cpu_offload else device), getattr(torch, settings.dtype), settings.replicate, settings.cpu_offload)
+
+
 def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=None, state=None, check_first=None, title="train", stop=None, publish=None):
     """Train in place, from the start or from a saved state (its folder).
 
@@ -166,7 +171,7 @@ def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=
     publish(model, step): called every `publish_every` steps.
     """
     run, stop = Path(run), stop or distributed.Signals()
-    model = distributed.shard(model.to("cpu" if settings.cpu_offload else device), getattr(torch, settings.dtype), settings.replicate, settings.cpu_offload)
+    model = spread(model, settings, device)
     model.model.packing = settings.packing
     model.model.activation_checkpointing = settings.activation_checkpointing
     if settings.compile or (settings.compile is None and device.type == "cuda"):

@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 
 from . import __version__, checkpoint, distributed, tensorfiles, weights
 from .config import check_training
 from .data import (Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs, count_steps, language_slot, load_examples,
                    load_pairs, load_prompts, make_batches)
-from .loop import evaluate, train
+from .loop import evaluate, spread, train
 from .losses import bradley_terry_loss, dpo_loss, kl_shaped_rewards, rloo_advantages, sum_by_row
 from .model import CohereForCausalLM
 from .reward import score_texts
@@ -88,21 +89,28 @@ def policy_gradient_loss(model, batch):
 
 @torch.no_grad()
 def answer_logps(model, items, pad_id, device, settings, size=64):
-    """Log-probs (nats, summed over supervised tokens) of each example, (N,), or of each pair's two answers, (N, 2), under a plain model, on every
-    rank; the work is split over ranks, `size` rows at a time.
+    """Log-probs (nats, summed over supervised tokens) of each example, (N,), or of each pair's two answers, (N, 2), under a plain or sharded model,
+    on every rank; the work is split over ranks, `size` rows at a time. A sharded forward is a collective: all ranks run as many as the busiest.
 
     In the training's own dtype: another one would put the rounding of every token into the ratio."""
     model.eval()
     model.model.packing, done = settings.packing, []
-    in_pairs = isinstance(items[0], Pair)
-    for indices, batch in batches_in_order(items, lambda some: (collate_pairs if in_pairs else collate)(some, pad_id), size // (1 + in_pairs)):
+    in_pairs, autocast = isinstance(items[0], Pair), settings.dtype == "bfloat16" and not isinstance(model, FSDPModule)
+    batches = batches_in_order(items, lambda some: (collate_pairs if in_pairs else collate)(some, pad_id), size // (1 + in_pairs))
+    for i in range(max(distributed.gather_objects(len(batches)))):
+        indices, batch = batches[min(i, len(batches) - 1)]
         batch = batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             logps = model(batch.input_ids, batch.mask, batch.lengths, batch.repeats)       # (tokens,)
         sums = sum_by_row(logps, batch.mask)                                               # (rows,)
         done += zip(indices, (sums.view(2, -1).T if in_pairs else sums).tolist())
     logps = dict(sum(distributed.gather_objects(done), []))
     return torch.tensor([logps[i] for i in range(len(items))])
+
+
+def reference_rows(settings):
+    """Rows of a batch of DPO's reference pass: as nothing is kept for a backward, four times a micro-batch of pairs, 64 at most."""
+    return min(64, 8 * (settings.micro_batch_size or 8))
 
 
 def store_reference(model, pairs, pad_id, device, settings, path, model_print):
@@ -132,7 +140,7 @@ def store_reference(model, pairs, pad_id, device, settings, path, model_print):
 
     logps = distributed.from_main(read)
     if logps is None:
-        logps = answer_logps(model.to(device), pairs, pad_id, device, settings)            # (pairs, 2)
+        logps = answer_logps(model, pairs, pad_id, device, settings, reference_rows(settings))           # (pairs, 2)
         distributed.from_main(lambda: write(logps))
     for pair, both in zip(pairs, logps):
         pair.ref_logps = both.numpy()
@@ -323,7 +331,7 @@ def dpo(model, tokenizer, data, settings, out, device, eval_data=(), resume=Fals
             raise ValueError(f"the first DPO loss is {metrics['dpo_loss']:.6f}, not ln 2 = {math.log(2):.6f}: policy and reference differ at the start")
 
     with open_run(out, "dpo", settings, data, resume, tokenizer, source, {"model": model}, num_steps) as run:
-        path = Path(reference_logps or run.folder / "reference.safetensors")
+        path, model = Path(reference_logps or run.folder / "reference.safetensors"), spread(model, settings, device)
         store_reference(model, pairs + held_out, tokenizer.pad_id, device, settings, path, run.prints["model"])
         return run_stage("dpo", model, tokenizer, num_steps, batches, preference_loss(settings.beta, settings.nll_weight), settings, run, device, held_out, pad,
                          check_first=loss_is_ln2)
@@ -376,4 +384,4 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=Fal
         return run_stage("rloo", model, tokenizer, num_steps, batches, policy_gradient_loss, settings, run, device, stop=stop)
 
 
-PLAIN_FIRST = (dpo, rloo)       # they compute with the whole model before they train it, so it must not come sharded
+PLAIN_FIRST = (rloo,)           # it copies the whole model before it trains it, so it must not come sharded

@@ -185,6 +185,7 @@ def on_these_ranks(world, out):
     scores = score_texts(judge, tokenizer(), [{**row, **group[0]} for row, group in zip(rows, answers)], batch_size=2)
     long = [rows[0], {"prompt": "word " * 600}, *rows[1:]]
     few = load_examples([world / "held-out-sft.jsonl"], tokenizer(), 256)[:3]
+    five = load_examples([world / "sft.jsonl"], tokenizer(), 256)[:5]              # two batches of one rank, one of the other
 
     def nan_on_the_last_rank(model, batch):
         loss, metrics = stages.sft_loss(model, batch)
@@ -194,7 +195,7 @@ def on_these_ranks(world, out):
     num_steps, batches = make_batches(load_examples([world / "sft.jsonl"], tokenizer(), 256), collate, settings)
     not_finite = refusal(train, trained, num_steps, batches, nan_on_the_last_rank, settings, out / "sft", CPU)
     moved = [name for name, p in language_model().named_parameters() if not torch.equal(p, distributed.full(dict(trained.named_parameters())[name].data))]
-    return {"loaded": loaded, "answers": answers, "scores": scores, "not_finite": not_finite, "moved": moved,
+    return {"loaded": loaded, "answers": answers, "scores": scores, "logps": stages.answer_logps(distributed.shard(language_model()), five, 0, CPU, config.SFT(), size=2).tolist(), "not_finite": not_finite, "moved": moved,
             "too_long": refusal(answer_rows, model, tokenizer(), long, 1, 12), "main": refusal(distributed.from_main, lambda: int("x")),
             "few_held_out": [evaluate(model, stages.sft_loss, batches_in_order(few[:n], collate, size=1), CPU) for n in (1, 3)]}
 

@@ -100,6 +100,11 @@ def test_the_state_on_disk_is_the_same_tensors_at_any_number_of_ranks_and_each_r
     assert len(sizes) == 2 and min(sizes) > 0.45 * sum(sizes)
 
 
+def test_reference_log_probs_of_a_sharded_model_are_those_of_a_plain_one_where_one_rank_has_more_batches(one_and_two):
+    one, two = (result["logps"] for result in one_and_two)
+    assert len(one) == 5 and two == pytest.approx(one, rel=1e-5)
+
+
 def test_answers_do_not_depend_on_the_number_of_ranks(one_and_two):
     one, two = ([[(a["ids"], a["completion"], a["finish_reason"]) for a in group] for group in results["answers"]] for results in one_and_two)
     assert one == two and len({str(group) for group in one}) == 9
