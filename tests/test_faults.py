@@ -742,8 +742,10 @@ def torchrun(*flags):
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *flags]
 
 
-def children(pid):
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+def process_of_rank(rank, pid):
+    """The process of a rank, among the children of torchrun's."""
+    children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    return next(child for child in children if f"\0LOCAL_RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes())
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks' processes in /proc")
@@ -758,7 +760,7 @@ def test_torchrun_with_a_restart_goes_on_from_the_last_state_after_kill_9_of_a_r
         job = subprocess.Popen([*torchrun("--max-restarts", "1"), *line, "--out", str(tmp_path / "run")], cwd=ROOT, env=environment, stdout=log, stderr=log)
     try:
         until(lambda: steps_logged(tmp_path / "run") >= 8, job.pid, 300)
-        os.kill(children(job.pid)[-1], signal.SIGKILL)
+        os.kill(process_of_rank(1, job.pid), signal.SIGKILL)
         assert job.wait(300) == 0, (tmp_path / "log").read_text()
     finally:
         job.terminate()                             # and torchrun its ranks, should they still be there
