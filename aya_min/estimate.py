@@ -152,7 +152,8 @@ def forward_bytes(model_class, config, settings, loss_fn, batch, sharded):
     """The most bytes that a forward without gradients takes beside the weights. A plain one in bf16 keeps a cast copy of them all (autocast's)."""
     fake, watch = FakeTensorMode(allow_non_fake_inputs=True), Watch(config)
     with fake:
-        model = model_class(config).eval().to(getattr(torch, settings.dtype) if sharded else torch.float32)
+        model = model_class(config).eval()
+        model = model.bfloat16() if sharded and settings.dtype == "bfloat16" else model
     with fake, watch, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16" and not sharded):
         watch.mark(model.parameters(), "parameters")
         loss_fn(model, batch)

@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import ROOT, assert_close, language_model, logged, reward_model, tokenizer, write_world
+from small import ROOT, language_model, logged, reward_model, tokenizer, write_world
 
 import generate
 import train
@@ -389,42 +389,6 @@ def test_a_mistake_in_a_process_of_its_own_is_exit_code_2_and_one_line_and_no_tr
     done = process(program, *words(line, folder))
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-
-
-def test_killed_twice_and_resumed_by_the_command_is_never_stopped_bit_for_bit(call, folder, tmp_path):
-    """SIGKILL, wherever it hits; the cosine runs on as if nothing had happened."""
-    line = "sft --model A --data sft.jsonl --eval-data held-out-sft.jsonl --batch-size 8 --max-steps 150 --save-every 10 --eval-every 15 --learning-rate 1e-3"
-    run = tmp_path / "killed"
-
-    def start_and_kill(arguments, after):
-        child = subprocess.Popen([sys.executable, "train.py", *words(arguments, folder)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.time() + 300
-        while child.poll() is None and time.time() < deadline:
-            if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b'"lr"') > after:
-                break
-            time.sleep(0.005)
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-
-    start_and_kill(f"{line} --out {run}", 14)
-    start_and_kill(f"sft --resume {run}", 40)
-    assert not (run / "model").exists()
-    assert call(train, f"sft --resume {run}")[0] == 0
-    assert call(train, f"{line} --out {tmp_path}/whole")[0] == 0
-    assert logged(run) == logged(tmp_path / "whole")
-    killed, whole = (load_file(path / "model" / "model.safetensors") for path in (run, tmp_path / "whole"))
-    assert all(torch.equal(killed[name], whole[name]) for name in whole)
-
-
-def test_torchrun_goes_on_with_a_run_of_one_process_and_one_process_with_that_of_two(call, folder, tmp_path):
-    line = "dpo --model A --data pairs.jsonl --batch-size 8 --learning-rate 1e-3 --schedule constant --warmup-steps 0"
-    assert call(train, f"{line} --out {tmp_path}/parts --max-steps 2")[0] == 0
-    done = process(*TORCHRUN, "train.py", "dpo", "--resume", tmp_path / "parts", "--max-steps", 4)
-    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "parts" / "model"), done.stderr[-3000:]
-    assert call(train, f"dpo --resume {tmp_path}/parts --max-steps 6")[0] == 0
-    assert call(train, f"{line} --out {tmp_path}/whole --max-steps 6")[0] == 0
-    parts, whole = logged(tmp_path / "parts"), logged(tmp_path / "whole")
-    assert_close(parts, whole, rtol=2e-4, atol=5e-5)
 
 
 def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_once_for_all_ranks(folder):

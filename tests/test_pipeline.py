@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from train import main
 
 
 def train(*args, check=True, **kwargs):
@@ -113,7 +116,7 @@ def test_the_pipeline_takes_a_users_own_models_prompts_and_completions(smoke, tm
     assert "reward model" in judged.stdout.lower()
 
 
-def test_what_a_user_brings_is_looked_at_before_any_work(smoke, tmp_path):
+def test_what_a_user_brings_is_looked_at_before_any_work(smoke, tmp_path, monkeypatch, capsys):
     steps, run = smoke[0] / "steps", tmp_path / "own"
     good = {"--base": steps / "base" / "model", "--prompts": tmp_path / "p.jsonl", "--teachers": steps / "base" / "model", "--arbiter": steps / "arbiter" / "model"}
     (tmp_path / "p.jsonl").write_text('{"prompt": "eins", "language": "de"}\n{"prompt": "zwei", "language": "de"}\n', encoding="utf-8")
@@ -123,6 +126,9 @@ def test_what_a_user_brings_is_looked_at_before_any_work(smoke, tmp_path):
              "not a language model": {"--base": steps / "arbiter" / "model"}, "in no cluster": {"--clusters": tmp_path / "clusters.json"},
              "p.jsonl.missing": {"--prompts": tmp_path / "p.jsonl.missing"}, "must not be the arbiter": {"--judge": good["--arbiter"]}}
     for message, change in wrong.items():
-        done = train("--out", run, *(x for pair in {**good, **change}.items() for x in pair), check=False)
-        assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(run), *(str(x) for pair in {**good, **change}.items() for x in pair)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and message in err and len(err.strip().splitlines()) == 1, err
         assert not run.exists()
