@@ -8,6 +8,18 @@ from aya_min import linear as module
 from aya_min.linear import Linear, linear, outer, packed, product
 
 
+@pytest.fixture(params=[False, True], ids=["oneDNN", "intel"], autouse=True)
+def processor(request, monkeypatch):
+    """Whatever processor the tests run on, both ways."""
+    monkeypatch.setattr(module, "is_intel", lambda: request.param)
+
+
+def test_intels_processors_take_torchs_own_product_and_others_onednn():
+    x, weight = torch.randn(4, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    by_onednn = not module.is_intel() and torch.backends.mkldnn.is_available()
+    assert ("Product" in linear(x, weight).grad_fn.name()) == by_onednn
+
+
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5), (1, 5), (4, 1, 5)])
 @pytest.mark.parametrize("out", [3, 11])
 def test_product_and_gradients_are_those_of_torch_for_wide_and_narrow_weights_and_views(shape, out):
@@ -68,4 +80,4 @@ def test_it_is_used_in_training_on_the_cpu(monkeypatch):
     calls = []
     monkeypatch.setattr(module, "product", lambda x, weight: calls.append(1) or F.linear(x, weight))
     linear(torch.randn(4, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)).sum().backward()
-    assert len(calls) == 3                              # forward, input, weight
+    assert len(calls) == (0 if module.is_intel() else 3)                              # forward, input, weight
