@@ -19,6 +19,7 @@ from aya_min import config, distributed, pipeline, stages, steps, weights
 from aya_min.arbitrage import read_answers
 from aya_min.data import conversation, load_prompts, preference, prompt_of, read_jsonl
 from aya_min.estimate import dry_run
+from aya_min.files import write_json
 from aya_min.languages import CLUSTERS, SHARED, read_clusters
 from aya_min.model import CohereForCausalLM, init_weights
 from aya_min.report import table
@@ -210,7 +211,7 @@ def run_whole_recipe(args, device):
             raise ValueError(f"{out} exists and is not a run of the recipe; give another --out")
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(stages.lock(out))
-        steps.write_json(path, {**record, "versions": stages.versions(), "command": " ".join(sys.argv)})
+        write_json(path, {**record, "versions": stages.versions(), "command": " ".join(sys.argv)})
     paths = {k: Path(v) if isinstance(v, str) else v for k, v in {**own, "judge": args.judge, "eval_prompts": args.eval_prompts}.items()}
     with ExitStack() as held:
         distributed.from_main(open_folder)

@@ -8,7 +8,6 @@ then is an older one removed: a step-N that is there is whole unless the disk ha
 The data order needs no state beyond the step (data.Sampler), and training draws no random numbers.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from . import distributed
+from .files import sha256
 
 FILE_BYTES = 1 << 30            # about the largest file: DCP holds a copy of one in memory while it writes
 
@@ -89,11 +89,6 @@ def look(folder, names):
     rank, ranks = distributed.rank(), distributed.num_ranks()
     mine = names[rank * len(names) // ranks:(rank + 1) * len(names) // ranks]           # about those that it wrote
     return {name: seen for part in distributed.gather_objects({name: one(folder / name) for name in mine}) for name, seen in part.items()}
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_room(folder, needed):

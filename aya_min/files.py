@@ -21,12 +21,25 @@ def read_json(path):
     return value
 
 
+def write_whole(path, text):
+    """Write a file so that it is the old one or the new one, wherever a kill hits."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256(path):
+    """The SHA-256 of a file, as sha256sum prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Digests:
-    """{path: SHA-256 of the whole file, as sha256sum prints it}, each file read in a thread of its own from `begin` on. Leaving stops what still runs.
+    """{path: sha256(path)}, each file read in a thread of its own from `begin` on. Leaving stops what still runs.
 
     A tree of hashes would not be faster: a file is hashed as fast as one core can, and there are as many files as models at least.
     """

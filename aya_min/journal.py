@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from . import distributed
+from .files import write_json
 
 
 class Journal:
@@ -33,9 +34,7 @@ class Journal:
                 raise ValueError(f"{self.folder} holds an unfinished run with other {', '.join(changed)}; give the same settings to go on with it, or remove it")
             return
         self.folder.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
-        temporary.rename(path)
+        write_json(path, settings)
 
     def add(self, key, answers):
         """One finished piece of work; on disk, as far as the system goes, when this returns."""

@@ -233,7 +233,7 @@ class RewardModel(nn.Module):
         mean = sum_by_row(logps, mask) / mask.sum(1)                                        # (B,) nats
         least = logps.new_zeros(len(x)).scatter_reduce(0, rows, logps, "amin")              # (B,) nats, at most 0
         scores = F.linear(ends.float(), self.score.weight.float()) + F.linear(torch.stack((mean, least), 1), self.score_logps.weight.float())
-        return scores[:, 0], logps
+        return scores[:, 0].clone(), logps      # under FSDP an output that is a view warns
 
 
 def initial_value(config, name, shape, generator):

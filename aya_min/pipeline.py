@@ -18,13 +18,14 @@ from . import distributed, stages, weights, world_data
 from .arbitrage import candidates_from, read_answers, route
 from .config import DPO, RLOO, SFT, Pretrain, Reward, model_preset
 from .data import load_prompts
+from .files import write_json
 from .languages import LANGUAGES, SHARED, cluster_languages
 from .model import CohereForCausalLM, init_weights
 from .preferences import best_worst
 from .report import write_report
 from .results import evaluate_model, judge_arbiter, summarize_run
 from .soups import merge_folders
-from .steps import answers_of, data_file, rows_of, scores_of, settings, step, train_step, write_json
+from .steps import answers_of, data_file, rows_of, scores_of, settings, step, train_step
 from .tokenizer import train_tokenizer
 from .world import gold_answer, questions, write_jsonl
 

@@ -10,7 +10,6 @@ Every measurement is on disk (OUT.partial) before the next one begins. The searc
 goes through the same points again, finds them measured, and ends with the same bytes.
 """
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -19,13 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from . import cmaes
+from .files import sha256, write_json
 from .fitness import by_command, by_loss, by_oracle, halves, loss_splits, of_folders, of_models, read_questions, task_of
 from .front import macro
 from .journal import Journal
 from .mergeconfig import check_settings
 from .report import write_report
 from .soups import look_into, merge_folders, partial_folder
-from .files import write_json
 
 SIGMA = 0.5                 # the first step of CMA-ES, ours (LOG.md)
 
@@ -202,4 +201,4 @@ def search_folders(folders, out, *, prompts=None, eval_data=None, command=None, 
 
 
 def digest(path):
-    return f"{path} {hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
+    return f"{path} {sha256(path)}"

@@ -29,6 +29,7 @@ from . import __version__, checkpoint, distributed, tensorfiles, weights
 from .config import check_training
 from .data import (Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs, count_steps, language_slot, load_examples,
                    load_pairs, load_prompts, make_batches)
+from .files import sha256, write_json, write_whole
 from .loop import evaluate, spread, train
 from .losses import bradley_terry_loss, dpo_loss, kl_shaped_rewards, rloo_advantages, sum_by_row
 from .model import CohereForCausalLM
@@ -219,7 +220,7 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
         """(config.json as it was, what is given now, {setting: its value before}); refuses, and holds the folder."""
         if resume and not (folder / "config.json").is_file():
             raise ValueError(f"--resume {folder}: no config.json there; give the run folder of a stage, or start one with --out")
-        digests = {**prints, "tokenizer": hashlib.sha256(tokenizer.bpe.to_str().encode()).hexdigest(), "data": [checkpoint.sha256(path) for path in data]}
+        digests = {**prints, "tokenizer": hashlib.sha256(tokenizer.bpe.to_str().encode()).hexdigest(), "data": [sha256(path) for path in data]}
         now = {"stage": stage, "settings": asdict(settings), "data": [str(p) for p in data], **(source or {}), "sha256": digests}
         before = tensorfiles.read_json(folder / "config.json") if resume else {}
         changes, wrong = differences(before, now) if resume else ({}, [])
@@ -245,7 +246,7 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
                 shutil.rmtree(path)                                             # a model that was not yet published
         else:
             about = {**now, **this}
-        write_whole(folder / "config.json", json.dumps(about, indent=2, ensure_ascii=False))
+        write_json(folder / "config.json", about)
         tokenizer.save(folder)
 
     with ExitStack() as held:
@@ -253,13 +254,6 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
         state = checkpoint.newest_state(folder / "state") if resume else None
         distributed.from_main(lambda: begin(state))
         yield OpenRun(folder, state, prints)
-
-
-def write_whole(path, text):
-    """Write a file so that it is the old one or the new one, wherever a kill hits."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def forget_after(metrics, step, num_steps):
@@ -284,7 +278,7 @@ def run_stage(stage, model, tokenizer, num_steps, batches, loss_fn, settings, ru
         if distributed.is_main() and evaluation:
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
             last = [line for line in lines if "eval/loss" in line][-1]
-            write_whole(folder / "eval.json", json.dumps({k.removeprefix("eval/"): v for k, v in last.items() if k.startswith("eval/")}, indent=2))
+            write_json(folder / "eval.json", {k.removeprefix("eval/"): v for k, v in last.items() if k.startswith("eval/")})
         weights.save(folder / "model", model, tokenizer)
         if stop.any_rank(device):
             raise distributed.Stopped(f"stopped by a signal; {folder / 'model'} is finished", stop.agreed())

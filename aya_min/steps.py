@@ -15,6 +15,7 @@ import torch
 from . import checkpoint, distributed, stages, weights
 from .config import Recipe
 from .data import read_jsonl
+from .files import write_json
 from .model import RewardModel
 from .reward import score_texts
 from .sampling import answer_rows
@@ -76,12 +77,6 @@ def _training_totals(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     tokens = [line["tokens"] for line in lines if "tokens" in line]
     return len(tokens), sum(tokens)
-
-
-def write_json(path, value):
-    temporary = path.with_name(path.name + ".tmp-0")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    temporary.rename(path)
 
 
 def data_file(run, name, rows):

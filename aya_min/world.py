@@ -17,6 +17,7 @@ from collections import namedtuple
 from functools import cache
 from pathlib import Path
 
+from .files import write_whole
 from .languages import LANGUAGES, SHARED
 
 TASKS = ["largest", "reverse", "odd", "opposite", "translate", "sort", "count", "capital", "sum", "day"]    # easy to hard
@@ -313,9 +314,7 @@ def grade(question, completion):
 
 def write_jsonl(path, rows):
     """One object a line, under a temporary name first, so that a file that exists is whole."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.rename(path)
+    write_whole(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def main():

@@ -30,13 +30,14 @@ sys.path.insert(0, str(ROOT))
 from aya_min import config, distributed, stages, weights                                                        # noqa: E402
 from aya_min.arbitrage import route                                                                             # noqa: E402
 from aya_min.evaluate import join, win_rates                                                                    # noqa: E402
+from aya_min.files import write_json                                                                        # noqa: E402
 from aya_min.languages import LANGUAGES, SHARED                                                                  # noqa: E402
 from aya_min.model import CohereForCausalLM, init_weights                                                       # noqa: E402
 from aya_min.pipeline import dpo_settings, sft_settings, train_clusters_and_merge                               # noqa: E402
 from aya_min.preferences import best_worst                                                                      # noqa: E402
 from aya_min.results import evaluate_model                                                                      # noqa: E402
 from aya_min.soups import merge_folders                                                                         # noqa: E402
-from aya_min.steps import Run, rows_of, settings, step, train_step, write_json                                  # noqa: E402
+from aya_min.steps import Run, rows_of, settings, step, train_step                                # noqa: E402
 from aya_min.tokenizer import load_tokenizer                                                                    # noqa: E402
 
 STARTS = {"sft": "base", "no-shared": "base", "offline": "sft", "online-1": "offline"}      # merged stage of the recipe -> what its clusters started from
