@@ -101,7 +101,7 @@ def load_model(args, device, settings):
     trunk = args.command == "reward"
     if args.dry_run:
         return weights.look_into(args.model, trunk)[:2]
-    return weights.load(args.model, "cpu" if settings.cpu_offload else device, trunk=trunk, sharded=STAGES[args.command][0] not in stages.PLAIN_FIRST,
+    return weights.load(args.model, "cpu" if settings.cpu_offload else device, trunk=trunk, sharded=True,
                         compute_dtype=getattr(torch, settings.dtype), replicate=settings.replicate, cpu_offload=settings.cpu_offload)
 
 
@@ -145,7 +145,8 @@ def run_one_stage(args, device):
     source = {"model": args.model, "eval_data": list(args.eval_data)}
     more = {"eval_data": args.eval_data}
     if args.command == "rloo" and args.reward_model:
-        reward_model, reward_tokenizer = weights.look_into(args.reward_model)[:2] if args.dry_run else weights.load(args.reward_model, device)
+        reward_model, reward_tokenizer = weights.look_into(args.reward_model)[:2] if args.dry_run else \
+            weights.load(args.reward_model, "cpu" if settings.cpu_offload else device, sharded=True, replicate=settings.replicate, cpu_offload=settings.cpu_offload)
         if not isinstance(reward_model, weights.RewardModel):
             raise ValueError(f"--reward-model {args.reward_model}: a language model; give a folder that the reward stage wrote")
         if tokenizer and reward_tokenizer.bpe.to_str() != tokenizer.bpe.to_str():

@@ -166,7 +166,7 @@ class Training:
     publish_every: int = field(default=0, metadata={"help": "steps between model folders RUN/checkpoints/step-N, to average the last of them, say; 0 = only RUN/model at the end"})
     eval_every: int = field(default=0, metadata={"help": "steps between evaluations on --eval-data; 0 = before the first and after the last"})
     dtype: str = field(default="float32", metadata={"help": "compute dtype; weights, optimizer and losses stay fp32", "choices": ["float32", "bfloat16"]})
-    packing: bool = field(default=False, metadata={"help": "leave the padding of a micro-batch out of everything but attention"})
+    packing: Optional[bool] = field(default=None, metadata={"help": "compute no padding, and what rows begin with alike (a pair's prompt) once; unset: yes on a CPU, no on a GPU (not measured there)"})
     compile: Optional[bool] = field(default=None, metadata={"help": "torch.compile the decoder blocks; unset: yes on a GPU, no on a CPU"})
     activation_checkpointing: int = field(default=0, metadata={"help": "blocks that are recomputed in backward: 0 none, 1 all, n every n-th"})
     replicate: int = field(default=1, metadata={"help": "copies of the model, each sharded over as many ranks as that leaves (HSDP)"})

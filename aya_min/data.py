@@ -369,6 +369,12 @@ def batches_in_order(items, collate_fn, size=64):
     return [(mine[s:s + size], collate_fn([items[i] for i in mine[s:s + size]])) for s in range(0, len(mine), size)]
 
 
+def in_step(batches):
+    """This rank's batches_in_order, as many as the busiest rank has: its last again, for nothing. A sharded forward takes all ranks."""
+    rounds = max(distributed.gather_objects(len(batches)))
+    return batches + [([], batches[-1][1])] * (rounds - len(batches))
+
+
 def by_language(batch, sums, counts):
     """(2, languages) sums and counts per language of per-row values; rows beyond the batch's languages wrap (pairs use row 0..P-1)."""
     out = torch.zeros(2, len(LANGUAGE_SLOTS), dtype=torch.float64 if sums.device.type == "cpu" else torch.float32, device=sums.device)

@@ -118,7 +118,7 @@ def simulate(model_class, config, settings, loss_fn, batch, ranks, num_micro_bat
             model = model_class(config).train()
             if mesh:
                 distributed.shard(model, getattr(torch, settings.dtype), settings.replicate, mesh=mesh)
-        model.model.activation_checkpointing, model.model.packing = settings.activation_checkpointing, settings.packing
+        model.model.activation_checkpointing, model.model.packing = settings.activation_checkpointing, bool(settings.packing)
         optimizer = make_optimizer(model, settings)
         with fake, watch:
             watch.mark(model.parameters(), "parameters")
@@ -219,11 +219,14 @@ def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, rew
     watch = simulate(type(model), config, settings, loss_fn, batch, ranks, share // size)
     forward = lambda loss_fn, items, size, sharded=ranks > 1: forward_bytes(type(model), config, settings, loss_fn, largest(items, size), sharded)
     plain = lambda model: sum(4 * p.numel() for p in model.parameters())                    # bytes of a whole copy in fp32
+    shards = ranks // settings.replicate
     step = {part: watch.peak.get(part, 0) for part in PARTS}
     on_cpu = sum(step.pop(part) for part in PARTS[:3]) if settings.cpu_offload else 0
     if stage == "rloo":
-        step |= {"policy and reference, whole": 2 * plain(model), "reward model": plain(reward_model or model)}
-    held = sum(step.get(part, 0) for part in ("parameters", "optimizer moments", "policy and reference, whole", "reward model"))
+        step |= {"policy, whole, to sample from": plain(model), "reference": plain(model) // shards, "reward model": plain(reward_model or model) // shards}
+        if settings.cpu_offload:
+            on_cpu += step.pop("reference") + step.pop("reward model")
+    held = sum(step.get(part, 0) for part in ("parameters", "optimizer moments", "policy, whole, to sample from", "reference", "reward model"))
     later = lambda part, size: f", {watch.most[part] / 1e9:.2f} at another moment" if watch.most[part] > 1.05 * size + 1e7 else ""
     phases = {"in all, in a training step": sum(step.values())}
     if eval_data:
@@ -234,7 +237,8 @@ def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, rew
         phases["in all, in the reference pass before"] = sharded + forward(stages.sft_loss, texts, stages.reference_rows(settings))
     if stage == "rloo":
         cache = cache_bytes(config, settings, items, ranks)
-        sampling = max(cache, plain(model) if ranks > 1 else 0, forward(stages.sft_loss, texts, default(stages.answer_logps, "size"), sharded=False))
+        largest_tensor = max(4 * p.numel() for p in model.parameters()) if ranks > 1 else 0         # gathered one by one for the copy that samples
+        sampling = max(cache, largest_tensor, step.get("gathered by FSDP", 0) + forward(stages.sft_loss, texts, default(stages.answer_logps, "size")))
         phases[f"in all, while it samples; {cache / 1e9:.2f} of KV cache"] = held + sampling
     peak = max(phases.values())
     lengths, supervised = [len(text.ids) for text in texts], sum(int(text.mask.sum()) for text in texts)

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from . import checkpoint, distributed
-from .data import LANGUAGE_SLOTS
+from .data import LANGUAGE_SLOTS, in_step
 
 PER_LANGUAGE = ("loss", "accuracy", "rewards/accuracies", "reward")     # metrics that are logged for each language too
 
@@ -107,20 +107,15 @@ def reduced(metrics, languages=True):
 @torch.no_grad()
 def evaluate(model, loss_fn, batches, device, stop=None):
     """Held-out metrics, overall and per language: {"loss": ..., "loss/fr": ...}; None if a signal (stop: distributed.Signals) cuts it short.
-    batches: this rank's [(indices, batch)].
-
-    A sharded model's forward is a collective, so every rank runs as many batches as the busiest, repeating its last for nothing.
-    """
+    batches: this rank's [(indices, batch)]."""
     model.eval()
     total = {}
-    rounds = max(distributed.gather_objects(len(batches)))
-    for i in range(rounds):
+    for indices, batch in in_step(batches):
         if stop and stop.any_rank(device):
             model.train()
             return None
-        indices, batch = batches[min(i, len(batches) - 1)]
         _, metrics = loss_fn(model, batch.to(device))
-        add_metrics(total, metrics if indices and i < len(batches) else {k: torch.zeros_like(v) for k, v in metrics.items()})
+        add_metrics(total, metrics if indices else {k: torch.zeros_like(v) for k, v in metrics.items()})
     model.train()
     return reduced(total)
 

@@ -158,13 +158,14 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, config.window(i)) for i in range(config.num_hidden_layers))
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.packing = False                        # leave the padding out, where lengths are given
+        self.packing = None                         # compute no padding, and common prompts once, where lengths are given; None: on a CPU
         self.activation_checkpointing = 0           # blocks that are recomputed in backward: 0 none, 1 all, n every n-th
 
     def forward(self, input_ids, lengths=None, repeats=None):
         """input_ids (B, T), right-padded: under the causal mask no real token sees the padding. -> (B, T, hidden_size)"""
         x, config = self.embed_tokens(input_ids), self.config
-        line = Line(lengths, input_ids.shape[1], repeats) if self.packing and lengths is not None else None
+        packing = x.device.type == "cpu" if self.packing is None else self.packing
+        line = Line(lengths, input_ids.shape[1], repeats) if packing and lengths is not None else None
         turn = rotary(config, torch.arange(input_ids.shape[1], device=x.device)[None])     # (1, T, 1, D) twice
         if line:
             x, turn = line.pack(x), [each[0, line.positions] for each in turn]             # (N, hidden_size), (N, 1, D) twice

@@ -3,21 +3,21 @@
 import torch
 
 from . import distributed
-from .data import batches_in_order, collate, encode_example
+from .data import batches_in_order, collate, encode_example, in_step
 
 
 @torch.no_grad()
 def score_texts(model, tokenizer, rows, batch_size=64):
     """Reward of each row's "completion" given its "prompt" (or "prompt_messages"), the work split over the ranks; a list of floats on every rank.
 
-    An empty completion is scored like any other text. model: a plain (unsharded) RewardModel.
+    An empty completion is scored like any other text. model: a RewardModel, plain or sharded.
     """
     model.eval()
     device = next(model.parameters()).device
     prompts = [r.get("prompt_messages") or [{"role": "user", "content": r["prompt"]}] for r in rows]
     examples = [encode_example(tokenizer, p + [{"role": "assistant", "content": r["completion"]}], {}) for p, r in zip(prompts, rows)]
     done = []
-    for indices, batch in batches_in_order(examples, collate, batch_size):
+    for indices, batch in in_step(batches_in_order(examples, collate, batch_size)):
         batch = batch.to(device)
         done += zip(indices, model(batch.input_ids, batch.lengths, batch.mask)[0].tolist())
     scores = dict(sum(distributed.gather_objects(done), []))

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Optional
 
@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from . import __version__, checkpoint, distributed, tensorfiles, weights
 from .config import check_training
-from .data import (Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs, count_steps, language_slot, load_examples,
+from .data import (Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs, count_steps, in_step, language_slot, load_examples,
                    load_pairs, load_prompts, make_batches)
 from .files import sha256, write_json, write_whole
 from .loop import evaluate, spread, train
@@ -91,20 +91,21 @@ def policy_gradient_loss(model, batch):
 @torch.no_grad()
 def answer_logps(model, items, pad_id, device, settings, size=64):
     """Log-probs (nats, summed over supervised tokens) of each example, (N,), or of each pair's two answers, (N, 2), under a plain or sharded model,
-    on every rank; the work is split over ranks, `size` rows at a time. A sharded forward is a collective: all ranks run as many as the busiest.
+    on every rank; the work is split over ranks, `size` rows at a time.
 
     In the training's own dtype: another one would put the rounding of every token into the ratio."""
+    was_training, done = model.training, []
     model.eval()
-    model.model.packing, done = settings.packing, []
+    model.model.packing = settings.packing
     in_pairs, autocast = isinstance(items[0], Pair), settings.dtype == "bfloat16" and not isinstance(model, FSDPModule)
     batches = batches_in_order(items, lambda some: (collate_pairs if in_pairs else collate)(some, pad_id), size // (1 + in_pairs))
-    for i in range(max(distributed.gather_objects(len(batches)))):
-        indices, batch = batches[min(i, len(batches) - 1)]
+    for indices, batch in in_step(batches):
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             logps = model(batch.input_ids, batch.mask, batch.lengths, batch.repeats)       # (tokens,)
         sums = sum_by_row(logps, batch.mask)                                               # (rows,)
         done += zip(indices, (sums.view(2, -1).T if in_pairs else sums).tolist())
+    model.train(was_training)
     logps = dict(sum(distributed.gather_objects(done), []))
     return torch.tensor([logps[i] for i in range(len(items))])
 
@@ -331,9 +332,20 @@ def dpo(model, tokenizer, data, settings, out, device, eval_data=(), resume=Fals
                          check_first=loss_is_ln2)
 
 
+def twin(model, settings, device):
+    """A second model of the same weights, sharded alike, to look back at."""
+    with torch.device("meta"):
+        other = CohereForCausalLM(model.config)
+    distributed.shard(other, getattr(torch, settings.dtype), settings.replicate, settings.cpu_offload)
+    for (_, own), (_, theirs) in zip(other.to_empty(device="cpu" if settings.cpu_offload else device).state_dict().items(), model.state_dict().items(), strict=True):
+        distributed.own_rows(own)[0].copy_(distributed.own_rows(theirs)[0])
+    return other
+
+
 def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=False, source=None):
     """Online RLOO: each step samples k completions of fresh prompts from a plain copy of the policy, scores them, subtracts the KL to
-    the starting model, and takes one policy-gradient step. The reward model must share the policy's tokenizer."""
+    the starting model, and takes one policy-gradient step. The reward model must share the policy's tokenizer. On several ranks the copy
+    that samples is whole on each, in fp32; policy, reference and reward model are sharded."""
     prompts = load_prompts(data)
     prompt_ids = [tokenizer.encode_prompt(p["prompt_messages"]) for p in prompts]
     check_lengths(model.config, [len(ids) for ids in prompt_ids], [settings.max_new_tokens] * len(prompt_ids))
@@ -342,9 +354,7 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=Fal
     sampler = Sampler([len(ids) for ids in prompt_ids], settings.batch_size, settings.seed)
     num_steps = count_steps(len(prompts), settings)
     stop = distributed.Signals()
-    k, policy, reference = settings.num_samples, CohereForCausalLM(model.config).to(device), CohereForCausalLM(model.config).to(device)
-    reference.load_state_dict(model.state_dict())
-    reward_model = reward_model.to(device)
+    k = settings.num_samples
 
     def sampled_example(i, answer, row):
         ids = prompt_ids[i]
@@ -352,7 +362,8 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=Fal
         return Example(np.array(ids + answer["ids"], np.int32), np.array(mask), language_slot(row), f"prompt {i}")
 
     def batches(step):
-        policy.load_state_dict({name: distributed.full(t) for name, t in model.state_dict().items()})
+        for name, own in policy.state_dict().items():                                          # one whole tensor at a time
+            own.copy_(distributed.full(model.state_dict()[name]))
         chosen = sampler.take(step * settings.batch_size, settings.batch_size)                 # the same on every rank
         rows = [prompts[i] for i in chosen]
         answers = answer_rows(policy, tokenizer, rows, k, settings.max_new_tokens, seed=settings.seed * 1_000_003 + step)
@@ -363,7 +374,7 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=Fal
         rewards = torch.tensor(score_texts(reward_model, tokenizer, [{**row, **a} for _, row, a in flat])).view(-1, k)      # (P, k)
         of_model = lambda m: answer_logps(m, examples, tokenizer.pad_id, device, settings).view(-1, k)
         ref = of_model(reference)                                                              # (P, k) nats
-        now = torch.tensor([a["logp"] for _, _, a in flat]).view(-1, k) if settings.dtype == "float32" else of_model(policy)   # in bf16 both are rounded alike
+        now = torch.tensor([a["logp"] for _, _, a in flat]).view(-1, k) if settings.dtype == "float32" else of_model(model)   # in bf16 both are rounded alike
         advantages = rloo_advantages(kl_shaped_rewards(rewards, now, ref, settings.beta))
         mine = torch.arange(len(flat))[distributed.rank()::distributed.num_ranks()]
         made = []
@@ -375,7 +386,6 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=Fal
         return made
 
     with open_run(out, "rloo", settings, data, resume, tokenizer, source, {"model": model, "reward_model": reward_model}, num_steps) as run:
+        model, reward_model = spread(model, settings, device), spread(reward_model, replace(settings, dtype="float32"), device)
+        reference, policy = twin(model, settings, device), CohereForCausalLM(model.config).to(device)
         return run_stage("rloo", model, tokenizer, num_steps, batches, policy_gradient_loss, settings, run, device, stop=stop)
-
-
-PLAIN_FIRST = (rloo,)           # it copies the whole model before it trains it, so it must not come sharded

@@ -103,7 +103,7 @@ def train_step(run, name, title, stage, start, rows, its_settings, **more):
     """Train `stage` from the model folder `start` on rows (a list, or a function that makes it). -> the new model folder."""
     def make(folder, resume):
         data = data_file(run, name, rows() if callable(rows) else rows)
-        model, tokenizer = weights.load(start, run.device, trunk=stage is stages.reward, sharded=stage not in stages.PLAIN_FIRST,
+        model, tokenizer = weights.load(start, run.device, trunk=stage is stages.reward, sharded=True,
                                         compute_dtype=getattr(torch, its_settings.dtype))
         stage(model, tokenizer, [data], its_settings, folder, run.device, resume=resume, **more)
     step(run, name, title, make)

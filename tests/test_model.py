@@ -412,10 +412,11 @@ def test_packed_documents_have_the_loss_and_gradients_of_padded_and_of_separate_
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_packing_computes_no_padding():
+@pytest.mark.parametrize("packing", [True, None], ids=["asked for", "on a CPU"])
+def test_packing_computes_no_padding(packing):
     """The MLP sees the real tokens in one line; what stands in the padding changes nothing, not even a bit."""
     model, seen = build(), []
-    model.model.packing = True
+    model.model.packing = packing
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
     ids, lengths = tokens(3, 12), torch.tensor([12, 2, 5])
     hidden = model.model(ids, lengths)
