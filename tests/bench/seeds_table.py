@@ -23,6 +23,8 @@ models = [{m["name"]: m for m in run["models"]} for run in runs]
 print("| win rate, % [95% interval] | " + " | ".join(f"greedy, seed {i + 1}" for i in range(len(runs))) + " | " + " | ".join(f"sampled, seed {i + 1}" for i in range(len(runs))) + " |")
 print("|---|" + "---|" * (2 * len(runs)))
 for a, b, title in QUESTIONS:
+    if any(a not in by_name for by_name in models):            # fewer rounds, or only the main arms
+        continue
     cells = []
     for decoding in ("greedy", "sampled"):
         for by_name in models:
