@@ -18,7 +18,7 @@ def product(x, weight):
 
 def by_onednn(x, weight):
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
-    return not plain and not is_intel() and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available() and x.numel() > 0
+    return not plain and not torch.compiler.is_compiling() and not is_intel() and torch.backends.mkldnn.is_available() and x.numel() > 0
 
 
 @cache

@@ -113,7 +113,7 @@ class Engine:
         config, self.slots, self.max_tokens, self.temperature, self.filters = fused.config, slots, round_up(max_tokens), temperature, filters
         self.fused, self.config, self.device, dtype = fused, config, fused.device, fused.dtype
         cos, sin = rotary(config, torch.arange(self.max_tokens, device=self.device)[None])
-        self.turns = torch.complex(cos[0, ..., ::2], sin[0, ..., ::2])                          # (max_tokens, 1, D/2): an interleaved pair is a complex number
+        self.turns = torch.complex(cos[0], sin[0])                          # (max_tokens, 1, D/2): an interleaved pair is a complex number
         self.by_hand = self.device.type == "cpu" and dtype == torch.float32
         K, D, new = config.num_key_value_heads, config.head_dim, lambda *shape: torch.zeros(shape, device=self.device, dtype=dtype)
         self.cache = [(new(slots, K, D, size).transpose(2, 3) if self.by_hand else new(slots, K, size, D), new(slots, K, size, D))
