@@ -151,7 +151,8 @@ def shard(model, dtype=torch.float32, replicate=1, cpu_offload=False, mesh=None)
     if (num_ranks() == 1 and not cpu_offload and not mesh) or isinstance(model, FSDPModule):
         return model
     how = {"mesh": mesh or make_mesh(replicate), "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
-           "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()}
+           "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)       # cos and sin stay fp32
+           if dtype != torch.float32 else MixedPrecisionPolicy()}
     for block in model.model.layers:
         fully_shard(block, **how)
     fully_shard(model, **how)

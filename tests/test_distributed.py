@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import ROOT, STAGES, VARIANTS, assert_close, logged, on_these_ranks, run, state_of, write_world
+from small import ROOT, STAGES, VARIANTS, assert_close, language_model, logged, on_these_ranks, run, state_of, write_world
 
 from aya_min import distributed
 
@@ -154,3 +154,15 @@ def test_half_of_torchruns_variables_are_refused_by_name(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="WORLD_SIZE LOCAL_RANK"):
         distributed.setup()
+
+
+def test_the_rotary_angles_of_a_sharded_model_in_bfloat16_stay_fp32():
+    """FSDP cast what goes into a block to the compute dtype: cosines and sines were rounded to 8 bits."""
+    seen = []
+    try:
+        model = distributed.shard(language_model(), torch.bfloat16, mesh=distributed.make_mesh(device_type="cpu"))
+        model.model.layers[0].self_attn.register_forward_pre_hook(lambda module, args: seen.extend(each.dtype for each in args[:3]))
+        model(torch.tensor([[1, 2, 3]]))
+    finally:
+        distributed.close()
+    assert seen == [torch.bfloat16, torch.float32, torch.float32]
