@@ -217,7 +217,7 @@ def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, rew
     size = settings.micro_batch_size or share
     batch = largest(items, size, samples)
     watch = simulate(type(model), config, settings, loss_fn, batch, ranks, share // size)
-    forward = lambda loss_fn, items, size, sharded=ranks > 1: forward_bytes(type(model), config, settings, loss_fn, largest(items, size), sharded)
+    forward = lambda loss_fn, items, size: forward_bytes(type(model), config, settings, loss_fn, largest(items, size), ranks > 1)
     plain = lambda model: sum(4 * p.numel() for p in model.parameters())                    # bytes of a whole copy in fp32
     shards = ranks // settings.replicate
     step = {part: watch.peak.get(part, 0) for part in PARTS}

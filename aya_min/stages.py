@@ -337,7 +337,8 @@ def twin(model, settings, device):
     with torch.device("meta"):
         other = CohereForCausalLM(model.config)
     distributed.shard(other, getattr(torch, settings.dtype), settings.replicate, settings.cpu_offload)
-    for (_, own), (_, theirs) in zip(other.to_empty(device="cpu" if settings.cpu_offload else device).state_dict().items(), model.state_dict().items(), strict=True):
+    other.to_empty(device="cpu" if settings.cpu_offload else device)
+    for own, theirs in zip(other.state_dict().values(), model.state_dict().values(), strict=True):
         distributed.own_rows(own)[0].copy_(distributed.own_rows(theirs)[0])
     return other
 
@@ -362,8 +363,8 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=Fal
         return Example(np.array(ids + answer["ids"], np.int32), np.array(mask), language_slot(row), f"prompt {i}")
 
     def batches(step):
-        for name, own in policy.state_dict().items():                                          # one whole tensor at a time
-            own.copy_(distributed.full(model.state_dict()[name]))
+        for own, theirs in zip(policy.state_dict().values(), model.state_dict().values(), strict=True):
+            own.copy_(distributed.full(theirs))                                                # one whole tensor at a time
         chosen = sampler.take(step * settings.batch_size, settings.batch_size)                 # the same on every rank
         rows = [prompts[i] for i in chosen]
         answers = answer_rows(policy, tokenizer, rows, k, settings.max_new_tokens, seed=settings.seed * 1_000_003 + step)
