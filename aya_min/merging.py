@@ -12,8 +12,8 @@ Two families. The first four are a weighted sum of the models, whose weights may
 one pipeline with two switches: what makes a task vector sparse (trim, drop), and what combines them (a sum; an elected sign and a mean).
 
 A tensor is merged in pieces, so memory does not grow with it. Each method takes `over`, which runs a function work(start, tensors) on all
-pieces and yields what it returns, for what must be known of the whole tensor (inner products, thresholds); it returns such a function,
-which merges one piece. tensors: the N models' pieces and then the base's, if the method has one, flat and fp32; start: the first's place.
+pieces (over(work, every=n): on each n-th) and yields what it returns, for what must be known of the whole tensor (inner products,
+thresholds); it returns such a function, which merges one piece. tensors: the N models' pieces and then the base's, if the method has one, flat and fp32; start: the first's place.
 
 All arithmetic is fp32: accumulated in bf16, an average of 3 to 7 copies of one model differs from it in 13-52% of its weights. Models are
 summed, not their differences from the base, wherever the base cancels: a weight far smaller than the base's would lose its digits.
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 def merge(method, tensors, base=None, **settings):
     """A method on whole tensors in memory, any shape and floating dtype -> fp32. What soups.merge_folders does piece by piece."""
     inputs = [tensor.float().flatten() for tensor in [*tensors, *([] if base is None else [base])]]
-    return method(lambda work: [work(0, inputs)], **settings)(0, inputs).view(tensors[0].shape)
+    return method(lambda work, every=1: [work(0, inputs)], **settings)(0, inputs).view(tensors[0].shape)
 
 
 # ---- weighted sums -----------------------------------------------------------------------------------------------------------------
@@ -67,9 +67,9 @@ def gram(vectors):
     return stacked @ stacked.T
 
 
-def total(over, work):
-    """The sum of work(start, tensors) over all pieces."""
-    return reduce(torch.add, over(work))
+def total(over, work, every=1):
+    """The sum of work(start, tensors) over all pieces, or each `every`-th."""
+    return reduce(torch.add, over(work, every))
 
 
 def slerp(over, t, convention="paper"):
@@ -109,38 +109,42 @@ def task_vectors(tensors):
     return [model - base for model in models]
 
 
-COARSE, FINE = 16, 15       # the 31 bits of a magnitude, in two steps
+BINS = 1 << 16              # of a count; with the 15 bits that a coarse one leaves out, the 31 bits of a magnitude
+COARSE = 15
+SAMPLED = 64                # each 64th piece is enough to guess where a threshold lies
 
 
-def count_magnitudes(delta, coarse=None):
-    """How many |delta| have each value of their first 16 bits; or, of those whose first 16 are `coarse`, of their last 15. Adds up over pieces.
+def count_magnitudes(delta, first=0, shift=COARSE):
+    """How many |delta|, their bits read as integers, are below `first`; in each of BINS bins of width 2^shift from there on; above. (BINS + 2,), adds up.
 
     The bits of fp32 numbers that are not negative, read as integers, are in the order of the numbers.
     """
-    bits = delta.abs().view(torch.int32)
-    if coarse is None:
-        return torch.bincount(bits >> FINE, minlength=1 << COARSE)
-    return torch.bincount(bits[bits >> FINE == coarse] & (1 << FINE) - 1, minlength=1 << FINE)
+    bits = delta.abs().view(torch.int32).sub_(first - (1 << shift))
+    return torch.bincount((bits >> shift if shift else bits).clamp_(0, BINS + 1), minlength=BINS + 2)
 
 
 def place_of(counts, rank):
-    """(the bin that holds the number of this rank, its rank inside); rank 0 is the smallest."""
-    ends = counts.cumsum(0)
-    found = torch.searchsorted(ends, rank, right=True)
-    return found.item(), (rank - ends[found] + counts[found]).item()
+    """The bin that holds the number of this rank; rank 0 is the smallest."""
+    return torch.searchsorted(counts.cumsum(0), rank, right=True).item()
 
 
 def thresholds(over, density):
-    """For each model the least |tau| that belongs to the largest, a share `density` of them: exact, in two counting passes, no sort.
+    """For each model the least |tau| that belongs to the largest, a share `density` of them: exact, and mostly in one counting pass, without a sort.
 
-    over: the pieces of one tensor, or of all tensors. density: one for each model.
+    Coarse bins of some of the pieces say about where it lies, fine ones there, of all pieces, what it is. Should it lie elsewhere, coarse bins
+    of all pieces say where. over: the pieces of one tensor, or of all tensors. density: one for each model.
     """
-    coarse = total(over, lambda start, tensors: torch.stack([count_magnitudes(delta) for delta in task_vectors(tensors)]))      # (N, 65536)
-    size = coarse[0].sum().item()
-    found = [place_of(counts, size - max(1, int(share * size))) for counts, share in zip(coarse, density, strict=True)]
-    fine = total(over, lambda start, tensors: torch.stack([count_magnitudes(delta, high) for delta, (high, _) in zip(task_vectors(tensors), found)]))
-    bits = [(high << FINE) + place_of(counts, rank)[0] for counts, (high, rank) in zip(fine, found)]
-    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).tolist()
+    def places(firsts, shift, every=1):
+        counts = total(over, lambda start, tensors: torch.stack([count_magnitudes(tau, first, shift) for tau, first in zip(task_vectors(tensors), firsts)]), every)
+        size = counts[0].sum().item()                   # counts: (N, BINS + 2)
+        return [place_of(row, size - max(1, int(share * size))) for row, share in zip(counts, density, strict=True)]
+
+    for every in (SAMPLED, 1):
+        firsts = [(place - 1 << COARSE) - BINS // 4 for place in places([0] * len(density), COARSE, every)]        # half a coarse bin before
+        found = places(firsts, 0)
+        if all(1 <= place <= BINS for place in found):
+            break
+    return torch.tensor([first + place - 1 for first, place in zip(firsts, found)], dtype=torch.int32).view(torch.float32).tolist()
 
 
 def trim(delta, threshold):
@@ -151,7 +155,19 @@ def trim(delta, threshold):
     return F.hardshrink(delta, np.nextafter(np.float32(threshold), np.float32(-1)).item())      # keeps what is above; 10x as fast as where
 
 
-DRAWS = 1 << 16             # values of a draw: DARE's densities are multiples of 1 / DRAWS
+DRAWS = 1 << 16             # DARE's densities are multiples of 1 / DRAWS
+
+
+def bernoulli(size, chances, generator):
+    """`size` bytes, 1 with a probability of chances / DRAWS, else 0; 64 at once from numpy's raw words.
+
+    With the digits of the probability, in base 2, from the last on: m or r has (1 + p) / 2 where m has p, m and r has p / 2, r a random bit.
+    """
+    words = np.full((size + 63) // 64, -(chances == DRAWS), np.int64)
+    for digit in reversed(f"{chances % DRAWS:016b}".rstrip("0")):
+        combine = np.bitwise_or if digit == "1" else np.bitwise_and
+        combine(words, generator.random_raw(len(words)).view(np.int64), out=words)
+    return np.unpackbits(words.view(np.uint8), count=size)
 
 
 def drop(delta, density, seed, name, start=0):
@@ -163,10 +179,8 @@ def drop(delta, density, seed, name, start=0):
     size = len(delta)
     content = delta[:size // 2 * 2].view(torch.int64).sum().item() + delta[-1:].view(torch.int32).item()      # by twos: 6x as fast as by ones
     key = hashlib.sha256(f"{seed} {name} {start} {content}".encode()).digest()
-    raw = np.random.SFC64(int.from_bytes(key[:16], "little")).random_raw((size + 3) // 4)
-    draws = torch.from_numpy(raw.view(np.int16)[:size]).to(delta.device)                # uniform over 16 bits
-    kept = torch.le(draws, round(density * DRAWS) - 1 - DRAWS // 2, out=torch.empty_like(delta))      # 1 or 0; as booleans 4x as slow
-    return kept.mul_(delta)
+    mask = bernoulli(size, round(density * DRAWS), np.random.SFC64(int.from_bytes(key[:16], "little")))
+    return torch.from_numpy(mask).to(delta).mul_(delta)
 
 
 def sparse_merge(sparse, tensors, weights, scales, lam, normalize, elected, convention):

@@ -138,11 +138,18 @@ def content(path):
     return path.read_bytes() if path.exists() else None
 
 
-def refuse_infinite(tensor, what):
-    """TIES would turn a NaN into the base's value. A sum is finite if all are, but for overflow, and 20x as fast to look at."""
+def is_finite(tensor):
+    """A sum is finite if all are, but for overflow, and 20x as fast to look at."""
     dtype = None if tensor.dtype == torch.bfloat16 else torch.float32               # bf16 has fp32's range, and its own sum is 3x as fast
-    if not tensor.sum(dtype=dtype).isfinite() and not tensor.isfinite().all():
-        raise ValueError(f"{what} holds NaN or infinite values; mend that model, or choose a wider --dtype")
+    return bool(tensor.sum(dtype=dtype).isfinite() or tensor.isfinite().all())
+
+
+def refuse_infinite(name, inputs, merged):
+    """Say whose NaN or infinity it is that came out of a merge; no method loses one on the way."""
+    for place in [part[name] for part in inputs]:
+        if not all(is_finite(read_piece(place, *span)) for span in spans(place[3])):
+            raise ValueError(f"{name} in {place[0]} holds NaN or infinite values; mend that model")
+    raise ValueError(f"{merged} holds NaN or infinite values, which no model has; choose a wider --dtype, or smaller weights")
 
 
 # ---- the work ----------------------------------------------------------------------------------------------------------------------
@@ -167,16 +174,11 @@ def workers():
 
 def over(names, inputs, pool, device, bar):
     """merging.py's `over`: a function that runs work(start, tensors) on all pieces of these tensors, in order. inputs: places, the base's last."""
-    def read(place, name, start, count):
-        piece = read_piece(place, start, count).to(device).float()
-        refuse_infinite(piece, f"{name} in {place[0]}")
-        return piece
-
-    def run(work):
+    def run(work, every=1):
         for name in names:
-            one = lambda span: (work(span[0], [read(place[name], name, *span) for place in inputs]), span[1])      # noqa: E731
-            for result, count in pool.map(one, spans(inputs[0][name][3])):
-                bar.update(count * DTYPES[inputs[0][name][1]].itemsize)
+            one = lambda span: (work(span[0], [read_piece(place[name], *span).to(device).float() for place in inputs]), span[1])      # noqa: E731
+            for result, count in pool.map(one, spans(inputs[0][name][3])[::every]):
+                bar.update(count * DTYPES[inputs[0][name][1]].itemsize if every == 1 else 0)
                 yield result
     return run
 
@@ -184,7 +186,7 @@ def over(names, inputs, pool, device, bar):
 def merge_files(folder, files, headers, method, settings, values, device, progress):
     """Merge all tensors into the files of a plan. values: their settings."""
     paper_ties = method == "ties" and settings["convention"] == "paper"
-    passes = {"slerp": 2, "model-stock": 2, "ties": 3}.get(method, 1) + ("seed" in settings and settings["convention"] == "mergekit")
+    passes = {"slerp": 2, "model-stock": 2, "ties": 2}.get(method, 1) + ("seed" in settings and settings["convention"] == "mergekit")
     size = passes * sum(num_bytes(*headers[0][name][1:]) for name in values)
     function, inputs, outputs = getattr(merging, method.replace("-", "_")), [places(header) for header in headers], tensorfiles.create(folder, files)
     bar = tqdm(total=size, desc="merge", unit="B", unit_scale=True, disable=not progress or os.environ.get("RANK", "0") != "0")
@@ -200,7 +202,8 @@ def merge_files(folder, files, headers, method, settings, values, device, progre
 
                 def write(start, tensors):
                     piece = merged(start, tensors).to(DTYPES[place[1]]).cpu()
-                    refuse_infinite(piece, f"{name}, merged, as {piece.dtype}")
+                    if not is_finite(piece):
+                        refuse_infinite(name, inputs, f"{name}, merged, as {piece.dtype},")
                     tensorfiles.write_piece(place, start, piece)
                 for _ in pieces(write):
                     pass
@@ -232,6 +235,8 @@ def compare_folders(first, second, base=None, device="cpu"):
     with tqdm(total=size, desc="diff", unit="B", unit_scale=True) as bar, workers() as pool:
         for name in names:
             sums, layer = merging.total(over([name], inputs, pool, device, bar), sums_of), layer_of(name)
+            if not sums.isfinite().all():
+                refuse_infinite(name, inputs, f"the difference of {name}")
             rows = [(0, 0, name), (3, 0, "all")]
             if layer is not None:
                 rows += [(1, 0, re.sub(r"\.\d+\.", ".*.", name, count=1)), (2, layer, re.sub(r"(\.\d+)\..*", r"\1", name))]

@@ -3,10 +3,13 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from aya_min.merging import count_magnitudes, dare_linear, dare_ties, drop, gram, linear, merge, model_stock, place_of, slerp, task_arithmetic, thresholds, ties, trim
+from aya_min import merging
+from aya_min.merging import (BINS, DRAWS, SAMPLED, bernoulli, count_magnitudes, dare_linear, dare_ties, drop, gram, linear, merge, model_stock, place_of,
+                             slerp, task_arithmetic, thresholds, ties, trim)
 
 SPARSE = [ties, dare_linear, dare_ties]
 WITH_BASE = [task_arithmetic, model_stock, *SPARSE]
@@ -30,7 +33,7 @@ def in_pieces(method, tensors, base=None, piece=7, **options):
     """A method on flat tensors, by pieces of a few elements."""
     tensors = [tensor.flatten().float() for tensor in [*tensors, *([] if base is None else [base])]]
     spans = range(0, len(tensors[0]), piece)
-    over = lambda work: (work(start, [tensor[start:start + piece] for tensor in tensors]) for start in spans)      # noqa: E731
+    over = lambda work, every=1: (work(start, [tensor[start:start + piece] for tensor in tensors]) for start in spans[::every])      # noqa: E731
     return torch.cat(list(over(method(over, **options))))
 
 
@@ -158,25 +161,45 @@ def test_trim_keeps_the_magnitudes_from_the_threshold_on():
 def test_the_counting_of_magnitudes_worked_by_hand():
     delta = torch.tensor([1.0, -1.0, 1.0 + 2 ** -23, 2.0, 0.0])
     coarse = count_magnitudes(delta)
-    one, two = 127 << 8, 128 << 8                                               # the exponent, then 8 bits of the fraction
-    assert {bin: coarse[bin].item() for bin in coarse.nonzero().flatten().tolist()} == {0: 1, one: 3, two: 1}
-    assert [place_of(coarse, rank) for rank in range(5)] == [(0, 0), (one, 0), (one, 1), (one, 2), (two, 0)]
-    assert count_magnitudes(delta, one)[:3].tolist() == [2, 1, 0] and count_magnitudes(delta, one).sum() == 3
+    one, two = (127 << 8) + 1, (128 << 8) + 1                                   # the exponent, then 8 bits of the fraction; bin 0 is what is below
+    assert {bin: coarse[bin].item() for bin in coarse.nonzero().flatten().tolist()} == {1: 1, one: 3, two: 1}
+    assert [place_of(coarse, rank) for rank in range(5)] == [1, one, one, one, two]
+    fine = count_magnitudes(delta, 127 << 23, 0)
+    assert fine[:4].tolist() == [1, 2, 1, 0] and fine[-1] == 1 and fine.sum() == 5 and len(fine) == BINS + 2
 
 
+@pytest.mark.parametrize("guess", ["good", "too high", "too low", "of nothing but zeros"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e-3, 1e-20, 1e10])
-def test_thresholds_are_those_of_a_full_sort(scale, dtype):
+def test_thresholds_are_those_of_a_full_sort_whatever_the_guess_from_some_pieces(scale, dtype, guess):
     base = torch.zeros(10_001)
     tensors = [(scale * torch.randn(10_001, generator=torch.Generator().manual_seed(seed))).to(dtype).float() for seed in (0, 1)]
     tensors[1][3000:] = 0                                                       # most of its parameters did not move
-    over = lambda work: (work(start, [x[start:start + 999] for x in (*tensors, base)]) for start in range(0, 10_001, 999))      # noqa: E731
+    factor, passes = {"good": 1, "too high": 100, "too low": 0.01, "of nothing but zeros": 0}[guess], []
+
+    def over(work, every=1):
+        passes.append(every)
+        return [work(start, [x[start:start + 999] * (factor if every > 1 else 1) for x in (*tensors, base)]) for start in range(0, 10_001, 999 if every == 1 else 5 * 999)]
+
     for density in (1e-9, 0.001, 0.2, 0.5, 0.9, 1.0):
         kept = max(1, int(density * 10_001))
         expected = [tensor.abs().sort(descending=True).values[kept - 1].item() for tensor in tensors]
         assert thresholds(over, [density, density]) == expected
         if dtype == torch.float32 and density < 1:
             assert (trim(tensors[0], expected[0]) != 0).sum() == kept
+    assert guess == "good" or passes.count(1) > passes.count(SAMPLED)          # a wrong guess costs two passes more, and is not believed
+
+
+def test_a_good_guess_of_a_threshold_saves_a_pass(monkeypatch):
+    pieces, passes = torch.randn(40, 2, 50_000, generator=torch.Generator().manual_seed(0)), []
+    monkeypatch.setattr(merging, "SAMPLED", 4)
+
+    def over(work, every=1):
+        passes.append(every)
+        return [work(0, [*piece, torch.zeros(50_000)]) for piece in pieces[::every]]
+
+    expected = [tensor.abs().flatten().sort(descending=True).values[int(0.3 * 2_000_000) - 1].item() for tensor in pieces.transpose(0, 1)]
+    assert thresholds(over, [0.3, 0.3]) == expected and passes == [4, 1]
 
 
 def elect_and_average(deltas, weights, convention="paper"):
@@ -255,7 +278,37 @@ def test_the_pipeline_is_a_slow_one_that_takes_parameter_after_parameter(method,
     torch.testing.assert_close(merge(method, tensors, base, **given), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("convention", ["paper", "mergekit"])
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("method", [linear, slerp, task_arithmetic, model_stock, *SPARSE])
+def test_what_is_not_finite_in_any_model_is_not_finite_in_the_merge(method, broken, convention):
+    """So looking at what comes out is enough. Also where it is trimmed, dropped, outvoted or of a model of weight 0."""
+    for bad in range(3):
+        (a, b, _), base = models(shape=(301,))
+        a[7], b[8] = base[7], base[8]                                           # nothing to keep
+        given = [a, b, base]
+        given[bad][[7, 8, 9, 10, 300]] = broken
+        parts = [a, b] if method in (linear, slerp) else [a, b, base]
+        if bad < len(parts):
+            settings = {slerp: {"t": 1.0}, model_stock: {}, linear: {"weights": [1, 0]}, task_arithmetic: {"weights": [1, 0]}}.get(
+                method, {"weights": [1, 0], "density": [0.2, 0.2]}) | ({} if method in (linear, task_arithmetic) else {"convention": convention})
+            merged = merge(method, parts[:2], *parts[2:], **settings)
+            assert not merged[[7, 8, 9, 10, 300]].isfinite().any(), (bad, merged[[7, 8, 9, 10, 300]])
+
+
 # DARE
+
+def test_bernoulli_has_the_probability_of_its_digits_and_no_other():
+    for chances in (1, 2, 3, 1 << 15, 0x5555, 0xAAAA, 52429, 13107, DRAWS - 1):
+        p, size = chances / DRAWS, 1_000_003
+        mask = bernoulli(size, chances, np.random.SFC64(chances))
+        assert mask.dtype == np.uint8 and len(mask) == size and set(np.unique(mask)) <= {0, 1}
+        assert abs(mask.mean() - p) < 4.5 * math.sqrt(p * (1 - p) / size), chances
+        together = (mask[1:] & mask[:-1]).mean()                                # neighbours, and those of the next word, are independent
+        assert abs(together - p * p) < 6 * math.sqrt(p * p / size) + 1e-6, chances
+        assert abs((mask[64:] & mask[:-64]).mean() - p * p) < 6 * math.sqrt(p * p / size) + 1e-6, chances
+    assert bernoulli(100, DRAWS, np.random.SFC64(0)).all()
+
 
 def test_dare_at_density_one_is_task_arithmetic_and_ties():
     tensors, base = models()
@@ -299,9 +352,9 @@ def test_dare_masks_depend_on_the_seed_the_tensor_s_name_and_place_and_the_model
 
 
 def test_dare_masks_do_not_change_between_versions():
-    """A merge can be made again: the first bits of one mask, as first written. Odd lengths too."""
-    kept = drop(torch.ones(33), 0.5, 0, "x") != 0
-    assert "".join("01"[bit] for bit in kept.tolist()) == "100011111001111101101001111011001"
+    """A merge can be made again: the first bits of masks as first written. Odd lengths too."""
+    for density, bits in ((0.5, "011010111110101110011101011111110"), (0.3, "000101000100000110101101111100001")):
+        assert "".join("01"[kept] for kept in (drop(torch.ones(33), density, 0, "x") != 0).tolist()) == bits
 
 
 # all
