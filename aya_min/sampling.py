@@ -46,14 +46,16 @@ def choose(logits, uniforms, temperature, top_k=0, top_p=1.0, min_p=0.0):
     logits (B, V) in fp32 are overwritten (copies of this size cost a tenth of a decode step); uniforms (B,) in [0, 1): the inverse of the
     cumulative distribution, so one number per row decides.
     """
-    if temperature not in (0, 1):
+    if temperature == 0:
+        top, tokens = logits.max(-1)                                                            # (B,) twice
+        return tokens, -logits.sub_(top[:, None]).exp_().sum(-1).log()
+    if temperature != 1:
         logits /= temperature
-    top, tokens = logits.max(-1, keepdim=True)                                                  # (B, 1) twice
-    if temperature > 0:
-        cumulative = filtered(logits, top_k, top_p, min_p).softmax(-1).cumsum(-1)
-        tokens = torch.searchsorted(cumulative, uniforms[:, None].to(cumulative) * cumulative[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
-    chosen = logits.gather(1, tokens)
-    return tokens[:, 0], (chosen - top)[:, 0] - logits.sub_(top).exp_().sum(-1).log()
+    probs = logits.softmax(-1)                                                                  # (B, V)
+    kept = probs if (top_k, top_p, min_p) == (0, 1.0, 0.0) else filtered(logits, top_k, top_p, min_p).softmax(-1)
+    cumulative = kept.cumsum(-1)
+    tokens = torch.searchsorted(cumulative, uniforms[:, None].to(cumulative) * cumulative[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
 def check_sampling(temperature, top_k, top_p, min_p):
