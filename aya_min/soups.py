@@ -27,7 +27,7 @@ from .tensorfiles import DTYPES, drop_tied_head, equal, first_of, num_bytes, pla
 
 COPIED = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 SAME = ["model_type", "vocab_size", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings"]     # shapes do not show all of these
-PIECE = 1 << 18             # elements; DARE's masks depend on it
+PIECE = 1 << 19             # elements; DARE's masks depend on it
 
 
 def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes=tensorfiles.SHARD_BYTES, digests=None, progress=True, **settings):
