@@ -688,15 +688,15 @@ def peak(commands):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
 def test_memory_does_not_grow_with_the_model_or_its_largest_tensor(tmp_path):
-    """F24 of the fault list, 3 models of 8 shards: far below (N + 2) x largest tensor + 300 MB. One tensor of one model is 160 MB in fp32."""
-    rows = {"large": 40_000} | {f"small.{i}": 1_000 for i in range(20)}
+    """F24 of the fault list, 3 models of 8 shards: far below (N + 2) x largest tensor + 300 MB. One tensor of one model is 240 MB in fp32."""
+    rows = {"large": 60_000} | {f"small.{i}": 1_000 for i in range(20)}
     for name, seed in zip("ABC", range(3)):
         draws = torch.Generator().manual_seed(seed)
         write(tmp_path / name, {part: (torch.ones(1000) + 0.01 * torch.randn(num, 1, generator=draws)).bfloat16() for part, num in rows.items()}, num_shards=8)
     a, b, c = (tmp_path / name for name in "ABC")
     methods = [[method, *([b, c] if method == "slerp" else [a, b, c]), *(["--base", a] if "base" in METHODS[method] else []), "--out", tmp_path / method] for method in METHODS]
     imports, used = peak([]), peak([*methods, ["diff", b, c, "--base", a]])
-    assert used < (3 + 2) * 80e6 + 300e6 and used - imports < 250e6, (used, imports)
+    assert used < (3 + 2) * 120e6 + 300e6 and used - imports < 600e6, (used, imports)
 
 
 # diff
