@@ -110,7 +110,7 @@ def task_vectors(tensors):
 
 
 BINS = 1 << 16              # of a count; with the 15 bits that a coarse one leaves out, the 31 bits of a magnitude
-COARSE = 15
+COARSE = 15                 # bits
 SAMPLED = 64                # each 64th piece is enough to guess where a threshold lies
 
 

@@ -43,8 +43,7 @@ def filtered(logits, top_k, top_p, min_p):
 def choose(logits, uniforms, temperature, top_k=0, top_p=1.0, min_p=0.0):
     """Next tokens (B,) and their log-probs (B,) at this temperature, before any filter. Greedy at temperature 0 (log-probs at 1).
 
-    logits (B, V) in fp32 are overwritten (copies of this size cost a tenth of a decode step); uniforms (B,) in [0, 1): the inverse of the
-    cumulative distribution, so one number per row decides.
+    logits (B, V) in fp32 may be overwritten; uniforms (B,) in [0, 1): the inverse of the cumulative distribution, so one number per row decides.
     """
     if temperature == 0:
         top, tokens = logits.max(-1)                                                            # (B,) twice

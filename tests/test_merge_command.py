@@ -594,6 +594,8 @@ def test_a_merge_that_fails_in_the_middle_leaves_nothing(method, folders, base, 
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match="body.embed.weight in .*nan/model.safetensors holds NaN or infinite values"):
         merge_folders([folders[0], nan], tmp_path / "out", method, **given(method, base=base))
+    with pytest.raises(ValueError, match="body.embed.weight in .*nan/model.safetensors holds NaN or infinite values"):
+        compare_folders(folders[0], nan)
     with pytest.raises(ValueError, match="temperature, merged, as torch.float16, holds NaN or infinite"):
         merge_folders([large] * 2, tmp_path / "out", method, **given(method, base=base, density=1.0), dtype="float16")
     assert sorted(tmp_path.iterdir()) == before
