@@ -6,6 +6,10 @@
     torchrun generate.py --models A B C --arbiter RM --prompts F.jsonl --out best.jsonl --pairs pairs.jsonl
 """
 
+import gc
+
+gc.disable()                # importing torch makes many objects that all stay: they are not looked through as they come, nor at the end, 1.1 s less
+
 import argparse
 import hashlib
 import json
@@ -25,6 +29,9 @@ from aya_min.preferences import best_worst
 from aya_min.reward import score_texts
 from aya_min.sampling import Fused, answer_rows, check_lengths, check_sampling, plan, stream
 from aya_min.world import write_jsonl
+
+gc.freeze()
+gc.enable()
 
 SAMPLING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos", "seed", "dtype")
 

@@ -18,31 +18,31 @@ class TokenLogps(torch.autograd.Function):
 
         log p = z_target - log_z        d log p / d z = onehot(target) - softmax(z)
 
-    One chunk keeps its softmax for the backward; several are computed again there, so that one is held at a time. torch 2.13 has
+    One chunk keeps its exp(z) for the backward; several are computed again there, so that one is held at a time. torch 2.13 has
     F.linear_cross_entropy, which 2.11 lacks.
     """
 
     @staticmethod
-    def probabilities(hidden, weight, targets):
-        """softmax (n, V) in fp32 and log p(target) (n,) of a chunk."""
+    def exponentials(hidden, weight, targets):
+        """exp(z - max z) (n, V) in fp32, its sums (n, 1) and log p(target) (n,) of a chunk."""
         z = product(hidden, weight).float()
         top = z.amax(-1, keepdim=True)
         chosen = z.gather(1, targets[:, None]) - top
         sums = z.sub_(top).exp_().sum(-1, keepdim=True)
-        return z.div_(sums), (chosen - sums.log())[:, 0]
+        return z, sums, (chosen - sums.log())[:, 0]
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, logit_scale, rows):
         device, dtype = hidden.device.type, weight.dtype
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
         ctx.scale, ctx.rows = logit_scale, rows
-        ctx.probs, logps = None, []
+        ctx.only, logps = None, []
         scaled, cast = (hidden * logit_scale).to(ctx.dtype), weight.to(ctx.dtype)
         for h, t in zip(scaled.split(rows), targets.split(rows)):
-            ctx.probs, part = TokenLogps.probabilities(h, cast, t)
+            exps, sums, part = TokenLogps.exponentials(h, cast, t)
+            ctx.only = (exps, sums) if len(hidden) <= rows else None
+            del exps                                                    # before the next chunk is made
             logps.append(part)
-        if len(logps) > 1:
-            ctx.probs = None
         ctx.save_for_backward(hidden, weight, targets)
         return torch.cat(logps)
 
@@ -52,14 +52,14 @@ class TokenLogps(torch.autograd.Function):
         scaled, cast = (hidden * ctx.scale).to(ctx.dtype), weight.to(ctx.dtype)
         d_hidden, d_weight = [], torch.zeros_like(weight, dtype=torch.float32) if len(hidden) > ctx.rows else None
         for h, t, g in zip(scaled.split(ctx.rows), targets.split(ctx.rows), gradient.split(ctx.rows)):
-            probs = ctx.probs if ctx.probs is not None else TokenLogps.probabilities(h, cast, t)[0]
-            dz = probs.mul_(-g[:, None])
+            exps, sums = ctx.only or TokenLogps.exponentials(h, cast, t)[:2]
+            dz = exps.mul_(-g[:, None] / sums)
             dz.scatter_add_(1, t[:, None], g[:, None])
             dz = dz.to(ctx.dtype)
             d_hidden.append(product(dz, cast.t()))
             part = outer(dz, h)
             d_weight = part if d_weight is None else d_weight.add_(part)
-        ctx.probs = None
+        ctx.only = None
         return torch.cat(d_hidden).mul_(ctx.scale).to(hidden.dtype), d_weight.to(weight.dtype), None, None, None
 
 

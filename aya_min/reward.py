@@ -19,6 +19,6 @@ def score_texts(model, tokenizer, rows, batch_size=64):
     done = []
     for indices, batch in in_step(batches_in_order(examples, collate, batch_size)):
         batch = batch.to(device)
-        done += zip(indices, model(batch.input_ids, batch.lengths, batch.mask)[0].tolist())
+        done += zip(indices, model(batch.input_ids, batch.lengths, batch.mask, batch.repeats)[0].tolist())
     scores = dict(sum(distributed.gather_objects(done), []))
     return [scores[i] for i in range(len(rows))]

@@ -119,6 +119,7 @@ class Engine:
         K, D, new = config.num_key_value_heads, config.head_dim, lambda *shape: torch.zeros(shape, device=self.device, dtype=dtype)
         self.cache = [(new(slots, K, D, size).transpose(2, 3) if self.by_hand else new(slots, K, size, D), new(slots, K, size, D))
                       for size in cache_sizes(config, self.max_tokens)]                         # keys, values of each layer: (slots, K, size, D)
+        self.by_position = [(keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in self.cache]      # views, (slots, size, K, D) each
         zeros = lambda *shape, dtype=torch.long: torch.zeros(shape, device=self.device, dtype=dtype)
         self.tokens, self.lengths, self.counts = zeros(slots), zeros(slots), zeros(slots)       # last token, tokens in the cache, tokens sampled
         self.uniforms = zeros(slots, max_new_tokens if temperature else 1, dtype=torch.float32)
@@ -134,8 +135,8 @@ class Engine:
         x, turns = F.embedding(ids, self.fused.embedding), self.turns[positions]                      # (N, hidden), (N, 1, D/2)
         for i, (norm, qk_norms, project_in, project_out) in enumerate(self.fused.layers):
             h = F.layer_norm(x, x.shape[-1:], norm, None, c.layer_norm_eps)
-            heads, gate, up = project_in(h).split([(H + 2 * K) * D, c.intermediate_size, c.intermediate_size], -1)
-            heads = heads.unflatten(1, (H + 2 * K, D))                                          # queries, keys, values
+            heads, gate, up = project_in(h).split_with_sizes([(H + 2 * K) * D, c.intermediate_size, c.intermediate_size], -1)
+            heads = heads.view(-1, H + 2 * K, D)                                          # queries, keys, values
             qk = heads[:, :H + K]
             if qk_norms:
                 qk.copy_(F.layer_norm(qk.float(), (D,), eps=c.layer_norm_eps) * torch.cat(qk_norms).float())
@@ -143,7 +144,7 @@ class Engine:
                 pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))).mul_(turns)    # (N, H + K, D/2); in place when qk is fp32
                 if qk.dtype != torch.float32:
                     qk.copy_(torch.view_as_real(pairs).flatten(-2))
-            q, k, v = heads.split((H, K, K), 1)
+            q, k, v = heads.split_with_sizes((H, K, K), 1)
             x = x + project_out(torch.cat((attend(i, q, k, v), F.silu(gate).mul_(up)), 1))
         x = F.layer_norm(x if last is None else x[last], x.shape[-1:], self.fused.norm, None, c.layer_norm_eps)
         return self.fused.head(x).float().mul_(c.logit_scale)
@@ -186,7 +187,8 @@ class Engine:
             keys, values, flat_keys, flat_values = self.views[i]
             size = self.sizes[i]
             place = positions if size == self.max_tokens else positions % size                  # a window is a ring: position p lies at p mod size
-            self.cache[i][0][rows, :, place], self.cache[i][1][rows, :, place] = k, v
+            self.by_position[i][0].index_put_((rows, place), k)
+            self.by_position[i][1].index_put_((rows, place), v)
             if self.by_hand:                                                                    # 2.5 times as fast as the fused kernel on two CPU cores
                 scores = torch.baddbmm(by_key_head if T <= size else by_key_head[..., :size], q.reshape(n * K, -1, D), flat_keys, alpha=D ** -0.5)
                 return torch.bmm(scores.softmax(-1), flat_values).view(n, -1)

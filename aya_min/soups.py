@@ -30,13 +30,13 @@ SAME = ["model_type", "vocab_size", "num_attention_heads", "num_key_value_heads"
 PIECE = 1 << 19             # elements; DARE's masks depend on it
 
 
-def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes=tensorfiles.SHARD_BYTES, digests=None, progress=True, **settings):
+def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes=tensorfiles.SHARD_BYTES, hashes=True, digests=None, progress=True, **settings):
     """Merge model folders into the new folder `out`; returns its Path.
 
     settings: mergeconfig.METHODS. Each of the weights (one for each model), density (one for all, or a list of one for each), t and lam
     may be a number, a gradient such as [0, 0.5, 1] over the layers, or filters by name, see mergeconfig.number_at.
     dtype: one of OUTPUT_DTYPES; None keeps that of each tensor of the first folder, whatever the others have.
-    digests: of the models' files, if they were begun before. progress: show a bar.
+    hashes: put the SHA-256 of every input into merge.json. digests: the Digests of the models' files, if begun before. progress: show a bar.
     """
     folders, out = [Path(folder) for folder in folders], Path(out)
     settings = check_settings(method, settings, len(folders), dtype)
@@ -55,12 +55,13 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
 
     with partial_folder(out) as partial, digests or Digests() as digests:
         files_of = {folder: sorted({file for file, _, _ in header.values()}) for folder, header in zip(inputs, headers)}
-        digests.begin(sum(files_of.values(), []))                                    # beside the merge
+        if hashes:
+            digests.begin(sum(files_of.values(), []))                                # beside the merge
         merge_files(partial, files, headers, method, settings, values, device, progress)
         write_the_rest(folders[0], partial, configs[0], dtype)
         write_json(partial / "merge.json", {
             "config": to_config(folders, method, settings, dtype),
-            "inputs": [{"folder": str(folder), "sha256": {file.name: digests[file] for file in files_of[folder]}} for folder in inputs],    # the base is the last
+            "inputs": [{"folder": str(folder), "sha256": {file.name: digests[file] if hashes else None for file in files_of[folder]}} for folder in inputs],    # the base is the last
             "versions": {"aya_min": __version__, "torch": torch.__version__}})
     return out
 

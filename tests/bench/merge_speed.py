@@ -5,7 +5,8 @@
 
 Makes three Cohere checkpoints in bf16 (502M parameters, 1.0 GB each, with use_qk_norm: mergekit 0.1.5 refuses others) in a temporary folder; linear averages
 the three, the other methods take the first as the base. Each configuration is printed by merge.py and given to both. Every output is removed before the next
-command; the inputs stay in the page cache. Figures are medians with minimum and maximum. Without --mergekit, merge.py alone.
+command; the inputs stay in the page cache. Figures are medians with minimum and maximum. Without --mergekit, merge.py alone. merge.py runs twice: as it is,
+with the SHA-256 of its inputs in the record of provenance, and with --no-hashes, which is what mergekit does.
 """
 
 import argparse
@@ -102,7 +103,8 @@ def main():
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.threads} threads, torch {torch_version}, mergekit {version}; "
               f"3 models of {num_parameters / 1e6:.0f}M parameters, {2 * num_parameters / 1e9:.2f} GB each; load at the start {os.getloadavg()[0]:.1f}")
         floor(Path(models[0]) / "model.safetensors", place)
-        print("| method | merge.py, s | its CPU s | peak GB | mergekit, s | its CPU s | peak GB | times as fast |\n|---|---|---|---|---|---|---|---|")
+        print("| method | merge.py, s | its CPU s | peak GB | without hashes, s | its CPU s | peak GB | mergekit, s | its CPU s | peak GB | times as fast | without hashes |\n"
+              "|---|---|---|---|---|---|---|---|---|---|---|---|")
         for method in args.methods:
             flags = {"density": 0.5} if method.endswith("ties") or method == "dare_linear" else {}
             based = method not in ("linear", "slerp")
@@ -113,6 +115,7 @@ def main():
             theirs.write_text(json.dumps(config))
             ours.write_text(json.dumps(config | {"parameters": config["parameters"] | ({} if method in NOT_OURS else {"convention": "paper"})}))
             commands = {"ours": [sys.executable, str(ROOT / "merge.py"), "--config", str(ours), "--out", str(out)]}
+            commands["unhashed"] = [*commands["ours"], "--no-hashes"]
             if args.mergekit:
                 commands["theirs"] = [args.mergekit, str(theirs), str(out)]
             found = {name: [] for name in commands}
@@ -123,7 +126,7 @@ def main():
             columns = {name: list(zip(*rows)) for name, rows in found.items()}
             cells = [spread(column, digits) for name in commands for column, digits in zip(columns[name], (1, 1, 2))]
             if args.mergekit:
-                cells.append(spread([theirs / ours for theirs, ours in zip(columns["theirs"][0], columns["ours"][0])]))
+                cells += [spread([theirs / ours for theirs, ours in zip(columns["theirs"][0], columns[name][0])]) for name in ("ours", "unhashed")]
             print(f"| {method} | " + " | ".join(cells) + " |", flush=True)
 
 
