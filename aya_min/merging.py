@@ -13,7 +13,8 @@ one pipeline with two switches: what makes a task vector sparse (trim, drop), an
 
 A tensor is merged in pieces, so memory does not grow with it. Each method takes `over`, which runs a function work(start, tensors) on all
 pieces (over(work, every=n): on each n-th) and yields what it returns, for what must be known of the whole tensor (inner products,
-thresholds); it returns such a function, which merges one piece. tensors: the N models' pieces and then the base's, if the method has one, flat and fp32; start: the first's place.
+thresholds); it returns such a function, which merges one piece. tensors: the N models' pieces and then the base's, if the method has one, flat, in
+their own floating dtypes; start: the first's place.
 
 All arithmetic is fp32: accumulated in bf16, an average of 3 to 7 copies of one model differs from it in 13-52% of its weights. Models are
 summed, not their differences from the base, wherever the base cancels: a weight far smaller than the base's would lose its digits.
@@ -32,15 +33,19 @@ import torch.nn.functional as F
 
 def merge(method, tensors, base=None, **settings):
     """A method on whole tensors in memory, any shape and floating dtype -> fp32. What soups.merge_folders does piece by piece."""
-    inputs = [tensor.float().flatten() for tensor in [*tensors, *([] if base is None else [base])]]
+    inputs = [tensor.flatten() for tensor in [*tensors, *([] if base is None else [base])]]
     return method(lambda work, every=1: [work(0, inputs)], **settings)(0, inputs).view(tensors[0].shape)
 
 
 # ---- weighted sums -----------------------------------------------------------------------------------------------------------------
 
+def fp32(tensors):
+    return [tensor.float() for tensor in tensors]
+
+
 def weighted_sum(tensors, weights):
-    """sum_i w_i x_i, fp32."""
-    total = tensors[0] * weights[0]
+    """sum_i w_i x_i, fp32. torch widens a tensor in half precision exactly as it adds it, for less than a copy."""
+    total = tensors[0].float() * weights[0]
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         total.add_(tensor, alpha=weight)
     return total
@@ -104,8 +109,8 @@ def model_stock(over, convention="paper"):
 # ---- sparse task vectors -----------------------------------------------------------------------------------------------------------
 
 def task_vectors(tensors):
-    """tau_i = theta_i - base (arXiv 2212.04089, section 2)."""
-    *models, base = tensors
+    """tau_i = theta_i - base (arXiv 2212.04089, section 2), fp32."""
+    *models, base = fp32(tensors)
     return [model - base for model in models]
 
 
@@ -220,6 +225,7 @@ def ties(over, weights, density, lam=1.0, normalize=True, limits=None, conventio
     limits = thresholds(over, density) if limits is None else limits
 
     def piece(start, tensors):
+        tensors = fp32(tensors)
         sparse = [trim(delta, limit) for delta, limit in zip(task_vectors(tensors), limits, strict=True)]
         return sparse_merge(sparse, tensors, weights, [1.0] * len(weights), lam, normalize, True, convention)
     return piece
@@ -241,7 +247,11 @@ def dare_linear(over, weights, density, lam=1.0, normalize=False, seed=0, name="
         sums = total(over, lambda start, tensors: torch.stack([torch.stack([delta.abs().sum(dtype=torch.float64) for delta in deltas])
                                                                for deltas in (task_vectors(tensors), dropped(start, tensors))]))
         scales = [before / after if after > 0 else 1.0 for before, after in sums.T.tolist()]
-    return lambda start, tensors: sparse_merge(dropped(start, tensors), tensors, weights, scales, lam, normalize, elected, convention)
+
+    def piece(start, tensors):
+        tensors = fp32(tensors)
+        return sparse_merge(dropped(start, tensors), tensors, weights, scales, lam, normalize, elected, convention)
+    return piece
 
 
 def dare_ties(over, weights, density, lam=1.0, normalize=True, seed=0, name="", convention="paper"):

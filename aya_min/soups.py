@@ -177,7 +177,7 @@ def over(names, inputs, pool, device, bar):
     """merging.py's `over`: a function that runs work(start, tensors) on all pieces of these tensors, in order. inputs: places, the base's last."""
     def run(work, every=1):
         for name in names:
-            one = lambda span: (work(span[0], [read_piece(place[name], *span).to(device).float() for place in inputs]), span[1])      # noqa: E731
+            one = lambda span: (work(span[0], [read_piece(place[name], *span).to(device) for place in inputs]), span[1])      # noqa: E731
             for result, count in pool.map(one, spans(inputs[0][name][3])[::every]):
                 bar.update(count * DTYPES[inputs[0][name][1]].itemsize if every == 1 else 0)
                 yield result
@@ -248,7 +248,7 @@ def compare_folders(first, second, base=None, device="cpu"):
 
 def sums_of(start, tensors):
     """What adds up over pieces: inner products of a, b, b - a and, with a base, of the task vectors (25 or 9); parameters moved alike, and by both."""
-    a, b, *base = tensors
+    a, b, *base = tensors = merging.fp32(tensors)
     tasks = merging.task_vectors(tensors) if base else []
     sides = tasks[0].sign() * tasks[1].sign() if base else torch.zeros(1)
     return torch.cat([merging.gram([a, b, b - a, *tasks]).flatten().cpu(), torch.tensor([(sides > 0).sum(), (sides != 0).sum()], dtype=torch.float64)])

@@ -37,6 +37,18 @@ def in_pieces(method, tensors, base=None, piece=7, **options):
     return torch.cat(list(over(method(over, **options))))
 
 
+@pytest.mark.parametrize("method", [linear, slerp, *WITH_BASE], ids=lambda method: method.__name__)
+@pytest.mark.parametrize("dtypes", [[torch.bfloat16] * 3, [torch.float16] * 3, [torch.bfloat16, torch.float16, torch.float32]], ids=["bf16", "fp16", "mixed"])
+def test_half_precision_is_merged_as_its_copy_in_fp32_is_bit_for_bit(method, dtypes):
+    given, base = models(2)
+    *given, base = [tensor.to(dtype) for tensor, dtype in zip([*given, base], dtypes)]
+    options = settings(method, 2, weight=0.7)
+    inputs, base = (given, base) if method in WITH_BASE else (given, None)
+    merged = merge(method, inputs, base, **options)
+    assert merged.dtype == torch.float32
+    assert torch.equal(merged, merge(method, [tensor.float() for tensor in inputs], None if base is None else base.float(), **options))
+
+
 # linear
 
 def test_linear_is_the_weighted_average_and_without_normalising_the_weighted_sum():
