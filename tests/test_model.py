@@ -1,17 +1,19 @@
 """The decoder against a slow reference written from the description of the two architectures: numpy, fp64, one head at a time,
 rotary embedding as multiplication by complex numbers. It shares no code and no tensor layout trick with the model."""
 
+import inspect
 import json
 import re
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.attention.varlen
 import torch.nn.functional as F
 
 from aya_min.config import ModelConfig, model_preset
 from aya_min.losses import sum_by_row
-from aya_min.model import CohereForCausalLM, RewardModel, init_weights, rotary
+from aya_min.model import CohereForCausalLM, Line, RewardModel, init_weights, rotary
 
 SMALL = dict(vocab_size=67, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, logit_scale=0.5,
              rope_theta=100.0, initializer_range=0.3)
@@ -444,3 +446,33 @@ def test_what_rows_begin_with_alike_is_computed_once_with_the_loss_and_gradients
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(results[0][1], results[1][1]):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def slow_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+    """What torch says that its varlen_attn computes, token by token: (W, 0) is causal with W keys to the left, -1 all of them."""
+    assert enable_gqa == (query.shape[1] != key.shape[1]) and cu_seq_q.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k) and window_size[1] == 0
+    assert max_q == max_k >= cu_seq_q.diff().max() and cu_seq_q[-1] == len(query) == len(key) == len(value)
+    group, out = query.shape[1] // key.shape[1], torch.empty_like(query)
+    for start, end in zip(cu_seq_q.tolist(), cu_seq_q.tolist()[1:]):
+        for t in range(start, end):
+            seen = slice(start if window_size[0] < 0 else max(start, t - window_size[0]), t + 1)
+            for h in range(query.shape[1]):
+                scores = key[seen, h // group] @ query[t, h] * query.shape[2] ** -0.5
+                out[t, h] = scores.softmax(0) @ value[seen, h // group]
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("once", [True, False], ids=["rows by themselves", "rows that begin alike"])
+def test_the_gpus_variable_length_attention_is_given_what_the_padded_one_sees(window, once, monkeypatch):
+    """No GPU in the tests: its kernel is a slow stand-in with the kernel's own signature."""
+    real = torch.nn.attention.varlen.varlen_attn
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda *args, **named: inspect.signature(real).bind(*args, **named) and slow_varlen_attn(*args, **named))
+    lengths, repeats = torch.tensor([9, 1, 12, 8]), None if once else torch.tensor([[0, 1, 0, 0], [0, 0, 6, 8]])
+    line, generator = Line(lengths, 14, repeats), torch.Generator().manual_seed(0)
+    N = int(lengths.sum()) - (0 if once else 14)
+    q, k, v = (torch.randn(N, heads, 8, generator=generator) for heads in (4, 2, 2))
+    padded = [line.unpack(x).transpose(1, 2) for x in (q, k, v)]
+    back = torch.arange(14)[:, None] - torch.arange(14)
+    expected = F.scaled_dot_product_attention(*padded, attn_mask=(back >= 0) & (back < (window or 14)), enable_gqa=True)
+    torch.testing.assert_close(line.attend(q, k, v, window), line.pack(expected.transpose(1, 2)))
