@@ -15,7 +15,8 @@ def score_texts(model, tokenizer, rows, batch_size=64):
     model.eval()
     device = next(model.parameters()).device
     prompts = [r.get("prompt_messages") or [{"role": "user", "content": r["prompt"]}] for r in rows]
-    examples = [encode_example(tokenizer, p + [{"role": "assistant", "content": r["completion"]}], {}) for p, r in zip(prompts, rows)]
+    examples = [encode_example(tokenizer, p + [{"role": "assistant", "content": r["completion"]}], {}, where=str(p))          # one place, one computation:
+                for p, r in zip(prompts, rows)]                                                                            # see data.repeats_of
     done = []
     for indices, batch in in_step(batches_in_order(examples, collate, batch_size)):
         batch = batch.to(device)

@@ -136,7 +136,7 @@ class Engine:
         for i, (norm, qk_norms, project_in, project_out) in enumerate(self.fused.layers):
             h = F.layer_norm(x, x.shape[-1:], norm, None, c.layer_norm_eps)
             heads, gate, up = project_in(h).split_with_sizes([(H + 2 * K) * D, c.intermediate_size, c.intermediate_size], -1)
-            heads = heads.view(-1, H + 2 * K, D)                                          # queries, keys, values
+            heads = heads.view(-1, H + 2 * K, D)                                                # queries, keys, values
             qk = heads[:, :H + K]
             if qk_norms:
                 qk.copy_(F.layer_norm(qk.float(), (D,), eps=c.layer_norm_eps) * torch.cat(qk_norms).float())

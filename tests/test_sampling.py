@@ -409,6 +409,17 @@ def test_a_text_alone_scores_as_in_a_batch_with_longer_ones(scored):
     assert len({round(score, 4) for score in together}) == 20
 
 
+def test_the_prompt_of_several_samples_is_computed_once_and_their_scores_are_those_of_each_alone(scored):
+    judge, seen = reward_model(), []
+    rows = [{**scored[i], "completion": word * n} for i, word, n in ((0, "red ", 9), (1, "red ", 4), (0, "blue ", 5), (0, "green ", 2))]
+    alone = [score_texts(judge, tokenizer(), [row])[0] for row in rows]
+    judge.model.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    together = score_texts(judge, tokenizer(), rows)
+    prompts = [len(tokenizer().encode_prompt(scored[i]["prompt"])) for i in (0, 1)]
+    answers = [len(tokenizer().encode_answer(row["completion"])) for row in rows]
+    assert together == pytest.approx(alone, abs=1e-5) and sum(prompts) + sum(answers) - 4 <= seen[0] <= sum(prompts) + sum(answers)     # answers may begin alike
+
+
 def test_a_score_depends_on_the_prompt_on_the_last_word_and_on_no_special_name_in_the_text(scored):
     judge, row = reward_model(), scored[0]
     variants = [row, {**row, "prompt": row["prompt"] + "!"}, {**row, "completion": row["completion"] + " blue"}, {**row, "completion": "<PAD>"}]
