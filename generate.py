@@ -22,7 +22,7 @@ import torch
 from aya_min import distributed, weights
 from aya_min.arbitrage import candidates_from, route, wins_table
 from aya_min.chat import chat
-from aya_min.config import Parser
+from aya_min.command import Parser
 from aya_min.data import load_prompts
 from aya_min.journal import Journal
 from aya_min.preferences import best_worst

@@ -21,6 +21,7 @@ import torch
 
 from aya_min import config, distributed, pipeline, stages, steps, weights
 from aya_min.arbitrage import read_answers
+from aya_min.command import Parser
 from aya_min.data import conversation, load_prompts, preference, prompt_of, read_jsonl
 from aya_min.estimate import dry_run
 from aya_min.files import write_json
@@ -37,8 +38,8 @@ STAGES = {"pretrain": (stages.pretrain, config.Pretrain), "sft": (stages.sft, co
 
 
 def make_parser():
-    parser = config.Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=config.Parser)
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     recipe = commands.add_parser("recipe", help="the whole recipe (the default)")
     recipe.add_argument("--preset", choices=list(config.RECIPES), default="tiny")
     recipe.add_argument("--out", help="run folder (default runs/PRESET); the same command goes on with what is there")

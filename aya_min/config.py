@@ -4,10 +4,12 @@ Precedence: defaults and presets, then `--config FILE.json`, then flags.
 """
 
 import argparse
-import json
 from dataclasses import InitVar, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Optional, Union
+
+from .command import WHOLE, describe, in_range, number
+from .files import read_json
 
 ROPE_THETA = {"cohere": 500000.0, "cohere2": 10000.0}       # the model types there are, and what a config.json without rope_theta means
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -146,109 +148,171 @@ def model_preset(name, vocab_size=None):
     return config
 
 
+# ---- settings ----------------------------------------------------------------------------------------------
+
+TEMPERATURE = "[0, 1000]"       # 0 is greedy
+
+
+def setting(default, interval=None, help=None, **more):
+    """A field with the interval of its numbers ("[0, 1)") or its choices, and its help."""
+    return field(default=default, metadata={"interval": interval, "help": help, **more})
+
+
 @dataclass
-class Training:
+class Reading:
+    """How every command reads rows: other names of keys, texts that are too long, answers that were cut."""
+    columns: Optional[dict] = setting(
+        None, help="names of keys in the files, OURS=THEIRS: prompt=question completion=answer")
+    too_long: str = setting(
+        "refuse", help="what passes the model's positions or --max-length",
+        choices=["refuse", "skip", "cut-left"])
+    keep_cut: bool = setting(
+        False,
+        help="keep answers that were cut at their limit (finish_reason length); unset: counted, left out "
+             "of training data and pairs")
+    allow_control_tokens: bool = setting(
+        False,
+        help="take names of control tokens in the texts, such as <|USER_TOKEN|>, as letters; unset: refused")
+
+
+@dataclass
+class Training(Reading):
     """Settings that every stage shares. Counts of examples are over all ranks."""
-    max_steps: int = field(default=0, metadata={"help": "optimizer steps; 0 = as many as --epochs gives"})
-    epochs: float = field(default=1.0, metadata={"help": "passes over the data when --max-steps is 0"})
-    batch_size: int = field(default=32, metadata={"help": "examples (pairs, prompts) per step over all ranks"})
-    micro_batch_size: int = field(default=0, metadata={"help": "examples per forward on one rank; 0 = this rank's whole share"})
-    max_length: int = field(default=1024, metadata={"help": "tokens per example; longer ones are left out, counted and reported"})
-    learning_rate: float = 1e-5
-    warmup_steps: int = field(default=10, metadata={"help": "steps of linear warm-up"})
-    schedule: str = field(default="cosine", metadata={"help": "after the warm-up", "choices": ["cosine", "constant"]})
-    final_learning_rate: float = field(default=0.05, metadata={"help": "end of the cosine as a share of the peak (1/20: Tiny Aya, papers.md section 24)"})
-    weight_decay: float = 0.0
-    adam_beta2: float = 0.98
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    save_every: int = field(default=0, metadata={"help": "steps between saved states; 0 = only at the end"})
-    publish_every: int = field(default=0, metadata={"help": "steps between model folders RUN/checkpoints/step-N, to average the last of them, say; 0 = only RUN/model at the end"})
-    eval_every: int = field(default=0, metadata={"help": "steps between evaluations on --eval-data; 0 = before the first and after the last"})
-    dtype: str = field(default="float32", metadata={"help": "compute dtype; weights, optimizer and losses stay fp32", "choices": ["float32", "bfloat16"]})
-    packing: Optional[bool] = field(default=None, metadata={"help": "compute no padding, and what rows begin with alike (a pair's prompt) once; unset: yes on a CPU, no on a GPU (not measured there)"})
-    compile: Optional[bool] = field(default=None, metadata={"help": "torch.compile the decoder blocks; unset: yes on a GPU, no on a CPU"})
-    activation_checkpointing: int = field(default=0, metadata={"help": "blocks that are recomputed in backward: 0 none, 1 all, n every n-th"})
-    replicate: int = field(default=1, metadata={"help": "copies of the model, each sharded over as many ranks as that leaves (HSDP)"})
-    cpu_offload: bool = field(default=False, metadata={"help": "keep the shards of weights, gradients and optimizer in the CPU's memory"})
-    profile: Optional[int] = field(default=None, metadata={"help": "a step to profile, counted from 0: RUN/profile.json and a table", "const": 2})
+    too_long: str = setting(
+        "skip",
+        help="examples longer than --max-length or the model's positions: skip leaves them out and counts "
+             "them, cut-left drops the oldest tokens of their prompts",
+        choices=["refuse", "skip", "cut-left"])
+    max_steps: int = setting(0, "[0, inf)", "optimizer steps; 0 = as many as --epochs gives")
+    epochs: float = setting(1.0, "(0, inf)", "passes over the data when --max-steps is 0")
+    batch_size: int = setting(32, "[1, inf)", "examples (pairs, prompts) per step over all ranks")
+    micro_batch_size: int = setting(
+        0, "[0, inf)", "examples per forward on one rank; 0 = this rank's whole share")
+    max_length: int = setting(1024, "[2, inf)", "tokens per example, see --too-long")
+    learning_rate: float = setting(1e-5, "(0, inf)")
+    warmup_steps: int = setting(10, "[0, inf)", "steps of linear warm-up")
+    schedule: str = setting("cosine", help="after the warm-up", choices=["cosine", "constant"])
+    final_learning_rate: float = setting(
+        0.05, "[0, 1]", "end of the cosine as a share of the peak (1/20: Tiny Aya)")
+    weight_decay: float = setting(0.0, "[0, inf)")
+    adam_beta2: float = setting(0.98, "[0, 1)")
+    max_grad_norm: float = setting(1.0, "(0, inf)")
+    seed: int = setting(0, WHOLE)
+    save_every: int = setting(0, "[0, inf)", "steps between saved states; 0 = only at the end")
+    publish_every: int = setting(
+        0, "[0, inf)",
+        "steps between model folders RUN/checkpoints/step-N, to average the last of them, say; 0 = only "
+        "RUN/model at the end")
+    eval_every: int = setting(
+        0, "[0, inf)", "steps between evaluations on --eval-data; 0 = before the first and after the last")
+    dtype: str = setting(
+        "float32", help="compute dtype; weights, optimizer and losses stay fp32",
+        choices=["float32", "bfloat16"])
+    packing: Optional[bool] = setting(
+        None,
+        help="compute no padding, and what rows begin with alike (a pair's prompt) once; unset: yes on a "
+             "CPU, no on a GPU (not measured there)")
+    compile: Optional[bool] = setting(
+        None, help="torch.compile the decoder blocks; unset: yes on a GPU, no on a CPU")
+    activation_checkpointing: int = setting(
+        0, "[0, inf)", "blocks that are recomputed in backward: 0 none, 1 all, n every n-th")
+    replicate: int = setting(
+        1, "[1, inf)", "copies of the model, each sharded over as many ranks as that leaves (HSDP)")
+    cpu_offload: bool = setting(
+        False, help="keep the shards of weights, gradients and optimizer in the CPU's memory")
+    profile: Optional[int] = setting(
+        None, "[0, inf)", "a step to profile, counted from 0: RUN/profile.json and a table", const=2)
 
 
 @dataclass
 class Pretrain(Training):
-    learning_rate: float = 3e-3
+    learning_rate: float = setting(3e-3, "(0, inf)")
 
 
 @dataclass
 class SFT(Training):
-    epochs: float = 2.0
+    epochs: float = setting(2.0, "(0, inf)", "passes over the data when --max-steps is 0")
 
 
 @dataclass
 class Reward(Training):
-    lm_weight: float = field(default=0.0, metadata={"help": "weight of a next-token loss on the chosen answers beside the Bradley-Terry loss"})
+    lm_weight: float = setting(
+        0.0, "[0, inf)", "weight of a next-token loss on the chosen answers beside the Bradley-Terry loss")
 
 
 @dataclass
 class DPO(Training):
-    beta: float = field(default=0.1, metadata={"help": "strength of the pull to the reference, eq. 7 of arXiv 2305.18290"})
-    nll_weight: float = field(default=0.0, metadata={"help": "weight of the chosen answer's mean negative log-likelihood (nats per token) beside DPO"})
+    beta: float = setting(0.1, "(0, inf)", "strength of the pull to the reference, eq. 7 of arXiv 2305.18290")
+    nll_weight: float = setting(
+        0.0, "[0, inf)",
+        "weight of the chosen answer's mean negative log-likelihood (nats per token) beside DPO")
 
 
 @dataclass
 class RLOO(Training):
-    schedule: str = field(default="constant", metadata={"help": "after the warm-up", "choices": ["cosine", "constant"]})
-    num_samples: int = field(default=4, metadata={"help": "completions per prompt, k"})
-    max_new_tokens: int = 64
-    beta: float = field(default=0.03, metadata={"help": "weight of the KL to the reference inside the reward (0.03: TL;DR setting of arXiv 2402.14740)"})
+    too_long: str = setting(
+        "refuse", help="prompts that leave no room for --max-new-tokens",
+        choices=["refuse", "skip", "cut-left"])
+    schedule: str = setting("constant", help="after the warm-up", choices=["cosine", "constant"])
+    num_samples: int = setting(4, "[2, inf)", "completions per prompt, k; the baseline needs 2")
+    max_new_tokens: int = setting(64, "[1, inf)")
+    beta: float = setting(
+        0.03, "[0, inf)",
+        "weight of the KL to the reference inside the reward (0.03: TL;DR setting of arXiv 2402.14740)")
 
 
 @dataclass
-class Recipe:
+class Recipe(Reading):
     """Every number of the whole recipe. Defaults are the preset tiny, chosen on the validation split (LOG.md)."""
-    model: str = field(default="tiny", metadata={"help": "size of base, teachers and students"})
-    level: str = field(default="tiny", metadata={"help": "tiny: five task families, fewer words; full: all ten", "choices": ["tiny", "full"]})
-    vocab_size: int = 6144
-    max_length: int = 128
-    max_new_tokens: int = 32
-    batch_size: int = 32
-    dtype: str = field(default="float32", metadata={"help": "compute dtype", "choices": ["float32", "bfloat16"]})
-    corpus: int = field(default=144000, metadata={"help": "rows of noisy text that the base is pretrained on, once"})
-    base_learning_rate: float = 5e-3
-    lessons: int = field(default=9600, metadata={"help": "examples per teacher"})
-    teacher_learning_rate: float = 1.5e-3
-    arbiter_gold: int = field(default=32000, metadata={"help": "right answers that the arbiter reads before it sees pairs"})
-    arbiter_gold_learning_rate: float = 2e-3
-    arbiter_pairs: int = 24000
-    arbiter_learning_rate: float = 1e-3
-    arbiter_lm_weight: float = 0.1
-    num_prompts: int = field(default=6000, metadata={"help": "prompts of the arbitrage"})
-    teacher_temperature: float = field(default=0.7, metadata={"help": "of the pool's answers; at 1.0 the worst ones teach offline DPO nothing (LOG.md)"})
-    sft_epochs: float = 2.0
-    sft_learning_rate: float = 1.5e-3
-    cluster_scale: float = field(default=2.0, metadata={"help": "a cluster's learning rate over one model's: each has a fraction of the steps"})
-    cluster_spill: float = field(default=0.4, metadata={"help": "share of the other languages' examples that each cluster also trains on"})
-    offline_epochs: float = 2.0
-    offline_learning_rate: float = 3e-4
-    offline_beta: float = 0.1
-    offline_nll_weight: float = 0.2
-    offline_margin: float = 1.0
-    rounds: int = field(default=3, metadata={"help": "rounds of online DPO"})
-    online_prompts: int = field(default=3000, metadata={"help": "fresh prompts per online round"})
-    online_samples: int = field(default=8, metadata={"help": "completions per prompt"})
-    online_temperature: float = 0.7
-    online_epochs: float = 2.0
-    online_learning_rate: float = 6e-4
-    online_beta: float = 0.1
-    online_nll_weight: float = 0.1
-    online_margin: float = 1.0
-    rloo_samples: int = 4
-    rloo_steps: int = 120
-    rloo_learning_rate: float = 5e-4
-    rloo_beta: float = 0.03
-    eval_count: int = field(default=1440, metadata={"help": "test questions"})
-    eval_split: str = field(default="test", metadata={"help": "settings are chosen on validation", "choices": ["test", "validation"]})
-    seed: int = 0
+    model: str = setting("tiny", help="size of base, teachers and students", choices=list(MODEL_PRESETS))
+    level: str = setting(
+        "tiny", help="tiny: five task families, fewer words; full: all ten", choices=["tiny", "full"])
+    vocab_size: int = setting(6144, "[300, inf)")
+    max_length: int = setting(128, "[2, inf)")
+    max_new_tokens: int = setting(32, "[1, inf)")
+    batch_size: int = setting(32, "[1, inf)")
+    dtype: str = setting("float32", help="compute dtype", choices=["float32", "bfloat16"])
+    corpus: int = setting(144000, "[1, inf)", "rows of noisy text that the base is pretrained on, once")
+    base_learning_rate: float = setting(5e-3, "(0, inf)")
+    lessons: int = setting(9600, "[1, inf)", "examples per teacher")
+    teacher_learning_rate: float = setting(1.5e-3, "(0, inf)")
+    arbiter_gold: int = setting(
+        32000, "[1, inf)", "right answers that the arbiter reads before it sees pairs")
+    arbiter_gold_learning_rate: float = setting(2e-3, "(0, inf)")
+    arbiter_pairs: int = setting(24000, "[1, inf)")
+    arbiter_learning_rate: float = setting(1e-3, "(0, inf)")
+    arbiter_lm_weight: float = setting(0.1, "[0, inf)")
+    num_prompts: int = setting(6000, "[1, inf)", "prompts of the arbitrage")
+    teacher_temperature: float = setting(
+        0.7, TEMPERATURE, "of the pool's answers; at 1.0 the worst ones teach offline DPO nothing (LOG.md)")
+    sft_epochs: float = setting(2.0, "(0, inf)")
+    sft_learning_rate: float = setting(1.5e-3, "(0, inf)")
+    cluster_scale: float = setting(
+        2.0, "(0, inf)", "a cluster's learning rate over one model's: each has a fraction of the steps")
+    cluster_spill: float = setting(
+        0.4, "[0, 1]", "share of the other languages' examples that each cluster also trains on")
+    offline_epochs: float = setting(2.0, "(0, inf)")
+    offline_learning_rate: float = setting(3e-4, "(0, inf)")
+    offline_beta: float = setting(0.1, "(0, inf)")
+    offline_nll_weight: float = setting(0.2, "[0, inf)")
+    offline_margin: float = setting(1.0, "[0, inf)")
+    rounds: int = setting(3, "[0, inf)", "rounds of online DPO")
+    online_prompts: int = setting(3000, "[1, inf)", "fresh prompts per online round")
+    online_samples: int = setting(8, "[2, inf)", "completions per prompt")
+    online_temperature: float = setting(0.7, TEMPERATURE)
+    online_epochs: float = setting(2.0, "(0, inf)")
+    online_learning_rate: float = setting(6e-4, "(0, inf)")
+    online_beta: float = setting(0.1, "(0, inf)")
+    online_nll_weight: float = setting(0.1, "[0, inf)")
+    online_margin: float = setting(1.0, "[0, inf)")
+    rloo_samples: int = setting(4, "[2, inf)")
+    rloo_steps: int = setting(120, "[1, inf)")
+    rloo_learning_rate: float = setting(5e-4, "(0, inf)")
+    rloo_beta: float = setting(0.03, "[0, inf)")
+    eval_count: int = setting(1440, "[1, inf)", "test questions")
+    eval_split: str = setting(
+        "test", help="settings are chosen on validation", choices=["test", "validation"])
+    seed: int = setting(0, WHOLE)
 
 
 RECIPES = {
@@ -262,28 +326,41 @@ RECIPES = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line on standard error and exit code 2."""
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-
 def kind(f):
     """The type of a field's values, whether or not it may be None."""
-    return {Optional[bool]: bool, Optional[int]: int}.get(f.type, f.type)
+    return {Optional[bool]: bool, Optional[int]: int, Optional[dict]: dict}.get(f.type, f.type)
 
 
-def add_flags(parser, settings_class):
-    """One flag per field: --learning-rate for learning_rate. Unset flags stay None, so that presets and --config show through."""
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def column(text):
+    """OURS=THEIRS of --columns as a pair."""
+    ours, equals, theirs = text.partition("=")
+    if not (ours and equals and theirs):
+        raise argparse.ArgumentTypeError(f"{text!r} must be OURS=THEIRS, such as prompt=question")
+    return ours, theirs
+
+
+def add_flags(parser, settings_class, only=None):
+    """One flag per field (only: of these fields): --learning-rate for learning_rate. A flag that is not given stays
+    None, so that presets and --config show through."""
     for f in fields(settings_class):
-        flag, meta = "--" + f.name.replace("_", "-"), f.metadata
-        text = f"{meta.get('help', f.name.replace('_', ' '))} (default {f.default})".replace("%", "%%")
+        if only and f.name not in only:
+            continue
+        meta, choices = f.metadata, f.metadata.get("choices")
+        text = f"{meta['help'] or f.name.replace('_', ' ')} (default {f.default})".replace("%", "%%")
+        more = {"default": None, "help": text}
         if kind(f) is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+            more["action"] = argparse.BooleanOptionalAction
+        elif kind(f) is dict:
+            more |= {"type": column, "nargs": "+", "metavar": "OURS=THEIRS"}
         else:
-            optional = {"nargs": "?", "const": meta["const"]} if "const" in meta else {}
-            parser.add_argument(flag, type=kind(f), choices=meta.get("choices"), default=None, help=text, metavar=None if meta.get("choices") else "N", **optional)
+            more["type"] = number(kind(f), meta["interval"]) if meta["interval"] else kind(f)
+            more |= {"choices": choices, "metavar": None if choices else "N"}
+            more |= {"nargs": "?", "const": meta["const"]} if "const" in meta else {}
+        parser.add_argument(flag_of(f.name), **more)
 
 
 def settings_from(settings_class, preset=None, config_file=None, flags=None):
@@ -291,34 +368,37 @@ def settings_from(settings_class, preset=None, config_file=None, flags=None):
     known = {f.name for f in fields(settings_class)}
     values = dict(preset or {})
     if config_file:
-        try:
-            loaded = json.loads(Path(config_file).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--config {config_file}: not readable JSON ({error})") from None
-        unknown = sorted(set(loaded) - known) if isinstance(loaded, dict) else ["(not an object)"]
-        if unknown:
-            raise ValueError(f"--config {config_file}: unknown setting {' '.join(unknown)}; known: {' '.join(sorted(known))}")
+        loaded = read_json(Path(config_file))
+        if unknown := sorted(set(loaded) - known):
+            raise ValueError(f"--config {config_file}: unknown setting {' '.join(unknown)}; "
+                             f"known: {' '.join(sorted(known))}")
         values.update(loaded)
     values.update({k: v for k, v in (flags or {}).items() if k in known and v is not None})
     for f in fields(settings_class):
-        value, right, choices = values.get(f.name, f.default), kind(f), f.metadata.get("choices")
-        fits = type(value) is right or right is float and type(value) is int or value is None and f.default is None
-        if not fits or (choices and value not in choices):
-            raise ValueError(f"setting {f.name} must be {'one of ' + ' '.join(choices) if choices else 'of type ' + right.__name__}, got {value!r}")
-    return settings_class(**values)
+        value = values.get(f.name, f.default)
+        if kind(f) is dict and isinstance(value, list):
+            values[f.name] = value = dict(value)
+        check_value(f, value)
+    return settings_class(**{k: v for k, v in values.items() if k in known})
+
+
+def check_value(f, value):
+    """Refuse a value of another type than the field's, or outside its interval or choices."""
+    right, interval, choices = kind(f), f.metadata.get("interval"), f.metadata.get("choices")
+    if value is None and f.default is None:
+        return
+    fits = type(value) is right or right is float and type(value) is int
+    if fits and right is dict:
+        fits = all(isinstance(name, str) for name in value.values())
+    if not fits or (interval and not in_range(value, interval)) or (choices and value not in choices):
+        wanted = describe(right, interval) if interval else f"of type {right.__name__}"
+        wanted = f"one of {' '.join(choices)}" if choices else wanted
+        raise ValueError(f"setting {f.name} ({flag_of(f.name)}) must be {wanted}, got {value!r}")
 
 
 def check_training(settings, num_ranks):
-    """Refuse what cannot run, before anything heavy."""
-    if settings.max_length < 2:
-        raise ValueError(f"--max-length must be at least 2 tokens, got {settings.max_length}")
-    for name in ("batch_size", "learning_rate", "max_grad_norm"):
-        if not getattr(settings, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(settings, name)}")
-    for name in ("max_steps", "micro_batch_size", "warmup_steps", "save_every", "publish_every", "eval_every", "activation_checkpointing"):
-        if getattr(settings, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(settings, name)}")
-    if settings.replicate < 1 or num_ranks % settings.replicate:
+    """Refuse settings that do not go together, before anything heavy."""
+    if num_ranks % settings.replicate:
         raise ValueError(f"--replicate {settings.replicate} does not divide {num_ranks} ranks; use a divisor of {num_ranks}")
     if settings.batch_size % num_ranks:
         raise ValueError(f"--batch-size {settings.batch_size} does not divide over {num_ranks} ranks; use a multiple of {num_ranks}")

@@ -235,6 +235,11 @@ def load_prompts(paths):
     return rows
 
 
+def plain(row):
+    """A row without what `load_prompts` and arbitrage add to it."""
+    return {k: v for k, v in row.items() if k not in ("prompt_messages", "prompt_where", "candidates")}
+
+
 # ---- batches ---------------------------------------------------------------------------------------------------------------------
 
 @dataclass

@@ -21,6 +21,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 
+from .command import OURS, one_line
+
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}        # by device; with --cpu-offload gradients are normed on the CPU
 
 
@@ -66,8 +68,11 @@ def launch(command, timeout=1800):
         except (ValueError, OSError) as error:
             if not is_main():           # nearly always rank 0 says the same, and torchrun then ends this one in its sleep
                 time.sleep(2)
-            print(f"error: {error}" if is_main() else f"error on rank {rank()}: {error}", file=sys.stderr)
+            print(f"error{'' if is_main() else f' on rank {rank()}'}: {one_line(error)}", file=sys.stderr)
             sys.exit(2)
+        except Exception:
+            print(f"error: {OURS}", file=sys.stderr)
+            raise
         close()
     run()
 

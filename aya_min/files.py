@@ -1,54 +1,300 @@
-"""Plain files, with nothing of torch: JSON in and out, and the SHA-256 of large files beside other work.
+"""Plain files, without torch: strict JSON, the files of a folder, whole and exclusive writing, SHA-256.
 
-Importing torch takes one core some seconds. merge.py reads its settings and begins to hash the models before that.
+What this program makes only to remove it again stands in a folder that carries a mark: the host, the process,
+and what it is for. Nothing without such a mark is removed, and no finished file replaces one that is there.
+
+Importing torch takes one core some seconds. merge.py reads its settings and begins to hash the models before.
 """
 
+import errno
 import hashlib
 import json
+import math
+import os
+import shutil
+import socket
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
-CHUNK = 1 << 22             # bytes read at a time: so long that Python's lock, which each read and each hash takes once, is seldom waited for
+# Bytes read at a time. Each read and each hash takes Python's lock once: long ones seldom wait for it.
+CHUNK = 1 << 22
+MARK = ".aya_min"           # the name of the mark
 
 
-def read_json(path):
-    """The JSON object in a file."""
+# ---- JSON --------------------------------------------------------------------------------------------------
+
+def parse_json(data, where):
+    """The JSON value of bytes, checked as a whole. ValueError names `where` and the key of the first fault.
+
+    Refused: what is not UTF-8 or not JSON (NaN, 1e999, numbers of thousands of digits, a thousand levels), a
+    key that an object has twice, and texts that cannot be written again as they came (half of a surrogate
+    pair, a NUL). A byte-order mark is taken off.
+    """
+    def pairs(items):
+        made = dict(items)
+        if len(made) < len(items):
+            keys = [key for key, _ in items]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {twice!r} stands twice in one object; keep one")
+        return made
+
+    def number(text):
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text[:20]} is beyond the range of a number")
+        return value
+
+    def constant(name):
+        raise ValueError(f"{name} is no JSON")
+
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); copy or download it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object; copy or download it again")
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from None
+    try:
+        value = json.loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=constant)
+        fault = bad_text(value) if b"\\u" in data else None      # no other spelling passes UTF-8 and JSON
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if fault:
+        raise ValueError(f"{where}: {fault}; remove it")
     return value
 
 
+def bad_text(value, key="the value"):
+    """Which text of a JSON value holds half of a surrogate pair or a NUL, in words; None if none does."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return f"{key} holds half a surrogate pair, which is not text"
+        return f"{key} holds a NUL character" if "\0" in value else None
+    parts = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+    for name, part in parts:
+        fault = bad_text(name, "a key") if isinstance(name, str) else None
+        if fault or (fault := bad_text(part, repr(name) if key == "the value" else f"{key}[{name!r}]")):
+            return fault
+    return None
+
+
+def read_json(path):
+    """The JSON object in a file. ValueError with the file's name for all else: a pipe, no JSON, a list."""
+    value = parse_json(read_bytes(path), path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON {type(value).__name__}, not an object; copy or download it again")
+    return value
+
+
+def read_bytes(path):
+    """A plain file's bytes. A pipe or a device, which could wait for ever or end never, is refused."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{path}: not a plain file (a folder, a pipe or a device); give a file")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give an existing file") from None
+
+
+def dumps(value, **more):
+    """JSON text that `parse_json` takes: a number that is not finite is refused."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, **more)
+
+
+# ---- the files of a folder that came from elsewhere --------------------------------------------------------
+
+def own_file(folder, name):
+    """Path of folder/name if it is a plain file of the folder itself, None if nothing has that name.
+
+    ValueError for what is not a plain file, and for a link that leaves the folder. Only the hub's cache keeps
+    its files elsewhere: snapshots/REVISION/name -> ../../blobs/HASH.
+    """
+    folder = Path(folder)
+    path, place = folder / name, folder.resolve()
+    if not os.path.lexists(path):
+        return None
+    real = path.resolve()
+    if place not in real.parents and real.parent != place.parent.parent / "blobs":
+        raise ValueError(f"{path}: a link out of the folder; if you trust it, put the file itself there")
+    if not real.is_file():
+        raise ValueError(f"{path}: not a plain file; copy or download it again")
+    return path
+
+
+# ---- what is made to be removed again ----------------------------------------------------------------------
+
+def boot():
+    """A text that changes when the machine starts anew; "" where the system has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def mark(folder, purpose):
+    """Say in a folder who made it: this program, on this host, in this process, for `purpose`."""
+    about = {"made by": "aya_min", "host": socket.gethostname(), "boot": boot(), "process": os.getpid(),
+             "for": purpose}
+    (Path(folder) / MARK).write_text(dumps(about) + "\n", encoding="utf-8")
+
+
+def marked(folder, purpose):
+    """What the mark of a folder says, if it is ours and for `purpose`; None if it is not."""
+    path = Path(folder) / MARK
+    if Path(folder).is_symlink() or path.is_symlink() or not path.is_file():
+        return None
+    try:
+        about = read_json(path)
+    except ValueError:
+        return None
+    return about if about.get("made by") == "aya_min" and about.get("for") == purpose else None
+
+
+def is_left(folder, purpose):
+    """Whether a marked folder is what a process of this host, which is no more, left behind."""
+    about = marked(folder, purpose)
+    if about is None or about.get("host") != socket.gethostname() or type(about.get("process")) is not int:
+        return False
+    if about.get("boot") != boot():
+        return True
+    try:
+        os.kill(about["process"], 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:                         # another user's process
+        pass
+    return False
+
+
+def remove_marked(folder):
+    """Remove a folder that carries our mark, the mark last: after a kill it is still known as ours."""
+    for path in Path(folder).iterdir():
+        if path.name != MARK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (Path(folder) / MARK).unlink(missing_ok=True)
+    Path(folder).rmdir()
+
+
+@contextmanager
+def scratch(path):
+    """A new marked folder beside `path`, on the same disk, for what is to become `path`; removed at the end.
+
+    Those that killed processes of this host left for the same path are removed first.
+    """
+    path = Path(path)
+    prefix, purpose = f".{path.name[:60]}.", f"to make {path.name}"
+    for left in sorted(path.parent.glob(f".*{MARK}")):
+        if left.name.startswith(prefix) and is_left(left, purpose):
+            remove_marked(left)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=MARK, dir=path.parent))
+    try:
+        mark(folder, purpose)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+def publish_file(made, path):
+    """Give a finished file its name in one step. ValueError if anything has that name already."""
+    try:
+        os.link(made, path)
+    except FileExistsError:
+        raise ValueError(f"{path} exists; give a new file, nothing is overwritten") from None
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        publish_copy(made, path)                    # a file system without links
+
+
+def publish_copy(made, path):
+    try:
+        with open(path, "xb") as target:
+            target.write(Path(made).read_bytes())
+    except FileExistsError:
+        raise ValueError(f"{path} exists; give a new file, nothing is overwritten") from None
+
+
+def publish_folder(made, path):
+    """Give a finished folder its name in one step. ValueError if anything but an empty folder has it."""
+    try:
+        Path(made).rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise ValueError(f"{path} exists; give another folder, nothing is overwritten") from None
+
+
+def write_new(texts):
+    """Write {path: text}: all of the files appear, in this order, or none. ValueError if one exists."""
+    made, done = {}, []
+    with ExitStack() as stack:
+        for path, text in texts.items():
+            made[path] = write_and_sync(stack.enter_context(scratch(path)) / "file", text)
+        try:
+            for path, file in made.items():
+                publish_file(file, path)
+                done.append(path)
+        except BaseException:
+            for path in done:
+                Path(path).unlink(missing_ok=True)
+            raise
+
+
 def write_whole(path, text):
-    """Write a file so that it is the old one or the new one, wherever a kill hits."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write a file of our own: it is the old one or the new one, wherever a kill hits. Follows no link."""
+    with scratch(path) as folder:
+        write_and_sync(folder / "file", text).replace(path)
+
+
+def write_and_sync(path, text):
+    try:
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:                        # a full disk does not say which file it was
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return path
 
 
 def write_json(path, value):
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, dumps(value, indent=2) + "\n")
 
+
+def jsonl(rows):
+    """The text of rows, one object a line."""
+    return "".join(dumps(row) + "\n" for row in rows)
+
+
+def write_jsonl(path, rows):
+    """One object a line; a file that is there is whole, and an older one of ours is replaced."""
+    write_whole(Path(path), jsonl(rows))
+
+
+# ---- SHA-256 -----------------------------------------------------------------------------------------------
 
 def sha256(path):
-    """The SHA-256 of a file, as sha256sum prints it."""
+    """The SHA-256 of a plain file, as sha256sum prints it."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: not a plain file (a pipe can be read once only); give a file")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Digests:
-    """{path: sha256(path)}, each file read in a thread of its own from `begin` on. Leaving stops what still runs.
+    """{path: sha256(path)}, each file read in a thread of its own from `begin` on. Leaving stops what runs.
 
-    A tree of hashes would not be faster: a file is hashed as fast as one core can, and there are as many files as models at least.
+    A tree of hashes would not be faster: one core hashes one file, and there are as many files as models.
     """
 
     def __init__(self):
         self.found, self.pool, self.stopped = {}, ThreadPoolExecutor(4), False
 
     def begin(self, paths):
-        self.found |= {path: self.pool.submit(self.of, path) for path in dict.fromkeys(paths) if path not in self.found}
+        new = [path for path in dict.fromkeys(paths) if path not in self.found]
+        self.found |= {path: self.pool.submit(self.of, path) for path in new}
 
     def of(self, path):
         digest, chunk = hashlib.sha256(), memoryview(bytearray(CHUNK))

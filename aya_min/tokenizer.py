@@ -108,6 +108,20 @@ class Tokenizer:
     def vocab_size(self):
         return self.bpe.get_vocab_size()
 
+    @property
+    def meaning(self):
+        """A text that is equal for tokenizers that do the same, however their files are written."""
+        return self.bpe.to_str()
+
+    def key(self, text):
+        """What makes two answers the same: their ids, after outer white space and the normalizer are gone."""
+        return tuple(self.encode(text.strip()))
+
+    def spelled(self, text):
+        """The first name of a control token that a text spells, or None. `encode` takes such a name as letters."""
+        names = {token.content for token in self.bpe.get_added_tokens_decoder().values()}
+        return next((found[0] for found in CONTROL.finditer(text) if found[0] in names), None)
+
     def encode(self, text):
         """Ids of plain text: no BOS, no special tokens, whatever the text contains."""
         return self.bpe.encode(text, add_special_tokens=False).ids

@@ -1,0 +1,113 @@
+"""What every command line shares, without torch: the parser, numbers with a range, how a mistake is told.
+
+A user's mistake is a ValueError or an OSError: one line on standard error that says what, where and what to
+do, and exit code 2. Anything else that ends a command is a fault of ours: it says so and shows its traceback.
+"""
+
+import argparse
+import math
+import os
+import sys
+import traceback
+
+CONTROLS = {i: None for i in (*range(32), *range(127, 160))}
+SHOWN = CONTROLS | {ord("\n"): "\n", ord("\t"): "    "}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line on standard error and exit code 2."""
+
+    def parse_args(self, args=None, namespace=None):
+        given = sys.argv[1:] if args is None else args
+        for text in given:
+            if not is_text(text):
+                self.error(f"the argument {text.encode('utf-8', 'replace').decode()!r} is not UTF-8")
+        return super().parse_args(args, namespace)
+
+    def error(self, message):
+        self.exit(2, f"error: {printable(message)} (see {self.prog} --help)\n")
+
+
+def is_text(text):
+    """Whether a text is whole characters without NUL. The command line's bytes that are not UTF-8 are not."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
+# ---- numbers with a range ----------------------------------------------------------------------------------
+
+def in_range(value, interval):
+    """Whether a number is finite and lies in an interval, written as in mathematics: "[0, 1)", "(0, inf)"."""
+    low, high = map(float, interval[1:-1].split(","))
+    try:
+        if not math.isfinite(value):
+            return False
+    except OverflowError:                           # a whole number of hundreds of digits
+        return False
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+WHOLE = "[0, 9223372036854775808)"          # a seed: what fits into 63 bits
+
+
+def number(kind, interval):
+    """An argparse type: an int or a float within an interval. Its error names flag, interval and value."""
+    def read(text):
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            value = None
+        if value is None or not in_range(value, interval):
+            raise argparse.ArgumentTypeError(f"{text!r} must be {describe(kind, interval)}")
+        return value
+    return read
+
+
+def describe(kind, interval):
+    """An interval in words: "a whole number of at least 1", "a number above 0 and at most 1"."""
+    low, high = (part.strip() for part in interval[1:-1].split(","))
+    bounds = [] if low == "-inf" else [f"{'of at least' if interval[0] == '[' else 'above'} {low}"]
+    bounds += [] if high == "inf" else [f"{'at most' if interval[-1] == ']' else 'below'} {high}"]
+    return f"a {'whole' if kind is int else 'finite'} number {' and '.join(bounds)}".strip()
+
+
+# ---- how a command ends ------------------------------------------------------------------------------------
+
+def printable(text):
+    """A text as a terminal may show it: no model or file may steer the terminal. Line ends and tabs stay."""
+    return str(text).translate(SHOWN)
+
+
+def one_line(error):
+    """What a mistake says, in one line: an OSError names its file."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return printable(" ".join(text.split("\n")))
+
+
+def guarded(main, name):
+    """Run main() as a program does, and end with its exit code; 130 after Ctrl-C."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # so that leaving writes nothing
+        code = 2
+    except (ValueError, OSError) as error:
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        code = 2
+    except Exception:
+        traceback.print_exc()
+        print(f"{name}: {OURS}", file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+OURS = "this is a fault of aya_min, not of yours; please report it with the lines above"
