@@ -18,7 +18,6 @@ import torch
 from . import distributed
 from .languages import LANGUAGES, language_code
 
-LANGUAGE_SLOTS = list(LANGUAGES) + ["other"]        # per-language metrics are vectors over these; examples without a language go last
 EQUAL_SHARE = 0.05                                  # of pairs with two equal answers: more are refused
 
 
@@ -144,7 +143,7 @@ def prompt_of(row, where):
 class Example:
     ids: np.ndarray             # (T,) int32
     mask: np.ndarray            # (T,) bool, True where the token is supervised
-    language: int               # index into LANGUAGE_SLOTS
+    language: str               # its code, "other" without one
     where: str = ""             # "file:line"
 
 
@@ -155,15 +154,11 @@ class Pair:
     ref_logps: Optional[np.ndarray] = None      # (2,) nats: the reference's log-probs of the two answers
 
 
-def language_slot(row):
-    return LANGUAGE_SLOTS.index(row["language"]) if row.get("language") else len(LANGUAGE_SLOTS) - 1
-
-
 def encode_example(tokenizer, messages, row, where=""):
     """Prompt and answer to ids and mask; the answer is the LAST turn only, earlier assistant turns are context."""
     ids, mask = tokenizer.encode_chat(messages[:-1], generation_prompt=True)
     answer = tokenizer.encode_answer(messages[-1]["content"])
-    return Example(np.array(ids + answer, np.int32), np.array([False] * len(mask) + [True] * len(answer)), language_slot(row), where)
+    return Example(np.array(ids + answer, np.int32), np.array([False] * len(mask) + [True] * len(answer)), row.get("language") or "other", where)
 
 
 def _report_left_out(paths, kept, too_long, max_length):
@@ -184,7 +179,7 @@ def _report_equal(equal, total):
             print(f"{text}; they are left out", file=sys.stderr)
 
 
-def load_examples(paths, tokenizer, max_length):
+def load_examples(paths, tokenizer, reading, max_length):
     """Supervised examples of JSONL files: conversations (every assistant turn supervised) and plain {"text"} (every token after BOS,
     cut into pieces of max_length). Too long conversations are left out, counted and reported."""
     examples, too_long = [], 0
@@ -194,18 +189,18 @@ def load_examples(paths, tokenizer, max_length):
                 ids = tokenizer.encode(_text(row["text"], "text", where)) + [tokenizer.end_of_turn_id]
                 for start in range(0, len(ids), max_length - 1):
                     piece = np.array([tokenizer.bos_id] + ids[start:start + max_length - 1], np.int32)
-                    examples.append(Example(piece, np.arange(len(piece)) > 0, language_slot(row), where))
+                    examples.append(Example(piece, np.arange(len(piece)) > 0, row.get("language") or "other", where))
                 continue
             ids, mask = tokenizer.encode_chat(conversation(row, where))
             if len(ids) > max_length:
                 too_long += 1
             else:
-                examples.append(Example(np.array(ids, np.int32), np.array(mask), language_slot(row), where))
+                examples.append(Example(np.array(ids, np.int32), np.array(mask), row.get("language") or "other", where))
     _report_left_out(paths, len(examples), too_long, max_length)
     return examples
 
 
-def load_pairs(paths, tokenizer, max_length):
+def load_pairs(paths, tokenizer, reading, max_length):
     """Preference pairs of JSONL files; a pair with either side too long, or with the same answer twice, is left out, counted and reported."""
     pairs, too_long, equal = [], 0, []
     for path in paths:
@@ -223,7 +218,7 @@ def load_pairs(paths, tokenizer, max_length):
     return pairs
 
 
-def load_prompts(paths):
+def load_prompts(paths, reading=None, tokenizer=None):
     """[row, ...] with "prompt" and its "prompt_messages", whatever the shape in the file; keys that are not part of an example are kept."""
     rows = []
     for path in paths:
@@ -231,8 +226,39 @@ def load_prompts(paths):
             messages = prompt_of(row, where)
             kept = {k: v for k, v in row.items() if k not in ("messages", "inputs", "targets", "text")}
             plain = messages[0]["content"] if len(messages) == 1 else messages
-            rows.append({**kept, "prompt": plain, "prompt_messages": messages})
+            rows.append({**kept, "prompt": plain, "prompt_messages": messages, "prompt_where": where})
     return rows
+
+
+def fit_prompts(rows, length_of, room, policy, what):
+    """The rows whose prompts, length_of(row) tokens long, have room; what to do with the others is the policy (--too-long).
+
+    refuse: ValueError with the first one's place. skip: left out. cut-left: kept, for the caller to cut (see cut_left).
+    what: the limit in words."""
+    def place(i):
+        return rows[i].get("prompt_where") or f"prompt {i + 1}"
+
+    if room < 1:
+        raise ValueError(f"{what} leave no room for a prompt; lower the number of new tokens")
+    long = {i: length for i, length in enumerate(map(length_of, rows)) if length > room}
+    if not long:
+        return rows
+    first, length = next(iter(long.items()))
+    if policy == "refuse":
+        raise ValueError(f"{place(first)}: the prompt has {length} tokens; {what}: {room} ({len(long)} of {len(rows)} prompts "
+                         "are longer). Shorten it, or give --too-long skip or cut-left")
+    does = "are left out" if policy == "skip" else "lose their oldest tokens"
+    if policy == "skip" and len(long) == len(rows):
+        raise ValueError(f"{place(first)}: the prompt has {length} tokens; {what}: {room}; no prompt fits")
+    if distributed.is_main():
+        print(f"{len(long)} of {len(rows)} prompts are longer than {room} tokens ({what}) and {does}; the first: {place(first)}, "
+              f"{length} tokens", file=sys.stderr)
+    return rows if policy == "cut-left" else [row for i, row in enumerate(rows) if i not in long]
+
+
+def cut_left(ids, room):
+    """The last ids of a text that is too long, after its first, which begins every text (BOS)."""
+    return ids if len(ids) <= room else ids[:1] + ids[len(ids) - room + 1:]
 
 
 def plain(row):
@@ -247,12 +273,13 @@ class Batch:
     input_ids: torch.Tensor                         # (B, T), right-padded
     mask: torch.Tensor                              # (B, T) bool, supervised tokens
     lengths: torch.Tensor                           # (B,) tokens
-    languages: torch.Tensor                         # (B,) index into LANGUAGE_SLOTS
+    languages: torch.Tensor                         # (B,) index into slots
     count: int                                      # units that the loss sums over: supervised tokens, pairs or completions
     ref_logps: Optional[torch.Tensor] = None        # (2, B/2) pairs, or (B,) completions, nats
     advantages: Optional[torch.Tensor] = None       # (B,) RLOO
     rewards: Optional[torch.Tensor] = None          # (B,) RLOO, for the log
     repeats: Optional[torch.Tensor] = None          # (2, B) an earlier row, or itself, and how many tokens both begin with; None if no two begin alike
+    slots: tuple = ("other",)                       # the languages by which metrics are told apart, see slots_of
     where: tuple = ()                               # (B,) "file:line" of each row, to name it when its loss is not finite
 
     @property
@@ -263,16 +290,23 @@ class Batch:
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)})
 
 
-def collate(examples, pad_id=0):
-    """Right-padded batch of supervised examples, a multiple of 16 tokens wide (matmul libraries prepare and keep code for each shape that they meet);
-    count = supervised tokens."""
-    lengths = np.array([len(e.ids) for e in examples])
+def slots_of(items):
+    """The languages of all items of a run, which are the columns of its metrics: sorted, "other" last."""
+    codes = {(item.chosen if isinstance(item, Pair) else item).language for item in items}
+    return (*sorted(codes - {"other"}), "other")
+
+
+def collate(examples, pad_id=0, slots=("other",)):
+    """Right-padded batch of supervised examples; count = supervised tokens. A language that is not in `slots` counts as
+    "other". The width is a multiple of 16 tokens: matmul libraries prepare and keep code for each shape that they meet."""
+    lengths, places = np.array([len(e.ids) for e in examples]), {code: i for i, code in enumerate(slots)}
     input_ids = np.full((len(examples), -(-lengths.max() // 16) * 16), pad_id, np.int64)
     mask = np.zeros(input_ids.shape, bool)
     for i, e in enumerate(examples):
         input_ids[i, :len(e.ids)], mask[i, :len(e.ids)] = e.ids, e.mask
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(mask), torch.from_numpy(lengths),
-                 torch.tensor([e.language for e in examples]), int(mask.sum()), repeats=repeats_of(examples), where=tuple(e.where for e in examples))
+                 torch.tensor([places.get(e.language, places["other"]) for e in examples]), int(mask.sum()),
+                 repeats=repeats_of(examples), slots=tuple(slots), where=tuple(e.where for e in examples))
 
 
 def repeats_of(examples):
@@ -291,9 +325,9 @@ def common_start(a, b):
     return int(differ[0]) if len(differ) else size
 
 
-def collate_pairs(pairs, pad_id=0):
+def collate_pairs(pairs, pad_id=0, slots=("other",)):
     """2P rows: the chosen answers, then the rejected ones; count = pairs."""
-    batch = collate([p.chosen for p in pairs] + [p.rejected for p in pairs], pad_id)
+    batch = collate([p.chosen for p in pairs] + [p.rejected for p in pairs], pad_id, slots)
     batch.count = len(pairs)
     if pairs[0].ref_logps is not None:
         batch.ref_logps = torch.from_numpy(np.stack([p.ref_logps for p in pairs], 1).astype(np.float32))     # (2, P)
@@ -381,8 +415,8 @@ def in_step(batches):
 
 
 def by_language(batch, sums, counts):
-    """(2, languages) sums and counts per language of per-row values; rows beyond the batch's languages wrap (pairs use row 0..P-1)."""
-    out = torch.zeros(2, len(LANGUAGE_SLOTS), dtype=torch.float64 if sums.device.type == "cpu" else torch.float32, device=sums.device)
+    """(2, slots) sums and counts by language of values for the batch's first rows: each row's, or a pair's at its chosen answer."""
+    out = torch.zeros(2, len(batch.slots), dtype=torch.float64 if sums.device.type == "cpu" else torch.float32, device=sums.device)
     languages = batch.languages[:len(sums)]
     out[0].index_add_(0, languages, sums.detach().to(out.dtype))
     out[1].index_add_(0, languages, counts.to(out.dtype))
