@@ -117,7 +117,7 @@ def test_the_wish_for_a_language_follows_the_users_system_turn():
     assert answer == shown(expected(model, ["red?"], system="Be kind.\n\nAnswer in Chinese (simplified), whatever the language of the question."))
 
 
-@pytest.mark.parametrize("code", ["xx", "other", "FR"])
+@pytest.mark.parametrize("code", ["xx", "other", "tlh"])
 def test_an_unknown_language_is_one_line_with_the_known_ones(code):
     (line,) = talk([f"/language {code}"], models())
     assert line == f"[unknown language {code!r}; known: {' '.join(LANGUAGES)}]\n"

@@ -678,7 +678,7 @@ def test_data_that_vanish_during_a_run_do_not_harm_it_and_are_named_when_it_is_r
     (world / "sft.jsonl").unlink()
     assert finish(pid) == 0
     assert finish(start(go_on("sft", world, folder, max_steps=40), log)) == 2
-    assert log.read_text().endswith(f"error: {world / 'sft.jsonl'}: cannot be read (No such file or directory); give an existing JSONL file\n")
+    assert log.read_text().endswith(f"error: {world / 'sft.jsonl'}: cannot be read (No such file or directory); give an existing file\n")
     SURVIVED["F18"] += 1
 
 

@@ -254,7 +254,7 @@ def test_the_run_is_described_before_its_first_step(world, tmp_path):
 
 
 @pytest.mark.parametrize("stage, line, says", [
-    ("sft", '{"prompt": "x"}', "bad.jsonl:1: no example in keys"), ("sft", "{", "bad.jsonl:1: not a JSON object"),
+    ("sft", '{"prompt": "x"}', "bad.jsonl:1: no example in keys"), ("sft", "{", "bad.jsonl:1: not JSON"),
     ("dpo", '{"prompt": "x", "chosen": "y"}', "bad.jsonl:1: no preference pair"), ("reward", '{"prompt": "x", "chosen": "", "rejected": "z"}', "'chosen' is empty"),
     ("rloo", '{"question": "x"}', "bad.jsonl:1: no prompt"), ("sft", '{"prompt": "x", "completion": "y"}', "1 examples are fewer than one batch of 8"),
     ("rloo", '{"prompt": "x"}', "fewer than one batch"), ("dpo", '{"prompt": "x", "chosen": "y", "rejected": "z"}', "fewer than one batch")])
