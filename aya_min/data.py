@@ -225,9 +225,8 @@ def fit_prompts(rows, length_of, room, policy, what):
     does = "are left out" if policy == "skip" else "lose their oldest tokens"
     if policy == "skip" and len(long) == len(rows):
         raise ValueError(f"{place(first)}: the prompt has {length} tokens; {what}: {room}; no prompt fits")
-    if distributed.is_main():
-        print(f"{len(long)} of {len(rows)} prompts are longer than {room} tokens ({what}) and {does}; the first: {place(first)}, "
-              f"{length} tokens", file=sys.stderr)
+    say(["prompts"], f"{len(long)} of {len(rows)} are longer than {room} tokens ({what}) and {does}; "
+                     f"the first: {place(first)}, {length} tokens")
     return rows if policy == "cut-left" else [row for i, row in enumerate(rows) if i not in long]
 
 

@@ -129,6 +129,21 @@ npi ne; ojg oj; ory or; pbt ps; pbu ps; per fa; pes fa; plt mg; quz qu; rum ro; 
 slo sk; src sc; swh sw; tib bo; und other; uzn uz; wel cy; ydd yi; zsm ms; zyb za
 """
 
+# Other English names: of countries' varieties, and of languages that have several.
+NAMES = """
+pt-BR Brazilian Portuguese; pt-PT European Portuguese; en-US American English; en-GB British English;
+en-AU Australian English; en-CA Canadian English; fr-CA Canadian French; fr-CH Swiss French;
+de-AT Austrian German; de-CH Swiss High German; es-419 Latin American Spanish; es-MX Mexican Spanish;
+es-ES European Spanish; nl-BE Flemish; sr-Latn Serbo-Croatian; sr-ME Montenegrin; zh Simplified Chinese;
+zh-Hant Traditional Chinese; other other; fy West Frisian|Frisian; st Sotho; lg Luganda; rn Kirundi;
+tn Setswana; zu isiZulu; xh isiXhosa; ki Gikuyu; kl Greenlandic; av Avar; tyv Tuvan;
+bxr Buryat|Russia Buriat; nah Nahuatl; yua Yucatec Maya|Maya; lzh Classical Chinese; nan Taiwanese;
+acm Iraqi Arabic; ayn Yemeni Arabic; aii Assyrian Neo-Aramaic; se Sami; ff Fulani|Pulaar|Fulfulde; luy Luhya;
+nr Southern Ndebele; nd Northern Ndebele|Ndebele; ss Swazi; bho Bihari; bal Balochi; lrc Luri; lhu Lahu;
+pam Kapampangan; tsg Tausug; pcm Naija; rom Roma; crs Seychellois Creole; mfe Mauritian Creole;
+gcf Guadeloupean Creole
+"""
+
 # The script in which a language is usually written, where it is not Latin: a tag does not repeat it.
 SCRIPTS = """
 Arab acm acq acw aeb afb ajp apc apd ar arq ars ary arz ayl ayn azb bal bcc bej bgn bqi brh chg ckb fa gbz

@@ -64,14 +64,11 @@ CLUSTERS = {                    # ours; the shared languages are added by `clust
 # BCP 47, section 2.1: language, extended language, script, region, variants, extensions, private use.
 TAG = re.compile(r"([a-z]{2,3})(?:-([a-z]{3}))?(?:-([a-z]{4}))?(?:-([a-z]{2}|[0-9]{3}))?"
                  r"((?:-(?:[a-z0-9]{5,8}|[0-9][a-z0-9]{3}))*(?:-[0-9a-wyz](?:-[a-z0-9]{2,8})+)*(?:-x(?:-[a-z0-9]{1,8})+)?)")
+PRIVATE = re.compile("x(?:-[a-z0-9]{1,8})+")
 EXTENDED = ("ar", "kok", "lv", "ms", "sgn", "sw", "uz", "zh")       # the languages with extended ones: zh-yue is yue
 GRANDFATHERED = {"art-lojban": "jbo", "i-hak": "hak", "i-klingon": "tlh", "i-lux": "lb", "i-navajo": "nv",
                  "no-bok": "nb", "no-nyn": "nn", "zh-guoyu": "zh", "zh-hakka": "hak", "zh-min-nan": "nan", "zh-xiang": "hsn"}
 CHINESE = {"cn": "hans", "sg": "hans", "my": "hans", "tw": "hant", "hk": "hant", "mo": "hant"}
-REGIONAL = {"Brazilian Portuguese": "pt-BR", "European Portuguese": "pt-PT", "American English": "en-US",
-            "British English": "en-GB", "Canadian French": "fr-CA", "Latin American Spanish": "es-419",
-            "Mexican Spanish": "es-MX", "European Spanish": "es-ES", "Flemish": "nl-BE", "Serbo-Croatian": "sr-Latn",
-            "Simplified Chinese": "zh", "Traditional Chinese": "zh-Hant", "other": "other"}
 
 
 def plain_name(text):
@@ -81,19 +78,20 @@ def plain_name(text):
     return " ".join(re.sub("[-_]", " ", "".join(letters)).casefold().split())
 
 
+def entries(text):
+    return [entry.split() for entry in text.replace("\n", " ").split(";")]
+
+
 def read_table():
-    """(three- to two-letter codes and other aliases, names to codes, the two-letter codes, usual scripts) of iso639."""
-    codes, names, two = {}, {}, set()
-    for entry in iso639.LANGUAGES.replace("\n", " ").split(";"):
-        code, *rest = entry.split()
-        if len(code) == 2:
-            two.add(code)
+    """What iso639 knows: (codes to the codes used here, plain names to codes, two-letter codes, usual scripts)."""
+    codes, names, two_letters = dict(entries(iso639.ALIASES)), {}, set()
+    for code, *rest in entries(iso639.LANGUAGES) + entries(iso639.NAMES):
+        if len(code) == 2 and len(rest[0]) == 3 and rest[0].islower():
+            two_letters.add(code)
             codes[rest.pop(0)] = code
         names |= {plain_name(name): code for name in " ".join(rest).split("|")}
-    codes |= dict(entry.split() for entry in iso639.ALIASES.replace("\n", " ").split(";"))
-    scripts = {code: script.lower() for script, *some in map(str.split, iso639.SCRIPTS.replace("\n", " ").split(";")) for code in some}
-    names |= {plain_name(name): code for name, code in REGIONAL.items()}
-    return codes, names | {plain_name(language.name): code for code, language in LANGUAGES.items()}, two, scripts
+    names |= {plain_name(language.name): code for code, language in LANGUAGES.items()}
+    return codes, names, two_letters, {code: script.lower() for script, *some in entries(iso639.SCRIPTS) for code in some}
 
 
 SPELLINGS = "give a BCP 47 tag (pt-BR), an ISO 639 code (fr, fra) or an English name (French)"
@@ -108,6 +106,8 @@ def language_code(text):
     The region stays (pt-BR) but for Chinese, where it tells the script; the script stays where it is not the usual one.
     """
     tag = text.strip().replace("_", "-").lower()
+    if PRIVATE.fullmatch(tag):
+        return tag
     parts = TAG.fullmatch(GRANDFATHERED.get(tag, tag))
     code = parts and (CODES.get(parts[1]) or parts[1])
     if not parts or (len(parts[1]) == 2 and code not in TWO_LETTERS and parts[1] not in CODES) or parts[2] and parts[1] not in EXTENDED:

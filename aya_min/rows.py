@@ -153,7 +153,7 @@ def check_keys(row, where, unknown):
 
 def refuse_keys(found, kind, place, where):
     for key in found.keys() & REFUSED[kind].keys():
-        if not is_empty(found[key]):
+        if not is_empty(found[key]) or (found[key] is False and REFUSED[kind][key] == LOSS):
             raise ValueError(f"{where}: {place + key!r} cannot be honoured: {REFUSED[kind][key]}; or remove the key")
 
 
