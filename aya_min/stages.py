@@ -27,8 +27,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from . import __version__, checkpoint, distributed, tensorfiles, weights
 from .config import check_training
-from .data import (Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs, count_steps, cut_left, fit_prompts,
-                   in_step, load_examples, load_pairs, load_prompts, make_batches, slots_of)
+from .data import (Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs, count_steps,
+                   cut_left, fit_prompts, in_step, load_examples, load_pairs, load_prompts, make_batches,
+                   slots_of)
 from .files import sha256, write_json, write_whole
 from .loop import evaluate, spread, train
 from .losses import bradley_terry_loss, dpo_loss, kl_shaped_rewards, rloo_advantages, sum_by_row
@@ -358,10 +359,12 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=Fal
     """Online RLOO: each step samples k completions of fresh prompts from a plain copy of the policy, scores them, subtracts the KL to
     the starting model, and takes one policy-gradient step. The reward model must share the policy's tokenizer. On several ranks the copy
     that samples is whole on each, in fp32; policy, reference and reward model are sharded."""
-    room = model.config.max_position_embeddings - settings.max_new_tokens
-    prompts = fit_prompts(load_prompts(data, settings, tokenizer), lambda row: len(tokenizer.encode_prompt(row["prompt_messages"])), room,
-                          settings.too_long, f"the model's {model.config.max_position_embeddings} positions less --max-new-tokens {settings.max_new_tokens}")
-    prompt_ids = [cut_left(tokenizer.encode_prompt(p["prompt_messages"]), room) for p in prompts]
+    positions = model.config.max_position_embeddings
+    room = positions - settings.max_new_tokens
+    of_row = lambda row: tokenizer.encode_prompt(row["prompt_messages"])
+    prompts = fit_prompts(load_prompts(data, settings, tokenizer), lambda row: len(of_row(row)), room,
+                          settings.too_long, f"the model's {positions} positions less --max-new-tokens")
+    prompt_ids = [cut_left(of_row(row), room) for row in prompts]
     slots = (*sorted({p["language"] for p in prompts if p.get("language")} - {"other"}), "other")
     if settings.num_samples < 2:
         raise ValueError(f"--num-samples {settings.num_samples}: RLOO needs at least 2 samples a prompt for its baseline")
@@ -373,15 +376,17 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=Fal
     def sampled_example(i, answer, row):
         ids = prompt_ids[i]
         mask = [False] * len(ids) + [True] * len(answer["ids"])                                # exactly the sampled tokens, the stop token included
-        return Example(np.array(ids + answer["ids"], np.int32), np.array(mask), row.get("language") or "other", row["prompt_where"])
+        ids = np.array(ids + answer["ids"], np.int32)
+        return Example(ids, np.array(mask), row.get("language") or "other", row["prompt_where"])
 
     def batches(step):
         for own, theirs in zip(policy.state_dict().values(), model.state_dict().values(), strict=True):
             own.copy_(distributed.full(theirs))                                                # one whole tensor at a time
         chosen = sampler.take(step * settings.batch_size, settings.batch_size)                 # the same on every rank
         rows = [prompts[i] for i in chosen]
-        answers = answer_rows(policy, tokenizer, rows, k, settings.max_new_tokens, seed=settings.seed * 1_000_003 + step,
-                              **({"cut_left": True} if settings.too_long == "cut-left" else {}))
+        cut = {"cut_left": True} if settings.too_long == "cut-left" else {}
+        answers = answer_rows(policy, tokenizer, rows, k, settings.max_new_tokens,
+                              seed=settings.seed * 1_000_003 + step, **cut)
         if stop.any_rank(device):
             return []
         flat = [(i, row, a) for i, row, group in zip(chosen, rows, answers) for a in group]
