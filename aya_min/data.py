@@ -67,6 +67,7 @@ def pieces_of(tokenizer, text, limit, language, where):
 
 NOT_LEARNT = "have no answer that is learnt (weight 0, train false) and are left out"
 WAS_CUT = "have an answer that was cut at its limit (finish_reason) and are left out, --keep-cut keeps them"
+EARLIER_CUT = "have an earlier answer that was cut at its limit, which is context only"
 
 
 @dataclass
@@ -79,7 +80,7 @@ class LeftOut:
     limit: int
     total: int = 0
     places: dict = field(default_factory=dict)              # reason -> [where, ...]
-    languages: Counter = field(default_factory=Counter)     # of the answers that were cut
+    languages: Counter = field(default_factory=Counter)     # of the answers that were cut, left out for that
 
     def add(self, reason, where):
         self.places.setdefault(reason, []).append(where)
@@ -96,14 +97,13 @@ class LeftOut:
 
     def report(self, kept, what):
         """Say what was left out; ValueError if nothing is left."""
-        lines = [f"{len(places)} of {self.total} {what} {reason}; the first: {places[0]}"
+        by_language = ", ".join(f"{code} {count}" for code, count in sorted(self.languages.items()))
+        lines = [f"{len(places)} of {self.total} {what} {reason}; "
+                 f"{f'by language: {by_language}; ' if reason == WAS_CUT else ''}the first: {places[0]}"
                  for reason, places in self.places.items()]
-        if self.languages:
-            by_language = ", ".join(f"{code} {count}" for code, count in sorted(self.languages.items()))
-            lines.append(f"answers that were cut, by language: {by_language}")
         if not kept:
             raise ValueError(f"{' '.join(map(str, self.paths))}: nothing to train on is left of {self.total} "
-                             f"{what}: {'; '.join(lines)}")
+                             f"{what}: {'; '.join(lines)}. Give other data, or see --max-length, --too-long, --keep-cut")
         for line in lines:
             say(self.paths, line)
 
@@ -168,10 +168,11 @@ def load_examples(paths, tokenizer, reading, limit):
             else:
                 messages, learnt, cut = supervised(row, where)
             spelled.look([message["content"] for message in messages], where)
-            if any(cut) and not reading.keep_cut:
-                left_out.languages[language] += sum(cut)
+            if any(cut[:-1]) and not reading.keep_cut:
+                left_out.add(EARLIER_CUT, where)
                 learnt = [one and not other for one, other in zip(learnt, cut)]
             if cut[-1] and not reading.keep_cut:
+                left_out.languages[language] += 1
                 left_out.add(WAS_CUT, where)
             elif not any(learnt):
                 left_out.add(NOT_LEARNT, where)

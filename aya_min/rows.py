@@ -129,6 +129,8 @@ def check_columns(columns):
         if ours not in KNOWN:
             raise ValueError(f"--columns {ours}={columns[ours]}: {ours!r} is no key that is read here; "
                              f"known: {' '.join(KNOWN)}")
+    if columns and len(set(columns.values())) < len(columns):
+        raise ValueError(f"--columns {' '.join(map('='.join, columns.items()))}: a key has two names; give it one")
 
 
 def renamed(row, columns, where):
@@ -171,7 +173,8 @@ def check_keys(row, where, unknown):
 def refuse_keys(found, kind, place, where):
     for key in found.keys() & REFUSED[kind].keys():
         reason = REFUSED[kind][key]
-        if not is_empty(found[key]) or (found[key] is False and reason == LOSS):
+        empty = is_empty(found[key]) or found[key] in ("[]", "{}", "null")      # tables have JSON as a text
+        if not empty or (found[key] is False and reason == LOSS):
             raise ValueError(f"{where}: {place + key!r} cannot be honoured: {reason}; or remove the key")
 
 
