@@ -22,12 +22,13 @@ import torch
 from aya_min import config, distributed, pipeline, stages, steps, weights
 from aya_min.arbitrage import read_answers
 from aya_min.command import Parser
-from aya_min.data import conversation, load_prompts, preference, prompt_of, read_jsonl
+from aya_min.data import load_prompts, read_jsonl
 from aya_min.estimate import dry_run
 from aya_min.files import write_json
 from aya_min.languages import CLUSTERS, SHARED, read_clusters
 from aya_min.model import CohereForCausalLM, init_weights
 from aya_min.report import table
+from aya_min.rows import texts_in
 from aya_min.tokenizer import load_tokenizer, train_tokenizer
 
 gc.freeze()
@@ -74,18 +75,11 @@ def make_parser():
     return parser
 
 
-def texts_of(paths):
+def texts_of(paths, reading):
     """Every text in the files, for training a tokenizer."""
     for path in paths:
-        for where, row in read_jsonl(path):
-            if "text" in row:
-                yield row["text"]
-            elif "chosen" in row:
-                prompt, chosen, rejected = preference(row, where)
-                yield from [m["content"] for m in prompt] + [chosen, rejected]
-            else:
-                messages = conversation(row, where) if {"messages", "completion", "targets"} & row.keys() else prompt_of(row, where)
-                yield from (m["content"] for m in messages)
+        for where, row in read_jsonl(path, reading):
+            yield from texts_in(row, where)
 
 
 def load_model(args, device, settings):
@@ -97,7 +91,8 @@ def load_model(args, device, settings):
         architecture = weights.RewardModel if args.command == "reward" else CohereForCausalLM
         if args.dry_run and not args.tokenizer and not args.data:
             return on_meta(architecture, preset), None
-        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(texts_of(args.data), preset.vocab_size)
+        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else \
+            train_tokenizer(texts_of(args.data, settings), preset.vocab_size)
         preset.vocab_size, preset.eos_token_id = tokenizer.vocab_size, tokenizer.end_of_turn_id
         if args.dry_run:
             return on_meta(architecture, preset), tokenizer

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from . import checkpoint, distributed
-from .data import LANGUAGE_SLOTS, in_step
+from .data import in_step
 
 PER_LANGUAGE = ("loss", "accuracy", "rewards/accuracies", "reward")     # metrics that are logged for each language too
 
@@ -92,15 +92,16 @@ def add_metrics(total, metrics):
     return total
 
 
-def reduced(metrics, languages=True):
-    """Sum {name: (2, languages)} over ranks and divide: {"loss": mean, "loss/fr": mean, ...} as plain floats."""
+def reduced(metrics, slots):
+    """Sum {name: (2, slots)} over ranks and divide: {"loss": mean, "loss/fr": mean, ...} as plain floats."""
     names = list(metrics)
     table = distributed.sum_over_ranks(torch.stack([metrics[name] for name in names]))             # (M, 2, languages)
     row = {}
     for name, (sums, counts) in zip(names, table.tolist()):
         row[name] = sum(sums) / max(sum(counts), 1e-12)
-        if languages and name in PER_LANGUAGE and sum(c > 0 for c in counts[:-1]):
-            row.update({f"{name}/{code}": s / c for code, s, c in zip(LANGUAGE_SLOTS, sums, counts) if c > 0 and code != "other"})
+        if name in PER_LANGUAGE:
+            by_slot = zip(slots, sums, counts)
+            row.update({f"{name}/{code}": s / c for code, s, c in by_slot if c > 0 and code != "other"})
     return row
 
 
@@ -117,7 +118,7 @@ def evaluate(model, loss_fn, batches, device, stop=None):
         _, metrics = loss_fn(model, batch.to(device))
         add_metrics(total, metrics if indices else {k: torch.zeros_like(v) for k, v in metrics.items()})
     model.train()
-    return reduced(total)
+    return reduced(total, batch.slots)
 
 
 def json_line(row):
@@ -233,7 +234,7 @@ def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=
             raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm} ({origin(model, losses, micro_batches)}; {positions}): stopped before the "
                              f"weights moved. {checkpoint.newest_name(run / 'state')}; lower --learning-rate, or look at the data")
         nn.utils.clip_grads_with_norm_(model.parameters(), settings.max_grad_norm, norm)
-        metrics = reduced(total)
+        metrics = reduced(total, batch.slots)
         if step == 0 and check_first:
             check_first(metrics)
         optimizer.step()

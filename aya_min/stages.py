@@ -27,14 +27,15 @@ from torch.distributed.fsdp import FSDPModule
 
 from . import __version__, checkpoint, distributed, tensorfiles, weights
 from .config import check_training
-from .data import (Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs, count_steps, in_step, language_slot, load_examples,
-                   load_pairs, load_prompts, make_batches)
+from .data import (Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs, count_steps,
+                   cut_left, fit_prompts, in_step, load_examples, load_pairs, load_prompts, make_batches,
+                   slots_of)
 from .files import sha256, write_json, write_whole
 from .loop import evaluate, spread, train
 from .losses import bradley_terry_loss, dpo_loss, kl_shaped_rewards, rloo_advantages, sum_by_row
 from .model import CohereForCausalLM
 from .reward import score_texts
-from .sampling import answer_rows, check_lengths
+from .sampling import answer_rows
 
 MAY_CHANGE = ("learning_rate", "max_steps", "epochs", "save_every", "publish_every", "eval_every", "micro_batch_size", "packing", "compile",
               "activation_checkpointing", "replicate", "cpu_offload", "profile")         # on resume: what chooses neither examples nor their loss
@@ -288,11 +289,18 @@ def run_stage(stage, model, tokenizer, num_steps, batches, loss_fn, settings, ru
 
 # ---- the stages --------------------------------------------------------------------------------------------------------------------
 
+def fitting(settings, model):
+    """Tokens that an example may have."""
+    return min(settings.max_length, model.config.max_position_embeddings)
+
+
 def pretrain(model, tokenizer, data, settings, out, device, eval_data=(), resume=False, source=None, stage="pretrain"):
     """Next-token training on {"text"} (every token) and on conversations (answers only). SFT is the same thing on conversations."""
-    pad = lambda items: collate(items, tokenizer.pad_id)
-    examples = load_examples(data, tokenizer, settings.max_length)
-    held_out = load_examples(eval_data, tokenizer, settings.max_length) if eval_data else None
+    limit = fitting(settings, model)
+    examples = load_examples(data, tokenizer, settings, limit)
+    held_out = load_examples(eval_data, tokenizer, settings, limit) if eval_data else []
+    slots = slots_of(examples + held_out)
+    pad = lambda items: collate(items, tokenizer.pad_id, slots)
     num_steps, batches = make_batches(examples, pad, settings)
     with open_run(out, stage, settings, data, resume, tokenizer, source, {"model": model}, num_steps) as run:
         return run_stage(stage, model, tokenizer, num_steps, batches, sft_loss, settings, run, device, held_out, pad)
@@ -304,9 +312,11 @@ def sft(*args, **kwargs):
 
 def reward(model, tokenizer, data, settings, out, device, eval_data=(), resume=False, source=None):
     """Bradley-Terry training of a reward model on preference pairs; accuracy per language in the metrics."""
-    pad = lambda items: collate_pairs(items, tokenizer.pad_id)
-    pairs = load_pairs(data, tokenizer, settings.max_length)
-    held_out = load_pairs(eval_data, tokenizer, settings.max_length) if eval_data else None
+    limit = fitting(settings, model)
+    pairs = load_pairs(data, tokenizer, settings, limit)
+    held_out = load_pairs(eval_data, tokenizer, settings, limit) if eval_data else []
+    slots = slots_of(pairs + held_out)
+    pad = lambda items: collate_pairs(items, tokenizer.pad_id, slots)
     num_steps, batches = make_batches(pairs, pad, settings)
     with open_run(out, "reward", settings, data, resume, tokenizer, source, {"model": model}, num_steps) as run:
         return run_stage("reward", model, tokenizer, num_steps, batches, reward_loss(settings.lm_weight), settings, run, device, held_out, pad)
@@ -315,9 +325,11 @@ def reward(model, tokenizer, data, settings, out, device, eval_data=(), resume=F
 def dpo(model, tokenizer, data, settings, out, device, eval_data=(), resume=False, source=None, reference_logps=None):
     """DPO against the model as it is at the start, whose log-probs are computed once and kept in RUN/reference.safetensors, or in the file
     reference_logps, which runs that differ in other settings can share. The first loss must be ln 2."""
-    pad = lambda items: collate_pairs(items, tokenizer.pad_id)
-    pairs = load_pairs(data, tokenizer, settings.max_length)
-    held_out = load_pairs(eval_data, tokenizer, settings.max_length) if eval_data else []
+    limit = fitting(settings, model)
+    pairs = load_pairs(data, tokenizer, settings, limit)
+    held_out = load_pairs(eval_data, tokenizer, settings, limit) if eval_data else []
+    slots = slots_of(pairs + held_out)
+    pad = lambda items: collate_pairs(items, tokenizer.pad_id, slots)
     num_steps, batches = make_batches(pairs, pad, settings)
 
     def loss_is_ln2(metrics):
@@ -347,9 +359,13 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=Fal
     """Online RLOO: each step samples k completions of fresh prompts from a plain copy of the policy, scores them, subtracts the KL to
     the starting model, and takes one policy-gradient step. The reward model must share the policy's tokenizer. On several ranks the copy
     that samples is whole on each, in fp32; policy, reference and reward model are sharded."""
-    prompts = load_prompts(data)
-    prompt_ids = [tokenizer.encode_prompt(p["prompt_messages"]) for p in prompts]
-    check_lengths(model.config, [len(ids) for ids in prompt_ids], [settings.max_new_tokens] * len(prompt_ids))
+    positions = model.config.max_position_embeddings
+    room = positions - settings.max_new_tokens
+    of_row = lambda row: tokenizer.encode_prompt(row["prompt_messages"])
+    prompts = fit_prompts(load_prompts(data, settings, tokenizer), lambda row: len(of_row(row)), room,
+                          settings.too_long, f"the model's {positions} positions less --max-new-tokens")
+    prompt_ids = [cut_left(of_row(row), room) for row in prompts]
+    slots = (*sorted({p["language"] for p in prompts if p.get("language")} - {"other"}), "other")
     if settings.num_samples < 2:
         raise ValueError(f"--num-samples {settings.num_samples}: RLOO needs at least 2 samples a prompt for its baseline")
     sampler = Sampler([len(ids) for ids in prompt_ids], settings.batch_size, settings.seed)
@@ -360,14 +376,17 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=Fal
     def sampled_example(i, answer, row):
         ids = prompt_ids[i]
         mask = [False] * len(ids) + [True] * len(answer["ids"])                                # exactly the sampled tokens, the stop token included
-        return Example(np.array(ids + answer["ids"], np.int32), np.array(mask), language_slot(row), f"prompt {i}")
+        ids = np.array(ids + answer["ids"], np.int32)
+        return Example(ids, np.array(mask), row.get("language") or "other", row["prompt_where"])
 
     def batches(step):
         for own, theirs in zip(policy.state_dict().values(), model.state_dict().values(), strict=True):
             own.copy_(distributed.full(theirs))                                                # one whole tensor at a time
         chosen = sampler.take(step * settings.batch_size, settings.batch_size)                 # the same on every rank
         rows = [prompts[i] for i in chosen]
-        answers = answer_rows(policy, tokenizer, rows, k, settings.max_new_tokens, seed=settings.seed * 1_000_003 + step)
+        cut = {"cut_left": True} if settings.too_long == "cut-left" else {}
+        answers = answer_rows(policy, tokenizer, rows, k, settings.max_new_tokens,
+                              seed=settings.seed * 1_000_003 + step, **cut)
         if stop.any_rank(device):
             return []
         flat = [(i, row, a) for i, row, group in zip(chosen, rows, answers) for a in group]
@@ -380,7 +399,7 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, resume=Fal
         mine = torch.arange(len(flat))[distributed.rank()::distributed.num_ranks()]
         made = []
         for part in mine.split(settings.micro_batch_size * k or len(mine)):
-            batch = collate([examples[i] for i in part], tokenizer.pad_id)
+            batch = collate([examples[i] for i in part], tokenizer.pad_id, slots)
             batch.count, batch.ref_logps = len(part), ref.flatten()[part]
             batch.advantages, batch.rewards = advantages.flatten()[part], rewards.flatten()[part]
             made.append(batch)
