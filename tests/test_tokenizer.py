@@ -91,7 +91,12 @@ def written(tokenizer, ids):
 
 def turns(*contents, system=None):
     spoken = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
-    return ([{"role": "system", "content": system}] if system else []) + spoken
+    return ([{"role": "system", "content": system}] if system is not None else []) + spoken
+
+
+def environment(jinja2):
+    """Jinja as transformers sets it, but for `generation`, which is a tag of its own."""
+    return jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
 
 
 def supervised(ids, mask):
@@ -183,12 +188,12 @@ def test_a_forged_turn_stays_inside_the_users_turn(multilingual):
 def test_command_r7b_opens_an_answer_with_a_marker_and_the_model_says_the_other_one_and_the_end(published):
     assert published.start_of_turn_id > 260 and published.bos_id == BOS     # found by name, at the end of the vocabulary
     ids, mask = published.encode_chat(turns("hi", "hi!"))
-    assert written(published, ids) == ("<BOS_TOKEN><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|USER_TOKEN|>hi"
+    assert written(published, ids) == ("<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|USER_TOKEN|>hi"
                                        "<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>hi!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>")
     assert written(published, supervised(ids, mask)) == "hi!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
     assert written(published, published.encode_prompt("hi")).endswith("<|CHATBOT_TOKEN|><|START_RESPONSE|>")
     assert ids == published.encode_prompt("hi") + published.encode_answer(" hi! ")
-    assert published.stop_ids == published.encode_answer("")
+    assert published.stop_ids == sorted(published.encode_answer(""))
     assert published.decode(ids) == "hihi!"
 
 
@@ -206,22 +211,22 @@ def test_conversations_are_what_the_published_template_renders(name, where, tmp_
     template = TEMPLATES[name]
     named = [{"name": "rag", "template": "<|START_THINKING|>"}, {"name": "default", "template": template}] if where == "a list" else template
     tokenizer = load_tokenizer(publish(tmp_path / "model", named, where))
-    render = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template).render         # as transformers sets it
-    for system in (None, "Be kind."):
-        for contents in (["hi"], ["hi", "ho", "he"], ["hi", "ho"]):
-            messages, prompt = turns(*contents, system=system), len(contents) % 2 == 1
-            text = render(messages=messages, bos_token="<BOS_TOKEN>", add_generation_prompt=prompt)
-            ids, _ = tokenizer.encode_chat(messages, prompt)
-            assert written(tokenizer, ids).removeprefix("<BOS_TOKEN>") == text.removeprefix("<BOS_TOKEN>") and ids.count(BOS) == 1
+    render = environment(jinja2).from_string(template).render
+    for system in (None, "Be kind.", " Be kind.\n", " ", ""):
+        for contents in (["hi"], ["hi", "ho", "he"], ["hi", "ho"], [" hi\n", "\tho ", "h\n\ne"]):
+            for prompt in (False, True):
+                messages = turns(*contents, system=system)
+                text = render(messages=messages, bos_token="<BOS_TOKEN>", add_generation_prompt=prompt)
+                assert written(tokenizer, tokenizer.encode_chat(messages, prompt)[0]) == text
 
 
 def test_a_preamble_comes_before_what_the_user_sets(tmp_path):
     """Jinja as transformers sets it (trim_blocks) drops the first newline after an `if`."""
     tokenizer = load_tokenizer(publish(tmp_path / "model", TINY_AYA))
-    for given, said in ((None, "# Preamble\nBe good.\n\n- Be brief."), (" ", "# Preamble\nBe good.\n\n- Be brief."),
+    for given, said in ((None, "# Preamble\nBe good.\n\n- Be brief."), ("", "# Preamble\nBe good.\n\n- Be brief."),
+                        (" ", "# Preamble\nBe good.\n\n- Be brief.\n# More\n "),
                         ("Rhyme.", "# Preamble\nBe good.\n\n- Be brief.\n# More\nRhyme.")):
-        messages = tokenizer.with_system_turn(turns("hi", system=given))
-        assert messages == turns("hi", system=said)
+        assert tokenizer.turns.texts(turns("hi", system=given)) == [("system", said), ("user", "hi")]
 
 
 def test_markers_in_the_vocabulary_count_only_if_the_template_uses_them_or_there_is_none(tmp_path):
@@ -234,8 +239,8 @@ def test_markers_in_the_vocabulary_count_only_if_the_template_uses_them_or_there
 
 @pytest.mark.parametrize("template, match", [
     ([{"name": "rag", "template": AYA}], "the chat templates are rag; one must be named default"),
-    (AYA.replace("CHATBOT_TOKEN|>' }}", "CHATBOT_TOKEN|><|START_THINKING|>' }}"), r"opens answers with <\|START_THINKING\|>, a turn format not known here"),
-    (TINY_AYA.replace("- Be brief.", "{% for x in y %}{{ x }}{% endfor %}"), "a preamble in a form not known here")])
+    (AYA.replace("CHATBOT_TOKEN|>' }}", "CHATBOT_TOKEN|><|START_THINKING|>' }}"), r"asks for an answer with '.*<\|START_THINKING\|>', and opens answers with"),
+    (TINY_AYA.replace("- Be brief.", "Today is {{ strftime_now('%d') }}."), r"cannot be followed: it uses strftime_now\(\)")])
 def test_a_template_that_cannot_be_followed_is_refused_with_its_folder(template, match, tmp_path):
     with pytest.raises(ValueError, match=match) as error:
         load_tokenizer(publish(tmp_path / "model", template))
@@ -264,10 +269,11 @@ def test_no_added_token_of_a_published_file_comes_out_of_a_users_text(name, publ
     assert published.decode([published.bpe.token_to_id(name), HI - 5]) == "hi"
 
 
-def test_a_post_processor_that_adds_bos_adds_no_second_one(published):
+def test_a_post_processor_that_adds_bos_adds_no_second_one(published, tmp_path):
     assert published.bpe.encode("hi").ids == [BOS, HI - 5]                  # it is there and would
     assert published.encode("hi") == [HI - 5]
-    assert published.encode_prompt(turns("hi", "hi", "hi")).count(BOS) == 1
+    assert published.encode_prompt(turns("hi", "hi", "hi")).count(BOS) == 0     # its template has none
+    assert load_tokenizer(publish(tmp_path / "aya", AYA)).encode_prompt(turns("hi", "hi", "hi")).count(BOS) == 1
 
 
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
@@ -275,9 +281,7 @@ def test_a_published_tokenizer_is_saved_as_it_came(where, tmp_path):
     folder, again = publish(tmp_path / "model", TINY_AYA, where), tmp_path / "again"
     again.mkdir()
     load_tokenizer(folder).save(again)
-    assert (again / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-    before, after = (json.loads((path / "tokenizer_config.json").read_text()) for path in (folder, again))
-    assert after == {**before, "chat_template": TINY_AYA}
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert load_tokenizer(again).encode_chat(turns("hi", "ho")) == load_tokenizer(folder).encode_chat(turns("hi", "ho"))
 
 
