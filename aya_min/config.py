@@ -56,6 +56,7 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not (type(value) in (int, kind) and in_range(value, interval)):
                 raise ValueError(f"{name} {value!r:.80} must be {describe(kind, interval)}")
+            setattr(self, name, None if value is None else kind(value))         # transformers takes no 1 for 1.0
         for name in BOOLEANS:
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} {getattr(self, name)!r:.80} must be true or false")

@@ -15,7 +15,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer as BPE, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer as BPE, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from .command import one_line
 from .files import own_file, parse_json, read_bytes
@@ -306,6 +306,10 @@ def train_tokenizer(texts, vocab_size):
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False)
     bpe.train_from_iterator((unicodedata.normalize("NFC", text) for text in texts), trainer)
+    begin = ("<BOS_TOKEN>", SPECIALS.index("<BOS_TOKEN>"))
+    bpe.post_processor = processors.TemplateProcessing("<BOS_TOKEN> $A", "<BOS_TOKEN> $A $B:1", [begin])    # for others
     return Tokenizer(bpe)

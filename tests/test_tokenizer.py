@@ -1,5 +1,7 @@
 import json
 import random
+import re
+import time
 import unicodedata
 from pathlib import Path
 
@@ -55,6 +57,101 @@ COMMAND_A = ("{{ bos_token }}" + WITH_TOOLS + "{%- if messages[0]['role'] == 'sy
              "{%- if m['role'] != 'system' %}" + TURN + "{% endif %}<|END_OF_TURN_TOKEN|>\n{%- endif %}\n{%- endfor %}\n{%- if add_generation_prompt %}"
              "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>{% endif %}\n{%- endif %}")
 TEMPLATES = {"aya": AYA, "command-r7b": COMMAND_R7B, "tiny-aya": TINY_AYA, "command-a": COMMAND_A}
+
+TURNS = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>' }}"
+         "{% elif m['role'] == 'user' %}{{ '<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>' }}"
+         "{% else %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>' }}{% endif %}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}")
+PLAIN = "{{ bos_token }}" + TURNS
+NO_SYSTEM = "{{ bos_token }}{% if messages[0]['role'] != 'system' %}"
+SYSTEM_TURN = "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>You are Zed.<|END_OF_TURN_TOKEN|>"
+
+# Templates that are followed as they are, and templates that are refused.
+FOLLOWED = {
+    "texts as they are": PLAIN,
+    "no bos": TURNS,
+    "a bos that is written out": "<BOS_TOKEN>" + TURNS,
+    "a default system turn, literal": NO_SYSTEM + SYSTEM_TURN + "{% endif %}" + TURNS,
+    "a default system turn, joined": NO_SYSTEM + "{{ '" + SYSTEM_TURN[:-24] + "' ~ '" + SYSTEM_TURN[-24:] + "' }}{% endif %}" + TURNS,
+    "a system turn as a user's": PLAIN.replace("<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>"),
+    "trim": PLAIN.replace("m['content']", "m['content'] | trim"),
+    "only answers are stripped": PLAIN.replace("<|CHATBOT_TOKEN|>' + m['content']", "<|CHATBOT_TOKEN|>' + m.content.strip()"),
+    "eos ends a turn": PLAIN.replace("'<|END_OF_TURN_TOKEN|>'", "eos_token"),
+    "words around the system turn": PLAIN.replace("'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + m['content']",
+                                                  "'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Rules\n' + m['content'] + '\n# End'"),
+    "a macro": "{% macro turn(name, text='') %}<|START_OF_TURN_TOKEN|><|{{ name }}_TOKEN|>{{ text }}{% endmacro %}{{ bos_token }}"
+               "{% for m in messages %}{{ turn({'user': 'USER', 'system': 'SYSTEM'}.get(m.role, 'CHATBOT'), m.content | trim) }}<|END_OF_TURN_TOKEN|>"
+               "{% endfor %}{% if add_generation_prompt %}{{ turn('CHATBOT') }}{% endif %}",
+    "comments, breaks of lines and tags that trim": "{# A template #}\n{{- bos_token }}\n{%- for m in messages -%}\n    {%- if m.role == 'user' %}\n"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>\n    {%- elif m.role == 'system' -%}\n"
+        "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>\n    {%- else -%}\n"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>{% endif %}\n{%- endfor %}\n"
+        "{%- if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}\n",
+    "a branch for tools that is not known here": "{% if tools %}{{ strftime_now('%d') }}{% include 'x' %}{{ a ? b }}{% else %}" + PLAIN + "{% endif %}",
+    "roles are checked": "{% if (messages | selectattr('role', 'equalto', 'tool') | list | length) > 0 %}{{ raise_exception('no tools') }}{% endif %}"
+        "{% set ns = namespace(n=0) %}{% for m in messages if m.role != 'system' %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% set ns.n = ns.n + 1 %}{% endfor %}" + PLAIN,
+    "content may be a list": "{{ bos_token }}{% for m in messages %}{% if m.content is string %}{% set text = m.content %}{% else %}"
+        "{% set text = m.content[0].text %}{% endif %}<|START_OF_TURN_TOKEN|>{{ '<|USER_TOKEN|>' if m.role == 'user' else '<|SYSTEM_TOKEN|>' if "
+        "m.role == 'system' else '<|CHATBOT_TOKEN|>' }}{{ text }}<|END_OF_TURN_TOKEN|>{% endfor %}"
+        "{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' if add_generation_prompt else '' }}",
+}
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+LLAMA3 = ("{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
+          "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+GEMMA = ("{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
+         "{% if (m['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = m['role'] %}{% endif %}"
+         "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")
+INST = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}")
+ZEPHYR = ("{% for m in messages %}\n{% if m['role'] == 'user' %}\n{{ '<|user|>\n' + m['content'] + eos_token }}\n{% elif m['role'] == 'system' %}\n"
+          "{{ '<|system|>\n' + m['content'] + eos_token }}\n{% else %}\n{{ '<|assistant|>\n' + m['content'] + eos_token }}\n{% endif %}\n"
+          "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}")
+REFUSED = {
+    "chatml": (CHATML, "is not control tokens alone"), "llama 3": (LLAMA3, "is not control tokens alone"),
+    "gemma": (GEMMA, "System role not supported"), "inst": (INST, "no control token"), "zephyr": (ZEPHYR, "turn format"),
+    "a date": ("{{ strftime_now('%Y') }}" + PLAIN, r"strftime_now\(\)"),
+    "upper case": (PLAIN.replace("m['content']", "m['content'] | upper"), "the filter upper"),
+    "upper case by a method": (PLAIN.replace("m['content']", "m['content'].upper()"), "upper"),
+    "a word put before texts": (PLAIN.replace("<|USER_TOKEN|>' +", "<|USER_TOKEN|>Q: ' +"), "'<.*Q: ' around a turn of the user"),
+    "a line before answers": (PLAIN.replace("<|CHATBOT_TOKEN|>", "<|CHATBOT_TOKEN|>\n"), "around a turn of the assistant"),
+    "a line between turns": (PLAIN.replace("{% endfor %}", "{{ '\\n' }}{% endfor %}"), "is not control tokens alone"),
+    "another prompt than opening": (PLAIN.replace("CHATBOT_TOKEN|>' }}", "USER_TOKEN|>' }}"), "asks for an answer with"),
+    "no end of answers": (PLAIN.replace("<|CHATBOT_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>'", "<|CHATBOT_TOKEN|>' + m['content']"), "opens or ends"),
+    "thinking is cut off": (PLAIN.replace("m['content']", "m['content'].split('</think>')[-1]"), "split"),
+    "a word decides": (PLAIN.replace("{% for", "{% if 'json' in messages[0].content %}x{% endif %}{% for"), r"looks into a turn's text \(in\)"),
+    "texts are cut": (PLAIN.replace("m['content']", "m['content'][:2000]"), "a slice"),
+    "a letter is replaced": (PLAIN.replace("m['content']", "m['content'] | replace('\u00a0', ' ')"), "replace"),
+    "only spaces are stripped": (PLAIN.replace("m['content']", "m['content'].strip(' ')"), "strip"),
+    "only one side is stripped": (PLAIN.replace("m['content']", "m['content'].lstrip()"), "turn format not known"),
+    "only the last user turn is marked": (PLAIN.replace("'<|START_OF_TURN_TOKEN|><|USER_TOKEN|>'", "('<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' if loop.last else '<|USER_TOKEN|>')"),
+                                          "turn format not known"),
+    "the sixth turn is another": (PLAIN.replace("m['content'] +", "(m['content'] if loop.index < 6 else '') +"), "turn format not known"),
+    "a length decides": (PLAIN.replace("m['content'] +", "('' if m['content'] | length > 900 else m['content']) +"), "the filter length"),
+    "a system turn inside the first user turn": ("{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{% set s = m.content %}{% elif m.role == 'user' %}"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{% if loop.index0 == 1 and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}{{ m.content }}<|END_OF_TURN_TOKEN|>"
+        "{% else %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}", "turn format not known"),
+    "system turns vanish": (PLAIN.replace("'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>'", "''"), "turn format not known"),
+    "no template": ("", "turn format not known"), "a text": ("hello", "turn format not known"),
+    "a block without end": ("{% if x %}" + PLAIN, "a block has no endif"), "a tag without end": (PLAIN + "{{ x", "has no end"),
+    "an end without block": (PLAIN + "{% endfor %}", "stands where no block is open"),
+    "a method of objects": ("{{ messages.__class__ }}" + PLAIN, "the method __class__"),
+    "an include": ("{% include 'a' %}" + PLAIN, "the tag include"), "an unknown filter": ("{{ 'a' | md5 }}" + PLAIN, "the filter md5"),
+    "endless": ("{% for a in range(1000) %}{% for b in range(1000) %}{{ '' }}{% endfor %}{% endfor %}" + PLAIN, "steps"),
+    "a text that doubles": ("{% set ns = namespace(x='ab') %}{% for a in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}" + PLAIN, "200,000 characters"),
+    "a number that doubles": ("{% set ns = namespace(x=3) %}{% for a in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}" + PLAIN, "63 bits"),
+    "a list that doubles": ("{% set ns = namespace(x=[1]) %}{% for a in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}" + PLAIN, "200,000 characters"),
+    "a list in a list": ("{% set ns = namespace(x=[1]) %}{% for a in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}" + PLAIN, "printing of a list"),
+    "long numbers": ("{{ 'x' * 1000000000 }}" + PLAIN, "not known here"), "a power": ("{{ 9 ** 9 ** 9 }}" + PLAIN, "not known here"),
+    "a macro that calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + PLAIN, "nested too deeply"),
+    "deep brackets": ("{{ " + "(" * 50000 + "1" + ")" * 50000 + " }}" + PLAIN, "nested too deeply"),
+    "deep blocks": ("{% if true %}" * 15000 + PLAIN + "{% endif %}" * 15000, "characters|nested too deeply"),
+    "too long": (PLAIN + "{# x #}" * 50000, "characters, more than 200,000"),
+}
 
 
 def publish(folder, template=None, where="tokenizer_config.json", added=ADDED):
@@ -245,6 +342,42 @@ def test_a_template_that_cannot_be_followed_is_refused_with_its_folder(template,
     with pytest.raises(ValueError, match=match) as error:
         load_tokenizer(publish(tmp_path / "model", template))
     assert str(tmp_path / "model") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_template_of_another_shape_is_followed_exactly(name, tmp_path):
+    jinja2 = pytest.importorskip("jinja2")
+    tokenizer, source = load_tokenizer(publish(tmp_path / "model", FOLLOWED[name])), FOLLOWED[name].replace("{{ a ? b }}", "")
+    render, rng = environment(jinja2).from_string(source, {"strftime_now": None}).render, random.Random(name)
+    pieces = ["a", " ", "\n", "\t", "नमस्ते", "世界", "\u200b", "{{ x }}", "'", "\\", "12", "<", "\u3000", "\r\n"]
+    for n in range(60):
+        said = ["".join(rng.choices(pieces, k=rng.randint(1, 9))) or "a" for _ in range(rng.randint(1, 9))]
+        messages = turns(*said, system=rng.choice([None, "Be kind.", said[0], "".join(rng.choices(pieces, k=4))]))
+        text = render(messages=messages, bos_token="<BOS_TOKEN>", eos_token="<|END_OF_TURN_TOKEN|>", add_generation_prompt=n % 2 == 0)
+        ids, mask = tokenizer.encode_chat(messages, n % 2 == 0)
+        assert ids == with_tokens(tokenizer, text)
+        ends = sum(m["role"] == "assistant" for m in messages)
+        assert supervised(ids, mask).count(tokenizer.end_of_turn_id) == ends
+
+
+def with_tokens(tokenizer, text):
+    """The ids of a rendered text, control tokens read as such: what transformers makes of it."""
+    return [i for part in CONTROL_TOKEN.split(text) if part
+            for i in ([tokenizer.bpe.token_to_id(part)] if CONTROL_TOKEN.fullmatch(part) else tokenizer.encode(part))]
+
+
+CONTROL_TOKEN = re.compile(r"(<\|[A-Z_]+\|>|<BOS_TOKEN>)")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_that_is_not_followed_is_refused_by_name_at_once(name, tmp_path):
+    template, match = REFUSED[name]
+    publish(tmp_path / "model", template, "chat_template.jinja")
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=match) as error:
+        load_tokenizer(tmp_path / "model")
+    assert time.perf_counter() - started < 2
+    assert str(tmp_path / "model") in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
 def test_a_template_with_markers_that_the_tokenizer_lacks_is_refused(tmp_path):
