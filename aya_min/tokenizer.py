@@ -78,7 +78,7 @@ def special_tokens(config, files=()):
     found = {}
     for name in COHERES:
         token = {**named, **config, **more}.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
+        token = token.get("content", 0) if isinstance(token, dict) else token
         if not isinstance(token, (str, type(None))):
             raise ValueError(f"{name} is a {type(token).__name__}, not a text")
         if token is not None:
@@ -108,6 +108,23 @@ def is_rebuilt_alike(bpe):
                          model.byte_fallback, model.ignore_merges)))
 
 
+def as_it_is(config):
+    """Settings of another class, for a tokenizer.json that transformers must take as it is, not rebuild."""
+    return {**OURS, **config, "tokenizer_class": OURS["tokenizer_class"]}
+
+
+def added_elsewhere(config, files):
+    """(token, id) pairs that transformers adds to a tokenizer.json from other files."""
+    listed = config.get("added_tokens_decoder") or {}
+    more = parse_json(files.get("added_tokens.json", b"{}"), "added_tokens.json")
+    if not isinstance(listed, dict) or not isinstance(more, dict) or not all(
+            isinstance(token, dict) and isinstance(token.get("content"), str) and number.isdecimal()
+            for number, token in listed.items()):
+        raise ValueError("added_tokens_decoder of tokenizer_config.json, or added_tokens.json, is not an object of tokens "
+                         "and ids")
+    return [*((token["content"], int(number)) for number, token in listed.items()), *more.items()]
+
+
 class Tokenizer:
     """A tokenizer.json of the `tokenizers` library plus the ids of its turns.
 
@@ -129,10 +146,13 @@ class Tokenizer:
             template = self.config["chat_template"] = RESPONSE_TEMPLATE if marked else CHAT_TEMPLATE
             self.files.pop("tokenizer_config.json", None)               # what was read has no template
         self.check_tokens([name for name in RESPONSE if name in template])
-        if is_coheres(self.config) and not is_rebuilt_alike(bpe):       # transformers would make another tokenizer
-            self.config["tokenizer_class"] = "PreTrainedTokenizerFast"
-            self.config = {**OURS, **self.config}
+        if is_coheres(self.config) and not is_rebuilt_alike(bpe):
+            self.config = as_it_is(self.config)
             self.files.pop("tokenizer_config.json", None)
+        for name, number in added_elsewhere(self.config, self.files):
+            if self.bpe.token_to_id(name) != number:
+                raise ValueError(f"tokenizer_config.json or added_tokens.json gives {name!r:.80} the id {number!r:.80}, "
+                                 f"tokenizer.json {self.bpe.token_to_id(name)}; download the tokenizer again")
         try:
             self.turns = read_turns(template, special_tokens(self.config, self.files), frozenset(control))
         except ValueError as error:
@@ -276,20 +296,42 @@ def text_of(data, where):
         raise ValueError(f"{where}: not UTF-8 (byte {error.start}); copy or download it again") from None
 
 
-def load_tokenizer(folder):
-    """The tokenizer of a model folder, with the turn format of its chat template."""
-    folder, files = Path(folder), {}
-    for name in ["tokenizer.json", "tokenizer_config.json", *FILES]:
-        if path := own_file(folder, name):
-            files[name] = read_bytes(path)
-    if "tokenizer.json" not in files:
-        raise ValueError(f"{folder}: no tokenizer.json; give a model folder, or --tokenizer DIR")
-    bpe, path = read_bpe(files["tokenizer.json"], folder / "tokenizer.json"), folder / "tokenizer_config.json"
+def read_files(folder):
+    """{name: bytes} of the files of a folder's tokenizer, as they are."""
+    paths = {name: own_file(folder, name) for name in ["tokenizer.json", "tokenizer_config.json", *FILES]}
+    return {name: read_bytes(path) for name, path in paths.items() if path}
+
+
+def read_settings(folder, files):
+    """The settings of tokenizer_config.json."""
+    path = Path(folder) / "tokenizer_config.json"
     config = parse_json(files.get(path.name, b"{}"), path)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a JSON {type(config).__name__}, not an object; copy or download it again")
     if not isinstance(config.get("tokenizer_class"), (str, type(None))):
         raise ValueError(f"{path}: tokenizer_class is a {type(config['tokenizer_class']).__name__}, not a text")
+    return config
+
+
+def files_to_publish(folder):
+    """{name: bytes} of the files of a folder's tokenizer, of whatever family, for a folder that is made from it.
+
+    Of one that says it is Cohere's, but is not as transformers rebuilds those, the class is put right.
+    """
+    files = read_files(folder)
+    config = read_settings(folder, files)
+    if "tokenizer.json" in files and config.get("tokenizer_class") and is_coheres(config):
+        if not is_rebuilt_alike(read_bpe(files["tokenizer.json"], Path(folder) / "tokenizer.json")):
+            files["tokenizer_config.json"] = json.dumps(as_it_is(config), indent=2, ensure_ascii=False).encode()
+    return files
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a model folder, with the turn format of its chat template."""
+    files = read_files(folder)
+    if "tokenizer.json" not in files:
+        raise ValueError(f"{folder}: no tokenizer.json; give a model folder, or --tokenizer DIR")
+    bpe, config = read_bpe(files["tokenizer.json"], Path(folder) / "tokenizer.json"), read_settings(folder, files)
     try:
         return Tokenizer(bpe, config, files)
     except ValueError as error:

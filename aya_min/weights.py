@@ -118,7 +118,6 @@ def look_into(folder, trunk=False):
             problems.append(f"{name} is {code}, quantized weights are not read")
     if problems:
         raise ValueError(f"{folder}: the tensors do not fit config.json: {tensorfiles.first_of(problems, '; ')}")
-    model.came_with = read_generation(folder), read_others(folder)
     return model, tokenizer, header
 
 
@@ -132,6 +131,7 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
     """
     model, tokenizer, header = look_into(folder, trunk)
     model = model.to(dtype)
+    model.came_with = read_generation(folder), read_others(folder)
     if sharded:
         distributed.shard(model, compute_dtype, replicate, cpu_offload)
     generator = torch.Generator().manual_seed(0)
