@@ -14,7 +14,8 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Optional
 
-from .template import Said, Template, new_budget
+from .expressions import Said, new_budget
+from .template import Template
 
 BOS = "<BOS_TOKEN>"
 USER, ANSWER, AGAIN, SYSTEM = "Zq1", "Zq2", "Zq3", "Zq0"

@@ -12,6 +12,7 @@ SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "aya_min").glob("*.py"), *(ROOT /
 PACKAGES = {"torch", "numpy", "tokenizers", "safetensors", "pytest", "tqdm"}
 
 FLOORS = [
+    {"expressions"},                                                                            # -1: what stands in a chat template's brackets
     {"linear", "files", "command", "template"},                                                             # 0: one matrix product, plain files, command lines
     {"config", "languages", "distributed", "losses", "merging", "turns", "charts", "tensorfiles", "mergeconfig", "cmaes"},  # 1: settings, tables, pure tensor functions
     {"model", "tokenizer", "world", "checkpoint", "data", "front"},                                          # 2: the decoder, the world, how to resume, JSONL to batches
@@ -22,7 +23,7 @@ FLOORS = [
     {"results", "search"},                                                                      # 7: what a run shows for itself; the search
     {"pipeline"},                                                                               # 8: the recipe; train.py, generate.py and merge.py stand on it
 ]
-FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
+FLOOR = {module: number for number, modules in enumerate(FLOORS, -1) for module in modules}
 
 
 def imports(path):
