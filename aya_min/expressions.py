@@ -1,11 +1,11 @@
-"""The expressions of Jinja that chat templates use, as functions of a scope: no Jinja, and nothing of Python is run.
+"""The expressions of Jinja that chat templates use, as functions of a scope. Nothing is run as Python.
 
-An expression is written in Python's syntax, parsed by `ast`, and made of the operations below, which are all that it
-can do. What is not known here is refused when it is executed. Sizes and steps are bounded.
+An expression is written in Python's syntax, parsed by `ast`, and made of the operations below, which are all
+that it can do. What is not known here is refused when it is executed. Sizes and steps are bounded.
 
-A text of the class `Said` may only be stripped, joined, printed and asked whether it is there. A template that
-looks into it (searches, cuts, changes it) can treat some texts otherwise than others, which no few examples
-would show.
+A text of the class `Said` may only be stripped, joined, printed and asked whether it is there. A template
+that looks into it (searches, cuts, changes it) can treat some texts otherwise than others, which no few
+examples would show.
 """
 
 import ast
@@ -102,7 +102,8 @@ def later(what):
 
 
 def parsed(tokens):
-    """The syntax tree of tokens. Names begin with j_, filters are attributes f_NAME, tests t_NAME and n_NAME (is not).
+    """The syntax tree of tokens. Names begin with j_, filters are attributes f_NAME, tests t_NAME and n_NAME
+    (is not).
 
     As attributes they bind as tightly as in Jinja. `~` becomes <<, which binds less tightly, but where that
     matters Jinja adds a number to a text, which is an error. An `if` without `else` gets one.
@@ -124,7 +125,8 @@ def parsed(tokens):
             out.append(" << " if text == "~" else text)
         elif (kind, text) == ("name", "is"):
             negated = tokens[i:i + 1] == [("name", "not")]
-            (kind, name), i = tokens[i + negated:][:1][0] if tokens[i + negated:] else ("", "?"), i + negated + 1
+            i += negated
+            (kind, name), i = tokens[i] if tokens[i:] else ("", "?"), i + 1
             out.append(f" .{'n' if negated else 't'}_{name} ")
             end = argument_end(tokens, i)
             if end > i:                                     # is divisibleby 3
@@ -184,13 +186,14 @@ def built(node):
         test, value, other = map(built, (node.test, node.body, node.orelse))
         return lambda scope: value(scope) if test(scope) else other(scope)
     if isinstance(node, ast.Compare):
-        return compared([type(each) for each in node.ops], [built(part) for part in (node.left, *node.comparators)])
+        signs, parts = [type(each) for each in node.ops], [node.left, *node.comparators]
+        return compared(signs, [built(part) for part in parts])
     if isinstance(node, ast.BinOp):
         return calculation(type(node.op), built(node.left), built(node.right))
     if isinstance(node, ast.Subscript):
         if isinstance(node.slice, ast.Slice):
-            bounds = [built(part or ast.Constant(None)) for part in (node.slice.lower, node.slice.upper, node.slice.step)]
-            return cut(built(node.value), bounds)
+            bounds = node.slice.lower, node.slice.upper, node.slice.step
+            return cut(built(node.value), [built(bound or ast.Constant(None)) for bound in bounds])
         return subscript(built(node.value), built(node.slice))
     if isinstance(node, ast.Attribute):
         return attribute(built(node.value), node.attr, [], {})
@@ -248,8 +251,10 @@ def is_text(value):
 
 
 def is_flat(value):
-    return not isinstance(value, (list, tuple, dict)) or not any(
-        isinstance(part, (list, tuple, dict)) for part in (value.values() if isinstance(value, dict) else value))
+    if not isinstance(value, (list, tuple, dict)):
+        return True
+    parts = value.values() if isinstance(value, dict) else value
+    return not any(isinstance(part, (list, tuple, dict)) for part in parts)
 
 
 def compare(sign, left, right):
@@ -270,7 +275,8 @@ def compare(sign, left, right):
         refuse("a comparison of nested lists")
     if sign in (ast.Eq, ast.NotEq):
         return (left == right) == (sign is ast.Eq)
-    return {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge}[sign](left, right)
+    order = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge}
+    return order[sign](left, right)
 
 
 def iterable(value):
@@ -284,8 +290,8 @@ def iterable(value):
 
 
 def calculation(sign, left, right):
-    numbers = {ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv,
-               ast.Mod: operator.mod}
+    numbers = {ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+               ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
     if sign not in (ast.Add, ast.LShift, *numbers):
         raise ValueError("not known here")
 
@@ -340,7 +346,7 @@ def member(f, name):
         methods = TEXT_METHODS if is_text(value) else DICT_METHODS if isinstance(value, dict) else {}
         if name in methods and not isinstance(value, Namespace):
             return lambda *args, **more: methods[name](scope, value, *args, **more)
-        if isinstance(value, (str, dict, list, tuple)) and hasattr(value, name) and not isinstance(value, Namespace):
+        if hasattr(value, name) and not isinstance(value, (Namespace, Undefined)):
             refuse(f"the method {name}")
         return part_of(value, name)
     return g
@@ -406,8 +412,8 @@ def replace(scope, value, old, new, count=-1):
 
 
 def join(scope, value, between="", attribute=None):
-    parts, between = [text_of(part if attribute is None else part_of(part, attribute)) for part in iterable(value)], \
-        text_of(between)
+    parts = iterable(value) if attribute is None else [part_of(part, attribute) for part in iterable(value)]
+    parts, between = [text_of(part) for part in parts], text_of(between)
     if sum(map(len, parts)) + len(between) * len(parts) > LONGEST:
         raise ValueError(f"it makes a text of more than {LONGEST:,} characters")
     mixed = [text for part in parts for text in (between, part)][1:]
@@ -467,23 +473,25 @@ def equals(left, right):
 
 
 STRIPS = {name: strip(name) for name in ("strip", "lstrip", "rstrip")}
-TEXT_METHODS = STRIPS | {"replace": replace, "join": lambda scope, value, parts: join(scope, parts, value)} | {
-    name: of_text(name) for name in ("split", "rsplit", "splitlines", "startswith", "endswith", "find", "count",
-                                     "upper", "lower", "title", "capitalize", "isdigit", "isspace")}
+TEXT_METHODS = STRIPS | {"replace": replace, "join": lambda scope, value, parts: join(scope, parts, value)}
+TEXT_METHODS |= {name: of_text(name) for name in (
+    "split", "rsplit", "splitlines", "startswith", "endswith", "find", "count", "upper", "lower", "title",
+    "capitalize", "isdigit", "isspace")}
 DICT_METHODS = {"items": items, "keys": lambda scope, value: list(value),
                 "values": lambda scope, value: list(value.values()),
                 "get": lambda scope, value, key, other=None: value.get(key, other)}
 FUNCTIONS = {"raise_exception": error, "range": numbers, "dict": lambda scope, **more: more,
              "namespace": lambda scope, *args, **more: Namespace(*args, **more)}
 FILTERS = {
-    "trim": STRIPS["strip"], "replace": replace, "join": join, "tojson": tojson, "default": default, "d": default,
+    "trim": STRIPS["strip"], "replace": replace, "join": join, "tojson": tojson, "default": default,
+    "d": default,
     "length": length, "count": length, "items": items, "map": attributes, "selectattr": select(True),
     "rejectattr": select(False), "list": lambda scope, value: list(iterable(value)),
     "first": lambda scope, value: next(iter(iterable(value)), UNDEFINED),
     "last": lambda scope, value: next(iter(list(iterable(value))[-1:]), UNDEFINED),
     "reverse": lambda scope, value: value[::-1] if is_text(value) else list(iterable(value))[::-1],
     "string": lambda scope, value: text_of(value), "safe": lambda scope, value: value,
-    "int": lambda scope, value, other=0: int(value) if isinstance(value, (int, float)) else refuse("int of a text")
+    "int": lambda scope, value: int(value) if isinstance(value, (int, float)) else refuse("int of a text")
 } | {name: of_text(name) for name in ("lower", "upper", "capitalize")}
 TESTS = {
     "defined": lambda value: value is not UNDEFINED, "undefined": lambda value: value is UNDEFINED,

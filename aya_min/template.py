@@ -1,15 +1,15 @@
-"""Chat templates rendered without Jinja: `Template(source).render(variables)`. The expressions are in expressions.py.
+"""Chat templates rendered without Jinja: `Template(source).render(variables)`; see also expressions.py.
 
-Settings are those of transformers (trim_blocks, lstrip_blocks, `generation` blocks, break and continue). What is
-not known here is refused when it is executed, not when it is read: a branch for tools does not matter to a
+Settings are those of transformers (trim_blocks, lstrip_blocks, `generation` blocks, break and continue). What
+is not known here is refused when it is executed, not when it is read: a branch for tools does not matter to a
 plain conversation. Sizes and steps are bounded: a foreign template can neither hang nor fill memory.
 """
 
 import ast
 import re
 
-from .expressions import (LONGEST, MOST_WRITTEN, TOKEN, UNDEFINED, Namespace, Scope, expression, iterable, joined, later,
-                          new_budget, parsed, built, refuse)
+from .expressions import (LONGEST, MOST_WRITTEN, TOKEN, UNDEFINED, Namespace, Scope, built, expression,
+                          iterable, joined, later, new_budget, parsed, refuse)
 
 OPEN = re.compile(r"\{(?:%([-+]?)\s*raw\s*(-?)%\}|([{%#])([-+]?))")
 CLOSE = {"%": re.compile(r"\+%\}|-%\}\s*|%\}\n?"), "{": re.compile(r"-\}\}\s*|\}\}"),
@@ -94,7 +94,7 @@ def lex(source, at, close):
         if not depth and (end := close.match(source, at)):
             return tokens, end
         match = TOKEN.match(source, at)
-        if not match:                                   # no Jinja that is known; the tag is refused if executed
+        if not match:                                   # not known here; refused if it is executed
             tokens.append(("bad", source[at]))
             end = close.search(source, at)
             return tokens, end
@@ -240,8 +240,8 @@ class Blocks:
         body = self.body(("endmacro",))
         try:
             head = parsed(tokens)                       # name(a, b="x")
-            name, parameters = head.func.id.removeprefix("j_"), [(arg.id, ast.Constant(...)) for arg in head.args]
-            parameters += [(arg.arg, arg.value) for arg in head.keywords]
+            name, parameters = head.func.id.removeprefix("j_"), [(arg.arg, arg.value) for arg in head.keywords]
+            parameters = [(arg.id, ast.Constant(...)) for arg in head.args] + parameters
             parameters = [(key.removeprefix("j_"), built(value)) for key, value in parameters]
         except (SyntaxError, AttributeError, ValueError):
             return later("this form of macro")

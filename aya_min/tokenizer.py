@@ -1,13 +1,14 @@
-"""Byte-level BPE and the turn format of a chat template. A conversation becomes ids AND loss mask in one walk.
+"""Byte-level BPE and a chat template's turns. A conversation becomes ids AND loss mask in one walk.
 
     <BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>hello<|END_OF_TURN_TOKEN|>
         <|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>hi<|END_OF_TURN_TOKEN|>
                                                 `-- supervised -------'
 
-Text is encoded turn by turn, with special tokens never read out of it, so the boundaries are exact and user text
-cannot forge a turn. Aya Expanse, Aya 23 and Command R write turns like this. Command R7B, Command A and Tiny Aya put an
-answer between <|START_RESPONSE|> (which ends the prompt) and <|END_RESPONSE|> (which the model says before it ends the
-turn). What a folder's chat template writes is followed exactly, or the folder is refused: see turns.py.
+Text is encoded turn by turn, with special tokens never read out of it, so the boundaries are exact and user
+text cannot forge a turn. Aya Expanse, Aya 23 and Command R write turns like this. Command R7B, Command A and
+Tiny Aya put an answer between <|START_RESPONSE|> (which ends the prompt) and <|END_RESPONSE|> (which the
+model says before it ends the turn). What a folder's chat template writes is followed exactly, or the folder
+is refused: see turns.py.
 """
 
 import json
@@ -15,11 +16,12 @@ import re
 import unicodedata
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer as BPE, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (Regex, Tokenizer as BPE, decoders, models, normalizers, pre_tokenizers, processors,
+                        trainers)
 
 from .command import one_line
-from .files import own_file, parse_json, read_bytes
-from .turns import PROBES, apart, read_turns
+from .files import dumps, own_file, parse_json, read_bytes
+from .turns import PROBES, read_turns
 
 SPECIALS = ["<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK_TOKEN>", "<BOS_TOKEN>", "<EOS_TOKEN>", "<EOP_TOKEN>",
             "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>",
@@ -33,8 +35,8 @@ CONTROL = re.compile(r"<\|\w+\|>|<[A-Z0-9_]+>")          # names of tokens that 
 FILES = ["chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
          "tokenizer.model"]
 OURS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<BOS_TOKEN>",
-        "eos_token": "<|END_OF_TURN_TOKEN|>", "pad_token": "<PAD>", "unk_token": "<UNK>", "padding_side": "left",
-        "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+        "eos_token": "<|END_OF_TURN_TOKEN|>", "pad_token": "<PAD>", "unk_token": "<UNK>",
+        "padding_side": "left", "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
 # What transformers' CohereTokenizer takes for a special token that tokenizer_config.json does not name.
 COHERES = {"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "unk_token": "<UNK>",
            "pad_token": "<PAD>", "cls_token": "<CLS>", "sep_token": "<SEP>", "mask_token": "<MASK_TOKEN>"}
@@ -42,16 +44,19 @@ COHERES = {"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "un
 # The same format for tools that read tokenizer_config.json (transformers, vLLM).
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|START_OF_TURN_TOKEN|>' }}"
-    "{% if message['role'] == 'user' %}{{ '<|USER_TOKEN|>' + message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}"
-    "{% elif message['role'] == 'system' %}{{ '<|SYSTEM_TOKEN|>' + message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}"
-    "{% else %}{{ '<|CHATBOT_TOKEN|>' }}{% generation %}{{ message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}{% endgeneration %}{% endif %}"
+    "{% if message['role'] == 'user' %}"
+    "{{ '<|USER_TOKEN|>' + message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}"
+    "{% elif message['role'] == 'system' %}"
+    "{{ '<|SYSTEM_TOKEN|>' + message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}"
+    "{% else %}{{ '<|CHATBOT_TOKEN|>' }}{% generation %}"
+    "{{ message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}{% endgeneration %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}")
 RESPONSE_TEMPLATE = CHAT_TEMPLATE.replace("<|CHATBOT_TOKEN|>", "<|CHATBOT_TOKEN|><|START_RESPONSE|>").replace(
     "<|END_OF_TURN_TOKEN|>' }}{% endgeneration %}", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>' }}{% endgeneration %}")
 
 
 def default_template(config):
-    """The chat template of a tokenizer_config.json: a string, or the one named "default" of a list; None without."""
+    """The chat template of a tokenizer_config.json: a text, or that named "default" of a list, or None."""
     template = config.get("chat_template")
     if isinstance(template, list):
         if not all(isinstance(each, dict) and {"name", "template"} <= each.keys() for each in template):
@@ -66,7 +71,7 @@ def default_template(config):
 
 
 def special_tokens(config, files=()):
-    """((name, text), ...) of the special tokens that transformers gives to a chat template, such as bos_token.
+    """((name, text), ...) of the special tokens that transformers gives to a template, such as bos_token.
 
     special_tokens_map.json counts only where tokenizer_config.json has no added_tokens_decoder, as there.
     """
@@ -87,12 +92,12 @@ def special_tokens(config, files=()):
 
 
 def is_coheres(config):
-    """Whether transformers takes its CohereTokenizer, which it also does for a model of Cohere's without a class."""
+    """Whether transformers takes its CohereTokenizer, as it does for Cohere's models if no class is named."""
     return (config.get("tokenizer_class") or "CohereTokenizer").startswith("CohereTokenizer")
 
 
 def is_rebuilt_alike(bpe):
-    """Whether a tokenizer does what transformers' CohereTokenizer does, which takes tokens and merges only."""
+    """Whether a tokenizer does what CohereTokenizer of transformers does, which takes tokens and merges."""
     def parts(part, key):
         spec = json.loads(part.__getstate__()) if part else {}
         return spec.get(key, [spec] if spec else [])
@@ -120,16 +125,16 @@ def added_elsewhere(config, files):
     if not isinstance(listed, dict) or not isinstance(more, dict) or not all(
             isinstance(token, dict) and isinstance(token.get("content"), str) and number.isdecimal()
             for number, token in listed.items()):
-        raise ValueError("added_tokens_decoder of tokenizer_config.json, or added_tokens.json, is not an object of tokens "
-                         "and ids")
+        raise ValueError("added_tokens_decoder of tokenizer_config.json, or added_tokens.json, is not an object "
+                         "of tokens and ids")
     return [*((token["content"], int(number)) for number, token in listed.items()), *more.items()]
 
 
 class Tokenizer:
     """A tokenizer.json of the `tokenizers` library plus the ids of its turns.
 
-    files: {name: bytes} of tokenizer.json, tokenizer_config.json and FILES as they were read; `save` writes them again.
-    config: the settings of tokenizer_config.json.
+    files: {name: bytes} of tokenizer.json, tokenizer_config.json and FILES as they were read; `save` writes
+    them again. config: the settings of tokenizer_config.json.
     """
 
     def __init__(self, bpe, config=None, files=None):
@@ -151,16 +156,18 @@ class Tokenizer:
             self.files.pop("tokenizer_config.json", None)
         for name, number in added_elsewhere(self.config, self.files):
             if self.bpe.token_to_id(name) != number:
-                raise ValueError(f"tokenizer_config.json or added_tokens.json gives {name!r:.80} the id {number!r:.80}, "
-                                 f"tokenizer.json {self.bpe.token_to_id(name)}; download the tokenizer again")
+                raise ValueError(f"tokenizer_config.json or added_tokens.json gives {name!r:.80} the id "
+                                 f"{number!r:.80}, tokenizer.json {self.bpe.token_to_id(name)}; download the "
+                                 "tokenizer again")
         try:
             self.turns = read_turns(template, special_tokens(self.config, self.files), frozenset(control))
         except ValueError as error:
             raise ValueError(f"the chat template cannot be followed: {error}") from None
-        wanted = [self.bpe.encode(self.turns.written(*probe), add_special_tokens=False).ids for probe in PROBES]
-        self.bpe.encode_special_tokens = True           # "<BOS_TOKEN>" typed by a user is letters, not a token
-        # Published files call <|USER_TOKEN|> and others not special, and then they are read out of a user's text
-        # and printed in answers.
+        written = [self.turns.written(*probe) for probe in PROBES]
+        wanted = [self.bpe.encode(text, add_special_tokens=False).ids for text in written]
+        self.bpe.encode_special_tokens = True       # "<BOS_TOKEN>" typed by a user is letters, not a token
+        # Published files call <|USER_TOKEN|> and others not special, and then they are read out of a user's
+        # text and printed in answers.
         self.bpe.add_special_tokens([token.content for token in added if token.content in control])
         ids = {name: bpe.token_to_id(name) for name in NEEDED}
         self.pad_id, self.bos_id, self.end_of_turn_id = (
@@ -171,11 +178,11 @@ class Tokenizer:
                                        for role, text in texts.items()}
                                       for texts in (self.turns.opening, self.turns.closing))
         self.begin = [self.bos_id] if self.turns.bos else []
-        self.stop_ids = sorted(set(self.closing["assistant"]))          # an answer is over at the first of these
-        for probe, ids in zip(PROBES, wanted):
+        self.stop_ids = sorted(set(self.closing["assistant"]))      # an answer is over at the first of these
+        for probe, text, ids in zip(PROBES, written, wanted):
             if ids != self.encode_chat(*probe)[0]:
-                raise ValueError("the chat template cannot be followed: the tokens around turns take white space or "
-                                 f"letters of the text, in {apart(self.turns.written(*probe), '')}")
+                raise ValueError("the chat template cannot be followed: the tokens around turns take white "
+                                 f"space or letters of the text, in {text!r:.80}")
 
     def check_tokens(self, names):
         if missing := [name for name in names if self.bpe.token_to_id(name) is None]:
@@ -200,10 +207,11 @@ class Tokenizer:
         return tuple(self.encode(text.strip()))
 
     def spelled(self, text):
-        """The first name of a control token that a text spells, or None. `encode` takes such a name as letters."""
+        """The first name of a control token that a text spells, or None. `encode` takes it as letters."""
         if "<" not in text:
             return None
-        return next((found[0] for found in CONTROL.finditer(text) if self.bpe.token_to_id(found[0]) is not None), None)
+        names = (found[0] for found in CONTROL.finditer(text))
+        return next((name for name in names if self.bpe.token_to_id(name) is not None), None)
 
     def encode(self, text):
         """Ids of plain text: no BOS, no special tokens, whatever the text contains."""
@@ -213,8 +221,9 @@ class Tokenizer:
         return self.bpe.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def stream(self, ids):
-        """The text of ids that arrive one by one, never half a character: for each id a piece, "" while a character is incomplete, then what is
-        left (bytes that are no text, as U+FFFD). The pieces together are `decode` of all ids."""
+        """The text of ids that arrive one by one, never half a character: for each id a piece, "" while a
+        character is incomplete, then what is left (bytes that are no text, as U+FFFD). The pieces together
+        are `decode` of all ids."""
         decoder, seen, length = decoders.DecodeStream(skip_special_tokens=True), [], 0
         for i in ids:
             seen.append(int(i))
@@ -224,22 +233,24 @@ class Tokenizer:
         yield self.decode(seen)[length:]
 
     def encode_answer(self, text):
-        """Ids of an assistant's turn after the generation prompt: its text and the end, all of which a model says."""
+        """Ids of an assistant's turn after the generation prompt: its text and the end, all of which a model
+        says."""
         return self.encode(self.turns.text("assistant", text)) + self.closing["assistant"]
 
     def encode_chat(self, messages, generation_prompt=False, supervised=None):
-        """(ids, mask) of [{"role", "content"}, ...]; mask is True on the text and the end of supervised turns.
+        """(ids, mask) of [{"role", "content"}, ...]; mask is True on the text and the end of supervised
+        turns.
 
-        Roles: an optional system turn first, then user and assistant in turn. With `generation_prompt` the ids end
-        where the assistant is to speak. supervised: a bool for each message, of which those of assistant turns
-        count; None: all assistant turns.
+        Roles: an optional system turn first, then user and assistant in turn. With `generation_prompt` the
+        ids end where the assistant is to speak. supervised: a bool for each message, of which those of
+        assistant turns count; None: all assistant turns.
         """
         ids, mask = list(self.begin), [False] * len(self.begin)
         turns = self.turns.texts(messages)
         heeded = [role == "assistant" for role, _ in turns]
         if supervised is not None:
-            given = [wanted for m, wanted in zip(messages, supervised, strict=True) if m["role"] != "system"]
-            heeded = [False] * (len(turns) - len(given)) + [a and bool(b) for a, b in zip(heeded[-len(given):], given)]
+            given = [bool(b) for m, b in zip(messages, supervised, strict=True) if m["role"] != "system"]
+            heeded = [a and b for a, b in zip(heeded, [False] * (len(turns) - len(given)) + given)]
         for (role, text), wanted in zip(turns, heeded):
             said = self.encode(text) + self.closing[role]
             ids += self.opening[role] + said
@@ -258,7 +269,7 @@ class Tokenizer:
         """Write tokenizer.json, tokenizer_config.json and what else came with them, as they came."""
         config = self.config if self.config.keys() > {"chat_template"} else {**OURS, **self.config}
         made = {"tokenizer.json": self.bpe.to_str(pretty=True).encode(),
-                "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode()}
+                "tokenizer_config.json": dumps(config, indent=2).encode()}
         for name, data in {**made, **self.files}.items():
             (Path(folder) / name).write_bytes(data)
 
@@ -270,15 +281,17 @@ def read_bpe(data, where):
         return BPE.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:      # the library raises bare Exception, and PanicException is not even that
+    except BaseException as error:      # the library raises Exception, and PanicException, which is none
         raise ValueError(f"{where}: not a readable tokenizer.json ({one_line(error)}); copy or download it "
                          "again") from None
 
 
 def meaning_of(source):
-    """A text that is equal for tokenizer.json files that do the same. source: its path, its text or its bytes.
+    """A text that is equal for tokenizer.json files that do the same. source: its path, its text or its
+    bytes.
 
-    Indentation, order of keys, merges as strings or pairs, and padding or truncation left on make no difference.
+    Indentation, order of keys, merges as strings or pairs, and padding or truncation left on make no
+    difference.
     """
     where = "tokenizer.json"
     if isinstance(source, Path):
@@ -309,12 +322,13 @@ def read_settings(folder, files):
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a JSON {type(config).__name__}, not an object; copy or download it again")
     if not isinstance(config.get("tokenizer_class"), (str, type(None))):
-        raise ValueError(f"{path}: tokenizer_class is a {type(config['tokenizer_class']).__name__}, not a text")
+        raise ValueError(f"{path}: tokenizer_class {config['tokenizer_class']!r:.80} is not a text")
     return config
 
 
 def files_to_publish(folder):
-    """{name: bytes} of the files of a folder's tokenizer, of whatever family, for a folder that is made from it.
+    """{name: bytes} of the files of a folder's tokenizer, of whatever family, for a folder that is made from
+    it.
 
     Of one that says it is Cohere's, but is not as transformers rebuilds those, the class is put right.
     """
@@ -322,7 +336,7 @@ def files_to_publish(folder):
     config = read_settings(folder, files)
     if "tokenizer.json" in files and config.get("tokenizer_class") and is_coheres(config):
         if not is_rebuilt_alike(read_bpe(files["tokenizer.json"], Path(folder) / "tokenizer.json")):
-            files["tokenizer_config.json"] = json.dumps(as_it_is(config), indent=2, ensure_ascii=False).encode()
+            files["tokenizer_config.json"] = dumps(as_it_is(config), indent=2).encode()
     return files
 
 
@@ -331,7 +345,8 @@ def load_tokenizer(folder):
     files = read_files(folder)
     if "tokenizer.json" not in files:
         raise ValueError(f"{folder}: no tokenizer.json; give a model folder, or --tokenizer DIR")
-    bpe, config = read_bpe(files["tokenizer.json"], Path(folder) / "tokenizer.json"), read_settings(folder, files)
+    bpe = read_bpe(files["tokenizer.json"], Path(folder) / "tokenizer.json")
+    config = read_settings(folder, files)
     try:
         return Tokenizer(bpe, config, files)
     except ValueError as error:
@@ -339,8 +354,9 @@ def load_tokenizer(folder):
 
 
 def train_tokenizer(texts, vocab_size):
-    """Byte-level BPE as Cohere's: NFC, digits one by one, no prefix space; here also one Han character at a time, which
-    keeps a small vocabulary shared between Chinese and Japanese. `texts` is an iterable of strings."""
+    """Byte-level BPE as Cohere's: NFC, digits one by one, no prefix space; here also one Han character at a
+    time, which keeps a small vocabulary shared between Chinese and Japanese. `texts` is an iterable of
+    strings."""
     bpe = BPE(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -353,5 +369,6 @@ def train_tokenizer(texts, vocab_size):
         show_progress=False)
     bpe.train_from_iterator((unicodedata.normalize("NFC", text) for text in texts), trainer)
     begin = ("<BOS_TOKEN>", SPECIALS.index("<BOS_TOKEN>"))
-    bpe.post_processor = processors.TemplateProcessing("<BOS_TOKEN> $A", "<BOS_TOKEN> $A $B:1", [begin])    # for others
+    bpe.post_processor = processors.TemplateProcessing(             # for transformers' plain texts
+        "<BOS_TOKEN> $A", "<BOS_TOKEN> $A $B:1", [begin])
     return Tokenizer(bpe)

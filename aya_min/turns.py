@@ -2,10 +2,11 @@
 
 A template is followed if every conversation of PROBES is exactly
 
-    bos, then for each turn: opening[role] + text + closing[role], then, to ask for an answer, opening["assistant"]
+    bos, for each turn opening[role] + text + closing[role], and, to ask for an answer, opening["assistant"]
 
-where openings and closings are control tokens, texts keep or lose their outer white space, and the system turn may
-have a text of its own without a given one, and words around a given one. Any other template is refused.
+where openings and closings are control tokens, texts keep or lose their outer white space, and the system
+turn may have a text of its own without a given one, and words around a given one. Any other template is
+refused.
 """
 
 import re
@@ -35,7 +36,8 @@ PROBES = [(conversation(*texts, system=system), prompt)
 
 @dataclass(frozen=True)
 class Turns:
-    """A turn format in text. no_system: the system turn's text where none is given (None: there is no turn then).
+    """A turn format in text. no_system: the system turn's text where none is given (None: there is no turn
+    then).
 
     empty, blank: whether a system turn "" or " " counts as given. before, after: words around a given one.
     """
@@ -68,7 +70,8 @@ class Turns:
 
 @lru_cache(32)
 def read_turns(source, tokens, control):
-    """The Turns of a template. tokens: ((name, text), ...) such as bos_token. control: the names of control tokens.
+    """The Turns of a template. tokens: ((name, text), ...) such as bos_token. control: the names of control
+    tokens.
 
     ValueError, as a clause about the template, if it cannot be followed exactly.
     """
@@ -76,8 +79,8 @@ def read_turns(source, tokens, control):
 
     def render(messages, prompt=False):
         said = [{**m, "content": Said(m["content"])} for m in messages]
-        return template.render({**dict(tokens), "messages": said, "add_generation_prompt": prompt, "tools": None,
-                                "documents": None}, budget)
+        given = {"messages": said, "add_generation_prompt": prompt, "tools": None, "documents": None}
+        return template.render({**dict(tokens), **given}, budget)
 
     found = derive(render, control)
     for messages, prompt in PROBES:
@@ -116,7 +119,8 @@ def derive(render, control):
     for role in opening:
         for text in (opening[role], closing[role]):
             if set(filter(None, split.split(text))) - control:
-                raise unknown(f"it writes {text!r:.80} around a turn of the {role}, which is not control tokens alone")
+                raise unknown(f"it writes {text!r:.80} around a turn of the {role}, which is not control tokens "
+                              "alone")
         if not opening[role] or role == "assistant" and not closing[role]:
             raise unknown(f"a turn of the {role} has no control token that opens or ends it")
     for text in (before, after, no_system or ""):
@@ -126,13 +130,17 @@ def derive(render, control):
     strips = {role: f"\n {text} \n" not in loose
               for role, text in (("user", USER), ("assistant", ANSWER), ("system", SYSTEM))}
     given = Turns(bos, opening, closing, strips, no_system, before, after)
-    silent = {text: render(conversation(USER, system=text)) == first != given.written(conversation(USER, system=text))
-              for text in ("", " ")}
-    return replace(given, empty=not silent[""], blank=not silent[" "])
+
+    def counts(text):
+        """Whether a system turn of this text is more than none."""
+        messages = conversation(USER, system=text)
+        return render(messages) != first or given.written(messages) == first
+    return replace(given, empty=counts(""), blank=counts(" "))
 
 
 def unknown(why):
-    return ValueError(f"has a turn format not known here: {why}; known are those of Aya, Command R, R7B and A, Tiny Aya")
+    return ValueError(f"it has a turn format not known here: {why}; known are those of Aya, Command R, R7B and A, "
+                      "Tiny Aya")
 
 
 def rest_of(text, start):

@@ -1,15 +1,18 @@
-"""What I publish: a model folder as transformers and vLLM read it. config.json, generation_config.json, tokenizer.json,
-tokenizer_config.json and model.safetensors (or shards with model.safetensors.index.json). No pickle; nothing outside
-the folder is opened. A source folder's other files that are not weights go along.
+"""What I publish: a model folder as transformers and vLLM read it. config.json, generation_config.json,
+tokenizer.json, tokenizer_config.json and model.safetensors (or shards with model.safetensors.index.json). No
+pickle; nothing outside the folder is opened. A source folder's other files that are not weights go along.
 
-A folder is written under a temporary name and renamed, so one that exists is whole. Parameter names need no map.
+A folder is written under a temporary name and renamed, so one that exists is whole. Parameter names need no
+map.
 
-transformers has no class for a reward model of this family, so config.json names one of ours. What it loads is the
-language model within, AutoModelForCausalLM.from_pretrained(FOLDER); the two heads are tensors of the same files:
+transformers has no class for a reward model of this family, so config.json names one of ours. What it loads
+is the language model within, AutoModelForCausalLM.from_pretrained(FOLDER); the two heads are tensors of the
+same files:
 
     score = h_end @ score.weight[0] + score_logps.weight[0] @ (mean, min of the answer's log-probs)
 
-where h_end is the last hidden state (after the norm) of the last token (tests/test_transformers.py does this).
+where h_end is the last hidden state (after the norm) of the last token (tests/test_transformers.py does
+this).
 """
 
 import os
@@ -27,16 +30,17 @@ from .tokenizer import FILES, load_tokenizer
 
 ARCHITECTURES = {"CohereForCausalLM": CohereForCausalLM, "Cohere2ForCausalLM": CohereForCausalLM,
                  "CohereRewardModel": RewardModel, "Cohere2RewardModel": RewardModel,
-                 "CohereForSequenceClassification": RewardModel, "Cohere2ForSequenceClassification": RewardModel}
+                 "CohereForSequenceClassification": RewardModel,
+                 "Cohere2ForSequenceClassification": RewardModel}
 USUAL_HEAD_LACKS = "score_logps.weight"         # a head that reads the last token only: as if this were 0
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 # Files of a model folder that do not go along: written anew, of the tokenizer, or about another run or merge.
-WRITTEN = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *FILES, "merge.json",
-           "search.json", "metrics.jsonl", "eval.json", "done.json", "summary.json", "profile.json", "report.html",
-           "report.md", "trainer_state.json"}
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data",
-           ".npz", ".npy", ".tflite", ".distcp", ".index.json")
+WRITTEN = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *FILES,
+           "merge.json", "search.json", "metrics.jsonl", "eval.json", "done.json", "summary.json", "profile.json",
+           "report.html", "report.md", "trainer_state.json"}
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
+           ".onnx_data", ".npz", ".npy", ".tflite", ".distcp", ".index.json")
 
 
 def read_config(folder):
@@ -44,15 +48,16 @@ def read_config(folder):
     raw, path = tensorfiles.read_config(folder), Path(folder) / "config.json"
     named = raw.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
-        raise ValueError(f"{path}: architectures {named!r:.80} is not a list of names; download the model again")
+        raise ValueError(f"{path}: architectures {named!r:.80} is not a list of names; download the model "
+                         "again")
     architecture = (named or ["?"])[0]
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture!r:.80} is not supported; supported: "
                          f"{' '.join(ARCHITECTURES)}")
     config = ModelConfig.from_published(raw, where=str(path))
     if not re.fullmatch(f"{config.model_type}(For.*|RewardModel)", architecture, re.IGNORECASE):
-        raise ValueError(f"{path}: architecture {architecture} does not go with model_type {config.model_type}; "
-                         "download the model again")
+        raise ValueError(f"{path}: architecture {architecture} does not go with model_type "
+                         f"{config.model_type}; download the model again")
     return config, ARCHITECTURES[architecture]
 
 
@@ -80,7 +85,7 @@ def read_stop_ids(folder):
 def read_others(folder):
     """{name: bytes} of the files of a model folder that go along with its weights, whatever they are."""
     names = sorted(path.name for path in Path(folder).iterdir() if not path.is_dir())
-    wanted = [name for name in names if not (name.startswith(".") or name in WRITTEN or name.endswith(WEIGHTS))]
+    wanted = [name for name in names if name not in WRITTEN and name[0] != "." and not name.endswith(WEIGHTS)]
     return {name: read_bytes(own_file(folder, name)) for name in wanted}
 
 
@@ -88,8 +93,8 @@ def look_into(folder, trunk=False):
     """(model without weights, tokenizer, header) of a model folder whose files fit together, see
     tensorfiles.read_header; no weights are read (but of a head that a tied model repeats).
 
-    trunk: a reward model whatever the folder holds; if it is a language model, the decoder is there and the head is
-    missing.
+    trunk: a reward model whatever the folder holds; if it is a language model, the decoder is there and the
+    head is missing.
     """
     config, model_class = read_config(folder)
     header = tensorfiles.read_header(folder)
@@ -100,14 +105,15 @@ def look_into(folder, trunk=False):
     tokenizer = load_tokenizer(folder)
     if max(tokenizer.vocab_size - 1, tokenizer.largest_id) >= config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the largest id "
-                         f"{tokenizer.largest_id}, config.json a vocabulary of {config.vocab_size}; they are of "
-                         "different models")
+                         f"{tokenizer.largest_id}, config.json a vocabulary of {config.vocab_size}; they are "
+                         "of different models")
     tokenizer.stop_ids = sorted({*tokenizer.stop_ids, *read_stop_ids(folder)})
     with torch.device("meta"):
         found, model = model_class(config), (RewardModel if trunk else model_class)(config)
     own = found.state_dict()
     alike = not config.tie_word_embeddings or tensorfiles.drop_tied_head(header)
-    problems = [] if alike else ["lm_head.weight is not model.embed_tokens.weight, to which config.json ties it"]
+    problems = [] if alike else [
+        "lm_head.weight is not model.embed_tokens.weight, to which config.json ties it"]
     problems += [f"{name} is missing" for name in sorted(own.keys() - header.keys() - {USUAL_HEAD_LACKS})]
     problems += [f"{name} is extra" for name in sorted(header.keys() - own.keys())]
     for name in sorted(header.keys() & own.keys()):
@@ -117,7 +123,8 @@ def look_into(folder, trunk=False):
         elif code not in ("F32", "BF16", "F16", "F64"):
             problems.append(f"{name} is {code}, quantized weights are not read")
     if problems:
-        raise ValueError(f"{folder}: the tensors do not fit config.json: {tensorfiles.first_of(problems, '; ')}")
+        listed = tensorfiles.first_of(problems, "; ")
+        raise ValueError(f"{folder}: the tensors do not fit config.json: {listed}")
     return model, tokenizer, header
 
 
@@ -126,8 +133,10 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
          replicate=1, cpu_offload=False):
     """(model, tokenizer) of a model folder, read tensor by tensor into the module that its config.json names.
 
-    Its generation_config.json and its other files ride on the model, for `save`. sharded: distributed.shard(model,
-    compute_dtype, replicate, cpu_offload) before anything is read: each rank reads and holds its rows only. trunk: a reward model on the folder's decoder; its head is drawn anew (seed 0) if the folder has none.
+    Its generation_config.json and its other files ride on the model, for `save`. sharded:
+    distributed.shard(model, compute_dtype, replicate, cpu_offload) before anything is read: each rank reads
+    and holds its rows only. trunk: a reward model on the folder's decoder; its head is drawn anew (seed 0) if
+    the folder has none.
     """
     model, tokenizer, header = look_into(folder, trunk)
     model = model.to(dtype)

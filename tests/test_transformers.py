@@ -1,7 +1,7 @@
 """What we publish means the same in transformers 5: ids, rendered conversations, stop ids, logits and scores.
 
-Nothing here runs without transformers, which is no dependency. test_tokenizer.py and test_golden.py hold recorded
-values of it.
+Nothing here runs without transformers, which is no dependency. test_tokenizer.py and test_golden.py hold
+recorded values of it.
 """
 
 import json
@@ -65,7 +65,8 @@ def assert_same_model(folder):
 
 @pytest.fixture(scope="module")
 def words():
-    """A tokenizer of ours that knows Han characters and merges around them, so that where text is cut shows."""
+    """A tokenizer of ours that knows Han characters and merges around them, so that where text is cut
+    shows."""
     text = [path.read_text(encoding="utf-8") for path in sorted(WORDS.glob("*.json"))] + TEXTS * 20
     text += [kana + end for kana in "くハ" for end in "のがして"] * 100      # the last byte of 像 and 問, and merges on
     return train_tokenizer(text, 2000)
@@ -79,7 +80,8 @@ def save(folder, words, make=language_model, **changes):
 # ---- what we train and publish -----------------------------------------------------------------------------
 
 def test_a_tokenizer_trained_here_and_its_model_are_the_same_in_transformers(words, tmp_path):
-    """transformers rebuilt it as Cohere's, without our cut at Han characters: 117 of 698 Japanese sentences had other ids."""
+    """transformers rebuilt it as Cohere's, without our cut at Han characters: 117 of 698 Japanese sentences
+    had other ids."""
     folder = save(tmp_path / "model", words)
     assert_same_tokenizer(folder)
     assert_same_model(folder)

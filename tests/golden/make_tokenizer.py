@@ -1,4 +1,5 @@
-"""Make tokenizer.json.gz: a tokenizer trained and saved here, and the ids and texts that transformers has for it.
+"""Make tokenizer.json.gz: a tokenizer trained and saved here, and the ids and texts that transformers has for
+it.
 
     python tests/golden/make_tokenizer.py        # needs transformers; run from the project's root
 
