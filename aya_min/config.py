@@ -15,11 +15,13 @@ ROPE_THETA = {"cohere": 500000.0, "cohere2": 10000.0}       # the model types th
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
          "head_dim", "max_position_embeddings")
 INTERVALS = {**dict.fromkeys(SIZES, (int, "[1, 2147483648)")), "num_hidden_layers": (int, "[1, 100000)"),
-             **dict.fromkeys(("layer_norm_eps", "rope_theta", "logit_scale", "initializer_range"), (float, "(0, inf)"))}
+             "layer_norm_eps": (float, "(0, inf)"), "rope_theta": (float, "(0, inf)"),
+             "logit_scale": (float, "(0, inf)"), "initializer_range": (float, "(0, inf)")}
 BOOLEANS = ("use_qk_norm", "tie_word_embeddings")
-# What transformers heeds and this program does not: the one value that means nothing, beside null and absence.
-MEANINGLESS = {"attention_bias": False, "attention_dropout": 0, "hidden_act": "silu", "partial_rotary_factor": 1,
-               "rotary_pct": 1, "quantization_config": None, "compression_config": None}
+# What transformers heeds and this program does not: the one value, beside null, that means nothing.
+MEANINGLESS = {"attention_bias": False, "attention_dropout": 0, "hidden_act": "silu",
+               "partial_rotary_factor": 1, "rotary_pct": 1, "quantization_config": None,
+               "compression_config": None}
 
 
 @dataclass
@@ -56,7 +58,7 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not (type(value) in (int, kind) and in_range(value, interval)):
                 raise ValueError(f"{name} {value!r:.80} must be {describe(kind, interval)}")
-            setattr(self, name, None if value is None else kind(value))         # transformers takes no 1 for 1.0
+            setattr(self, name, None if value is None else kind(value))     # transformers takes no 1 for 1.0
         for name in BOOLEANS:
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} {getattr(self, name)!r:.80} must be true or false")
@@ -86,8 +88,8 @@ class ModelConfig:
         kinds = self.layer_types
         if not (isinstance(kinds, list) and len(kinds) == self.num_hidden_layers
                 and all(kind in ("sliding_attention", "full_attention") for kind in kinds)):
-            raise ValueError(f"layer_types {kinds!r:.80} must be sliding_attention or full_attention for each of "
-                             f"{self.num_hidden_layers} layers")
+            raise ValueError(f"layer_types {kinds!r:.80} must be sliding_attention or full_attention for each "
+                             f"of {self.num_hidden_layers} layers")
         if "sliding_attention" in self.layer_types and (type(self.sliding_window) is not int or self.sliding_window < 1):
             raise ValueError(f"sliding_window {self.sliding_window!r} must be a whole number above 0")
 
@@ -101,7 +103,7 @@ class ModelConfig:
 
     @classmethod
     def from_published(cls, raw, where="config.json"):
-        """From a published config.json (a dict). rope_theta is read from all places where releases have kept it."""
+        """From a published config.json (a dict). rope_theta is read from all places where it was ever kept."""
         for name, value in MEANINGLESS.items():
             if raw.get(name) is None and name != "hidden_act" or raw.get(name, value) == value:
                 continue
@@ -125,7 +127,7 @@ class ModelConfig:
 
 
 def rope_theta_of(raw):
-    """The rope_theta of a config.json, which newer files keep in rope_parameters or rope_scaling; None without one.
+    """The rope_theta of a config.json, which newer files keep in rope_parameters or rope_scaling, or None.
 
     Rope that is scaled or partial is refused, and so are other numbers for the layer types that rotate.
     """
@@ -133,8 +135,8 @@ def rope_theta_of(raw):
     if isinstance(rope, dict) and rope and all(isinstance(part, dict) for part in rope.values()):
         raise ValueError("rope_parameters for each type of layer are not supported; supported: one for all")
     plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
-    if not isinstance(rope, dict) or any(name != "rope_theta" and value is not None and plain.get(name) != value
-                                         for name, value in rope.items()):
+    if not isinstance(rope, dict) or any(value not in (None, plain.get(name))
+                                         for name, value in rope.items() if name != "rope_theta"):
         raise ValueError(f"rope_scaling or rope_parameters {rope!r:.80}: scaled rope is not supported")
     return rope.get("rope_theta") or raw.get("rope_theta")
 

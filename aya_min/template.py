@@ -240,8 +240,9 @@ class Blocks:
         body = self.body(("endmacro",))
         try:
             head = parsed(tokens)                       # name(a, b="x")
-            name, parameters = head.func.id.removeprefix("j_"), [(arg.arg, arg.value) for arg in head.keywords]
-            parameters = [(arg.id, ast.Constant(...)) for arg in head.args] + parameters
+            name = head.func.id.removeprefix("j_")
+            parameters = [(arg.id, ast.Constant(...)) for arg in head.args]
+            parameters += [(arg.arg, arg.value) for arg in head.keywords]
             parameters = [(key.removeprefix("j_"), built(value)) for key, value in parameters]
         except (SyntaxError, AttributeError, ValueError):
             return later("this form of macro")

@@ -36,7 +36,8 @@ FILES = ["chat_template.jinja", "special_tokens_map.json", "added_tokens.json", 
          "tokenizer.model"]
 OURS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<BOS_TOKEN>",
         "eos_token": "<|END_OF_TURN_TOKEN|>", "pad_token": "<PAD>", "unk_token": "<UNK>",
-        "padding_side": "left", "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+        "padding_side": "left", "add_bos_token": True, "add_eos_token": False,
+        "clean_up_tokenization_spaces": False}
 # What transformers' CohereTokenizer takes for a special token that tokenizer_config.json does not name.
 COHERES = {"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "unk_token": "<UNK>",
            "pad_token": "<PAD>", "cls_token": "<CLS>", "sep_token": "<SEP>", "mask_token": "<MASK_TOKEN>"}
@@ -125,8 +126,8 @@ def added_elsewhere(config, files):
     if not isinstance(listed, dict) or not isinstance(more, dict) or not all(
             isinstance(token, dict) and isinstance(token.get("content"), str) and number.isdecimal()
             for number, token in listed.items()):
-        raise ValueError("added_tokens_decoder of tokenizer_config.json, or added_tokens.json, is not an object "
-                         "of tokens and ids")
+        raise ValueError("added_tokens_decoder of tokenizer_config.json, or added_tokens.json, is not an "
+                         "object of tokens and ids")
     return [*((token["content"], int(number)) for number, token in listed.items()), *more.items()]
 
 

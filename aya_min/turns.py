@@ -119,8 +119,8 @@ def derive(render, control):
     for role in opening:
         for text in (opening[role], closing[role]):
             if set(filter(None, split.split(text))) - control:
-                raise unknown(f"it writes {text!r:.80} around a turn of the {role}, which is not control tokens "
-                              "alone")
+                raise unknown(f"it writes {text!r:.80} around a turn of the {role}, which is not control "
+                              "tokens alone")
         if not opening[role] or role == "assistant" and not closing[role]:
             raise unknown(f"a turn of the {role} has no control token that opens or ends it")
     for text in (before, after, no_system or ""):
@@ -139,8 +139,8 @@ def derive(render, control):
 
 
 def unknown(why):
-    return ValueError(f"it has a turn format not known here: {why}; known are those of Aya, Command R, R7B and A, "
-                      "Tiny Aya")
+    return ValueError(f"it has a turn format not known here: {why}; known are those of Aya, Command R, R7B "
+                      "and A, Tiny Aya")
 
 
 def rest_of(text, start):

@@ -37,8 +37,8 @@ LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 # Files of a model folder that do not go along: written anew, of the tokenizer, or about another run or merge.
 WRITTEN = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *FILES,
-           "merge.json", "search.json", "metrics.jsonl", "eval.json", "done.json", "summary.json", "profile.json",
-           "report.html", "report.md", "trainer_state.json"}
+           "merge.json", "search.json", "metrics.jsonl", "eval.json", "done.json", "summary.json",
+           "profile.json", "report.html", "report.md", "trainer_state.json"}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
            ".onnx_data", ".npz", ".npy", ".tflite", ".distcp", ".index.json")
 
