@@ -118,6 +118,8 @@ def parsed(tokens):
             if text in "([{":
                 open_ifs.append(0)
             elif text in ")]}":
+                if len(open_ifs) == 1:
+                    raise ValueError("a bracket that nothing opened")
                 open_ifs.pop()
             if text == "|" or text == "**":
                 (kind, name), i = tokens[i:i + 1][0] if tokens[i:] and text == "|" else ("", ""), i + 1

@@ -12,7 +12,8 @@ from aya_min.data import encode_example
 from aya_min.languages import LANGUAGES
 from aya_min.template import Template
 from aya_min.template import Template
-from aya_min.tokenizer import CHAT_TEMPLATE, RESPONSE, RESPONSE_TEMPLATE, SPECIALS, load_tokenizer, train_tokenizer
+from aya_min.tokenizer import CHAT_TEMPLATE, RESPONSE, RESPONSE_TEMPLATE, SPECIALS, load_tokenizer, meaning_of, train_tokenizer
+from aya_min.turns import read_turns
 
 WORDS = Path(__file__).parent.parent / "aya_min" / "words"
 REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "parallel.jsonl"
@@ -225,6 +226,19 @@ def test_a_system_turn_comes_first_and_is_not_supervised(small):
     assert supervised(ids, mask) == [MARK, END, MARK, MARK, END]
 
 
+def test_only_the_assistant_turns_that_are_asked_for_are_supervised(small, published):
+    messages = turns("hi", "!", "hi", "!!", system="hi")
+    ids, mask = small.encode_chat(messages)
+    for wanted, said in (([True] * 5, [MARK, END, MARK, MARK, END]), ([False, False, False, False, True], [MARK, MARK, END]),
+                         ([True, True, 1, True, 0], [MARK, END]), ([0] * 5, []), (None, [MARK, END, MARK, MARK, END])):
+        same, chosen = small.encode_chat(messages, supervised=wanted)
+        assert same == ids and supervised(same, chosen) == said
+    same, chosen = published.encode_chat(messages[1:], supervised=[False, False, False, True])      # gets a system turn
+    assert written(published, supervised(same, chosen)) == "!!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+    with pytest.raises(ValueError):
+        small.encode_chat(messages, supervised=[True])
+
+
 def test_a_user_who_writes_the_same_words_as_the_assistant_is_not_supervised(small):
     ids, mask = small.encode_chat(turns("hi", "hi"))
     assert ids.count(HI) == 2 and supervised(ids, mask) == [HI, END]
@@ -360,6 +374,35 @@ def test_a_template_of_another_shape_is_followed_exactly(name, tmp_path):
         assert ids == with_tokens(tokenizer, text)
         ends = sum(m["role"] == "assistant" for m in messages)
         assert supervised(ids, mask).count(tokenizer.end_of_turn_id) == ends
+
+
+BITS = ["user", "system", "loop.index0", "loop.last", "not ", "messages[0]", " | trim", ".strip()", " | upper",
+        "{{ m['content'] }}", "{{ bos_token }}", "{% if true %}", "{% endif %}", "\n", " ", "-%}", "|length > 3",
+        "eos_token", "'<|USER_TOKEN|>'", "<|END_OF_TURN_TOKEN|>", " or true", " and loop.first", " == ", "1:", " ~ "]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_template_with_random_faults_is_followed_exactly_or_refused(seed):
+    jinja2 = pytest.importorskip("jinja2")
+    rng, env, num_followed = random.Random(seed), environment(jinja2), 0
+    tokens = {"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>"}
+    for _ in range(150):
+        parts = re.findall(r"\w+|\s|\{%-?|-?%\}|\{\{|\}\}|.", rng.choice([*TEMPLATES.values(), PLAIN, *FOLLOWED.values()]), re.S)
+        for _ in range(rng.randint(1, 2)):
+            at = rng.randrange(len(parts))
+            parts[at:at + rng.randint(0, 2)] = rng.choices(BITS, k=rng.randint(0, 1))
+        try:
+            turns_of = read_turns("".join(parts), tuple(tokens.items()), frozenset(SPECIALS + ADDED))
+            render = env.from_string("".join(parts)).render
+        except (ValueError, jinja2.TemplateError):          # what neither of us can read
+            continue
+        num_followed += 1
+        for n in range(8):
+            said = ["a" + "".join(rng.choices(["b", " ", "\n", "{{"], k=3)) for _ in range(rng.randint(1, 6))]
+            messages = turns(*said, system=rng.choice([None, "Be kind.", "", " "]))
+            wanted = render(messages=messages, add_generation_prompt=n % 2 == 0, tools=None, documents=None, **tokens)
+            assert turns_of.written(messages, n % 2 == 0) == wanted, "".join(parts)
+    assert num_followed >= 3
 
 
 def with_tokens(tokenizer, text):
@@ -633,6 +676,67 @@ def test_the_chat_template_that_is_saved_renders_what_the_tokenizer_encodes(smal
                 assert text == written(read, read.encode_chat(messages, generation_prompt)[0])
         answer = own.split("{% generation %}")[1].split("{% endgeneration %}")[0]
         assert jinja2.Template(answer).render(message={"content": "hi!"}) == "hi!" + end
+
+
+def test_tokenizers_that_do_the_same_mean_the_same_however_their_files_are_written(small, tmp_path):
+    """merge.py compared bytes."""
+    spec, padding = json.loads(small.bpe.to_str()), {
+        "strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "<PAD>"}
+    truncation = {"direction": "Right", "max_length": 512, "strategy": "LongestFirst", "stride": 0}
+    merges = [" ".join(pair) for pair in spec["model"]["merges"]]
+    added = [dict(reversed(token.items())) for token in spec["added_tokens"]]
+    alike = [spec, {**spec, "padding": padding, "truncation": truncation}, {**spec, "model": {**spec["model"], "merges": merges}},
+             {**spec, "added_tokens": added}, dict(reversed(spec.items()))]
+    other = [{**spec, "normalizer": None}, {**spec, "model": {**spec["model"], "merges": merges[:-1]}}, {**spec, "added_tokens": added[:-1]},
+             {**spec, "pre_tokenizer": None}, {**spec, "decoder": None}]
+    path = tmp_path / "tokenizer.json"
+    for indent in (None, 2):
+        for each in alike + other:
+            path.write_text(json.dumps(each, indent=indent), encoding="utf-8")
+            found = {meaning_of(path), meaning_of(path.read_text(encoding="utf-8")), meaning_of(path.read_bytes())}
+            assert len(found) == 1 and (found == {small.meaning}) == (each in alike)
+    assert load_tokenizer(publish(tmp_path / "a", AYA)).meaning == load_tokenizer(publish(tmp_path / "b", PLAIN)).meaning != small.meaning
+
+
+def test_a_control_token_spelled_in_a_text_is_found_and_a_long_text_without_one_costs_little(small):
+    assert small.spelled("a <b> <|x|> <|USER_TOKEN|> <PAD>") == "<|USER_TOKEN|>" and small.spelled("<PAD>") == "<PAD>"
+    assert small.spelled("2 < 3, <B>, <|unknown|> and < PAD >") is None
+    started = time.perf_counter()
+    assert small.spelled("नमस्ते, x < y and <b>. " * 50_000) is None
+    assert time.perf_counter() - started < 1
+
+
+def test_a_template_is_read_in_less_than_a_twentieth_of_a_second():
+    for template in TEMPLATES.values():
+        started = time.perf_counter()
+        read_turns.__wrapped__(template, (("bos_token", "<BOS_TOKEN>"),), frozenset(SPECIALS + ADDED))
+        assert time.perf_counter() - started < 0.05
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_a_control_token_that_takes_white_space_or_letters_of_a_text_is_refused(flag, tmp_path):
+    folder = publish(tmp_path / "model", PLAIN)
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in spec["added_tokens"]:
+        token[flag] = token["content"] in ("<|USER_TOKEN|>", "<|END_OF_TURN_TOKEN|>")
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    with pytest.raises(ValueError, match="the tokens around turns take white space"):
+        load_tokenizer(folder)
+
+
+def test_a_template_gets_the_special_tokens_that_transformers_gives_it(tmp_path):
+    """An absent bos_token is Cohere's in Cohere's class and nothing in another; special_tokens_map.json counts too."""
+    def begins(**config):
+        folder = publish(tmp_path / "model", PLAIN)
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+        return load_tokenizer(folder).encode_prompt("hi")[0] == BOS
+
+    assert begins() and begins(bos_token={"content": "<BOS_TOKEN>", "lstrip": False})
+    assert begins(tokenizer_class="PreTrainedTokenizerFast", bos_token="<BOS_TOKEN>")
+    assert not begins(tokenizer_class="PreTrainedTokenizerFast") and not begins(bos_token=None)
+    (tmp_path / "model" / "special_tokens_map.json").write_text('{"bos_token": "<BOS_TOKEN>"}')
+    assert begins(tokenizer_class="PreTrainedTokenizerFast") and not begins(bos_token=None, added_tokens_decoder={"0": {"content": "<PAD>"}})
 
 
 def test_a_folder_without_tokenizer_json_is_refused(tmp_path):
