@@ -97,8 +97,18 @@ def is_coheres(config):
     return (config.get("tokenizer_class") or "CohereTokenizer").startswith("CohereTokenizer")
 
 
-def is_rebuilt_alike(bpe):
-    """Whether a tokenizer does what CohereTokenizer of transformers does, which takes tokens and merges."""
+def is_rebuilt_alike(bpe, config):
+    """Whether a tokenizer does what CohereTokenizer of transformers does, which takes tokens and merges of it.
+
+    Its added tokens are those of the settings' added_tokens_decoder, if there is one.
+    """
+    listed = config.get("added_tokens_decoder")
+    for number, token in bpe.get_added_tokens_decoder().items() if listed else ():
+        about = listed.get(str(number), {})
+        if any(about.get(key, False) != getattr(token, key)
+               for key in ("content", "special", "lstrip", "rstrip", "single_word")):
+            return False
+
     def parts(part, key):
         spec = json.loads(part.__getstate__()) if part else {}
         return spec.get(key, [spec] if spec else [])
@@ -152,14 +162,14 @@ class Tokenizer:
             template = self.config["chat_template"] = RESPONSE_TEMPLATE if marked else CHAT_TEMPLATE
             self.files.pop("tokenizer_config.json", None)               # what was read has no template
         self.check_tokens([name for name in RESPONSE if name in template])
-        if is_coheres(self.config) and not is_rebuilt_alike(bpe):
-            self.config = as_it_is(self.config)
-            self.files.pop("tokenizer_config.json", None)
         for name, number in added_elsewhere(self.config, self.files):
             if self.bpe.token_to_id(name) != number:
                 raise ValueError(f"tokenizer_config.json or added_tokens.json gives {name!r:.80} the id "
                                  f"{number!r:.80}, tokenizer.json {self.bpe.token_to_id(name)}; download the "
                                  "tokenizer again")
+        if is_coheres(self.config) and not is_rebuilt_alike(bpe, self.config):
+            self.config = as_it_is(self.config)
+            self.files.pop("tokenizer_config.json", None)
         try:
             self.turns = read_turns(template, special_tokens(self.config, self.files), frozenset(control))
         except ValueError as error:
@@ -336,7 +346,8 @@ def files_to_publish(folder):
     files = read_files(folder)
     config = read_settings(folder, files)
     if "tokenizer.json" in files and config.get("tokenizer_class") and is_coheres(config):
-        if not is_rebuilt_alike(read_bpe(files["tokenizer.json"], Path(folder) / "tokenizer.json")):
+        added_elsewhere(config, files)                  # checks their types
+        if not is_rebuilt_alike(read_bpe(files["tokenizer.json"], Path(folder) / "tokenizer.json"), config):
             files["tokenizer_config.json"] = dumps(as_it_is(config), indent=2).encode()
     return files
 

@@ -418,10 +418,10 @@ CONTROL_TOKEN = re.compile(r"(<\|[A-Z_]+\|>|<BOS_TOKEN>)")
 def test_a_template_that_is_not_followed_is_refused_by_name_at_once(name, tmp_path):
     template, match = REFUSED[name]
     publish(tmp_path / "model", template, "chat_template.jinja")
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match=match) as error:
         load_tokenizer(tmp_path / "model")
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert str(tmp_path / "model") in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
@@ -701,16 +701,16 @@ def test_tokenizers_that_do_the_same_mean_the_same_however_their_files_are_writt
 def test_a_control_token_spelled_in_a_text_is_found_and_a_long_text_without_one_costs_little(small):
     assert small.spelled("a <b> <|x|> <|USER_TOKEN|> <PAD>") == "<|USER_TOKEN|>" and small.spelled("<PAD>") == "<PAD>"
     assert small.spelled("2 < 3, <B>, <|unknown|> and < PAD >") is None
-    started = time.perf_counter()
+    started = time.process_time()
     assert small.spelled("नमस्ते, x < y and <b>. " * 50_000) is None
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_a_template_is_read_in_less_than_a_twentieth_of_a_second():
     for template in TEMPLATES.values():
-        started = time.perf_counter()
+        started = time.process_time()
         read_turns.__wrapped__(template, (("bos_token", "<BOS_TOKEN>"),), frozenset(SPECIALS + ADDED))
-        assert time.perf_counter() - started < 0.05
+        assert time.process_time() - started < 0.05
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])

@@ -163,6 +163,39 @@ def test_a_template_that_is_followed_has_the_same_ids_there(name, tmp_path):
     assert_same_tokenizer(publish(tmp_path / "model", FOLLOWED[name]))
 
 
+@pytest.mark.parametrize("config", [
+    {}, {"bos_token": {"__type": "AddedToken", "content": "<BOS_TOKEN>", "lstrip": False, "normalized": False,
+                       "rstrip": False, "single_word": False}},
+    {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<BOS_TOKEN>"}, {"bos_token": None},
+    {"tokenizer_class": "PreTrainedTokenizerFast"}, {"tokenizer_class": None}, {"tokenizer_class": "CohereTokenizerFast"},
+    {"add_bos_token": False}, {"added_tokens_decoder": {"5": {
+        "content": "<BOS_TOKEN>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+        "special": True}}}], ids=lambda config: "-".join(config))
+@pytest.mark.parametrize("map_of_tokens", [None, {"bos_token": "<BOS_TOKEN>"}])
+def test_a_template_gets_the_same_special_tokens_there(config, map_of_tokens, tmp_path):
+    folder = publish(tmp_path / "model", FOLLOWED["texts as they are"])
+    (folder / "config.json").write_text('{"model_type": "cohere"}')
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    if map_of_tokens:
+        (folder / "special_tokens_map.json").write_text(json.dumps(map_of_tokens))
+    (tmp_path / "again").mkdir()
+    load_tokenizer(folder).save(tmp_path / "again")
+    (tmp_path / "again" / "config.json").write_text('{"model_type": "cohere"}')
+    assert_same_tokenizer(tmp_path / "again")
+    if "added_tokens_decoder" not in config:            # with that one alone, Cohere's class loses all other tokens
+        assert_same_tokenizer(folder)
+
+
+def test_the_tokens_that_are_supervised_are_those_between_the_generation_tags_there(words, tmp_path):
+    folder = save(tmp_path / "model", words)
+    for text in TEXTS:
+        messages = turns(text, text + " ", text, f"\n{text}", system=text)
+        made = theirs(folder).apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = words.encode_chat(messages)
+        assert made["input_ids"] == ids and made["assistant_masks"] == [int(each) for each in mask]
+
+
 def test_a_folder_without_a_template_gets_one_that_has_our_ids_there(tmp_path):
     (tmp_path / "again").mkdir()
     load_tokenizer(publish(tmp_path / "model")).save(tmp_path / "again")
