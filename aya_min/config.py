@@ -12,9 +12,16 @@ from .command import WHOLE, describe, in_range, number
 from .files import read_json
 
 ROPE_THETA = {"cohere": 500000.0, "cohere2": 10000.0}       # the model types there are, and what a config.json without rope_theta means
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-         "max_position_embeddings")
-NUMBERS = ("layer_norm_eps", "rope_theta", "logit_scale", "initializer_range")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+         "head_dim", "max_position_embeddings")
+INTERVALS = {**dict.fromkeys(SIZES, (int, "[1, 2147483648)")), "num_hidden_layers": (int, "[1, 100000)"),
+             "layer_norm_eps": (float, "(0, inf)"), "rope_theta": (float, "(0, inf)"),
+             "logit_scale": (float, "(0, inf)"), "initializer_range": (float, "(0, inf)")}
+BOOLEANS = ("use_qk_norm", "tie_word_embeddings")
+# What transformers heeds and this program does not: the one value, beside null, that means nothing.
+MEANINGLESS = {"attention_bias": False, "attention_dropout": 0, "hidden_act": "silu",
+               "partial_rotary_factor": 1, "rotary_pct": 1, "quantization_config": None,
+               "compression_config": None}
 
 
 @dataclass
@@ -47,10 +54,19 @@ class ModelConfig:
     sliding_window_pattern: InitVar[int] = 4    # the older way to say layer_types: every so many layers one is full
 
     def __post_init__(self, sliding_window_pattern):
-        given = {name: getattr(self, name) for name in SIZES + NUMBERS if getattr(self, name) is not None}
-        wrong = [f"{name} {v!r}" for name, v in given.items() if type(v) is not int and (name in SIZES or type(v) is not float) or not v > 0]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)}: must be numbers above 0, and sizes whole")
+        for name, (kind, interval) in INTERVALS.items():
+            value = getattr(self, name)
+            if value is not None and not (type(value) in (int, kind) and in_range(value, interval)):
+                raise ValueError(f"{name} {value!r:.80} must be {describe(kind, interval)}")
+            setattr(self, name, None if value is None else kind(value))     # transformers takes no 1 for 1.0
+        for name in BOOLEANS:
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} {getattr(self, name)!r:.80} must be true or false")
+        for name in ("pad_token_id", "bos_token_id"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} {getattr(self, name)!r:.80} must be a token's number")
+        if not isinstance(self.model_type, str):
+            raise ValueError(f"model_type {self.model_type!r:.80} must be a name")
         if self.model_type not in ROPE_THETA:
             raise ValueError(f"model_type {self.model_type!r} is not supported; supported: {' '.join(ROPE_THETA)}")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -69,8 +85,11 @@ class ModelConfig:
             raise ValueError("use_qk_norm is not known in cohere2, only in cohere")
         if self.layer_types is None:
             self.layer_types = layer_pattern(self.num_hidden_layers, sliding_window_pattern)
-        if len(self.layer_types) != self.num_hidden_layers or not {"sliding_attention", "full_attention"}.issuperset(self.layer_types):
-            raise ValueError(f"layer_types {self.layer_types} must be sliding_attention or full_attention for each of {self.num_hidden_layers} layers")
+        kinds = self.layer_types
+        if not (isinstance(kinds, list) and len(kinds) == self.num_hidden_layers
+                and all(kind in ("sliding_attention", "full_attention") for kind in kinds)):
+            raise ValueError(f"layer_types {kinds!r:.80} must be sliding_attention or full_attention for each "
+                             f"of {self.num_hidden_layers} layers")
         if "sliding_attention" in self.layer_types and (type(self.sliding_window) is not int or self.sliding_window < 1):
             raise ValueError(f"sliding_window {self.sliding_window!r} must be a whole number above 0")
 
@@ -84,15 +103,15 @@ class ModelConfig:
 
     @classmethod
     def from_published(cls, raw, where="config.json"):
-        """From a published config.json (a dict). Newer files keep rope_theta inside rope_parameters, or rope_scaling; all places are read."""
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        scaled = not isinstance(rope, dict) or (rope.get("rope_type") or rope.get("type") or "default") != "default" or rope.keys() - {"rope_theta", "rope_type", "type"}
-        if raw.get("attention_bias") or raw.get("hidden_act", "silu") != "silu" or scaled:
-            raise ValueError(f"{where}: attention_bias, hidden_act other than silu, and scaled rope are not supported")
-        raw = {**raw, "rope_theta": rope.get("rope_theta") or raw.get("rope_theta")}
+        """From a published config.json (a dict). rope_theta is read from all places where it was ever kept."""
+        for name, value in MEANINGLESS.items():
+            if raw.get(name) is None and name != "hidden_act" or raw.get(name, value) == value:
+                continue
+            raise ValueError(f"{where}: {name} {raw[name]!r:.80} is not supported; supported: {value}")
         known = {f.name for f in fields(cls)} | {"sliding_window_pattern"}
+        given = {k: v for k, v in raw.items() if k in known and (v is not None or k == "sliding_window")}
         try:
-            return cls(**{k: v for k, v in raw.items() if k in known and (v is not None or k == "sliding_window")})
+            return cls(**given | {"rope_theta": rope_theta_of(raw)})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}") from None
 
@@ -107,6 +126,21 @@ class ModelConfig:
                 "dtype": dtype, "torch_dtype": dtype}
 
 
+def rope_theta_of(raw):
+    """The rope_theta of a config.json, which newer files keep in rope_parameters or rope_scaling, or None.
+
+    Rope that is scaled or partial is refused, and so are other numbers for the layer types that rotate.
+    """
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if isinstance(rope, dict) and rope and all(isinstance(part, dict) for part in rope.values()):
+        raise ValueError("rope_parameters for each type of layer are not supported; supported: one for all")
+    plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
+    if not isinstance(rope, dict) or any(value not in (None, plain.get(name))
+                                         for name, value in rope.items() if name != "rope_theta"):
+        raise ValueError(f"rope_scaling or rope_parameters {rope!r:.80}: scaled rope is not supported")
+    return rope.get("rope_theta") or raw.get("rope_theta")
+
+
 def layer_pattern(num_layers, every):
     """The layer_types in which every so many layers one is full."""
     if type(every) is not int or every < 1:
@@ -114,11 +148,11 @@ def layer_pattern(num_layers, every):
     return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)]
 
 
-def stop_ids(eos_token_id):
-    """The ids that end an answer, sorted, of an eos_token_id as config.json and generation_config.json have it: one, or a list."""
+def stop_ids(eos_token_id, name="eos_token_id"):
+    """The ids that end an answer, sorted, of an eos_token_id as config.json has it: one, or a list."""
     ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
     if not ids or not all(type(i) is int and i >= 0 for i in ids):
-        raise ValueError(f"eos_token_id {eos_token_id!r} must be a token's number or a list of them")
+        raise ValueError(f"{name} {eos_token_id!r:.80} must be a token's number or a list of them")
     return sorted(set(ids))
 
 

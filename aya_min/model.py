@@ -222,7 +222,7 @@ class RewardModel(nn.Module):
     The second term is the departure from the usual last-token head. At a million parameters a last-token head learns form and language
     but not correctness (LOG.md); the least likely token is where a wrong word shows. Without `score_logps` in the folder it is the usual head.
     """
-    task = "ForSequenceClassification"
+    task = "RewardModel"
 
     def __init__(self, config):
         super().__init__()

@@ -4,13 +4,14 @@ Nothing here knows an architecture. No pickle is read, no file outside the folde
 """
 
 import json
+import os
 from math import prod
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .files import read_json, write_json
+from .files import own_file, read_json, write_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}    # safetensors' names
@@ -22,8 +23,8 @@ SHARD_BYTES = 5_000_000_000                                                     
 
 def read_config(folder):
     """The config.json of a model folder, as it is."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
+    path = own_file(folder, "config.json")
+    if not path:
         raise ValueError(f"{folder}: not a model folder (no config.json); give a folder that a stage wrote or that was downloaded whole")
     return read_json(path)
 
@@ -32,8 +33,8 @@ def read_header(folder):
     """{tensor name: (file, safetensors dtype, shape)} of a model folder; no weights are read."""
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    sharded = index.exists()
-    if single.exists() == sharded:
+    sharded = own_file(folder, index.name) is not None
+    if os.path.lexists(single) == sharded:
         raise ValueError(f"{folder}: {'both' if sharded else 'no'} model.safetensors {'and' if sharded else 'or'} {index.name}; there must be one of "
                          "them (only safetensors are read, never pickles such as pytorch_model.bin)")
     weight_map = read_json(index).get("weight_map") if sharded else {}
@@ -57,12 +58,10 @@ def read_header(folder):
 
 
 def refuse_outside(folder, name, where):
-    """Only files of the folder itself are opened. A link may go where the hub's cache keeps its files: snapshots/REVISION/name -> ../../blobs/HASH."""
+    """Only files of the folder itself are opened."""
     if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
         raise ValueError(f"{where}: {name!r} is not the name of a safetensors file in its own folder; do not use this model")
-    place = folder.resolve()
-    if (folder / name).resolve().parent not in (place, place.parent.parent / "blobs"):
-        raise ValueError(f"{where}: {name!r} is a link out of the folder; if you trust it, put the file itself there")
+    own_file(folder, name)
 
 
 def read(header, name, rows=None):

@@ -1,12 +1,14 @@
-"""Byte-level BPE and the Cohere turn format. A conversation becomes ids AND loss mask in one walk, so the two cannot drift.
+"""Byte-level BPE and a chat template's turns. A conversation becomes ids AND loss mask in one walk.
 
-    <BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>hello<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>hi<|END_OF_TURN_TOKEN|>
-                                                                                                                    `-- supervised -------'
+    <BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>hello<|END_OF_TURN_TOKEN|>
+        <|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>hi<|END_OF_TURN_TOKEN|>
+                                                `-- supervised -------'
 
-Text is encoded turn by turn, with special tokens never read out of it, so the boundaries are exact and user text cannot forge a turn.
-Aya Expanse, Aya 23 and Command R write turns like this. Command R7B, Command A and Tiny Aya put an answer between <|START_RESPONSE|> (which
-ends the prompt) and <|END_RESPONSE|> (which the model says before it ends the turn), and always have a system turn: see `read_template`.
-One departure: outer white space is left out of every turn; Aya Expanse's template keeps it in the system turn, Tiny Aya's in all.
+Text is encoded turn by turn, with special tokens never read out of it, so the boundaries are exact and user
+text cannot forge a turn. Aya Expanse, Aya 23 and Command R write turns like this. Command R7B, Command A and
+Tiny Aya put an answer between <|START_RESPONSE|> (which ends the prompt) and <|END_RESPONSE|> (which the
+model says before it ends the turn). What a folder's chat template writes is followed exactly, or the folder
+is refused: see turns.py.
 """
 
 import json
@@ -14,113 +16,213 @@ import re
 import unicodedata
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer as BPE, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (Regex, Tokenizer as BPE, decoders, models, normalizers, pre_tokenizers, processors,
+                        trainers)
+
+from .command import one_line
+from .files import dumps, own_file, parse_json, read_bytes
+from .turns import PROBES, read_turns
 
 SPECIALS = ["<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK_TOKEN>", "<BOS_TOKEN>", "<EOS_TOKEN>", "<EOP_TOKEN>",
-            "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>"]
-ROLES = {"system": "<|SYSTEM_TOKEN|>", "user": "<|USER_TOKEN|>", "assistant": "<|CHATBOT_TOKEN|>"}
-
+            "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>",
+            "<|SYSTEM_TOKEN|>"]
+NEEDED = ["<PAD>", "<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>",
+          "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>"]
 RESPONSE = ["<|START_RESPONSE|>", "<|END_RESPONSE|>"]
 CONTROL = re.compile(r"<\|\w+\|>|<[A-Z0-9_]+>")          # names of tokens that are not text
+
+# The files of a model folder that belong to its tokenizer, beside tokenizer.json and tokenizer_config.json.
+FILES = ["chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+         "tokenizer.model"]
+OURS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<BOS_TOKEN>",
+        "eos_token": "<|END_OF_TURN_TOKEN|>", "pad_token": "<PAD>", "unk_token": "<UNK>",
+        "padding_side": "left", "add_bos_token": True, "add_eos_token": False,
+        "clean_up_tokenization_spaces": False}
+# What transformers' CohereTokenizer takes for a special token that tokenizer_config.json does not name.
+COHERES = {"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "unk_token": "<UNK>",
+           "pad_token": "<PAD>", "cls_token": "<CLS>", "sep_token": "<SEP>", "mask_token": "<MASK_TOKEN>"}
 
 # The same format for tools that read tokenizer_config.json (transformers, vLLM).
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|START_OF_TURN_TOKEN|>' }}"
-    "{% if message['role'] == 'user' %}{{ '<|USER_TOKEN|>' + message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}"
-    "{% elif message['role'] == 'system' %}{{ '<|SYSTEM_TOKEN|>' + message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}"
-    "{% else %}{{ '<|CHATBOT_TOKEN|>' }}{% generation %}{{ message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}{% endgeneration %}{% endif %}"
+    "{% if message['role'] == 'user' %}"
+    "{{ '<|USER_TOKEN|>' + message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}"
+    "{% elif message['role'] == 'system' %}"
+    "{{ '<|SYSTEM_TOKEN|>' + message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}"
+    "{% else %}{{ '<|CHATBOT_TOKEN|>' }}{% generation %}"
+    "{{ message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}{% endgeneration %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}")
 RESPONSE_TEMPLATE = CHAT_TEMPLATE.replace("<|CHATBOT_TOKEN|>", "<|CHATBOT_TOKEN|><|START_RESPONSE|>").replace(
     "<|END_OF_TURN_TOKEN|>' }}{% endgeneration %}", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>' }}{% endgeneration %}")
 
 
-def read_template(template):
-    """(response markers?, system text if none is given, system text around a given "{system}") of a published chat template.
-
-    The first text is None where a conversation without system turn has none, "" where it has an empty one (Command R7B), and Cohere's
-    preamble where the template always speaks it (Command A, Tiny Aya). No Jinja: Cohere's templates differ in nothing else that a plain
-    conversation shows, and a template that cannot be read is refused.
-    """
-    prompt = template.rpartition("<|CHATBOT_TOKEN|>")[2]            # the last one opens the answer that is to be generated
-    other = [name for name in ("<|START_THINKING|>", "<|START_TEXT|>") if name in prompt]
-    if other:
-        raise ValueError(f"the chat template opens answers with {' '.join(other)}, a turn format not known here; known: Aya, Command R, R7B and A, Tiny Aya")
-    response = RESPONSE[0] in template
-    if "<|SYSTEM_TOKEN|><|END_OF_TURN_TOKEN|>" in template:
-        return response, "", "{system}"
-    preambles = re.findall(r"<\|SYSTEM_TOKEN\|>([^'\"{<].*?)<\|END_OF_TURN_TOKEN\|>", template, re.DOTALL)
-    if not preambles:
-        return response, None, "{system}"
-    text = re.sub(r"-%}\s*|%}\n", "%}", re.sub(r"\s*{%-", "{%", preambles[-1]))     # Jinja's white space; earlier ones are for tools
-    plain = r"((?:(?!{[%{]).)*)"
-    text = re.sub(rf"{{% *if [^%]*%}}{plain}{{% *else *%}}{plain}{{% *endif *%}}", r"\2", text, flags=re.DOTALL)    # nobody asks for the strict safety mode
-    parts = re.fullmatch(rf"{plain}{{% *if [^%]*%}}{plain}{{{{[^}}]*}}}}{plain}{{% *endif *%}}{plain}", text, re.DOTALL)
-    if not parts:
-        raise ValueError("the chat template has a preamble in a form not known here; known: those of Command A and Tiny Aya")
-    before, heading, ending, after = parts.groups()
-    return response, before + after, before + heading + "{system}" + ending + after
-
-
 def default_template(config):
-    """The chat template of a tokenizer_config.json for plain conversations: a string, or the one named "default" of a list; None without."""
+    """The chat template of a tokenizer_config.json: a text, or that named "default" of a list, or None."""
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {each["name"]: each["template"] for each in template}
+        if not all(isinstance(each, dict) and {"name", "template"} <= each.keys() for each in template):
+            raise ValueError("chat_template is a list of other things than names and templates")
+        named = {str(each["name"]): each["template"] for each in template}
         if "default" not in named:
             raise ValueError(f"the chat templates are {' '.join(named)}; one must be named default")
         template = named["default"]
+    if not isinstance(template, (str, type(None))):
+        raise ValueError(f"chat_template is a {type(template).__name__}, not a text or a list of named ones")
     return template
 
 
-class Tokenizer:
-    """A tokenizer.json of the `tokenizers` library plus the ids of Cohere's turn tokens, found by name.
+def special_tokens(config, files=()):
+    """((name, text), ...) of the special tokens that transformers gives to a template, such as bos_token.
 
-    text, config: tokenizer.json and tokenizer_config.json as they were read; `save` writes them again as they came.
+    special_tokens_map.json counts only where tokenizer_config.json has no added_tokens_decoder, as there.
+    """
+    named = COHERES if is_coheres(config) else {}
+    more = {} if "added_tokens_decoder" in config or "special_tokens_map.json" not in files else \
+        parse_json(files["special_tokens_map.json"], "special_tokens_map.json")
+    if not isinstance(more, dict):
+        raise ValueError(f"special_tokens_map.json: a JSON {type(more).__name__}, not an object")
+    found = {}
+    for name in COHERES:
+        token = {**named, **config, **more}.get(name)
+        token = token.get("content", 0) if isinstance(token, dict) else token
+        if not isinstance(token, (str, type(None))):
+            raise ValueError(f"{name} is a {type(token).__name__}, not a text")
+        if token is not None:
+            found[name] = token
+    return tuple(found.items())
+
+
+def is_coheres(config):
+    """Whether transformers takes its CohereTokenizer, as it does for Cohere's models if no class is named."""
+    return (config.get("tokenizer_class") or "CohereTokenizer").startswith("CohereTokenizer")
+
+
+def is_rebuilt_alike(bpe, config):
+    """Whether a tokenizer does what CohereTokenizer of transformers does, which takes tokens and merges of it.
+
+    Its added tokens are those of the settings' added_tokens_decoder, if there is one.
+    """
+    listed = config.get("added_tokens_decoder")
+    for number, token in bpe.get_added_tokens_decoder().items() if listed else ():
+        about = listed.get(str(number), {})
+        if any(about.get(key, False) != getattr(token, key)
+               for key in ("content", "special", "lstrip", "rstrip", "single_word")):
+            return False
+
+    def parts(part, key):
+        spec = json.loads(part.__getstate__()) if part else {}
+        return spec.get(key, [spec] if spec else [])
+
+    letters = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    cut, model = parts(bpe.pre_tokenizer, "pretokenizers"), bpe.model
+    return (parts(bpe.normalizer, "normalizers") == [{"type": "NFC"}]
+            and len(cut) == 2 and cut[0] == {"type": "Digits", "individual_digits": True}
+            and letters.items() <= cut[1].items()
+            and [part["type"] for part in parts(bpe.decoder, "decoders")] == ["ByteLevel"]
+            and isinstance(model, models.BPE)
+            and not any((model.dropout, model.continuing_subword_prefix, model.end_of_word_suffix,
+                         model.byte_fallback, model.ignore_merges)))
+
+
+def as_it_is(config):
+    """Settings of another class, for a tokenizer.json that transformers must take as it is, not rebuild."""
+    return {**OURS, **config, "tokenizer_class": OURS["tokenizer_class"]}
+
+
+def added_elsewhere(config, files):
+    """(token, id) pairs that transformers adds to a tokenizer.json from other files."""
+    listed = config.get("added_tokens_decoder") or {}
+    more = parse_json(files.get("added_tokens.json", b"{}"), "added_tokens.json")
+    if not isinstance(listed, dict) or not isinstance(more, dict) or not all(
+            isinstance(token, dict) and isinstance(token.get("content"), str) and number.isdecimal()
+            for number, token in listed.items()):
+        raise ValueError("added_tokens_decoder of tokenizer_config.json, or added_tokens.json, is not an "
+                         "object of tokens and ids")
+    return [*((token["content"], int(number)) for number, token in listed.items()), *more.items()]
+
+
+class Tokenizer:
+    """A tokenizer.json of the `tokenizers` library plus the ids of its turns.
+
+    files: {name: bytes} of tokenizer.json, tokenizer_config.json and FILES as they were read; `save` writes
+    them again. config: the settings of tokenizer_config.json.
     """
 
-    def __init__(self, bpe, text=None, config=None):
-        self.bpe, self.text, self.config = bpe, text, config or {}
-        self.bpe.encode_special_tokens = True           # "<BOS_TOKEN>" typed by a user is seven letters, not a token
+    def __init__(self, bpe, config=None, files=None):
+        self.bpe, self.config, self.files = bpe, config or {}, files or {}
         self.bpe.no_padding()
         self.bpe.no_truncation()
-        # Published files call <|USER_TOKEN|> and others not special, and then they are read out of a user's text and printed in answers.
         added = bpe.get_added_tokens_decoder().values()
-        self.bpe.add_special_tokens([token.content for token in added if CONTROL.fullmatch(token.content) and not token.special])
-        ids = {name: bpe.token_to_id(name) for name in SPECIALS + RESPONSE}
-        template = default_template(self.config)
-        in_tokenizer = all(ids[name] is not None for name in RESPONSE)
-        response, self.no_system, self.around_system = read_template(template) if template else (in_tokenizer, None, "{system}")
-        needed = ["<PAD>", "<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>"]
-        missing = [name for name in needed + RESPONSE * response if ids[name] is None]
-        if missing:
-            raise ValueError(f"tokenizer.json lacks {' '.join(missing)}; it must be a Cohere tokenizer (Aya, Command R) or one trained here")
-        self.pad_id, self.bos_id, self.end_of_turn_id = ids["<PAD>"], ids["<BOS_TOKEN>"], ids["<|END_OF_TURN_TOKEN|>"]
+        control = {token.content for token in added if token.special or CONTROL.fullmatch(token.content)}
+        self.check_tokens(NEEDED)
+        jinja = self.files.get("chat_template.jinja")
+        template = default_template(self.config) if jinja is None else text_of(jinja, "chat_template.jinja")
+        if template is None:
+            marked = all(bpe.token_to_id(name) is not None for name in RESPONSE)
+            template = self.config["chat_template"] = RESPONSE_TEMPLATE if marked else CHAT_TEMPLATE
+            self.files.pop("tokenizer_config.json", None)               # what was read has no template
+        self.check_tokens([name for name in RESPONSE if name in template])
+        for name, number in added_elsewhere(self.config, self.files):
+            if self.bpe.token_to_id(name) != number:
+                raise ValueError(f"tokenizer_config.json or added_tokens.json gives {name!r:.80} the id "
+                                 f"{number!r:.80}, tokenizer.json {self.bpe.token_to_id(name)}; download the "
+                                 "tokenizer again")
+        if is_coheres(self.config) and not is_rebuilt_alike(bpe, self.config):
+            self.config = as_it_is(self.config)
+            self.files.pop("tokenizer_config.json", None)
+        try:
+            self.turns = read_turns(template, special_tokens(self.config, self.files), frozenset(control))
+        except ValueError as error:
+            raise ValueError(f"the chat template cannot be followed: {error}") from None
+        written = [self.turns.written(*probe) for probe in PROBES]
+        wanted = [self.bpe.encode(text, add_special_tokens=False).ids for text in written]
+        self.bpe.encode_special_tokens = True       # "<BOS_TOKEN>" typed by a user is letters, not a token
+        # Published files call <|USER_TOKEN|> and others not special, and then they are read out of a user's
+        # text and printed in answers.
+        self.bpe.add_special_tokens([token.content for token in added if token.content in control])
+        ids = {name: bpe.token_to_id(name) for name in NEEDED}
+        self.pad_id, self.bos_id, self.end_of_turn_id = (
+            ids[name] for name in ("<PAD>", "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"))
         self.start_of_turn_id = ids["<|START_OF_TURN_TOKEN|>"]
-        self.opening = {role: [self.start_of_turn_id, ids[name]] for role, name in ROLES.items()}
-        self.closing = {role: [self.end_of_turn_id] for role in ROLES}
-        if response:
-            self.opening["assistant"].append(ids["<|START_RESPONSE|>"])
-            self.closing["assistant"].insert(0, ids["<|END_RESPONSE|>"])
-        self.stop_ids = self.closing["assistant"]       # an answer is over at the first of these
-        self.config["chat_template"] = self.config.get("chat_template") or (RESPONSE_TEMPLATE if response else CHAT_TEMPLATE)
+        split = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
+        self.opening, self.closing = ({role: [bpe.token_to_id(name) for name in split.findall(text)]
+                                       for role, text in texts.items()}
+                                      for texts in (self.turns.opening, self.turns.closing))
+        self.begin = [self.bos_id] if self.turns.bos else []
+        self.stop_ids = sorted(set(self.closing["assistant"]))      # an answer is over at the first of these
+        for probe, text, ids in zip(PROBES, written, wanted):
+            if ids != self.encode_chat(*probe)[0]:
+                raise ValueError("the chat template cannot be followed: the tokens around turns take white "
+                                 f"space or letters of the text, in {text!r:.80}")
+
+    def check_tokens(self, names):
+        if missing := [name for name in names if self.bpe.token_to_id(name) is None]:
+            raise ValueError(f"tokenizer.json lacks {' '.join(missing)}; it must be a Cohere tokenizer (Aya, "
+                             "Command R) or one trained here")
 
     @property
     def vocab_size(self):
         return self.bpe.get_vocab_size()
 
     @property
+    def largest_id(self):
+        return max(self.bpe.get_vocab(with_added_tokens=True).values())
+
+    @property
     def meaning(self):
         """A text that is equal for tokenizers that do the same, however their files are written."""
-        return self.bpe.to_str()
+        return meaning_of(self.files.get("tokenizer.json") or self.bpe.to_str())
 
     def key(self, text):
         """What makes two answers the same: their ids, after outer white space and the normalizer are gone."""
         return tuple(self.encode(text.strip()))
 
     def spelled(self, text):
-        """The first name of a control token that a text spells, or None. `encode` takes such a name as letters."""
-        names = {token.content for token in self.bpe.get_added_tokens_decoder().values()}
-        return next((found[0] for found in CONTROL.finditer(text) if found[0] in names), None)
+        """The first name of a control token that a text spells, or None. `encode` takes it as letters."""
+        if "<" not in text:
+            return None
+        names = (found[0] for found in CONTROL.finditer(text))
+        return next((name for name in names if self.bpe.token_to_id(name) is not None), None)
 
     def encode(self, text):
         """Ids of plain text: no BOS, no special tokens, whatever the text contains."""
@@ -130,8 +232,9 @@ class Tokenizer:
         return self.bpe.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def stream(self, ids):
-        """The text of ids that arrive one by one, never half a character: for each id a piece, "" while a character is incomplete, then what is
-        left (bytes that are no text, as U+FFFD). The pieces together are `decode` of all ids."""
+        """The text of ids that arrive one by one, never half a character: for each id a piece, "" while a
+        character is incomplete, then what is left (bytes that are no text, as U+FFFD). The pieces together
+        are `decode` of all ids."""
         decoder, seen, length = decoders.DecodeStream(skip_special_tokens=True), [], 0
         for i in ids:
             seen.append(int(i))
@@ -141,31 +244,32 @@ class Tokenizer:
         yield self.decode(seen)[length:]
 
     def encode_answer(self, text):
-        """Ids of an assistant's turn after the generation prompt: its text and the end, all of which the model has to say."""
-        return self.encode(text.strip()) + self.closing["assistant"]
+        """Ids of an assistant's turn after the generation prompt: its text and the end, all of which a model
+        says."""
+        return self.encode(self.turns.text("assistant", text)) + self.closing["assistant"]
 
-    def encode_chat(self, messages, generation_prompt=False):
-        """(ids, mask) of [{"role", "content"}, ...]; mask is True on each assistant turn's text and its end, the end of turn included.
+    def encode_chat(self, messages, generation_prompt=False, supervised=None):
+        """(ids, mask) of [{"role", "content"}, ...]; mask is True on the text and the end of supervised
+        turns.
 
-        Roles: an optional system turn first, then user and assistant in turn. With `generation_prompt` the ids end where
-        the assistant is to speak.
+        Roles: an optional system turn first, then user and assistant in turn. With `generation_prompt` the
+        ids end where the assistant is to speak. supervised: a bool for each message, of which those of
+        assistant turns count; None: all assistant turns.
         """
-        ids, mask = [self.bos_id], [False]
-        for message in self.with_system_turn(messages):
-            role = message["role"]
-            text = self.encode(message["content"].strip()) + self.closing[role]
-            ids += self.opening[role] + text
-            mask += [False] * len(self.opening[role]) + [role == "assistant"] * len(text)
+        ids, mask = list(self.begin), [False] * len(self.begin)
+        turns = self.turns.texts(messages)
+        heeded = [role == "assistant" for role, _ in turns]
+        if supervised is not None:
+            given = [bool(b) for m, b in zip(messages, supervised, strict=True) if m["role"] != "system"]
+            heeded = [a and b for a, b in zip(heeded, [False] * (len(turns) - len(given)) + given)]
+        for (role, text), wanted in zip(turns, heeded):
+            said = self.encode(text) + self.closing[role]
+            ids += self.opening[role] + said
+            mask += [False] * len(self.opening[role]) + [wanted] * len(said)
         if generation_prompt:
             ids += self.opening["assistant"]
             mask += [False] * len(self.opening["assistant"])
         return ids, mask
-
-    def with_system_turn(self, messages):
-        """The messages with the system turn that the model was trained with: as given, an empty one, or a preamble and what is given."""
-        given = messages[0]["content"].strip() if messages and messages[0]["role"] == "system" else ""
-        text = self.around_system.replace("{system}", given) if given else self.no_system
-        return messages if text is None else [{"role": "system", "content": text}] + [m for m in messages if m["role"] != "system"]
 
     def encode_prompt(self, prompt):
         """Ids of a user's prompt (a string, or messages), ready for the assistant to answer."""
@@ -173,41 +277,98 @@ class Tokenizer:
         return self.encode_chat(messages, generation_prompt=True)[0]
 
     def save(self, folder):
-        folder = Path(folder)
-        (folder / "tokenizer.json").write_text(self.text or self.bpe.to_str(pretty=True), encoding="utf-8")
-        ours = {"tokenizer_class": "CohereTokenizerFast", "bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "pad_token": "<PAD>",
-                "unk_token": "<UNK>", "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False,
-                "legacy": True, "use_default_system_prompt": False}
-        config = self.config if self.config.keys() > {"chat_template"} else {**ours, **self.config}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+        """Write tokenizer.json, tokenizer_config.json and what else came with them, as they came."""
+        config = self.config if self.config.keys() > {"chat_template"} else {**OURS, **self.config}
+        made = {"tokenizer.json": self.bpe.to_str(pretty=True).encode(),
+                "tokenizer_config.json": dumps(config, indent=2).encode()}
+        for name, data in {**made, **self.files}.items():
+            (Path(folder) / name).write_bytes(data)
+
+
+def read_bpe(data, where):
+    """The BPE of a tokenizer.json's bytes or text. ValueError names `where`."""
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        return BPE.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:      # the library raises Exception, and PanicException, which is none
+        raise ValueError(f"{where}: not a readable tokenizer.json ({one_line(error)}); copy or download it "
+                         "again") from None
+
+
+def meaning_of(source):
+    """A text that is equal for tokenizer.json files that do the same. source: its path, its text or its
+    bytes.
+
+    Indentation, order of keys, merges as strings or pairs, and padding or truncation left on make no
+    difference.
+    """
+    where = "tokenizer.json"
+    if isinstance(source, Path):
+        source, where = read_bytes(source), source
+    bpe = read_bpe(source, where)
+    bpe.no_padding()
+    bpe.no_truncation()
+    return bpe.to_str()
+
+
+def text_of(data, where):
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 (byte {error.start}); copy or download it again") from None
+
+
+def read_files(folder):
+    """{name: bytes} of the files of a folder's tokenizer, as they are."""
+    paths = {name: own_file(folder, name) for name in ["tokenizer.json", "tokenizer_config.json", *FILES]}
+    return {name: read_bytes(path) for name, path in paths.items() if path}
+
+
+def read_settings(folder, files):
+    """The settings of tokenizer_config.json."""
+    path = Path(folder) / "tokenizer_config.json"
+    config = parse_json(files.get(path.name, b"{}"), path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: a JSON {type(config).__name__}, not an object; copy or download it again")
+    if not isinstance(config.get("tokenizer_class"), (str, type(None))):
+        raise ValueError(f"{path}: tokenizer_class {config['tokenizer_class']!r:.80} is not a text")
+    return config
+
+
+def files_to_publish(folder):
+    """{name: bytes} of the files of a folder's tokenizer, of whatever family, for a folder that is made from
+    it.
+
+    Of one that says it is Cohere's, but is not as transformers rebuilds those, the class is put right.
+    """
+    files = read_files(folder)
+    config = read_settings(folder, files)
+    if "tokenizer.json" in files and config.get("tokenizer_class") and is_coheres(config):
+        added_elsewhere(config, files)                  # checks their types
+        if not is_rebuilt_alike(read_bpe(files["tokenizer.json"], Path(folder) / "tokenizer.json"), config):
+            files["tokenizer_config.json"] = dumps(as_it_is(config), indent=2).encode()
+    return files
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a model folder, with the turn format that its chat template (chat_template.jinja, or in tokenizer_config.json) has."""
-    folder = Path(folder)
-    path, config, jinja = folder / "tokenizer.json", folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    if not path.is_file():
+    """The tokenizer of a model folder, with the turn format of its chat template."""
+    files = read_files(folder)
+    if "tokenizer.json" not in files:
         raise ValueError(f"{folder}: no tokenizer.json; give a model folder, or --tokenizer DIR")
+    bpe = read_bpe(files["tokenizer.json"], Path(folder) / "tokenizer.json")
+    config = read_settings(folder, files)
     try:
-        text = path.read_bytes().decode("utf-8")
-        bpe = BPE.from_str(text)
-    except Exception as error:      # the tokenizers library raises bare Exception for a file that it cannot read
-        raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from None
-    try:
-        about = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{config}: not JSON ({error}); copy or download it again") from None
-    if jinja.is_file():
-        about["chat_template"] = jinja.read_text(encoding="utf-8")
-    try:
-        return Tokenizer(bpe, text, about)
+        return Tokenizer(bpe, config, files)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
 
 def train_tokenizer(texts, vocab_size):
-    """Byte-level BPE as Cohere's: NFC, digits one by one, no prefix space; here also one Han character at a time, which
-    keeps a small vocabulary shared between Chinese and Japanese. `texts` is an iterable of strings."""
+    """Byte-level BPE as Cohere's: NFC, digits one by one, no prefix space; here also one Han character at a
+    time, which keeps a small vocabulary shared between Chinese and Japanese. `texts` is an iterable of
+    strings."""
     bpe = BPE(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -215,6 +376,11 @@ def train_tokenizer(texts, vocab_size):
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False)
     bpe.train_from_iterator((unicodedata.normalize("NFC", text) for text in texts), trainer)
+    begin = ("<BOS_TOKEN>", SPECIALS.index("<BOS_TOKEN>"))
+    bpe.post_processor = processors.TemplateProcessing(             # for transformers' plain texts
+        "<BOS_TOKEN> $A", "<BOS_TOKEN> $A $B:1", [begin])
     return Tokenizer(bpe)

@@ -1,10 +1,22 @@
-"""What I publish: a model folder as transformers and vLLM read it. config.json, generation_config.json, tokenizer.json,
-tokenizer_config.json and model.safetensors (or shards with model.safetensors.index.json). No pickle; nothing outside the folder is opened.
+"""What I publish: a model folder as transformers and vLLM read it. config.json, generation_config.json,
+tokenizer.json, tokenizer_config.json and model.safetensors (or shards with model.safetensors.index.json). No
+pickle; nothing outside the folder is opened. A source folder's other files that are not weights go along.
 
-A folder is written under a temporary name and renamed, so one that exists is whole. Parameter names need no map.
+A folder is written under a temporary name and renamed, so one that exists is whole. Parameter names need no
+map.
+
+transformers has no class for a reward model of this family, so config.json names one of ours. What it loads
+is the language model within, AutoModelForCausalLM.from_pretrained(FOLDER); the two heads are tensors of the
+same files:
+
+    score = h_end @ score.weight[0] + score_logps.weight[0] @ (mean, min of the answer's log-probs)
+
+where h_end is the last hidden state (after the norm) of the last token (tests/test_transformers.py does
+this).
 """
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -12,53 +24,96 @@ import torch
 from . import distributed, tensorfiles
 from .checkpoint import replace_folder
 from .config import ModelConfig, stop_ids
+from .files import own_file, read_bytes, read_json
 from .model import CohereForCausalLM, RewardModel, initial_value
-from .tokenizer import load_tokenizer
+from .tokenizer import FILES, load_tokenizer
 
 ARCHITECTURES = {"CohereForCausalLM": CohereForCausalLM, "Cohere2ForCausalLM": CohereForCausalLM,
-                 "CohereForSequenceClassification": RewardModel, "Cohere2ForSequenceClassification": RewardModel}
+                 "CohereRewardModel": RewardModel, "Cohere2RewardModel": RewardModel,
+                 "CohereForSequenceClassification": RewardModel,
+                 "Cohere2ForSequenceClassification": RewardModel}
 USUAL_HEAD_LACKS = "score_logps.weight"         # a head that reads the last token only: as if this were 0
+LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+
+# Files of a model folder that do not go along: written anew, of the tokenizer, or about another run or merge.
+WRITTEN = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *FILES,
+           "merge.json", "search.json", "metrics.jsonl", "eval.json", "done.json", "summary.json",
+           "profile.json", "report.html", "report.md", "trainer_state.json"}
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
+           ".onnx_data", ".npz", ".npy", ".tflite", ".distcp", ".index.json")
 
 
 def read_config(folder):
     """(ModelConfig, class of the model) of a model folder."""
     raw, path = tensorfiles.read_config(folder), Path(folder) / "config.json"
-    architecture = (raw.get("architectures") or ["?"])[0]
+    named = raw.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ValueError(f"{path}: architectures {named!r:.80} is not a list of names; download the model "
+                         "again")
+    architecture = (named or ["?"])[0]
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {architecture!r} is not supported; supported: {' '.join(ARCHITECTURES)}")
+        raise ValueError(f"{path}: architecture {architecture!r:.80} is not supported; supported: "
+                         f"{' '.join(ARCHITECTURES)}")
     config = ModelConfig.from_published(raw, where=str(path))
-    if config.model_type.capitalize() + ARCHITECTURES[architecture].task != architecture:
-        raise ValueError(f"{path}: architecture {architecture} does not go with model_type {config.model_type}; download the model again")
+    if not re.fullmatch(f"{config.model_type}(For.*|RewardModel)", architecture, re.IGNORECASE):
+        raise ValueError(f"{path}: architecture {architecture} does not go with model_type "
+                         f"{config.model_type}; download the model again")
     return config, ARCHITECTURES[architecture]
 
 
+def read_generation(folder):
+    """The generation_config.json of a model folder, its ids checked; {} if there is none."""
+    path = own_file(folder, "generation_config.json")
+    found = read_json(path) if path else {}
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        try:
+            if found.get(name) is not None:
+                stop_ids(found[name], name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return found
+
+
 def read_stop_ids(folder):
-    """The ids that end an answer, sorted: those of generation_config.json if it names any, else those of config.json."""
-    path = Path(folder) / "generation_config.json"
-    eos = tensorfiles.read_json(path).get("eos_token_id") if path.exists() else None
-    if eos is None:
-        return stop_ids(read_config(folder)[0].eos_token_id)
-    try:
-        return stop_ids(eos)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    """The ids that end an answer by generation_config.json and by config.json: those of both, sorted."""
+    named = read_generation(folder), tensorfiles.read_config(folder)
+    config, _ = read_config(folder)                 # checks what config.json says
+    found = [stop_ids(each["eos_token_id"]) for each in named if each.get("eos_token_id") is not None]
+    return sorted({i for ids in found for i in ids if i < config.vocab_size})
+
+
+def read_others(folder):
+    """{name: bytes} of the files of a model folder that go along with its weights, whatever they are."""
+    names = sorted(path.name for path in Path(folder).iterdir() if not path.is_dir())
+    wanted = [name for name in names if name not in WRITTEN and name[0] != "." and not name.endswith(WEIGHTS)]
+    return {name: read_bytes(own_file(folder, name)) for name in wanted}
 
 
 def look_into(folder, trunk=False):
-    """(model without weights, tokenizer, header) of a model folder whose files fit together, see tensorfiles.read_header; no weights are read
-    (but of a head that a tied model repeats).
+    """(model without weights, tokenizer, header) of a model folder whose files fit together, see
+    tensorfiles.read_header; no weights are read (but of a head that a tied model repeats).
 
-    trunk: a reward model whatever the folder holds; if it is a language model, the decoder is there and the head is missing.
+    trunk: a reward model whatever the folder holds; if it is a language model, the decoder is there and the
+    head is missing.
     """
     config, model_class = read_config(folder)
+    header = tensorfiles.read_header(folder)
+    num_layers = 1 + max((int(match[1]) for match in map(LAYER.match, header) if match), default=-1)
+    if config.num_hidden_layers > max(num_layers, 1):       # before a model of that many is built
+        raise ValueError(f"{folder}: the tensors do not fit config.json: they are of {num_layers} layers, "
+                         f"num_hidden_layers is {config.num_hidden_layers}")
     tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, config.json a vocabulary of {config.vocab_size}; they are of different models")
+    if max(tokenizer.vocab_size - 1, tokenizer.largest_id) >= config.vocab_size:
+        raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the largest id "
+                         f"{tokenizer.largest_id}, config.json a vocabulary of {config.vocab_size}; they are "
+                         "of different models")
+    tokenizer.stop_ids = sorted({*tokenizer.stop_ids, *read_stop_ids(folder)})
     with torch.device("meta"):
         found, model = model_class(config), (RewardModel if trunk else model_class)(config)
-    header, own = tensorfiles.read_header(folder), found.state_dict()
+    own = found.state_dict()
     alike = not config.tie_word_embeddings or tensorfiles.drop_tied_head(header)
-    problems = [] if alike else ["lm_head.weight is not model.embed_tokens.weight, to which config.json ties it"]
+    problems = [] if alike else [
+        "lm_head.weight is not model.embed_tokens.weight, to which config.json ties it"]
     problems += [f"{name} is missing" for name in sorted(own.keys() - header.keys() - {USUAL_HEAD_LACKS})]
     problems += [f"{name} is extra" for name in sorted(header.keys() - own.keys())]
     for name in sorted(header.keys() & own.keys()):
@@ -68,19 +123,24 @@ def look_into(folder, trunk=False):
         elif code not in ("F32", "BF16", "F16", "F64"):
             problems.append(f"{name} is {code}, quantized weights are not read")
     if problems:
-        raise ValueError(f"{folder}: the tensors do not fit config.json: {tensorfiles.first_of(problems, '; ')}")
+        listed = tensorfiles.first_of(problems, "; ")
+        raise ValueError(f"{folder}: the tensors do not fit config.json: {listed}")
     return model, tokenizer, header
 
 
 @torch.no_grad()
-def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype=torch.float32, trunk=False, replicate=1, cpu_offload=False):
+def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype=torch.float32, trunk=False,
+         replicate=1, cpu_offload=False):
     """(model, tokenizer) of a model folder, read tensor by tensor into the module that its config.json names.
 
-    sharded: distributed.shard(model, compute_dtype, replicate, cpu_offload) before anything is read, so that each rank reads and holds its rows only.
-    trunk: a reward model on the folder's decoder; its head is drawn anew (seed 0) if the folder has none.
+    Its generation_config.json and its other files ride on the model, for `save`. sharded:
+    distributed.shard(model, compute_dtype, replicate, cpu_offload) before anything is read: each rank reads
+    and holds its rows only. trunk: a reward model on the folder's decoder; its head is drawn anew (seed 0) if
+    the folder has none.
     """
     model, tokenizer, header = look_into(folder, trunk)
     model = model.to(dtype)
+    model.came_with = read_generation(folder), read_others(folder)
     if sharded:
         distributed.shard(model, compute_dtype, replicate, cpu_offload)
     generator = torch.Generator().manual_seed(0)
@@ -96,9 +156,13 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
 
 
 def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.SHARD_BYTES):
-    """Publish a plain or sharded model, tensor by tensor. A collective: every rank calls it, rank 0 writes. An older folder of that name is replaced."""
+    """Publish a plain or sharded model, tensor by tensor, with what came with it and its tokenizer.
+
+    A collective: every rank calls it, rank 0 writes. An older folder of that name is replaced.
+    """
     state = model.state_dict()
-    files = tensorfiles.plan({name: (tensorfiles.CODES[dtype], tuple(tensor.shape)) for name, tensor in state.items()}, shard_bytes)
+    specs = {name: (tensorfiles.CODES[dtype], tuple(tensor.shape)) for name, tensor in state.items()}
+    files = tensorfiles.plan(specs, shard_bytes)
     tensors = (distributed.full(state[name]).to("cpu", dtype) for specs in files.values() for name in specs)
     if distributed.is_main():
         folder = Path(folder)
@@ -107,11 +171,16 @@ def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.
         tensorfiles.write(temporary, files, tensors)
         config = model.config.published(model.task, str(dtype).removeprefix("torch."))
         if isinstance(model, RewardModel):
-            config |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
+            config["tie_word_embeddings"] = True        # its log-probs are those of the embeddings
         tensorfiles.write_json(temporary / "config.json", config)
-        stops = stop_ids(tokenizer.stop_ids)
-        generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": tokenizer.pad_id}
-        tensorfiles.write_json(temporary / "generation_config.json", generation)
+        generation, others = getattr(model, "came_with", ({}, {}))
+        eos = generation.get("eos_token_id")
+        stops = stop_ids([*tokenizer.stop_ids, *(stop_ids(eos) if eos is not None else [])])
+        tensorfiles.write_json(temporary / "generation_config.json", {
+            "bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id, **generation,
+            "eos_token_id": stops if len(stops) > 1 else stops[0]})
+        for name, data in others.items():
+            (temporary / name).write_bytes(data)
         tokenizer.save(temporary)
         replace_folder(temporary, folder)
     else:

@@ -1,5 +1,7 @@
-"""The decoder against transformers' own: recorded logits (tests/golden), and, where transformers is installed, folders that it loads as we save them."""
+"""The decoder and the tokenizer against transformers' own: recorded logits and ids (tests/golden), and, where transformers
+is installed, folders that it loads as we save them."""
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from small import tokenizer
 from aya_min import weights
 from aya_min.config import ModelConfig
 from aya_min.model import CohereForCausalLM
+from aya_min.tokenizer import load_tokenizer, train_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -73,3 +76,47 @@ def test_transformers_loads_what_we_save_unchanged_and_computes_the_same(case, s
     theirs.save_pretrained(tmp_path / "theirs")
     for name, tensor in load_file(tmp_path / "theirs" / "model.safetensors").items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+# ---- the tokenizer -----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def recorded():
+    return json.loads(gzip.decompress((GOLDEN / "tokenizer.json.gz").read_bytes()))
+
+
+@pytest.fixture
+def published(recorded, tmp_path):
+    for name, text in recorded["files"].items():
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    return tmp_path
+
+
+def test_a_tokenizer_that_was_trained_here_has_the_ids_that_transformers_has_for_it(recorded, published):
+    own = load_tokenizer(published)
+    assert recorded["transformers"].startswith("5.") and len(recorded["texts"]) > 25
+    for text, ids in recorded["texts"]:
+        assert own.encode(text) == ids
+    for messages, prompt, text, ids in recorded["conversations"]:
+        assert own.encode_chat(messages, prompt)[0] == ids and own.turns.written(messages, prompt) == text
+
+
+def test_it_is_saved_again_as_it_was_and_one_that_is_trained_now_has_the_same_settings(recorded, published):
+    (published / "again").mkdir()
+    load_tokenizer(published).save(published / "again")
+    train_tokenizer(["hi hi"], 270).save(published)
+    for name, text in recorded["files"].items():
+        assert (published / "again" / name).read_text(encoding="utf-8") == text
+        then, now = json.loads(text), json.loads((published / name).read_text(encoding="utf-8"))
+        assert {k: v for k, v in then.items() if k != "model"} == {k: v for k, v in now.items() if k != "model"}
+
+
+def test_a_folder_of_before_that_names_coheres_class_is_saved_under_the_one_that_reads_our_file(recorded, published):
+    """transformers 5 rebuilds CohereTokenizerFast, without our cut at Han characters."""
+    path = published / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "CohereTokenizerFast", "legacy": True}))
+    (published / "again").mkdir()
+    load_tokenizer(published).save(published / "again")
+    about = json.loads((published / "again" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert about["tokenizer_class"] == "PreTrainedTokenizerFast" and about["legacy"] is True
+    assert (published / "again" / "tokenizer.json").read_text(encoding="utf-8") == recorded["files"]["tokenizer.json"]
