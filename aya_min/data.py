@@ -24,7 +24,7 @@ EQUAL_SHARE = 0.05                                  # of pairs with two equal an
 
 # ---- reading ---------------------------------------------------------------------------------------------------------------------
 
-def read_jsonl(path):
+def read_jsonl(path, reading=None):
     """[(where, object), ...] of a JSONL file; where is "file:line". The first malformed line is refused."""
     path = Path(path)
     try:
@@ -223,16 +223,36 @@ def load_pairs(paths, tokenizer, max_length):
     return pairs
 
 
-def load_prompts(paths):
-    """[row, ...] with "prompt" and its "prompt_messages", whatever the shape in the file; keys that are not part of an example are kept."""
+def load_prompts(paths, reading=None, tokenizer=None):
+    """[row, ...] with "prompt", its "prompt_messages" and "prompt_where", whatever the shape in the file; keys that are
+    not part of an example are kept."""
     rows = []
     for path in paths:
-        for where, row in read_jsonl(path):
+        for where, row in read_jsonl(path, reading):
+            row = {**row, **{ours: row[theirs] for ours, theirs in (getattr(reading, "columns", None) or {}).items()}}
             messages = prompt_of(row, where)
             kept = {k: v for k, v in row.items() if k not in ("messages", "inputs", "targets", "text")}
-            plain = messages[0]["content"] if len(messages) == 1 else messages
-            rows.append({**kept, "prompt": plain, "prompt_messages": messages})
+            prompt = messages[0]["content"] if len(messages) == 1 else messages
+            rows.append({**kept, "prompt": prompt, "prompt_messages": messages, "prompt_where": where})
     return rows
+
+
+def fit_prompts(rows, length_of, room, policy, what):
+    """The rows that stay of those whose length_of(row) passes `room` tokens: --too-long refuse, skip or cut-left."""
+    long = [(row, length) for row in rows if (length := length_of(row)) > room]
+    if long:
+        row, length = long[0]
+        found = f"{row['prompt_where']}: the prompt has {length} tokens, there is room for {room}: {what}"
+        if policy == "refuse":
+            raise ValueError(f"{found}; give --too-long skip or cut-left, or a lower --max-new-tokens")
+        if distributed.is_main():
+            print(f"{found}; {len(long)} such prompts are {'left out' if policy == 'skip' else 'cut'}", file=sys.stderr)
+    return [row for row in rows if length_of(row) <= room] if long and policy == "skip" else rows
+
+
+def cut_left(ids, room):
+    """Ids without the oldest after the first (BOS), so that `room` are left."""
+    return ids if len(ids) <= room else ids[:1] + ids[len(ids) - room + 1:]
 
 
 def plain(row):

@@ -15,8 +15,8 @@ FLOORS = [
     {"linear", "files", "command"},                                                             # 0: one matrix product, plain files, command lines
     {"config", "languages", "distributed", "losses", "merging", "tokenizer", "charts", "tensorfiles", "mergeconfig", "cmaes"},  # 1: settings, tables, pure tensor functions
     {"model", "world", "checkpoint", "data", "front"},                                          # 2: the decoder, the world, how to resume, JSONL to batches
-    {"sampling", "reward", "loop", "world_data", "weights", "journal", "report"},               # 3: what is done with a model or with the world
-    {"soups", "arbitrage", "preferences", "evaluate", "chat"},                                  # 4: what is done with answers and folders
+    {"sampling", "reward", "preferences", "loop", "world_data", "weights", "journal", "report"},               # 3: what is done with a model or with the world
+    {"soups", "arbitrage", "evaluate", "chat"},                                  # 4: what is done with answers and folders
     {"stages"},                                                                                 # 5: pretrain, sft, reward, dpo, rloo
     {"steps", "estimate", "fitness"},                                                           # 6: a recipe's run on disk; what a stage will need; what a search measures
     {"results", "search"},                                                                      # 7: what a run shows for itself; the search
