@@ -171,31 +171,31 @@ def read_rows(args, reading, tokenizer):
 
 
 def fit(rows, looked, arbiter, args, reading):
-    """The rows for which every model has room, and the arbiter for their answers; see --too-long."""
+    """(the rows for which every model has room, and the arbiter for their answers, {model folder: tokens of each}).
+
+    See --too-long.
+    """
     readers = [(folder, *about[:2], 0) for folder, about in looked.items()]
     if arbiter:
         readers.append((args.arbiter, *arbiter[:2], len(arbiter[1].closing["assistant"])))
+    lengths = {}
     for folder, model, tokenizer, ending in readers:
         positions = model.config.max_position_embeddings
         room = positions - args.max_new_tokens - ending
         what = f"{folder} has {positions} positions, and --max-new-tokens is {args.max_new_tokens}"
         if room < 2:
             raise ValueError(f"{what}: that leaves no room for a prompt; lower it")
-
-        def length_of(row):
-            return len(tokenizer.encode_prompt(row["prompt_messages"]))
-        rows = fit_prompts(rows, length_of, room, reading.too_long, what)
+        found = {id(row): len(tokenizer.encode_prompt(row["prompt_messages"])) for row in rows}
+        rows = fit_prompts(rows, lambda row: found[id(row)], room, reading.too_long, what)
+        lengths[folder] = {key: min(room, length) for key, length in found.items()}
     if not rows:
         raise ValueError("no prompt is left: all are too long; give shorter ones, or a lower --max-new-tokens")
-    return rows
+    return rows, {folder: [lengths[folder][id(row)] for row in rows] for folder in looked}
 
 
-def look_at_prompts(model, tokenizer, rows, args):
+def plan_cache(model, lengths, args, device):
     """(slots, tokens of a slot, bytes) of the KV cache that this rank needs; one that is too large is refused."""
-    room = model.config.max_position_embeddings - args.max_new_tokens
-    lengths = [min(room, len(tokenizer.encode_prompt(row["prompt_messages"]))) for row in rows]
     mine = lengths[distributed.rank()::distributed.num_ranks()]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return plan(model.config, mine, [args.max_new_tokens] * len(mine), args.num_samples, args.batch_size, device,
                 getattr(torch, args.dtype))
 
@@ -247,21 +247,20 @@ def stop_ids_of(tokenizer, args):
     return [] if args.ignore_eos else tokenizer.stop_ids
 
 
-def sample(folder, rows, args, device, reading, journal=None):
+def sample(folder, rows, lengths, args, device, reading, journal=None):
     """([rows' samples], new tokens, seconds) of one model folder; what the journal has is not made again."""
     done = journal.done if journal else {}
     left = [i for i in range(len(rows)) if f"{folder} {i}" not in done]
     tokens, seconds = 0, 0.0
     if left:
         model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
-        asked = [rows[i] for i in left]
-        slots, max_tokens, size = look_at_prompts(model, tokenizer, asked, args)
+        slots, max_tokens, size = plan_cache(model, [lengths[folder][i] for i in left], args, device)
         if distributed.is_main():
             print(f"{Path(folder).name}: KV cache of {slots} rows x {max_tokens} tokens, {size / 1e6:,.1f} MB a rank",
                   file=sys.stderr)
         started = []
         made = answer_rows(
-            model, tokenizer, asked, args.num_samples, args.max_new_tokens, args.temperature, args.seed,
+            model, tokenizer, [rows[i] for i in left], args.num_samples, args.max_new_tokens, args.temperature, args.seed,
             args.batch_size, progress=Path(folder).name, stop_ids=stop_ids_of(tokenizer, args),
             stop_strings=args.stop, numbers=left, name=folder, cut_left=reading.too_long == "cut-left",
             on_done=journal and (lambda j, answers: journal.add(f"{folder} {left[j]}", answers)),
@@ -312,9 +311,9 @@ def of_prompt(row):
     return {k: v for k, v in plain(row).items() if k not in ANSWER}
 
 
-def answers_of(rows, args, device, reading, journal):
+def answers_of(rows, lengths, args, device, reading, journal):
     """Every prompt is answered by one model. Returns ({path: rows}, text lines, new tokens, seconds)."""
-    groups, tokens, seconds = sample(args.model, rows, args, device, reading, journal)
+    groups, tokens, seconds = sample(args.model, rows, lengths, args, device, reading, journal)
     made = [{**of_prompt(row), "completion": a["completion"], "num_tokens": len(a["ids"]),
              "finish_reason": a["finish_reason"], "logp": round(a["logp"], 4), "model": args.model, "seed": args.seed,
              "sample": i} for row, group in zip(rows, groups) for i, a in enumerate(group)]
@@ -325,11 +324,11 @@ def answers_of(rows, args, device, reading, journal):
     return {args.out: made}, [] if args.out else [a["completion"] for a in groups[0]], tokens, seconds
 
 
-def arbitrage(rows, args, device, reading, journal, table, same):
+def arbitrage(rows, lengths, args, device, reading, journal, table, same):
     """All models answer all prompts, the arbiter scores, one answer is kept. Returns as `answers_of` does."""
     answers, scores, tokens, seconds = {}, {} if args.arbiter else None, 0, 0.0
     for folder in args.models:
-        groups, n, s = sample(folder, rows, args, device, reading, journal)
+        groups, n, s = sample(folder, rows, lengths, args, device, reading, journal)
         answers[folder], tokens, seconds = [group[0] for group in groups], tokens + n, seconds + s
     if args.arbiter:
         arbiter, tokenizer = weights.load(args.arbiter, device)
@@ -349,7 +348,7 @@ def arbitrage(rows, args, device, reading, journal, table, same):
         if not made:
             raise ValueError(f"{path}: not a row is left ({'; '.join(lines[1:])}); " + (
                 "give --keep-cut, or more of --max-new-tokens" if counts["cut"] and not reading.keep_cut else
-                f"lower --margin, or leave --pairs out" if path == args.pairs else "look at the models")
+                "lower --margin, or leave --pairs out" if path == args.pairs else "look at the models")
                 + f". Nothing is written, the answers are in {args.out}.partial")
     return outputs, lines, tokens, seconds
 
@@ -367,16 +366,16 @@ def run(args, device):
     if args.chat:
         return talk(args, device)
     tokenizer = next(iter(looked.values()))[1]
-    rows = fit(read_rows(args, reading, tokenizer), looked, arbiter, args, reading)
-    for model, its_tokenizer, _ in looked.values():
-        look_at_prompts(model, its_tokenizer, rows, args)
+    rows, lengths = fit(read_rows(args, reading, tokenizer), looked, arbiter, args, reading)
+    for folder, (model, *_) in looked.items():
+        plan_cache(model, lengths[folder], args, device)
     table = read_table(args.table, rows, args.models) if args.table else None
     if args.out:
-        tokens, seconds = work(rows, looked, arbiter, table, args, device, reading)
+        tokens, seconds = work(rows, lengths, looked, arbiter, table, args, device, reading)
     elif args.num_samples == 1 and not args.stop and distributed.num_ranks() == 1:
         tokens, seconds = say(args, device, reading)
     else:
-        _, lines, tokens, seconds = answers_of(rows, args, device, reading, None)
+        _, lines, tokens, seconds = answers_of(rows, lengths, args, device, reading, None)
         tell(lines)
     if distributed.is_main():
         rest = time.perf_counter() - started - seconds
@@ -384,7 +383,7 @@ def run(args, device):
               f"and {rest:.1f} s for files, loading, compiling and scores", file=sys.stderr)
 
 
-def work(rows, looked, arbiter, table, args, device, reading):
+def work(rows, lengths, looked, arbiter, table, args, device, reading):
     """Answer the prompts, write --out and --pairs together. Returns (new tokens, seconds)."""
     outputs = [path for path in (args.out, args.pairs) if path]
     choice = {"table of languages": table and {str(k): v for k, v in table.items()},
@@ -403,9 +402,9 @@ def work(rows, looked, arbiter, table, args, device, reading):
                   file=sys.stderr)
         if args.models:
             same = (arbiter or looked[args.models[0]])[1].key
-            made, lines, tokens, seconds = arbitrage(rows, args, device, reading, journal, table, same)
+            made, lines, tokens, seconds = arbitrage(rows, lengths, args, device, reading, journal, table, same)
         else:
-            made, lines, tokens, seconds = answers_of(rows, args, device, reading, journal)
+            made, lines, tokens, seconds = answers_of(rows, lengths, args, device, reading, journal)
         journal.publish({path: jsonl(rows) for path, rows in made.items()}, choice)
         journal.remove()
     tell(lines)

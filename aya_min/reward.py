@@ -27,6 +27,8 @@ def score_texts(model, tokenizer, rows, batch_size=64, name="the reward model", 
     if long:
         examples = fitted(examples, long, positions, too_long, name, places)
     kept = [i for i, example in enumerate(examples) if example is not None]
+    if not kept:
+        return [None] * len(rows)
     done = []
     for indices, batch in in_step(batches_in_order([examples[i] for i in kept], collate, batch_size)):
         batch = batch.to(device)
