@@ -20,26 +20,27 @@ from .files import (MARK, dumps, mark, marked, own_file, parse_json, publish_fol
 
 PURPOSE = "unfinished work"
 ANSWERS = re.compile(r"\d{4,}-\d{4,}\.jsonl")
-OURS = re.compile(ANSWERS.pattern + r"|finishing\.json|output-\d+")
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)       # a file system that has none
+OURS = re.compile(ANSWERS.pattern + r"|output-\d+|new")
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)      # a file system without
 
 
 class Journal:
     """What is finished, {key: value}, and a file of this rank to which more is added. Leaving `with` closes it.
 
-    key: a text made of what was answered. settings: a dict of JSON values; a folder left by a run with others is
-    refused. fits(value): whether a value has the shape that the caller adds; others are refused. finished: what
-    `finishing` was told by a process that was killed before it had cleaned up, or None.
+    key: a text made of what was answered. settings: a dict of JSON values; a folder left by a run with others
+    is refused. fits(value): whether a value has the shape that the caller adds; others are refused. finished:
+    what `finishing` was told by a process that was killed before it had cleaned up, or None.
     """
 
     def __init__(self, folder, settings, fits=lambda value: True):
         self.folder, self.lock, self.file = Path(folder), None, None
+        settings = json.loads(dumps(settings))
+        self.digest = hashlib.sha256(dumps(settings, sort_keys=True).encode("utf-8")).hexdigest()
         try:
-            distributed.from_main(lambda: self.open(json.loads(dumps(settings))))
+            self.about = distributed.from_main(lambda: self.open(settings))
+            self.finished = self.about.get("finishing") if self.about.get("settings") == self.digest else None
             names = sorted(filter(ANSWERS.fullmatch, os.listdir(self.folder)))
             self.done = dict(entry for name in names for entry in self.read(name, fits))
-            finishing = own_file(self.folder, "finishing.json")
-            self.finished = read_json(finishing).get("value") if finishing else None
             distributed.barrier()                               # all have looked before anyone adds a file
             start = 1 + max((int(name.split("-")[0]) for name in names), default=-1)
             self.path = self.folder / f"{start:04d}-{distributed.rank():04d}.jsonl"
@@ -51,48 +52,51 @@ class Journal:
     # ---- on the main rank ----------------------------------------------------------------------------------
 
     def open(self, settings):
-        """Make the folder, or take up the one that is there: ours, nobody's at this moment, of these settings."""
+        """Make the folder, or take up the one that is there: ours, nobody's now, of these settings. -> its mark"""
         if not os.path.lexists(self.folder):
             with scratch(self.folder) as made:
                 write_json(made / "settings.json", settings)
                 mark(made, PURPOSE)
                 publish_folder(made, self.folder)
         if not marked(self.folder, PURPOSE):
-            raise ValueError(f"{self.folder} is in the way: it was not made by this program; move it or give "
+            raise ValueError(f"{self.folder} is in the way: it was not made by this program; move it, or give "
                              "another name for the output")
         self.hold()
         path = own_file(self.folder, "settings.json")
-        if path is None and any(map(OURS.fullmatch, os.listdir(self.folder))):
+        if path is None and self.holds_work():
             raise ValueError(f"{self.folder} holds answers but not the settings that made them; remove it")
         if path is None:                                        # a kill left the bare mark
-            return write_json(self.folder / "settings.json", settings)
+            self.put("settings.json", settings)
         try:
-            before = read_json(path)
+            before = read_json(self.folder / "settings.json")
         except ValueError as error:
             raise ValueError(f"{error}; or remove {self.folder} to start anew") from None
         if changed := differences(settings, before):
             raise ValueError(f"{self.folder} holds an unfinished run with other {', '.join(changed)}; give the "
                              "same settings to go on with it, or remove it")
+        return marked(self.folder, PURPOSE)
 
     def hold(self):
         """Lock the folder for this process; the lock ends with it."""
-        self.lock = open(self.folder / MARK, "rb")
+        self.lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{self.folder}: another process is at work on it; wait for its end, or give another "
-                             "name for the output") from None
+            raise ValueError(f"{self.folder}: another process is at work on it; wait for its end, or give "
+                             "another name for the output") from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        if not os.path.exists(self.folder / MARK) or not os.path.samestat(
-                os.fstat(self.lock.fileno()), os.stat(self.folder / MARK)):
+        if not marked(self.folder, PURPOSE) or not os.path.samestat(os.fstat(self.lock), os.stat(self.folder)):
             raise ValueError(f"{self.folder}: another process has just finished it; give the command again")
+
+    def put(self, name, value):
+        """Write a file in one step. Nobody else is at work here, so its name until then may be fixed."""
+        write_and_sync(self.folder / "new", dumps(value, indent=2) + "\n").replace(self.folder / name)
 
     def clear(self):
         """Remove what we made; files of others stay, and that is said."""
-        names = os.listdir(self.folder)
-        for name in [*filter(OURS.fullmatch, names), "settings.json", MARK]:
+        for name in [*filter(OURS.fullmatch, os.listdir(self.folder)), "settings.json", MARK]:
             (self.folder / name).unlink(missing_ok=True)
         try:
             self.folder.rmdir()
@@ -127,13 +131,17 @@ class Journal:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def finishing(self, value):
-        """Keep a JSON value on disk until `remove`: what the output will be, told before it is published."""
-        distributed.from_main(lambda: write_json(self.folder / "finishing.json", {"value": value}))
-        self.finished = value
+        """Keep a JSON value in the mark, until the very end: what the output is, told before it is published."""
+        about = {**self.about, "settings": self.digest, "finishing": value}
+        distributed.from_main(lambda: self.put(MARK, about))
+        self.about, self.finished = about, value
 
     def publish(self, texts, about):
-        """Write {path: text}: all of the files appear or none, and none is overwritten. A process that is killed
-        meanwhile leaves them here, and `published` completes them. about: a JSON value, what they were made by."""
+        """Write {path: text}: all of the files appear or none, and none is overwritten.
+
+        A process that is killed meanwhile leaves them here, and `published` completes them. about: a JSON value,
+        what they were made by beside the settings.
+        """
         def lay_down():
             for i, text in enumerate(texts.values()):
                 write_and_sync(self.folder / f"output-{i}", text)
@@ -150,13 +158,19 @@ class Journal:
         def complete():
             missing = {}
             for i, (path, digest) in enumerate(zip(paths, self.finished["sha256"], strict=True)):
-                if not os.path.lexists(path):
-                    missing[path] = read_bytes(self.folder / f"output-{i}").decode("utf-8")
-                elif os.path.islink(path) or sha256(path) != digest:
-                    raise ValueError(f"{path} exists; give a new file, nothing is overwritten")
+                with scratch(path):                             # removes what the killed process left beside it
+                    pass
+                laid = own_file(self.folder, f"output-{i}")
+                if os.path.lexists(path):
+                    if os.path.islink(path) or sha256(path) != digest:
+                        raise ValueError(f"{path} exists; give a new file, nothing is overwritten")
+                elif laid:
+                    missing[path] = read_bytes(laid).decode("utf-8")
+                else:                                           # it was in place, and was taken away again
+                    return False
             write_new(missing)
-        distributed.from_main(complete)
-        return True
+            return True
+        return distributed.from_main(complete)
 
     def remove(self):
         """Close and clean up: the output is in place. A collective."""
@@ -167,9 +181,10 @@ class Journal:
         self.close()
 
     def close(self):
-        for file in (self.file, self.lock):
-            if file:
-                file.close()
+        if self.file:
+            self.file.close()
+        if self.lock:
+            os.close(self.lock)
         self.file = self.lock = None
 
     def __enter__(self):
@@ -177,10 +192,14 @@ class Journal:
 
     def __exit__(self, *_):
         """What was never added to is not left behind."""
-        if distributed.is_main() and self.lock and self.finished is None:
-            if not any(path.stat().st_size for path in self.folder.glob("*.jsonl")):
+        try:
+            if distributed.is_main() and self.lock and not self.holds_work():
                 self.clear()
-        self.close()
+        finally:
+            self.close()
+
+    def holds_work(self):
+        return any((self.folder / name).stat().st_size for name in filter(OURS.fullmatch, os.listdir(self.folder)))
 
 
 def differences(now, before):
