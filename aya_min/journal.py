@@ -199,7 +199,9 @@ class Journal:
             self.close()
 
     def holds_work(self):
-        return any((self.folder / name).stat().st_size for name in filter(OURS.fullmatch, os.listdir(self.folder)))
+        """Whether anything was finished: answers of some start, or outputs."""
+        names = [name for name in os.listdir(self.folder) if OURS.fullmatch(name) and name != "new"]
+        return any((self.folder / name).stat().st_size for name in names)
 
 
 def differences(now, before):
