@@ -1,4 +1,4 @@
-"""Generate: answers of one model, a conversation with one or two, or multilingual data arbitrage over several.
+"""Generate: answers of one model, a talk with one or two, or multilingual data arbitrage over several.
 
     python generate.py --model DIR --prompt "..."
     python generate.py --model DIR --chat           (or --models A B --chat: they answer side by side)
@@ -8,7 +8,7 @@
 
 import gc
 
-gc.disable()            # importing torch makes many objects that all stay: not to look through them saves 1.1 s
+gc.disable()        # importing torch makes many objects that all stay: not to look through them saves 1.1 s
 
 import argparse
 import hashlib
@@ -35,12 +35,12 @@ from aya_min.sampling import Fused, answer_rows, check_sampling, plan, stream
 gc.freeze()
 gc.enable()
 
-SAMPLING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos", "seed",
-            "dtype")
+SAMPLING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos",
+            "seed", "dtype")
 # Small files of a model folder that, beside the weights, make its answers.
 MAKE_ANSWERS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
                 "chat_template.jinja", "model.safetensors.index.json")
-CHOICE = ("arbiter", "route", "table", "margin", "keep_cut", "pairs")      # what makes the output of the answers
+CHOICE = ("arbiter", "route", "table", "margin", "keep_cut", "pairs")   # what makes the output of the answers
 OF_POOL = ("arbiter", "pairs", "table", "route", "margin", "keep_cut")     # flags that go with --models
 POOL_LINE = "--models A B ... --prompts F.jsonl"
 
@@ -52,7 +52,8 @@ def stop_text(text):
 
 
 def make_parser():
-    parser = Parser(prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="generate.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="model folder")
     add("--models", nargs="+", help="model folders of the pool, for arbitrage; or two, with --chat")
@@ -60,15 +61,16 @@ def make_parser():
     add("--prompt", help="one prompt; the answer goes to standard output as it is made")
     add("--chat", action="store_true", help="talk in the terminal; /help there lists the commands")
     add("--prompts", nargs="+", help="JSONL files of prompts")
-    add("--out", help="JSONL to write; must not exist. Until it is whole, what is finished is in OUT.partial, and the "
-                      "same command goes on from there")
+    add("--out", help="JSONL to write; must not exist. Until it is whole, what is finished is in "
+                      "OUT.partial, and the same command goes on from there")
     add("--pairs", help="arbitrage: also write best/worst pairs here")
     add("--margin", type=number(float, "[0, inf)"),
         help="arbitrage: least difference of reward in a pair (default 0)")
     add("--route", choices=["reward", "random", "fixed"],
         help="arbitrage: how the answer is chosen (default reward)")
     add("--table", help="--route fixed: JSON file {language: model folder as given in --models}")
-    add("--num-samples", type=number(int, "[1, 1000000]"), default=1, help="answers to each prompt (default 1)")
+    add("--num-samples", type=number(int, "[1, 1000000]"), default=1,
+        help="answers to each prompt (default 1)")
     add("--temperature", type=number(float, TEMPERATURE), default=0.3,
         help="0 is greedy (default 0.3, the model card's)")
     add("--top-k", type=number(int, "[0, inf)"), default=0, help="0 keeps all (default 0)")
@@ -77,7 +79,8 @@ def make_parser():
     add("--max-new-tokens", type=number(int, "[1, inf)"), default=256, help="per answer (default 256)")
     add("--stop", nargs="+", default=[], metavar="TEXT", type=stop_text,
         help="end an answer before any of these texts too")
-    add("--ignore-eos", action="store_true", help="go on to --max-new-tokens whatever the model says, for timing")
+    add("--ignore-eos", action="store_true",
+        help="go on to --max-new-tokens whatever the model says, for timing")
     add("--batch-size", type=number(int, "[1, inf)"), default=256,
         help="sequences decoded together; a finished one makes room for the next prompt (default 256)")
     add("--seed", type=number(int, WHOLE), default=0)
@@ -98,13 +101,14 @@ def check(args):
         raise ValueError("--prompt is empty; give a text")
     if args.prompts and not args.out:
         raise ValueError("--prompts needs --out G.jsonl")
-    if args.chat and (distributed.num_ranks() > 1 or args.out or args.num_samples != 1 or args.stop or args.ignore_eos
-                      or len(args.models or [""]) > 2):
-        raise ValueError("--chat is for one process and one or two models, without --out, --num-samples, --stop and "
-                         "--ignore-eos")
+    if args.chat and (distributed.num_ranks() > 1 or args.out or args.num_samples != 1 or args.stop
+                      or args.ignore_eos or len(args.models or [""]) > 2):
+        raise ValueError("--chat is for one process and one or two models, without --out, --num-samples, "
+                         "--stop and --ignore-eos")
     check_sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     check_pool(args)
-    if not args.prompts and (args.columns or args.allow_control_tokens is not None or args.chat and args.too_long):
+    of_files = args.columns or args.allow_control_tokens is not None or args.chat and args.too_long
+    if of_files and not args.prompts:
         raise ValueError("--columns, --too-long and --allow-control-tokens go with --prompts F.jsonl")
     outputs = [path for path in (args.out, args.pairs) if path]
     for path in outputs:
@@ -151,15 +155,15 @@ def check_pool(args):
 # ---- what is checked before any weights are read -----------------------------------------------------------
 
 def look_at_models(args):
-    """{folder: (model without weights, tokenizer, header)} of the models, and the same of the arbiter or None."""
+    """({folder: (model without weights, tokenizer, header)} of the models, the arbiter's or None)."""
     looked = {folder: weights.look_into(folder) for folder in args.models or [args.model]}
     for folder, (model, *_) in looked.items():
         if isinstance(model, weights.RewardModel):
             raise ValueError(f"{folder}: a reward model cannot generate; give a language model")
     arbiter = weights.look_into(args.arbiter) if args.arbiter else None
     if arbiter and not isinstance(arbiter[0], weights.RewardModel):
-        raise ValueError(f"--arbiter {args.arbiter}: a language model, not a reward model; give a folder that the "
-                         "reward stage wrote")
+        raise ValueError(f"--arbiter {args.arbiter}: a language model, not a reward model; give a folder "
+                         "that the reward stage wrote")
     return looked, arbiter
 
 
@@ -171,9 +175,8 @@ def read_rows(args, reading, tokenizer):
 
 
 def fit(rows, looked, arbiter, args, reading):
-    """(the rows for which every model has room, and the arbiter for their answers, {model folder: tokens of each}).
-
-    See --too-long.
+    """(the rows for which every model has room, and the arbiter for their answers too; their lengths in
+    tokens, {model folder: [length, ...]}). What becomes of the others is --too-long.
     """
     readers = [(folder, *about[:2], 0) for folder, about in looked.items()]
     if arbiter:
@@ -182,46 +185,47 @@ def fit(rows, looked, arbiter, args, reading):
     for folder, model, tokenizer, ending in readers:
         positions = model.config.max_position_embeddings
         room = positions - args.max_new_tokens - ending
-        what = f"{folder} has {positions} positions, and --max-new-tokens is {args.max_new_tokens}"
+        what = f"room in {folder} ({positions} positions, --max-new-tokens {args.max_new_tokens})"
         if room < 2:
-            raise ValueError(f"{what}: that leaves no room for a prompt; lower it")
+            raise ValueError(f"there is no {what} for a prompt; lower --max-new-tokens")
         found = {id(row): len(tokenizer.encode_prompt(row["prompt_messages"])) for row in rows}
         rows = fit_prompts(rows, lambda row: found[id(row)], room, reading.too_long, what)
         lengths[folder] = {key: min(room, length) for key, length in found.items()}
     if not rows:
-        raise ValueError("no prompt is left: all are too long; give shorter ones, or a lower --max-new-tokens")
+        raise ValueError("all prompts are too long; give shorter ones, or a lower --max-new-tokens")
     return rows, {folder: [lengths[folder][id(row)] for row in rows] for folder in looked}
 
 
 def plan_cache(model, lengths, args, device):
-    """(slots, tokens of a slot, bytes) of the KV cache that this rank needs; one that is too large is refused."""
+    """(slots, tokens of a slot, bytes) of the KV cache that this rank needs; too large a one is refused."""
     mine = lengths[distributed.rank()::distributed.num_ranks()]
-    return plan(model.config, mine, [args.max_new_tokens] * len(mine), args.num_samples, args.batch_size, device,
-                getattr(torch, args.dtype))
+    limits, dtype = [args.max_new_tokens] * len(mine), getattr(torch, args.dtype)
+    return plan(model.config, mine, limits, args.num_samples, args.batch_size, device, dtype)
 
 
 def read_table(path, rows, models):
-    """The teacher of each language, for --route fixed: {language: one of --models} for every language of the rows,
-    None for rows without one."""
+    """The teacher of each language, for --route fixed: {language: one of --models} for every language of the
+    rows, None for rows without one."""
     table = {}
     for name, folder in read_json(path).items():
         if (code := language_code(name)) is None:
             raise ValueError(f"--table {path}: unknown language {name!r}")
         if table.setdefault(code, folder) != folder:
-            raise ValueError(f"--table {path}: {name!r} is {code}, which has another model already; name it once")
+            raise ValueError(f"--table {path}: {name!r} is {code}, which has another model already; keep one")
     table[None] = table.get("other")
-    wrong = sorted({str(row.get("language") or "other") for row in rows if table.get(row.get("language")) not in models})
+    codes = {row.get("language") for row in rows}
+    wrong = sorted(code or "other" for code in codes if table.get(code) not in models)
     if wrong:
-        raise ValueError(f"--table {path}: names none of --models for {' '.join(wrong)}; it needs {{language: model "
-                         "folder}} for each language of the prompts (other: those without one)")
+        raise ValueError(f"--table {path}: names none of --models for {' '.join(wrong)}; it needs "
+                         "{{language: model folder}} for each language of the prompts (other: those without one)")
     return table
 
 
 # ---- answers -----------------------------------------------------------------------------------------------
 
 def open_journal(rows, looked, args, reading):
-    """What is finished of this very work: the same prompts, models and settings; the batch size and the number of
-    ranks may differ."""
+    """What is finished of this very work: the same prompts, models and settings; the batch size and the
+    number of ranks may differ."""
     made_by = {}
     for folder, (*_, header) in looked.items():
         for file in {entry[0] for entry in header.values()}:
@@ -256,12 +260,12 @@ def sample(folder, rows, lengths, args, device, reading, journal=None):
         model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
         slots, max_tokens, size = plan_cache(model, [lengths[folder][i] for i in left], args, device)
         if distributed.is_main():
-            print(f"{Path(folder).name}: KV cache of {slots} rows x {max_tokens} tokens, {size / 1e6:,.1f} MB a rank",
-                  file=sys.stderr)
+            print(f"{Path(folder).name}: KV cache of {slots} rows x {max_tokens} tokens, "
+                  f"{size / 1e6:,.1f} MB a rank", file=sys.stderr)
         started = []
         made = answer_rows(
-            model, tokenizer, [rows[i] for i in left], args.num_samples, args.max_new_tokens, args.temperature, args.seed,
-            args.batch_size, progress=Path(folder).name, stop_ids=stop_ids_of(tokenizer, args),
+            model, tokenizer, [rows[i] for i in left], args.num_samples, args.max_new_tokens,
+            args.temperature, args.seed, args.batch_size, progress=Path(folder).name, stop_ids=stop_ids_of(tokenizer, args),
             stop_strings=args.stop, numbers=left, name=folder, cut_left=reading.too_long == "cut-left",
             on_done=journal and (lambda j, answers: journal.add(f"{folder} {left[j]}", answers)),
             on_ready=lambda: started.append(time.perf_counter()),
@@ -281,15 +285,16 @@ def say(args, device, reading):
         prompt = cut_left(prompt, model.config.max_position_embeddings - args.max_new_tokens)
 
     def counted():
-        for i in stream(model, prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p,
-                        stop_ids, args.seed, name=args.model):
+        for i in stream(model, prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                        args.min_p, stop_ids, args.seed, name=args.model):
             ids.append(i)
             yield i
     for piece in tokenizer.stream(counted()):
         print(printable(piece), end="", flush=True)
     print()
     if ids[-1] not in stop_ids and not args.ignore_eos:
-        print(f"cut: the answer was not at its end after --max-new-tokens {args.max_new_tokens}", file=sys.stderr)
+        print(f"cut: the answer was not at its end after --max-new-tokens {args.max_new_tokens}",
+              file=sys.stderr)
     return len(ids), time.perf_counter() - started
 
 
@@ -300,8 +305,8 @@ def talk(args, device):
         path = Path(folder)
         name = path.name if path.name != "model" else path.parent.name
         models.append((name, Fused(model), tokenizer, stop_ids_of(tokenizer, args)))
-    chat(models, max_new_tokens=args.max_new_tokens, seed=args.seed, temperature=args.temperature, top_k=args.top_k,
-         top_p=args.top_p, min_p=args.min_p)
+    chat(models, max_new_tokens=args.max_new_tokens, seed=args.seed, temperature=args.temperature,
+         top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
 
 
 # ---- outputs -----------------------------------------------------------------------------------------------
@@ -315,12 +320,11 @@ def answers_of(rows, lengths, args, device, reading, journal):
     """Every prompt is answered by one model. Returns ({path: rows}, text lines, new tokens, seconds)."""
     groups, tokens, seconds = sample(args.model, rows, lengths, args, device, reading, journal)
     made = [{**of_prompt(row), "completion": a["completion"], "num_tokens": len(a["ids"]),
-             "finish_reason": a["finish_reason"], "logp": round(a["logp"], 4), "model": args.model, "seed": args.seed,
-             "sample": i} for row, group in zip(rows, groups) for i, a in enumerate(group)]
-    asked = [{**row, "candidates": group} for row, group in zip(rows, groups)]
-    lines = [] if args.ignore_eos else [f"{cut_line(asked)} answers, at --max-new-tokens {args.max_new_tokens}"]
-    if distributed.is_main():
-        print(*lines, sep="\n", end="\n" * len(lines), file=sys.stderr)
+             "finish_reason": a["finish_reason"], "logp": round(a["logp"], 4), "model": args.model,
+             "seed": args.seed, "sample": i} for row, group in zip(rows, groups) for i, a in enumerate(group)]
+    if distributed.is_main() and not args.ignore_eos:
+        line = cut_line([{**row, "candidates": group} for row, group in zip(rows, groups)])
+        print(f"{line} answers, at --max-new-tokens {args.max_new_tokens}", file=sys.stderr)
     return {args.out: made}, [] if args.out else [a["completion"] for a in groups[0]], tokens, seconds
 
 
@@ -334,10 +338,13 @@ def arbitrage(rows, lengths, args, device, reading, journal, table, same):
         arbiter, tokenizer = weights.load(args.arbiter, device)
         for folder in args.models:
             answered = [{**row, "completion": a["completion"]} for row, a in zip(rows, answers[folder])]
-            scores[folder] = score_texts(arbiter, tokenizer, answered, name=args.arbiter, too_long=reading.too_long)
+            scores[folder] = score_texts(arbiter, tokenizer, answered, name=args.arbiter,
+                                         too_long=reading.too_long)
     candidates = candidates_from(rows, answers, scores)
     chosen, counts = route(candidates, args.route, args.seed, table, reading.keep_cut, same)
-    rewards = {id(row["prompt_messages"]): {c["teacher"]: c["reward"] for c in row["candidates"]} for row in candidates}
+    rewards = {}                                        # by the messages' id: a file may be given twice
+    for row in candidates:
+        rewards[id(row["prompt_messages"])] = {c["teacher"]: c["reward"] for c in row["candidates"]}
     outputs = {args.out: [{**plain(row), "scores": rewards[id(row["prompt_messages"])]} for row in chosen]}
     lines = [wins_table(counts["wins"], args.models), counted(counts), cut_line(candidates)]
     if args.pairs:
@@ -355,7 +362,8 @@ def arbitrage(rows, lengths, args, device, reading, journal, table, same):
 
 def counted(counts):
     """One line of text: the counts that are numbers; that of cut answers has a line of its own."""
-    return "  ".join(f"{k.replace('_', ' ')}: {v}" for k, v in counts.items() if k != "cut" and type(v) is int)
+    numbers = {name: n for name, n in counts.items() if name != "cut" and type(n) is int}
+    return "  ".join(f"{name.replace('_', ' ')}: {n}" for name, n in numbers.items())
 
 
 def run(args, device):
@@ -379,8 +387,8 @@ def run(args, device):
         tell(lines)
     if distributed.is_main():
         rest = time.perf_counter() - started - seconds
-        print(f"{len(rows)} prompts, {tokens} new tokens, {seconds:.2f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s, "
-              f"and {rest:.1f} s for files, loading, compiling and scores", file=sys.stderr)
+        print(f"{len(rows)} prompts, {tokens} new tokens, {seconds:.2f} s, {tokens / max(seconds, 1e-9):.0f} "
+              f"tokens/s, and {rest:.1f} s for files, loading, compiling and scores", file=sys.stderr)
 
 
 def work(rows, lengths, looked, arbiter, table, args, device, reading):
@@ -391,8 +399,8 @@ def work(rows, lengths, looked, arbiter, table, args, device, reading):
     with open_journal(rows, looked, args, reading) as journal:
         if journal.published(outputs, choice):
             if distributed.is_main():
-                print(f"{' and '.join(outputs)} had been finished before; what was left in {args.out}.partial is removed",
-                      file=sys.stderr)
+                print(f"{' and '.join(outputs)} had been finished before; what was left in "
+                      f"{args.out}.partial is removed", file=sys.stderr)
             journal.remove()
             return 0, 0.0
         for path in filter(os.path.lexists, outputs):
@@ -402,11 +410,12 @@ def work(rows, lengths, looked, arbiter, table, args, device, reading):
                   file=sys.stderr)
         if args.models:
             same = (arbiter or looked[args.models[0]])[1].key
-            made, lines, tokens, seconds = arbitrage(rows, lengths, args, device, reading, journal, table, same)
+            made, *said = arbitrage(rows, lengths, args, device, reading, journal, table, same)
         else:
-            made, lines, tokens, seconds = answers_of(rows, lengths, args, device, reading, journal)
+            made, *said = answers_of(rows, lengths, args, device, reading, journal)
         journal.publish({path: jsonl(rows) for path, rows in made.items()}, choice)
         journal.remove()
+    lines, tokens, seconds = said
     tell(lines)
     return tokens, seconds
 
@@ -423,8 +432,8 @@ def main():
         distributed.launch(lambda device: run(args, device))
     except KeyboardInterrupt:
         left = args.out and os.path.exists(f"{args.out}.partial")
-        print("stopped" + (f"; what is finished is in {args.out}.partial, and the same command goes on from there"
-                           if left else ""), file=sys.stderr)
+        ways_on = f"; what is finished is in {args.out}.partial, and the same command goes on from there"
+        print("stopped" + (ways_on if left else ""), file=sys.stderr)
         sys.exit(130)
 
 

@@ -2,8 +2,8 @@
 
     y*(x) = argmax over teachers m of r(x, y_m),   y_m ~ pi_m(. | x)
 
-Prompts x teachers -> candidates -> a route -> SFT data. Routes: "reward" (the arbiter's best), "random", "fixed"
-(a table language -> teacher; with one teacher for all it is the single-teacher baseline).
+Prompts x teachers -> candidates -> a route -> SFT data. Routes: "reward" (the arbiter's best), "random",
+"fixed" (a table language -> teacher; with one teacher for all it is the single-teacher baseline).
 """
 
 import random
@@ -16,20 +16,20 @@ from .preferences import ANSWER, count_cut, usable
 def candidates_from(rows, answers, scores=None):
     """Rows with "candidates": [{"teacher", "completion", "reward", "finish_reason"}].
 
-    answers: {teacher: for each row {"completion", "finish_reason"}}; scores: {teacher: for each row a number, or
-    None where it has no score}.
+    answers: {teacher: for each row {"completion", "finish_reason"}}; scores: {teacher: for each row a number,
+    or None where it has no score}.
     """
     def candidate(teacher, i):
-        answer = answers[teacher][i]
-        return {"teacher": teacher, "completion": answer["completion"], "reward": scores[teacher][i] if scores else None,
+        answer, reward = answers[teacher][i], scores[teacher][i] if scores else None
+        return {"teacher": teacher, "completion": answer["completion"], "reward": reward,
                 "finish_reason": answer.get("finish_reason")}
-    return [{**row, "candidates": [candidate(teacher, i) for teacher in answers]} for i, row in enumerate(rows)]
+    return [{**row, "candidates": [candidate(t, i) for t in answers]} for i, row in enumerate(rows)]
 
 
 def read_answers(path, rows, reading=None):
-    """Answers made elsewhere, {"completion", "finish_reason"}: for each prompt row the file's answer to the same
-    prompt, in the same language where both say theirs."""
-    exact, first = {}, {}                   # (prompt, language) -> answer; prompt -> its first answer in any language
+    """Answers made elsewhere, {"completion", "finish_reason"}: for each prompt row the file's answer to the
+    same prompt, in the same language where both say theirs."""
+    exact, first = {}, {}       # (prompt, language) -> answer; prompt -> its first answer in any language
     for where, row in read_jsonl(path, reading):
         prompt, text = repr(prompt_of(row, where)), conversation(row, where)[-1]["content"]
         answer = {"completion": text, "finish_reason": finish_reason(row, where)}
@@ -47,21 +47,24 @@ def read_answers(path, rows, reading=None):
 
 
 def finish_reason(row, where):
-    """What a row, or the last message of its conversation, says about the end of the answer; None if nothing."""
-    messages = row.get("messages")
-    value = row.get("finish_reason", messages[-1].get("finish_reason") if messages else None)
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where}: 'finish_reason' must be a text such as stop or length, got {value!r}")
-    return value
+    """What a row, or the last message of its conversation, says of the answer's end; None if nothing."""
+    for part in (row, *row.get("messages", [])[-1:]):
+        for key in ("finish_reason", "stop_reason"):
+            if (value := part.get(key)) is None:
+                continue
+            if not isinstance(value, str):
+                raise ValueError(f"{where}: {key!r} must be a text such as stop or length, got {value!r}")
+            return value
+    return None
 
 
 def route(rows, how, seed=0, table=None, keep_cut=False, same=None):
     """Choose one candidate per prompt. how: "reward", "random" or "fixed" (table: language -> teacher).
 
     Returns (SFT rows with "completion", "teacher" and "finish_reason", counts: prompts, wins per language and
-    teacher, ties of the best reward, prompts whose candidates are all equal by same(text), prompts that are left
-    out as all their answers are empty, were cut, or have no score). A tie is broken by the seed. Empty completions
-    are never chosen, those that were cut at their limit only with keep_cut.
+    teacher, ties of the best reward, prompts whose candidates are all equal by same(text), prompts left out
+    as all their answers are empty, were cut, or have no score). A tie is broken by the seed. Empty answers are
+    never chosen, those that were cut at their limit only with keep_cut.
     """
     rng, same = random.Random(f"route/{how}/{seed}"), same or str.strip
     chosen, wins = [], defaultdict(Counter)
@@ -94,5 +97,6 @@ def wins_table(wins, teachers):
     lines = ["language  " + "  ".join(f"{n:>12}" for n in names)]
     for code in sorted(wins):
         total = sum(wins[code].values())
-        lines.append(f"{code:<10}" + "  ".join(f"{100 * wins[code].get(t, 0) / total:11.0f}%" for t in teachers))
+        shares = (100 * wins[code].get(t, 0) / total for t in teachers)
+        lines.append(f"{code:<10}" + "  ".join(f"{share:11.0f}%" for share in shares))
     return "\n".join(lines)

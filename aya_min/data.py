@@ -224,8 +224,8 @@ def load_pairs(paths, tokenizer, max_length):
 
 
 def load_prompts(paths, reading=None, tokenizer=None):
-    """[row, ...] with "prompt", its "prompt_messages" and "prompt_where", whatever the shape in the file; keys that are
-    not part of an example are kept."""
+    """[row, ...] with "prompt", its "prompt_messages" and "prompt_where", whatever the shape in the file; keys
+    that are not part of an example are kept."""
     rows = []
     for path in paths:
         for where, row in read_jsonl(path, reading):

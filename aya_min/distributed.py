@@ -191,7 +191,7 @@ def blame(model):
     """"; its parameter NAME holds values that are not finite", of the first that does; "" if none does."""
     for name, parameter in model.named_parameters():
         if not own_rows(parameter.detach())[0].isfinite().all():
-            return f"; its parameter {name} holds values that are not finite: copy, download or train it again"
+            return f"; its parameter {name} holds values that are not finite: copy or train it again"
     return ""
 
 

@@ -25,7 +25,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)      # a 
 
 
 class Journal:
-    """What is finished, {key: value}, and a file of this rank to which more is added. Leaving `with` closes it.
+    """What is finished, {key: value}, and a file of this rank to which more is added. `with` closes it.
 
     key: a text made of what was answered. settings: a dict of JSON values; a folder left by a run with others
     is refused. fits(value): whether a value has the shape that the caller adds; others are refused. finished:
@@ -52,15 +52,15 @@ class Journal:
     # ---- on the main rank ----------------------------------------------------------------------------------
 
     def open(self, settings):
-        """Make the folder, or take up the one that is there: ours, nobody's now, of these settings. -> its mark"""
+        """Make the folder, or take up the one that is there: ours, free, of these settings. -> its mark"""
         if not os.path.lexists(self.folder):
             with scratch(self.folder) as made:
                 write_json(made / "settings.json", settings)
                 mark(made, PURPOSE)
                 publish_folder(made, self.folder)
         if not marked(self.folder, PURPOSE):
-            raise ValueError(f"{self.folder} is in the way: it was not made by this program; move it, or give "
-                             "another name for the output")
+            raise ValueError(f"{self.folder} is in the way: it was not made by this program; move it, or "
+                             "give another name for the output")
         self.hold()
         path = own_file(self.folder, "settings.json")
         if path is None and self.holds_work():
@@ -72,8 +72,8 @@ class Journal:
         except ValueError as error:
             raise ValueError(f"{error}; or remove {self.folder} to start anew") from None
         if changed := differences(settings, before):
-            raise ValueError(f"{self.folder} holds an unfinished run with other {', '.join(changed)}; give the "
-                             "same settings to go on with it, or remove it")
+            raise ValueError(f"{self.folder} holds an unfinished run with other {', '.join(changed)}; give "
+                             "the same settings to go on with it, or remove it")
         return marked(self.folder, PURPOSE)
 
     def hold(self):
@@ -87,7 +87,8 @@ class Journal:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        if not marked(self.folder, PURPOSE) or not os.path.samestat(os.fstat(self.lock), os.stat(self.folder)):
+        same = marked(self.folder, PURPOSE) and os.path.samestat(os.fstat(self.lock), os.stat(self.folder))
+        if not same:
             raise ValueError(f"{self.folder}: another process has just finished it; give the command again")
 
     def put(self, name, value):
@@ -116,7 +117,8 @@ class Journal:
                 entry = parse_json(line, where)
             except ValueError as error:
                 raise ValueError(f"{error}; remove the line, or {self.folder} to start anew") from None
-            if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and fits(entry[1])):
+            pair = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
+            if not pair or not fits(entry[1]):
                 raise ValueError(f"{where}: not what this program writes there; remove the line, or "
                                  f"{self.folder} to start anew")
             yield tuple(entry)
@@ -131,7 +133,7 @@ class Journal:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def finishing(self, value):
-        """Keep a JSON value in the mark, until the very end: what the output is, told before it is published."""
+        """Keep a JSON value in the mark, which goes last: what the output is, told before it is published."""
         about = {**self.about, "settings": self.digest, "finishing": value}
         distributed.from_main(lambda: self.put(MARK, about))
         self.about, self.finished = about, value
@@ -139,8 +141,8 @@ class Journal:
     def publish(self, texts, about):
         """Write {path: text}: all of the files appear or none, and none is overwritten.
 
-        A process that is killed meanwhile leaves them here, and `published` completes them. about: a JSON value,
-        what they were made by beside the settings.
+        A process that is killed meanwhile leaves them here, and `published` completes them. about: a JSON
+        value, what they were made by beside the settings.
         """
         def lay_down():
             for i, text in enumerate(texts.values()):
@@ -158,7 +160,7 @@ class Journal:
         def complete():
             missing = {}
             for i, (path, digest) in enumerate(zip(paths, self.finished["sha256"], strict=True)):
-                with scratch(path):                             # removes what the killed process left beside it
+                with scratch(path):                         # removes what the killed process left beside it
                     pass
                 laid = own_file(self.folder, f"output-{i}")
                 if os.path.lexists(path):

@@ -1,21 +1,22 @@
 """Preference pairs from scored candidates: best against worst, of a pool of teachers (offline DPO) or of the
 model's own samples (online).
 
-Aya Expanse, arXiv 2412.04261 and launch blog: "the highest and lowest reward responses from the Arbitrage stage
-as the chosen and rejected completions"; online, "we sample multiple online generations for each prompt [...],
-rank these generations with a Reward Model". A departure: an answer that was cut at its limit is no answer, and is
-left out unless it is asked for.
+Aya Expanse, arXiv 2412.04261 and launch blog: "the highest and lowest reward responses from the Arbitrage
+stage as the chosen and rejected completions"; online, "we sample multiple online generations for each prompt
+[...], rank these generations with a Reward Model". A departure: an answer that was cut at its limit is no
+answer, and is left out unless it is asked for.
 """
 
 import math
 from collections import Counter
 
-CUT = ("length", "interrupted")         # finish reasons of an answer that does not end where the model meant it to
-ANSWER = ("candidates", "completion", "chosen", "rejected", "finish_reason")    # what is not of the prompt
+# How an answer ends that is not finished: OpenAI, vLLM; Anthropic, Gemini; Mistral; our chat after Ctrl-C.
+CUT = ("length", "max_tokens", "model_length", "interrupted")
+ANSWER = ("candidates", "completion", "chosen", "rejected", "finish_reason")     # keys not of the prompt
 
 
 def was_cut(answer):
-    return answer.get("finish_reason") in CUT
+    return (answer.get("finish_reason") or "").lower() in CUT
 
 
 def count_cut(rows):
@@ -26,9 +27,9 @@ def count_cut(rows):
 
 def cut_line(rows):
     """One line of text: "cut: 12 of 240 (en 3, ja 9)"."""
-    counts = count_cut(rows)
+    counts, total = count_cut(rows), sum(len(row["candidates"]) for row in rows)
     languages = ", ".join(f"{code} {number}" for code, number in counts["cut_by_language"].items())
-    return f"cut: {counts['cut']} of {sum(len(row['candidates']) for row in rows)}" + f" ({languages})" * bool(languages)
+    return f"cut: {counts['cut']} of {total}" + f" ({languages})" * bool(languages)
 
 
 def usable(row, keep_cut):
@@ -43,10 +44,10 @@ def usable(row, keep_cut):
 
 
 def best_worst(rows, margin=0.0, keep_cut=False, same=None):
-    """(pairs, counts). rows carry "candidates" with "completion", "reward" and, where it is known, "finish_reason".
+    """(pairs, counts). rows carry "candidates": "completion", "reward" and, if it is known, "finish_reason".
 
-    A pair needs two different answers whose rewards differ by more than `margin`. same(text): a key that equal
-    answers share, by default the text without outer white space. Prompts that give no pair are counted:
+    A pair needs two different answers whose rewards differ by more than `margin`. same(text): a key that
+    equal answers share, by default the text without outer white space. Prompts that give no pair are counted:
     equal_texts, small_margin, cut_prompts (too few answers that were not cut).
     """
     same = same or str.strip

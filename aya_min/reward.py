@@ -11,12 +11,12 @@ from .data import batches_in_order, collate, cut_left, encode_example, in_step
 
 @torch.no_grad()
 def score_texts(model, tokenizer, rows, batch_size=64, name="the reward model", too_long="refuse"):
-    """Reward of each row's "completion" given its "prompt" (or "prompt_messages"), the work split over the ranks;
-    a list of floats on every rank.
+    """Reward of each row's "completion" given its "prompt" (or "prompt_messages"), the work split over the
+    ranks; a list of floats on every rank.
 
-    An empty completion is scored like any other text. model: a RewardModel, plain or sharded; name: what messages
-    call it. too_long: what to do with texts that pass the model's positions: refuse, skip (their score is None,
-    their number is said), or cut-left (the oldest tokens of their prompts are dropped).
+    An empty completion is scored like any other text. model: a RewardModel, plain or sharded; name: what
+    messages call it. too_long: what to do with texts that pass the model's positions: refuse, skip (their
+    score is None, their number is said), or cut-left (the oldest tokens of their prompts are dropped).
     """
     model.eval()
     device = next(model.parameters()).device
@@ -55,8 +55,8 @@ def fitted(examples, long, positions, too_long, name, places):
     found = f"{name}: {len(long)} of {len(examples)} texts to score pass its {positions} positions ({first})"
     answers = {i: int(examples[i].mask.sum()) for i in long}
     if too_long == "cut-left" and (over := [i for i in long if answers[i] > positions - 2]):
-        raise ValueError(f"{found}; the answer of {places[over[0]]} alone has {answers[over[0]]} tokens; shorten it, "
-                         "or give --too-long skip")
+        raise ValueError(f"{found}; the answer of {places[over[0]]} alone has {answers[over[0]]} tokens; "
+                         "shorten it, or give --too-long skip")
     if too_long == "refuse":
         raise ValueError(f"{found}; shorten them, or give --too-long skip or cut-left")
     if distributed.is_main():
