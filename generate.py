@@ -155,7 +155,7 @@ def check_pool(args):
 # ---- what is checked before any weights are read -----------------------------------------------------------
 
 def look_at_models(args):
-    """({folder: (model without weights, tokenizer, header)} of the models, the arbiter's or None)."""
+    """({folder: (model without weights, tokenizer, header)} of the models, the same of the arbiter)."""
     looked = {folder: weights.look_into(folder) for folder in args.models or [args.model]}
     for folder, (model, *_) in looked.items():
         if isinstance(model, weights.RewardModel):
@@ -217,7 +217,7 @@ def read_table(path, rows, models):
     wrong = sorted(code or "other" for code in codes if table.get(code) not in models)
     if wrong:
         raise ValueError(f"--table {path}: names none of --models for {' '.join(wrong)}; it needs "
-                         "{{language: model folder}} for each language of the prompts (other: those without one)")
+                         "a model folder for each language of the prompts (other: those without one)")
     return table
 
 
@@ -265,8 +265,8 @@ def sample(folder, rows, lengths, args, device, reading, journal=None):
         started = []
         made = answer_rows(
             model, tokenizer, [rows[i] for i in left], args.num_samples, args.max_new_tokens,
-            args.temperature, args.seed, args.batch_size, progress=Path(folder).name, stop_ids=stop_ids_of(tokenizer, args),
-            stop_strings=args.stop, numbers=left, name=folder, cut_left=reading.too_long == "cut-left",
+            args.temperature, args.seed, args.batch_size, progress=Path(folder).name,
+            stop_ids=stop_ids_of(tokenizer, args), stop_strings=args.stop, numbers=left, name=folder, cut_left=reading.too_long == "cut-left",
             on_done=journal and (lambda j, answers: journal.add(f"{folder} {left[j]}", answers)),
             on_ready=lambda: started.append(time.perf_counter()),
             top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)

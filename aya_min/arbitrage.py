@@ -63,8 +63,8 @@ def route(rows, how, seed=0, table=None, keep_cut=False, same=None):
 
     Returns (SFT rows with "completion", "teacher" and "finish_reason", counts: prompts, wins per language and
     teacher, ties of the best reward, prompts whose candidates are all equal by same(text), prompts left out
-    as all their answers are empty, were cut, or have no score). A tie is broken by the seed. Empty answers are
-    never chosen, those that were cut at their limit only with keep_cut.
+    as all their answers are empty, were cut, or have no score). A tie is broken by the seed. Empty answers
+    are never chosen, those that were cut at their limit only with keep_cut.
     """
     rng, same = random.Random(f"route/{how}/{seed}"), same or str.strip
     chosen, wins = [], defaultdict(Counter)

@@ -61,7 +61,7 @@ class Conversation:
     def save(self, path):
         """Write one row a model; returns their number. An existing file is refused."""
         language = {"language": self.language} if self.language else {}
-        rows = [{"messages": [{**turn, "content": turn["content"].replace("\0", "\ufffd")}   # a NUL is no text
+        rows = [{"messages": [{**turn, "content": turn["content"].replace("\0", "\ufffd")}  # a NUL is no text
                               for turn in self.system_turn() + turns], "model": name, **language}
                 for (name, *_), turns in zip(self.models, self.turns) if turns]
         if not rows:
