@@ -266,7 +266,8 @@ def sample(folder, rows, lengths, args, device, reading, journal=None):
         made = answer_rows(
             model, tokenizer, [rows[i] for i in left], args.num_samples, args.max_new_tokens,
             args.temperature, args.seed, args.batch_size, progress=Path(folder).name,
-            stop_ids=stop_ids_of(tokenizer, args), stop_strings=args.stop, numbers=left, name=folder, cut_left=reading.too_long == "cut-left",
+            stop_ids=stop_ids_of(tokenizer, args), stop_strings=args.stop, numbers=left, name=folder,
+            cut_left=reading.too_long == "cut-left",
             on_done=journal and (lambda j, answers: journal.add(f"{folder} {left[j]}", answers)),
             on_ready=lambda: started.append(time.perf_counter()),
             top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
