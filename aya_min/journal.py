@@ -192,10 +192,11 @@ class Journal:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        """What was never added to is not left behind."""
+    def __exit__(self, kind, *_):
+        """A refusal leaves nothing behind if nothing was finished."""
         try:
-            if distributed.is_main() and self.lock and not self.holds_work():
+            refused = kind and issubclass(kind, (ValueError, OSError))
+            if refused and distributed.is_main() and self.lock and not self.holds_work():
                 self.clear()
         finally:
             self.close()
