@@ -125,9 +125,10 @@ class Journal:
 
     def add(self, key, value):
         """One finished piece of work; on disk, as far as the system goes, when this returns."""
+        line = dumps([key, value]) + "\n"
         self.done[key] = value
         try:
-            self.file.write(dumps([key, value]) + "\n")
+            self.file.write(line)
             self.file.flush()
         except OSError as error:                                # a full disk does not say which file it was
             raise OSError(error.errno, error.strerror, str(self.path)) from None

@@ -167,7 +167,7 @@ GENERATE_MISTAKES = {
     f"{ASK} --temperature 1e-40": "temperature 1e-40 must be 0 (greedy) or at least 1e-06",
     "--model A --prompts prompts.jsonl": "--prompts needs --out",
     "--model A --prompts nowhere.jsonl --out new.jsonl": "nowhere.jsonl: cannot be read",
-    "--model A --prompts malformed.jsonl --out new.jsonl": "malformed.jsonl:2: not a JSON object",
+    "--model A --prompts malformed.jsonl --out new.jsonl": "malformed.jsonl:2: not",
     "--model A --prompts empty.jsonl --out new.jsonl": "empty.jsonl: the file is empty",
     "--model A --prompts no-prompt.jsonl --out new.jsonl": "no-prompt.jsonl:1: no prompt in keys ['answer']",
     "--model A --prompts long.jsonl --out new.jsonl": "long.jsonl:2: ",
@@ -300,9 +300,9 @@ def test_several_models_and_an_arbiter_give_the_best_answers_and_the_pairs(call,
         kept = by_question[pair["question_id"] + pair["language"]]
         assert pair["chosen"] == kept["completion"] and pair["rejected_reward"] == min(kept["scores"].values()) < pair["chosen_reward"]
     assert "language" in out and "ties: 0" in out and f"pairs: {len(pairs)}" in out
-    code, _, _ = call(train, f"dpo --model A --data {tmp_path}/pairs --out {tmp_path}/dpo --batch-size 4 --max-steps 1")
+    code, _, _ = call(train, f"dpo --model A --data {tmp_path}/pairs --out {tmp_path}/dpo --batch-size 4 --max-steps 1 --keep-cut")
     assert code == 0                                                    # what it writes is what the stages read
-    assert call(train, f"sft --model A --data {tmp_path}/best --out {tmp_path}/sft --batch-size 4 --max-steps 1")[0] == 0
+    assert call(train, f"sft --model A --data {tmp_path}/best --out {tmp_path}/sft --batch-size 4 --max-steps 1 --keep-cut")[0] == 0
 
 
 def test_a_fixed_table_takes_each_languages_teacher_without_an_arbiter(call, folder, tmp_path):
