@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import language_model, reward_model, tokenizer
+from small import language_model, on_ranks, reward_model, tokenizer
 
 import generate
 from aya_min import files, weights
@@ -545,3 +545,49 @@ def test_a_full_disk_is_one_line_that_names_the_file(call, here, monkeypatch):
     monkeypatch.setattr(Journal, "add", full)
     code, out, err = call(ASK)
     assert (code, out) == (2, "") and err[-1] == "error: out.jsonl.partial/0000-0000.jsonl: No space left on device", err
+
+
+# several ranks
+
+def on_a_rank(line):
+    """What a rank of torchrun does -> the mistake that it ends with, or None."""
+    try:
+        generate.run(generate.make_parser().parse_args(line.split()), torch.device("cpu"))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("line", [f"{ASK} --num-samples 2", f"{POOL} --keep-cut --pairs pairs.jsonl"])
+def test_one_two_and_three_ranks_write_the_same_and_leave_the_same_out(line, long, here):
+    made = {}
+    for ranks in (1, 2, 3):
+        assert on_ranks(ranks, on_a_rank, f"{line} --too-long skip") == [None] * ranks
+        names = sorted({"out.jsonl", "pairs.jsonl"} & set(os.listdir(here)))
+        made[ranks] = [[{k: v for k, v in row.items() if "reward" not in k and k != "scores"} for row in read(name)]
+                       for name in names]
+        for name in names:
+            os.remove(name)
+        assert not (here / "out.jsonl.partial").exists()
+    assert made[1] == made[2] == made[3] and made[1][0]
+
+
+def test_a_mistake_ends_all_ranks_alike_and_leaves_nothing(here, long):
+    before = tree(here)
+    for ranks, line, says in ((2, ASK, "prompts.jsonl:3"), (3, f"{ASK} --too-long skip --model nan-A", "down_proj"),
+                              (2, f"{ASK} --too-long skip --prompts prompts.jsonl none", "none: ")):
+        errors = on_ranks(ranks, on_a_rank, line)
+        assert len(set(errors)) == 1 and says in errors[0], errors
+        assert tree(here) == before
+
+
+def test_ranks_refuse_together_an_output_that_appeared_meanwhile(here, monkeypatch):
+    publish = Journal.publish
+
+    def late(journal, *given):
+        (here / "out.jsonl").write_text("theirs")
+        publish(journal, *given)
+    monkeypatch.setattr(Journal, "publish", late)
+    assert on_ranks(2, on_a_rank, ASK) == ["out.jsonl exists; give a new file, nothing is overwritten"] * 2
+    monkeypatch.setattr(Journal, "publish", publish)
+    os.remove("out.jsonl")
+    assert on_ranks(3, on_a_rank, ASK) == [None] * 3 and len(read("out.jsonl")) == 6
