@@ -2,61 +2,93 @@
 
     y*(x) = argmax over teachers m of r(x, y_m),   y_m ~ pi_m(. | x)
 
-Prompts x teachers -> candidates -> a route -> SFT data. Routes: "reward" (the arbiter's best), "random", "fixed" (a table language ->
-teacher; with one teacher for all it is the single-teacher baseline).
+Prompts x teachers -> candidates -> a route -> SFT data. Routes: "reward" (the arbiter's best), "random",
+"fixed" (a table language -> teacher; with one teacher for all it is the single-teacher baseline).
 """
 
 import random
 from collections import Counter, defaultdict
 
 from .data import conversation, prompt_of, read_jsonl
+from .preferences import ANSWER, count_cut, usable
 
 
 def candidates_from(rows, answers, scores=None):
-    """Rows with "candidates": [{"teacher", "completion", "reward"}]. answers, scores: {teacher: one text, one reward per row}."""
-    return [{**row, "candidates": [{"teacher": t, "completion": answers[t][i], "reward": scores[t][i] if scores else None} for t in answers]}
-            for i, row in enumerate(rows)]
+    """Rows with "candidates": [{"teacher", "completion", "reward", "finish_reason"}].
+
+    answers: {teacher: for each row {"completion", "finish_reason"}}; scores: {teacher: for each row a number,
+    or None where it has no score}.
+    """
+    def candidate(teacher, i):
+        answer, reward = answers[teacher][i], scores[teacher][i] if scores else None
+        return {"teacher": teacher, "completion": answer["completion"], "reward": reward,
+                "finish_reason": answer.get("finish_reason")}
+    return [{**row, "candidates": [candidate(t, i) for t in answers]} for i, row in enumerate(rows)]
 
 
-def read_answers(path, rows):
-    """Completions made elsewhere: for each prompt row the file's answer to the same prompt, in the same language where both say theirs."""
-    exact, first = {}, {}                   # (prompt, language) -> answer; prompt -> its first answer in any language
-    for where, row in read_jsonl(path):
-        prompt, answer = repr(prompt_of(row, where)), conversation(row, where)[-1]["content"]
+def read_answers(path, rows, reading=None):
+    """Answers made elsewhere, {"completion", "finish_reason"}: for each prompt row the file's answer to the
+    same prompt, in the same language where both say theirs."""
+    exact, first = {}, {}       # (prompt, language) -> answer; prompt -> its first answer in any language
+    for where, row in read_jsonl(path, reading):
+        prompt, text = repr(prompt_of(row, where)), conversation(row, where)[-1]["content"]
+        answer = {"completion": text, "finish_reason": finish_reason(row, where)}
         exact.setdefault((prompt, row.get("language")), answer)
         first.setdefault(prompt, answer)
     keys = [(repr(r["prompt_messages"]), r.get("language")) for r in rows]
-    found = [exact.get((prompt, code), exact.get((prompt, None))) if code else first.get(prompt) for prompt, code in keys]
-    missing = [r for r, text in zip(rows, found) if text is None]
+    found = [exact.get((prompt, code), exact.get((prompt, None))) if code else first.get(prompt)
+             for prompt, code in keys]
+    missing = [r for r, answer in zip(rows, found) if answer is None]
     if missing:
-        raise ValueError(f"{path}: no answer for {len(missing)} of {len(rows)} prompts, the first: {missing[0]['prompt_messages'][-1]['content'][:60]!r}; "
+        raise ValueError(f"{path}: no answer for {len(missing)} of {len(rows)} prompts, the first: "
+                         f"{missing[0]['prompt_messages'][-1]['content'][:60]!r}; "
                          "a teacher's file needs one line for each prompt")
     return found
 
 
-def route(rows, how, seed=0, table=None):
+def finish_reason(row, where):
+    """What a row, or the last message of its conversation, says of the answer's end; None if nothing."""
+    for part in (row, *row.get("messages", [])[-1:]):
+        for key in ("finish_reason", "stop_reason"):
+            if (value := part.get(key)) is None:
+                continue
+            if not isinstance(value, str):
+                raise ValueError(f"{where}: {key!r} must be a text such as stop or length, got {value!r}")
+            return value
+    return None
+
+
+def route(rows, how, seed=0, table=None, keep_cut=False, same=None):
     """Choose one candidate per prompt. how: "reward", "random" or "fixed" (table: language -> teacher).
 
-    Returns (SFT rows with "completion" and "teacher", counts: prompts, wins per language and teacher, ties of the best reward,
-    prompts whose candidates all have the same text). A tie is broken by the seed. Empty completions are never chosen.
+    Returns (SFT rows with "completion", "teacher" and "finish_reason", counts: prompts, wins per language and
+    teacher, ties of the best reward, prompts whose candidates are all equal by same(text), prompts left out
+    as all their answers are empty, were cut, or have no score). A tie is broken by the seed. Empty answers
+    are never chosen, those that were cut at their limit only with keep_cut.
     """
-    rng, chosen, wins, counts = random.Random(f"route/{how}/{seed}"), [], defaultdict(Counter), Counter(ties=0, equal_texts=0, empty=0)
+    rng, same = random.Random(f"route/{how}/{seed}"), same or str.strip
+    chosen, wins = [], defaultdict(Counter)
+    counts = Counter(ties=0, equal_texts=0, empty=0, cut_prompts=0, unscored=0)
     for row in rows:
-        options = [c for c in row["candidates"] if c["completion"].strip()]
         if how == "fixed":
-            options = [c for c in options if c["teacher"] == table[row.get("language")]]
-        if not options:
-            counts["empty"] += 1
+            teacher = table[row.get("language")]
+            row = {**row, "candidates": [c for c in row["candidates"] if c["teacher"] == teacher]}
+        options, some_cut = usable(row, keep_cut)
+        scored = [c for c in options if how != "reward" or c["reward"] is not None]
+        if not scored:
+            counts["unscored" if options else "cut_prompts" if some_cut else "empty"] += 1
             continue
-        counts["equal_texts"] += len(options) > 1 and len({c["completion"] for c in options}) == 1
+        counts["equal_texts"] += len(scored) > 1 and len({same(c["completion"]) for c in scored}) == 1
         if how == "reward":
-            best = max(c["reward"] for c in options)
-            options = [c for c in options if c["reward"] == best]
-            counts["ties"] += len({c["completion"] for c in options}) > 1
-        winner = rng.choice(options)
+            best = max(c["reward"] for c in scored)
+            scored = [c for c in scored if c["reward"] == best]
+            counts["ties"] += len({same(c["completion"]) for c in scored}) > 1
+        winner = rng.choice(scored)
         wins[row.get("language") or "other"][winner["teacher"]] += 1
-        chosen.append({**{k: v for k, v in row.items() if k != "candidates"}, "completion": winner["completion"], "teacher": winner["teacher"]})
-    return chosen, {"prompts": len(rows), "wins": {code: dict(c) for code, c in wins.items()}, **counts}
+        kept = {k: v for k, v in row.items() if k not in ANSWER}
+        chosen.append({**kept, **{k: winner.get(k) for k in ("completion", "teacher", "finish_reason")}})
+    wins = {code: dict(c) for code, c in wins.items()}
+    return chosen, {"prompts": len(rows), "wins": wins, **counts, **count_cut(rows)}
 
 
 def wins_table(wins, teachers):
@@ -65,5 +97,6 @@ def wins_table(wins, teachers):
     lines = ["language  " + "  ".join(f"{n:>12}" for n in names)]
     for code in sorted(wins):
         total = sum(wins[code].values())
-        lines.append(f"{code:<10}" + "  ".join(f"{100 * wins[code].get(t, 0) / total:11.0f}%" for t in teachers))
+        shares = (100 * wins[code].get(t, 0) / total for t in teachers)
+        lines.append(f"{code:<10}" + "  ".join(f"{share:11.0f}%" for share in shares))
     return "\n".join(lines)

@@ -4,7 +4,6 @@ Two models share the questions, but each remembers its own answers only. On a te
 follow each other. A known gap: a terminal that reorders right-to-left lines (Arabic, Hebrew, Persian) may swap the columns.
 """
 
-import json
 import shutil
 import sys
 import time
@@ -12,6 +11,8 @@ import unicodedata
 from functools import cache
 from itertools import zip_longest
 
+from .command import SHOWN, printable
+from .files import bad_text, jsonl, write_new
 from .languages import LANGUAGES, language_code
 from .sampling import stream
 
@@ -23,7 +24,6 @@ HELP = """\
 /help  /quit       this list; leave, as Ctrl-D does. Ctrl-C stops an answer."""
 
 MARKS = {None: "", "stop": "", "length": " [cut: no more tokens]", "interrupted": " [stopped]"}
-SHOWN = {i: None for i in (*range(32), *range(127, 160))} | {ord("\n"): "\n", ord("\t"): "    "}        # a model must not steer the terminal
 
 
 # ---- what is said ------------------------------------------------------------------------------------------------------------------
@@ -61,14 +61,15 @@ class Conversation:
     def save(self, path):
         """Write one row a model; returns their number. An existing file is refused."""
         language = {"language": self.language} if self.language else {}
-        rows = [{"messages": self.system_turn() + turns, "model": name, **language} for (name, *_), turns in zip(self.models, self.turns) if turns]
+        rows = [{"messages": [{**turn, "content": turn["content"].replace("\0", "\ufffd")}  # a NUL is no text
+                              for turn in self.system_turn() + turns], "model": name, **language}
+                for (name, *_), turns in zip(self.models, self.turns) if turns]
         if not rows:
             raise ValueError("nothing has been said yet")
+        if fault := bad_text(rows, "the conversation"):
+            raise ValueError(f"{fault}; no command here reads that, /reset and ask again")
         try:
-            with open(path, "x", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        except FileExistsError:
-            raise ValueError(f"{path} exists; give a new file, nothing is overwritten") from None
+            write_new({path: jsonl(rows)})
         except OSError as error:
             raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
         return len(rows)
@@ -103,7 +104,8 @@ def ask(conversation, question, out, max_new_tokens, **sampling):
         if dropped:
             print(f"[{name}: its {model.config.max_position_embeddings} positions are full; forgot the oldest turns, {len(dropped) // 2}, "
                   f"from {dropped[0]['content'][:40]!r} on]", file=out)
-        answers.append(Answer(name, tokenizer, stream(model, ids, max_new_tokens=room, stop_ids=stop_ids, **sampling), stop_ids))
+        chosen = stream(model, ids, max_new_tokens=room, stop_ids=stop_ids, name=name, **sampling)
+        answers.append(Answer(name, tokenizer, chosen, stop_ids))
     show(answers, out)
     for answer, turns in zip(answers, conversation.turns):
         if answer.text.strip():
@@ -242,7 +244,7 @@ def chat(models, read=input, out=None, max_new_tokens=256, seed=0, **sampling):
                 ask(conversation, line.strip(), out, max_new_tokens, seed=seed, **sampling)
                 seed += 1
         except ValueError as error:
-            print(f"[{error}]", file=out)
+            print(printable(f"[{error}]"), file=out)
         except KeyboardInterrupt:
             print("\n[Ctrl-D or /quit leaves]", file=out)
         except EOFError:

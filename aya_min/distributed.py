@@ -187,6 +187,14 @@ def full_state(model):
     return {name: full(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
 
 
+def blame(model):
+    """"; its parameter NAME holds values that are not finite", of the first that does; "" if none does."""
+    for name, parameter in model.named_parameters():
+        if not own_rows(parameter.detach())[0].isfinite().all():
+            return f"; its parameter {name} holds values that are not finite: copy or train it again"
+    return ""
+
+
 def fingerprint(model):
     """A short text that no other architecture and no other weights have: of each tensor's name, shape, type and the sum of its bits, the same at
     any number of ranks. Quick, where the weights are; it is to tell mistakes, not forgeries. A collective."""

@@ -1,49 +1,221 @@
-"""Finished answers of a long generation on disk, so that a killed run goes on: a folder of JSONL files beside the output, one for each rank and start.
+"""Finished work on disk, so that a killed run goes on: a folder of JSONL files, one for each rank and start.
 
-A line that a kill cut short has no end and is read as if it were not there. The folder goes when the output is in place.
+The folder carries our mark (files.mark), and one process works on it at a time. A line that a kill cut short
+has no end and is read as if it were not there. When the output is in place, what we made is removed, the
+settings and the mark last: answers without the settings that made them are never taken.
 """
 
+import errno
+import fcntl
+import hashlib
 import json
-import shutil
+import os
+import re
+import sys
 from pathlib import Path
 
 from . import distributed
-from .files import write_json
+from .files import (MARK, dumps, mark, marked, own_file, parse_json, publish_folder, read_bytes, read_json,
+                    scratch, sha256, write_and_sync, write_json, write_new)
+
+PURPOSE = "unfinished work"
+ANSWERS = re.compile(r"\d{4,}-\d{4,}\.jsonl")
+OURS = re.compile(ANSWERS.pattern + r"|output-\d+|new")
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)      # a file system without
 
 
 class Journal:
-    """What is finished, {key: answers}, and a file of this rank to which more is added.
+    """What is finished, {key: value}, and a file of this rank to which more is added. `with` closes it.
 
-    key: a string made of what was answered. settings (a dict of JSON values): a folder left by a run with others is refused.
+    key: a text made of what was answered. settings: a dict of JSON values; a folder left by a run with others
+    is refused. fits(value): whether a value has the shape that the caller adds; others are refused. finished:
+    what `finishing` was told by a process that was killed before it had cleaned up, or None.
     """
 
-    def __init__(self, folder, settings):
-        self.folder = Path(folder)
-        distributed.from_main(lambda: self.open(json.loads(json.dumps(settings))))
-        files = sorted(self.folder.glob("*.jsonl"))
-        lines = [line for path in files for line in path.read_bytes().split(b"\n")[:-1]]      # not splitlines: an answer may hold U+2028
-        self.done = dict(json.loads(line) for line in lines)
-        distributed.barrier()                                       # all have looked before anyone adds a file
-        self.file = open(self.folder / f"{len(files):04d}-{distributed.rank():04d}.jsonl", "x", encoding="utf-8")
+    def __init__(self, folder, settings, fits=lambda value: True):
+        self.folder, self.lock, self.file = Path(folder), None, None
+        settings = json.loads(dumps(settings))
+        self.digest = hashlib.sha256(dumps(settings, sort_keys=True).encode("utf-8")).hexdigest()
+        try:
+            self.about = distributed.from_main(lambda: self.open(settings))
+            self.finished = self.about.get("finishing") if self.about.get("settings") == self.digest else None
+            names = sorted(filter(ANSWERS.fullmatch, os.listdir(self.folder)))
+            self.done = dict(entry for name in names for entry in self.read(name, fits))
+            distributed.barrier()                               # all have looked before anyone adds a file
+            start = 1 + max((int(name.split("-")[0]) for name in names), default=-1)
+            self.path = self.folder / f"{start:04d}-{distributed.rank():04d}.jsonl"
+            self.file = open(self.path, "x", encoding="utf-8")
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- on the main rank ----------------------------------------------------------------------------------
 
     def open(self, settings):
-        path = self.folder / "settings.json"
-        if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if changed := sorted(k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k)):
-                raise ValueError(f"{self.folder} holds an unfinished run with other {', '.join(changed)}; give the same settings to go on with it, or remove it")
-            return
-        self.folder.mkdir(exist_ok=True)
-        write_json(path, settings)
+        """Make the folder, or take up the one that is there: ours, free, of these settings. -> its mark"""
+        if not os.path.lexists(self.folder):
+            with scratch(self.folder) as made:
+                write_json(made / "settings.json", settings)
+                mark(made, PURPOSE)
+                publish_folder(made, self.folder)
+        if not marked(self.folder, PURPOSE):
+            raise ValueError(f"{self.folder} is in the way: it was not made by this program; move it, or "
+                             "give another name for the output")
+        self.hold()
+        path = own_file(self.folder, "settings.json")
+        if path is None and self.holds_work():
+            raise ValueError(f"{self.folder} holds answers but not the settings that made them; remove it")
+        if path is None:                                        # a kill left the bare mark
+            self.put("settings.json", settings)
+        try:
+            before = read_json(self.folder / "settings.json")
+        except ValueError as error:
+            raise ValueError(f"{error}; or remove {self.folder} to start anew") from None
+        if changed := differences(settings, before):
+            raise ValueError(f"{self.folder} holds an unfinished run with other {', '.join(changed)}; give "
+                             "the same settings to go on with it, or remove it")
+        return marked(self.folder, PURPOSE)
 
-    def add(self, key, answers):
+    def hold(self):
+        """Lock the folder for this process; the lock ends with it."""
+        self.lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.folder}: another process is at work on it; wait for its end, or give "
+                             "another name for the output") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        same = marked(self.folder, PURPOSE) and os.path.samestat(os.fstat(self.lock), os.stat(self.folder))
+        if not same:
+            raise ValueError(f"{self.folder}: another process has just finished it; give the command again")
+
+    def put(self, name, value):
+        """Write a file in one step. Nobody else is at work here, so its name until then may be fixed."""
+        write_and_sync(self.folder / "new", dumps(value, indent=2) + "\n").replace(self.folder / name)
+
+    def clear(self):
+        """Remove what we made; files of others stay, and that is said."""
+        for name in [*filter(OURS.fullmatch, os.listdir(self.folder)), "settings.json", MARK]:
+            (self.folder / name).unlink(missing_ok=True)
+        try:
+            self.folder.rmdir()
+        except OSError:
+            left = " ".join(sorted(os.listdir(self.folder)))
+            print(f"{self.folder} stays: {left} was not made by this program; move it and remove the folder",
+                  file=sys.stderr)
+
+    # ---- on every rank -------------------------------------------------------------------------------------
+
+    def read(self, name, fits):
+        """[(key, value), ...] of the whole lines of a file."""
+        path = own_file(self.folder, name)
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):  # an answer may hold U+2028
+            where = f"{path}:{number}"
+            try:
+                entry = parse_json(line, where)
+            except ValueError as error:
+                raise ValueError(f"{error}; remove the line, or {self.folder} to start anew") from None
+            pair = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
+            if not pair or not fits(entry[1]):
+                raise ValueError(f"{where}: not what this program writes there; remove the line, or "
+                                 f"{self.folder} to start anew")
+            yield tuple(entry)
+
+    def add(self, key, value):
         """One finished piece of work; on disk, as far as the system goes, when this returns."""
-        self.done[key] = answers
-        self.file.write(json.dumps([key, answers], ensure_ascii=False) + "\n")
-        self.file.flush()
+        line = dumps([key, value]) + "\n"
+        self.done[key] = value
+        try:
+            self.file.write(line)
+            self.file.flush()
+        except OSError as error:                                # a full disk does not say which file it was
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+    def finishing(self, value):
+        """Keep a JSON value in the mark, which goes last: what the output is, told before it is published."""
+        about = {**self.about, "settings": self.digest, "finishing": value}
+        distributed.from_main(lambda: self.put(MARK, about))
+        self.about, self.finished = about, value
+
+    def publish(self, texts, about):
+        """Write {path: text}: all of the files appear or none, and none is overwritten.
+
+        A process that is killed meanwhile leaves them here, and `published` completes them. about: a JSON
+        value, what they were made by beside the settings.
+        """
+        def lay_down():
+            for i, text in enumerate(texts.values()):
+                write_and_sync(self.folder / f"output-{i}", text)
+        distributed.from_main(lay_down)
+        digests = [hashlib.sha256(text.encode("utf-8")).hexdigest() for text in texts.values()]
+        self.finishing({"about": about, "sha256": digests})
+        self.published(list(texts), about)
+
+    def published(self, paths, about):
+        """Whether `publish` was begun before for these; what it had not put in place is put there now."""
+        if self.finished is None or self.finished.get("about") != json.loads(dumps(about)):
+            return False
+
+        def complete():
+            missing = {}
+            for i, (path, digest) in enumerate(zip(paths, self.finished["sha256"], strict=True)):
+                with scratch(path):                         # removes what the killed process left beside it
+                    pass
+                laid = own_file(self.folder, f"output-{i}")
+                if os.path.lexists(path):
+                    if os.path.islink(path) or sha256(path) != digest:
+                        raise ValueError(f"{path} exists; give a new file, nothing is overwritten")
+                elif laid:
+                    missing[path] = read_bytes(laid).decode("utf-8")
+                else:                                           # it was in place, and was taken away again
+                    return False
+            write_new(missing)
+            return True
+        return distributed.from_main(complete)
 
     def remove(self):
+        """Close and clean up: the output is in place. A collective."""
         self.file.close()
         distributed.barrier()
         if distributed.is_main():
-            shutil.rmtree(self.folder)
+            self.clear()
+        self.close()
+
+    def close(self):
+        if self.file:
+            self.file.close()
+        if self.lock:
+            os.close(self.lock)
+        self.file = self.lock = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        """A refusal leaves nothing behind if nothing was finished."""
+        try:
+            refused = kind and issubclass(kind, (ValueError, OSError))
+            if refused and distributed.is_main() and self.lock and not self.holds_work():
+                self.clear()
+        finally:
+            self.close()
+
+    def holds_work(self):
+        """Whether anything was finished: answers of some start, or outputs."""
+        names = [name for name in os.listdir(self.folder) if OURS.fullmatch(name) and name != "new"]
+        return any((self.folder / name).stat().st_size for name in names)
+
+
+def differences(now, before):
+    """The names of settings that differ, the first few parts of a setting that has parts."""
+    found = []
+    for name in sorted(now.keys() | before.keys()):
+        one, other = now.get(name), before.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            parts = sorted(part for part in one.keys() | other.keys() if one.get(part) != other.get(part))
+            found += [f"{name} ({' '.join(parts[:3])})"] if parts else []
+        elif one != other or name not in now or name not in before:
+            found.append(name)
+    return found

@@ -1,27 +1,72 @@
-"""Preference pairs from scored candidates: best against worst, of a pool of teachers (offline DPO) or of the model's own samples (online).
+"""Preference pairs from scored candidates: best against worst, of a pool of teachers (offline DPO) or of the
+model's own samples (online).
 
-Aya Expanse, arXiv 2412.04261 and launch blog: "the highest and lowest reward responses from the Arbitrage stage as the chosen and
-rejected completions"; online, "we sample multiple online generations for each prompt [...], rank these generations with a Reward Model".
+Aya Expanse, arXiv 2412.04261 and launch blog: "the highest and lowest reward responses from the Arbitrage
+stage as the chosen and rejected completions"; online, "we sample multiple online generations for each prompt
+[...], rank these generations with a Reward Model". A departure: an answer that was cut at its limit is no
+answer, and is left out unless it is asked for.
 """
 
+import math
 from collections import Counter
 
+# How an answer ends that is not finished: OpenAI, vLLM; Anthropic, Gemini; Mistral; our chat after Ctrl-C.
+CUT = ("length", "max_tokens", "model_length", "interrupted")
+ANSWER = ("candidates", "completion", "chosen", "rejected", "finish_reason")     # keys not of the prompt
 
-def best_worst(rows, margin=0.0):
-    """(pairs, counts). rows carry "candidates" with "completion" and "reward"; a pair needs two different texts whose rewards differ
-    by more than `margin`. Prompts that give no pair are counted: equal_texts, small_margin."""
-    pairs, counts = [], Counter(pairs=0, equal_texts=0, small_margin=0)
+
+def was_cut(answer):
+    return (answer.get("finish_reason") or "").lower() in CUT
+
+
+def count_cut(rows):
+    """How many of the rows' candidates were cut: {"cut": number, "cut_by_language": {language: number}}."""
+    cut = Counter(row.get("language") or "other" for row in rows for c in row["candidates"] if was_cut(c))
+    return {"cut": cut.total(), "cut_by_language": dict(sorted(cut.items()))}
+
+
+def cut_line(rows):
+    """One line of text: "cut: 12 of 240 (en 3, ja 9)"."""
+    counts, total = count_cut(rows), sum(len(row["candidates"]) for row in rows)
+    languages = ", ".join(f"{code} {number}" for code, number in counts["cut_by_language"].items())
+    return f"cut: {counts['cut']} of {total}" + f" ({languages})" * bool(languages)
+
+
+def usable(row, keep_cut):
+    """(candidates that say something and have their end, whether there were others that had been cut)."""
+    options = [c for c in row["candidates"] if c["completion"].strip()]
+    for c in options:
+        if c.get("reward") is not None and not math.isfinite(c["reward"]):
+            raise ValueError(f"the reward {c['reward']} of {c.get('teacher') or 'a sample'} for the prompt "
+                             f"{str(row.get('prompt'))[:60]!r} is not finite; look at the reward model")
+    kept = [c for c in options if keep_cut or not was_cut(c)]
+    return kept, len(kept) < len(options)
+
+
+def best_worst(rows, margin=0.0, keep_cut=False, same=None):
+    """(pairs, counts). rows carry "candidates": "completion", "reward" and, if it is known, "finish_reason".
+
+    A pair needs two different answers whose rewards differ by more than `margin`. same(text): a key that
+    equal answers share, by default the text without outer white space. Prompts that give no pair are counted:
+    equal_texts, small_margin, cut_prompts (too few answers that were not cut).
+    """
+    same = same or str.strip
+    pairs, counts = [], Counter(pairs=0, equal_texts=0, small_margin=0, cut_prompts=0)
     for row in rows:
-        options = [c for c in row["candidates"] if c["completion"].strip()]
-        if len({c["completion"] for c in options}) < 2:
-            counts["equal_texts"] += 1
+        options, some_cut = usable(row, keep_cut)
+        options = [c for c in options if c["reward"] is not None]
+        if len({same(c["completion"]) for c in options}) < 2:
+            counts["cut_prompts" if some_cut else "equal_texts"] += 1
             continue
         best, worst = max(options, key=lambda c: c["reward"]), min(options, key=lambda c: c["reward"])
-        if best["completion"] == worst["completion"] or best["reward"] - worst["reward"] <= margin:
+        equal = same(best["completion"]) == same(worst["completion"])
+        if equal or best["reward"] - worst["reward"] <= margin:
             counts["small_margin"] += 1
             continue
-        kept = {k: v for k, v in row.items() if k != "candidates"}
-        pairs.append({**kept, "chosen": best["completion"], "rejected": worst["completion"], "chosen_reward": best["reward"],
-                      "rejected_reward": worst["reward"], "chosen_teacher": best.get("teacher"), "rejected_teacher": worst.get("teacher")})
+        pair = {k: v for k, v in row.items() if k not in ANSWER}
+        pair |= {"chosen": best["completion"], "rejected": worst["completion"]}
+        for key in ("reward", "teacher", "finish_reason"):
+            pair |= {f"chosen_{key}": best.get(key), f"rejected_{key}": worst.get(key)}
+        pairs.append(pair)
         counts["pairs"] += 1
-    return pairs, dict(counts)
+    return pairs, {**counts, **count_cut(rows)}

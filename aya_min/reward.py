@@ -1,25 +1,76 @@
 """Scores of a reward model: prompt and completion in, one number out, by model.RewardModel."""
 
+import math
+import sys
+
 import torch
 
 from . import distributed
-from .data import batches_in_order, collate, encode_example, in_step
+from .data import batches_in_order, collate, cut_left, encode_example, in_step
 
 
 @torch.no_grad()
-def score_texts(model, tokenizer, rows, batch_size=64):
-    """Reward of each row's "completion" given its "prompt" (or "prompt_messages"), the work split over the ranks; a list of floats on every rank.
+def score_texts(model, tokenizer, rows, batch_size=64, name="the reward model", too_long="refuse"):
+    """Reward of each row's "completion" given its "prompt" (or "prompt_messages"), the work split over the
+    ranks; a list of floats on every rank.
 
-    An empty completion is scored like any other text. model: a RewardModel, plain or sharded.
+    An empty completion is scored like any other text. model: a RewardModel, plain or sharded; name: what
+    messages call it. too_long: what to do with texts that pass the model's positions: refuse, skip (their
+    score is None, their number is said), or cut-left (the oldest tokens of their prompts are dropped).
     """
     model.eval()
     device = next(model.parameters()).device
-    prompts = [r.get("prompt_messages") or [{"role": "user", "content": r["prompt"]}] for r in rows]
-    examples = [encode_example(tokenizer, p + [{"role": "assistant", "content": r["completion"]}], {}, where=str(p))          # one place, one computation:
-                for p, r in zip(prompts, rows)]                                                                            # see data.repeats_of
+    positions = model.config.max_position_embeddings
+    places = [row.get("prompt_where") or f"row {i}" for i, row in enumerate(rows)]
+    examples = [example_of(tokenizer, row) for row in rows]
+    long = [i for i, example in enumerate(examples) if len(example.ids) > positions]
+    if long:
+        examples = fitted(examples, long, positions, too_long, name, places)
+    kept = [i for i, example in enumerate(examples) if example is not None]
+    if not kept:
+        return [None] * len(rows)
     done = []
-    for indices, batch in in_step(batches_in_order(examples, collate, batch_size)):
+    for indices, batch in in_step(batches_in_order([examples[i] for i in kept], collate, batch_size)):
         batch = batch.to(device)
-        done += zip(indices, model(batch.input_ids, batch.lengths, batch.mask, batch.repeats)[0].tolist())
-    scores = dict(sum(distributed.gather_objects(done), []))
-    return [scores[i] for i in range(len(rows))]
+        scores = model(batch.input_ids, batch.lengths, batch.mask, batch.repeats)[0].tolist()
+        done += zip(indices, scores)
+    scores = {kept[i]: score for i, score in sum(distributed.gather_objects(done), [])}
+    for i in kept:
+        if not math.isfinite(scores[i]):
+            raise ValueError(f"{name}: its score of the answer of {places[i]} is {scores[i]}, not finite"
+                             + distributed.blame(model))
+    return [scores.get(i) for i in range(len(rows))]
+
+
+def example_of(tokenizer, row):
+    messages = row.get("prompt_messages") or [{"role": "user", "content": row["prompt"]}]
+    # A text of its own as `where` says that rows of one prompt begin alike, see data.repeats_of.
+    return encode_example(tokenizer, messages + [{"role": "assistant", "content": row["completion"]}], {},
+                          where=str(messages))
+
+
+def fitted(examples, long, positions, too_long, name, places):
+    """The examples within the model's positions: those at the indices `long` cut, None, or refused."""
+    first = f"the first, of {places[long[0]]}, has {len(examples[long[0]].ids)} tokens"
+    found = f"{name}: {len(long)} of {len(examples)} texts to score pass its {positions} positions ({first})"
+    answers = {i: int(examples[i].mask.sum()) for i in long}
+    if too_long == "cut-left" and (over := [i for i in long if answers[i] > positions - 2]):
+        raise ValueError(f"{found}; the answer of {places[over[0]]} alone has {answers[over[0]]} tokens; "
+                         "shorten it, or give --too-long skip")
+    if too_long == "refuse":
+        raise ValueError(f"{found}; shorten them, or give --too-long skip or cut-left")
+    if distributed.is_main():
+        print(f"{found}; they are {'not scored' if too_long == 'skip' else 'cut'}", file=sys.stderr)
+    examples = list(examples)
+    for i in long:
+        examples[i] = None if too_long == "skip" else shortened(examples[i], positions, answers[i])
+    return examples
+
+
+def shortened(example, positions, answer):
+    """An example whose prompt lost its oldest tokens."""
+    prompt = cut_left(example.ids[:-answer].tolist(), positions - answer)
+    ids = example.ids[-positions:].copy()
+    mask = example.mask[-positions:]
+    ids[:len(prompt)] = prompt
+    return type(example)(ids, mask, example.language, "")

@@ -5,6 +5,7 @@ on what else is in the batch: its random numbers come from (seed, request number
 a multiple of BLOCK keys, so that on the CPU in fp32 even the last bit of a log-prob is the same in any company (tests/test_sampling.py).
 """
 
+import math
 from collections import deque, namedtuple
 from dataclasses import dataclass, field
 
@@ -14,12 +15,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from . import distributed
+from .data import cut_left as shorten
 from .linear import packed
 from .model import rotary, window_mask
 
 Completion = namedtuple("Completion", "ids logp finish_reason")     # ids end with the stop token if finish_reason is "stop"; logp: nats, of all ids
 BLOCK = 32                  # keys: attention kernels sum in vectors and blocks; over whole ones, masked keys change nothing
 PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}     # padded tokens that are prefilled together; more leave the CPU's caches (LOG.md)
+LEAST_TEMPERATURE = 1e-6    # logits of some thousands, divided by it, are far from the end of fp32
 PACK_BYTES = 4e9            # on the CPU, models up to this size are kept a second time in oneDNN's own layout
 
 
@@ -58,8 +61,15 @@ def choose(logits, uniforms, temperature, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def check_sampling(temperature, top_k, top_p, min_p):
-    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0 or not 0 <= min_p <= 1:
-        raise ValueError(f"temperature {temperature} must be >= 0, top-p {top_p} in (0, 1], top-k {top_k} >= 0, min-p {min_p} in [0, 1]")
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < float("inf"):
+        raise ValueError(f"temperature {temperature} must be 0 (greedy) or at least {LEAST_TEMPERATURE}: "
+                         "logits divided by less leave the range of fp32")
+    if not top_k >= 0:
+        raise ValueError(f"top-k {top_k} must be at least 0")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top-p {top_p} must be above 0 and at most 1")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min-p {min_p} must be at least 0 and at most 1")
 
 
 # ---- the engine --------------------------------------------------------------------------------------------------------------------
@@ -273,11 +283,12 @@ class Row:
         return self.finish_reason is not None
 
 
-def run(engine, prompts, limits, num_samples, numbers, seed, stop_ids, stopped):
+def run(engine, prompts, limits, num_samples, numbers, seed, stop_ids, stopped, fault=None):
     """Decode all prompts; a generator that yields, after each step, (rows that go on, rows that have just ended).
 
-    Prompts with the most to do go first, so that the batch stays full to the end. A group of prompts is prefilled ahead when a slot is free and
-    no prefilled row waits.
+    Prompts with the most to do go first, so that the batch stays full to the end. A group of prompts is
+    prefilled ahead when a slot is free and no prefilled row waits. fault(prompt, step, what): the error to
+    raise where logits or a log-prob are not finite.
     """
     waiting = deque(sorted(range(len(prompts)), key=lambda i: (-limits[i], -len(prompts[i]))))
     ready, rows = deque(), []                                                                   # (row, kept, its row in kept); row in slot i
@@ -293,7 +304,11 @@ def run(engine, prompts, limits, num_samples, numbers, seed, stop_ids, stopped):
         logits, kept = engine.prefill([prompts[i] for i in group])
         made = [(Row(i, s, len(prompts[i]), limits[i], uniforms(numbers[i] * num_samples + s, limits[i])), p) for p, i in enumerate(group) for s in range(num_samples)]
         first = torch.tensor([row.uniforms[0] for row, _ in made], device=engine.device) if engine.temperature else None
+        finite = logits.isfinite().all(-1).tolist()
         tokens, logps = choose(logits.repeat_interleave(num_samples, 0), first, engine.temperature, *engine.filters)
+        for (row, p), logp in zip(made, logps.tolist()):
+            if fault and not (finite[p] and math.isfinite(logp)):
+                raise fault(row.prompt, 0, "the logits")
         ended = []
         for (row, p), token, logp in zip(made, tokens.tolist(), logps.tolist()):
             ended.append(row) if row.add(token, logp, stop_ids, stopped) else ready.append((row, kept, p))
@@ -312,6 +327,9 @@ def run(engine, prompts, limits, num_samples, numbers, seed, stop_ids, stopped):
             yield rows, ended
             continue
         tokens, logps = engine.step(len(rows), max(row.length for row in rows))
+        if fault and not math.isfinite(sum(logps)):
+            slot = next(i for i, logp in enumerate(logps) if not math.isfinite(logp))
+            raise fault(rows[slot].prompt, len(rows[slot].ids), "the log-prob")
         gone = [slot for slot, (row, token, logp) in enumerate(zip(rows, tokens, logps)) if row.add(token, logp, stop_ids, stopped)]
         ended = [rows[slot] for slot in gone]
         for slot in reversed(gone):                                                             # the last row moves into the hole
@@ -340,11 +358,24 @@ def free_bytes(device):
         return None
 
 
-def check_lengths(config, lengths, limits):
+def check_lengths(config, lengths, limits, places=None):
     """Refuse prompts that leave no room for their answers within the positions that the model knows."""
     for i, (length, limit) in enumerate(zip(lengths, limits)):
         if length + limit > config.max_position_embeddings:
-            raise ValueError(f"prompt {i} has {length} tokens; with {limit} new ones it passes the model's {config.max_position_embeddings}; shorten it or lower --max-new-tokens")
+            place = places[i] if places else f"prompt {i}"
+            raise ValueError(f"{place} has {length} tokens; with {limit} new ones it passes the model's "
+                             f"{config.max_position_embeddings}; shorten it or lower --max-new-tokens")
+
+
+def not_finite(model, name, places=None):
+    """fault(prompt, step, what) of `run`: an error that names the model, the prompt, the step and, where one
+    is to blame, the parameter."""
+    def fault(prompt, step, what):
+        place = places[prompt] if places else f"prompt {prompt}"
+        about = distributed.blame(model) if isinstance(model, torch.nn.Module) else ""
+        verb = "are" if what.endswith("s") else "is"
+        return ValueError(f"{name}: {what} of new token {step + 1} of {place} {verb} not finite{about}")
+    return fault
 
 
 def plan(config, lengths, limits, num_samples, batch_size, device="cpu", dtype=torch.float32):
@@ -362,27 +393,44 @@ def plan(config, lengths, limits, num_samples, batch_size, device="cpu", dtype=t
     return slots, max_tokens, slots * per_slot
 
 
+def check_counts(prompts, limits, num_samples, batch_size, seed):
+    for what, least, number in [
+            ("num_samples", 1, num_samples), ("batch_size", 1, batch_size), ("seed", 0, seed),
+            *(("max_new_tokens", 1, limit) for limit in limits)]:
+        if number < least:
+            raise ValueError(f"{what} {number} must be at least {least}")
+    if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
+        raise ValueError(f"prompt {empty[0]} has no tokens; give each at least one")
+
+
 def stop_test(stop_strings, decode):
-    """stopped(ids): has one of the strings come at the end of what ids say? Only as many tokens are decoded as the longest string has bytes, and a few."""
+    """stopped(ids): has one of the strings come at the end of what ids say? Only as many tokens are decoded
+    as the longest string has bytes, and a few."""
     if not stop_strings:
         return None
+    if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
+        raise ValueError(f"the stop strings {stop_strings!r} must be a list of texts, none of them empty")
     tail = max(len(s.encode()) for s in stop_strings) + 4
     return lambda ids: any(s in decode(ids[-tail:]) for s in stop_strings)
 
 
 @torch.no_grad()
 def generate(model, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop_ids=(), stop_strings=(), decode=None,
-             seed=0, batch_size=256, numbers=None, progress=None, on_done=None, on_ready=None):
+             seed=0, batch_size=256, numbers=None, progress=None, on_done=None, on_ready=None,
+             name="the model", places=None):
     """Completions of many prompts by a plain (never a sharded) model, or its Fused weights: a list of num_samples Completions for each prompt.
 
     prompts: lists of ids. max_new_tokens: a number, or one for each prompt. stop_strings need decode(ids) -> text.
     numbers: the request number of each prompt (default its index), which with `seed` fixes its random numbers. batch_size: rows decoded together.
     progress: text of a tqdm bar on rank 0, or None. on_done(i, completions) is called as soon as prompt i has all of them,
-    on_ready() when the engine has been built (on a GPU: compiled).
+    on_ready() when the engine has been built (on a GPU: compiled). name, places: what messages call the model
+    and each prompt.
     """
     check_sampling(temperature, top_k, top_p, min_p)
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     numbers = range(len(prompts)) if numbers is None else numbers
+    check_counts(prompts, limits, num_samples, batch_size, seed)
+    stopped = stop_test(stop_strings, decode)
     fused = model if isinstance(model, Fused) else Fused(model)
     slots, max_tokens, _ = plan(fused.config, [len(p) for p in prompts], limits, num_samples, batch_size, fused.device, fused.dtype)
     if not prompts:
@@ -391,8 +439,12 @@ def generate(model, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, 
     if on_ready:
         on_ready()
     results = [[None] * num_samples for _ in prompts]
-    with tqdm(total=len(prompts), desc=progress, unit="prompt", leave=False, disable=progress is None or not distributed.is_main(), mininterval=1) as bar:
-        for _, ended in run(engine, prompts, limits, num_samples, numbers, seed, set(stop_ids), stop_test(stop_strings, decode)):
+    off = progress is None or not distributed.is_main()
+    steps = run(engine, prompts, limits, num_samples, numbers, seed, set(stop_ids), stopped,
+                not_finite(model, name, places))
+    with tqdm(total=len(prompts), desc=progress, unit="prompt", mininterval=1, leave=False,
+              disable=off) as bar:
+        for _, ended in steps:
             for row in ended:
                 results[row.prompt][row.sample] = Completion(row.ids, row.logp, row.finish_reason)
                 if None not in results[row.prompt]:
@@ -403,12 +455,17 @@ def generate(model, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, 
 
 
 @torch.no_grad()
-def stream(model, prompt, max_new_tokens=256, temperature=0.3, top_k=0, top_p=1.0, min_p=0.0, stop_ids=(), seed=0):
-    """The ids of one completion of a model, or its Fused weights, one by one as they are chosen; the stop token included, if it comes."""
+def stream(model, prompt, max_new_tokens=256, temperature=0.3, top_k=0, top_p=1.0, min_p=0.0, stop_ids=(),
+           seed=0, name="the model"):
+    """The ids of one completion of a model, or its Fused weights, one by one as they are chosen; the stop
+    token included, if it comes."""
+    check_sampling(temperature, top_k, top_p, min_p)
+    check_counts([prompt], [max_new_tokens], 1, 1, seed)
     fused = model if isinstance(model, Fused) else Fused(model)
     _, max_tokens, _ = plan(fused.config, [len(prompt)], [max_new_tokens], 1, 1, fused.device, fused.dtype)
     engine, sent = Engine(fused, 1, max_tokens, max_new_tokens, temperature, (top_k, top_p, min_p)), 0
-    for rows, ended in run(engine, [prompt], [max_new_tokens], 1, [0], seed, set(stop_ids), None):
+    for rows, ended in run(engine, [prompt], [max_new_tokens], 1, [0], seed, set(stop_ids), None,
+                           not_finite(model, name, ["the prompt"])):
         for row in rows + ended:
             yield from row.ids[sent:]
             sent = len(row.ids)
@@ -419,20 +476,49 @@ def cut_at(text, stop_strings):
     return text[:min([text.find(s) for s in stop_strings if s in text], default=len(text))]
 
 
-def answer_rows(model, tokenizer, rows, num_samples=1, max_new_tokens=64, temperature=1.0, seed=0, batch_size=256, progress=None, stop_ids=None,
-                stop_strings=(), numbers=None, on_done=None, **more):
-    """Answer rows that carry "prompt_messages" or "prompt", the work split over the ranks: on every rank, for each row in order, a list of
-    {"completion", "ids" (the sampled tokens, the stop token included), "finish_reason", "logp"}. The answers do not depend on the number of ranks.
+def answer_rows(model, tokenizer, rows, num_samples=1, max_new_tokens=64, temperature=1.0, seed=0,
+                batch_size=256, progress=None, stop_ids=None, stop_strings=(), numbers=None, on_done=None,
+                name="the model", cut_left=False, **more):
+    """Answer rows that carry "prompt_messages" or "prompt", the work split over the ranks: on every rank, for
+    each row in order, a list of {"completion", "ids" (the sampled tokens, the stop token included),
+    "finish_reason", "logp"}. The answers do not depend on the number of ranks.
 
-    stop_ids: default the tokenizer's. numbers, on_done(i, answers): as in `generate`, i the index in rows; called on the rank that made the answers.
+    stop_ids: default the tokenizer's. numbers, on_done(i, answers): as in `generate`, i the index in rows;
+    called on the rank that made the answers. cut_left: prompts that leave no room lose their oldest tokens,
+    otherwise they are refused. name: what messages call the model.
     """
+    numbers = range(len(rows)) if numbers is None else numbers
+    places = [row.get("prompt_where") or f"prompt {number}" for number, row in zip(numbers, rows)]
     prompts = [tokenizer.encode_prompt(row.get("prompt_messages") or row["prompt"]) for row in rows]
-    check_lengths(model.config, [len(p) for p in prompts], [max_new_tokens] * len(prompts))    # all of them, so that no rank is refused alone
+    room = model.config.max_position_embeddings - max_new_tokens
+    if cut_left and room > 1:
+        prompts = [shorten(ids, room) for ids in prompts]
+    lengths = [len(ids) for ids in prompts]
+    check_lengths(model.config, lengths, [max_new_tokens] * len(rows), places)  # all: no rank is alone
     mine = list(range(distributed.rank(), len(rows), distributed.num_ranks()))
-    as_answers = lambda group: [{"completion": cut_at(tokenizer.decode(c.ids), stop_strings), "ids": c.ids, "finish_reason": c.finish_reason, "logp": c.logp} for c in group]
-    samples = generate(model, [prompts[i] for i in mine], num_samples, max_new_tokens, temperature, seed=seed, batch_size=batch_size, progress=progress,
-                       stop_ids=tokenizer.stop_ids if stop_ids is None else stop_ids, stop_strings=stop_strings, decode=tokenizer.decode,
-                       numbers=[numbers[i] if numbers else i for i in mine], on_done=on_done and (lambda j, group: on_done(mine[j], as_answers(group))), **more)
+
+    def as_answers(group):
+        return [{"completion": text_of(c.ids), "ids": c.ids, "finish_reason": c.finish_reason, "logp": c.logp}
+                for c in group]
+
+    def text_of(ids):
+        """A NUL is no text, like the bytes for which `decode` puts U+FFFD: no reader here takes one."""
+        return cut_at(tokenizer.decode(ids), stop_strings).replace("\0", "\ufffd")
+
+    samples, error = [], None
+    try:
+        samples = generate(
+            model, [prompts[i] for i in mine], num_samples, max_new_tokens, temperature, seed=seed,
+            batch_size=batch_size, progress=progress, stop_strings=stop_strings, decode=tokenizer.decode,
+            stop_ids=tokenizer.stop_ids if stop_ids is None else stop_ids, numbers=[numbers[i] for i in mine],
+            on_done=on_done and (lambda j, group: on_done(mine[j], as_answers(group))), name=name,
+            places=[places[i] for i in mine], **more)
+    except ValueError as found:                 # to be raised on every rank, so that none waits for another
+        error = found
     done = dict(zip(mine, map(as_answers, samples)))
-    done = {i: answers for part in distributed.gather_objects(done) for i, answers in part.items()}
+    parts = distributed.gather_objects((done, error))
+    for _, error in parts:
+        if error:
+            raise error
+    done = {i: answers for part, _ in parts for i, answers in part.items()}
     return [done[i] for i in range(len(rows))]

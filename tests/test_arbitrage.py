@@ -4,32 +4,42 @@ import json
 from collections import Counter
 
 import pytest
+from small import tokenizer
 
 from aya_min.arbitrage import candidates_from, read_answers, route, wins_table
 from aya_min.data import load_prompts
-from aya_min.preferences import best_worst
+from aya_min.preferences import best_worst, count_cut, cut_line
 from aya_min.world import write_jsonl
 
 
 def row(*candidates, **extra):
-    """A prompt row with candidates (teacher, completion, reward)."""
-    return {"prompt": "p", "language": "fr", **extra, "candidates": [{"teacher": t, "completion": c, "reward": r} for t, c, r in candidates]}
+    """A prompt row with candidates (teacher, completion, reward), or (teacher, completion, reward, finish reason)."""
+    keys = ("teacher", "completion", "reward", "finish_reason")
+    return {"prompt": "p", "language": "fr", **extra, "candidates": [dict(zip(keys, values)) for values in candidates]}
+
+
+NONE_CUT = {"cut": 0, "cut_by_language": {}, "cut_prompts": 0}
 
 
 # routes
 
-def test_candidates_stand_in_the_order_of_the_teachers_with_their_rewards():
-    rows = candidates_from([{"prompt": "a"}, {"prompt": "b"}], {"T": ["1", "2"], "U": ["3", "4"]}, {"T": [0.1, 0.2], "U": [0.3, 0.4]})
-    assert rows[1] == {"prompt": "b", "candidates": [{"teacher": "T", "completion": "2", "reward": 0.2}, {"teacher": "U", "completion": "4", "reward": 0.4}]}
-    assert candidates_from([{"prompt": "a"}], {"T": ["1"]})[0]["candidates"][0]["reward"] is None
+def test_candidates_stand_in_the_order_of_the_teachers_with_their_rewards_and_how_they_ended():
+    answers = {"T": [{"completion": "1", "finish_reason": "stop"}, {"completion": "2"}],
+               "U": [{"completion": "3", "finish_reason": None}, {"completion": "4", "finish_reason": "length", "ids": [5]}]}
+    rows = candidates_from([{"prompt": "a"}, {"prompt": "b"}], answers, {"T": [0.1, 0.2], "U": [0.3, None]})
+    assert rows[1] == {"prompt": "b", "candidates": [
+        {"teacher": "T", "completion": "2", "reward": 0.2, "finish_reason": None},
+        {"teacher": "U", "completion": "4", "reward": None, "finish_reason": "length"}]}
+    assert rows[0]["candidates"][0]["finish_reason"] == "stop"
+    assert candidates_from([{"prompt": "a"}], {"T": answers["T"]})[0]["candidates"][0]["reward"] is None
 
 
 def test_the_reward_route_keeps_the_best_answer_of_each_prompt_and_counts_who_won():
     rows = [row(("T", "a", 0.1), ("U", "b", 0.9), ("V", "c", -3.0), question_id="q1"), row(("T", "d", -1.0), ("U", "e", -2.0), language="de"), row(("T", "f", 0), ("U", "g", 1))]
     chosen, counts = route(rows, "reward")
     assert [(c["completion"], c["teacher"]) for c in chosen] == [("b", "U"), ("d", "T"), ("g", "U")]
-    assert chosen[0] == {"prompt": "p", "language": "fr", "question_id": "q1", "completion": "b", "teacher": "U"}
-    assert counts == {"prompts": 3, "wins": {"fr": {"U": 2}, "de": {"T": 1}}, "ties": 0, "equal_texts": 0, "empty": 0}
+    assert chosen[0] == {"prompt": "p", "language": "fr", "question_id": "q1", "completion": "b", "teacher": "U", "finish_reason": None}
+    assert counts == {"prompts": 3, "wins": {"fr": {"U": 2}, "de": {"T": 1}}, "ties": 0, "equal_texts": 0, "empty": 0, "unscored": 0, **NONE_CUT}
 
 
 def test_ties_and_equal_texts_are_counted_and_a_tie_is_broken_by_the_seed():
@@ -78,6 +88,92 @@ def test_the_table_of_wins_gives_percent_by_language():
     assert [line.split() for line in text.splitlines()] == [["language", "T", "U"], ["de", "0%", "100%"], ["fr", "75%", "25%"]]
 
 
+# cut answers
+
+CUT = [row(("T", "a", 9.0, "length"), ("U", "b", 1.0, "stop"), ("V", "c", 0.0, None)),
+       row(("T", "d", 2.0, "length"), ("U", "e", 1.0, "length"), language="de"),
+       row(("T", "f", 2.0, "stop"), ("U", "g", 3.0, "interrupted"), ("V", "h", 1.0, "length"), language="de")]
+
+
+def test_cut_answers_are_left_out_of_the_rows_and_counted_by_language():
+    """Answers cut at the limit became SFT rows as if the model had ended there."""
+    chosen, counts = route(CUT, "reward")
+    assert [(c["completion"], c["finish_reason"]) for c in chosen] == [("b", "stop"), ("f", "stop")]
+    assert (counts["cut"], counts["cut_by_language"], counts["cut_prompts"]) == (5, {"de": 4, "fr": 1}, 1)
+    assert counts["empty"] == 0 and cut_line(CUT) == "cut: 5 of 8 (de 4, fr 1)"
+    for seed in range(20):
+        assert {c["completion"] for c in route(CUT, "random", seed)[0]} <= {"b", "c", "f"}
+    assert [c["completion"] for c in route(CUT, "fixed", table={"fr": "T", "de": "T"})[0]] == ["f"]
+
+
+def test_cut_answers_are_kept_if_asked_for_and_say_so_in_their_rows():
+    chosen, counts = route(CUT, "reward", keep_cut=True)
+    assert [(c["completion"], c["finish_reason"]) for c in chosen] == [("a", "length"), ("d", "length"), ("g", "interrupted")]
+    assert counts["cut"] == 5 and counts["cut_prompts"] == 0
+
+
+def test_cut_answers_make_no_pairs_unless_asked_for():
+    pairs, counts = best_worst(CUT)
+    assert [(p["chosen"], p["rejected"]) for p in pairs] == [("b", "c")]
+    assert counts == {"pairs": 1, "equal_texts": 0, "small_margin": 0, "cut_prompts": 2, "cut": 5,
+                      "cut_by_language": {"de": 4, "fr": 1}}
+    pairs, counts = best_worst(CUT, keep_cut=True)
+    assert [(p["chosen"], p["chosen_finish_reason"], p["rejected"], p["rejected_finish_reason"]) for p in pairs] == [
+        ("a", "length", "c", None), ("d", "length", "e", "length"), ("g", "interrupted", "h", "length")]
+    assert counts["cut"] == 5 and counts["cut_prompts"] == 0
+
+
+def test_nothing_cut_is_said_in_a_line_without_languages():
+    assert cut_line([row(("T", "a", 1.0, "stop"))]) == "cut: 0 of 1"
+    assert count_cut([]) == {"cut": 0, "cut_by_language": {}}
+
+
+# what is equal, and what is no number
+
+def test_answers_with_equal_ids_are_equal():
+    """Texts were compared before white space and the normalizer were taken off: 16 of 16 such pairs were trained on."""
+    same = tokenizer().key
+    for one, other in (("b c", " b c "), ("\u00e9", "e\u0301"), ("a\n", "a"), ("\u1112\u1161\u11ab", "\ud55c")):
+        twice = row(("T", one, 2.0), ("U", other, 1.0))
+        assert best_worst([twice], same=same) == ([], {"pairs": 0, "equal_texts": 1, "small_margin": 0, **NONE_CUT})
+        assert route([twice], "reward", same=same)[1]["equal_texts"] == 1
+        tie = row(("T", one, 2.0), ("U", other, 2.0))
+        assert route([tie], "reward", same=same)[1]["ties"] == 0
+        third = row(("T", one, 2.0), ("U", other, 1.0), ("V", "z", 1.5))
+        assert best_worst([third], same=same)[1]["small_margin"] == 1       # best and worst say the same
+    assert best_worst([row(("T", "b c", 2.0), ("U", " b c ", 1.0))])[1]["equal_texts"] == 1     # as plain texts too
+    assert best_worst([row(("T", "b c", 2.0), ("U", "b  c", 1.0))], same=same)[1]["pairs"] == 1
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_reward_that_is_not_finite_is_refused_wherever_it_stands(reward, place):
+    """[1, nan, .5] gave a pair and [nan, 1, .5] none."""
+    rewards = [1.0, 0.5, 0.2]
+    rewards[place] = reward
+    rows = [row(*zip("TUV", "abc", rewards))]
+    for choose in (lambda: route(rows, "reward"), lambda: route(rows, "random"), lambda: best_worst(rows),
+                   lambda: route(rows, "fixed", table={"fr": "TUV"[place]})):
+        with pytest.raises(ValueError, match=f"the reward {reward} of {'TUV'[place]} for the prompt 'p' is not finite"):
+            choose()
+
+
+def test_an_answer_without_a_score_is_neither_chosen_by_reward_nor_paired_and_is_counted():
+    rows = [row(("T", "a", None), ("U", "b", -5.0)), row(("T", "a", None), ("U", "b", None))]
+    chosen, counts = route(rows, "reward")
+    assert [c["completion"] for c in chosen] == ["b"] and counts["unscored"] == 1
+    assert len(route(rows, "random")[0]) == 2
+    assert best_worst(rows)[0] == []
+
+
+def test_what_a_prompts_row_carried_of_another_answer_does_not_travel_into_the_new_rows():
+    old = {"completion": "old", "chosen": "old", "rejected": "older", "finish_reason": "length", "id": 7}
+    rows = [row(("T", "a", 1.0, "stop"), ("U", "b", 0.0, "stop"), **old)]
+    [chosen], [pair] = route(rows, "reward")[0], best_worst(rows)[0]
+    assert chosen == {"prompt": "p", "language": "fr", "id": 7, "completion": "a", "teacher": "T", "finish_reason": "stop"}
+    assert pair.keys() >= {"id", "chosen", "rejected"} and not pair.keys() & {"completion", "finish_reason"}
+
+
 # teachers' files
 
 @pytest.fixture
@@ -91,20 +187,36 @@ def answers(tmp_path, rows):
     return tmp_path / "teacher.jsonl"
 
 
+def texts(answers):
+    return [answer["completion"] for answer in answers]
+
+
+def test_an_answer_keeps_what_its_file_says_about_its_end(prompts, tmp_path):
+    turns = [{"role": "user", "content": "9"}, {"role": "assistant", "content": "nine", "finish_reason": "interrupted"}]
+    path = answers(tmp_path, [{"prompt": "7", "completion": "a", "finish_reason": "length"}, {"messages": turns},
+                              {"prompt": "8", "completion": "b", "finish_reason": None}])
+    made = read_answers(path, prompts)
+    assert [answer["finish_reason"] for answer in made] == ["length", "length", None, "interrupted"]
+    for wrong in (5, ["stop"], {}):
+        path = answers(tmp_path, [{"prompt": "7", "completion": "a", "finish_reason": wrong}])
+        with pytest.raises(ValueError, match="teacher.jsonl:1: 'finish_reason' must be a text"):
+            read_answers(path, prompts)
+
+
 def test_answers_are_joined_by_prompt_and_language_in_the_prompts_order(prompts, tmp_path):
     path = answers(tmp_path, [{"prompt": "9", "completion": "neun"}, {"prompt": "8", "language": "deu", "completion": "acht"},
                               {"prompt": "7", "language": "German", "completion": "sieben"}, {"prompt": "7", "language": "fr", "completion": "sept"}])
-    assert read_answers(path, prompts) == ["sept", "sieben", "acht", "neun"]
+    assert texts(read_answers(path, prompts)) == ["sept", "sieben", "acht", "neun"]
 
 
 def test_an_answer_without_a_language_answers_its_prompt_in_any(prompts, tmp_path):
     path = answers(tmp_path, [{"prompt": p, "completion": p * 2} for p in "789"])
-    assert read_answers(path, prompts) == ["77", "77", "88", "99"]
+    assert texts(read_answers(path, prompts)) == ["77", "77", "88", "99"]
 
 
 def test_a_prompt_without_a_language_takes_the_answer_in_any(prompts, tmp_path):
     path = answers(tmp_path, [{"prompt": "7", "completion": "a"}, {"prompt": "8", "completion": "b"}, {"prompt": "9", "language": "it", "completion": "nove"}])
-    assert read_answers(path, prompts) == ["a", "a", "b", "nove"]
+    assert texts(read_answers(path, prompts)) == ["a", "a", "b", "nove"]
 
 
 def test_an_answer_in_another_language_is_not_taken_for_the_prompts(prompts, tmp_path):
@@ -121,14 +233,14 @@ def test_a_missing_answer_is_refused_with_the_prompt(prompts, tmp_path):
 
 def test_the_first_of_two_answers_to_a_prompt_counts(prompts, tmp_path):
     path = answers(tmp_path, [{"prompt": p, "completion": p + suffix} for suffix in ("first", "second") for p in "789"])
-    assert read_answers(path, prompts) == ["7first", "7first", "8first", "9first"]
+    assert texts(read_answers(path, prompts)) == ["7first", "7first", "8first", "9first"]
 
 
 def test_prompts_of_several_turns_are_joined_by_all_of_them(tmp_path):
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "7"}]
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": turns}, {"prompt": "7"}])
     path = answers(tmp_path, [{"messages": turns + [{"role": "assistant", "content": "long"}]}, {"inputs": "7", "targets": "short"}])
-    assert read_answers(path, load_prompts([tmp_path / "prompts.jsonl"])) == ["long", "short"]
+    assert texts(read_answers(path, load_prompts([tmp_path / "prompts.jsonl"]))) == ["long", "short"]
 
 
 def test_an_empty_answer_of_a_teacher_is_refused_with_its_line(prompts, tmp_path):
@@ -141,19 +253,19 @@ def test_an_empty_answer_of_a_teacher_is_refused_with_its_line(prompts, tmp_path
 def test_the_best_answer_is_chosen_and_the_worst_rejected():
     pairs, counts = best_worst([row(("T", "a", 0.5), ("U", "b", 2.0), ("V", "c", -1.0), ("W", "d", 1.0), question_id="q")])
     assert pairs == [{"prompt": "p", "language": "fr", "question_id": "q", "chosen": "b", "rejected": "c", "chosen_reward": 2.0, "rejected_reward": -1.0,
-                      "chosen_teacher": "U", "rejected_teacher": "V"}]
-    assert counts == {"pairs": 1, "equal_texts": 0, "small_margin": 0}
+                      "chosen_teacher": "U", "rejected_teacher": "V", "chosen_finish_reason": None, "rejected_finish_reason": None}]
+    assert counts == {"pairs": 1, "equal_texts": 0, "small_margin": 0, **NONE_CUT}
 
 
 def test_a_pair_needs_two_texts_and_a_difference_above_the_margin():
     rows = [row(("T", "a", 1.0), ("U", "a", 0.0)), row(("T", "a", 1.0), ("U", "b", 1.0)), row(("T", "a", 1.5), ("U", "b", 1.0)), row(("T", "a", 1.6), ("U", "b", 1.0))]
-    assert best_worst(rows)[1] == {"pairs": 2, "equal_texts": 1, "small_margin": 1}
+    assert best_worst(rows)[1] == {"pairs": 2, "equal_texts": 1, "small_margin": 1, **NONE_CUT}
     pairs, counts = best_worst(rows, margin=0.5)
-    assert counts == {"pairs": 1, "equal_texts": 1, "small_margin": 2} and pairs[0]["chosen_reward"] == 1.6
+    assert counts == {"pairs": 1, "equal_texts": 1, "small_margin": 2, **NONE_CUT} and pairs[0]["chosen_reward"] == 1.6
 
 
 def test_empty_completions_make_no_pair_though_they_are_the_worst():
-    assert best_worst([row(("T", "a", 1.0), ("U", " ", -5.0))]) == ([], {"pairs": 0, "equal_texts": 1, "small_margin": 0})
+    assert best_worst([row(("T", "a", 1.0), ("U", " ", -5.0))]) == ([], {"pairs": 0, "equal_texts": 1, "small_margin": 0, **NONE_CUT})
     [pair], _ = best_worst([row(("T", "a", 1.0), ("U", "", -5.0), ("V", "c", 0.0))])
     assert (pair["chosen"], pair["rejected"]) == ("a", "c")
 

@@ -16,11 +16,13 @@ import termios
 import time
 
 import pytest
+import torch
 from small import ROOT, language_model, tokenizer, write_world
 
 from aya_min.chat import HELP, MARKS, SHOWN, Conversation, chat, columns_of, wrap
 from aya_min.config import SFT
 from aya_min.data import load_examples
+from aya_min.files import parse_json
 from aya_min.languages import LANGUAGES
 from aya_min.sampling import stream
 from aya_min.world import questions
@@ -392,3 +394,43 @@ def test_in_a_real_terminal_ctrl_c_stops_an_endless_answer_and_ctrl_d_leaves():
         child.wait()
         os.close(ours)
     assert b"Traceback" not in seen
+
+
+def test_what_is_saved_is_text_that_our_own_reader_takes_and_half_a_character_is_refused(tmp_path):
+    """A model may say a NUL, and then every command refused the file."""
+    conversation = Conversation(models())
+    conversation.turns[0] = [{"role": "user", "content": "red?"}, {"role": "assistant", "content": "a\0b\u2028",
+                                                                 "finish_reason": "length"}]
+    conversation.save(tmp_path / "talk.jsonl")
+    [line] = (tmp_path / "talk.jsonl").read_bytes().split(b"\n")[:-1]
+    kept = parse_json(line, "talk")["messages"][1]
+    assert kept == {"role": "assistant", "content": "a\ufffdb\u2028", "finish_reason": "length"}
+    conversation.turns[0][1]["content"] = "\ud800"
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        conversation.save(tmp_path / "other.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.jsonl"]
+
+
+@pytest.mark.parametrize("target", ["nowhere", "taken"])
+def test_a_conversation_is_saved_through_no_link(target, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "talk.jsonl").symlink_to(tmp_path / target)
+    conversation = Conversation(models())
+    conversation.turns[0] = [{"role": "user", "content": "red?"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(ValueError, match="talk.jsonl exists"):
+        conversation.save(tmp_path / "talk.jsonl")
+    assert (tmp_path / "taken").read_text() == "mine" and not (tmp_path / "nowhere").exists()
+
+
+def test_a_model_that_is_not_finite_is_one_line_with_its_name_and_the_talk_goes_on():
+    [(_, model, *rest)] = models()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    first, second = talk(["red?", "/language de"], [("nanlm", model, *rest)])
+    assert "[nanlm: the logits of new token 1 of the prompt are not finite; its parameter model.norm.weight" in first
+    assert "answers in German" in second
+
+
+def test_mistakes_are_shown_without_control_characters():
+    printed = talk(["/\x1b[31mred"], models())
+    assert "\x1b" not in "".join(printed) and "unknown command /[31mred" in printed[0]

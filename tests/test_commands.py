@@ -161,14 +161,16 @@ GENERATE_MISTAKES = {
     "--model A --chat --prompt hello": "give one of --prompt TEXT, --prompts F.jsonl and --chat",
     "--models A B C --chat": "--chat is for one process and one or two models",
     "--model A --chat --num-samples 2": "--chat is for one process and one or two models",
-    f"{ASK} --max-new-tokens 500": "it passes the model's 512",
-    f"{ASK} --temperature nan": "temperature nan must be >= 0",
+    f"{ASK} --max-new-tokens 500": "A (512 positions, --max-new-tokens 500)",
+    f"{ASK} --max-new-tokens 511": "A (512 positions, --max-new-tokens 511) for a prompt; lower --max-new-tokens",
+    f"{ASK} --temperature nan": "argument --temperature: 'nan' must be a finite number of at least 0",
+    f"{ASK} --temperature 1e-40": "temperature 1e-40 must be 0 (greedy) or at least 1e-06",
     "--model A --prompts prompts.jsonl": "--prompts needs --out",
     "--model A --prompts nowhere.jsonl --out new.jsonl": "nowhere.jsonl: cannot be read",
-    "--model A --prompts malformed.jsonl --out new.jsonl": "malformed.jsonl:2: not a JSON object",
+    "--model A --prompts malformed.jsonl --out new.jsonl": "malformed.jsonl:2: not",
     "--model A --prompts empty.jsonl --out new.jsonl": "empty.jsonl: the file is empty",
     "--model A --prompts no-prompt.jsonl --out new.jsonl": "no-prompt.jsonl:1: no prompt in keys ['answer']",
-    "--model A --prompts long.jsonl --out new.jsonl": "prompt 1 has",
+    "--model A --prompts long.jsonl --out new.jsonl": "long.jsonl:2: ",
     "--model A --prompts prompts.jsonl --out taken.jsonl": "taken.jsonl exists; give a new file, nothing is overwritten",
     f"{POOL} --pairs taken.jsonl": "taken.jsonl exists",
     f"{POOL} --pairs new.jsonl": "--pairs and --out are the same file",
@@ -185,9 +187,9 @@ GENERATE_MISTAKES = {
     "--models A B --prompts prompts.jsonl --out new.jsonl --route fixed --table half.json": "half.json: not JSON",
     f"{POOL} --num-samples 2": "arbitrage takes one answer from each",
     f"{ASK} --arbiter RM": "--arbiter, --pairs and --table go with --models",
-    f"{ASK} --num-samples 0": "must be at least 1",
-    f"{ASK} --temperature -1": "temperature -1.0 must be >= 0",
-    f"{ASK} --top-p 0": "top-p 0.0 in (0, 1]",
+    f"{ASK} --num-samples 0": "argument --num-samples: '0' must be a whole number of at least 1",
+    f"{ASK} --temperature -1": "argument --temperature: '-1' must be a finite number of at least 0",
+    f"{ASK} --top-p 0": "argument --top-p: '0' must be a finite number above 0 and at most 1",
 }
 
 
@@ -286,7 +288,7 @@ def test_greedy_twice_gives_the_same_file_and_so_does_the_same_seed_but_not_anot
 
 
 def test_several_models_and_an_arbiter_give_the_best_answers_and_the_pairs(call, folder, tmp_path):
-    code, out, err = call(generate, f"--models A B C --arbiter RM --prompts prompts.jsonl --out {tmp_path}/best --pairs {tmp_path}/pairs --max-new-tokens 6 --temperature 1")
+    code, out, err = call(generate, f"--models A B C --arbiter RM --prompts prompts.jsonl --out {tmp_path}/best --pairs {tmp_path}/pairs --max-new-tokens 6 --temperature 1 --keep-cut")
     assert code == 0 and err[-1].startswith("36 prompts, ")
     best, pairs, prompts = read(tmp_path / "best"), read(tmp_path / "pairs"), read(folder / "prompts.jsonl")
     assert [row["question_id"] for row in best] == [row["question_id"] for row in prompts]
@@ -298,16 +300,16 @@ def test_several_models_and_an_arbiter_give_the_best_answers_and_the_pairs(call,
         kept = by_question[pair["question_id"] + pair["language"]]
         assert pair["chosen"] == kept["completion"] and pair["rejected_reward"] == min(kept["scores"].values()) < pair["chosen_reward"]
     assert "language" in out and "ties: 0" in out and f"pairs: {len(pairs)}" in out
-    code, _, _ = call(train, f"dpo --model A --data {tmp_path}/pairs --out {tmp_path}/dpo --batch-size 4 --max-steps 1")
+    code, _, _ = call(train, f"dpo --model A --data {tmp_path}/pairs --out {tmp_path}/dpo --batch-size 4 --max-steps 1 --keep-cut")
     assert code == 0                                                    # what it writes is what the stages read
-    assert call(train, f"sft --model A --data {tmp_path}/best --out {tmp_path}/sft --batch-size 4 --max-steps 1")[0] == 0
+    assert call(train, f"sft --model A --data {tmp_path}/best --out {tmp_path}/sft --batch-size 4 --max-steps 1 --keep-cut")[0] == 0
 
 
 def test_a_fixed_table_takes_each_languages_teacher_without_an_arbiter(call, folder, tmp_path):
     codes = {row["language"] for row in read(folder / "prompts.jsonl")}
     table = {code: str(folder / ("A" if code < "fr" else "B")) for code in codes}
     (tmp_path / "table").write_text(json.dumps(table))
-    assert call(generate, f"--models A B --route fixed --table {tmp_path}/table --prompts prompts.jsonl --out {tmp_path}/out --max-new-tokens 4")[0] == 0
+    assert call(generate, f"--models A B --route fixed --table {tmp_path}/table --prompts prompts.jsonl --out {tmp_path}/out --max-new-tokens 4 --keep-cut")[0] == 0
     rows = read(tmp_path / "out")
     assert rows and all(row["teacher"] == table[row["language"]] for row in rows)
 
@@ -416,7 +418,7 @@ def test_torchrun_writes_the_file_of_one_process_to_the_last_byte(call, folder, 
 
 
 def test_torchrun_generates_what_one_process_generates(call, folder, tmp_path):
-    line = "--models A B --arbiter RM --prompts prompts.jsonl --max-new-tokens 8 --temperature 0.7"
+    line = "--models A B --arbiter RM --prompts prompts.jsonl --max-new-tokens 8 --temperature 0.7 --keep-cut"
     assert call(generate, f"{line} --out {tmp_path}/one --pairs {tmp_path}/one-pairs")[0] == 0
     done = process(*TORCHRUN, "generate.py", *words(f"{line} --out {tmp_path}/two --pairs {tmp_path}/two-pairs", folder))
     assert done.returncode == 0, done.stderr[-3000:]

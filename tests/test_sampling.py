@@ -2,11 +2,12 @@
 And the scores of a reward model, which must not depend on the batch either."""
 
 import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
-from small import language_model, reward_model, tokenizer
+from small import language_model, on_ranks, reward_model, tokenizer
 
 from aya_min.reward import score_texts
 from aya_min import config, sampling
@@ -319,10 +320,119 @@ def test_the_last_position_of_the_model_can_be_used_and_one_more_is_refused(mode
         generate(model, [[20], prompt], max_new_tokens=13)
 
 
-@pytest.mark.parametrize("changes", [dict(temperature=-1), dict(top_p=0.0), dict(top_p=1.5), dict(top_k=-1), dict(min_p=1.1)])
-def test_settings_out_of_range_are_refused_with_their_range(changes, model):
-    with pytest.raises(ValueError, match=r"temperature .* must be >= 0, top-p .* in \(0, 1\], top-k .* >= 0, min-p .* in \[0, 1\]"):
-        generate(model, [[20]], **changes)
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(temperature=-1), "temperature -1 must be 0"), (dict(temperature=1e-40), "at least 1e-06"),
+    (dict(temperature=NAN), "temperature nan must be 0"), (dict(temperature=float("inf")), "temperature inf must be 0"),
+    (dict(top_p=0.0), "top-p 0.0 must be above 0 and at most 1"), (dict(top_p=1.5), "top-p 1.5 must"),
+    (dict(top_p=NAN), "top-p nan must"), (dict(top_k=-1), "top-k -1 must be at least 0"),
+    (dict(min_p=1.1), "min-p 1.1 must be at least 0 and at most 1"), (dict(min_p=NAN), "min-p nan must"),
+    (dict(num_samples=0), "num_samples 0 must be at least 1"), (dict(batch_size=0), "batch_size 0 must be"),
+    (dict(max_new_tokens=0), "max_new_tokens 0 must be at least 1"), (dict(max_new_tokens=-3), "max_new_tokens -3"),
+    (dict(max_new_tokens=[2, 0]), "max_new_tokens 0 must"), (dict(seed=-1), "seed -1 must be at least 0"),
+    (dict(stop_strings=[""]), "none of them empty"), (dict(stop_strings=["a", ""]), "none of them empty"),
+    (dict(stop_strings="ab"), "must be a list of texts"), (dict(stop_strings=[5]), "must be a list of texts")])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_settings_out_of_range_are_refused_by_name_with_their_range(changes, says, temperature, model):
+    """max_new_tokens or num_samples of 0 once ran for ever."""
+    with pytest.raises(ValueError, match=says):
+        generate(model, [[20], [21]], decode=tokenizer().decode, **{"temperature": temperature, **changes})
+
+
+def test_a_prompt_of_no_tokens_is_refused(model):
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        generate(model, [[20], []])
+    with pytest.raises(ValueError, match="prompt 0 has no tokens"):
+        next(stream(model, []))
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-3, 1000.0])
+def test_the_coldest_and_the_hottest_temperature_are_finite(temperature, model, prompts):
+    for [completion] in generate(model, prompts[:3], max_new_tokens=8, temperature=temperature):
+        assert np.isfinite(completion.logp)
+
+
+# what is not finite
+
+def broken(name, value, place=(0, 0), **changes):
+    """A model with one value that is not finite in a parameter."""
+    model = language_model(**changes)
+    with torch.no_grad():
+        dict(model.named_parameters())[name][place] = value
+    return model
+
+
+FAULTS = [("model.layers.1.mlp.down_proj.weight", NAN, (0, 0)), ("model.norm.weight", float("inf"), (3,)),
+          ("model.layers.0.self_attn.q_proj.weight", float("-inf"), (2, 1)), ("model.embed_tokens.weight", NAN, (25, 0)),
+          ("model.layers.0.input_layernorm.weight", float("inf"), (0,))]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize("name, value, place", FAULTS)
+def test_weights_that_are_not_finite_are_named_with_the_model_the_row_and_the_step(name, value, place, temperature):
+    """The last word of the vocabulary was said for NaN, and a log-prob of NaN written."""
+    rows = [{"prompt": "colours?", "prompt_where": "asked.jsonl:7"}, {"prompt": "red?"}]
+    with pytest.raises(ValueError, match=rf"^nanlm: the (logits|log-prob) of new token \d+ of (asked.jsonl:7|prompt 1) "
+                       rf"(are|is) not finite; its parameter {name} holds values that are not finite"):
+        answer_rows(broken(name, value, place), tokenizer(), rows, 2, 8, temperature, name="nanlm")
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_a_token_that_breaks_the_model_later_is_named_with_its_step(temperature, model, prompts):
+    [[whole]] = generate(model, prompts[:1], max_new_tokens=8, temperature=temperature)
+    step = next(n for n, i in enumerate(whole.ids, 1) if i not in prompts[0])
+    untied = language_model(tie_word_embeddings=False)
+    untied.load_state_dict({**model.state_dict(), "lm_head.weight": model.model.embed_tokens.weight.detach().clone()})
+    with torch.no_grad():
+        untied.model.embed_tokens.weight[whole.ids[step - 1]] = NAN
+    with pytest.raises(ValueError, match=f"the model: the log-prob of new token {step + 1} of prompt 0 is not finite"):
+        generate(untied, prompts[:1], max_new_tokens=8, temperature=temperature)
+    with pytest.raises(ValueError, match=f"B: the log-prob of new token {step + 1} of the prompt is not finite"):
+        list(stream(untied, prompts[0], 8, temperature, name="B"))
+
+
+def test_logits_that_overflow_without_a_parameter_to_blame_are_refused_too():
+    model = language_model(logit_scale=1e38)
+    with pytest.raises(ValueError, match="prompt 0 are not finite$"):
+        generate(model, [[20]], max_new_tokens=3)
+
+
+def nan_on_each_rank(rows):
+    try:
+        return answer_rows(broken(*FAULTS[3], tie_word_embeddings=False), tokenizer(), rows, 1, 1, 0)
+    except ValueError as error:
+        return str(error)
+
+
+def test_what_is_not_finite_on_one_rank_ends_all_of_them_together(model):
+    """The last rank's prompt has a token whose embedding is NaN, but no other rank's."""
+    word = tokenizer().decode([25])
+    rows = [{"prompt": "red"}, {"prompt": word}, {"prompt": "red"}]
+    assert [25 in tokenizer().encode_prompt(row["prompt"]) for row in rows] == [False, True, False]
+    one, two = on_ranks(2, nan_on_each_rank, rows)
+    assert one == two and "prompt 1 are not finite; its parameter model.embed_tokens.weight" in one
+
+
+# prompts that are too long
+
+def test_prompts_that_are_too_long_are_refused_by_their_place_or_lose_their_oldest_tokens(model):
+    rows = [{"prompt": "red", "prompt_where": "f.jsonl:1"}, {"prompt": "blue " * 600, "prompt_where": "f.jsonl:2"}]
+    with pytest.raises(ValueError, match="f.jsonl:2 has .* tokens; with 12 new ones it passes the model's 512"):
+        answer_rows(model, tokenizer(), rows, 1, 12)
+    _, [cut] = answer_rows(model, tokenizer(), rows, 1, 12, 0, cut_left=True)
+    ids = tokenizer().encode_prompt(rows[1]["prompt"])
+    assert cut["ids"] == generate(model, [ids[:1] + ids[-499:]], max_new_tokens=12, temperature=0,
+                                  stop_ids=tokenizer().stop_ids)[0][0].ids
+
+
+def test_a_nul_in_an_answer_is_written_as_what_is_no_text():
+    """Our own reader refuses a NUL, so a file of answers must not hold one."""
+    class Naught:
+        stop_ids, encode_prompt, decode = [], staticmethod(lambda text: [20]), staticmethod(lambda ids: "a\0b")
+    [[answer]] = answer_rows(language_model(), Naught, [{"prompt": "x"}], 1, 2)
+    assert answer["completion"] == "a\ufffdb"
 
 
 def test_fused_weights_serve_many_calls(model, prompts):
@@ -388,7 +498,7 @@ def test_answers_are_decoded_without_the_end_token_and_keep_their_ids_and_reason
         for a in group:
             assert (a["ids"][-1] == tokenizer().end_of_turn_id) == (a["finish_reason"] == "stop")
             assert tokenizer().end_of_turn_id not in a["ids"][:-1] and "END_OF_TURN" not in a["completion"]
-            assert a["completion"] == tokenizer().decode(a["ids"])
+            assert a["completion"] == tokenizer().decode(a["ids"]).replace("\0", "\ufffd")
     with_messages = [{"prompt_messages": [{"role": "user", "content": row["prompt"]}]} for row in rows]
     assert answer_rows(model, tokenizer(), with_messages, 2, max_new_tokens=60, seed=0) == groups
 
@@ -430,3 +540,55 @@ def test_a_score_depends_on_the_prompt_on_the_last_word_and_on_no_special_name_i
 def test_an_empty_completion_is_scored_like_any_other(scored):
     [score] = score_texts(reward_model(), tokenizer(), [{**scored[0], "completion": ""}])
     assert np.isfinite(score)
+
+
+@pytest.mark.parametrize("name, value, place", FAULTS)
+def test_a_score_that_is_not_finite_is_refused_with_model_row_and_parameter(name, value, place, scored):
+    """A NaN arbiter ended in an IndexError after all sampling, or its NaN was written into the file."""
+    judge = reward_model()
+    with torch.no_grad():
+        dict(judge.named_parameters())[name][place] = value
+    rows = [{**row, "prompt_where": f"f.jsonl:{i}", "completion": tokenizer().decode([25])} for i, row in enumerate(scored, 1)]
+    with pytest.raises(ValueError, match=rf"^judge: its score of the answer of f.jsonl:1 is (nan|-?inf), not finite; "
+                       rf"its parameter {name} holds values"):
+        score_texts(judge, tokenizer(), rows, name="judge")
+
+
+def test_texts_beyond_the_positions_are_refused_left_out_or_cut(scored, capfd):
+    """A reward model of 512 positions scored 3,000 tokens in silence, and one text of 1 MB took minutes."""
+    judge = reward_model()
+    rows = [scored[0], {**scored[1], "completion": "red " * 600, "prompt_where": "f.jsonl:2"}, scored[2],
+            {**scored[3], "prompt": "blue " * 600}]
+    with pytest.raises(ValueError, match="RM: 2 of 4 texts to score pass its 512 positions .the first, of f.jsonl:2, "
+                       "has 1837 tokens.; shorten them, or give --too-long skip or cut-left"):
+        score_texts(judge, tokenizer(), rows, name="RM")
+    with pytest.raises(ValueError, match="the answer of f.jsonl:2 alone has 1800 tokens"):
+        score_texts(judge, tokenizer(), rows, name="RM", too_long="cut-left")
+    skipped = score_texts(judge, tokenizer(), rows, name="RM", too_long="skip")
+    alone = score_texts(judge, tokenizer(), [rows[0], rows[2]])
+    assert skipped[1] is skipped[3] is None and [skipped[0], skipped[2]] == pytest.approx(alone, abs=1e-5)
+    assert "RM: 2 of 4 texts to score pass its 512 positions" in capfd.readouterr().err
+    cut = score_texts(judge, tokenizer(), [rows[3], rows[0]], too_long="cut-left")
+    assert cut[1] == pytest.approx(skipped[0], abs=1e-5)
+    ids, _ = tokenizer().encode_chat([{"role": "user", "content": rows[3]["prompt"]},
+                                      {"role": "assistant", "content": rows[3]["completion"].strip()}])
+    from aya_min.data import Example, collate
+    by_hand = collate([Example(np.array(ids[:1] + ids[-511:], np.int32), np.ones(512, bool), 0)])
+    by_hand.mask[0, :-len(tokenizer().encode_answer(rows[3]["completion"]))] = False
+    with torch.no_grad():
+        expected = judge(by_hand.input_ids, by_hand.lengths, by_hand.mask, None)[0].item()
+    assert cut[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_text_of_a_megabyte_is_refused_before_anything_is_computed(scored):
+    judge, started = reward_model(), time.perf_counter()
+    for text in ("word " * 200_000, "x" * 1_000_000):
+        with pytest.raises(ValueError, match="pass its 512 positions"):
+            score_texts(judge, tokenizer(), [{**scored[0], "completion": text}])
+    assert time.perf_counter() - started < 20
+
+
+def test_no_texts_have_no_scores_also_when_all_are_too_long(scored):
+    judge = reward_model()
+    assert score_texts(judge, tokenizer(), []) == []
+    assert score_texts(judge, tokenizer(), [{**scored[0], "completion": "red " * 600}], too_long="skip") == [None]
