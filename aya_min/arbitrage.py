@@ -6,6 +6,7 @@ Prompts x teachers -> candidates -> a route -> SFT data. Routes: "reward" (the a
 teacher; with one teacher for all it is the single-teacher baseline).
 """
 
+import math
 import random
 from collections import Counter, defaultdict
 
@@ -14,15 +15,16 @@ from .data import conversation, prompt_of, read_jsonl
 
 def candidates_from(rows, answers, scores=None):
     """Rows with "candidates": [{"teacher", "completion", "reward"}]. answers, scores: {teacher: one text, one reward per row}."""
-    return [{**row, "candidates": [{"teacher": t, "completion": answers[t][i], "reward": scores[t][i] if scores else None} for t in answers]}
+    return [{**row, "candidates": [{"teacher": t, **answers[t][i], "reward": scores[t][i] if scores else None} for t in answers]}
             for i, row in enumerate(rows)]
 
 
-def read_answers(path, rows):
+def read_answers(path, rows, reading=None):
     """Completions made elsewhere: for each prompt row the file's answer to the same prompt, in the same language where both say theirs."""
     exact, first = {}, {}                   # (prompt, language) -> answer; prompt -> its first answer in any language
-    for where, row in read_jsonl(path):
-        prompt, answer = repr(prompt_of(row, where)), conversation(row, where)[-1]["content"]
+    for where, row in read_jsonl(path, reading):
+        prompt = repr(prompt_of(row, where))
+        answer = {"completion": conversation(row, where)[-1]["content"], "finish_reason": row.get("finish_reason")}
         exact.setdefault((prompt, row.get("language")), answer)
         first.setdefault(prompt, answer)
     keys = [(repr(r["prompt_messages"]), r.get("language")) for r in rows]
@@ -34,29 +36,37 @@ def read_answers(path, rows):
     return found
 
 
-def route(rows, how, seed=0, table=None):
+def route(rows, how, seed=0, table=None, keep_cut=False, same=None):
     """Choose one candidate per prompt. how: "reward", "random" or "fixed" (table: language -> teacher).
 
     Returns (SFT rows with "completion" and "teacher", counts: prompts, wins per language and teacher, ties of the best reward,
     prompts whose candidates all have the same text). A tie is broken by the seed. Empty completions are never chosen.
     """
-    rng, chosen, wins, counts = random.Random(f"route/{how}/{seed}"), [], defaultdict(Counter), Counter(ties=0, equal_texts=0, empty=0)
+    rng, chosen, wins, counts = random.Random(f"route/{how}/{seed}"), [], defaultdict(Counter), Counter(ties=0, equal_texts=0, empty=0, cut=0)
+    same, cut_by_language = same or str.strip, Counter()
     for row in rows:
-        options = [c for c in row["candidates"] if c["completion"].strip()]
+        for c in row["candidates"]:
+            if c["reward"] is not None and not math.isfinite(c["reward"]):
+                raise ValueError(f"a reward of {c['teacher']} is not finite")
+        cut = [c for c in row["candidates"] if c.get("finish_reason") == "length"]
+        counts["cut"] += len(cut)
+        cut_by_language[row.get("language") or "other"] += len(cut)
+        options = [c for c in row["candidates"] if c["completion"].strip() and (keep_cut or c not in cut)]
         if how == "fixed":
             options = [c for c in options if c["teacher"] == table[row.get("language")]]
         if not options:
             counts["empty"] += 1
             continue
-        counts["equal_texts"] += len(options) > 1 and len({c["completion"] for c in options}) == 1
+        counts["equal_texts"] += len(options) > 1 and len({same(c["completion"]) for c in options}) == 1
         if how == "reward":
             best = max(c["reward"] for c in options)
             options = [c for c in options if c["reward"] == best]
-            counts["ties"] += len({c["completion"] for c in options}) > 1
+            counts["ties"] += len({same(c["completion"]) for c in options}) > 1
         winner = rng.choice(options)
         wins[row.get("language") or "other"][winner["teacher"]] += 1
         chosen.append({**{k: v for k, v in row.items() if k != "candidates"}, "completion": winner["completion"], "teacher": winner["teacher"]})
-    return chosen, {"prompts": len(rows), "wins": {code: dict(c) for code, c in wins.items()}, **counts}
+    return chosen, {"prompts": len(rows), "wins": {code: dict(c) for code, c in wins.items()},
+                    "cut_by_language": dict(+cut_by_language), **counts}
 
 
 def wins_table(wins, teachers):

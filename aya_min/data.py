@@ -24,7 +24,7 @@ EQUAL_SHARE = 0.05                                  # of pairs with two equal an
 
 # ---- reading ---------------------------------------------------------------------------------------------------------------------
 
-def read_jsonl(path):
+def read_jsonl(path, reading=None):
     """[(where, object), ...] of a JSONL file; where is "file:line". The first malformed line is refused."""
     path = Path(path)
     try:
@@ -40,6 +40,7 @@ def read_jsonl(path):
         where = f"{path}:{number}"
         try:
             row = json.loads(line.decode("utf-8"), parse_constant=_no_json)
+            row = {{theirs: ours for ours, theirs in ((reading.columns if reading else None) or {}).items()}.get(k, k): v for k, v in row.items()}
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8 without a byte-order mark") from None
         except (ValueError, RecursionError) as error:
@@ -156,7 +157,7 @@ class Pair:
 
 
 def language_slot(row):
-    return LANGUAGE_SLOTS.index(row["language"]) if row.get("language") else len(LANGUAGE_SLOTS) - 1
+    return LANGUAGE_SLOTS.index(row["language"]) if row.get("language") in LANGUAGE_SLOTS else len(LANGUAGE_SLOTS) - 1
 
 
 def encode_example(tokenizer, messages, row, where=""):
@@ -223,16 +224,32 @@ def load_pairs(paths, tokenizer, max_length):
     return pairs
 
 
-def load_prompts(paths):
+def load_prompts(paths, reading=None, tokenizer=None):
     """[row, ...] with "prompt" and its "prompt_messages", whatever the shape in the file; keys that are not part of an example are kept."""
     rows = []
     for path in paths:
-        for where, row in read_jsonl(path):
+        for where, row in read_jsonl(path, reading):
             messages = prompt_of(row, where)
             kept = {k: v for k, v in row.items() if k not in ("messages", "inputs", "targets", "text")}
             plain = messages[0]["content"] if len(messages) == 1 else messages
-            rows.append({**kept, "prompt": plain, "prompt_messages": messages})
+            rows.append({**kept, "prompt": plain, "prompt_messages": messages, "prompt_where": where})
     return rows
+
+
+def fit_prompts(rows, length_of, room, policy, what):
+    """The rows whose prompts leave room, by the policy refuse, skip or cut-left."""
+    long = [row for row in rows if length_of(row) > room]
+    if long and policy == "refuse":
+        raise ValueError(f"{long[0].get('prompt_where')}: the prompt has {length_of(long[0])} tokens, {what} leaves room for {room}; "
+                         "shorten it, or take --too-long skip or cut-left")
+    if long and distributed.is_main():
+        print(f"{len(long)} of {len(rows)} prompts are longer than {room} tokens, the first {long[0].get('prompt_where')}; "
+              f"{'they are left out' if policy == 'skip' else 'their oldest tokens are cut'}", file=sys.stderr)
+    return [row for row in rows if length_of(row) <= room] if policy == "skip" else rows
+
+
+def cut_left(ids, room):
+    return ids if len(ids) <= room else ids[:1] + ids[len(ids) - room + 1:]
 
 
 def plain(row):

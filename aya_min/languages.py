@@ -6,6 +6,7 @@ family first and by region where a family has one member. A user's own grouping 
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,16 @@ ALIASES |= {language.name: code for code, language in LANGUAGES.items()}
 
 def language_code(name):
     """The code used here for a language as a file spells it, or None: 'fra', 'French', 'fr' -> 'fr'."""
-    return name if name in LANGUAGES else ALIASES.get(name)
+    known = name if name in LANGUAGES else ALIASES.get(name)
+    return known or (name if re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*", name) else None)
+
+
+def home_of(code, known):
+    """The code itself, or the nearest language that it is a kind of, if that is in `known`: pt-BR is at home where
+    pt is. None if none is."""
+    while code and code not in known:
+        code = code.rpartition("-")[0]
+    return code or None
 
 
 def cluster_languages(clusters, name, shared=SHARED):

@@ -420,13 +420,16 @@ def cut_at(text, stop_strings):
 
 
 def answer_rows(model, tokenizer, rows, num_samples=1, max_new_tokens=64, temperature=1.0, seed=0, batch_size=256, progress=None, stop_ids=None,
-                stop_strings=(), numbers=None, on_done=None, **more):
+                stop_strings=(), numbers=None, on_done=None, cut_left=False, **more):
     """Answer rows that carry "prompt_messages" or "prompt", the work split over the ranks: on every rank, for each row in order, a list of
     {"completion", "ids" (the sampled tokens, the stop token included), "finish_reason", "logp"}. The answers do not depend on the number of ranks.
 
     stop_ids: default the tokenizer's. numbers, on_done(i, answers): as in `generate`, i the index in rows; called on the rank that made the answers.
     """
     prompts = [tokenizer.encode_prompt(row.get("prompt_messages") or row["prompt"]) for row in rows]
+    if cut_left:
+        room = model.config.max_position_embeddings - max_new_tokens
+        prompts = [ids if len(ids) <= room else ids[:1] + ids[len(ids) - room + 1:] for ids in prompts]
     check_lengths(model.config, [len(p) for p in prompts], [max_new_tokens] * len(prompts))    # all of them, so that no rank is refused alone
     mine = list(range(distributed.rank(), len(rows), distributed.num_ranks()))
     as_answers = lambda group: [{"completion": cut_at(tokenizer.decode(c.ids), stop_strings), "ids": c.ids, "finish_reason": c.finish_reason, "logp": c.logp} for c in group]
