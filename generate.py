@@ -28,7 +28,7 @@ from aya_min.journal import Journal
 from aya_min.preferences import best_worst
 from aya_min.reward import score_texts
 from aya_min.sampling import Fused, answer_rows, check_lengths, check_sampling, plan, stream
-from aya_min.world import write_jsonl
+from aya_min.files import write_jsonl
 
 gc.freeze()
 gc.enable()

@@ -19,7 +19,7 @@ from .files import write_json
 from .model import RewardModel
 from .reward import score_texts
 from .sampling import answer_rows
-from .world import write_jsonl
+from .files import write_jsonl
 
 
 @dataclass

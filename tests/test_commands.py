@@ -21,7 +21,7 @@ import train
 from aya_min import weights
 from aya_min.journal import Journal
 from aya_min.tokenizer import train_tokenizer
-from aya_min.world import write_jsonl
+from aya_min.files import write_jsonl
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
