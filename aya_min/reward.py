@@ -28,6 +28,7 @@ def score_texts(model, tokenizer, rows, batch_size=64, name="the reward model", 
     for e in examples:
         e.ids = e.ids[:1].tolist() + e.ids[-room + 1:].tolist() if len(e.ids) > room else e.ids
         e.ids, e.mask = np.array(e.ids, np.int32), e.mask[-len(e.ids):]
+        e.mask[0] = False
     examples, done = [examples[i] for i in fits] or examples[:0], []
     for indices, batch in in_step(batches_in_order(examples, collate, batch_size)):
         batch = batch.to(device)
