@@ -5,10 +5,10 @@ The report trains one model per cluster of related languages and keeps English, 
 family first and by region where a family has one member. A user's own grouping comes as a JSON file {name: [codes]}.
 """
 
-import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
+
+from .files import read_json
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,18 @@ def cluster_languages(clusters, name, shared=SHARED):
 
 
 def read_clusters(path):
-    """{cluster: [language codes]} from a user's JSON file; every name must be a known language, in one cluster only."""
-    clusters = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(clusters, dict) or not all(isinstance(codes, list) and codes for codes in clusters.values()):
-        raise ValueError(f"{path}: clusters must be a JSON object of name -> non-empty list of language codes")
+    """{cluster: [language codes]} from a user's JSON file; every language is in one cluster only."""
+    clusters = read_json(path)
     seen = {}
     for name, codes in clusters.items():
+        if not isinstance(codes, list) or not codes or not all(isinstance(code, str) for code in codes):
+            raise ValueError(f"{path}: cluster {name!r} must be a non-empty list of language codes")
         if not name or "/" in name or name.startswith("."):
             raise ValueError(f"{path}: cluster name {name!r} cannot name a folder; use letters, digits and dashes")
-        for code in codes:
-            if code not in LANGUAGES:
-                raise ValueError(f"{path}: cluster {name!r} has unknown language {code!r}; known: {' '.join(LANGUAGES)}")
+        clusters[name] = [language_code(code) or code for code in codes]
+        for code in clusters[name]:
+            if language_code(code) is None:
+                raise ValueError(f"{path}: cluster {name!r} has unknown language {code!r}; give a BCP 47 tag such as sw or pt-BR")
             if code in seen:
                 raise ValueError(f"{path}: language {code!r} is in both {seen[code]!r} and {name!r}; leave it in one")
             seen[code] = name
