@@ -51,7 +51,9 @@ def make_parser():
     recipe.add_argument("--eval-prompts", nargs="+", help="prompts to be judged on (default: --prompts)")
     recipe.add_argument("--clusters", help="JSON file {cluster: [languages]}")
     recipe.add_argument("--config", help="JSON file of recipe settings")
-    recipe.add_argument("--collective-timeout", type=number(float, "(0, 1000000]"), default=1800, metavar="SECONDS", help="how long a rank waits for the others before it takes them for dead (default 1800)")
+    recipe.add_argument("--collective-timeout", type=number(float, "(0, 1000000]"), default=1800,
+                        metavar="SECONDS", help="how long a rank waits for the others before it takes them "
+                        "for dead (default 1800)")
     config.add_flags(recipe, config.Recipe)
     for name, (function, settings_class) in STAGES.items():
         stage = commands.add_parser(name, help=function.__doc__.splitlines()[0] if name != "sft" else "Supervised fine-tuning on conversations.")
@@ -179,7 +181,8 @@ def run_whole_recipe(args, device):
     if any(own.values()) and not all(own.values()):
         raise ValueError(f"your own pipeline also needs {' '.join('--' + k for k, v in own.items() if not v)}")
     if not all(own.values()) and (args.judge or args.eval_prompts or args.columns):
-        raise ValueError("--judge, --eval-prompts and --columns go with --base, --prompts, --teachers and --arbiter")
+        raise ValueError("--judge, --eval-prompts and --columns go with --base, --prompts, --teachers and "
+                         "--arbiter")
     if args.judge and Path(args.judge).resolve() == Path(args.arbiter).resolve():
         raise ValueError("--judge must not be the arbiter: a model would be judged by what trained it")
     clusters = read_clusters(args.clusters) if args.clusters else CLUSTERS
@@ -209,12 +212,14 @@ def run_whole_recipe(args, device):
         print(printable(f"\n{table(summary)}\n\n{out / 'report.html'}"))
 
 
-LATE = {"offline_": "offline*", "rounds": "online*", "online_": "online*", "rloo_": "rloo*", "eval_count": "eval-*"}
+LATE = {"offline_": "offline*", "rounds": "online*", "online_": "online*", "rloo_": "rloo*",
+        "eval_count": "eval-*"}
 
 
 def check_run_folder(out, record, preset):
-    """Refuse a folder that holds another run of the recipe, or anything else. A setting that an older run does not
-    know has the preset's value; what only steps read that are not begun (LATE) may change, after one of them failed."""
+    """Refuse a folder that holds another run of the recipe, or anything else. A setting that an older run
+    does not know has the preset's value; what only steps read that are not begun (LATE) may change, after one
+    of them failed."""
     path = out / "config.json"
     if not path.is_file():
         if out.exists() and {path.name for path in out.iterdir()} - {".lock"}:
@@ -236,8 +241,8 @@ def check_run_folder(out, record, preset):
     changed += [f"{config.flag_of(k)} ({theirs.get(k)!r})" for k in sorted(theirs.keys() | recipes[0].keys())
                 if theirs.get(k) != recipes[0].get(k) and not may_change(k)]
     if changed:
-        raise ValueError(f"{out} holds a run with other {' '.join(changed)}; give another --out, or the same settings to go "
-                         "on with it")
+        raise ValueError(f"{out} holds a run with other {' '.join(changed)}; give another --out, or the same "
+                         "settings to go on with it")
 
 
 def main():

@@ -183,7 +183,8 @@ def track(label, drawn, figure, scale, reference=None, height=ROW):
 
 
 def axis(scale, step, unit=""):
-    """The numbers under a chart of tracks: the multiples of `step` on its scale, of a larger step where they are many."""
+    """The numbers under a chart of tracks: the multiples of `step` on its scale, of a larger step where they
+    are many."""
     while scale[1] - scale[0] > MAX_TICKS * step:
         step *= 2
     ticks = [step * i for i in range(math.ceil(scale[0] / step), math.floor(scale[1] / step) + 1)]

@@ -5,9 +5,10 @@ oracle (or a reward model that had no part in training), not an LLM; a tie is ha
 the interval resamples questions. The same question in 23 languages is one draw, not 23: a bootstrap over rows, as in Arena-Hard, is
 several times too narrow (Miller, arXiv 2411.00640, finds clustered standard errors of more than three times the naive ones).
 
-Answers are JSONL rows: the question's keys and "completion". Two files are joined by ("question_id", "language"); ids are
-compared as text, a row without one is known by its "id" or its prompt, and one without a language counts as "other".
-An answer that was cut at its limit ("finish_reason": "length") is judged as it stands, and counted.
+Answers are JSONL rows: the question's keys and "completion". Two files are joined by ("question_id",
+"language"); ids are compared as text, a row without one is known by its "id" or its prompt, and one without a
+language counts as "other". An answer that was cut at its limit ("finish_reason": "length") is judged as it
+stands, and counted.
 
     python -m aya_min.evaluate arena --answers A.jsonl --baseline B.jsonl --judge oracle|RM_FOLDER --out eval.json
 """
@@ -81,14 +82,16 @@ def judged_ids(tokenizer, row):
 def score_answers(model, tokenizer, sides, name="the reward model", too_long="refuse"):
     """Each side's rows with a reward model's "score", None for one that --too-long skip leaves out.
 
-    Answers that are the same ids are scored once, whichever side they are on: padded to another batch's length, the
-    same text differs in the last bits, and equal answers would win or lose by chance instead of tying.
+    Answers that are the same ids are scored once, whichever side they are on: padded to another batch's
+    length, the same text differs in the last bits, and equal answers would win or lose by chance instead of
+    tying.
     """
     keys = [[judged_ids(tokenizer, row) for row in rows] for rows in sides]
     different = {key: row for side, rows in zip(keys, sides) for key, row in zip(side, rows)}
     scored = score_texts(model, tokenizer, list(different.values()), name=name, too_long=too_long)
     scores = dict(zip(different, scored))
-    return [[{**row, "score": scores[key]} for key, row in zip(side, rows)] for side, rows in zip(keys, sides)]
+    return [[{**row, "score": scores[key]} for key, row in zip(side, rows)]
+            for side, rows in zip(keys, sides)]
 
 
 def group(rows, key):
@@ -100,8 +103,8 @@ def group(rows, key):
 
 
 def averages(rows):
-    """Mean grade (0-3), share in the prompt's language (0-1), mean length (characters), how many answers were cut at
-    their limit. What no judge gave, and what the rows do not say, is left out."""
+    """Mean grade (0-3), share in the prompt's language (0-1), mean length (characters), how many answers were
+    cut at their limit. What no judge gave, and what the rows do not say, is left out."""
     grades = [row["grade"] for row in rows if row.get("grade") is not None]
     right = [row["seen_language"] == row["language"] for row in rows if "seen_language" in row]
     means = {"grade": grades, "right_language": right, "length": [len(row["completion"]) for row in rows]}
@@ -132,8 +135,8 @@ def join(rows_a, rows_b):
         for row in rows:
             key = str(row["question_id"]), row["language"]
             if key in sides[-1]:
-                raise ValueError(f"{place(row) or side + ': '}question {key[0]!r} ({key[1]}) is answered twice: keep "
-                                 "one answer to each question")
+                raise ValueError(f"{place(row) or side + ': '}question {key[0]!r} ({key[1]}) is answered "
+                                 "twice: keep one answer to each question")
             sides[-1][key] = row
     a, b = sides
     for key in [*a, *b]:
@@ -166,7 +169,8 @@ def compare(rows_a, rows_b, key="grade", clusters=CLUSTERS, num_resamples=2000, 
             raise ValueError(f"question {row['question_id']!r} ({row['language']}) has no {key!r}: judge both sides' answers before comparing")
 
     def rates(part):
-        return win_rates([a[key] for a, _ in part], [b[key] for _, b in part], [str(a["question_id"]) for a, _ in part], num_resamples, seed)
+        return win_rates([a[key] for a, _ in part], [b[key] for _, b in part],
+                         [str(a["question_id"]) for a, _ in part], num_resamples, seed)
 
     def by(name_of):
         return {name: rates(part) for name, part in group(pairs, lambda pair: name_of(pair[0]["language"])).items()}
@@ -182,24 +186,26 @@ def read_answers(path, judge, reading=None):
 
 
 def checked(where, row, judge):
-    """An answer as the judge reads it: "question_id" is a text, "language" is there, "prompt_where" says where the row stands."""
+    """An answer as the judge reads it: "question_id" is a text, "language" is there, "prompt_where" says
+    where the row stands."""
     row = {key: value for key, value in row.items() if key not in VERDICT} | {"prompt_where": where}
     row["language"] = row.get("language") or "other"
     if not isinstance(row.get("completion"), str):
-        raise ValueError(f"{where}: 'completion' is missing or no text; give the answer, or name its key with "
-                         "--columns completion=...")
+        raise ValueError(f"{where}: 'completion' is missing or no text; give the answer, or name its key "
+                         "with --columns completion=...")
     if row.get("finish_reason") is not None and not isinstance(row["finish_reason"], str):
         raise ValueError(f"{where}: 'finish_reason' must be a text such as stop or length, got "
                          f"{row['finish_reason']!r}")
     if judge == "oracle":
         missing = [key for key in ("task", "args") if row.get(key) is None]
         if missing:
-            raise ValueError(f"{where}: {missing[0]!r} is missing; --judge oracle grades the embedded world's questions "
-                             "only, judge others with a reward model")
+            raise ValueError(f"{where}: {missing[0]!r} is missing; --judge oracle grades the embedded "
+                             "world's questions only, judge others with a reward model")
         try:
             check_question(row)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}; judge questions from elsewhere with a reward model") from None
+            remedy = "judge questions from elsewhere with a reward model"
+            raise ValueError(f"{where}: {error}; {remedy}") from None
     else:
         question = {key: value for key, value in row.items() if key != "completion"}
         row["prompt_messages"] = prompt_of(question, where)
@@ -218,23 +224,24 @@ def question_of(where, row):
 
 
 def check_texts(rows, folder, reading):
-    """Refuse, before the judge's weights are read, what it cannot score: texts beyond its positions, and control tokens in them."""
+    """Refuse, before the judge's weights are read, what it cannot score: texts beyond its positions, and
+    control tokens in them."""
     if read_config(folder)[1] is not RewardModel:
-        raise ValueError(f"--judge {folder}: a language model, not a reward model; give 'oracle' or a folder that the "
-                         "reward stage wrote")
+        raise ValueError(f"--judge {folder}: a language model, not a reward model; give 'oracle' or a folder "
+                         "that the reward stage wrote")
     model, tokenizer, _ = look_into(folder)
     room = model.config.max_position_embeddings
     for row in rows:
         texts = [message["content"] for message in row["prompt_messages"]] + [row["completion"]]
         name = next(filter(None, map(tokenizer.spelled, texts)), None)
         if name and not reading.allow_control_tokens:
-            raise ValueError(f"{place(row)}a text spells the control token {name}; give the text without the template, "
-                             "or take it as letters with --allow-control-tokens")
+            raise ValueError(f"{place(row)}a text spells the control token {name}; give the text without the "
+                             "template, or take it as letters with --allow-control-tokens")
         size = sum(map(len, judged_ids(tokenizer, row)))
         if size > room and reading.too_long == "refuse":
-            raise ValueError(f"{place(row)}question and answer have {size} tokens, the judge {room} positions; leave "
-                             "such answers unjudged with --too-long skip, or drop their oldest tokens with --too-long "
-                             "cut-left")
+            raise ValueError(f"{place(row)}question and answer have {size} tokens, the judge {room} "
+                             "positions; leave such answers unjudged with --too-long skip, or drop their "
+                             "oldest tokens with --too-long cut-left")
 
 
 def table(result):
@@ -252,7 +259,7 @@ def table(result):
     for name, r in [("overall", result["overall"]), *result["by_cluster"].items(), *result["by_language"].items()]:
         shown = f"{r['win_rate']:9.1f}{'[{:.1f}, {:.1f}]'.format(*r['ci95']):>16}" if r["num"] else f"{'-':>9}{'-':>16}"
         title = f"{name:8}{LANGUAGES[name].name}" if name in LANGUAGES else name
-        sides = (a, b) if r is result["overall"] else [side.get("by_language", {}).get(name) for side in (a, b)]
+        sides = [side if r is result["overall"] else side.get("by_language", {}).get(name) for side in (a, b)]
         both = "/".join(str(side.get("cut", "-")) for side in sides) if cut and all(sides) else ""
         lines.append(f"{title:32}{shown}{r['win']:7}{r['tie']:7}{r['loss']:7}{r['unjudged']:10}{both:>10}")
     return printable("\n".join(line.rstrip() for line in lines))

@@ -69,7 +69,8 @@ def build_arbiter(run, base, teachers):
         rows = questions(split, count, f"arbiter/{r.seed}", level=r.level)
         half = rows[:len(rows) // 2]                                        # half the questions carry teachers' samples, half corruptions
         samples = [answers_of(run, folder, half, seed=r.seed + i) for i, folder in enumerate(teachers.values())]
-        sampled = [[answer["completion"] for (answer,) in of_teachers] for of_teachers in zip(*samples)] + [None] * (len(rows) - len(half))
+        sampled = [[answer["completion"] for (answer,) in of_teachers]
+                   for of_teachers in zip(*samples)] + [None] * (len(rows) - len(half))
         return world_data.graded_pairs(rows, sampled, r.seed, flip)
 
     def make(folder, resume):
@@ -90,7 +91,7 @@ def arbitrage(run, teachers, arbiter):
     r = run.recipe
 
     def make(folder, resume):
-        rows = questions("train", r.num_prompts, f"prompts/{r.seed}", level=r.level) if run.embedded else run.prompts
+        rows = run.prompts or questions("train", r.num_prompts, f"prompts/{r.seed}", level=r.level)
         answers, scores = {}, {}
         for i, (name, source) in enumerate(teachers.items()):
             sampled = read_answers(source, rows, r) if Path(source).is_file() else \
@@ -115,8 +116,8 @@ def best_teacher(rows):
     for row in rows:
         for c in row["candidates"]:
             if not finite(c["reward"]):
-                raise ValueError(f"the reward of an answer of {c['teacher']} is {c['reward']}, no finite number; look at the "
-                                 "arbiter")
+                raise ValueError(f"the reward of an answer of {c['teacher']} is {c['reward']}, no finite "
+                                 "number; look at the arbiter")
             rewards.setdefault(c["teacher"], []).append(c["reward"])
     if not rewards:
         raise ValueError("the arbiter has scored no answer; take --too-long cut-left, or shorter prompts")
@@ -128,11 +129,12 @@ def say(title, counts):
     if distributed.is_main():
         shown = [f"{key.replace('_', ' ')} {value}" for key, value in counts.items() if finite(value)]
         cut = ", ".join(f"{code} {n}" for code, n in counts.get("cut_by_language", {}).items())
-        print(printable(f"{title}: {', '.join(shown)}{f' (cut by language: {cut})' if cut else ''}"), flush=True)
+        print(printable(f"{title}: {', '.join(shown)}{f' (cut by language: {cut})' if cut else ''}"),
+              flush=True)
 
 
 def family_table(run, teachers):
-    """Language -> teacher by family, of the world's: the cluster's own; the shared languages go to the first."""
+    """The world's languages -> teacher by family: the cluster's own; the shared ones go to the first."""
     return {code: next((name for name, codes in run.clusters.items() if code in codes), next(iter(teachers))) for code in LANGUAGES}
 
 
@@ -150,8 +152,10 @@ def train_clusters_and_merge(run, name, title, stage, start, rows, its_settings,
     for cluster in run.clusters:
         codes = cluster_languages(run.clusters, cluster, shared)
         rng = random.Random(f"{name}/{cluster}/{r.seed}")
-        home = [home_of(row.get("language"), known) for row in rows]            # None, in all: without a language
-        mine = [row for row, code in zip(rows, home) if code in (None, *codes) or rng.random() < r.cluster_spill]
+        # None, in all: without a language
+        home = [home_of(row.get("language"), known) for row in rows]
+        mine = [row for row, code in zip(rows, home)
+                if code in (None, *codes) or rng.random() < r.cluster_spill]
         batch_size = min(r.batch_size, len(mine)) // distributed.num_ranks() * distributed.num_ranks()      # a small cluster takes small batches
         if not batch_size:
             raise ValueError(f"cluster {cluster!r} has {len(mine)} examples at {name}, too few to train on; give more prompts in its languages, or fewer clusters")
@@ -191,15 +195,17 @@ def online_pairs(run, name, round_number, current, arbiter, same):
             rows = rng.sample(run.prompts, min(r.online_prompts, len(run.prompts)))
         samples = answers_of(run, current, rows, r.online_samples, r.online_temperature, seed=7919 * round_number + r.seed, progress=f"sampling, round {round_number}")
         by_sample = {f"sample-{i}": [group[i] for group in samples] for i in range(r.online_samples)}
-        scores = iter(scores_of(run, arbiter, [{**row, **answer} for row, group in zip(rows, samples) for answer in group]))
+        flat = [{**row, **answer} for row, group in zip(rows, samples) for answer in group]
+        scores = iter(scores_of(run, arbiter, flat))
         rewards = [[next(scores) for _ in group] for group in samples]
         of_sample = {f"sample-{i}": [group[i] for group in rewards] for i in range(r.online_samples)}
         candidates = list(map(scored, candidates_from(rows, by_sample, of_sample)))
         pairs, counts = best_worst(candidates, r.online_margin, r.keep_cut, same)
         say(f"{name}, pairs of {len(rows)} prompts", counts)
         if not pairs:
-            raise ValueError(f"{name}: no pair in {len(rows)} prompts ({counts}); lower --online-margin, raise "
-                             "--online-samples, --online-temperature or --online-prompts, and start the same run again"
+            raise ValueError(f"{name}: no pair in {len(rows)} prompts ({counts}); lower --online-margin, "
+                             "raise --online-samples, --online-temperature or --online-prompts, and start "
+                             "the same run again"
                              + ("; cut answers are left out, see --keep-cut" if counts["cut"] else ""))
         if distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
@@ -241,7 +247,8 @@ def run_recipe(run):
     candidates = arbitrage(run, teachers, arbiter)
 
     # Arbitrage -> SFT: the student of the best answers, and the students of one teacher, of random ones, of each family's own
-    same = load_tokenizer(base).key                                 # two answers are the same if their ids are
+    # two answers are the same if their ids are
+    same = load_tokenizer(base).key
     single = best_teacher(candidates)
 
     def routed(how, table=None):
@@ -257,9 +264,9 @@ def run_recipe(run):
     arms.append(("mix", "SFT: reward routing, one model on the mix", reward_rows))
     for name, title, rows in arms:
         if len(rows) < r.batch_size:
-            raise ValueError(f"{title}: {len(rows)} of {len(candidates)} prompts have an answer to train on, fewer than one "
-                             f"batch of {r.batch_size}; give more prompts, raise --max-new-tokens, or take cut answers with "
-                             "--keep-cut, and give another --out")
+            raise ValueError(f"{title}: {len(rows)} of {len(candidates)} prompts have an answer to train on, "
+                             f"fewer than one batch of {r.batch_size}; give more prompts, raise "
+                             "--max-new-tokens, or take cut answers with --keep-cut, and give another --out")
         keep(name, title, "arm", train_step(run, name, title, stages.sft, base, rows, settings(run, **sft_settings(run), epochs=r.sft_epochs)), "base")
     sft = keep("sft", "SFT on the arbitrage, per cluster, merged", "stage",
                train_clusters_and_merge(run, "sft", "SFT", stages.sft, base, reward_rows, sft_settings(run), r.sft_epochs), "base")
@@ -300,7 +307,8 @@ def more_arms(run, keep, base, sft, reward_rows, arbiter, same):
         list(map(plain, run.prompts))
     rloo = train_step(run, "rloo", "RLOO from the SFT model", stages.rloo, sft, prompts,
                       settings(run, RLOO, learning_rate=r.rloo_learning_rate, beta=r.rloo_beta, num_samples=r.rloo_samples, max_steps=r.rloo_steps,
-                               max_new_tokens=r.max_new_tokens, too_long=r.too_long), reward_model=reward_model)
+                               max_new_tokens=r.max_new_tokens, too_long=r.too_long),
+                               reward_model=reward_model)
     keep("rloo", "SFT + RLOO", "arm", rloo, "sft")
     no_shared = train_clusters_and_merge(run, "no-shared", "SFT without shared languages", stages.sft, base,
                                          reward_rows, sft_settings(run), r.sft_epochs, shared=[])

@@ -22,9 +22,9 @@ KINDS = {"stage": "Stages", "arm": "Arms", "teacher": "Teachers"}
 BOTH = legend(("dot", "a", "greedy"), ("diamond", "b", "sampled at temperature 1"))
 
 
-# What was recorded, and the types of what the page reads: a file of another shape is refused with the key's name
+# What was recorded, and the types of what the page reads: a file of another shape is refused, its key named
 
-NUMBER, TEXT, ANY = (int, float), (str,), (object,)
+NUMBER, TEXT, FLAG, ANY = (int, float), (str,), (bool,), (object,)
 PAIR = (NUMBER, NUMBER)
 RATES = {"win_rate": NUMBER, "ci95": PAIR, "num": NUMBER, "unjudged": NUMBER}
 FIGURES = {"num": NUMBER, "grade": NUMBER, "reward": NUMBER, "right_language": NUMBER, "length": NUMBER,
@@ -45,15 +45,16 @@ SUMMARY = {
     "steps": [{"name!": TEXT, "title": ANY, "seconds": NUMBER, "tokens": NUMBER, "training_steps": NUMBER}]}
 TASKS = {...: NUMBER}
 MERGE = {"name!": TEXT, "fitness!": TASKS, "held-out!": TASKS, "weight": NUMBER, "without": TASKS}
-SEARCH = {"best!": TEXT, "evaluations!": NUMBER, "popsize!": NUMBER, "held-out!": (bool,),
-          "rows!": [MERGE | {"weights!": [NUMBER]}], "models!": [MERGE | {"folder!": TEXT, "weight!": NUMBER}]}
+SEARCH = {"best!": TEXT, "evaluations!": NUMBER, "popsize!": NUMBER, "held-out!": FLAG,
+          "rows!": [MERGE | {"weights!": [NUMBER]}],
+          "models!": [MERGE | {"folder!": TEXT, "weight!": NUMBER}]}
 TRIED = {"kind!": TEXT, "split!": TEXT, "tasks!": TASKS}
 LEVELS = 50             # of nesting: what we write has five
 
 
 def shaped(value, shape, where, key=""):
-    """The value without what is null, if it is of a shape: types, [shape of each], {key: shape} ("key!": must be
-    there; ...: any key) or a tuple of two shapes, a pair. ValueError names the file and the key."""
+    """The value without what is null, if it is of a shape: types, [shape of each], {key: shape} ("key!": must
+    be there; ...: any key) or a tuple of two shapes, a pair. ValueError names the file and the key."""
     if isinstance(shape, dict) and isinstance(value, dict):
         shapes = {name.rstrip("!"): part for name, part in shape.items() if name is not ...}
         kept = {name: shaped(part, shapes.get(name, shape.get(..., ANY)), where, f"{key}.{name}")
@@ -66,7 +67,9 @@ def shaped(value, shape, where, key=""):
         return [shaped(part, shape[0], where, f"{key}[{i}]") for i, part in enumerate(value)]
     if shape is PAIR and isinstance(value, list) and len(value) == 2:
         return value
-    if shape is NUMBER and type(value) in NUMBER and finite(value) or shape in (TEXT, ANY, (bool,)) and isinstance(value, shape):
+    if shape is NUMBER and type(value) in NUMBER and finite(value):
+        return value
+    if shape in (TEXT, ANY, FLAG) and isinstance(value, shape):
         return value
     wanted = "an object" if isinstance(shape, dict) else "a list" if isinstance(shape, list) else \
         {PAIR: "two numbers", NUMBER: "a finite number", TEXT: "a text"}.get(shape, "true or false")
@@ -77,7 +80,8 @@ REMEDY = "run the step that wrote it again"
 
 
 def read(run, name, shape):
-    """The object in a file of the run folder, {} where there is no such file. A link out of the folder is refused."""
+    """The object in a file of the run folder, {} where there is no such file. A link out of the folder is
+    refused."""
     path = own_file(run, name)
     return shaped(shallow(read_json(path), path), shape, path) if path else {}
 
@@ -94,7 +98,8 @@ def shallow(value, where):
 
 
 def read_lines(run, name):
-    """[(where, object), ...] of a file with one object a line. A last line without its end is being written, and is left out."""
+    """[(where, object), ...] of a file with one object a line. A last line without its end is being written,
+    and is left out."""
     path, rows = own_file(run, name), []
     written = read_bytes(path) if path else b""
     for count, line in enumerate(written[:written.rfind(b"\n") + 1].splitlines(), 1):
@@ -111,7 +116,8 @@ def read_metrics(run, name="metrics.jsonl"):
     series = {}
     for where, row in read_lines(run, name):
         if not finite(row.get("step")):
-            raise ValueError(f"{where}: step must be a number, got {str(row.get('step'))[:50]!r}; remove the line")
+            raise ValueError(f"{where}: step must be a number, got {str(row.get('step'))[:50]!r}; remove the "
+                             "line")
         for key, value in row.items():
             if key != "step" and finite(value):
                 series.setdefault(key, []).append((row["step"], value))
@@ -122,12 +128,13 @@ def read_search(run):
     """(search.json, the lines of evaluations.jsonl), whose tasks must be the same everywhere."""
     result, history = read(run, "search.json", SEARCH), []
     if result:
-        parts = [row[split] for row in result["rows"] + result["models"] for split in ("fitness", "held-out", "without")
+        parts = [row[split] for row in result["rows"] + result["models"]
+                 for split in ("fitness", "held-out", "without")
                  if split in row]
         if len(result["rows"]) < 4 or not result["models"] or not parts[0] or any(
                 part.keys() != parts[0].keys() for part in parts):
-            raise ValueError(f"{run / 'search.json'}: rows and models must be four and more, with a number for each "
-                             f"of the same tasks; {REMEDY}")
+            raise ValueError(f"{run / 'search.json'}: rows and models must be four and more, with a number "
+                             f"for each of the same tasks; {REMEDY}")
         for where, row in read_lines(run, "evaluations.jsonl"):
             history.append(shaped(row, TRIED, where))
             if not parts[0].keys() <= history[-1]["tasks"].keys():
@@ -202,7 +209,10 @@ def columns(summary):
     made = [(heading, 2, lambda part: (part.get(score), part.get(f"{score}_ci95")))]
     for name in ("base", "previous", "single") if has_win_rates(summary) else ():
         made.append((f"vs {name}", 1, lambda part, name=name: (versus(part, name).get("win_rate"), versus(part, name).get("ci95"))))
-    made.append(("right language %", 1, lambda part: (100 * part["right_language"] if finite(part.get("right_language")) else None, None)))
+    def right_language(part):
+        share = part.get("right_language")
+        return (100 * share if finite(share) else None), None
+    made.append(("right language %", 1, right_language))
     made += [(name, 0, lambda part, name=name: (part.get(name), None)) for name in ("length", "cut")]
     parts = [model.get(decoding, {}) for model in summary.get("models", []) for decoding in DECODINGS]
     return [column for column in made if any(finite(column[2](part)[0]) for part in parts)]
@@ -251,7 +261,8 @@ def table_part(summary):
     unjudged = sum(rates["unjudged"] for model in summary.get("models", []) for d in DECODINGS
                    for rates in model.get(d, {}).get("versus", {}).values() if finite(rates.get("unjudged")))
     left_out = f" {unjudged} comparisons could not be judged and are left out." if unjudged else ""
-    return section("Every model", f"{note}Length in characters; cut: answers that ended at the limit of new tokens.{left_out}",
+    note += "Length in characters; cut: answers that ended at the limit of new tokens."
+    return section("Every model", note + left_out,
                    drawn if shown else "")
 
 
@@ -371,7 +382,8 @@ def cut_part(summary):
     rows = "".join(f'<tr><th scope="row" class="name">{esc(name)}</th><td>{number(counts["cut"], 0)}</td>'
                    f'<td class="name">{esc(by_language(counts))}</td></tr>'
                    for name, counts in counted.items() if counts.get("cut"))
-    head = '<thead><tr><th class="name">answers of</th><th>cut</th><th class="name">by language</th></tr></thead>'
+    head = ('<thead><tr><th class="name">answers of</th><th>cut</th><th class="name">by language</th></tr>'
+            "</thead>")
     return section("Answers that were cut at the limit", "Not trained on unless keep cut is set.",
                    f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>' if rows else "")
 
@@ -422,7 +434,8 @@ def costs_part(summary):
 def curves_part(run, summary):
     """Loss of every training step of the recipe, in small multiples."""
     titles = {step["name"]: title(step) for step in summary.get("steps", [])}
-    found = {path.parent.name: read_metrics(run, path.relative_to(run)) for path in sorted(run.glob("steps/*/metrics.jsonl"))}
+    found = {path.parent.name: read_metrics(run, path.relative_to(run))
+             for path in sorted(run.glob("steps/*/metrics.jsonl"))}
     names = [name for name in titles if name in found] + [name for name in found if name not in titles]
     return section("Loss curves", "Loss by training step, each on its own scale; dashed with points: held-out loss.", grid(
         [lines(titles.get(name, name), [("loss", found[name].get("loss", []), "a"), ("held-out loss", found[name].get("eval/loss", []), "b")])
@@ -457,7 +470,8 @@ def flat(settings, prefix=""):
 
 def settings_part(config):
     first = {key: config[key] for key in ("command", "stage", "preset", "seed", "versions") if key in config}
-    rows = "".join(f'<tr><th scope="row" class="name">{esc(key)}</th><td><code>{esc(str(value)[:5000])}</code></td></tr>'
+    rows = "".join(f'<tr><th scope="row" class="name">{esc(key)}</th>'
+                   f'<td><code>{esc(str(value)[:5000])}</code></td></tr>'
                    for key, value in flat(first | config))
     return f'<details><summary>Settings, seed, versions</summary><div class="scroll"><table>{rows}</table></div></details>' if rows else ""
 
@@ -468,7 +482,8 @@ def page(run):
     warning = f'<p class="warning">{esc(judged_by(summary))}</p>' if summary.get("models") and judged_by(summary) else ""
     parts = [search_part(*read_search(run)),
              *(headline(summary, decoding) for decoding in DECODINGS), warning, table_part(summary), win_rates_part(summary),
-             languages_part(summary), teachers_part(summary), reward_part(summary), cut_part(summary), stage_part(run),
+             languages_part(summary), teachers_part(summary), reward_part(summary), cut_part(summary),
+             stage_part(run),
              curves_part(run, summary), online_part(summary), examples_part(summary), costs_part(summary)]
     body = "\n".join(filter(None, parts)) or "<p>Nothing is recorded here yet but the settings.</p>"
     name = " · ".join(["aya_min", *(str(config[key]) for key in ("stage", "preset") if key in config), run.resolve().name])

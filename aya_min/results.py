@@ -51,7 +51,8 @@ def evaluate_model(run, model, arbiter):
                 judged = [{**row, "reward": reward} for row, reward in zip(judged, scores_of(run, arbiter, answered))]
             if run.judge:
                 scores = scores_of(run, run.judge, answered)            # rounded: padding moves the last bits, and equal texts must tie
-                judged = [{**row, "grade": None if score is None else round(score, 4)} for row, score in zip(judged, scores)]
+                judged = [{**row, "grade": None if score is None else round(score, 4)}
+                          for row, score in zip(judged, scores)]
             if distributed.is_main():
                 folder.mkdir(parents=True, exist_ok=True)
                 write_jsonl(folder / f"{decoding}.jsonl", map(plain, judged))
@@ -87,13 +88,17 @@ def summarize_run(run, models, arbiter_record, arbitrage_counts, started):
             entry[decoding] = {**summarize(rows), "reward": mean_reward(rows), "versus": versus}
         entry |= step_totals(run, m["name"])
         out.append(entry)
-    records = [read_json(path) for path in sorted((run.folder / "steps").glob("*/done.json"), key=lambda p: p.stat().st_mtime)]
+    paths = sorted((run.folder / "steps").glob("*/done.json"), key=lambda p: p.stat().st_mtime)
+    records = [read_json(path) for path in paths]
     online = [{"round": i, **{d: {"reward": e[d]["reward"], "grade": e[d].get("grade")} for d in ("greedy", "sampled")}}
               for i, e in enumerate(e for e in out if e["name"] in ("offline", *(f"online-{t}" for t in range(1, run.recipe.rounds + 1))))]
     wins, offline = arbitrage_counts.pop("wins"), arbitrage_counts["offline_pairs"]
-    pairs = {"offline": offline} | {rec["name"].removesuffix("-pairs"): rec["pairs"] for rec in records if "pairs" in rec}
+    pairs = {"offline": offline} | {rec["name"].removesuffix("-pairs"): rec["pairs"] for rec in records
+                                    if "pairs" in rec}
     return {"judge": judge_name(run), "models": out, "clusters": {name: cluster_languages(run.clusters, name) for name in run.clusters},
-            "teacher_wins": {code: {t: n / sum(w.values()) for t, n in w.items()} for code, w in wins.items()}, "arbitrage": arbitrage_counts, "pairs": pairs,
+            "teacher_wins": {code: {t: n / sum(w.values()) for t, n in w.items()}
+                             for code, w in wins.items()},
+            "arbitrage": arbitrage_counts, "pairs": pairs,
             "reward_model": arbiter_record or {}, "online": online, "examples": examples(answers),
             "steps": [{k: rec[k] for k in ("name", "title", "seconds", "tokens", "training_steps")} for rec in records],
             "total_seconds": sum(rec["seconds"] for rec in records), "wall_seconds": time.time() - started}

@@ -111,7 +111,8 @@ def train_step(run, name, title, stage, start, rows, its_settings, **more):
 
 
 def answers_of(run, model_folder, rows, num_samples=1, temperature=1.0, seed=0, progress=None):
-    """For each row a list of num_samples answers {"completion", "finish_reason"} by a model folder, on every rank."""
+    """For each row a list of num_samples answers {"completion", "finish_reason"} by a model folder, on every
+    rank."""
     model, tokenizer = weights.load(model_folder, run.device)
     groups = answer_rows(model, tokenizer, rows, num_samples, run.recipe.max_new_tokens, temperature, seed,
                          progress=progress, cut_left=run.recipe.too_long == "cut-left")
@@ -120,7 +121,8 @@ def answers_of(run, model_folder, rows, num_samples=1, temperature=1.0, seed=0, 
 
 
 def scores_of(run, reward_folder, rows):
-    """A reward model's score of each row, None where a text is too long for it and --too-long skip leaves it out."""
+    """A reward model's score of each row, None where a text is too long for it and --too-long skip leaves it
+    out."""
     model, tokenizer = weights.load(reward_folder, run.device)
     if not isinstance(model, RewardModel):
         raise ValueError(f"{reward_folder}: a language model, not a reward model; give a folder that the reward stage wrote")

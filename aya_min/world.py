@@ -166,7 +166,8 @@ def questions(split, count, seed, languages=tuple(LANGUAGES), level="full", uniq
 
 
 def check_question(row):
-    """Refuse a question from elsewhere that the oracle cannot answer: its task, its language, each word of its args."""
+    """Refuse a question from elsewhere that the oracle cannot answer: its task, its language, each word of
+    its args."""
     task, args, language = row["task"], row["args"], row["language"]
     if language not in LANGUAGES:
         raise ValueError(f"the oracle knows no language {language!r}, only {' '.join(LANGUAGES)}")
@@ -184,12 +185,14 @@ def check_question(row):
     if task in ("translate", "day"):
         kinds = [lookup, LANGUAGES] if task == "translate" else [w["days"], numbers]
     if len(args) != len(kinds) or task == "count" and len(args) < 2:
-        raise ValueError(f"the task {task} takes {'2 args' if len(kinds) == 2 else 'more args'}, not {len(args)}")
+        raise ValueError(f"the task {task} takes {'2 args' if len(kinds) == 2 else 'more args'}, not "
+                         f"{len(args)}")
     if unknown := [word for word, words_there in zip(args, kinds) if word not in words_there]:
         raise ValueError(f"the oracle does not know {unknown[0]!r} in the args of the task {task}")
     largest = {"sum": sum(map(numbers.index, args)) if task == "sum" else 0, "count": args[1:].count(args[0])}
     if largest.get(task, 0) >= len(numbers):
-        raise ValueError(f"the answer to the task {task} is above {numbers[-1]}, the largest number of the world")
+        raise ValueError(f"the answer to the task {task} is above {numbers[-1]}, the largest number of the "
+                         "world")
     if task == "odd" and not solve(task, args):
         raise ValueError("none of the args of the task odd is of a kind of its own")
 
@@ -344,8 +347,10 @@ def grade(question, completion):
 # ---- files -----------------------------------------------------------------------------------------------------------------------
 
 def write_world(out, count, seed, level):
-    """The world as JSONL files in the new folder `out`, which appears whole or not at all. -> {file: its rows}"""
-    order = ("test", "validation", "preference", "train")           # the splits that can be too small come first
+    """The world as JSONL files in the new folder `out`, which appears whole or not at all. -> {file: its
+    rows}"""
+    # the splits that can be too small come first
+    order = ("test", "validation", "preference", "train")
     data = {name: questions(name, count, seed, level=level, unique=name in order[:2]) for name in order}
     rng = random.Random(seed)
     data["pairs"] = [{**q, "chosen": gold_answer(q), "rejected": answer(rng, q, (0, 1, 1, 1))[0]}

@@ -289,7 +289,8 @@ def test_a_users_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(tmp_
 def judge(tmp_path_factory):
     """A reward model's folder, of 64 positions."""
     folder = tmp_path_factory.mktemp("judge") / "rm"
-    tokenizer = train_tokenizer([gold_answer(make_question("largest", ["one", "two"], code)) for code in LANGUAGES], 512)
+    tokenizer = train_tokenizer([gold_answer(make_question("largest", ["one", "two"], code))
+                                 for code in LANGUAGES], 512)
     config = model_preset("smoke", tokenizer.vocab_size)
     config.max_position_embeddings = 64
     save(folder, init_weights(RewardModel(config), torch.Generator().manual_seed(0)), tokenizer)
@@ -307,16 +308,19 @@ TURNS = [{"role": "user", "content": "two or nine?"}, {"role": "assistant", "con
 
 
 def result_of(tmp_path, rows, others, judge, *more):
-    arena(write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", others), tmp_path / "e.json", judge, *more)
+    arena(write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", others), tmp_path / "e.json", judge,
+          *more)
     result = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
     (tmp_path / "e.json").unlink()
     return result
 
 
 def test_conversations_numeric_ids_and_rows_without_a_language_are_judged(tmp_path, judge, capsys):
-    """The arena refused what generate.py wrote: only texts were taken for prompt, question_id and language."""
+    """The arena refused what generate.py wrote: only texts were taken for prompt, question_id and
+    language."""
     rows = [{"question_id": 1, "language": "en", "prompt": ASKED}, {"question_id": "2", "prompt": TURNS},
-            {"question_id": 2.5, "language": None, "prompt": "eins"}, {"id": 7, "prompt": "zwei", "task": None},
+            {"question_id": 2.5, "language": None, "prompt": "eins"},
+            {"id": 7, "prompt": "zwei", "task": None},
             {"prompt": "drei", "task": ["a"]}, {"prompt": "vier", "language": "sw", "task": {"a": 1}}]
     a = [{**row, "completion": f"answer {i}"} for i, row in enumerate(rows)]
     b = [{**row, "completion": "other"} for row in rows]
@@ -330,28 +334,35 @@ def test_conversations_numeric_ids_and_rows_without_a_language_are_judged(tmp_pa
 
 
 def test_other_peoples_names_of_keys_are_mapped(tmp_path, judge):
-    rows = [{"uid": i, "question": f"q{i}", "lang": code, "answer": "x" * i} for i, code in ((1, "fr"), (2, "pt-BR"))]
+    rows = [{"uid": i, "question": f"q{i}", "lang": code, "answer": "x" * i} for i,
+            code in ((1, "fr"), (2, "pt-BR"))]
     columns = ["--columns", "question_id=uid", "prompt=question", "language=lang", "completion=answer"]
     result = result_of(tmp_path, rows, rows, judge, *columns)
     assert result["overall"]["tie"] == 2 and set(result["by_language"]) == {"fr", "pt-BR"}
-    assert set(result["by_cluster"]) == {"shared", "west-europe"}                   # pt-BR is at home where pt is
+    # pt-BR is at home where pt is
+    assert set(result["by_cluster"]) == {"shared", "west-europe"}
 
 
 def test_a_language_is_at_home_in_its_own_cluster_before_that_of_the_language_it_is_a_kind_of():
     rows = [{"question_id": str(i), "language": code, "completion": "", "grade": 1}
             for i, code in enumerate(["pt", "pt-BR", "zh-Hant-TW", "zh-Hans", "sw", "other"])]
     clusters = {"lusitania": ["pt"], "brazil": ["pt-BR"], "han": ["zh"], "taiwan": ["zh-Hant"]}
-    counts = {name: part["num"] for name, part in compare(rows, rows, clusters=clusters)["by_cluster"].items()}
+    counts = {name: part["num"] for name, part in compare(rows, rows,
+                                                          clusters=clusters)["by_cluster"].items()}
     assert counts == {"lusitania": 1, "brazil": 1, "han": 1, "taiwan": 1, "other": 2}
 
 
-def test_answers_cut_at_their_limit_are_judged_and_counted_for_each_side_and_language(tmp_path, judge, capsys):
-    rows = [{"question_id": str(i), "language": code, "prompt": "p", "completion": f"c{i}", "finish_reason": reason}
-            for i, (code, reason) in enumerate([("fr", "length"), ("fr", "stop"), ("de", "length"), ("de", None)])]
+def test_answers_cut_at_their_limit_are_judged_and_counted_for_each_side_and_language(tmp_path, judge,
+                                                                                      capsys):
+    rows = [{"question_id": str(i), "language": code, "prompt": "p", "completion": f"c{i}",
+             "finish_reason": reason}
+            for i, (code, reason) in enumerate([("fr", "length"), ("fr", "stop"), ("de", "length"),
+                                                ("de", None)])]
     stopped = [{**row, "completion": "d", "finish_reason": "stop"} for row in rows]
     result = result_of(tmp_path, rows, stopped, judge)
     assert result["overall"]["num"] == 4 and (result["answers"]["cut"], result["baseline"]["cut"]) == (2, 0)
-    assert {code: part["cut"] for code, part in result["answers"]["by_language"].items()} == {"fr": 1, "de": 1}
+    assert {code: part["cut"] for code, part in result["answers"]["by_language"].items()} == {"fr": 1,
+                                                                                              "de": 1}
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert shown[-5][-1:] == ["2/0"] or any(line[:1] == ["overall"] and line[-1] == "2/0" for line in shown)
     assert any(line[:2] == ["fr", "French"] and line[-1] == "1/0" for line in shown)
@@ -364,12 +375,16 @@ def test_an_earlier_judges_verdict_is_taken_from_no_row(tmp_path, judge):
     assert "grade" not in side and "right_language" not in side
 
 
-@pytest.mark.parametrize("long", [{"prompt": "w " * 60, "completion": "c"}, {"prompt": "p", "completion": "w" * 500},
-                                  {"prompt": [*TURNS[:1], {"role": "assistant", "content": "w " * 70}, TURNS[2]],
+@pytest.mark.parametrize("long", [{"prompt": "w " * 60, "completion": "c"},
+                                  {"prompt": "p", "completion": "w" * 500},
+                                  {"prompt": [*TURNS[:1], {"role": "assistant", "content": "w " * 70},
+                                              TURNS[2]],
                                    "completion": ""}])
-def test_what_passes_the_judges_positions_is_refused_before_work_or_left_unjudged_or_cut(long, tmp_path, judge, capsys):
+def test_what_passes_the_judges_positions_is_refused_before_work_or_left_unjudged_or_cut(long, tmp_path,
+                                                                                         judge, capsys):
     """A reward model of 1,024 positions scored 3,000 tokens, exit code 0; one of 1 MB took 2.5 GB."""
-    rows = [{"question_id": "1", "language": "fr", "prompt": "p", "completion": "c"}, {"question_id": "2", **long}]
+    rows = [{"question_id": "1", "language": "fr", "prompt": "p", "completion": "c"},
+            {"question_id": "2", **long}]
     a, b = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[::-1])
     said = refusal(capsys, a, b, tmp_path / "e.json", judge)
     assert "a.jsonl:2: question and answer have" in said and "the judge 64 positions" in said
@@ -391,10 +406,13 @@ def test_a_judge_whose_scores_are_not_finite_is_named_and_nothing_is_written(tmp
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"question_id": True}, "'question_id' must be a text or a number"), ({"question_id": ["q"]}, "'question_id' must be"),
-    ({"completion": None}, "'completion' is missing or no text"), ({"completion": ["c"]}, "'completion' is missing"),
+    ({"question_id": True}, "'question_id' must be a text or a number"),
+    ({"question_id": ["q"]}, "'question_id' must be"),
+    ({"completion": None}, "'completion' is missing or no text"),
+    ({"completion": ["c"]}, "'completion' is missing"),
     ({"prompt": 5}, "prompt"), ({"prompt": None}, "prompt"), ({"prompt": [{"role": "user"}]}, "prompt"),
-    ({"finish_reason": 1}, "'finish_reason' must be a text"), ({"prompt": "<|USER_TOKEN|>hi"}, "<|USER_TOKEN|>"),
+    ({"finish_reason": 1}, "'finish_reason' must be a text"),
+    ({"prompt": "<|USER_TOKEN|>hi"}, "<|USER_TOKEN|>"),
     ({"completion": "x<BOS_TOKEN>"}, "<BOS_TOKEN>"), ({"question_id": "1"}, "is answered twice")])
 def test_a_row_that_the_arena_cannot_judge_is_named_with_file_and_line(change, says, tmp_path, judge, capsys):
     rows = [{"question_id": i, "prompt": "p", "completion": "c"} for i in (1, 2)]
@@ -404,9 +422,11 @@ def test_a_row_that_the_arena_cannot_judge_is_named_with_file_and_line(change, s
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"args": ["one", "nix"]}, "'nix'"), ({"args": [1, 2]}, "English words"), ({"args": {"one": 1}}, "English words"),
+    ({"args": ["one", "nix"]}, "'nix'"), ({"args": [1, 2]}, "English words"),
+    ({"args": {"one": 1}}, "English words"),
     ({"args": []}, "more args"), ({"task": "translate", "args": ["one", "../../../etc"]}, "'../../../etc'"),
-    ({"language": "sw"}, "no language 'sw'"), ({"language": None}, "no language 'other'"), ({"task": 5}, "no task 5"),
+    ({"language": "sw"}, "no language 'sw'"), ({"language": None}, "no language 'other'"),
+    ({"task": 5}, "no task 5"),
     ({"task": ["largest"]}, "no task ['largest']"), ({"task": None}, "'task' is missing"),
     ({"task": "sum", "args": ["twelve", "nine"]}, "above twelve")])
 def test_a_question_that_is_not_the_oracles_is_named_with_file_and_line(change, says, tmp_path, capsys):
@@ -418,17 +438,20 @@ def test_a_question_that_is_not_the_oracles_is_named_with_file_and_line(change, 
 
 def test_an_output_that_exists_is_never_written_through(tmp_path, capsys):
     """--out through a dangling link made the file that it leads to."""
-    rows = write(tmp_path / "a.jsonl", [{**make_question("largest", ["one", "two"], "fr"), "completion": "c"}])
+    rows = write(tmp_path / "a.jsonl", [{**make_question("largest", ["one", "two"], "fr"),
+                                         "completion": "c"}])
     (tmp_path / "link.json").symlink_to(tmp_path / "elsewhere.json")
     (tmp_path / "file").write_text("mine")
-    for name, says in (("link.json", "exists"), ("file", "exists"), ("file/e.json", "no folder"), ("a.jsonl", "exists")):
+    for name, says in (("link.json", "exists"), ("file", "exists"), ("file/e.json", "no folder"),
+                       ("a.jsonl", "exists")):
         assert says in refusal(capsys, rows, rows, tmp_path / name)
     assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "link.json", "file"}
 
 
 def test_a_full_disk_leaves_no_cut_file(tmp_path, capsys, monkeypatch):
     """A cut eval.json of 1,024 bytes stayed, and the next run refused it as existing."""
-    rows = write(tmp_path / "a.jsonl", [{**make_question("largest", ["one", "two"], "fr"), "completion": "c"}])
+    rows = write(tmp_path / "a.jsonl", [{**make_question("largest", ["one", "two"], "fr"),
+                                         "completion": "c"}])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))

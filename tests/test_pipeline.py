@@ -102,8 +102,10 @@ def test_the_pipeline_takes_a_users_own_models_prompts_and_completions(smoke, tm
     from aya_min.world import gold_answer, questions
     steps = smoke[0] / "steps"
     rows = questions("train", 240, 11, level="tiny")
-    theirs = [{"question": q["prompt"], "lang": "pt-BR" if q["language"] == "pt" else q["language"]} for q in rows]
-    verdicts = {"grade": "y", "score": 9, "reward": [7], "seen_language": "de", "task": None}      # not the judge's
+    theirs = [{"question": q["prompt"], "lang": "pt-BR" if q["language"] == "pt" else q["language"]}
+              for q in rows]
+    # not the judge's
+    verdicts = {"grade": "y", "score": 9, "reward": [7], "seen_language": "de", "task": None}
     write_jsonl(tmp_path / "prompts.jsonl", [{**row, **verdicts, "id": i} for i, row in enumerate(theirs)])
     reasons = [{"finish_reason": "length"} if i % 8 == 0 else {} for i in range(len(rows))]
     write_jsonl(tmp_path / "elsewhere.jsonl", [{**row, "completion": gold_answer(q), **reason}
@@ -116,7 +118,8 @@ def test_the_pipeline_takes_a_users_own_models_prompts_and_completions(smoke, tm
                  tmp_path / "clusters.json", "--rounds", "1", *columns)
     assert "not a win rate" in done.stdout
     summary = json.loads((tmp_path / "own" / "summary.json").read_text(encoding="utf-8"))
-    assert not any("grade" in m[d] or "right_language" in m[d] for m in summary["models"] for d in ("greedy", "sampled"))
+    assert not any("grade" in m[d] or "right_language" in m[d] for m in summary["models"]
+                   for d in ("greedy", "sampled"))
     assert "grade" not in (tmp_path / "own" / "data" / "sft-west.jsonl").read_text(encoding="utf-8")
     assert summary["arbitrage"]["cut"] >= 30 and "pt-BR" in summary["arbitrage"]["cut_by_language"]
     assert "pt-BR" in summary["models"][0]["greedy"]["by_language"] and summary["models"][0]["greedy"]["cut"] > 0

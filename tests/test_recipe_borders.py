@@ -22,7 +22,8 @@ def refusal(tmp_path, monkeypatch, capfd):
     """refusal(*flags): the one line with which the recipe is refused, exit code 2, nothing left behind."""
     def refused(*flags):
         out = tmp_path / "new" / "run"
-        monkeypatch.setattr(sys, "argv", ["train.py", "recipe", "--preset", "smoke", "--out", str(out), *map(str, flags)])
+        monkeypatch.setattr(sys, "argv", ["train.py", "recipe", "--preset", "smoke", "--out", str(out),
+                                          *map(str, flags)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             train.main()
@@ -39,14 +40,20 @@ WRONG_FLAGS = [
     ("--eval-count", "100000", "only 10090 different"), ("--eval-count", "0", "at least 1"),
     ("--max-new-tokens", "0", "at least 1"), ("--max-new-tokens", "5000", "1024 positions"),
     ("--max-length", "5", "fewer than one in ten fit"), ("--batch-size", "0", "at least 1"),
-    ("--batch-size", "100000", "--corpus 960"), ("--model", "nope", "invalid choice"), ("--num-prompts", "0", "at least 1"),
-    ("--num-prompts", "5", "--num-prompts 5"), ("--corpus", "3", "--corpus 3"), ("--lessons", "10", "--lessons 10"),
+    ("--batch-size", "100000", "--corpus 960"), ("--model", "nope", "invalid choice"),
+    ("--num-prompts", "0", "at least 1"),
+    ("--num-prompts", "5", "--num-prompts 5"), ("--corpus", "3", "--corpus 3"),
+    ("--lessons", "10", "--lessons 10"),
     ("--arbiter-gold", "1", "--arbiter-gold 1"), ("--arbiter-pairs", "8", "--arbiter-pairs 8"),
-    ("--rloo-samples", "1", "at least 2"), ("--rloo-steps", "0", "at least 1"), ("--online-samples", "0", "at least 2"),
+    ("--rloo-samples", "1", "at least 2"), ("--rloo-steps", "0", "at least 1"),
+    ("--online-samples", "0", "at least 2"),
     ("--online-temperature", "nan", "finite"), ("--teacher-temperature", "inf", "finite"),
-    ("--offline-beta", "-1", "above 0"), ("--online-beta", "nan", "above 0"), ("--rloo-beta", "-1", "at least 0"),
-    ("--cluster-spill", "2", "at most 1"), ("--cluster-spill", "-1", "at least 0"), ("--cluster-scale", "0", "above 0"),
-    ("--offline-margin", "nan", "finite"), ("--online-margin", "-1", "at least 0"), ("--rounds", "-1", "at least 0"),
+    ("--offline-beta", "-1", "above 0"), ("--online-beta", "nan", "above 0"),
+    ("--rloo-beta", "-1", "at least 0"),
+    ("--cluster-spill", "2", "at most 1"), ("--cluster-spill", "-1", "at least 0"),
+    ("--cluster-scale", "0", "above 0"),
+    ("--offline-margin", "nan", "finite"), ("--online-margin", "-1", "at least 0"),
+    ("--rounds", "-1", "at least 0"),
     ("--online-prompts", "1", "one for each of 4 clusters"), ("--seed", "-1", "at least 0"),
     ("--seed", "9" * 400, "below 9223372036854775808"), ("--sft-epochs", "inf", "finite"),
     ("--sft-epochs", "1e-9", "less than one example"), ("--vocab-size", "10", "at least 300"),
@@ -57,12 +64,14 @@ WRONG_FLAGS = [
 
 @pytest.mark.parametrize("flag, value, says", WRONG_FLAGS)
 def test_a_wrong_flag_is_refused_before_anything_is_made(flag, value, says, refusal):
-    """--eval-count 100000 trained all the models first, and the folder could not be used again; --online-samples 0
-    never ended; --batch-size 0, --model nope, --max-new-tokens 0 and --eval-count 0 were tracebacks."""
+    """--eval-count 100000 trained all the models first, and the folder could not be used again;
+    --online-samples 0 never ended; --batch-size 0, --model nope, --max-new-tokens 0 and --eval-count 0 were
+    tracebacks."""
     assert says in refusal(flag, value)
 
 
-@pytest.mark.parametrize("name, value", [("online_samples", 0), ("offline_beta", -1), ("cluster_spill", 2), ("seed", -1),
+@pytest.mark.parametrize("name, value", [("online_samples", 0), ("offline_beta", -1), ("cluster_spill", 2),
+                                         ("seed", -1),
                                          ("max_new_tokens", 10 ** 400), ("learning", 1), ("rounds", 1.5)])
 def test_a_wrong_setting_in_a_file_is_refused_like_its_flag(name, value, refusal, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps({name: value}))
@@ -72,8 +81,9 @@ def test_a_wrong_setting_in_a_file_is_refused_like_its_flag(name, value, refusal
 @pytest.mark.parametrize("clusters, says", [
     ({}, "0 clusters"), ({"a": ["en"]}, "1 clusters"), ({"a": [], "b": ["de"]}, "non-empty list"),
     ({"a": [["de"]], "b": ["fr"]}, "non-empty list"), ({"a": ["de"], "b": "fr"}, "non-empty list"),
-    ({"pairs": ["de"], "b": ["pl"]}, "'pairs' cannot be"), ({"other": ["de"], "b": ["pl"]}, "'other' cannot be"),
-    ({"a\nb": ["de"], "b": ["pl"]}, "cannot be"), ({"a": ["de"], "b": ["sw"]}, "'sw' is no language of the embedded"),
+    ({"pairs": ["de"], "b": ["pl"]}, "'pairs' cannot be"),
+    ({"other": ["de"], "b": ["pl"]}, "'other' cannot be"), ({"a\nb": ["de"], "b": ["pl"]}, "cannot be"),
+    ({"a": ["de"], "b": ["sw"]}, "'sw' is no language of the embedded"),
     ({"a": ["de"], "b": ["de"]}, "in both"), ({"a": ["de"], "../b": ["pl"]}, "cannot name a folder")])
 def test_clusters_that_cannot_be_trained_are_refused(clusters, says, refusal, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(clusters))
@@ -113,22 +123,26 @@ def test_every_preset_passes_its_own_checks():
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """Models A and B of 512 positions, a small one of 64, an arbiter and one of another tokenizer, 40 prompts."""
+    """Models A and B of 512 positions, a small one of 64, an arbiter and one of another tokenizer, 40
+    prompts."""
     folder = tmp_path_factory.mktemp("own")
     for name, model in {"A": language_model(0), "B": language_model(1), "RM": reward_model(),
                         "short": language_model(2, max_position_embeddings=64),
                         "short-RM": reward_model(max_position_embeddings=64)}.items():
         weights.save(folder / name, model, tokenizer())
-    weights.save(folder / "other-RM", reward_model(vocab_size=280), train_tokenizer(["one two three"] * 9, 280))
+    weights.save(folder / "other-RM", reward_model(vocab_size=280),
+                 train_tokenizer(["one two three"] * 9, 280))
     rows = [{"prompt": f"{i}?", "language": "de"} for i in range(40)]
     write_jsonl(folder / "p.jsonl", rows)
-    for name, change in {"long": {"prompt": "w " * 600}, "nowhere": {"language": "sw"}, "spelled": {"prompt": "<|USER_TOKEN|>x"},
+    for name, change in {"long": {"prompt": "w " * 600}, "nowhere": {"language": "sw"},
+                         "spelled": {"prompt": "<|USER_TOKEN|>x"},
                          "half": {"prompt": "w " * 90}}.items():
         write_jsonl(folder / f"{name}.jsonl", [*rows[:-1], rows[-1] | change])
     answers = [{**row, "completion": "ja"} for row in rows]
     for name, change in {"answers": {}, "long-answer": {"completion": "w" * 100_000}, "few": None,
                          "spelled-answer": {"completion": "x<EOS_TOKEN><|END_OF_TURN_TOKEN|>"}}.items():
-        write_jsonl(folder / f"{name}.jsonl", answers[:-1] + ([answers[-1] | change] if change is not None else []))
+        write_jsonl(folder / f"{name}.jsonl", answers[:-1] + ([answers[-1] | change] if change is not None
+                                                              else []))
     (folder / "same").mkdir()
     write_jsonl(folder / "same" / "answers.jsonl", answers)
     return folder
@@ -151,12 +165,16 @@ def flags_of(own, **change):
     ({"teachers": "A answers.jsonl same/answers.jsonl"}, "two have the same name"),
     ({"teachers": "A few.jsonl"}, "no answer for 1 of 40"), ({"teachers": "A"}, "two teachers or more"),
     ({"teachers": "A long-answer.jsonl"}, "the arbiter 512 positions"),
-    ({"teachers": "A spelled-answer.jsonl"}, "spells the control token"), ({"teachers": "A RM"}, "not a language model"),
-    ({"arbiter": "B"}, "not a reward model"), ({"judge": "B"}, "not a reward model"), ({"base": "RM"}, "not a language"),
-    ({"arbiter": "other-RM", "arms": "all"}, "share a tokenizer"), ({"batch_size": "48"}, "fewer than one batch of 48"),
+    ({"teachers": "A spelled-answer.jsonl"}, "spells the control token"),
+    ({"teachers": "A RM"}, "not a language model"),
+    ({"arbiter": "B"}, "not a reward model"), ({"judge": "B"}, "not a reward model"),
+    ({"base": "RM"}, "not a language"),
+    ({"arbiter": "other-RM", "arms": "all"}, "share a tokenizer"),
+    ({"batch_size": "48"}, "fewer than one batch of 48"),
     ({"base": "p.jsonl"}, "p.jsonl"), ({"judge": "RM"}, "must not be")])
 def test_what_a_user_brings_that_cannot_be_used_is_refused_before_any_work(change, says, own, refusal):
-    """A teacher's file with one answer of 100,000 letters took more than 60 s; the rest was seen after training."""
+    """A teacher's file with one answer of 100,000 letters took more than 60 s; the rest was seen after
+    training."""
     assert says in refusal(*flags_of(own, **change))
 
 
@@ -176,10 +194,13 @@ def test_prompts_that_are_too_long_are_left_out_or_kept_to_be_cut_as_asked(own, 
 
 
 def test_a_column_of_the_users_is_never_taken_for_a_verdict(own, tmp_path):
-    """{"prompt": ..., "grade": 7} without --judge gave grade 7.0 for all models; "grade": "y" ended the run at its end."""
-    theirs = {"grade": 7, "score": 1, "reward": "y", "why": 1, "seen_language": "de", "finish_reason": "length",
+    """{"prompt": ..., "grade": 7} without --judge gave grade 7.0 for all models; "grade": "y" ended the run
+    at its end."""
+    theirs = {"grade": 7, "score": 1, "reward": "y", "why": 1, "seen_language": "de",
+              "finish_reason": "length",
               "completion": "c", "chosen": 1, "teacher": "me", "candidates": []}
-    write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"{i}?", "id": i, "language": "de", **theirs} for i in range(3)])
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"{i}?", "id": i, "language": "de", **theirs}
+                                       for i in range(3)])
     rows, _ = checked(own)(tmp_path / "p.jsonl")
     assert all(row.keys() == {"id", "language", "prompt", "prompt_messages", "prompt_where"} for row in rows)
 
@@ -192,7 +213,8 @@ def record_of(**changes):
 
 
 def look(folder, before, now):
-    (folder / "config.json").write_text(before if isinstance(before, str) else json.dumps(before), encoding="utf-8")
+    (folder / "config.json").write_text(before if isinstance(before, str) else json.dumps(before),
+                                        encoding="utf-8")
     train.check_run_folder(folder, now, config.RECIPES["smoke"])
 
 
@@ -215,7 +237,8 @@ def test_another_run_is_refused_with_the_settings_that_differ(tmp_path):
 
 
 def test_a_setting_of_a_step_that_is_not_begun_may_change_so_that_a_late_failure_does_not_cost_the_run(tmp_path):
-    look(tmp_path, record_of(), record_of(online_margin=0.1, eval_count=24, rloo_steps=9, rounds=1, offline_beta=0.2))
+    look(tmp_path, record_of(), record_of(online_margin=0.1, eval_count=24, rloo_steps=9, rounds=1,
+                                          offline_beta=0.2))
     for step, name, value in (("online-1-pairs", "online_margin", 0.1), ("eval-base", "eval_count", 24),
                               ("offline-slavic", "offline_beta", 0.3), ("rloo", "rloo_steps", 1)):
         (tmp_path / "steps" / step).mkdir(parents=True)
@@ -227,7 +250,8 @@ def test_a_setting_of_a_step_that_is_not_begun_may_change_so_that_a_late_failure
         look(tmp_path, record_of(), record_of(online_samples=4))
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "{", "5", '{"recipe": 5}', '{"recipe": []}', "{}", "[" * 100_000])
+@pytest.mark.parametrize("text", ["[]", "null", "{", "5", '{"recipe": 5}', '{"recipe": []}', "{}",
+                                  "[" * 100_000])
 def test_a_malformed_config_of_a_run_folder_is_one_line_that_names_it(text, tmp_path):
     with pytest.raises(ValueError, match=tmp_path.name):
         look(tmp_path, text, record_of())
@@ -241,7 +265,8 @@ def test_the_best_teacher_is_not_chosen_by_rewards_that_are_none_or_not_finite()
         return {"candidates": [{"teacher": t, "reward": r} for t, r in zip("ab", rewards)]}
 
     assert pipeline.best_teacher([row(1.0, 0.5), row(0.0, 0.6)]) == "b"
-    assert pipeline.best_teacher([row(1.0), row(0.0, 0.6)]) == "b"           # one answer of b could not be scored
+    # one answer of b could not be scored
+    assert pipeline.best_teacher([row(1.0), row(0.0, 0.6)]) == "b"
     for wrong in (None, float("nan"), float("inf"), "x"):
         with pytest.raises(ValueError, match="the reward of an answer of b"):
             pipeline.best_teacher([row(1.0, 0.5), row(0.0, wrong)])
@@ -250,9 +275,11 @@ def test_the_best_teacher_is_not_chosen_by_rewards_that_are_none_or_not_finite()
 
 
 def test_candidates_that_the_arbiter_could_not_score_are_left_out():
-    row = {"prompt": "p", "prompt_where": "f:1", "candidates": [{"teacher": "a", "reward": None}, {"teacher": "b", "reward": 0.0}]}
+    row = {"prompt": "p", "prompt_where": "f:1", "candidates": [{"teacher": "a", "reward": None},
+                                                                {"teacher": "b", "reward": 0.0}]}
     assert pipeline.scored(row) == {"prompt": "p", "candidates": [{"teacher": "b", "reward": 0.0}]}
-    assert results.mean_reward([{"reward": None}, {"reward": 2.0}]) == 2.0 and results.mean_reward([{"reward": None}]) is None
+    assert results.mean_reward([{"reward": None},
+                                {"reward": 2.0}]) == 2.0 and results.mean_reward([{"reward": None}]) is None
 
 
 def test_cut_answers_are_counted_for_each_language():
@@ -269,24 +296,29 @@ def test_an_answer_carries_its_finish_reason_and_never_a_nul(own, monkeypatch):
     assert all(set(a) == {"completion", "finish_reason"} for group in answers for a in group)
     nul = [[{"completion": "a\0b", "finish_reason": "length", "ids": [], "logp": 0.0}]]
     monkeypatch.setattr(steps, "answer_rows", lambda *args, **more: nul)
-    assert steps.answers_of(run, own / "A", rows[:1]) == [[{"completion": "a\ufffdb", "finish_reason": "length"}]]
+    assert steps.answers_of(run, own / "A", rows[:1]) == [[{"completion": "a\ufffdb",
+                                                            "finish_reason": "length"}]]
 
 
 def test_the_counts_are_printed_in_one_line(capsys):
-    pipeline.say("pairs", {"pairs": 3, "equal_texts": 1, "wins": {"de": {}}, "cut": 2, "cut_by_language": {"de": 2}})
+    pipeline.say("pairs", {"pairs": 3, "equal_texts": 1, "wins": {"de": {}}, "cut": 2,
+                           "cut_by_language": {"de": 2}})
     assert capsys.readouterr().out == "pairs: pairs 3, equal texts 1, cut 2 (cut by language: de 2)\n"
 
 
 def test_the_page_of_a_recipe_that_has_scored_nothing_is_drawn(tmp_path):
-    summary = {"judge": "arbiter", "models": [{"name": "base", "title": "B", "kind": "stage", "previous": None,
+    summary = {"judge": "arbiter", "models": [{"name": "base", "title": "B", "kind": "stage",
+                                               "previous": None,
                                                "greedy": {"reward": None, "versus": {}, "num": 3}}]}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     assert report.write_report(tmp_path).is_file()
 
 
 def test_a_refused_recipe_of_two_ranks_is_refused_by_both_and_leaves_nothing(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", "recipe",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "train.py", "recipe",
                "--preset", "smoke", "--out", tmp_path / "run", "--batch-size", "33"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode and "--batch-size 33 does not divide over 2 ranks" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -358,7 +358,8 @@ WRONG = [None, [], {}, "x", True, 10 ** 400, 1e9, [[]], {"a": [1]}, json.loads("
 
 
 def draw_all(run, name, values):
-    """(pages, refusals) of a run folder with each of the values in a file: one or the other, and no page is large."""
+    """(pages, refusals) of a run folder with each of the values in a file: one or the other, and no page is
+    large."""
     path, pages = run / name, 0
     before = path.read_text(encoding="utf-8") if path.exists() else None
     for value in values:
@@ -367,7 +368,8 @@ def draw_all(run, name, values):
         try:
             pages += len(report.page(run)) < 300_000
         except ValueError as error:
-            assert type(error) is ValueError and path.name in str(error) and "\n" not in str(error), (value, error)
+            assert type(error) is ValueError and path.name in str(error) and "\n" not in str(error), (value,
+                                                                                                      error)
     if before is not None:
         path.write_text(before, encoding="utf-8")
     return pages, len(values) - pages
@@ -389,22 +391,28 @@ def searched():
         tasks = {"a": x, "b": 1 - x}
         return {"name": name, "fitness": tasks, "held-out": tasks, "without": tasks}
 
-    rows = [row(name, i / 8) | {"weights": [.5, .5]} for i, name in enumerate(["best single", "a", "b", "CMA-ES"])]
+    rows = [row(name, i / 8) | {"weights": [.5, .5]} for i, name in enumerate(["best single", "a", "b",
+                                                                               "CMA-ES"])]
     models = [row(name, .5) | {"folder": name, "weight": .5} for name in "xy"]
     return {"best": "x", "evaluations": 9, "popsize": 4, "held-out": True, "rows": rows, "models": models}
 
 
-@pytest.mark.parametrize("name", ["eval.json", "config.json", "metrics.jsonl", "search.json", "evaluations.jsonl"])
+@pytest.mark.parametrize("name", ["eval.json", "config.json", "metrics.jsonl", "search.json",
+                                  "evaluations.jsonl"])
 def test_a_wrong_value_in_any_other_file_makes_a_page_or_one_line_that_names_it(name, tmp_path):
-    whole = {"eval.json": {"loss": 1.5, "loss/fr": 2.0, "loss/de": 1.0}, "metrics.jsonl": {"step": 1, "loss": 2.0},
+    whole = {"eval.json": {"loss": 1.5, "loss/fr": 2.0, "loss/de": 1.0},
+             "metrics.jsonl": {"step": 1, "loss": 2.0},
              "config.json": {"stage": "sft", "settings": {"seed": 3}}, "search.json": searched(),
              "evaluations.jsonl": {"kind": "CMA-ES", "split": "fitness", "tasks": {"a": .1, "b": .2}}}[name]
     run = make_stage_run(tmp_path / "run")
     (run / "search.json").write_text(json.dumps(searched()), encoding="utf-8")
-    cases = [changed(whole, at, wrong) for i, at in enumerate(places(whole)) for wrong in (WRONG if i < 9 else WRONG[i % 4::4])
+    cases = [changed(whole, at, wrong) for i, at in enumerate(places(whole))
+             for wrong in (WRONG if i < 9 else WRONG[i % 4::4])
              if at or wrong is not ...]
-    raw = ["{", "[]\n", "null\n", "5\n", '{"a": 1, "a": 2}\n', "[" * 100_000 + "\n", '{"step": NaN}\n', '{"a": 1e999}\n',
-           '{"a": ' + "9" * 5000 + "}\n", '{"a": "\\ud800"}\n', "\0\n", '{"a":' * 900 + "1" + "}" * 900 + "\n"]
+    raw = ["{", "[]\n", "null\n", "5\n", '{"a": 1, "a": 2}\n', "[" * 100_000 + "\n", '{"step": NaN}\n',
+           '{"a": 1e999}\n',
+           '{"a": ' + "9" * 5000 + "}\n", '{"a": "\\ud800"}\n', "\0\n",
+           '{"a":' * 900 + "1" + "}" * 900 + "\n"]
     pages, refused = draw_all(run, name, cases + raw)
     assert pages and refused >= len(raw) - 1
 
@@ -418,12 +426,15 @@ def test_a_report_replaces_a_link_and_leaves_what_it_leads_to(tmp_path):
     report.write_report(run)
     for name in ("report.html", "report.md"):
         assert (tmp_path / name).read_text() == "mine" and not (run / name).is_symlink()
-    assert {path.name for path in run.iterdir()} == {"config.json", "summary.json", "steps", "report.html", "report.md"}
+    assert {path.name for path in run.iterdir()} == {"config.json", "summary.json", "steps", "report.html",
+                                                     "report.md"}
 
 
-@pytest.mark.parametrize("name", ["summary.json", "config.json", "metrics.jsonl", "eval.json", "steps/base/metrics.jsonl"])
+@pytest.mark.parametrize("name", ["summary.json", "config.json", "metrics.jsonl", "eval.json",
+                                  "steps/base/metrics.jsonl"])
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
-def test_a_link_out_of_the_run_or_what_is_no_plain_file_is_refused_and_not_waited_for(name, kind, tmp_path, capsys):
+def test_a_link_out_of_the_run_or_what_is_no_plain_file_is_refused_and_not_waited_for(name, kind, tmp_path,
+                                                                                      capsys):
     run = make_run(tmp_path / "run")
     (run / name).unlink(missing_ok=True)
     if kind == "link":
@@ -442,7 +453,8 @@ def test_a_pipe_named_report_html_is_replaced_and_not_waited_for(tmp_path):
     assert report.write_report(run).is_file()
 
 
-@pytest.mark.parametrize("value, dots", [(0, "○○○"), (2.4, "●●○"), (3, "●●●"), (1e9, ""), (-1, ""), (3.4, "")])
+@pytest.mark.parametrize("value, dots", [(0, "○○○"), (2.4, "●●○"), (3, "●●●"), (1e9, ""), (-1, ""),
+                                         (3.4, "")])
 def test_only_a_grade_from_0_to_3_has_dots(value, dots):
     summary = summary_of_a_run()
     summary["examples"][0]["answers"][0]["grade"] = value
