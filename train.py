@@ -19,13 +19,11 @@ from pathlib import Path
 
 import torch
 
-from aya_min import config, distributed, pipeline, stages, steps, weights
-from aya_min.arbitrage import read_answers
-from aya_min.command import Parser
-from aya_min.data import load_prompts, read_jsonl
+from aya_min import checks, config, distributed, pipeline, stages, steps, weights
+from aya_min.command import Parser, number, printable
 from aya_min.estimate import dry_run
-from aya_min.files import write_json
-from aya_min.languages import CLUSTERS, SHARED, read_clusters
+from aya_min.files import read_json, write_json
+from aya_min.languages import CLUSTERS, read_clusters
 from aya_min.model import CohereForCausalLM, init_weights
 from aya_min.report import table
 from aya_min.rows import texts_in
@@ -53,7 +51,9 @@ def make_parser():
     recipe.add_argument("--eval-prompts", nargs="+", help="prompts to be judged on (default: --prompts)")
     recipe.add_argument("--clusters", help="JSON file {cluster: [languages]}")
     recipe.add_argument("--config", help="JSON file of recipe settings")
-    recipe.add_argument("--collective-timeout", type=float, default=1800, metavar="SECONDS", help="how long a rank waits for the others before it takes them for dead (default 1800)")
+    recipe.add_argument("--collective-timeout", type=number(float, "(0, 1000000]"), default=1800,
+                        metavar="SECONDS", help="how long a rank waits for the others before it takes them "
+                        "for dead (default 1800)")
     config.add_flags(recipe, config.Recipe)
     for name, (function, settings_class) in STAGES.items():
         stage = commands.add_parser(name, help=function.__doc__.splitlines()[0] if name != "sft" else "Supervised fine-tuning on conversations.")
@@ -168,60 +168,75 @@ def run_one_stage(args, device):
         print(folder)
 
 
-def check_own(args, clusters):
-    """Look at everything that a user brings before any work: files, folders, what kind of model is in each."""
-    for path in args.prompts:
-        for where, row in read_jsonl(path):
-            if row.get("language") and row["language"] not in ["other"] + SHARED + sum(clusters.values(), []):
-                raise ValueError(f"{where}: language {row['language']!r} is in no cluster; add it to --clusters")
-    prompts = load_prompts(args.prompts)
-    load_prompts(args.eval_prompts or [])
-    tokenizers = {}
-    for flag, folder, wanted in [("--base", args.base, False), *(("--teachers", t, False) for t in args.teachers if not Path(t).is_file()),
-                                 ("--arbiter", args.arbiter, True), *([("--judge", args.judge, True)] if args.judge else [])]:
-        model, tokenizers[flag], _ = weights.look_into(folder)
-        if isinstance(model, weights.RewardModel) != wanted:
-            raise ValueError(f"{flag} {folder}: {'a language model, not a reward model' if wanted else 'a reward model, not a language model'}; give the other kind")
-    for path in filter(lambda t: Path(t).is_file(), args.teachers):
-        read_answers(path, prompts)
-    if args.arms == "all" and tokenizers["--base"].bpe.to_str() != tokenizers["--arbiter"].bpe.to_str():
-        raise ValueError("--arms all trains RLOO, which needs base and arbiter to share a tokenizer; use --arms main")
-
-
 def run_whole_recipe(args, device):
-    recipe = config.settings_from(config.Recipe, config.RECIPES[args.preset], args.config, vars(args))
+    preset = config.RECIPES[args.preset]
+    recipe = config.settings_from(config.Recipe, preset, args.config, vars(args))
     own = {"base": args.base, "prompts": args.prompts, "teachers": args.teachers, "arbiter": args.arbiter}
     if any(own.values()) and not all(own.values()):
         raise ValueError(f"your own pipeline also needs {' '.join('--' + k for k, v in own.items() if not v)}")
-    if not all(own.values()) and (args.judge or args.eval_prompts):
-        raise ValueError("--judge and --eval-prompts go with --base, --prompts, --teachers and --arbiter")
+    if not all(own.values()) and (args.judge or args.eval_prompts or args.columns):
+        raise ValueError("--judge, --eval-prompts and --columns go with --base, --prompts, --teachers and "
+                         "--arbiter")
     if args.judge and Path(args.judge).resolve() == Path(args.arbiter).resolve():
         raise ValueError("--judge must not be the arbiter: a model would be judged by what trained it")
     clusters = read_clusters(args.clusters) if args.clusters else CLUSTERS
-    if args.base:
-        check_own(args, clusters)
+    own |= {"judge": args.judge, "eval_prompts": args.eval_prompts}
     out = Path(args.out or f"runs/{args.preset}")
-    record = {"preset": args.preset, "arms": args.arms, "seed": recipe.seed, "recipe": asdict(recipe), "clusters": clusters,
-              **{k: v for k, v in {**own, "judge": args.judge, "eval_prompts": args.eval_prompts}.items() if v}}
+    record = {"preset": args.preset, "arms": args.arms, "seed": recipe.seed, "recipe": asdict(recipe),
+              "clusters": clusters, **{k: v for k, v in own.items() if v}}
+    distributed.from_main(lambda: check_run_folder(out, record, preset))
+    checks.check_clusters(clusters)
+    if args.base:
+        own["prompts"], own["eval_prompts"] = checks.check_own(recipe, clusters, args.arms, **own)
+    else:
+        checks.check_world(recipe, clusters)
+    num_prompts = len(own["prompts"]) if args.base else None
+    checks.check_sizes(recipe, clusters, distributed.num_ranks(), num_prompts)
 
     def open_folder():
-        path = out / "config.json"
-        if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changed = sorted(k for k in record.keys() | (before.keys() - {"versions", "command"}) if k != "arms" and json.loads(json.dumps(record.get(k))) != before.get(k))
-            if changed:
-                raise ValueError(f"{out} holds a run with other {' '.join(changed)}; give another --out, or the same settings to go on with it")
-        elif out.exists() and {path.name for path in out.iterdir()} - {".lock"}:
-            raise ValueError(f"{out} exists and is not a run of the recipe; give another --out")
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(stages.lock(out))
-        write_json(path, {**record, "versions": stages.versions(), "command": " ".join(sys.argv)})
-    paths = {k: Path(v) if isinstance(v, str) else v for k, v in {**own, "judge": args.judge, "eval_prompts": args.eval_prompts}.items()}
+        about = {**record, "versions": stages.versions(), "command": " ".join(sys.argv)}
+        write_json(out / "config.json", about)
+    own |= {k: Path(own[k]) for k in ("base", "arbiter", "judge") if own[k]}
     with ExitStack() as held:
         distributed.from_main(open_folder)
-        summary = pipeline.run_recipe(steps.Run(out, recipe, device, clusters, args.arms, **paths))
+        summary = pipeline.run_recipe(steps.Run(out, recipe, device, clusters, args.arms, **own))
     if distributed.is_main():
-        print(f"\n{table(summary)}\n\n{out / 'report.html'}")
+        print(printable(f"\n{table(summary)}\n\n{out / 'report.html'}"))
+
+
+LATE = {"offline_": "offline*", "rounds": "online*", "online_": "online*", "rloo_": "rloo*",
+        "eval_count": "eval-*"}
+
+
+def check_run_folder(out, record, preset):
+    """Refuse a folder that holds another run of the recipe, or anything else. A setting that an older run
+    does not know has the preset's value; what only steps read that are not begun (LATE) may change, after one
+    of them failed."""
+    path = out / "config.json"
+    if not path.is_file():
+        if out.exists() and {path.name for path in out.iterdir()} - {".lock"}:
+            raise ValueError(f"{out} exists and is not a run of the recipe; give another --out")
+        return
+    before, now = read_json(path), json.loads(json.dumps(record))
+    defaults = json.loads(json.dumps(asdict(config.Recipe(**preset))))
+    recipes = now.pop("recipe"), before.pop("recipe", None)
+    if not isinstance(recipes[1], dict):
+        raise ValueError(f"{out} exists and is not a run of the recipe; give another --out")
+    theirs = defaults | recipes[1]
+
+    def may_change(name):
+        begun = (step for start, steps in LATE.items() if name.startswith(start)
+                 for step in [*out.glob(f"steps/{steps}/done.json"), *out.glob(f"steps/{steps}/state")])
+        return name.startswith(tuple(LATE)) and not any(begun)
+    skipped = {"versions", "command", "arms"}
+    changed = [k for k in sorted((now.keys() | before.keys()) - skipped) if now.get(k) != before.get(k)]
+    changed += [f"{config.flag_of(k)} ({theirs.get(k)!r})" for k in sorted(theirs.keys() | recipes[0].keys())
+                if theirs.get(k) != recipes[0].get(k) and not may_change(k)]
+    if changed:
+        raise ValueError(f"{out} holds a run with other {' '.join(changed)}; give another --out, or the same "
+                         "settings to go on with it")
 
 
 def main():

@@ -11,6 +11,7 @@ import math
 ROW = 26            # height of a track, pixels
 BOX = 150, 80        # width and height of the plot in `lines`, in units of its view box
 MAX_POINTS = 200    # to a curve
+MAX_TICKS = 20      # to an axis
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #f6f7f9; --card: #fff; --ink: #1b1f24; --dim: #59626e; --rule: #dde1e6; --a: #1f66b4; --b: #b4510a;
@@ -89,7 +90,8 @@ def esc(text):
 
 
 def finite(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    """Whether a value is a number that can be drawn; nothing that is measured is beyond 1e100."""
+    return isinstance(value, (int, float)) and -1e100 < value < 1e100
 
 
 def number(value, digits=1):
@@ -181,7 +183,10 @@ def track(label, drawn, figure, scale, reference=None, height=ROW):
 
 
 def axis(scale, step, unit=""):
-    """The numbers under a chart of tracks: the multiples of `step` on its scale."""
+    """The numbers under a chart of tracks: the multiples of `step` on its scale, of a larger step where they
+    are many."""
+    while scale[1] - scale[0] > MAX_TICKS * step:
+        step *= 2
     ticks = [step * i for i in range(math.ceil(scale[0] / step), math.floor(scale[1] / step) + 1)]
     texts = "".join(f'<text x="{place(tick, scale)}" y="12">{tick:g}{unit if tick == ticks[-1] else ""}</text>' for tick in ticks)
     return f'<div class="row axis"><span></span><svg class="track" height="16" aria-hidden="true">{texts}</svg><span></span></div>'

@@ -110,4 +110,9 @@ def guarded(main, name):
     sys.exit(code)
 
 
+def is_spare_rank():
+    """Whether torchrun started this process beside a rank 0 that does all the work of the command."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0"
+
+
 OURS = "this is a fault of aya_min, not of yours; please report it with the lines above"

@@ -16,18 +16,21 @@ import torch
 
 from . import distributed, stages, weights, world_data
 from .arbitrage import candidates_from, read_answers, route
+from .charts import finite
+from .checks import teacher_name
+from .command import printable
 from .config import DPO, RLOO, SFT, Pretrain, Reward, model_preset
-from .data import load_prompts
-from .files import write_json
-from .languages import LANGUAGES, SHARED, cluster_languages
+from .data import plain
+from .files import write_json, write_jsonl
+from .languages import LANGUAGES, SHARED, cluster_languages, home_language
 from .model import CohereForCausalLM, init_weights
 from .preferences import best_worst
 from .report import write_report
 from .results import evaluate_model, judge_arbiter, summarize_run
 from .soups import merge_folders
 from .steps import answers_of, data_file, rows_of, scores_of, settings, step, train_step
-from .tokenizer import train_tokenizer
-from .world import gold_answer, questions, write_jsonl
+from .tokenizer import load_tokenizer, train_tokenizer
+from .world import gold_answer, questions
 
 
 # ---- base, teachers, arbiter -----------------------------------------------------------------------------------------------------
@@ -66,7 +69,8 @@ def build_arbiter(run, base, teachers):
         rows = questions(split, count, f"arbiter/{r.seed}", level=r.level)
         half = rows[:len(rows) // 2]                                        # half the questions carry teachers' samples, half corruptions
         samples = [answers_of(run, folder, half, seed=r.seed + i) for i, folder in enumerate(teachers.values())]
-        sampled = [[text for group in teacher_answers for text in group] for teacher_answers in zip(*samples)] + [None] * (len(rows) - len(half))
+        sampled = [[answer["completion"] for (answer,) in of_teachers]
+                   for of_teachers in zip(*samples)] + [None] * (len(rows) - len(half))
         return world_data.graded_pairs(rows, sampled, r.seed, flip)
 
     def make(folder, resume):
@@ -87,37 +91,50 @@ def arbitrage(run, teachers, arbiter):
     r = run.recipe
 
     def make(folder, resume):
-        rows = questions("train", r.num_prompts, f"prompts/{r.seed}", level=r.level) if run.embedded else load_prompts(run.prompts)
+        rows = run.prompts or questions("train", r.num_prompts, f"prompts/{r.seed}", level=r.level)
         answers, scores = {}, {}
         for i, (name, source) in enumerate(teachers.items()):
-            sampled = read_answers(source, rows) if Path(source).is_file() else \
+            sampled = read_answers(source, rows, r) if Path(source).is_file() else \
                 [g[0] for g in answers_of(run, source, rows, temperature=r.teacher_temperature, seed=1000 * r.seed + i, progress=f"{name} answers")]
             answers[name] = sampled
-            scores[name] = scores_of(run, arbiter, [{**row, "completion": text} for row, text in zip(rows, sampled)])
+            scores[name] = scores_of(run, arbiter, [{**row, **answer} for row, answer in zip(rows, sampled)])
         if distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
-            write_jsonl(folder / "candidates.jsonl", candidates_from(rows, answers, scores))
+            write_jsonl(folder / "candidates.jsonl", map(scored, candidates_from(rows, answers, scores)))
     step(run, "arbitrage", f"arbitrage: {len(teachers)} teachers answer every prompt, the arbiter scores them", make)
     return rows_of(run.folder / "steps" / "arbitrage" / "candidates.jsonl")
 
 
+def scored(row):
+    """A row of candidates without those that the arbiter could not score, as it goes to a file."""
+    return {**plain(row), "candidates": [c for c in row["candidates"] if c["reward"] is not None]}
+
+
 def best_teacher(rows):
     """The single teacher with the highest mean reward over all prompts."""
-    totals = {}
+    rewards = {}
     for row in rows:
         for c in row["candidates"]:
-            totals[c["teacher"]] = totals.get(c["teacher"], 0.0) + c["reward"]
-    return max(totals, key=totals.get)
+            if not finite(c["reward"]):
+                raise ValueError(f"the reward of an answer of {c['teacher']} is {c['reward']}, no finite "
+                                 "number; look at the arbiter")
+            rewards.setdefault(c["teacher"], []).append(c["reward"])
+    if not rewards:
+        raise ValueError("the arbiter has scored no answer; take --too-long cut-left, or shorter prompts")
+    return max(rewards, key=lambda teacher: sum(rewards[teacher]) / len(rewards[teacher]))
 
 
-def teacher_name(path):
-    """What a user's teacher is called: its file or folder, or the run of a folder named model."""
-    path = Path(path).resolve()
-    return path.parent.name if path.name == "model" else path.stem
+def say(title, counts):
+    """One line of counts on rank 0: numbers, and those by language."""
+    if distributed.is_main():
+        shown = [f"{key.replace('_', ' ')} {value}" for key, value in counts.items() if finite(value)]
+        cut = ", ".join(f"{code} {n}" for code, n in counts.get("cut_by_language", {}).items())
+        print(printable(f"{title}: {', '.join(shown)}{f' (cut by language: {cut})' if cut else ''}"),
+              flush=True)
 
 
 def family_table(run, teachers):
-    """Language -> teacher by family: the cluster's own; the shared languages go to the first."""
+    """The world's languages -> teacher by family: the cluster's own; the shared ones go to the first."""
     return {code: next((name for name, codes in run.clusters.items() if code in codes), next(iter(teachers))) for code in LANGUAGES}
 
 
@@ -130,12 +147,15 @@ def train_clusters_and_merge(run, name, title, stage, start, rows, its_settings,
     All clusters together take as many optimizer steps as one model would on all rows, shared out equally; `cluster_spill` of the other
     languages' rows keep the clusters from drifting apart (LOG.md: hard clusters this small do not average well).
     """
-    r, folders = run.recipe, []
+    r, folders, known = run.recipe, [], SHARED + sum(run.clusters.values(), [])
     total = max(len(run.clusters), round(epochs * len(rows) / r.batch_size))
     for cluster in run.clusters:
         codes = cluster_languages(run.clusters, cluster, shared)
         rng = random.Random(f"{name}/{cluster}/{r.seed}")
-        mine = [row for row in rows if row.get("language") in (None, "other", *codes) or rng.random() < r.cluster_spill]    # without a language: in all
+        # None, in all: without a language
+        home = [home_language(row.get("language"), known) for row in rows]
+        mine = [row for row, code in zip(rows, home)
+                if code in (None, *codes) or rng.random() < r.cluster_spill]
         batch_size = min(r.batch_size, len(mine)) // distributed.num_ranks() * distributed.num_ranks()      # a small cluster takes small batches
         if not batch_size:
             raise ValueError(f"cluster {cluster!r} has {len(mine)} examples at {name}, too few to train on; give more prompts in its languages, or fewer clusters")
@@ -163,7 +183,7 @@ def dpo_settings(run, stage):
     return dict(kind=DPO, learning_rate=getattr(r, f"{stage}_learning_rate"), beta=getattr(r, f"{stage}_beta"), nll_weight=getattr(r, f"{stage}_nll_weight"))
 
 
-def online_pairs(run, name, round_number, current, arbiter):
+def online_pairs(run, name, round_number, current, arbiter, same):
     """k samples per fresh prompt from the current model, ranked by the arbiter; best against worst."""
     r = run.recipe
 
@@ -171,16 +191,22 @@ def online_pairs(run, name, round_number, current, arbiter):
         if run.embedded:
             rows = questions("preference", r.online_prompts, f"online/{r.seed}/{round_number}", level=r.level)
         else:
-            everything = load_prompts(run.prompts)
-            rows = random.Random(f"online/{r.seed}/{round_number}").sample(everything, min(r.online_prompts, len(everything)))
+            rng = random.Random(f"online/{r.seed}/{round_number}")
+            rows = rng.sample(run.prompts, min(r.online_prompts, len(run.prompts)))
         samples = answers_of(run, current, rows, r.online_samples, r.online_temperature, seed=7919 * round_number + r.seed, progress=f"sampling, round {round_number}")
-        flat = [{**row, "completion": text} for row, group in zip(rows, samples) for text in group]
+        by_sample = {f"sample-{i}": [group[i] for group in samples] for i in range(r.online_samples)}
+        flat = [{**row, **answer} for row, group in zip(rows, samples) for answer in group]
         scores = iter(scores_of(run, arbiter, flat))
-        scored = [{**row, "candidates": [{"teacher": f"sample-{i}", "completion": text, "reward": next(scores)} for i, text in enumerate(group)]}
-                  for row, group in zip(rows, samples)]
-        pairs, counts = best_worst(scored, r.online_margin)
+        rewards = [[next(scores) for _ in group] for group in samples]
+        of_sample = {f"sample-{i}": [group[i] for group in rewards] for i in range(r.online_samples)}
+        candidates = list(map(scored, candidates_from(rows, by_sample, of_sample)))
+        pairs, counts = best_worst(candidates, r.online_margin, r.keep_cut, same)
+        say(f"{name}, pairs of {len(rows)} prompts", counts)
         if not pairs:
-            raise ValueError(f"{name}: no pair in {len(rows)} prompts ({counts}); lower --online-margin, or raise --online-samples or --online-temperature")
+            raise ValueError(f"{name}: no pair in {len(rows)} prompts ({counts}); lower --online-margin, "
+                             "raise --online-samples, --online-temperature or --online-prompts, and start "
+                             "the same run again"
+                             + ("; cut answers are left out, see --keep-cut" if counts["cut"] else ""))
         if distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             write_jsonl(folder / "pairs.jsonl", pairs)
@@ -189,12 +215,12 @@ def online_pairs(run, name, round_number, current, arbiter):
     return rows_of(run.folder / "steps" / f"{name}-pairs" / "pairs.jsonl")
 
 
-def online_rounds(run, prefix, start, arbiter):
+def online_rounds(run, prefix, start, arbiter, same):
     """Rounds of online DPO from `start`; the reference of each round is the model it starts from. -> [(name, model folder), ...]"""
     r, done, current = run.recipe, [], start
     for t in range(1, r.rounds + 1):
         name = f"{prefix}-{t}"
-        pairs = online_pairs(run, name, t, current, arbiter)
+        pairs = online_pairs(run, name, t, current, arbiter, same)
         current = train_clusters_and_merge(run, name, f"online DPO, round {t}", stages.dpo, current, pairs, dpo_settings(run, "online"), r.online_epochs)
         done.append((name, current))
     return done
@@ -218,36 +244,47 @@ def run_recipe(run):
             keep(f"teacher-{name}", f"Teacher {name}", "teacher", folder)
     else:
         teachers, arbiter, arbiter_record = {teacher_name(t): Path(t) for t in run.teachers}, run.arbiter, None
-        if len(teachers) < len(run.teachers):
-            raise ValueError(f"--teachers: two have the same name ({' '.join(map(teacher_name, run.teachers))}); rename one")
     candidates = arbitrage(run, teachers, arbiter)
 
     # Arbitrage -> SFT: the student of the best answers, and the students of one teacher, of random ones, of each family's own
+    # two answers are the same if their ids are
+    same = load_tokenizer(base).key
     single = best_teacher(candidates)
-    reward_rows, arbitrage_counts = route(candidates, "reward", r.seed)
-    arms = [("single", f"SFT: single best teacher ({single})", route(candidates, "fixed", r.seed, {code: single for code in [*LANGUAGES, "other", None]})[0]),
-            ("random", "SFT: random routing", route(candidates, "random", r.seed)[0])]
+
+    def routed(how, table=None):
+        return route(candidates, how, r.seed, table, r.keep_cut, same)
+
+    reward_rows, arbitrage_counts = routed("reward")
+    say(f"arbitrage of {len(teachers)} teachers", arbitrage_counts)
+    to_single = {row.get("language"): single for row in candidates}
+    arms = [("single", f"SFT: single best teacher ({single})", routed("fixed", to_single)[0]),
+            ("random", "SFT: random routing", routed("random")[0])]
     if run.embedded:
-        arms.append(("family", "SFT: family routing", route(candidates, "fixed", r.seed, family_table(run, teachers))[0]))
+        arms.append(("family", "SFT: family routing", routed("fixed", family_table(run, teachers))[0]))
     arms.append(("mix", "SFT: reward routing, one model on the mix", reward_rows))
     for name, title, rows in arms:
+        if len(rows) < r.batch_size:
+            raise ValueError(f"{title}: {len(rows)} of {len(candidates)} prompts have an answer to train on, "
+                             f"fewer than one batch of {r.batch_size}; give more prompts, raise "
+                             "--max-new-tokens, or take cut answers with --keep-cut, and give another --out")
         keep(name, title, "arm", train_step(run, name, title, stages.sft, base, rows, settings(run, **sft_settings(run), epochs=r.sft_epochs)), "base")
     sft = keep("sft", "SFT on the arbitrage, per cluster, merged", "stage",
                train_clusters_and_merge(run, "sft", "SFT", stages.sft, base, reward_rows, sft_settings(run), r.sft_epochs), "base")
 
     # Offline DPO: the pool's best against its worst
-    pairs, offline_counts = best_worst(candidates, r.offline_margin)
+    pairs, offline_counts = best_worst(candidates, r.offline_margin, r.keep_cut, same)
+    say("offline pairs", offline_counts)
     offline = keep("offline", "Offline DPO, per cluster, merged", "stage",
                    train_clusters_and_merge(run, "offline", "offline DPO", stages.dpo, sft, pairs, dpo_settings(run, "offline"), r.offline_epochs), "sft")
 
     # Online DPO: three rounds
     previous = "offline"
-    for t, (name, folder) in enumerate(online_rounds(run, "online", offline, arbiter), 1):
+    for t, (name, folder) in enumerate(online_rounds(run, "online", offline, arbiter, same), 1):
         keep(name, f"Online DPO, round {t}, merged", "stage", folder, previous)
         previous = name
 
     if run.arms == "all":
-        more_arms(run, keep, base, sft, reward_rows, arbiter)
+        more_arms(run, keep, base, sft, reward_rows, arbiter, same)
 
     for model in models:
         evaluate_model(run, model, arbiter)
@@ -259,18 +296,19 @@ def run_recipe(run):
     return summary
 
 
-def more_arms(run, keep, base, sft, reward_rows, arbiter):
+def more_arms(run, keep, base, sft, reward_rows, arbiter, same):
     """--arms all: online without offline (offline only is the stage itself), RLOO from the same SFT model, clusters without shared languages."""
     r, previous = run.recipe, "sft"
-    for t, (name, folder) in enumerate(online_rounds(run, "online-only", sft, arbiter), 1):
+    for t, (name, folder) in enumerate(online_rounds(run, "online-only", sft, arbiter, same), 1):
         keep(name, f"SFT + online DPO only, round {t}", "arm", folder, previous)
         previous = name
     reward_model, _ = weights.load(arbiter, run.device)
     prompts = questions("preference", r.rloo_steps * r.batch_size, f"rloo/{r.seed}", level=r.level) if run.embedded else \
-        [{k: v for k, v in row.items() if k != "prompt_messages"} for row in load_prompts(run.prompts)]
+        list(map(plain, run.prompts))
     rloo = train_step(run, "rloo", "RLOO from the SFT model", stages.rloo, sft, prompts,
                       settings(run, RLOO, learning_rate=r.rloo_learning_rate, beta=r.rloo_beta, num_samples=r.rloo_samples, max_steps=r.rloo_steps,
-                               max_new_tokens=r.max_new_tokens), reward_model=reward_model)
+                               max_new_tokens=r.max_new_tokens, too_long=r.too_long),
+                               reward_model=reward_model)
     keep("rloo", "SFT + RLOO", "arm", rloo, "sft")
     no_shared = train_clusters_and_merge(run, "no-shared", "SFT without shared languages", stages.sft, base,
                                          reward_rows, sft_settings(run), r.sft_epochs, shared=[])

@@ -7,12 +7,13 @@ reward and the oracle's grade part ways. Whatever a run did not record is left o
     python -m aya_min.report RUN
 """
 
-import json
 import sys
 from pathlib import Path
 
 from .charts import (STYLE, around, axis, bar, chart, clock, esc, finite, grid, heat_map, interval_text, join, legend, lines, mark,
                      number, section, track, within)
+from .command import guarded, is_spare_rank
+from .files import own_file, parse_json, read_bytes, read_json, write_whole
 from .front import search_part
 from .languages import LANGUAGES, SHARED
 
@@ -21,35 +22,124 @@ KINDS = {"stage": "Stages", "arm": "Arms", "teacher": "Teachers"}
 BOTH = legend(("dot", "a", "greedy"), ("diamond", "b", "sampled at temperature 1"))
 
 
-# What was recorded
+# What was recorded, and the types of what the page reads: a file of another shape is refused, its key named
 
-def read_json(path):
-    """The file's object, or {} where there is no such file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON in UTF-8 ({error}): run the step that wrote it again") from None
+NUMBER, TEXT, FLAG, ANY = (int, float), (str,), (bool,), (object,)
+PAIR = (NUMBER, NUMBER)
+RATES = {"win_rate": NUMBER, "ci95": PAIR, "num": NUMBER, "unjudged": NUMBER}
+FIGURES = {"num": NUMBER, "grade": NUMBER, "reward": NUMBER, "right_language": NUMBER, "length": NUMBER,
+           "cut": NUMBER}
+PART = FIGURES | {"grade_ci95": PAIR, "reward_ci95": PAIR, "by_language": {...: FIGURES},
+                  "versus": {...: RATES | {"by_language": {...: RATES}}}}
+MODEL = {"name!": TEXT, "title": ANY, "kind": TEXT, "greedy": PART, "sampled": PART}
+ROUND = {"reward": NUMBER, "grade": NUMBER}
+ANSWER = {"model": TEXT, "completion": ANY, "grade": NUMBER, "score": NUMBER}
+COUNTS = {"cut": NUMBER, "cut_by_language": {...: NUMBER}}
+SUMMARY = {
+    "judge": TEXT, "models": [MODEL], "clusters": {...: [TEXT]}, "teacher_wins": {...: {...: NUMBER}},
+    "arbitrage": COUNTS, "pairs": {...: COUNTS}, "total_seconds": NUMBER,
+    "reward_model": {"num": NUMBER, "accuracy": NUMBER, "right_vs_wrong": NUMBER, "by_kind": {...: NUMBER},
+                     "by_language": {...: NUMBER}},
+    "online": [ROUND | {"round!": NUMBER, "greedy": ROUND, "sampled": ROUND}],
+    "examples": [{"language": TEXT, "prompt": ANY, "answers": [ANSWER]}],
+    "steps": [{"name!": TEXT, "title": ANY, "seconds": NUMBER, "tokens": NUMBER, "training_steps": NUMBER}]}
+TASKS = {...: NUMBER}
+MERGE = {"name!": TEXT, "fitness!": TASKS, "held-out!": TASKS, "weight": NUMBER, "without": TASKS}
+SEARCH = {"best!": TEXT, "evaluations!": NUMBER, "popsize!": NUMBER, "held-out!": FLAG,
+          "rows!": [MERGE | {"weights!": [NUMBER]}],
+          "models!": [MERGE | {"folder!": TEXT, "weight!": NUMBER}]}
+TRIED = {"kind!": TEXT, "split!": TEXT, "tasks!": TASKS}
+LEVELS = 50             # of nesting: what we write has five
 
 
-def read_lines(path):
-    """The objects of a file with one a line. A last line without its line end is being written right now, and is left out."""
-    rows, written = [], path.read_bytes() if path.is_file() else b""
+def shaped(value, shape, where, key=""):
+    """The value without what is null, if it is of a shape: types, [shape of each], {key: shape} ("key!": must
+    be there; ...: any key) or a tuple of two shapes, a pair. ValueError names the file and the key."""
+    if isinstance(shape, dict) and isinstance(value, dict):
+        shapes = {name.rstrip("!"): part for name, part in shape.items() if name is not ...}
+        kept = {name: shaped(part, shapes.get(name, shape.get(..., ANY)), where, f"{key}.{name}")
+                for name, part in value.items() if part is not None}
+        missing = [name for name in shape if name is not ... and name.endswith("!") and name[:-1] not in kept]
+        if missing:
+            raise ValueError(f"{where}: {(key + '.' + missing[0][:-1])[1:]} is missing; {REMEDY}")
+        return kept
+    if isinstance(shape, list) and isinstance(value, list):
+        return [shaped(part, shape[0], where, f"{key}[{i}]") for i, part in enumerate(value)]
+    if shape is PAIR and isinstance(value, list) and len(value) == 2:
+        return value
+    if shape is NUMBER and type(value) in NUMBER and finite(value):
+        return value
+    if shape in (TEXT, ANY, FLAG) and isinstance(value, shape):
+        return value
+    wanted = "an object" if isinstance(shape, dict) else "a list" if isinstance(shape, list) else \
+        {PAIR: "two numbers", NUMBER: "a finite number", TEXT: "a text"}.get(shape, "true or false")
+    raise ValueError(f"{where}: {key.lstrip('.')} must be {wanted}, not {type(value).__name__}; {REMEDY}")
+
+
+REMEDY = "run the step that wrote it again"
+
+
+def read(run, name, shape):
+    """The object in a file of the run folder, {} where there is no such file. A link out of the folder is
+    refused."""
+    path = own_file(run, name)
+    return shaped(shallow(read_json(path), path), shape, path) if path else {}
+
+
+def shallow(value, where):
+    """The value, if it is not nested so deep that showing it would fail."""
+    layer = [value]
+    for _ in range(LEVELS):
+        layer = [part for some in layer if isinstance(some, (dict, list))
+                 for part in (some.values() if isinstance(some, dict) else some)]
+    if layer:
+        raise ValueError(f"{where}: nested more than {LEVELS} levels deep; {REMEDY}")
+    return value
+
+
+def read_lines(run, name):
+    """[(where, object), ...] of a file with one object a line. A last line without its end is being written,
+    and is left out."""
+    path, rows = own_file(run, name), []
+    written = read_bytes(path) if path else b""
     for count, line in enumerate(written[:written.rfind(b"\n") + 1].splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path} line {count} is not JSON in UTF-8 ({error}): mend or remove the line") from None
+        where = f"{path}:{count}"
+        row = shallow(parse_json(line, where), where)
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object; remove the line")
+        rows.append((where, row))
     return rows
 
 
-def read_metrics(path):
+def read_metrics(run, name="metrics.jsonl"):
     """metrics.jsonl as {key: [(step, value), ...]}."""
     series = {}
-    for row in read_lines(path):
+    for where, row in read_lines(run, name):
+        if not finite(row.get("step")):
+            raise ValueError(f"{where}: step must be a number, got {str(row.get('step'))[:50]!r}; remove the "
+                             "line")
         for key, value in row.items():
             if key != "step" and finite(value):
                 series.setdefault(key, []).append((row["step"], value))
     return series
+
+
+def read_search(run):
+    """(search.json, the lines of evaluations.jsonl), whose tasks must be the same everywhere."""
+    result, history = read(run, "search.json", SEARCH), []
+    if result:
+        parts = [row[split] for row in result["rows"] + result["models"]
+                 for split in ("fitness", "held-out", "without")
+                 if split in row]
+        if len(result["rows"]) < 4 or not result["models"] or not parts[0] or any(
+                part.keys() != parts[0].keys() for part in parts):
+            raise ValueError(f"{run / 'search.json'}: rows and models must be four and more, with a number "
+                             f"for each of the same tasks; {REMEDY}")
+        for where, row in read_lines(run, "evaluations.jsonl"):
+            history.append(shaped(row, TRIED, where))
+            if not parts[0].keys() <= history[-1]["tasks"].keys():
+                raise ValueError(f"{where}: lacks the tasks of search.json; {REMEDY}")
+    return result, history
 
 
 def judged_by(summary):
@@ -119,8 +209,11 @@ def columns(summary):
     made = [(heading, 2, lambda part: (part.get(score), part.get(f"{score}_ci95")))]
     for name in ("base", "previous", "single") if has_win_rates(summary) else ():
         made.append((f"vs {name}", 1, lambda part, name=name: (versus(part, name).get("win_rate"), versus(part, name).get("ci95"))))
-    made.append(("right language %", 1, lambda part: (100 * part["right_language"] if "right_language" in part else None, None)))
-    made.append(("length", 0, lambda part: (part.get("length"), None)))
+    def right_language(part):
+        share = part.get("right_language")
+        return (100 * share if finite(share) else None), None
+    made.append(("right language %", 1, right_language))
+    made += [(name, 0, lambda part, name=name: (part.get(name), None)) for name in ("length", "cut")]
     parts = [model.get(decoding, {}) for model in summary.get("models", []) for decoding in DECODINGS]
     return [column for column in made if any(finite(column[2](part)[0]) for part in parts)]
 
@@ -165,10 +258,12 @@ def table_part(summary):
     drawn = (f'<div class="scroll"><table><thead><tr><th rowspan="2" class="name">model</th>{head}</tr><tr>{below}</tr></thead>'
              f"<tbody>{body}</tbody></table></div>")
     note = "Win rates in percent with 95% intervals; ▲ ▼: the whole interval is above or below 50. " if has_win_rates(summary) else ""
-    unjudged = sum(rates.get("unjudged", 0) for model in summary.get("models", []) for d in DECODINGS
-                   for rates in model.get(d, {}).get("versus", {}).values())
+    unjudged = sum(rates["unjudged"] for model in summary.get("models", []) for d in DECODINGS
+                   for rates in model.get(d, {}).get("versus", {}).values() if finite(rates.get("unjudged")))
     left_out = f" {unjudged} comparisons could not be judged and are left out." if unjudged else ""
-    return section("Every model", f"{note}Length in characters.{left_out}", drawn if shown else "")
+    note += "Length in characters; cut: answers that ended at the limit of new tokens."
+    return section("Every model", note + left_out,
+                   drawn if shown else "")
 
 
 # The rest of the page, from its top to its foot: each function draws one part, "" where nothing was recorded
@@ -278,6 +373,21 @@ def reward_part(summary):
                    grid(charts, "small"))
 
 
+def cut_part(summary):
+    """How many answers were cut at the limit of new tokens, where answers became data."""
+    def by_language(counts):
+        return ", ".join(f"{code} {number(n, 0)}" for code, n in counts.get("cut_by_language", {}).items())
+
+    counted = {"arbitrage": summary.get("arbitrage", {})} | summary.get("pairs", {})
+    rows = "".join(f'<tr><th scope="row" class="name">{esc(name)}</th><td>{number(counts["cut"], 0)}</td>'
+                   f'<td class="name">{esc(by_language(counts))}</td></tr>'
+                   for name, counts in counted.items() if counts.get("cut"))
+    head = ('<thead><tr><th class="name">answers of</th><th>cut</th><th class="name">by language</th></tr>'
+            "</thead>")
+    return section("Answers that were cut at the limit", "Not trained on unless keep cut is set.",
+                   f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>' if rows else "")
+
+
 def online_part(summary):
     """The arbiter's reward and the oracle's grade by online round: where they part ways, it is the arbiter that is being pleased."""
     rounds = [row if "greedy" in row or "sampled" in row else {"round": row["round"], "greedy": row} for row in summary.get("online", [])]
@@ -301,7 +411,7 @@ def examples_part(summary):
         for answer in example.get("answers", []):
             value, said = answer.get("grade", answer.get("score")), ""
             if finite(value):
-                dots = "●" * round(value) + "○" * (3 - round(value))
+                dots = "●" * round(value) + "○" * (3 - round(value)) if 0 <= value <= 3 else ""
                 said = f'<i aria-hidden="true">{dots}</i> {value:g} of 3' if graded else f"score {value:.2f}"
             card += (f'<div class="answer"><span>{esc(title(named(summary, answer.get("model")), answer.get("model")))} {said}</span>'
                      f'<p class="text" dir="auto" lang="{code}">{esc(answer.get("completion", "")) or "(empty)"}</p></div>')
@@ -324,7 +434,8 @@ def costs_part(summary):
 def curves_part(run, summary):
     """Loss of every training step of the recipe, in small multiples."""
     titles = {step["name"]: title(step) for step in summary.get("steps", [])}
-    found = {path.parent.name: read_metrics(path) for path in sorted(run.glob("steps/*/metrics.jsonl"))}
+    found = {path.parent.name: read_metrics(run, path.relative_to(run))
+             for path in sorted(run.glob("steps/*/metrics.jsonl"))}
     names = [name for name in titles if name in found] + [name for name in found if name not in titles]
     return section("Loss curves", "Loss by training step, each on its own scale; dashed with points: held-out loss.", grid(
         [lines(titles.get(name, name), [("loss", found[name].get("loss", []), "a"), ("held-out loss", found[name].get("eval/loss", []), "b")])
@@ -333,12 +444,16 @@ def curves_part(run, summary):
 
 def stage_part(run):
     """A run of one stage: a curve for everything that it logged, and its held-out figures for each language."""
-    series, evaluation = read_metrics(run / "metrics.jsonl"), read_json(run / "eval.json")
+    series, evaluation = read_metrics(run), read(run, "eval.json", {})
     keys = [key for key in series if not key.startswith("eval/") and key not in ("tokens", "seconds") and key.rpartition("/")[0] not in series]
     curves = [lines(key, [(key, series[key], "a"), (f"held-out {key}", series.get(f"eval/{key}", []), "b")], box=(240, 100)) for key in keys]
-    charts = []
+    charts, of_key = [], {}
+    for name, value in evaluation.items():
+        key, _, code = name.rpartition("/")
+        if finite(value):
+            of_key.setdefault(key, {})[code] = value
     for key, overall in evaluation.items():
-        each = {name.removeprefix(f"{key}/"): value for name, value in evaluation.items() if name.startswith(f"{key}/") and finite(value)}
+        each = of_key.get(key)
         if each and finite(overall):
             scale = (0, max([overall, *each.values()]) or 1)
             ordered = [("all", overall), *((language(code), each[code]) for code in sorted(each, key=each.get))]
@@ -355,19 +470,21 @@ def flat(settings, prefix=""):
 
 def settings_part(config):
     first = {key: config[key] for key in ("command", "stage", "preset", "seed", "versions") if key in config}
-    rows = "".join(f'<tr><th scope="row" class="name">{esc(key)}</th><td><code>{esc(value)}</code></td></tr>'
+    rows = "".join(f'<tr><th scope="row" class="name">{esc(key)}</th>'
+                   f'<td><code>{esc(str(value)[:5000])}</code></td></tr>'
                    for key, value in flat(first | config))
     return f'<details><summary>Settings, seed, versions</summary><div class="scroll"><table>{rows}</table></div></details>' if rows else ""
 
 
 def page(run):
     """The whole of report.html. The policy in its head lets nothing be fetched and no script run, whatever a model wrote."""
-    summary, config = read_json(run / "summary.json"), read_json(run / "config.json")
+    summary, config = read(run, "summary.json", SUMMARY), read(run, "config.json", {})
     warning = f'<p class="warning">{esc(judged_by(summary))}</p>' if summary.get("models") and judged_by(summary) else ""
-    parts = [search_part(read_json(run / "search.json"), read_lines(run / "evaluations.jsonl")),
+    parts = [search_part(*read_search(run)),
              *(headline(summary, decoding) for decoding in DECODINGS), warning, table_part(summary), win_rates_part(summary),
-             languages_part(summary), teachers_part(summary), reward_part(summary), stage_part(run), curves_part(run, summary),
-             online_part(summary), examples_part(summary), costs_part(summary)]
+             languages_part(summary), teachers_part(summary), reward_part(summary), cut_part(summary),
+             stage_part(run),
+             curves_part(run, summary), online_part(summary), examples_part(summary), costs_part(summary)]
     body = "\n".join(filter(None, parts)) or "<p>Nothing is recorded here yet but the settings.</p>"
     name = " · ".join(["aya_min", *(str(config[key]) for key in ("stage", "preset") if key in config), run.resolve().name])
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -381,23 +498,19 @@ def write_report(run):
     run = Path(run)
     if not any((run / name).is_file() for name in ("config.json", "summary.json", "metrics.jsonl", "search.json")):
         raise ValueError(f"{run} is not a run folder: it holds no config.json, summary.json, metrics.jsonl or search.json; give the --out of a run")
-    # "replace": a model's text may hold half of a surrogate pair, which UTF-8 cannot write
-    (run / "report.html").write_text(page(run), encoding="utf-8", errors="replace")
-    if text := table(read_json(run / "summary.json")):
-        (run / "report.md").write_text(text + "\n", encoding="utf-8", errors="replace")
+    write_whole(run / "report.html", page(run))
+    if text := table(read(run, "summary.json", SUMMARY)):
+        write_whole(run / "report.md", text + "\n")
     return run / "report.html"
 
 
 def main(argv=None):
     arguments = sys.argv[1:] if argv is None else argv
-    try:
-        if len(arguments) != 1 or arguments[0].startswith("-"):
-            raise ValueError("give one run folder: python -m aya_min.report RUN")
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise ValueError("give one run folder: python -m aya_min.report RUN")
+    if not is_spare_rank():
         print(write_report(arguments[0]))
-    except (ValueError, OSError) as error:
-        print(f"aya_min.report: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main, "aya_min.report")

@@ -1,15 +1,15 @@
 """What a recipe's run shows for itself: every model answers the same questions, greedy and sampled, a judge grades them, and win rates are
 taken against the stage before, the base and the arms. The judge is the world's oracle, or a user's second reward model, never the arbiter."""
 
-import json
 import time
 
 from . import distributed
-from .data import load_prompts
+from .data import plain
 from .evaluate import compare, grade_answers, summarize
+from .files import read_json, write_jsonl
 from .languages import cluster_languages
 from .steps import answers_of, rows_of, scores_of, step
-from .world import questions, write_jsonl
+from .world import questions
 
 
 def judge_arbiter(run, folder, pairs):
@@ -26,10 +26,10 @@ def eval_rows(run):
     r = run.recipe
     if run.embedded:
         return questions(r.eval_split, r.eval_count, f"eval/{r.seed}", level=r.level, unique=True)
-    rows, seen = load_prompts(run.eval_prompts or run.prompts), set()
+    rows, seen = [dict(row) for row in run.eval_prompts or run.prompts], set()
     for i, row in enumerate(rows):
-        row.setdefault("language", "other")
-        question = str(row.get("question_id", row.get("id", i)))
+        row["language"] = row.get("language") or "other"
+        question = str(next((row[key] for key in ("question_id", "id") if row.get(key) is not None), i))
         row["question_id"] = question if (question, row["language"]) not in seen else f"{question}#{i}"
         seen.add((row["question_id"], row["language"]))
     return rows
@@ -44,17 +44,18 @@ def evaluate_model(run, model, arbiter):
     def make(folder, resume):
         rows = eval_rows(run)
         for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            answers = [group[0] for group in answers_of(run, model["folder"], rows, temperature=temperature, seed=run.recipe.seed)]
-            answered = [{**row, "completion": text} for row, text in zip(rows, answers)]
+            answers = answers_of(run, model["folder"], rows, temperature=temperature, seed=run.recipe.seed)
+            answered = [{**row, **answer} for row, (answer,) in zip(rows, answers)]
             judged = grade_answers(answered) if run.embedded else answered
             if arbiter:
                 judged = [{**row, "reward": reward} for row, reward in zip(judged, scores_of(run, arbiter, answered))]
             if run.judge:
                 scores = scores_of(run, run.judge, answered)            # rounded: padding moves the last bits, and equal texts must tie
-                judged = [{**row, "grade": round(score, 4)} for row, score in zip(judged, scores)]
+                judged = [{**row, "grade": None if score is None else round(score, 4)}
+                          for row, score in zip(judged, scores)]
             if distributed.is_main():
                 folder.mkdir(parents=True, exist_ok=True)
-                write_jsonl(folder / f"{decoding}.jsonl", judged)
+                write_jsonl(folder / f"{decoding}.jsonl", map(plain, judged))
     step(run, f"eval-{name}", f"{name} answers {'the ' + run.recipe.eval_split + ' questions' if run.embedded else 'the evaluation prompts'}", make)
 
 
@@ -62,6 +63,12 @@ def judge_name(run):
     if run.embedded:
         return "oracle"
     return f"reward model: {run.judge}" if run.judge else "arbiter (not a win rate)"
+
+
+def mean_reward(rows):
+    """The arbiter's mean score; None if it has scored none."""
+    rewards = [row["reward"] for row in rows if row["reward"] is not None]
+    return sum(rewards) / len(rewards) if rewards else None
 
 
 def summarize_run(run, models, arbiter_record, arbitrage_counts, started):
@@ -78,15 +85,20 @@ def summarize_run(run, models, arbiter_record, arbitrage_counts, started):
             for label, other in against.items():
                 result = compare(rows, answers[other][decoding], key=key, clusters=run.clusters)
                 versus[label] = {**result["overall"], "by_language": result["by_language"], "by_cluster": result["by_cluster"]}
-            entry[decoding] = {**summarize(rows), "reward": sum(row["reward"] for row in rows) / len(rows), "versus": versus}
+            entry[decoding] = {**summarize(rows), "reward": mean_reward(rows), "versus": versus}
         entry |= step_totals(run, m["name"])
         out.append(entry)
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((run.folder / "steps").glob("*/done.json"), key=lambda p: p.stat().st_mtime)]
+    paths = sorted((run.folder / "steps").glob("*/done.json"), key=lambda p: p.stat().st_mtime)
+    records = [read_json(path) for path in paths]
     online = [{"round": i, **{d: {"reward": e[d]["reward"], "grade": e[d].get("grade")} for d in ("greedy", "sampled")}}
               for i, e in enumerate(e for e in out if e["name"] in ("offline", *(f"online-{t}" for t in range(1, run.recipe.rounds + 1))))]
-    wins = arbitrage_counts.pop("wins")
+    wins, offline = arbitrage_counts.pop("wins"), arbitrage_counts["offline_pairs"]
+    pairs = {"offline": offline} | {rec["name"].removesuffix("-pairs"): rec["pairs"] for rec in records
+                                    if "pairs" in rec}
     return {"judge": judge_name(run), "models": out, "clusters": {name: cluster_languages(run.clusters, name) for name in run.clusters},
-            "teacher_wins": {code: {t: n / sum(w.values()) for t, n in w.items()} for code, w in wins.items()}, "arbitrage": arbitrage_counts,
+            "teacher_wins": {code: {t: n / sum(w.values()) for t, n in w.items()}
+                             for code, w in wins.items()},
+            "arbitrage": arbitrage_counts, "pairs": pairs,
             "reward_model": arbiter_record or {}, "online": online, "examples": examples(answers),
             "steps": [{k: rec[k] for k in ("name", "title", "seconds", "tokens", "training_steps")} for rec in records],
             "total_seconds": sum(rec["seconds"] for rec in records), "wall_seconds": time.time() - started}
@@ -96,15 +108,15 @@ def step_totals(run, name):
     """Steps, tokens and seconds that went into a model by itself (a merged stage: its clusters)."""
     names = [name] + [f"{name}-{cluster}" for cluster in run.clusters] + [f"{name}-pairs"]
     paths = [run.folder / "steps" / n / "done.json" for n in names]
-    records = [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.is_file()]
+    records = [read_json(p) for p in paths if p.is_file()]
     return {"steps": sum(rec["training_steps"] for rec in records), "tokens": sum(rec["tokens"] for rec in records), "seconds": sum(rec["seconds"] for rec in records)}
 
 
 def examples(answers, codes=("en", "ar", "zh", "hi", "ru", "el", "he", "ko")):
     """The first evaluation question of some languages, with the answers of base, SFT and final model: not chosen by result."""
     stages_shown = [name for name in ("base", "sft", "offline", *sorted(n for n in answers if n.startswith("online-") and n[7:].isdigit())[-1:]) if name in answers]
-    shown = []
-    for code in codes:
+    shown, there = [], dict.fromkeys(row["language"] for row in answers["base"]["greedy"])
+    for code in [*codes, *(code for code in there if code not in codes)][:max(len(codes), 8)]:
         index = next((i for i, row in enumerate(answers["base"]["greedy"]) if row.get("language") == code), None)
         if index is not None:
             rows = {name: answers[name]["greedy"][index] for name in stages_shown}

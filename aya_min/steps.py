@@ -3,7 +3,6 @@
 Also the three things that most steps do: train a stage from a model folder, have a model folder answer prompts, have a reward model score answers.
 """
 
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -15,11 +14,10 @@ import torch
 from . import checkpoint, distributed, stages, weights
 from .config import Recipe
 from .data import read_jsonl
-from .files import write_json
+from .files import parse_json, read_bytes, read_json, write_json, write_jsonl
 from .model import RewardModel
 from .reward import score_texts
 from .sampling import answer_rows
-from .world import write_jsonl
 
 
 @dataclass
@@ -31,11 +29,11 @@ class Run:
     clusters: dict
     arms: str = "main"                      # "main" or "all"
     base: Optional[Path] = None             # a user's own: model folder,
-    prompts: Optional[list] = None          #   prompt files,
+    prompts: Optional[list] = None          #   rows of prompts,
     teachers: Optional[list] = None         #   model folders or files of completions,
     arbiter: Optional[Path] = None          #   reward model folder,
     judge: Optional[Path] = None            #   a second reward model,
-    eval_prompts: Optional[list] = None     #   prompts to be judged on
+    eval_prompts: Optional[list] = None     #   rows of prompts to be judged on
 
     @property
     def embedded(self):
@@ -57,7 +55,7 @@ def step(run, name, title, make):
             write_json(folder / "done.json", record)
             shutil.rmtree(folder / "state", ignore_errors=True)            # three times the model's size, and a whole step is never resumed
         distributed.barrier()
-    return json.loads((folder / "done.json").read_text(encoding="utf-8"))
+    return read_json(folder / "done.json")
 
 
 def _clear(folder):
@@ -74,7 +72,8 @@ def _training_totals(folder):
     if not (folder / "metrics.jsonl").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         return 0, 0
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    path = folder / "metrics.jsonl"
+    lines = [parse_json(line, path) for line in read_bytes(path).splitlines()]
     tokens = [line["tokens"] for line in lines if "tokens" in line]
     return len(tokens), sum(tokens)
 
@@ -94,9 +93,10 @@ def rows_of(path):
 
 
 def settings(run, kind, **values):
-    """A stage's settings from the recipe's."""
+    """A stage's settings from the recipe's. What the rows may hold was decided when they were made."""
     r = run.recipe
-    return kind(**{"batch_size": r.batch_size, "max_length": r.max_length, "dtype": r.dtype, "seed": r.seed, **values})
+    return kind(**{"batch_size": r.batch_size, "max_length": r.max_length, "dtype": r.dtype, "seed": r.seed,
+                   "keep_cut": True, "allow_control_tokens": True, **values})
 
 
 def train_step(run, name, title, stage, start, rows, its_settings, **more):
@@ -111,14 +111,19 @@ def train_step(run, name, title, stage, start, rows, its_settings, **more):
 
 
 def answers_of(run, model_folder, rows, num_samples=1, temperature=1.0, seed=0, progress=None):
-    """For each row a list of num_samples completions by a model folder, on every rank."""
+    """For each row a list of num_samples answers {"completion", "finish_reason"} by a model folder, on every
+    rank."""
     model, tokenizer = weights.load(model_folder, run.device)
-    groups = answer_rows(model, tokenizer, rows, num_samples, run.recipe.max_new_tokens, temperature, seed, progress=progress)
-    return [[a["completion"] for a in group] for group in groups]
+    groups = answer_rows(model, tokenizer, rows, num_samples, run.recipe.max_new_tokens, temperature, seed,
+                         progress=progress, cut_left=run.recipe.too_long == "cut-left")
+    return [[{"completion": a["completion"].replace("\0", "\ufffd"),      # no file of texts may hold a NUL
+              "finish_reason": a["finish_reason"]} for a in group] for group in groups]
 
 
 def scores_of(run, reward_folder, rows):
+    """A reward model's score of each row, None where a text is too long for it and --too-long skip leaves it
+    out."""
     model, tokenizer = weights.load(reward_folder, run.device)
     if not isinstance(model, RewardModel):
         raise ValueError(f"{reward_folder}: a language model, not a reward model; give a folder that the reward stage wrote")
-    return score_texts(model, tokenizer, rows)
+    return score_texts(model, tokenizer, rows, name=str(reward_folder), too_long=run.recipe.too_long)

@@ -6,18 +6,18 @@ A question is a plain dict, one line of JSONL: {"question_id", "language", "task
 Grades: 0 wrong language or garbage, 1 right language but wrong answer, 2 right but bare or clumsy, 3 right, in a proper sentence.
 """
 
-import argparse
 import hashlib
 import json
+import os
 import random
 import re
-import sys
 import unicodedata
 from collections import namedtuple
 from functools import cache
 from pathlib import Path
 
-from .files import write_whole
+from .command import WHOLE, Parser, guarded, is_spare_rank, number
+from .files import publish_folder, scratch, write_jsonl
 from .languages import LANGUAGES, SHARED
 
 TASKS = ["largest", "reverse", "odd", "opposite", "translate", "sort", "count", "capital", "sum", "day"]    # easy to hard
@@ -33,6 +33,8 @@ Grade = namedtuple("Grade", "grade language why")      # language: the code that
 @cache
 def words(code):
     """The word file of a language, NFC, with `lookup`: English word -> word in this language."""
+    if code not in LANGUAGES:
+        raise ValueError(f"the world has no words in {code!r}; its languages: {' '.join(LANGUAGES)}")
     folder = Path(__file__).parent / "words"
     data, english = (json.loads(unicodedata.normalize("NFC", (folder / f"{c}.json").read_text(encoding="utf-8"))) for c in (code, "en"))
     flat = lambda d: [w for entries in d["words"].values() for e in entries for w in (e if isinstance(e, list) else [e])]
@@ -161,6 +163,38 @@ def questions(split, count, seed, languages=tuple(LANGUAGES), level="full", uniq
         seen.add(key)
         rows.append(make_question(task, args, language, rng.randrange(100)))
     return rows
+
+
+def check_question(row):
+    """Refuse a question from elsewhere that the oracle cannot answer: its task, its language, each word of
+    its args."""
+    task, args, language = row["task"], row["args"], row["language"]
+    if language not in LANGUAGES:
+        raise ValueError(f"the oracle knows no language {language!r}, only {' '.join(LANGUAGES)}")
+    if task not in TASKS:
+        raise ValueError(f"the oracle knows no task {task!r}, only {' '.join(TASKS)}")
+    if not isinstance(args, list) or not all(isinstance(word, str) for word in args):
+        raise ValueError("'args' must be a list of English words")
+    w = words("en")["words"]
+    numbers, pairs = w["numbers"], [x for pair in w["opposites"] for x in pair]
+    things = [x for items in w.values() for x in items if isinstance(x, str)]
+    lookup = words("en")["lookup"]
+    known = {"largest": numbers, "sort": numbers, "sum": numbers, "odd": things, "opposite": pairs,
+             "capital": dict(w["capitals"])}.get(task, lookup)
+    kinds = [known] * max(1, len(args))                     # the words that may stand at each place
+    if task in ("translate", "day"):
+        kinds = [lookup, LANGUAGES] if task == "translate" else [w["days"], numbers]
+    if len(args) != len(kinds) or task == "count" and len(args) < 2:
+        raise ValueError(f"the task {task} takes {'2 args' if len(kinds) == 2 else 'more args'}, not "
+                         f"{len(args)}")
+    if unknown := [word for word, words_there in zip(args, kinds) if word not in words_there]:
+        raise ValueError(f"the oracle does not know {unknown[0]!r} in the args of the task {task}")
+    largest = {"sum": sum(map(numbers.index, args)) if task == "sum" else 0, "count": args[1:].count(args[0])}
+    if largest.get(task, 0) >= len(numbers):
+        raise ValueError(f"the answer to the task {task} is above {numbers[-1]}, the largest number of the "
+                         "world")
+    if task == "odd" and not solve(task, args):
+        raise ValueError("none of the args of the task odd is of a kind of its own")
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------------------
@@ -312,32 +346,44 @@ def grade(question, completion):
 
 # ---- files -----------------------------------------------------------------------------------------------------------------------
 
-def write_jsonl(path, rows):
-    """One object a line, under a temporary name first, so that a file that exists is whole."""
-    write_whole(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_world(out, count, seed, level):
+    """The world as JSONL files in the new folder `out`, which appears whole or not at all. -> {file: its
+    rows}"""
+    # the splits that can be too small come first
+    order = ("test", "validation", "preference", "train")
+    data = {name: questions(name, count, seed, level=level, unique=name in order[:2]) for name in order}
+    rng = random.Random(seed)
+    data["pairs"] = [{**q, "chosen": gold_answer(q), "rejected": answer(rng, q, (0, 1, 1, 1))[0]}
+                     for q in data["preference"]]
+    data["text"] = [{"text": text_line(rng, code, level), "language": code}
+                    for code in LANGUAGES for _ in range(max(1, count // len(LANGUAGES)))]
+    data["sft"] = [{**q, "completion": gold_answer(q)} for q in data["train"]]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with scratch(out) as folder:
+        made = folder / "world"
+        made.mkdir()
+        for name, rows in data.items():
+            write_jsonl(made / f"{name}.jsonl", rows)
+        publish_folder(made, out)
+    return {out / f"{name}.jsonl": rows for name, rows in sorted(data.items())}
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m aya_min.world", description="Write the embedded world as JSONL.")
+def main(argv=None):
+    parser = Parser(prog="python -m aya_min.world", description="Write the embedded world as JSONL.")
     parser.add_argument("--out", required=True, help="folder to write into; must not exist")
-    parser.add_argument("--count", type=int, default=2400, help="questions per split (default 2400)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--level", choices=["tiny", "full"], default="full", help="tiny: five task families and fewer words")
-    args = parser.parse_args()
-    out = Path(args.out)
-    if out.exists():
-        print(f"error: {out} exists; give a new folder", file=sys.stderr)
-        sys.exit(2)
-    rng = random.Random(args.seed)
-    data = {name: questions(name, args.count, args.seed, level=args.level, unique=name in ("validation", "test")) for name in SPLITS}
-    out.mkdir(parents=True)
-    for name, rows in data.items():
-        write_jsonl(out / f"{name}.jsonl", rows)
-    write_jsonl(out / "sft.jsonl", [{**q, "completion": gold_answer(q)} for q in data["train"]])
-    write_jsonl(out / "pairs.jsonl", [{**q, "chosen": gold_answer(q), "rejected": answer(rng, q, (0, 1, 1, 1))[0]} for q in data["preference"]])
-    write_jsonl(out / "text.jsonl", [{"text": text_line(rng, code, args.level), "language": code} for code in LANGUAGES for _ in range(args.count // 24)])
-    print("\n".join(f"{path}  {sum(1 for _ in path.open(encoding='utf-8'))} rows" for path in sorted(out.iterdir())))
+    parser.add_argument("--count", type=number(int, "[1, inf)"), default=2400, metavar="N",
+                        help="questions per split (default 2400)")
+    parser.add_argument("--seed", type=number(int, WHOLE), default=0, metavar="N")
+    parser.add_argument("--level", choices=["tiny", "full"], default="full",
+                        help="tiny: five task families and fewer words")
+    args = parser.parse_args(argv)
+    if is_spare_rank():
+        return
+    if os.path.lexists(args.out):
+        raise ValueError(f"{args.out} exists; give a new folder")
+    for path, rows in write_world(Path(args.out), args.count, args.seed, args.level).items():
+        print(f"{path}  {len(rows)} rows")
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main, "aya_min.world")

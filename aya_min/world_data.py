@@ -27,7 +27,8 @@ def lessons(clusters, name, count, seed, level):
     away = [code for code in LANGUAGES if code not in cluster_languages(clusters, name)]
     rows = []
     for codes, share, mix in ((own, 0.6, HOME_MIX), (SHARED, 0.2, HOME_MIX), (away, 0.2, AWAY_MIX)):
-        for q in questions("train", int(count * share), f"{name}/{seed}", tuple(codes), level):
+        num = int(count * share) if codes else 0                # a cluster may leave no language elsewhere
+        for q in questions("train", num, f"{name}/{seed}", tuple(codes), level):
             rows.append({**q, "completion": answer(rng, q, mix)[0]})
     return rows
 

@@ -25,7 +25,8 @@ from aya_min.model import CohereForCausalLM, RewardModel, init_weights
 from aya_min.reward import score_texts
 from aya_min.sampling import answer_rows
 from aya_min.tokenizer import train_tokenizer
-from aya_min.world import answer, gold_answer, questions, write_jsonl
+from aya_min.files import write_jsonl
+from aya_min.world import answer, gold_answer, questions
 
 CPU = torch.device("cpu")
 STAGES = {"sft": (stages.sft, config.SFT, "sft.jsonl"), "reward": (stages.reward, config.Reward, "pairs.jsonl"),

@@ -21,7 +21,7 @@ import train
 from aya_min import weights
 from aya_min.journal import Journal
 from aya_min.tokenizer import train_tokenizer
-from aya_min.world import write_jsonl
+from aya_min.files import write_jsonl
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -147,7 +147,7 @@ TRAIN_MISTAKES = {
     "sft --resume old --data held-out-sft.jsonl": "that run had other data: ",
     "sft --resume old --seed 3": "that run had seed 0, not 3",
     "recipe --out new --base A --prompts prompts.jsonl --teachers A B": "your own pipeline also needs --arbiter",
-    "recipe --out new --judge RM": "--judge and --eval-prompts go with --base",
+    "recipe --out new --judge RM": "--judge, --eval-prompts and --columns go with --base",
     "recipe --out new --base A --prompts prompts.jsonl --teachers A B --arbiter RM --judge RM": "--judge must not be the arbiter",
     "recipe --out taken": "taken exists and is not a run of the recipe",
     "--preset huge": "invalid choice: 'huge'",

@@ -1,5 +1,7 @@
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from aya_min.command import guarded
 from aya_min.config import model_preset
 from aya_min.evaluate import bootstrap_mean, compare, grade_answers, join, main, score_answers, summarize, table, win_rates
 from aya_min.languages import CLUSTERS, LANGUAGES, SHARED
@@ -187,8 +190,18 @@ def world_answers(tmp_path):
     return (good, bad), [str(path) for path in paths]
 
 
-def arena(a, b, out, judge="oracle"):
-    main(["arena", "--answers", str(a), "--baseline", str(b), "--judge", str(judge), "--out", str(out)])
+def arena(a, b, out, judge="oracle", *more):
+    command = ["arena", "--answers", a, "--baseline", b, "--judge", judge, "--out", out, *more]
+    main([str(word) for word in command])
+
+
+def refusal(capsys, *arguments):
+    """The one line of standard error with which the command ends, exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        guarded(lambda: arena(*arguments), "aya_min.evaluate")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1, error
+    return error
 
 
 def test_the_oracle_grades_answers_and_keeps_their_keys(tmp_path):
@@ -248,10 +261,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(tmp_
     out, broken = tmp_path / "eval.json", tmp_path / "broken.jsonl"
 
     def refused(said, answers=a, baseline=b, judge="oracle", where=out):
-        with pytest.raises(SystemExit) as stop:
-            arena(answers, baseline, where, judge)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1 and said in error, error
+        assert said in refusal(capsys, answers, baseline, where, judge)
         assert not out.exists()
 
     def broken_by(change):
@@ -271,3 +281,183 @@ def test_a_users_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(tmp_
         main(["arena", "--answers", a, "--jugde", "oracle"])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert "poem" not in TASKS
+
+
+# ---- what other people's files hold ------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """A reward model's folder, of 64 positions."""
+    folder = tmp_path_factory.mktemp("judge") / "rm"
+    tokenizer = train_tokenizer([gold_answer(make_question("largest", ["one", "two"], code))
+                                 for code in LANGUAGES], 512)
+    config = model_preset("smoke", tokenizer.vocab_size)
+    config.max_position_embeddings = 64
+    save(folder, init_weights(RewardModel(config), torch.Generator().manual_seed(0)), tokenizer)
+    return folder
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "two or nine?"}]
+TURNS = [{"role": "user", "content": "two or nine?"}, {"role": "assistant", "content": "nine"},
+         {"role": "user", "content": "And the smallest?"}]
+
+
+def result_of(tmp_path, rows, others, judge, *more):
+    arena(write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", others), tmp_path / "e.json", judge,
+          *more)
+    result = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+    (tmp_path / "e.json").unlink()
+    return result
+
+
+def test_conversations_numeric_ids_and_rows_without_a_language_are_judged(tmp_path, judge, capsys):
+    """The arena refused what generate.py wrote: only texts were taken for prompt, question_id and
+    language."""
+    rows = [{"question_id": 1, "language": "en", "prompt": ASKED}, {"question_id": "2", "prompt": TURNS},
+            {"question_id": 2.5, "language": None, "prompt": "eins"},
+            {"id": 7, "prompt": "zwei", "task": None},
+            {"prompt": "drei", "task": ["a"]}, {"prompt": "vier", "language": "sw", "task": {"a": 1}}]
+    a = [{**row, "completion": f"answer {i}"} for i, row in enumerate(rows)]
+    b = [{**row, "completion": "other"} for row in rows]
+    b[0]["question_id"], b[1]["question_id"] = "1", 2
+    result = result_of(tmp_path, a, b[::-1], judge)
+    assert result["overall"]["num"] == 6 and set(result["by_language"]) == {"en", "other", "sw"}
+    assert set(result["by_cluster"]) == {"shared", "other"} and result["answers"]["by_task"] == {}
+    assert "other" in capsys.readouterr().out
+    own = result_of(tmp_path, a, a, judge)["overall"]
+    assert (own["tie"], own["win_rate"]) == (6, 50.0)
+
+
+def test_other_peoples_names_of_keys_are_mapped(tmp_path, judge):
+    rows = [{"uid": i, "question": f"q{i}", "lang": code, "answer": "x" * i} for i,
+            code in ((1, "fr"), (2, "pt-BR"))]
+    columns = ["--columns", "question_id=uid", "prompt=question", "language=lang", "completion=answer"]
+    result = result_of(tmp_path, rows, rows, judge, *columns)
+    assert result["overall"]["tie"] == 2 and set(result["by_language"]) == {"fr", "pt-BR"}
+    # pt-BR is at home where pt is
+    assert set(result["by_cluster"]) == {"shared", "west-europe"}
+
+
+def test_a_language_is_at_home_in_its_own_cluster_before_that_of_the_language_it_is_a_kind_of():
+    rows = [{"question_id": str(i), "language": code, "completion": "", "grade": 1}
+            for i, code in enumerate(["pt", "pt-BR", "zh-Hant-TW", "zh-Hans", "sw", "other"])]
+    clusters = {"lusitania": ["pt"], "brazil": ["pt-BR"], "han": ["zh"], "taiwan": ["zh-Hant"]}
+    counts = {name: part["num"] for name, part in compare(rows, rows,
+                                                          clusters=clusters)["by_cluster"].items()}
+    assert counts == {"lusitania": 1, "brazil": 1, "han": 1, "taiwan": 1, "other": 2}
+
+
+def test_answers_cut_at_their_limit_are_judged_and_counted_for_each_side_and_language(tmp_path, judge,
+                                                                                      capsys):
+    rows = [{"question_id": str(i), "language": code, "prompt": "p", "completion": f"c{i}",
+             "finish_reason": reason}
+            for i, (code, reason) in enumerate([("fr", "length"), ("fr", "stop"), ("de", "length"),
+                                                ("de", None)])]
+    stopped = [{**row, "completion": "d", "finish_reason": "stop"} for row in rows]
+    result = result_of(tmp_path, rows, stopped, judge)
+    assert result["overall"]["num"] == 4 and (result["answers"]["cut"], result["baseline"]["cut"]) == (2, 0)
+    assert {code: part["cut"] for code, part in result["answers"]["by_language"].items()} == {"fr": 1,
+                                                                                              "de": 1}
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert shown[-5][-1:] == ["2/0"] or any(line[:1] == ["overall"] and line[-1] == "2/0" for line in shown)
+    assert any(line[:2] == ["fr", "French"] and line[-1] == "1/0" for line in shown)
+
+
+def test_an_earlier_judges_verdict_is_taken_from_no_row(tmp_path, judge):
+    rows = [{"question_id": "1", "language": "fr", "prompt": "p", "completion": "c", "grade": "y", "score": 9,
+             "reward": [], "why": 1, "seen_language": "de"}]
+    side = result_of(tmp_path, rows, rows, judge)["answers"]
+    assert "grade" not in side and "right_language" not in side
+
+
+@pytest.mark.parametrize("long", [{"prompt": "w " * 60, "completion": "c"},
+                                  {"prompt": "p", "completion": "w" * 500},
+                                  {"prompt": [*TURNS[:1], {"role": "assistant", "content": "w " * 70},
+                                              TURNS[2]],
+                                   "completion": ""}])
+def test_what_passes_the_judges_positions_is_refused_before_work_or_left_unjudged_or_cut(long, tmp_path,
+                                                                                         judge, capsys):
+    """A reward model of 1,024 positions scored 3,000 tokens, exit code 0; one of 1 MB took 2.5 GB."""
+    rows = [{"question_id": "1", "language": "fr", "prompt": "p", "completion": "c"},
+            {"question_id": "2", **long}]
+    a, b = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[::-1])
+    said = refusal(capsys, a, b, tmp_path / "e.json", judge)
+    assert "a.jsonl:2: question and answer have" in said and "the judge 64 positions" in said
+    skipped = result_of(tmp_path, rows, rows, judge, "--too-long", "skip")["overall"]
+    assert (skipped["unjudged"], skipped["num"]) == (1, 1)
+    cut = result_of(tmp_path, rows, rows, judge, "--too-long", "cut-left")["overall"]
+    assert (cut["unjudged"], cut["num"], cut["tie"]) == (0, 2, 2)
+
+
+def test_a_judge_whose_scores_are_not_finite_is_named_and_nothing_is_written(tmp_path, judge, capsys):
+    from aya_min.weights import load
+    model, tokenizer = load(judge)
+    with torch.no_grad():
+        model.score.weight.fill_(float("nan"))
+    save(tmp_path / "nan", model, tokenizer)
+    rows = write(tmp_path / "a.jsonl", [{"question_id": "1", "prompt": "p", "completion": "c"}])
+    assert "nan" in refusal(capsys, rows, rows, tmp_path / "e.json", tmp_path / "nan")
+    assert not (tmp_path / "e.json").exists()
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"question_id": True}, "'question_id' must be a text or a number"),
+    ({"question_id": ["q"]}, "'question_id' must be"),
+    ({"completion": None}, "'completion' is missing or no text"),
+    ({"completion": ["c"]}, "'completion' is missing"),
+    ({"prompt": 5}, "prompt"), ({"prompt": None}, "prompt"), ({"prompt": [{"role": "user"}]}, "prompt"),
+    ({"finish_reason": 1}, "'finish_reason' must be a text"),
+    ({"prompt": "<|USER_TOKEN|>hi"}, "<|USER_TOKEN|>"),
+    ({"completion": "x<BOS_TOKEN>"}, "<BOS_TOKEN>"), ({"question_id": "1"}, "is answered twice")])
+def test_a_row_that_the_arena_cannot_judge_is_named_with_file_and_line(change, says, tmp_path, judge, capsys):
+    rows = [{"question_id": i, "prompt": "p", "completion": "c"} for i in (1, 2)]
+    bad = write(tmp_path / "bad.jsonl", [rows[0], rows[1] | change])
+    said = refusal(capsys, bad, bad, tmp_path / "e.json", judge)
+    assert "bad.jsonl:2: " in said and says in said
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"args": ["one", "nix"]}, "'nix'"), ({"args": [1, 2]}, "English words"),
+    ({"args": {"one": 1}}, "English words"),
+    ({"args": []}, "more args"), ({"task": "translate", "args": ["one", "../../../etc"]}, "'../../../etc'"),
+    ({"language": "sw"}, "no language 'sw'"), ({"language": None}, "no language 'other'"),
+    ({"task": 5}, "no task 5"),
+    ({"task": ["largest"]}, "no task ['largest']"), ({"task": None}, "'task' is missing"),
+    ({"task": "sum", "args": ["twelve", "nine"]}, "above twelve")])
+def test_a_question_that_is_not_the_oracles_is_named_with_file_and_line(change, says, tmp_path, capsys):
+    row = {**make_question("largest", ["one", "two"], "fr"), "completion": "c"}
+    path = write(tmp_path / "a.jsonl", [{**row, "question_id": "0"}, row | change])
+    said = refusal(capsys, path, path, tmp_path / "e.json")
+    assert "a.jsonl:2: " in said and says in said
+
+
+def test_an_output_that_exists_is_never_written_through(tmp_path, capsys):
+    """--out through a dangling link made the file that it leads to."""
+    rows = write(tmp_path / "a.jsonl", [{**make_question("largest", ["one", "two"], "fr"),
+                                         "completion": "c"}])
+    (tmp_path / "link.json").symlink_to(tmp_path / "elsewhere.json")
+    (tmp_path / "file").write_text("mine")
+    for name, says in (("link.json", "exists"), ("file", "exists"), ("file/e.json", "no folder"),
+                       ("a.jsonl", "exists")):
+        assert says in refusal(capsys, rows, rows, tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "link.json", "file"}
+
+
+def test_a_full_disk_leaves_no_cut_file(tmp_path, capsys, monkeypatch):
+    """A cut eval.json of 1,024 bytes stayed, and the next run refused it as existing."""
+    rows = write(tmp_path / "a.jsonl", [{**make_question("largest", ["one", "two"], "fr"),
+                                         "completion": "c"}])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        said = refusal(capsys, rows, rows, tmp_path / "e.json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "e.json" in said and [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

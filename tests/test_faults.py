@@ -27,7 +27,7 @@ from aya_min import checkpoint, config, distributed, stages, weights
 from aya_min.data import Sampler, collate, load_examples, load_pairs, make_batches, read_jsonl
 from aya_min.loop import make_optimizer, train
 from aya_min.tokenizer import train_tokenizer
-from aya_min.world import write_jsonl
+from aya_min.files import write_jsonl
 
 LONG = os.environ.get("AYA_MIN_LONG") == "1"
 ALL = {**STAGES, "pretrain": (stages.pretrain, config.Pretrain, "sft.jsonl")}

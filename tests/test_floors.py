@@ -20,7 +20,7 @@ FLOORS = [
     {"soups", "arbitrage", "preferences", "evaluate", "chat"},                                  # 4: what is done with answers and folders
     {"stages"},                                                                                 # 5: pretrain, sft, reward, dpo, rloo
     {"steps", "estimate", "fitness"},                                                           # 6: a recipe's run on disk; what a stage will need; what a search measures
-    {"results", "search"},                                                                      # 7: what a run shows for itself; the search
+    {"results", "search", "checks"},                                                            # 7: what a run shows for itself; the search; what a recipe is asked to do
     {"pipeline"},                                                                               # 8: the recipe; train.py, generate.py and merge.py stand on it
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS, -1) for module in modules}

@@ -43,6 +43,8 @@ def test_the_recipe_leaves_every_stage_a_table_and_a_page(smoke):
             assert part["num"] == 120 and 0 <= part["grade"] <= 3
             for versus in part["versus"].values():
                 assert versus["win"] + versus["tie"] + versus["loss"] == 120
+    assert "arbitrage of 4 teachers: prompts 240" in printed and "cut by language" in printed
+    assert set(summary["pairs"]) >= {"offline", "online-1", "online-3"} and summary["arbitrage"]["cut"] > 0
     assert printed.strip().endswith(str(run / "report.html")) and (run / "report.html").is_file()
     assert "| model" in printed
     shares = summary["teacher_wins"]["ar"]
@@ -96,24 +98,39 @@ def test_other_settings_in_the_same_folder_are_refused_in_one_line(smoke):
 
 
 def test_the_pipeline_takes_a_users_own_models_prompts_and_completions(smoke, tmp_path):
-    from aya_min.world import gold_answer, questions, write_jsonl
+    from aya_min.files import write_jsonl
+    from aya_min.world import gold_answer, questions
     steps = smoke[0] / "steps"
     rows = questions("train", 240, 11, level="tiny")
-    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": q["prompt"], "language": q["language"], "id": i} for i, q in enumerate(rows)])
-    write_jsonl(tmp_path / "elsewhere.jsonl", [{"prompt": q["prompt"], "completion": gold_answer(q), "language": q["language"]} for q in rows])
+    theirs = [{"question": q["prompt"], "lang": "pt-BR" if q["language"] == "pt" else q["language"]}
+              for q in rows]
+    # not the judge's
+    verdicts = {"grade": "y", "score": 9, "reward": [7], "seen_language": "de", "task": None}
+    write_jsonl(tmp_path / "prompts.jsonl", [{**row, **verdicts, "id": i} for i, row in enumerate(theirs)])
+    reasons = [{"finish_reason": "length"} if i % 8 == 0 else {} for i in range(len(rows))]
+    write_jsonl(tmp_path / "elsewhere.jsonl", [{**row, "completion": gold_answer(q), **reason}
+                                               for q, row, reason in zip(rows, theirs, reasons)])
+    columns = ["--columns", "prompt=question", "language=lang"]
     (tmp_path / "clusters.json").write_text(json.dumps({"west": ["it", "pt", "ro", "de", "nl", "el", "cs", "pl", "ru", "uk"],
                                                         "east": ["ar", "he", "fa", "tr", "hi", "zh", "zh-Hant", "ja", "ko", "vi", "id"]}))
     done = train("--preset", "smoke", "--out", tmp_path / "own", "--base", steps / "base" / "model", "--prompts", tmp_path / "prompts.jsonl", "--teachers",
                  steps / "teacher-slavic" / "model", tmp_path / "elsewhere.jsonl", "--arbiter", steps / "arbiter" / "model", "--clusters",
-                 tmp_path / "clusters.json", "--rounds", "1")
+                 tmp_path / "clusters.json", "--rounds", "1", *columns)
     assert "not a win rate" in done.stdout
     summary = json.loads((tmp_path / "own" / "summary.json").read_text(encoding="utf-8"))
+    assert not any("grade" in m[d] or "right_language" in m[d] for m in summary["models"]
+                   for d in ("greedy", "sampled"))
+    assert "grade" not in (tmp_path / "own" / "data" / "sft-west.jsonl").read_text(encoding="utf-8")
+    assert summary["arbitrage"]["cut"] >= 30 and "pt-BR" in summary["arbitrage"]["cut_by_language"]
+    assert "pt-BR" in summary["models"][0]["greedy"]["by_language"] and summary["models"][0]["greedy"]["cut"] > 0
     assert [m["name"] for m in summary["models"]] == ["base", "single", "random", "mix", "sft", "offline", "online-1"]
     shutil.copytree(steps / "arbiter" / "model", tmp_path / "judge")
     judged = train("--preset", "smoke", "--out", tmp_path / "judged", "--base", steps / "base" / "model", "--prompts", tmp_path / "prompts.jsonl", "--teachers",
                    steps / "teacher-slavic" / "model", tmp_path / "elsewhere.jsonl", "--arbiter", steps / "arbiter" / "model", "--clusters",
-                   tmp_path / "clusters.json", "--rounds", "1", "--judge", tmp_path / "judge")
+                   tmp_path / "clusters.json", "--rounds", "1", "--judge", tmp_path / "judge", *columns)
     assert "reward model" in judged.stdout.lower()
+    summary = json.loads((tmp_path / "judged" / "summary.json").read_text(encoding="utf-8"))
+    assert all(isinstance(m["greedy"]["grade"], float) for m in summary["models"])
 
 
 def test_what_a_user_brings_is_looked_at_before_any_work(smoke, tmp_path, monkeypatch, capsys):
@@ -121,7 +138,7 @@ def test_what_a_user_brings_is_looked_at_before_any_work(smoke, tmp_path, monkey
     good = {"--base": steps / "base" / "model", "--prompts": tmp_path / "p.jsonl", "--teachers": steps / "base" / "model", "--arbiter": steps / "arbiter" / "model"}
     (tmp_path / "p.jsonl").write_text('{"prompt": "eins", "language": "de"}\n{"prompt": "zwei", "language": "de"}\n', encoding="utf-8")
     (tmp_path / "short.jsonl").write_text('{"prompt": "eins", "completion": "1"}\n', encoding="utf-8")
-    (tmp_path / "clusters.json").write_text('{"east": ["ja"]}')
+    (tmp_path / "clusters.json").write_text('{"east": ["ja"], "west": ["nl"]}')
     wrong = {"no answer for 1 of 2": {"--teachers": tmp_path / "short.jsonl"}, "not a reward model": {"--arbiter": steps / "base" / "model"},
              "not a language model": {"--base": steps / "arbiter" / "model"}, "in no cluster": {"--clusters": tmp_path / "clusters.json"},
              "p.jsonl.missing": {"--prompts": tmp_path / "p.jsonl.missing"}, "must not be the arbiter": {"--judge": good["--arbiter"]}}

@@ -1,12 +1,14 @@
 """report.py and charts.py: the page is whole, safe and honest about its judge, and leaves out what a run did not record."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 
 import pytest
 
 from aya_min import charts, report
+from aya_min.command import guarded
 
 VOID = {"meta", "br"}
 HOSTILE = "<script>alert(\"x\")</script>'\" onload=alert(1) & <b>"
@@ -256,11 +258,14 @@ def test_prompts_and_answers_find_their_own_direction():
     assert "(empty)" in tags.text and "●●○ 2 of 3" in tags.text
 
 
-def test_half_a_surrogate_pair_in_an_answer_does_not_stop_the_report(tmp_path):
+def test_half_a_surrogate_pair_in_an_answer_is_refused_by_name_and_no_page_is_left_half_written(tmp_path):
     """json reads "\\ud83d" alone as a half of a pair, and writing it as UTF-8 raises."""
     summary = summary_of_a_run()
     summary["examples"][0]["answers"][0]["completion"] = "cut \ud83d"
-    assert "cut ?" in page_of(make_run(tmp_path / "run", summary))
+    run = make_run(tmp_path / "run", summary)
+    with pytest.raises(ValueError, match="summary.json: .*completion.* holds half a surrogate pair"):
+        report.write_report(run)
+    assert not (run / "report.html").exists()
 
 
 def test_languages_stand_at_home_shared_or_other():
@@ -280,10 +285,10 @@ def test_a_run_of_one_stage_shows_its_curves_and_each_languages_held_out_loss(tm
 def test_a_metrics_line_still_being_written_is_left_out_and_a_broken_one_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "loss": 2.0, "grad_norm": "nan"}\n{"step": 1, "lo', encoding="utf-8")
-    assert report.read_metrics(path) == {"loss": [(0, 2.0)]}
+    assert report.read_metrics(tmp_path) == {"loss": [(0, 2.0)]}
     path.write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"metrics.jsonl line 2 is not JSON"):
-        report.read_metrics(path)
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: not JSON"):
+        report.read_metrics(tmp_path)
 
 
 def test_a_long_curve_keeps_its_mean_in_at_most_200_points():
@@ -307,11 +312,179 @@ def test_numbers_are_written_for_people():
     assert [charts.number(x, 1) for x in (1234.56, None, float("nan"))] == ["1,234.6", "–", "–"]
 
 
+def refusal(capsys, *arguments):
+    """The one line of standard error with which the command ends, exit code 2."""
+    with pytest.raises(SystemExit) as ended:
+        guarded(lambda: report.main([str(argument) for argument in arguments]), "aya_min.report")
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1, error
+    return error
+
+
 def test_a_users_mistake_ends_with_one_line_and_exit_code_2(tmp_path, capsys):
     broken = make_run(tmp_path / "broken")
     (broken / "summary.json").write_text("{", encoding="utf-8")
-    for arguments, said in ([str(tmp_path / "nowhere")], "not a run folder"), ([], "give one run folder"), ([str(broken)], "summary.json is not JSON"):
-        with pytest.raises(SystemExit) as exit:
-            report.main(arguments)
-        error = capsys.readouterr().err
-        assert exit.value.code == 2 and said in error and error.count("\n") == 1
+    assert "not a run folder" in refusal(capsys, tmp_path / "nowhere")
+    assert "give one run folder" in refusal(capsys)
+    assert "summary.json: not JSON" in refusal(capsys, broken)
+
+
+# ---- files that are not as we write them -------------------------------------------------------------------
+
+def places(value, at=()):
+    """The path of every value inside a JSON value."""
+    yield at
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from places(part, (*at, key))
+
+
+def changed(value, at, new):
+    """A copy of the value with `new` at a path; ... takes it away."""
+    if not at:
+        return new
+    value = json.loads(json.dumps(value))
+    inside = value
+    for key in at[:-1]:
+        inside = inside[key]
+    if new is ...:
+        del inside[at[-1]]
+    else:
+        inside[at[-1]] = new
+    return value
+
+
+WRONG = [None, [], {}, "x", True, 10 ** 400, 1e9, [[]], {"a": [1]}, json.loads("[" * 200 + "]" * 200), ...]
+
+
+def draw_all(run, name, values):
+    """(pages, refusals) of a run folder with each of the values in a file: one or the other, and no page is
+    large."""
+    path, pages = run / name, 0
+    before = path.read_text(encoding="utf-8") if path.exists() else None
+    for value in values:
+        text = value if isinstance(value, str) else json.dumps(value) + "\n"
+        path.write_text(text, encoding="utf-8")
+        try:
+            pages += len(report.page(run)) < 300_000
+        except ValueError as error:
+            assert type(error) is ValueError and path.name in str(error) and "\n" not in str(error), (value,
+                                                                                                      error)
+    if before is not None:
+        path.write_text(before, encoding="utf-8")
+    return pages, len(values) - pages
+
+
+def test_a_summary_with_a_wrong_value_anywhere_makes_a_page_or_one_line_that_names_it(tmp_path):
+    """39 of 66 malformed files were tracebacks; a grade of 1e9 made a page of 1.0 GB."""
+    summary = summary_of_a_run() | {"pairs": {"online-1": {"cut": 3, "cut_by_language": {"de": 3}}}}
+    summary["models"] = [summary["models"][0], summary["models"][4]]
+    for model in summary["models"]:
+        model["sampled"] = {"grade": 1.0}
+    cases = [changed(summary, at, wrong) for i, at in enumerate(places(summary)) for wrong in WRONG[i % 4::4]]
+    pages, refused = draw_all(make_run(tmp_path / "run"), "summary.json", cases)
+    assert pages > 100 and refused > 100
+
+
+def searched():
+    def row(name, x):
+        tasks = {"a": x, "b": 1 - x}
+        return {"name": name, "fitness": tasks, "held-out": tasks, "without": tasks}
+
+    rows = [row(name, i / 8) | {"weights": [.5, .5]} for i, name in enumerate(["best single", "a", "b",
+                                                                               "CMA-ES"])]
+    models = [row(name, .5) | {"folder": name, "weight": .5} for name in "xy"]
+    return {"best": "x", "evaluations": 9, "popsize": 4, "held-out": True, "rows": rows, "models": models}
+
+
+@pytest.mark.parametrize("name", ["eval.json", "config.json", "metrics.jsonl", "search.json",
+                                  "evaluations.jsonl"])
+def test_a_wrong_value_in_any_other_file_makes_a_page_or_one_line_that_names_it(name, tmp_path):
+    whole = {"eval.json": {"loss": 1.5, "loss/fr": 2.0, "loss/de": 1.0},
+             "metrics.jsonl": {"step": 1, "loss": 2.0},
+             "config.json": {"stage": "sft", "settings": {"seed": 3}}, "search.json": searched(),
+             "evaluations.jsonl": {"kind": "CMA-ES", "split": "fitness", "tasks": {"a": .1, "b": .2}}}[name]
+    run = make_stage_run(tmp_path / "run")
+    (run / "search.json").write_text(json.dumps(searched()), encoding="utf-8")
+    cases = [changed(whole, at, wrong) for i, at in enumerate(places(whole))
+             for wrong in (WRONG if i < 9 else WRONG[i % 4::4])
+             if at or wrong is not ...]
+    raw = ["{", "[]\n", "null\n", "5\n", '{"a": 1, "a": 2}\n', "[" * 100_000 + "\n", '{"step": NaN}\n',
+           '{"a": 1e999}\n',
+           '{"a": ' + "9" * 5000 + "}\n", '{"a": "\\ud800"}\n', "\0\n",
+           '{"a":' * 900 + "1" + "}" * 900 + "\n"]
+    pages, refused = draw_all(run, name, cases + raw)
+    assert pages and refused >= len(raw) - 1
+
+
+def test_a_report_replaces_a_link_and_leaves_what_it_leads_to(tmp_path):
+    """report.html -> FILE overwrote FILE, outside the run."""
+    run = make_run(tmp_path / "run")
+    for name in ("report.html", "report.md"):
+        (tmp_path / name).write_text("mine")
+        (run / name).symlink_to(tmp_path / name)
+    report.write_report(run)
+    for name in ("report.html", "report.md"):
+        assert (tmp_path / name).read_text() == "mine" and not (run / name).is_symlink()
+    assert {path.name for path in run.iterdir()} == {"config.json", "summary.json", "steps", "report.html",
+                                                     "report.md"}
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.json", "metrics.jsonl", "eval.json",
+                                  "steps/base/metrics.jsonl"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_link_out_of_the_run_or_what_is_no_plain_file_is_refused_and_not_waited_for(name, kind, tmp_path,
+                                                                                      capsys):
+    run = make_run(tmp_path / "run")
+    (run / name).unlink(missing_ok=True)
+    if kind == "link":
+        (tmp_path / "outside").write_text('{"secret": 1}\n', encoding="utf-8")
+        (run / name).symlink_to(tmp_path / "outside")
+    elif kind == "pipe":
+        os.mkfifo(run / name)
+    else:
+        (run / name).mkdir()
+    assert name in refusal(capsys, run) and not (run / "report.html").exists()
+
+
+def test_a_pipe_named_report_html_is_replaced_and_not_waited_for(tmp_path):
+    run = make_run(tmp_path / "run")
+    os.mkfifo(run / "report.html")
+    assert report.write_report(run).is_file()
+
+
+@pytest.mark.parametrize("value, dots", [(0, "○○○"), (2.4, "●●○"), (3, "●●●"), (1e9, ""), (-1, ""),
+                                         (3.4, "")])
+def test_only_a_grade_from_0_to_3_has_dots(value, dots):
+    summary = summary_of_a_run()
+    summary["examples"][0]["answers"][0]["grade"] = value
+    assert f">{dots}</i>" in report.examples_part(summary)
+
+
+def test_a_script_in_a_search_is_shown_and_not_run(tmp_path):
+    """The headline's row names went into the page as they stood."""
+    run, result = make_stage_run(tmp_path / "run"), searched()
+    for part in result["rows"] + result["models"]:
+        part["name"] = HOSTILE
+        for split in ("fitness", "held-out", "without"):
+            part[split] = {HOSTILE: .5, "b": .5}
+    (run / "search.json").write_text(json.dumps(result | {"best": HOSTILE}), encoding="utf-8")
+    text = page_of(run)
+    assert "<script" not in text and Tags(text).text.count("<script>alert") >= 10
+    assert not any("onload" in attributes for _, attributes in Tags(text).seen)
+
+
+def test_an_axis_has_few_numbers_however_long_its_scale_is():
+    assert len(re.findall("<text", charts.axis((0, 3), 1))) == 4
+    for high in (100, 1e9, 1e99):
+        assert 2 <= len(re.findall("<text", charts.axis((0, high), 1))) <= charts.MAX_TICKS + 1
+
+
+def test_answers_cut_at_their_limit_are_counted_in_table_and_page(tmp_path):
+    summary = summary_of_a_run()
+    summary["models"][4]["greedy"]["cut"] = 4
+    summary["arbitrage"] |= {"cut": 7, "cut_by_language": {"de": 7}}
+    summary["pairs"] = {"online-1": {"cut": 3, "cut_by_language": {"ar": 1, "fr": 2}}}
+    shown = Tags(page_of(make_run(tmp_path / "run", summary))).text
+    assert "Answers that were cut at the limit" in shown and "ar 1, fr 2" in shown and "de 7" in shown
+    assert report.table(summary).splitlines()[0].endswith("| cut |")

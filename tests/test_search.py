@@ -17,7 +17,8 @@ from aya_min.evaluate import summarize
 from aya_min.fitness import by_loss, by_oracle, graded, halves, loss_splits, of_folders, of_models
 from aya_min.search import affine, average, greedy_soup, optimise, search, search_folders, softmax, without
 from aya_min.soups import merge_folders
-from aya_min.world import gold_answer, questions, write_jsonl
+from aya_min.files import write_jsonl
+from aya_min.world import gold_answer, questions
 from merge import main
 
 TARGET = np.array([0.5, 0.3, 0.15, 0.05])

@@ -15,7 +15,7 @@ from aya_min.data import collate, collate_pairs, load_examples, load_pairs, slot
 from aya_min.losses import rloo_advantages
 from aya_min.sampling import generate
 from aya_min.soups import merge_folders
-from aya_min.world import write_jsonl
+from aya_min.files import write_jsonl
 
 
 @pytest.fixture(scope="module")

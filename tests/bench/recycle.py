@@ -24,7 +24,8 @@ from aya_min.config import SFT
 from aya_min.evaluate import bootstrap_mean
 from aya_min.fitness import graded, of_models
 from aya_min.search import search_folders
-from aya_min.world import TINY_TASKS, questions, write_jsonl
+from aya_min.files import write_jsonl                                                   # noqa: E402
+from aya_min.world import TINY_TASKS, questions                                         # noqa: E402
 
 POOL = ["base", "teacher-west-europe", "teacher-slavic", "teacher-west-asia", "teacher-east-asia", "single", "random", "family", "mix", "sft", "no-shared", "offline",
         "online-3", "online-only-3", "rloo"]

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from aya_min import config, stages, weights                                             # noqa: E402
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights                  # noqa: E402
 from aya_min.tokenizer import load_tokenizer, train_tokenizer                           # noqa: E402
-from aya_min.world import write_jsonl                                                   # noqa: E402
+from aya_min.files import write_jsonl                                                   # noqa: E402
 
 SIZES = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=1024)
 STEPS = {"sft": 16, "dpo": 10, "rloo": 10}

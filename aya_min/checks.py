@@ -1,0 +1,164 @@
+"""A recipe's settings and what a user brings to it, looked at before anything is made: a mistake that is seen
+late costs the run. Each check raises ValueError with the flag, what is wrong and what to do.
+"""
+
+from pathlib import Path
+
+from . import weights, world_data
+from .arbitrage import read_answers
+from .config import flag_of, model_preset
+from .data import fit_prompts, load_prompts
+from .languages import LANGUAGES, SHARED, home_language
+from .model import RewardModel
+from .tokenizer import train_tokenizer
+from .world import gold_answer, questions
+
+RESERVED = ("pairs", "shared", "other")         # names that steps and tables give to something else
+KEPT = ("question_id", "id", "language", "task", "prompt", "prompt_messages", "prompt_where")
+
+
+def check_clusters(clusters):
+    """Two clusters or more, whose names can be those of folders and of rows in a table."""
+    if len(clusters) < 2:
+        raise ValueError(f"--clusters: {len(clusters)} clusters; the recipe trains one model per cluster and "
+                         "merges them, give two or more")
+    for name in clusters:
+        if name in RESERVED or not name.isprintable() or len(name.encode()) > 100:
+            raise ValueError(f"--clusters: {name[:100]!r} cannot be a cluster's name; give another (not "
+                             f"{', '.join(RESERVED)}, at most 100 bytes, no line ends)")
+
+
+def check_sizes(recipe, clusters, num_ranks, num_prompts=None):
+    """Every set of data gives at least one batch. num_prompts: of a user's own; None: of the embedded
+    world."""
+    r, size = recipe, recipe.batch_size
+    if size % num_ranks:
+        raise ValueError(f"--batch-size {size} does not divide over {num_ranks} ranks; use a multiple of "
+                         f"{num_ranks}")
+    if num_prompts is None:
+        lessons = int(0.6 * r.lessons) + int(0.2 * r.lessons)
+        rows = {"corpus": r.corpus, "lessons": lessons, "arbiter_gold": r.arbiter_gold,
+                # half the pairs may be ties
+                "arbiter_pairs": r.arbiter_pairs // 2, "num_prompts": r.num_prompts}
+        for name, num in rows.items():
+            if num < size:
+                raise ValueError(f"{flag_of(name)} {getattr(r, name)} gives as few as {num} examples, fewer "
+                                 f"than one batch of {size}; raise it, or lower --batch-size")
+    elif num_prompts < size:
+        raise ValueError(f"--prompts: {num_prompts} prompts are fewer than one batch of {size}; give more, "
+                         "or lower --batch-size")
+    num_prompts = num_prompts or r.num_prompts
+    if int(r.sft_epochs * num_prompts) < 1:
+        raise ValueError(f"--sft-epochs {r.sft_epochs} of {num_prompts} prompts is less than one example; "
+                         "raise it")
+    if r.rounds and r.online_prompts < len(clusters) * num_ranks:
+        raise ValueError(f"--online-prompts {r.online_prompts} are fewer than one for each of "
+                         f"{len(clusters)} clusters on {num_ranks} ranks; raise it")
+
+
+def check_world(recipe, clusters):
+    """The embedded world has these languages and so many questions, and they fit the model."""
+    r = recipe
+    if foreign := [code for codes in clusters.values() for code in codes if code not in LANGUAGES]:
+        raise ValueError(f"--clusters: {foreign[0]!r} is no language of the embedded world "
+                         f"({' '.join(LANGUAGES)}); leave it out, or bring your own --base, --prompts, "
+                         "--teachers and --arbiter")
+    try:
+        questions(r.eval_split, r.eval_count, f"eval/{r.seed}", level=r.level, unique=True)
+    except ValueError as error:
+        raise ValueError(f"--eval-count {r.eval_count}: {error}") from None
+    rows = [row for row in world_data.corpus(960, r.seed, r.level) if "prompt" in row]
+    tokenizer = train_tokenizer([row["prompt"] for row in rows] + list(map(gold_answer, rows)), r.vocab_size)
+    prompts = [len(tokenizer.encode_prompt(row["prompt"])) for row in rows]
+    whole = [n + len(tokenizer.encode_answer(gold_answer(row))) for n, row in zip(prompts, rows)]
+    if sum(n <= r.max_length for n in whole) < len(rows) / 10:
+        raise ValueError(f"--max-length {r.max_length}: of the world's questions with their answers fewer "
+                         f"than one in ten fit, the mean is {sum(whole) // len(whole)} tokens; raise it")
+    positions = model_preset(r.model).max_position_embeddings
+    # these are a sample: others are somewhat longer
+    if 2 * max(prompts) + r.max_new_tokens > positions:
+        raise ValueError(f"--max-new-tokens {r.max_new_tokens}: with the world's prompts that passes the "
+                         f"{positions} positions of {r.model}; give at most {positions - 2 * max(prompts)}")
+
+
+def check_own(recipe, clusters, arms, base, prompts, teachers, arbiter, judge=None, eval_prompts=None):
+    """(prompts, evaluation prompts) of a user's files, as far as --too-long keeps them, once all that the
+    user brings has been looked at: files, folders, what kind of model is in each, and whether the texts fit
+    it."""
+    folders = [t for t in teachers if not Path(t).is_file()]
+    models = {("--base", base): False, **{("--teachers", t): False for t in folders},
+              ("--arbiter", arbiter): True}
+    models |= {("--judge", judge): True} if judge else {}
+    looked = {}
+    for (flag, folder), wanted in models.items():
+        looked[flag, folder] = model, tokenizer, _ = weights.look_into(folder)
+        if isinstance(model, RewardModel) != wanted:
+            kinds = ("a language model, not a reward model", "a reward model, not a language model")
+            raise ValueError(f"{flag} {folder}: {kinds[not wanted]}; give the other kind")
+    tokenizer = looked["--base", base][1]
+    rows = [plain_prompt(row) for row in load_prompts(prompts, recipe, tokenizer)]
+    eval_rows = None
+    if eval_prompts:
+        eval_rows = [plain_prompt(row) for row in load_prompts(eval_prompts, recipe, tokenizer)]
+    known = SHARED + sum(clusters.values(), [])
+    for row in rows:
+        if row.get("language") not in (None, "other") and home_language(row["language"], known) is None:
+            raise ValueError(f"{row['prompt_where']}: language {row['language']!r} is in no cluster; add it "
+                             "to --clusters")
+    for (flag, folder), (model, its_tokenizer, _) in looked.items():
+        room = model.config.max_position_embeddings - recipe.max_new_tokens
+        room -= 2 * isinstance(model, RewardModel)              # it reads the end of the answer too
+        if room < 8:
+            raise ValueError(f"{flag} {folder}: --max-new-tokens {recipe.max_new_tokens} leaves no room for "
+                             f"a prompt in its {model.config.max_position_embeddings} positions; lower it")
+
+        def fit(some):
+            def length_of(row):
+                return len(its_tokenizer.encode_prompt(row["prompt_messages"]))
+            return fit_prompts(some, length_of, room, recipe.too_long, f"{flag} {folder}")
+        rows = rows if flag == "--judge" else fit(rows)
+        eval_rows = eval_rows and fit(eval_rows)
+        if flag == "--judge" and eval_rows is None:             # the evaluation is on --prompts then
+            eval_rows = fit(rows)
+    for path in filter(lambda t: Path(t).is_file(), teachers):
+        check_answers(path, rows, recipe, tokenizer, *looked["--arbiter", arbiter][:2])
+    names = [teacher_name(t) for t in teachers]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--teachers: two have the same name ({' '.join(names)}); rename one")
+    if len(names) < 2:
+        raise ValueError("--teachers: arbitrage chooses among the answers of two teachers or more; give "
+                         "another")
+    if arms == "all" and tokenizer.meaning != looked["--arbiter", arbiter][1].meaning:
+        raise ValueError("--arms all trains RLOO, which needs base and arbiter to share a tokenizer; use "
+                         "--arms main")
+    return rows, eval_rows or rows
+
+
+def plain_prompt(row):
+    """What the recipe takes of a user's row. No column of theirs can be taken for an answer or a judge's
+    verdict."""
+    return {key: value for key, value in row.items() if key in KEPT}
+
+
+def check_answers(path, rows, recipe, tokenizer, arbiter, its_tokenizer):
+    """The completions in a teacher's file: one for each prompt, without control tokens, within the arbiter's
+    positions."""
+    room = arbiter.config.max_position_embeddings
+    for row, answer in zip(rows, read_answers(path, rows, recipe)):
+        where = f"{path}: the answer to {row['prompt_where']}"
+        name = tokenizer.spelled(answer["completion"])
+        if name and not recipe.allow_control_tokens:
+            raise ValueError(f"{where} spells the control token {name}; give the text without the template, "
+                             "or take it as letters with --allow-control-tokens")
+        size = len(its_tokenizer.encode_prompt(row["prompt_messages"])
+                   + its_tokenizer.encode_answer(answer["completion"]))
+        if size > room and recipe.too_long == "refuse":
+            raise ValueError(f"{where} has {size} tokens with its prompt, the arbiter {room} positions; "
+                             "leave such answers out with --too-long skip, or drop their oldest tokens with "
+                             "--too-long cut-left")
+
+
+def teacher_name(path):
+    """What a user's teacher is called: its file or folder, or the run of a folder named model."""
+    path = Path(path).resolve()
+    return path.parent.name if path.name == "model" else path.stem
