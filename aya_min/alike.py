@@ -49,9 +49,9 @@ def shown(value):
 def meaning(config):
     """{key: value} of what changes the computation; keys of inner objects are joined with points. Absent and null are the same."""
     found = flat(config)
-    if config.get("model_type") not in ROPE_THETA or not few_layers(config):
+    if config.get("model_type") not in list(ROPE_THETA) or not few_layers(config):
         return found
-    plain = config | {"rope_theta": found.get("rope_theta")} | dict.fromkeys(NOT_OURS)
+    plain = {key: value for key, value in config.items() if key not in NOT_OURS} | {"rope_theta": found.get("rope_theta")}
     try:
         ours = vars(ModelConfig.from_published(plain))
     except ValueError:                  # what our own model cannot compute merges all the same

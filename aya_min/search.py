@@ -29,7 +29,7 @@ from .front import macro
 from .journal import Journal
 from .mergeconfig import check_settings, shortened
 from .report import write_report
-from .soups import look_into, merge_folders, new_folder
+from .soups import look_into, merge_folders, new_folder, tell
 
 PUBLISHED = "published"     # the journal's key of the SHA-256 of search.json
 SIGMA = 0.5                 # the first step of CMA-ES, ours (LOG.md)
@@ -114,7 +114,8 @@ def search(folders, out, evaluate, *, evaluations=200, seed=0, allow_negative=Fa
     held_out: whether `evaluate` has that split. about: JSON values that name what is measured; an OUT.partial of something else is refused.
     """
     folders, out, num = [Path(folder) for folder in folders], Path(out), len(folders)
-    headers, weights_of = check(folders, out, evaluations, dtype, allow_config_differences), affine if allow_negative else softmax
+    headers, said = check(folders, out, evaluations, dtype, allow_config_differences)
+    weights_of = affine if allow_negative else softmax
     files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for header in headers for path in sorted({entry[0] for entry in header.values()})}
     files |= {str(path): sha256(path) for folder in folders for path in small_files(folder)}
     given = {"models": list(map(str, folders)), "model files": files, "dtype": dtype, "what is measured": about}
@@ -123,6 +124,7 @@ def search(folders, out, evaluate, *, evaluations=200, seed=0, allow_negative=Fa
         return published(out, given, more)
     out.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(partial_of(out), given)
+    tell(said)
     popsize, history = cmaes.default_popsize(num), {}
     generations = max(1, (evaluations - 1) // (popsize + 1))
     total = 2 * num + generations * (popsize + 1) + 1 + held_out * (num + 3) + leave_one_out * num                  # at most: some coincide
@@ -180,8 +182,8 @@ def published(out, given, more):
     return read_json(out / "search.json")
 
 
-def check(folders, out, evaluations, dtype, allow_config_differences=False, say=False):
-    """Refuse what cannot be searched, before anything is measured. -> the headers of the models' files"""
+def check(folders, out, evaluations, dtype, allow_config_differences=False):
+    """Refuse what cannot be searched, before anything is measured. -> the headers of the models' files, and what to tell"""
     if len(folders) < 2:
         raise ValueError(f"search needs two models or more, not {len(folders)}")
     if evaluations < 1:
@@ -189,7 +191,7 @@ def check(folders, out, evaluations, dtype, allow_config_differences=False, say=
     if os.path.lexists(out) and not partial_of(out).is_dir():
         raise ValueError(f"{out} exists already; remove it or give another folder as the output")
     check_settings("linear", {}, len(folders), dtype)
-    return look_into(folders, allow_config_differences, say)[1]
+    return look_into(folders, allow_config_differences)[1:]
 
 
 def checked(tasks, before):
@@ -222,7 +224,7 @@ def search_folders(folders, out, *, prompts=None, eval_data=None, command=None, 
         raise ValueError("--command needs {model} in it, where the model folder goes, and takes no --held-out and no flag that says how rows are read; "
                          "with {split} in it, it is told fitness or held-out")
     folders, has_held_out, out = [Path(folder) for folder in folders], True, Path(out)
-    check(folders, out, evaluations, dtype, allow_config_differences, say=True)
+    check(folders, out, evaluations, dtype, allow_config_differences)
     given, reading = reading, Reading(**{"too_long": "skip" if eval_data else "refuse"} | (reading or {}))
     if command is not None:
         evaluate = of_folders(folders, by_command(command), out, dtype, device, allow_config_differences)

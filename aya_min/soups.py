@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from . import __version__, merging, tensorfiles
 from .alike import config_differences, different, files_along, meaning, remarks, shown, tokenizer_differences
-from .command import one_line, printable
+from .command import one_line
 from .files import Digests, publish_folder, scratch, write_json
 from .mergeconfig import OUTPUT_DTYPES, check_settings, layer_of, settings_by_tensor, to_config
 from .tensorfiles import DTYPES, drop_tied_head, equal, first_of, num_bytes, places, read_config, read_header, read_piece
@@ -47,13 +47,15 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
         raise ValueError(f"{out} is one of the models to merge; give another folder as the output")
     if os.path.lexists(out):
         raise ValueError(f"{out} exists already; remove it or give another folder as the output")
-    configs, headers = look_into(inputs, allow_config_differences, progress)
+    configs, headers, said = look_into(inputs, allow_config_differences)
     values = settings_by_tensor(method, settings, float_names(headers[0]))
     specs = {name: (OUTPUT_DTYPES[dtype] if dtype and is_float(code) else code, shape) for name, (_, code, shape) in headers[0].items()}
     files, along = tensorfiles.plan(specs, shard_bytes), files_along(folders[0])
     size = sum(num_bytes(*spec) for spec in specs.values()) + sum((folders[0] / name).stat().st_size for name in along)
 
     with new_folder(out, size) as made, digests or Digests() as digests:
+        if progress:
+            tell(said)
         files_of = {folder: sorted({file for file, _, _ in header.values()}) for folder, header in zip(inputs, headers)}
         if hashes:
             digests.begin(sum(files_of.values(), []))                                # beside the merge
@@ -93,11 +95,9 @@ def new_folder(out, size=0):
 
 # ---- what is refused ---------------------------------------------------------------------------------------------------------------
 
-def look_into(inputs, allow_config_differences=False, say=True):
-    """(configs, headers) of model folders that belong together. One ValueError names (up to 20 of) all differences that make a merge meaningless.
-
-    say: print what differs and makes none meaningless: generation settings, ids of end and padding, chat templates.
-    """
+def look_into(inputs, allow_config_differences=False):
+    """(configs, headers, what to `tell`) of model folders that belong together. One ValueError names (up to 20 of) all differences that
+    make a merge meaningless; told are those that do not, such as generation settings, ids of end and padding, chat templates."""
     configs, headers = [read_config(folder) for folder in inputs], [read_header(folder) for folder in inputs]
     problems, said, first = [], [], inputs[0]
     for folder, config, header in zip(inputs, configs, headers):
@@ -118,10 +118,13 @@ def look_into(inputs, allow_config_differences=False, say=True):
             problems += [*changed[:-1], f"{changed[-1]} (--allow-config-differences takes that of {first})"]
     if problems:
         raise ValueError(f"these models cannot be merged: {first_of(problems, '; ')}")
-    if say and os.environ.get("RANK", "0") == "0":
+    return configs, headers, said
+
+
+def tell(said):
+    if os.environ.get("RANK", "0") == "0":
         for text in dict.fromkeys(said):
-            print(printable(text), file=sys.stderr)
-    return configs, headers
+            print(one_line(text), file=sys.stderr)
 
 
 def differences(folder, header, first, first_header):
@@ -236,7 +239,7 @@ def compare_folders(first, second, base=None, device="cpu"):
     parameters moved by both that were moved to the same side. None where a length is 0. Before them, rows {"what", "first", "second"} (and
     "base") of the keys of config.json that change the computation and differ.
     """
-    configs, headers = look_into([Path(folder) for folder in (first, second, base) if folder is not None], True, False)
+    configs, headers, _ = look_into([Path(folder) for folder in (first, second, base) if folder is not None], True)
     names = [name for name in float_names(headers[0]) if math.prod(headers[0][name][2])]
     inputs, found = [places(header) for header in headers], {}
     size = sum(num_bytes(*headers[0][name][1:]) for name in names)
