@@ -42,6 +42,15 @@ class Journal:
         self.file.write(json.dumps([key, answers], ensure_ascii=False) + "\n")
         self.file.flush()
 
+    def close(self):
+        self.file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
     def remove(self):
         self.file.close()
         distributed.barrier()

@@ -7,10 +7,11 @@ measured on a held-out one. The paper's settings are not public; ours: the a_i a
 better of the two soups with step size SIGMA, textbook defaults for the rest; the winner is the best of all its points and of each generation's mean.
 
 Every measurement is on disk (OUT.partial) before the next one begins. The search is a function of the seed and of the measurements, so a killed one
-goes through the same points again, finds them measured, and ends with the same bytes. OUT.partial says what will be OUT before OUT is published, so
-that a search killed after that knows its own.
+goes through the same points again, finds them measured, and ends with the same bytes. search.json says of which search it is, so that one killed
+after OUT was published knows its own.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -31,7 +32,6 @@ from .mergeconfig import check_settings, shortened
 from .report import write_report
 from .soups import look_into, merge_folders, new_folder, tell
 
-PUBLISHED = "published"     # the journal's key of the SHA-256 of search.json
 SIGMA = 0.5                 # the first step of CMA-ES, ours (LOG.md)
 
 
@@ -113,48 +113,54 @@ def search(folders, out, evaluate, *, evaluations=200, seed=0, allow_negative=Fa
 
     held_out: whether `evaluate` has that split. about: JSON values that name what is measured; an OUT.partial of something else is refused.
     """
-    folders, out, num = [Path(folder) for folder in folders], Path(out), len(folders)
+    folders, out = [Path(folder) for folder in folders], Path(out)
     headers, said = check(folders, out, evaluations, dtype, allow_config_differences)
-    weights_of = affine if allow_negative else softmax
     files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for header in headers for path in sorted({entry[0] for entry in header.values()})}
     files |= {str(path): sha256(path) for folder in folders for path in small_files(folder)}
     given = {"models": list(map(str, folders)), "model files": files, "dtype": dtype, "what is measured": about}
-    more = {"evaluations": evaluations, "seed": seed, "allow_negative": allow_negative, "leave_one_out": leave_one_out, "held_out": held_out}
+    search_id = hashlib.sha256(json.dumps([given, evaluations, seed, allow_negative, leave_one_out, held_out]).encode()).hexdigest()
     if os.path.lexists(out):
-        return published(out, given, more)
+        return published(out, given, search_id)
     out.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal(partial_of(out), given)
-    tell(said)
-    popsize, history = cmaes.default_popsize(num), {}
+    with Journal(partial_of(out), given) as journal:
+        tell(said)
+        history, result = measure(folders, evaluate, journal, evaluations, seed, affine if allow_negative else softmax, leave_one_out, held_out)
+        result = {"search": search_id, **result, "what is measured": about}
+        with new_folder(out) as made:
+            merge_folders(folders, made / "model", "linear", weights=result["rows"][-1]["weights"], dtype=dtype, device=device, progress=False,
+                          allow_config_differences=allow_config_differences)
+            write_json(made / "search.json", result)
+            write_jsonl(made / "evaluations.jsonl", history)
+            write_report(made)
+        journal.remove()
+    return result
+
+
+def measure(folders, evaluate, journal, evaluations, seed, weights_of, leave_one_out, held_out):
+    """Every point, in order, and what search.json holds. What the journal holds is not measured again."""
+    num, names, history = len(folders), names_of(folders), {}
+    popsize = cmaes.default_popsize(num)
     generations = max(1, (evaluations - 1) // (popsize + 1))
     total = 2 * num + generations * (popsize + 1) + 1 + held_out * (num + 3) + leave_one_out * num                  # at most: some coincide
 
     with tqdm(total=total, desc="search", unit="evaluation", smoothing=0.1) as bar:
         def measured(kind, weights, split):
             key = json.dumps([split, weights])
-            if key not in journal.done:
-                journal.add(key, checked(evaluate(weights, split), [row["tasks"] for row in history.values()]))
-            tasks = journal.done[key]
             if key not in history:
-                history[key] = {"kind": kind, "split": split, "macro": macro(tasks), "weights": weights, "tasks": tasks}
+                found = checked(journal.done[key] if key in journal.done else evaluate(weights, split), history)
+                if key not in journal.done:
+                    journal.add(key, found)
+                history[key] = {"kind": kind, "split": split, "macro": macro(found), "weights": weights, "tasks": found}
                 bar.set_postfix_str(f"best {max(row['macro'] for row in history.values() if row['split'] == 'fitness'):.4f}", refresh=False)
                 bar.update()
-            return tasks
+            return history[key]["tasks"]
         rows, models = compare(measured, num, evaluations, seed, weights_of, "held-out" if held_out else "fitness", leave_one_out)
 
-    names = names_of(folders)
-    tried = sum((row["kind"], row["split"]) == ("CMA-ES", "fitness") for row in history.values())
-    result = {"best": names[rows[0]["weights"].index(1.0)], "evaluations": tried, "popsize": popsize, "seed": seed, "weights": weights_of.__name__, "held-out": held_out,
-              "what is measured": about, "rows": rows, "models": [{"name": name, "folder": str(folder)} | model for name, folder, model in zip(names, folders, models)]}
-    with new_folder(out) as made:
-        merge_folders(folders, made / "model", "linear", weights=rows[-1]["weights"], dtype=dtype, device=device, progress=False,
-                      allow_config_differences=allow_config_differences)
-        write_json(made / "search.json", result)
-        write_jsonl(made / "evaluations.jsonl", history.values())
-        write_report(made)
-        journal.add(PUBLISHED, [more, sha256(made / "search.json")])
-    journal.remove()
-    return result
+    history = list(history.values())
+    tried = sum((row["kind"], row["split"]) == ("CMA-ES", "fitness") for row in history)
+    models = [{"name": name, "folder": str(folder)} | model for name, folder, model in zip(names, folders, models)]
+    return history, {"best": names[rows[0]["weights"].index(1.0)], "evaluations": tried, "popsize": popsize, "seed": seed,
+                     "weights": weights_of.__name__, "held-out": held_out, "rows": rows, "models": models}
 
 
 def partial_of(out):
@@ -167,19 +173,21 @@ def small_files(folder):
     return [path for name in dict.fromkeys(names) if (path := own_file(folder, name))]
 
 
-def published(out, given, more):
-    """The result in a folder that this very search published before it was killed; what it left beside is removed. ValueError for any other."""
-    refusal = ValueError(f"{out} exists already; remove it or give another folder as the output")
-    if out.is_symlink() or not (out / "search.json").is_file() or not partial_of(out).is_dir():
-        raise refusal
+def published(out, given, search_id):
+    """The result in a folder that this very search published before it was killed; what it left beside goes. ValueError for any other."""
     try:
-        journal = Journal(partial_of(out), given)
-    except ValueError:                          # not ours, or another search's
-        raise refusal from None
-    if journal.done.get(PUBLISHED) != [more, sha256(out / "search.json")]:
-        raise refusal
-    journal.remove()
-    return read_json(out / "search.json")
+        path = own_file(out, "search.json") if out.is_dir() and not out.is_symlink() and partial_of(out).is_dir() else None
+        result = read_json(path) if path else {}
+        if result.get("search") == search_id:
+            if any(partial_of(out).iterdir()):
+                with Journal(partial_of(out), given) as journal:
+                    journal.remove()
+            else:                               # a kill left no more of it
+                partial_of(out).rmdir()
+            return result
+    except ValueError:                          # an OUT.partial that is not ours, or another search's
+        pass
+    raise ValueError(f"{out} exists already; remove it or give another folder as the output")
 
 
 def check(folders, out, evaluations, dtype, allow_config_differences=False):
@@ -194,11 +202,11 @@ def check(folders, out, evaluations, dtype, allow_config_differences=False):
     return look_into(folders, allow_config_differences)[1:]
 
 
-def checked(tasks, before):
+def checked(tasks, history):
     """The numbers of an evaluation: finite, and for the same tasks as those before."""
-    before = before[0] if before else tasks
-    if not tasks or not all(isinstance(n, (int, float)) and not isinstance(n, bool) and in_range(n, "(-inf, inf)") for n in tasks.values()):
+    if not isinstance(tasks, dict) or not tasks or not all(isinstance(n, (int, float)) and not isinstance(n, bool) and in_range(n, "(-inf, inf)") for n in tasks.values()):
         raise ValueError(f"a measurement must be an object of finite numbers by task, the higher the better, got {shortened(tasks)}")
+    before = next(iter(history.values()))["tasks"] if history else tasks
     if tasks.keys() != before.keys():
         raise ValueError(f"a measurement has the tasks {', '.join(tasks)}, the first had {', '.join(before)}; they must all have the same (with held-out data too)")
     return {name: float(number) for name, number in tasks.items()}
