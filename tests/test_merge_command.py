@@ -461,6 +461,87 @@ def test_a_configuration_that_cannot_be_honoured_is_refused(change, words, folde
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("change, words", [
+    ({"base_model": 5}, "base_model is 5, not the name of a folder"), ({"base_model": []}, "base_model is [], not"), ({"base_model": {"a": 1}}, "base_model is"),
+    ({"models": [{"model": "A", "parameters": {"weight": [{"filter": 5, "value": 1}]}}]}, 'is not {"filter": TEXT, "value": NUMBER}'),
+    ({"models": [{"model": "A", "parameters": {"weight": [{"fliter": "mlp", "value": 1}]}}]}, 'is not {"filter": TEXT'),
+    ({"models": [{"model": "A", "parameters": {"weight": 10 ** 400}}]}, "weights (--weights) must be a finite number"),
+    ({"models": [{"model": "A", "parameters": {"weight": True}}]}, "weights (--weights): True is not a number"),
+    ({"models": [{"model": "A", "parameters": {"weight": [0, [1, 1e30]]}}]}, "weights (--weights) must be a finite number"),
+    ({"parameters": {"density": 1.5}}, "density (--density) must be a finite number above 0 and at most 1, got 1.5"),
+    ({"parameters": {"density": [0.5, {"value": 0}]}}, "density (--density) must be"),
+    ({"parameters": {"lambda": -1e300}}, "lam (--lambda) must be"), ({"parameters": {"lambda": {"a": 1}}}, "lam (--lambda): {'a': 1} is not a number"),
+    ({"merge_method": "dare_ties", "parameters": {"seed": -1}}, "seed (--seed) must be a whole number of at least 0"),
+    ({"merge_method": "dare_ties", "parameters": {"seed": 1.5}}, "seed (--seed): 1.5 is not a whole number"),
+    ({"merge_method": "dare_ties", "parameters": {"seed": [1]}}, "seed (--seed): [1] is not a whole number"),
+    ({"merge_method": "slerp", "base_model": "A", "models": [{"model": "A"}, {"model": "B"}], "parameters": {"t": [0, 2]}}, "t (--t) must be a finite number of at least 0 and at most 1, got 2"),
+    ({"merge_method": ["ties"]}, "is not supported"), ({"parameters": "x"}, "parameters is not an object"), ({"models": []}, "models is not a list"),
+    ({"models": [{"model": 5}]}, "models is not a list of"), ({"dtype": ["x"]}, "unknown dtype ['x']"), ({"out_dtype": 5}, "unknown dtype 5"),
+    ({"parameters": {"convention": [1]}}, "convention is [1]"), ({"allow_config_differences": "yes"}, "allow_config_differences is 'yes'"),
+    ({"tokenizer_source": {"a": 1}}, "tokenizer_source other than base"),
+])
+def test_a_configuration_of_wrong_types_or_numbers_is_one_line_before_anything_is_read(change, words, tmp_path, capsys, monkeypatch):
+    """C1 of the hostile tests. The models of the configuration are not there: nothing looks for them."""
+    monkeypatch.chdir(tmp_path)
+    config = {"merge_method": "ties", "models": [{"model": "A", "parameters": {"weight": 1}}, {"model": "B", "parameters": {"weight": 1}}], "base_model": "C"}
+    Path("config.json").write_text(json.dumps({**config, **change}))
+    assert words in refused(capsys, "--config", "config.json", "--out", "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("text", ["[" * 900 + "]" * 900, '{"models": ' + "[" * 900 + "]" * 900 + "}", '{"merge_method": ' + '{"a": ' * 900 + "1" + "}" * 901, "[" * 100_000,
+                                  '{"parameters": {"lambda": 1e999}}', '{"merge_method": "ties", "merge_method": "linear"}', "5", "\xff"])
+def test_a_configuration_that_is_deep_or_no_json_is_one_line(text, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    refused(capsys, "--config", tmp_path / "config.json", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("settings, words", [({"weights": [1, float("nan")]}, "weights"), ({"weights": [1e308, 1e308]}, "weights"), ({"weights": 1.0}, "must be a list"),
+                                             ({"weights": ["1", 2]}, "'1' is not a number")])
+def test_python_callers_have_the_same_ranges(settings, words, folders, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        merge_folders(folders[:2], tmp_path / "out", "linear", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_largest_numbers_that_are_taken_do_not_overflow(base, tmp_path):
+    """Their products stay within fp32; what does not fit the weights is named."""
+    model = write(tmp_path / "A", {"w": torch.ones(8)})
+    for method in WEIGHED:
+        settings = given(method, base=model, weights=[1e20, 1e20], lam=1e10, density=1e-4 if method.startswith("dare") else 1.0)
+        state = state_of(merge_folders([model, model], tmp_path / method, method, **settings))
+        assert state["w"].isfinite().all()
+
+
+def test_under_torchrun_one_rank_merges_and_the_others_end_well(folders, tmp_path, monkeypatch, capsys):
+    """F1 of the hostile tests: each rank did all the work, and the second found the output there."""
+    command = ["linear", *map(str, folders), "--out", str(tmp_path / "out")]
+    for rank in ("1", "3"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(command) == 0 and not (tmp_path / "out").exists() and capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    assert main(command) == 0 and (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("rank", ["one", "-1", "", "1.5"])
+def test_a_rank_that_is_no_number_is_one_line(rank, folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    assert "RANK is" in refused(capsys, "linear", *folders, "--out", tmp_path / "out")
+
+
+def test_a_text_of_the_command_line_that_is_not_utf_8_is_one_line(folders, tmp_path):
+    done = run("linear", folders[0], os.fsdecode(b"\xff"), "--out", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is not UTF-8" in done.stderr
+
+
+def test_a_fault_of_ours_says_so(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(soups, "write_the_rest", None)
+    with pytest.raises(SystemExit) as stop:
+        guarded(lambda: main(["linear", *map(str, folders), "--out", str(tmp_path / "out")]), "merge.py")
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "Traceback" in error and "a fault of aya_min, not of yours" in error and not (tmp_path / "out").exists()
+
+
 # what is refused
 
 def refused(capsys, *arguments):

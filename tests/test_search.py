@@ -428,7 +428,7 @@ def test_files_of_one_name_in_two_folders_are_two_tasks(trained, tmp_path):
     (["--eval-data", "{sft}", "--max-length", "1"], "argument --max-length"), (["--prompts", "{prompts}", "--seed", "-1"], "argument --seed: '-1' must be"),
     (["--prompts", "{prompts}", "--device", "meta"], "'meta' cannot be used here"), (["--command", "'echo {model}"], "No closing quotation"),
     (["--command", "echo {model}", "--columns", "prompt=q"], "no flag that says how rows are read"),
-    (["--command", "sh -c 'printf \"{{\\\\\"a\\\\\": 1%0400d}}\" 0' {model}"], "finite numbers by task"), (["--command", "printf '{{\"a\": true}}' {model}"], "finite numbers by task"),
+    (["--command", sys.executable + " -c \"print(chr(123) + chr(34) + 'a' + chr(34) + ':' + '1' * 401 + chr(125))\" {model}"], "finite numbers by task"), (["--command", "printf '{{\"a\": true}}' {model}"], "finite numbers by task"),
     (["--command", "printf '[%.0s' {deep} {model}"], "JSON object"), (["--command", "printf '\\377' {model}"], "JSON object"),
     (["--command", "printf '{{\"a\": 1, \"a\": 2}}' {model}"], "JSON object"), (["--command", "printf '{{\"a\": NaN}}' {model}"], "JSON object")])
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, pool, tmp_path, capsys):
