@@ -24,10 +24,14 @@ from aya_min.mergeconfig import METHODS, OUTPUT_DTYPES, RANGES, check_settings, 
 
 FLAGS = {    # setting: its flag
     "base": ("--base", {"metavar": "DIR", "required": True, "help": "the model that the others were trained from"}),
-    "weights": ("--weights", {"nargs": "+", "metavar": "W", "help": "one for each model, in order; default: all 1"}),
+    "weights": ("--weights", {"nargs": "+", "metavar": "W",
+                              "help": "one for each model, in order; default: all 1"}),
     "normalize": ("--normalize", {"action": argparse.BooleanOptionalAction, "help": "divide by the sum of the weights; default: %(default)s"}),
-    "t": ("--t", {"nargs": "+", "help": "0 is the first model, 1 the second; several: a gradient over the layers; default: %(default)s"}),
-    "density": ("--density", {"nargs": "+", "metavar": "D", "help": "the share of each task vector to keep, above 0 and at most 1: "
+    "t": ("--t", {"nargs": "+",
+                  "help": "0 is the first model, 1 the second; several: a gradient over the layers; default: "
+                          "%(default)s"}),
+    "density": ("--density", {"nargs": "+", "metavar": "D",
+                              "help": "the share of each task vector to keep, above 0 and at most 1: "
                                                                                    "one, or one for each model; default: %(default)s"}),
     "lam": ("--lambda", {"metavar": "L", "help": "scale of the merged task vector; default: %(default)s"}),
     "seed": ("--seed", {"help": "of the random drops; default: %(default)s"}),
@@ -57,9 +61,13 @@ SEARCH_FLAGS = {
     "--command": {"metavar": "'CMD {model}'", "help": "its last line is a JSON object {task: number, the higher the better}; {split}: fitness or held-out"},
     "--held-out": {"nargs": "+", "metavar": "F.jsonl", "help": "data that the search does not see; default: half of the data, by --seed"},
     "--by": {"nargs": "+", "choices": ["task", "language", "cluster"], "default": ["task"], "help": "--prompts: what a task is; several: each combination; default: task"},
-    "--max-new-tokens": {"type": number(int, "[1, inf)"), "metavar": "N", "default": 32, "help": "--prompts: of an answer; default: %(default)s"},
-    "--max-length": {"type": number(int, "[2, inf)"), "metavar": "N", "default": 1024, "help": "--eval-data: tokens of an example; default: %(default)s"},
-    "--evaluations": {"type": number(int, "[1, inf)"), "metavar": "N", "default": 200, "help": "points that CMA-ES tries, in whole generations; the baselines come on top; default: %(default)s"},
+    "--max-new-tokens": {"type": number(int, "[1, inf)"), "metavar": "N", "default": 32,
+                         "help": "--prompts: of an answer; default: %(default)s"},
+    "--max-length": {"type": number(int, "[2, inf)"), "metavar": "N", "default": 1024,
+                     "help": "--eval-data: tokens of an example; default: %(default)s"},
+    "--evaluations": {"type": number(int, "[1, inf)"), "metavar": "N", "default": 200,
+                      "help": "points that CMA-ES tries, in whole generations; the baselines come on top; "
+                              "default: %(default)s"},
     "--seed": {"type": number(int, WHOLE), "metavar": "N", "default": 0},
     "--allow-negative": {"action": "store_true", "help": "weights of any sign whose sum is 1; without it they are above 0"},
     "--leave-one-out": {"action": "store_true", "help": "measure the result without each model, too"},
@@ -76,7 +84,8 @@ def device(name):
         torch.ones(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here ({(str(error).splitlines() or ['no such device'])[0]})") from None
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here "
+                                         f"({(str(error).splitlines() or ['no such device'])[0]})") from None
 
 
 def parse(arguments):
@@ -107,7 +116,8 @@ def parse(arguments):
         command.add_argument("--out", metavar="DIR", help="the new folder; it must not exist")
     for command in (parser, search, *methods):
         command.add_argument("--allow-config-differences", action="store_true", default=argparse.SUPPRESS,
-                             help="go on where config.json differs in what changes the computation, with the first model's")
+                             help="go on where config.json differs in what changes the computation, with the "
+                                  "first model's")
     for command in (parser, *methods):
         command.add_argument("--no-hashes", dest="hashes", action="store_false", default=argparse.SUPPRESS, help="leave the SHA-256 of the inputs out of "
                              "merge.json: on a processor without instructions for it, it takes as long as the merge")
@@ -130,7 +140,8 @@ def weight_files(folders):
 def main(arguments=None):
     rank = os.environ.get("RANK", "0")
     if not rank.isdecimal():
-        raise ValueError(f"RANK is {rank!r} in the environment, no whole number; leave it to torchrun, or unset it")
+        raise ValueError(f"RANK is {rank!r} in the environment, no whole number; leave it to torchrun, or "
+                         f"unset it")
     if int(rank):
         return 0                                                    # under torchrun one process does the work
     options = parse(arguments)
@@ -138,22 +149,27 @@ def main(arguments=None):
     try:
         if options["method"] == "search":
             from aya_min import front
-            from aya_min.search import search_folders               # models and training: two seconds that the other methods do not need
-            options |= {"reading": {name: value for name in READING if (value := options.pop(name)) is not None}}
+            # models and training: two seconds that the other methods do not need
+            from aya_min.search import search_folders
+            options |= {"reading": {name: value for name in READING
+                                    if (value := options.pop(name)) is not None}}
             if isinstance(options["reading"].get("columns"), list):
                 options["reading"]["columns"] = dict(options["reading"]["columns"])
-            print(printable(front.table(search_folders(**{key: value for key, value in options.items() if key != "method"}))))
+            result = search_folders(**{key: value for key, value in options.items() if key != "method"})
+            print(printable(front.table(result)))
             print(printable(f"{options['out']}: model, search.json, evaluations.jsonl, report.html"))
             return 0
         if config:
-            options |= from_config(read_json(config)) | ({"allow_config_differences": True} if options.get("allow_config_differences") else {})
+            options |= from_config(read_json(config)) | ({"allow_config_differences": True}
+                                                         if options.get("allow_config_differences") else {})
         method, folders, dtype = (options.get(key) for key in ("method", "folders", "dtype"))
+        if method != "diff":                # before anything is read
+            given = {key: options[key] for key in METHODS[method]}
+            settings = check_settings(method, given, len(folders), dtype)
         if only_print:
-            settings = check_settings(method, {key: options[key] for key in METHODS[method]}, len(folders), dtype)
-            print(json.dumps(to_config(folders, method, settings, dtype, options.get("allow_config_differences", False)), indent=2))
+            allow = options.get("allow_config_differences", False)
+            print(json.dumps(to_config(folders, method, settings, dtype, allow), indent=2))
             return 0
-        if method != "diff":
-            check_settings(method, {key: options[key] for key in METHODS[method]}, len(folders), dtype)      # before anything is read
         with Digests() as digests:
             if options.get("hashes", method != "diff"):
                 digests.begin(weight_files([*folders, options["base"]] if "base" in options else folders))      # while torch is imported

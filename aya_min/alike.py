@@ -1,7 +1,9 @@
-"""Whether model folders belong together, by what their files mean: config.json, the tokenizer, and what else a folder holds.
+"""Whether model folders belong together, by what their files mean: config.json, the tokenizer, and what else
+a folder holds.
 
-Nothing here knows how a model computes. Of a config.json every key counts that may change the computation: all but a list of those that do
-not. Files of one meaning are written in many ways (rope_theta moved, layer_types was a pattern, merges were strings), and count as equal.
+Nothing here knows how a model computes. Of a config.json every key counts that may change the computation:
+all but a list of those that do not. Files of one meaning are written in many ways (rope_theta moved,
+layer_types was a pattern, merges were strings), and count as equal.
 """
 
 import os
@@ -12,27 +14,37 @@ from .files import own_file, parse_json, read_bytes, read_json
 
 # ---- config.json -------------------------------------------------------------------------------------------
 
-# Names, versions, dtypes, defaults of sampling, and what acts in training only. Keys that begin with _ are private to a library.
-CHANGE_NOTHING = set("""name_or_path transformers_version torch_dtype dtype use_cache initializer_range initializer_factor auto_map
-    custom_pipelines problem_type finetuning_task task_specific_params torchscript use_bfloat16 output_attentions output_hidden_states
-    return_dict return_dict_in_generate output_scores gradient_checkpointing attn_implementation pretraining_tp chunk_size_feed_forward
-    cache_implementation tokenizer_class unsloth_fixed unsloth_version temperature top_k top_p typical_p repetition_penalty length_penalty
-    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_beams num_beam_groups diversity_penalty num_return_sequences
-    max_length min_length max_new_tokens do_sample early_stopping begin_suppress_tokens suppress_tokens remove_invalid_values
-    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id""".split())
+# Names, versions, dtypes, defaults of sampling, and what acts in training only. Keys that begin with _ are
+# private to a library.
+CHANGE_NOTHING = set("""
+    name_or_path transformers_version torch_dtype dtype use_cache initializer_range initializer_factor
+    auto_map custom_pipelines problem_type finetuning_task task_specific_params torchscript use_bfloat16
+    output_attentions output_hidden_states return_dict return_dict_in_generate output_scores
+    gradient_checkpointing attn_implementation pretraining_tp chunk_size_feed_forward cache_implementation
+    tokenizer_class unsloth_fixed unsloth_version temperature top_k top_p typical_p repetition_penalty
+    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_beams num_beam_groups
+    diversity_penalty num_return_sequences max_length min_length max_new_tokens do_sample early_stopping
+    begin_suppress_tokens suppress_tokens remove_invalid_values exponential_decay_length_penalty
+    forced_bos_token_id forced_eos_token_id""".split())
 TRAINING_ONLY = ("dropout", "dropout_prob", "dropout_p", "pdrop", "layerdrop")         # how such keys end
-SAID = {"eos_token_id", "bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"}        # said, not refused
+# What is said and not refused.
+SAID = {"eos_token_id", "bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"}
 # Compared where both have it: the tensors show it, or older files leave it out.
-IF_BOTH = {"architectures", "model_type", "tie_word_embeddings", "vocab_size", "num_attention_heads", "num_key_value_heads"}
+IF_BOTH = {"architectures", "model_type", "tie_word_embeddings", "vocab_size", "num_attention_heads",
+           "num_key_value_heads"}
 BIASES = {"attention_bias", "mlp_bias", "qkv_bias"}         # absent is false, and the tensors show it
-NOT_OURS = ("attention_bias", "hidden_act", "rope_parameters", "rope_scaling")      # which ModelConfig may refuse
+# Of cohere and cohere2, what ModelConfig may refuse.
+NOT_OURS = ("attention_bias", "hidden_act", "rope_parameters", "rope_scaling")
+PLAIN_ROPE = [("type", "default"), ("rope_type", "default")]
 MOST_LAYERS = 10_000
 
 
 def config_differences(folder, config, first, first_config):
-    """What changes the computation and differs: "B: logit_scale is 0.5, in A 0.0625", one text for each key."""
+    """What changes the computation and differs: "B: logit_scale is 0.5, in A 0.0625", one text for each
+    key."""
     one, two = meaning(first_config), meaning(config)
-    return [f"{folder}: {key} is {shown(two.get(key))}, in {first} {shown(one.get(key))}" for key in different(one, two)]
+    return [f"{folder}: {key} is {shown(two.get(key))}, in {first} {shown(one.get(key))}"
+            for key in different(one, two)]
 
 
 def different(one, two):
@@ -47,11 +59,13 @@ def shown(value):
 
 
 def meaning(config):
-    """{key: value} of what changes the computation; keys of inner objects are joined with points. Absent and null are the same."""
+    """{key: value} of what changes the computation; keys of inner objects are joined with points. Absent and
+    null are the same."""
     found = flat(config)
     if config.get("model_type") not in list(ROPE_THETA) or not few_layers(config):
         return found
-    plain = {key: value for key, value in config.items() if key not in NOT_OURS} | {"rope_theta": found.get("rope_theta")}
+    plain = {key: value for key, value in config.items()
+             if key not in NOT_OURS} | {"rope_theta": found.get("rope_theta")}
     try:
         ours = vars(ModelConfig.from_published(plain))
     except ValueError:                  # what our own model cannot compute merges all the same
@@ -84,7 +98,8 @@ def flat(config, before=""):
     if pattern is not None and "layer_types" not in config:
         num = config.get("num_hidden_layers")
         whole = type(num) is int and few_layers(config) and type(pattern) is int and pattern > 0
-        config["layer_types"] = layer_pattern(num, pattern) if whole else f"a sliding_window_pattern of {pattern}"
+        pattern = layer_pattern(num, pattern) if whole else f"a sliding_window_pattern of {pattern}"
+        config["layer_types"] = pattern
     windows = config.get("use_sliding_window", True) and config.get("sliding_window")
     if not windows and all(kind == "full_attention" for kind in config.get("layer_types") or []):
         config.pop("layer_types", None)                     # all that there is without a window
@@ -96,40 +111,52 @@ def flat(config, before=""):
 
 def is_neutral(key, value):
     private = key.startswith("_") and key != "_sliding_window_pattern"
-    return private or key in CHANGE_NOTHING | SAID or key.endswith(TRAINING_ONLY) or key in BIASES and value is False
+    return (private or key in CHANGE_NOTHING | SAID or key.endswith(TRAINING_ONLY)
+            or key in BIASES and value is False)
 
 
 def plain_rope(rope):
-    """rope_scaling or rope_parameters without rope_theta; the plain kind is nothing, and "type" is the older name of "rope_type"."""
-    rope = {("rope_type" if key == "type" else key): plain_rope(value) | {"rope_theta": value.get("rope_theta")}
-            if isinstance(value, dict) else value for key, value in rope.items() if value is not None and key != "rope_theta"}
-    return {key: value for key, value in rope.items() if (key, value) != ("rope_type", "default")}
+    """rope_scaling or rope_parameters without rope_theta; the plain kind is nothing, and "type" is the older
+    name of "rope_type"."""
+    found = {}
+    for key, value in rope.items():
+        if isinstance(value, dict):                         # for each type of layer its own
+            value = plain_rope(value) | {"rope_theta": value.get("rope_theta")}
+        if value is not None and key != "rope_theta" and (key, value) not in PLAIN_ROPE:
+            found["rope_type" if key == "type" else key] = value
+    return found
 
 
 # ---- the tokenizer -----------------------------------------------------------------------------------------
 
-VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model",
+                "sentencepiece.bpe.model", "tiktoken.model")
 TABLES = ("vocab.json", "added_tokens.json")                # JSON {token: id}
 TEXTS = ("merges.txt", "vocab.txt")
 MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-CHANGE_IDS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")       # of tokenizer_config.json
+# Of tokenizer_config.json.
+CHANGE_IDS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")
 PARTS = {"normalizer", "pre_tokenizer", "post_processor", "decoder"}
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")        # of an added token
 
 
 def tokenizer_differences(folder, first):
-    """What makes two tokenizers give other ids: "B: tokenizer.json is not that of A (3 tokens only in A, such as 'x')"."""
+    """What makes two tokenizers give other ids: "B: tokenizer.json is not that of A (3 tokens only in A,
+    such as 'x')"."""
     have = [{name for name in VOCABULARIES if own_file(place, name)} for place in (first, folder)]
     if any(have) and not have[0] & have[1]:
         lacking, other = (folder, first) if have[0] else (first, folder)
-        return [f"{lacking} has no {' or '.join(sorted(have[0] or have[1]))}, which {other} has; copy it there if the two share it"]
-    found = {name: how for name in ("tokenizer.json", *TABLES, *TEXTS, *MODELS, SETTINGS[0]) if (how := file_difference(folder, first, name))}
+        return [f"{lacking} has no {' or '.join(sorted(have[0] or have[1]))}, which {other} has; copy it "
+                f"there if the two share it"]
+    found = {name: how for name in ("tokenizer.json", *TABLES, *TEXTS, *MODELS, SETTINGS[0])
+             if (how := file_difference(folder, first, name))}
     return [f"{folder}: {name} is not that of {first} ({how})" for name, how in found.items()]
 
 
 def file_difference(folder, first, name):
-    """How a tokenizer's file of one folder differs from the other's, in words; None where it means the same or one lacks it."""
+    """How a tokenizer's file of one folder differs from the other's, in words; None where it means the same
+    or one lacks it."""
     paths = [own_file(place, name) for place in (first, folder)]
     if None in paths:
         return None
@@ -141,14 +168,17 @@ def file_difference(folder, first, name):
     if name in TEXTS:
         return lines_differ(*(lines_of(text) for text in (a, b)), first)
     if name == "tokenizer.json":
-        return how_they_differ(*(tokenizer_of(text, path) for text, path in zip((a, b), paths)), first, folder)
+        return how_they_differ(*(tokenizer_of(text, path) for text, path in zip((a, b), paths)), first,
+                               folder)
     one, two = (objects(text, path) for text, path in zip((a, b), paths))
     if name in TABLES:
         return ids_differ(one, two, first, folder)
-    keys = [f"{key} is {two[key]}, there {one[key]}" for key in CHANGE_IDS if key in one and key in two and one[key] != two[key]]
+    keys = [f"{key} is {two[key]}, there {one[key]}" for key in CHANGE_IDS if key in one and key in two
+            and one[key] != two[key]]
     both = [{part.get("content"): number for number, part in decoder.items() if isinstance(part, dict)}
             for about in (one, two) if isinstance(decoder := about.get("added_tokens_decoder"), dict)]
-    return "; ".join(keys + [how] if len(both) == 2 and (how := ids_differ(*both, first, folder)) else keys) or None
+    how = ids_differ(*both, first, folder) if len(both) == 2 else None
+    return "; ".join(filter(None, [*keys, how])) or None
 
 
 def objects(text, path):
@@ -159,7 +189,8 @@ def objects(text, path):
 
 
 def tokenizer_of(text, path):
-    """tokenizer.json as the tokenizers library reads and writes it, without padding and truncation, which `encode` of one text does not need."""
+    """tokenizer.json as the tokenizers library reads and writes it, without padding and truncation, which
+    `encode` of one text does not need."""
     raw = objects(text, path)
     from tokenizers import Tokenizer    # a tenth of a second that equal files do not need
     try:
@@ -169,8 +200,8 @@ def tokenizer_of(text, path):
         raw = parse_json(read.to_str().encode(), path)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:               # bare Exception, or the PanicException of Rust, which is none: compared as JSON
-        pass
+    except BaseException:
+        pass                # bare Exception, or Rust's PanicException, which is none: compared as JSON
     return {key: value for key, value in raw.items() if key not in ("version", "padding", "truncation")}
 
 
@@ -179,20 +210,25 @@ def how_they_differ(a, b, first, folder):
     if a == b:
         return None
     models = [each.get("model") if isinstance(each.get("model"), dict) else {} for each in (a, b)]
-    added = [[token for token in each.get("added_tokens") or [] if isinstance(token, dict)] for each in (a, b)]
-    ids = [vocabulary(model) | {token.get("content"): token.get("id") for token in tokens} for model, tokens in zip(models, added)]
+    added = [[token for token in each.get("added_tokens") or [] if isinstance(token, dict)]
+             for each in (a, b)]
+    ids = [vocabulary(model) | {token.get("content"): token.get("id") for token in tokens}
+           for model, tokens in zip(models, added)]
     how = [ids_differ(*ids, first, folder)]
     scores = [model.get("vocab") if isinstance(model.get("vocab"), list) else None for model in models]
     if ids[0] == ids[1] and scores[0] != scores[1]:
         how.append("the scores of the tokens differ")
     how.append(lines_differ(*(model.get("merges") or [] for model in models), first, "merge"))
-    one, two = ({token.get("content"): [token.get(flag) for flag in FLAGS] for token in tokens} for tokens in added)
+    one, two = ({token.get("content"): [token.get(flag) for flag in FLAGS] for token in tokens}
+                for tokens in added)
     if changed := sorted(str(token) for token in one.keys() & two.keys() if one[token] != two[token]):
         how.append(f"{' '.join(FLAGS)} of {changed[0]!r} differ")
     if one.keys() != two.keys() and ids[0] == ids[1]:
         how.append(f"added tokens differ, such as {sorted(map(str, one.keys() ^ two.keys()))[0]!r}")
-    model = sorted(key for key in models[0].keys() | models[1].keys() if key not in ("vocab", "merges") and models[0].get(key) != models[1].get(key))
-    rest = sorted(key for key in a.keys() | b.keys() if key not in ("model", "added_tokens") and a.get(key) != b.get(key))
+    model = sorted(key for key in models[0].keys() | models[1].keys() if key not in ("vocab", "merges")
+                   and models[0].get(key) != models[1].get(key))
+    rest = sorted(key for key in a.keys() | b.keys() if key not in ("model", "added_tokens")
+                  and a.get(key) != b.get(key))
     how += [f"the {key} differs" for key in [f"model's {key}" for key in model] + rest]
     return "; ".join(filter(None, how)) or "they mean something else"
 
@@ -200,7 +236,8 @@ def how_they_differ(a, b, first, folder):
 def vocabulary(model):
     vocab = model.get("vocab")
     if isinstance(vocab, list):         # Unigram: [token, score]
-        return {part[0]: number for number, part in enumerate(vocab) if isinstance(part, list) and part and isinstance(part[0], str)}
+        return {part[0]: number for number, part in enumerate(vocab) if isinstance(part, list) and part
+                and isinstance(part[0], str)}
     return dict(vocab) if isinstance(vocab, dict) else {}
 
 
@@ -208,12 +245,15 @@ def ids_differ(one, two, first, folder):
     """How two {token: id} differ, in words; None if they do not."""
     how = []
     for place, mine, other in ((first, one, two), (folder, two, one)):
-        if only := sorted((str(token) for token in mine.keys() - other.keys()), key=lambda token: (len(token), token)):
+        if only := sorted((str(token) for token in mine.keys() - other.keys()),
+                          key=lambda token: (len(token), token)):
             how.append(f"{len(only)} tokens only in {place}, such as {only[0]!r}")
-    moved = sorted((str(one[token]).zfill(12), str(token)) for token in one.keys() & two.keys() if str(one[token]) != str(two[token]))
+    moved = sorted((str(one[token]).zfill(12), str(token)) for token in one.keys() & two.keys()
+                   if str(one[token]) != str(two[token]))
     if moved:
         token = moved[0][1]
-        how.append(f"ids of {len(moved)} tokens differ, the first is {token!r}, {two.get(token)} and there {one.get(token)}")
+        how.append(f"ids of {len(moved)} tokens differ, the first is {token!r}, {two.get(token)} and there "
+                   f"{one.get(token)}")
     return "; ".join(how) or None
 
 
@@ -234,13 +274,15 @@ def remarks(folder, config, first, first_config):
     """What differs and leaves the computation as it is, one text each: the first folder's is taken."""
     said = [key for key in sorted(SAID) if ids_of(config.get(key)) != ids_of(first_config.get(key))]
     said = [f"{key} of config.json" for key in said]
-    one, two = (json_of(place, "generation_config.json", ("transformers_version", "_from_model_config")) for place in (first, folder))
+    one, two = (json_of(place, "generation_config.json", ("transformers_version", "_from_model_config"))
+                for place in (first, folder))
     said += ["generation_config.json"] if one != two else []
     one, two = (chat_template(place) for place in (first, folder))
     said += ["the chat template"] if one != two else []
     for name in SETTINGS:
         if own_file(first, name) and own_file(folder, name):
-            one, two = (json_of(place, name, ("chat_template", "added_tokens_decoder", "name_or_path")) for place in (first, folder))
+            one, two = (json_of(place, name, ("chat_template", "added_tokens_decoder", "name_or_path"))
+                        for place in (first, folder))
             if keys := sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key)):
                 said.append(f"{' '.join(keys[:6])}{' ...' if len(keys) > 6 else ''} of {name}")
     code = sorted(path.name for path in Path(first).glob("*.py") if own_file(folder, path.name))
@@ -257,35 +299,43 @@ def ids_of(value):
 
 def json_of(folder, name, without=()):
     path = own_file(folder, name)
-    return {key: value for key, value in read_json(path).items() if key not in without and value is not None} if path else {}
+    found = read_json(path) if path else {}
+    return {key: value for key, value in found.items() if key not in without and value is not None}
 
 
 def chat_template(folder):
     """The chat template of a folder, from the first of the places where there is one; None without."""
     if path := own_file(folder, "chat_template.jinja"):
         return read_bytes(path).decode("utf-8", "replace").strip()
-    template = json_of(folder, "chat_template.json").get("chat_template") or json_of(folder, "tokenizer_config.json").get("chat_template")
+    names = ("chat_template.json", "tokenizer_config.json")
+    template = next(filter(None, (json_of(folder, name).get("chat_template") for name in names)), None)
     if isinstance(template, list):      # several, by name
-        named = {part["name"]: part.get("template") for part in template if isinstance(part, dict) and "name" in part}
+        named = {part["name"]: part.get("template") for part in template if isinstance(part, dict)
+                 and "name" in part}
         template = named.get("default", template)
     return template.strip() if isinstance(template, str) else template
 
 
 # ---- what goes along ---------------------------------------------------------------------------------------
 
-WEIGHTS = tuple(""".safetensors .bin .pt .pth .ckpt .h5 .hdf5 .msgpack .gguf .ggml .onnx .onnx_data .npz .npy .pkl .pickle .tflite .mlmodel
-    .ot .distcp .nemo .llamafile .index.json""".split())
-OURS = ("config.json", "merge.json", "search.json", "evaluations.jsonl", "adapter_config.json")      # written anew, or about other weights
+WEIGHTS = tuple("""
+    .safetensors .bin .pt .pth .ckpt .h5 .hdf5 .msgpack .gguf .ggml .onnx .onnx_data .npz .npy .pkl .pickle
+    .tflite .mlmodel .ot .distcp .nemo .llamafile .index.json""".split())
+# Written anew, or about other weights.
+OURS = ("config.json", "merge.json", "search.json", "evaluations.jsonl", "adapter_config.json")
 
 
 def files_along(folder):
-    """The names of all files of a model folder that are not weights, "sub/name" in subfolders. ValueError for links out of the folder."""
+    """The names of all files of a model folder that are not weights, "sub/name" in subfolders. ValueError
+    for links out of the folder."""
     folder, found = Path(folder), []
     for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not (name.startswith(".") or is_model(Path(place) / name)))
+        folders[:] = sorted(name for name in folders
+                            if not name.startswith(".") and not is_model(Path(place) / name))
         for name in folders:
             if (Path(place) / name).is_symlink():
-                raise ValueError(f"{Path(place) / name}: a link to a folder; if you trust it, put the folder itself there")
+                raise ValueError(f"{Path(place) / name}: a link to a folder; if you trust it, put the folder "
+                                 f"itself there")
         for name in sorted(names):
             path = (Path(place) / name).relative_to(folder)
             if not name.startswith(".") and not name.lower().endswith(WEIGHTS) and str(path) not in OURS:
@@ -296,4 +346,5 @@ def files_along(folder):
 
 def is_model(folder):
     """Whether a subfolder is a model of its own, such as a trainer's checkpoint-500."""
-    return (folder / "config.json").exists() and any(path.name.lower().endswith(WEIGHTS) for path in folder.iterdir())
+    return (folder / "config.json").exists() and any(path.name.lower().endswith(WEIGHTS)
+                                                     for path in folder.iterdir())

@@ -59,10 +59,12 @@ def of_models(folders, measure, dtype=None, device="cpu", allow_config_differenc
 
 
 def of_folders(folders, measure, out, dtype=None, device="cpu", allow_config_differences=False):
-    """An `evaluate` that writes each merge to a folder beside `out` and removes it after. measure(folder, split) -> {task: number}."""
+    """An `evaluate` that writes each merge to a folder beside `out` and removes it after. measure(folder,
+    split) -> {task: number}."""
     def evaluate(weights, split):
         with scratch(out) as place:
-            return measure(merge_folders(folders, place / "model", "linear", weights=weights, dtype=dtype, device=device, progress=False,
+            return measure(merge_folders(folders, place / "model", "linear", weights=weights, dtype=dtype,
+                                         device=device, progress=False,
                                          allow_config_differences=allow_config_differences), split)
     return evaluate
 
@@ -104,7 +106,7 @@ def by_command(command):
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise ValueError(f"--command {command!r} cannot be read ({error}); quote it as a shell would") from None
+        raise ValueError(f"--command {command!r} cannot be read ({error}); quote it for a shell") from None
 
     def measure(folder, split):
         filled = [word.replace("{model}", str(folder)).replace("{split}", split) for word in words]
@@ -115,7 +117,8 @@ def by_command(command):
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise ValueError(f"--command: {shlex.join(filled)} ended with exit code {done.returncode} and the last line {lines[-1][:200]!r}; "
+            raise ValueError(f"--command: {shlex.join(filled)} ended with exit code {done.returncode} and "
+                             f"the last line {lines[-1][:200]!r}; "
                              "it must end with 0 and a JSON object of numbers by task")
         return found
     return measure
@@ -130,7 +133,8 @@ def halves(items, seed, key):
 
 
 def together(questions):
-    """key(question), alike for those that must lie in one half: they share the question_id, or the prompt of another that does."""
+    """key(question), alike for those that must lie in one half: they share the question_id, or the prompt of
+    another that does."""
     home = {}
 
     def find(key):
@@ -144,18 +148,22 @@ def together(questions):
 
 
 def refuse_shared(what, fitness, held_out, places):
-    """Refuse held-out data of which the search sees a part: rows {key: value} of both splits, and where each held-out one stands."""
+    """Refuse held-out data of which the search sees a part: rows {key: value} of both splits, and where each
+    held-out one stands."""
     seen = {(key, value) for row in fitness for key, value in row.items()}
     if both := [place for row, place in zip(held_out, places) if not seen.isdisjoint(row.items())]:
-        raise ValueError(f"{len(both)} of {len(held_out)} held-out {what} are among the fitness data, the first is {both[0]}; a held-out split shares none")
+        raise ValueError(f"{len(both)} of {len(held_out)} held-out {what} are among the fitness data, the "
+                         f"first is {both[0]}; a held-out split shares none")
 
 
 def read_questions(paths, reading, folder):
     rows = rows_of(paths, reading, folder)
     for i, row in enumerate(rows, 1):
         if row.get("task") not in TASKS or row.get("language") not in HOME or not isinstance(row.get("args"), list) or not isinstance(row.get("question_id"), str):
-            raise ValueError(f"{row.get('prompt_where') or ' '.join(map(str, paths))}: prompt {i} is not a question of the embedded world "
-                             "(question_id, language, task, args), which the oracle needs; measure others with --eval-data or --command")
+            raise ValueError(f"{row.get('prompt_where') or ' '.join(map(str, paths))}: prompt {i} is not a "
+                             f"question of the embedded world "
+                             "(question_id, language, task, args), which the oracle needs; measure others "
+                             "with --eval-data or --command")
     return rows
 
 
@@ -164,7 +172,10 @@ def loss_splits(folder, eval_data, held_out, max_length, seed, reading=None):
     splits = {"fitness": {}, "held-out": {}}
     for i, path in enumerate(eval_data):
         examples = examples_of(path, reading, folder, max_length)
-        parts = (examples, examples_of(held_out[i], reading, folder, max_length)) if held_out else halves(examples, seed, lambda example: example.ids.tobytes())
+        if held_out:
+            parts = examples, examples_of(held_out[i], reading, folder, max_length)
+        else:
+            parts = halves(examples, seed, lambda example: example.ids.tobytes())
         if {example.language for example in parts[0]} != {example.language for example in parts[1]}:
             raise ValueError(f"{path}: the fitness and the held-out examples are not of the same languages; give more examples, or --held-out with the same")
         stems = [Path(each).stem for each in eval_data]

@@ -16,8 +16,10 @@ METHODS = {    # method: the settings it takes and their defaults, from the pape
 }
 OUTPUT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 OF_EACH_MODEL, OF_EACH_TENSOR = ("weights", "density"), ("t", "lam")                 # their values may be gradients or filters
-# What flags, configurations and Python callers may give: (flag, type, interval). Products of the largest stay within fp32.
-RANGES = {"weights": ("--weights", float, "[-1e20, 1e20]"), "density": ("--density", float, "(0, 1]"), "t": ("--t", float, "[0, 1]"),
+# What flags, configurations and Python callers may give: (flag, type, interval). Products of the largest
+# stay within fp32.
+RANGES = {"weights": ("--weights", float, "[-1e20, 1e20]"), "density": ("--density", float, "(0, 1]"),
+          "t": ("--t", float, "[0, 1]"),
           "lam": ("--lambda", float, "[-1e10, 1e10]"), "seed": ("--seed", int, WHOLE)}
 MOST_LEVELS = 12            # of lists and objects within one another: a gradient under a filter has 8
 
@@ -37,7 +39,8 @@ def check_settings(method, given, num_models, dtype):
         raise ValueError(f"{method} needs the model that the others were trained from; give it with --base DIR")
     for name, allowed in {"convention": ["paper", "mergekit"], "normalize": [True, False]}.items():
         if settings.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{name} is {shortened(settings[name])}; choose one of {', '.join(map(str, allowed))}")
+            raise ValueError(f"{name} is {shortened(settings[name])}; choose one of "
+                             f"{', '.join(map(str, allowed))}")
     for name in settings.keys() & RANGES.keys():
         if settings[name] is not None:
             check_numbers(name, settings[name])
@@ -54,15 +57,19 @@ def check_settings(method, given, num_models, dtype):
 
 
 def check_numbers(name, value):
-    """Refuse a number outside the setting's range, wherever it stands: alone, for a model, in a gradient, under a filter."""
+    """Refuse a number outside the setting's range, wherever it stands: alone, for a model, in a gradient,
+    under a filter."""
     flag, kind, interval = RANGES[name]
     if isinstance(value, (list, tuple)) and kind is float:
         for part in value:
             check_numbers(name, part.get("value") if isinstance(part, dict) else part)
-            if isinstance(part, dict) and (part.keys() - {"filter", "value"} or not isinstance(part.get("filter"), (str, type(None)))):
-                raise ValueError(f'{name} ({flag}): {shortened(part)} is not {{"filter": TEXT, "value": NUMBER}}')
+            if isinstance(part, dict) and (part.keys() - {"filter", "value"}
+                                           or not isinstance(part.get("filter"), (str, type(None)))):
+                raise ValueError(f'{name} ({flag}): {shortened(part)} is not '
+                                 f'{{"filter": TEXT, "value": NUMBER}}')
     elif isinstance(value, bool) or not isinstance(value, (int, kind)):
-        wanted = "a whole number" if kind is int else "a number, a list of numbers over the layers, or a list of filters"
+        wanted = "a number, a list of numbers over the layers, or a list of filters"
+        wanted = "a whole number" if kind is int else wanted
         raise ValueError(f"{name} ({flag}): {shortened(value)} is not {wanted}")
     elif not in_range(value, interval):
         raise ValueError(f"{name} ({flag}) must be {describe(kind, interval)}, got {shortened(value)}")
@@ -123,18 +130,22 @@ def number_at(value, name, depth):
 
 # ---- mergekit's configuration ------------------------------------------------------------------------------------------------------
 
-KEYS = {"merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "allow_config_differences"}
+KEYS = {"merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
+        "allow_config_differences"}
 THEIR = {"weights": "weight", "lam": "lambda"}                                       # mergekit's name of a setting, where it is another
 
 
 def from_config(config):
     """mergekit's configuration (a dict) -> the arguments of merge_folders but `out`. Its defaults, and its convention where none is given."""
     if depth(config) > MOST_LEVELS:
-        raise ValueError(f"lists and objects within one another, more than {MOST_LEVELS} levels; give numbers, gradients or filters")
-    method, models, common, base = (config.get(key) for key in ("merge_method", "models", "parameters", "base_model"))
+        raise ValueError(f"lists and objects within one another, more than {MOST_LEVELS} levels; give "
+                         f"numbers, gradients or filters")
+    keys = ("merge_method", "models", "parameters", "base_model")
+    method, models, common, base = map(config.get, keys)
     method, common = str(method).replace("_", "-"), {} if common is None else common
     if method not in METHODS:
-        raise ValueError(f"merge_method {shortened(config.get('merge_method'))} is not supported; supported: {', '.join(METHODS).replace('-', '_')}")
+        raise ValueError(f"merge_method {shortened(config.get('merge_method'))} is not supported; supported: "
+                         f"{', '.join(METHODS).replace('-', '_')}")
     if not (isinstance(models, list) and models and all(isinstance(model, dict) and isinstance(model.get("model"), str) for model in models)):
         raise ValueError('models is not a list of {"model": FOLDER, "parameters": {...}}')
     if not isinstance(base, (str, type(None))):
@@ -161,7 +172,8 @@ def from_config(config):
     if None in [*settings.get("weights", []), settings.get("t", 0)]:
         raise ValueError(f"{method} needs a {'t' if method == 'slerp' else 'weight for each model'} in its parameters")
     return {"folders": [model["model"] for model in models], "method": method, "dtype": config.get("out_dtype") or config.get("dtype"),
-            **settings, **({"base": base} if "base" in METHODS[method] else {}), **({"allow_config_differences": True} if allow else {})}
+            **settings, **({"base": base} if "base" in METHODS[method] else {}),
+            **({"allow_config_differences": True} if allow else {})}
 
 
 def to_config(folders, method, settings, dtype, allow_config_differences=False):
@@ -171,4 +183,5 @@ def to_config(folders, method, settings, dtype, allow_config_differences=False):
     parameters = {THEIR.get(key, key): value for key, value in settings.items() if key not in ("base", *OF_EACH_MODEL)}
     base = {"base_model": str(settings.get("base", folders[0]))} if method == "slerp" or "base" in settings else {}
     return {"merge_method": method.replace("-", "_"), "models": models, **base, "parameters": parameters,
-            **({"dtype": "float32", "out_dtype": dtype} if dtype else {}), **({"allow_config_differences": True} if allow_config_differences else {})}
+            **({"dtype": "float32", "out_dtype": dtype} if dtype else {}),
+            **({"allow_config_differences": True} if allow_config_differences else {})}

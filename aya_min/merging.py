@@ -99,9 +99,11 @@ NEARLY_OPPOSITE = -0.99
 
 
 def slerp_of_opposite(over, t, length_a, length_b):
-    """`slerp` where 1 + cos(W) has lost its digits: W from the lengths of the sum and the difference of the unit vectors, and fp64 throughout.
+    """`slerp` where 1 + cos(W) has lost its digits: W from the lengths of the sum and the difference of the
+    unit vectors, and fp64 throughout.
 
-    |u + v| = 2 cos(W/2) and |u - v| = 2 sin(W/2). The two weights are large and nearly cancel: in fp32 so would the result's digits.
+    |u + v| = 2 cos(W/2) and |u - v| = 2 sin(W/2). The two weights are large and nearly cancel: in fp32 so
+    would the result's digits.
     """
     def squares(start, tensors):
         u, v = tensors[0].double() / length_a, tensors[1].double() / length_b
@@ -113,7 +115,8 @@ def slerp_of_opposite(over, t, length_a, length_b):
     else:
         angle, sine = 2 * math.atan2(apart, together), together * apart / 2
         weights = [math.sin((1 - t) * angle) / sine, math.sin(t * angle) / sine]
-    return lambda start, tensors: (tensors[0].double() * weights[0] + tensors[1].double() * weights[1]).float()
+    return lambda start, tensors: (tensors[0].double() * weights[0]
+                                   + tensors[1].double() * weights[1]).float()
 
 
 def model_stock(over, convention="paper"):

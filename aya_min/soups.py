@@ -1,8 +1,9 @@
 """Model folders in, one merged model folder out, or numbers of how far two are apart: piece by piece, by the tensor names in the files.
 
 Nothing here knows an architecture: reward models, tied heads or models of other families merge as well. Whatever differs between the
-inputs (names, shapes, configuration, tokenizer: alike.py) is refused before any work. The output is written beside its place and
-published whole, so an interrupted merge leaves nothing that looks whole. The methods are in merging.py, their settings in mergeconfig.py.
+inputs (names, shapes, configuration, tokenizer: alike.py) is refused before any work. The output is written
+beside its place and published whole, so an interrupted merge leaves nothing that looks whole. The methods
+are in merging.py, their settings in mergeconfig.py.
 
 Memory does not grow with the models: each core has one piece of each model, read, merged and written by one thread. Integer and boolean
 tensors, which have no average, must be equal in all inputs; so must a tied head and its embedding, and the head is not written.
@@ -30,15 +31,16 @@ from .tensorfiles import DTYPES, drop_tied_head, equal, first_of, num_bytes, pla
 PIECE = 1 << 19             # elements; DARE's masks depend on it
 
 
-def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes=tensorfiles.SHARD_BYTES, hashes=True,
-                  digests=None, progress=True, allow_config_differences=False, **settings):
+def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes=tensorfiles.SHARD_BYTES,
+                  hashes=True, digests=None, progress=True, allow_config_differences=False, **settings):
     """Merge model folders into the new folder `out`; returns its Path.
 
     settings: mergeconfig.METHODS. Each of the weights (one for each model), density (one for all, or a list of one for each), t and lam
     may be a number, a gradient such as [0, 0.5, 1] over the layers, or filters by name, see mergeconfig.number_at.
     dtype: one of OUTPUT_DTYPES; None keeps that of each tensor of the first folder, whatever the others have.
-    hashes: put the SHA-256 of every input into merge.json. digests: the Digests of the models' files, if begun before. progress: show
-    a bar, and say what differs and is taken from the first model. allow_config_differences: where the configurations differ too.
+    hashes: put the SHA-256 of every input into merge.json. digests: the Digests of the models' files, if
+    begun before. progress: show a bar, and say what differs and is taken from the first model.
+    allow_config_differences: where the configurations differ too.
     """
     folders, out = [Path(folder) for folder in folders], Path(out)
     settings = check_settings(method, settings, len(folders), dtype)
@@ -51,7 +53,8 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
     values = settings_by_tensor(method, settings, float_names(headers[0]))
     specs = {name: (OUTPUT_DTYPES[dtype] if dtype and is_float(code) else code, shape) for name, (_, code, shape) in headers[0].items()}
     files, along = tensorfiles.plan(specs, shard_bytes), files_along(folders[0])
-    size = sum(num_bytes(*spec) for spec in specs.values()) + sum((folders[0] / name).stat().st_size for name in along)
+    size = sum(num_bytes(*spec) for spec in specs.values())
+    size += sum((folders[0] / name).stat().st_size for name in along)
 
     with new_folder(out, size) as made, digests or Digests() as digests:
         if progress:
@@ -70,11 +73,13 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
 
 @contextmanager
 def new_folder(out, size=0):
-    """A folder beside `out` that becomes it at the end, with the folders above it; or all of them go away. size: bytes that it will need."""
+    """A folder beside `out` that becomes it at the end, with the folders above it; or all of them go away.
+    size: bytes that it will need."""
     above = [place for place in (out.parent, *out.parent.parents) if not place.exists()]
     there = next(place for place in (out.absolute().parent, *out.absolute().parents) if place.exists())
     if size > (free := shutil.disk_usage(there).free):
-        raise ValueError(f"{out} needs {size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; make room or give another folder as the output")
+        raise ValueError(f"{out} needs {size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; make room "
+                         f"or give another folder as the output")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with scratch(out) as folder:
@@ -86,18 +91,22 @@ def new_folder(out, size=0):
         for place in above:
             try:
                 place.rmdir()
-            except OSError:                                                          # another process put something there
+            except OSError:                         # another process put something there
                 break
         if isinstance(error, OSError):
-            raise ValueError(f"{out} could not be made ({one_line(error)}); nothing of it was kept") from error
+            why = f"{out} could not be made ({one_line(error)}); nothing of it was kept"
+            raise ValueError(why) from error
         raise
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------------------------
 
 def look_into(inputs, allow_config_differences=False):
-    """(configs, headers, what to `tell`) of model folders that belong together. One ValueError names (up to 20 of) all differences that
-    make a merge meaningless; told are those that do not, such as generation settings, ids of end and padding, chat templates."""
+    """(configs, headers, what to `tell`) of model folders that belong together.
+
+    One ValueError names (up to 20 of) all differences that make a merge meaningless. Told are those that do
+    not, such as generation settings, ids of end and padding, chat templates.
+    """
     configs, headers = [read_config(folder) for folder in inputs], [read_header(folder) for folder in inputs]
     problems, said, first = [], [], inputs[0]
     for folder, config, header in zip(inputs, configs, headers):
@@ -111,7 +120,8 @@ def look_into(inputs, allow_config_differences=False):
             changed = config_differences(folder, config, first, configs[0])
             said += remarks(folder, config, first, configs[0])
         except RecursionError:
-            raise ValueError(f"{folder} or {first}: a JSON file of objects within objects, too deep to compare; download them again") from None
+            raise ValueError(f"{folder} or {first}: a JSON file of objects within objects, too deep to "
+                             f"compare; download them again") from None
         if allow_config_differences:
             said += [f"{one}; the first is taken" for one in changed]
         elif changed:
@@ -236,10 +246,12 @@ def compare_folders(first, second, base=None, device="cpu"):
     """Rows {"what", "distance", "cosine"} for each tensor, each kind of tensor over the layers, each layer, and all together.
 
     distance: |b - a| / |a|. With a base, of the task vectors a - base and b - base too: "task_cosine", and "same_sign", the share of the
-    parameters moved by both that were moved to the same side. None where a length is 0. Before them, rows {"what", "first", "second"} (and
-    "base") of the keys of config.json that change the computation and differ.
+    parameters moved by both that were moved to the same side. None where a length is 0. Before them, rows
+    {"what", "first", "second"} (and "base") of the keys of config.json that change the computation and
+    differ.
     """
-    configs, headers, _ = look_into([Path(folder) for folder in (first, second, base) if folder is not None], True)
+    configs, headers, _ = look_into([Path(folder) for folder in (first, second, base) if folder is not None],
+                                    True)
     names = [name for name in float_names(headers[0]) if math.prod(headers[0][name][2])]
     inputs, found = [places(header) for header in headers], {}
     size = sum(num_bytes(*headers[0][name][1:]) for name in names)
@@ -257,10 +269,15 @@ def compare_folders(first, second, base=None, device="cpu"):
 
 
 def config_rows(configs):
-    """{"what": "config.json: KEY", "first", "second"} (and "base"), the values as text, of each key that differs between any of them."""
+    """{"what": "config.json: KEY", "first", "second"} (and "base"), the values as text, of each key that
+    differs between any of them."""
     meant = [meaning(config) for config in configs]
     keys = sorted({key for other in meant[1:] for key in different(meant[0], other)})
-    return [{"what": f"config.json: {key}"} | {name: shown(one.get(key)) for name, one in zip(("first", "second", "base"), meant)} for key in keys]
+    rows = []
+    for key in keys:
+        values = [shown(one.get(key)) for one in meant]
+        rows.append({"what": f"config.json: {key}", **dict(zip(("first", "second", "base"), values))})
+    return rows
 
 
 def sums_of(start, tensors):
@@ -286,7 +303,10 @@ def table(rows):
     configs, rows = ([row for row in rows if ("first" in row) == of_config] for of_config in (True, False))
     columns = [key for key in rows[0] if key != "what"] if rows else []
     lines = [[column.replace("_", " ") for column in columns] + [""]]
-    lines += [["-" if row[column] is None else f"{row[column]:.6f}" for column in columns] + [one_line(row["what"])] for row in rows]
+    lines += [["-" if row[column] is None else f"{row[column]:.6f}" for column in columns]
+              + [one_line(row["what"])] for row in rows]
     text = ["".join(f"{cell:>13}" for cell in cells) + f"  {what}" for *cells, what in lines]
-    return "\n".join([one_line(f"{row.pop('what')} is {', '.join(f'{value} in the {name}' for name, value in row.items())}")
-                      for row in map(dict, configs)] + text)
+    for row in reversed(configs):
+        values = ", ".join(f"{value} in the {name}" for name, value in row.items() if name != "what")
+        text.insert(0, one_line(f"{row['what']} is {values}"))
+    return "\n".join(text)

@@ -25,11 +25,12 @@ def read_config(folder):
     """The config.json of a model folder, as it is."""
     path = own_file(folder, "config.json")
     if not path:
-        raise ValueError(f"{folder}: not a model folder (no config.json); give a folder that a stage wrote or "
-                         "that was downloaded whole")
+        raise ValueError(f"{folder}: not a model folder (no config.json); give a folder that a stage wrote "
+                         "or that was downloaded whole")
     config = read_json(path)
     if depth(config) > MOST_LEVELS:
-        raise ValueError(f"{path}: objects within objects, more than {MOST_LEVELS} levels; this is no model's configuration")
+        raise ValueError(f"{path}: objects within objects, more than {MOST_LEVELS} levels; this is no "
+                         f"model's configuration")
     return config
 
 
@@ -47,7 +48,8 @@ def read_header(folder):
     names = sorted(set(weight_map.values())) if sharded else [single.name]
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
-            raise ValueError(f"{index}: {name!r} is not the name of a safetensors file in its own folder; do not use this model")
+            raise ValueError(f"{index}: {name!r} is not the name of a safetensors file in its own folder; do "
+                             f"not use this model")
         own_file(folder, name)
     header, found = {}, set()
     for file in [folder / name for name in names]:

@@ -462,41 +462,61 @@ def test_a_configuration_that_cannot_be_honoured_is_refused(change, words, folde
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"base_model": 5}, "base_model is 5, not the name of a folder"), ({"base_model": []}, "base_model is [], not"), ({"base_model": {"a": 1}}, "base_model is"),
-    ({"models": [{"model": "A", "parameters": {"weight": [{"filter": 5, "value": 1}]}}]}, 'is not {"filter": TEXT, "value": NUMBER}'),
-    ({"models": [{"model": "A", "parameters": {"weight": [{"fliter": "mlp", "value": 1}]}}]}, 'is not {"filter": TEXT'),
-    ({"models": [{"model": "A", "parameters": {"weight": 10 ** 400}}]}, "weights (--weights) must be a finite number"),
-    ({"models": [{"model": "A", "parameters": {"weight": True}}]}, "weights (--weights): True is not a number"),
-    ({"models": [{"model": "A", "parameters": {"weight": [0, [1, 1e30]]}}]}, "weights (--weights) must be a finite number"),
-    ({"parameters": {"density": 1.5}}, "density (--density) must be a finite number above 0 and at most 1, got 1.5"),
+    ({"base_model": 5}, "base_model is 5, not the name of a folder"),
+    ({"base_model": []}, "base_model is [], not"), ({"base_model": {"a": 1}}, "base_model is"),
+    ({"models": [{"model": "A", "parameters": {"weight": [{"filter": 5, "value": 1}]}}]},
+     'is not {"filter": TEXT, "value": NUMBER}'),
+    ({"models": [{"model": "A", "parameters": {"weight": [{"fliter": "mlp", "value": 1}]}}]},
+     'is not {"filter": TEXT'),
+    ({"models": [{"model": "A", "parameters": {"weight": 10 ** 400}}]},
+     "weights (--weights) must be a finite number"),
+    ({"models": [{"model": "A", "parameters": {"weight": True}}]},
+     "weights (--weights): True is not a number"),
+    ({"models": [{"model": "A", "parameters": {"weight": [0, [1, 1e30]]}}]},
+     "weights (--weights) must be a finite number"),
+    ({"parameters": {"density": 1.5}},
+     "density (--density) must be a finite number above 0 and at most 1, got 1.5"),
     ({"parameters": {"density": [0.5, {"value": 0}]}}, "density (--density) must be"),
-    ({"parameters": {"lambda": -1e300}}, "lam (--lambda) must be"), ({"parameters": {"lambda": {"a": 1}}}, "lam (--lambda): {'a': 1} is not a number"),
-    ({"merge_method": "dare_ties", "parameters": {"seed": -1}}, "seed (--seed) must be a whole number of at least 0"),
+    ({"parameters": {"lambda": -1e300}}, "lam (--lambda) must be"), ({"parameters": {"lambda": {"a": 1}}},
+                                                                     "lam (--lambda): {'a': 1} is not a "
+                                                                     "number"),
+    ({"merge_method": "dare_ties", "parameters": {"seed": -1}},
+     "seed (--seed) must be a whole number of at least 0"),
     ({"merge_method": "dare_ties", "parameters": {"seed": 1.5}}, "seed (--seed): 1.5 is not a whole number"),
     ({"merge_method": "dare_ties", "parameters": {"seed": [1]}}, "seed (--seed): [1] is not a whole number"),
-    ({"merge_method": "slerp", "base_model": "A", "models": [{"model": "A"}, {"model": "B"}], "parameters": {"t": [0, 2]}}, "t (--t) must be a finite number of at least 0 and at most 1, got 2"),
-    ({"merge_method": ["ties"]}, "is not supported"), ({"parameters": "x"}, "parameters is not an object"), ({"models": []}, "models is not a list"),
-    ({"models": [{"model": 5}]}, "models is not a list of"), ({"dtype": ["x"]}, "unknown dtype ['x']"), ({"out_dtype": 5}, "unknown dtype 5"),
-    ({"parameters": {"convention": [1]}}, "convention is [1]"), ({"allow_config_differences": "yes"}, "allow_config_differences is 'yes'"),
+    ({"merge_method": "slerp", "base_model": "A", "models": [{"model": "A"}, {"model": "B"}],
+      "parameters": {"t": [0, 2]}}, "t (--t) must be a finite number of at least 0 and at most 1, got 2"),
+    ({"merge_method": ["ties"]}, "is not supported"), ({"parameters": "x"}, "parameters is not an object"),
+    ({"models": []}, "models is not a list"),
+    ({"models": [{"model": 5}]}, "models is not a list of"), ({"dtype": ["x"]}, "unknown dtype ['x']"),
+    ({"out_dtype": 5}, "unknown dtype 5"),
+    ({"parameters": {"convention": [1]}}, "convention is [1]"), ({"allow_config_differences": "yes"},
+                                                                 "allow_config_differences is 'yes'"),
     ({"tokenizer_source": {"a": 1}}, "tokenizer_source other than base"),
 ])
 def test_a_configuration_of_wrong_types_or_numbers_is_one_line_before_anything_is_read(change, words, tmp_path, capsys, monkeypatch):
     """C1 of the hostile tests. The models of the configuration are not there: nothing looks for them."""
     monkeypatch.chdir(tmp_path)
-    config = {"merge_method": "ties", "models": [{"model": "A", "parameters": {"weight": 1}}, {"model": "B", "parameters": {"weight": 1}}], "base_model": "C"}
+    config = {"merge_method": "ties", "models": [{"model": "A", "parameters": {"weight": 1}},
+                                                 {"model": "B", "parameters": {"weight": 1}}],
+                                                 "base_model": "C"}
     Path("config.json").write_text(json.dumps({**config, **change}))
     assert words in refused(capsys, "--config", "config.json", "--out", "out")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize("text", ["[" * 900 + "]" * 900, '{"models": ' + "[" * 900 + "]" * 900 + "}", '{"merge_method": ' + '{"a": ' * 900 + "1" + "}" * 901, "[" * 100_000,
-                                  '{"parameters": {"lambda": 1e999}}', '{"merge_method": "ties", "merge_method": "linear"}', "5", "\xff"])
+@pytest.mark.parametrize("text", ["[" * 900 + "]" * 900, '{"models": ' + "[" * 900 + "]" * 900 + "}",
+                                  '{"merge_method": ' + '{"a": ' * 900 + "1" + "}" * 901, "[" * 100_000,
+                                  '{"parameters": {"lambda": 1e999}}',
+                                  '{"merge_method": "ties", "merge_method": "linear"}', "5", "\xff"])
 def test_a_configuration_that_is_deep_or_no_json_is_one_line(text, tmp_path, capsys):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     refused(capsys, "--config", tmp_path / "config.json", "--out", tmp_path / "out")
 
 
-@pytest.mark.parametrize("settings, words", [({"weights": [1, float("nan")]}, "weights"), ({"weights": [1e308, 1e308]}, "weights"), ({"weights": 1.0}, "must be a list"),
+@pytest.mark.parametrize("settings, words", [({"weights": [1, float("nan")]}, "weights"),
+                                             ({"weights": [1e308, 1e308]}, "weights"),
+                                             ({"weights": 1.0}, "must be a list"),
                                              ({"weights": ["1", 2]}, "'1' is not a number")])
 def test_python_callers_have_the_same_ranges(settings, words, folders, tmp_path):
     with pytest.raises(ValueError, match=words):
@@ -508,7 +528,8 @@ def test_the_largest_numbers_that_are_taken_do_not_overflow(base, tmp_path):
     """Their products stay within fp32; what does not fit the weights is named."""
     model = write(tmp_path / "A", {"w": torch.ones(8)})
     for method in WEIGHED:
-        settings = given(method, base=model, weights=[1e20, 1e20], lam=1e10, density=1e-4 if method.startswith("dare") else 1.0)
+        settings = given(method, base=model, weights=[1e20, 1e20], lam=1e10,
+                         density=1e-4 if method.startswith("dare") else 1.0)
         state = state_of(merge_folders([model, model], tmp_path / method, method, **settings))
         assert state["w"].isfinite().all()
 
@@ -642,7 +663,8 @@ def test_files_that_are_not_whole_are_refused(folders, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, words", [
     ("linear A B --weights 1", "1 weights for 2 models"),
     ("linear A B --weights 1 -1", "sum to 0"),
-    ("linear A B --weights 1 nan", "argument --weights: 'nan' must be a finite number of at least -1e20 and at most 1e20"),
+    ("linear A B --weights 1 nan",
+     "argument --weights: 'nan' must be a finite number of at least -1e20 and at most 1e20"),
     ("linear A B --weights 1e308 1e308", "argument --weights: '1e308' must be"),
     ("ties A B --base C --weights 1e300 1e300", "argument --weights: '1e300' must be"),
     ("linear A B --density 0.5", "unrecognized arguments: --density 0.5"),
@@ -657,7 +679,8 @@ def test_files_that_are_not_whole_are_refused(folders, tmp_path, capsys):
     ("dare-ties A B --base C --seed 18446744073709551616", "argument --seed"),
     ("task-arithmetic A B --base C --lambda 1e300", "argument --lambda: '1e300' must be"),
     ("ties A B", "required: --base"),
-    ("ties A B --base C --density 0", "argument --density: '0' must be a finite number above 0 and at most 1"),
+    ("ties A B --base C --density 0",
+     "argument --density: '0' must be a finite number above 0 and at most 1"),
     ("ties A B --base C --density 0.1 0.2 0.3", "3 density for 2 models"),
     ("ties A B --base C --weights 1 -1", "must not be negative"),
     ("ties A B --base C --convention ours", "invalid choice: 'ours'"),

@@ -170,10 +170,12 @@ def test_a_search_killed_after_it_published_its_folder_goes_on_and_ends(pool, tm
             search(pool, tmp_path / "out", toy, evaluations=16, about="toy")
     before = everything(tmp_path / "out")
     assert (tmp_path / "out.partial").is_dir() and Path("report.html") in before
-    result = search(pool, tmp_path / "out", None, evaluations=16, about="toy")              # nothing is measured again
+    # nothing is measured again
+    result = search(pool, tmp_path / "out", None, evaluations=16, about="toy")
     assert result == json.loads(before[Path("search.json")]) and everything(tmp_path / "out") == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(ValueError, match="out exists already"):                             # it was finished, and is not made twice
+    # it was finished, and is not made twice
+    with pytest.raises(ValueError, match="out exists already"):
         search(pool, tmp_path / "out", toy, evaluations=16, about="toy")
 
 
@@ -200,7 +202,8 @@ def test_a_search_killed_before_it_published_its_folder_goes_on_and_ends(pool, t
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("change", [{"evaluations": 30}, {"seed": 1}, {"about": "other"}, {"leave_one_out": True}])
+@pytest.mark.parametrize("change", [{"evaluations": 30}, {"seed": 1}, {"about": "other"},
+                                    {"leave_one_out": True}])
 def test_another_search_s_folder_is_not_taken_for_this_one_s(change, pool, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(search_module.Journal, "remove", lambda journal: None)
@@ -374,10 +377,14 @@ def test_the_command_searches_by_the_oracle_and_by_the_loss(trained, pool, tmp_p
 
 
 def test_lines_of_a_command_that_are_no_text_and_colours_in_its_tasks_do_no_harm(pool, tmp_path, capsys):
-    (tmp_path / "measure.py").write_text(SCRIPT.replace('print("noise")', 'sys.stdout.flush(); sys.stdout.buffer.write(bytes([255, 10])); sys.stdout.flush()')
+    (tmp_path / "measure.py").write_text(SCRIPT.replace('print("noise")',
+                                                        'sys.stdout.flush(); '
+                                                        'sys.stdout.buffer.write(bytes([255, 10])); '
+                                                        'sys.stdout.flush()')
                                          .replace('"low"', '"\\x1b[31mlow"'))
     command = f"{sys.executable} -IS {tmp_path / 'measure.py'} {{model}}"
-    assert main(["search", *map(str, pool[:2]), "--evaluations", "4", "--command", command, "--out", str(tmp_path / "out")]) == 0
+    assert main(["search", *map(str, pool[:2]), "--evaluations", "4", "--command", command, "--out",
+                 str(tmp_path / "out")]) == 0
     assert "\x1b" not in capsys.readouterr().out
 
 
@@ -387,24 +394,31 @@ def test_held_out_data_that_shares_examples_with_the_fitness_data_is_refused_wit
     write_jsonl(tmp_path / "fit.jsonl", rows[:4])
     write_jsonl(tmp_path / "other-id.jsonl", rows[4:7] + [{**rows[0], "question_id": "renamed"}])
     write_jsonl(tmp_path / "sft.jsonl", sft[:4])
-    write_jsonl(tmp_path / "more.jsonl", sft[5:7] + [{"messages": [{"role": "user", "content": "question 1"}, {"role": "assistant", "content": " b "}]}])
+    write_jsonl(tmp_path / "more.jsonl", sft[5:7] + [{"messages": [{"role": "user", "content": "question 1"},
+                                                                   {"role": "assistant", "content": " b "}]}])
     models = ["search", *pool[:2], "--evaluations", "4", "--out", tmp_path / "out"]
-    assert exit_code(*models, "--prompts", tmp_path / "fit.jsonl", "--held-out", tmp_path / "other-id.jsonl", "--by", "language") == 2
+    assert exit_code(*models, "--prompts", tmp_path / "fit.jsonl", "--held-out", tmp_path / "other-id.jsonl",
+                     "--by", "language") == 2
     assert "1 of 4 held-out questions are among the fitness data" in capsys.readouterr().err
-    assert exit_code(*models, "--eval-data", tmp_path / "sft.jsonl", "--held-out", tmp_path / "more.jsonl") == 2
+    assert exit_code(*models, "--eval-data", tmp_path / "sft.jsonl", "--held-out",
+                     tmp_path / "more.jsonl") == 2
     assert f"1 of 3 held-out examples are among the fitness data, the first is {tmp_path / 'more.jsonl'}:3" in capsys.readouterr().err
     write_jsonl(tmp_path / "disjoint.jsonl", sft[5:7])
-    assert exit_code(*models, "--eval-data", tmp_path / "sft.jsonl", tmp_path / "more.jsonl", "--held-out", tmp_path / "disjoint.jsonl", tmp_path / "sft.jsonl") == 2
+    assert exit_code(*models, "--eval-data", tmp_path / "sft.jsonl", tmp_path / "more.jsonl", "--held-out",
+                     tmp_path / "disjoint.jsonl", tmp_path / "sft.jsonl") == 2
     assert "6 of 6 held-out examples" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_questions_with_one_prompt_and_two_ids_lie_in_one_half():
-    rows = [{"question_id": f"q{i}", "prompt_messages": [{"role": "user", "content": f"prompt {i // 2}"}]} for i in range(40)]
+    rows = [{"question_id": f"q{i}", "prompt_messages": [{"role": "user", "content": f"prompt {i // 2}"}]}
+            for i in range(40)]
     rows.append({"question_id": "q0", "prompt_messages": [{"role": "user", "content": "prompt 7"}]})
     one, two = halves(rows, 0, together(rows))
-    assert one and two and not {str(row["prompt_messages"]) for row in one} & {str(row["prompt_messages"]) for row in two}
+    assert one and two and not {str(row["prompt_messages"])
+                                for row in one} & {str(row["prompt_messages"]) for row in two}
     apart = [row | {"prompt_messages": [{"content": str(i)}]} for i, row in enumerate(rows[:40])]
-    assert halves(apart, 3, together(apart)) == halves(apart, 3, lambda row: row["question_id"])       # as ever
+    # as ever
+    assert halves(apart, 3, together(apart)) == halves(apart, 3, lambda row: row["question_id"])
 
 
 def test_files_of_one_name_in_two_folders_are_two_tasks(trained, tmp_path):
@@ -419,18 +433,34 @@ def test_files_of_one_name_in_two_folders_are_two_tasks(trained, tmp_path):
 @pytest.mark.parametrize("arguments, said", [
     ([], "give one of --prompts"), (["--prompts", "{prompts}", "--command", "x {model}"], "give one of --prompts"),
     (["--prompts", "{plain}"], "prompt 1 is not a question of the embedded world"), (["--prompts", "{missing}"], "cannot be read"),
-    (["--prompts", "{prompts}", "--held-out", "{prompts}"], "6 of 6 held-out questions are among the fitness data, the first is"), (["--eval-data", "{sft}", "--held-out", "{sft}", "{sft}"], "one for each"),
+    (["--prompts", "{prompts}", "--held-out", "{prompts}"],
+     "6 of 6 held-out questions are among the fitness data, the first is"),
+     (["--eval-data", "{sft}", "--held-out", "{sft}", "{sft}"], "one for each"),
     (["--command", "true"], "needs {model}"), (["--command", "true {model}", "--held-out", "{prompts}"], "takes no --held-out"),
     (["--command", "false {model}"], "exit code 1"), (["--command", "echo {model}"], "JSON object"), (["--command", "no-such-program {model}"], "no-such-program"),
-    (["--eval-data", "{sft}", "--held-out", "{sft}"], "2 of 2 held-out examples are among the fitness data, the first is {sft}:1"),
-    (["--eval-data", "{sft}", "--held-out", "{other}", "{reward}"], "reward model"), (["--eval-data", "{sft}"], "not of the same languages"), (["--prompts", "{prompts}", "--evaluations", "0"], "argument --evaluations: '0' must be a whole number of at least 1"),
-    (["--prompts", "{prompts}", "--max-new-tokens", "0"], "argument --max-new-tokens: '0' must be"), (["--prompts", "{prompts}", "--max-new-tokens", "-3"], "argument --max-new-tokens: '-3' must be"),
-    (["--eval-data", "{sft}", "--max-length", "1"], "argument --max-length"), (["--prompts", "{prompts}", "--seed", "-1"], "argument --seed: '-1' must be"),
-    (["--prompts", "{prompts}", "--device", "meta"], "'meta' cannot be used here"), (["--command", "'echo {model}"], "No closing quotation"),
+    (["--eval-data", "{sft}", "--held-out", "{sft}"],
+     "2 of 2 held-out examples are among the fitness data, the first is {sft}:1"),
+    (["--eval-data", "{sft}", "--held-out", "{other}", "{reward}"], "reward model"),
+    (["--eval-data", "{sft}"], "not of the same languages"), (["--prompts", "{prompts}", "--evaluations",
+                                                               "0"],
+                                                               "argument --evaluations: '0' must be a whole "
+                                                               "number of at least 1"),
+    (["--prompts", "{prompts}", "--max-new-tokens", "0"], "argument --max-new-tokens: '0' must be"),
+    (["--prompts", "{prompts}", "--max-new-tokens", "-3"], "argument --max-new-tokens: '-3' must be"),
+    (["--eval-data", "{sft}", "--max-length", "1"], "argument --max-length"),
+    (["--prompts", "{prompts}", "--seed", "-1"], "argument --seed: '-1' must be"),
+    (["--prompts", "{prompts}", "--device", "meta"], "'meta' cannot be used here"),
+    (["--command", "'echo {model}"], "No closing quotation"),
     (["--command", "echo {model}", "--columns", "prompt=q"], "no flag that says how rows are read"),
-    (["--command", sys.executable + " -c \"print(chr(123) + chr(34) + 'a' + chr(34) + ':' + '1' * 401 + chr(125))\" {model}"], "finite numbers by task"), (["--command", "printf '{{\"a\": true}}' {model}"], "finite numbers by task"),
-    (["--command", "printf '[%.0s' {deep} {model}"], "JSON object"), (["--command", "printf '\\377' {model}"], "JSON object"),
-    (["--command", "printf '{{\"a\": 1, \"a\": 2}}' {model}"], "JSON object"), (["--command", "printf '{{\"a\": NaN}}' {model}"], "JSON object")])
+    (["--command",
+      sys.executable
+      + " -c \"print(chr(123) + chr(34) + 'a' + chr(34) + ':' + '1' * 401 + chr(125))\" {model}"],
+      "finite numbers by task"), (["--command", "printf '{{\"a\": true}}' {model}"],
+                                  "finite numbers by task"),
+    (["--command", "printf '[%.0s' {deep} {model}"], "JSON object"), (["--command", "printf '\\377' {model}"],
+                                                                      "JSON object"),
+    (["--command", "printf '{{\"a\": 1, \"a\": 2}}' {model}"], "JSON object"),
+    (["--command", "printf '{{\"a\": NaN}}' {model}"], "JSON object")])
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, pool, tmp_path, capsys):
     rows = questions("validation", 6, 0, languages=("en",), level="tiny", unique=True)
     write_jsonl(tmp_path / "prompts.jsonl", rows)
@@ -443,13 +473,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, pool, tmp_path, 
         for i in range(2):
             weights.save(tmp_path / f"reward-{i}", reward_model(i), tokenizer())
         models = [str(tmp_path / f"reward-{i}") for i in range(2)]
-    arguments = [word.replace("{{", "{").replace("}}", "}").replace("{deep}", "x " * 5000) for word in arguments]
+    arguments = [word.replace("{{", "{").replace("}}", "}").replace("{deep}", "x " * 5000)
+                 for word in arguments]
     filled = [word.replace("{prompts}", str(tmp_path / "prompts.jsonl")).replace("{plain}", str(tmp_path / "plain.jsonl")).replace("{sft}", str(tmp_path / "sft.jsonl"))
-              .replace("{missing}", str(tmp_path / "missing.jsonl")).replace("{other}", str(tmp_path / "other.jsonl")) for word in arguments]
+              .replace("{missing}",
+                       str(tmp_path / "missing.jsonl")).replace("{other}", str(tmp_path / "other.jsonl"))
+                       for word in arguments]
     code = exit_code("search", *models, "--out", tmp_path / "out", *filled)
     error = capsys.readouterr().err.strip().splitlines()
-    assert code == 2 and error[-1].startswith(("merge.py: ", "error: ")) and said.replace("{sft}", str(tmp_path / "sft.jsonl")) in error[-1]
-    assert not (tmp_path / "out").exists() and len([line for line in error if "evaluation/s" not in line and "?" not in line]) == 1, error
+    assert code == 2 and error[-1].startswith(("merge.py: ",
+                                               "error: ")) and said.replace("{sft}", str(tmp_path / "sft.jsonl")) in error[-1]
+    assert not (tmp_path / "out").exists() and len([line for line in error if "evaluation/s" not in line
+                                                    and "?" not in line]) == 1, error
 
 
 def test_a_pool_of_one_or_of_models_that_differ_is_refused_before_anything_is_measured(pool, tmp_path):
