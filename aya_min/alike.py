@@ -177,6 +177,8 @@ def file_difference(folder, first, name):
             and one[key] != two[key]]
     both = [{part.get("content"): number for number, part in decoder.items() if isinstance(part, dict)}
             for about in (one, two) if isinstance(decoder := about.get("added_tokens_decoder"), dict)]
+    if len(both) == 2:                  # who saved last lists more of them; tokenizer.json has them all
+        both = [{token: number for token, number in part.items() if token in both[0] and token in both[1]} for part in both]
     how = ids_differ(*both, first, folder) if len(both) == 2 else None
     return "; ".join(filter(None, [*keys, how])) or None
 

@@ -21,7 +21,7 @@ from .loop import evaluate as held_out_metrics
 from .mergeconfig import OUTPUT_DTYPES
 from .model import RewardModel
 from .sampling import answer_rows
-from .soups import look_into, merge_folders, over, workers
+from .soups import is_finite, look_into, merge_folders, over, refuse_infinite, workers
 from .stages import sft_loss
 from .tensorfiles import DTYPES, places
 from .world import TASKS
@@ -51,6 +51,8 @@ def of_models(folders, measure, dtype=None, device="cpu", allow_config_differenc
 
                 def write(start, tensors):
                     piece = merged(start, tensors).to(DTYPES[code])
+                    if not is_finite(piece):
+                        refuse_infinite(name, [place for place, _ in used], f"{name}, merged, as {piece.dtype},")
                     flat[start:start + len(piece)] = piece
                 for _ in pieces(write):
                     pass

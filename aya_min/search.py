@@ -219,7 +219,8 @@ def checked(tasks, history):
     """The numbers of an evaluation: finite, and for the same tasks as those before."""
     def is_number(n):
         return isinstance(n, (int, float)) and not isinstance(n, bool) and in_range(n, "(-inf, inf)")
-    if not isinstance(tasks, dict) or not tasks or not all(map(is_number, tasks.values())):
+    values = list(tasks.values()) if isinstance(tasks, dict) else []
+    if not values or not all(map(is_number, values)) or not is_number(sum(map(float, values))):
         raise ValueError(f"a measurement must be an object of finite numbers by task, the higher the better, "
                          f"got {shortened(tasks)}")
     before = next(iter(history.values()))["tasks"] if history else tasks

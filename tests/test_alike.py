@@ -290,6 +290,8 @@ def test_other_models_of_tokenizers_are_compared_too(tmp_path):
      None),
     ("tokenizer_config.json", '{"added_tokens_decoder": {"3": {"content": "<x>"}}}',
      '{"added_tokens_decoder": {"4": {"content": "<x>"}}}', "ids of 1 tokens differ"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"3": {"content": "<x>"}}}',
+     '{"added_tokens_decoder": {"3": {"content": "<x>"}, "4": {"content": "<y>"}}}', None),
     ("special_tokens_map.json", '{"eos_token": "<x>"}', '{"eos_token": "<y>"}', None),
     ("vocab.txt", "a\nb\n", "a\nc\n", "line 2 is the first")])
 def test_all_files_of_a_tokenizer_are_compared(name, one, two, how, pair):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small import language_model, reward_model, run, tokenizer
 
 from aya_min import front, search as search_module, soups, weights
@@ -245,7 +245,7 @@ def test_a_tokenizer_that_changed_since_the_kill_is_another_search(pool, tmp_pat
         search(copies, tmp_path / "out", toy)
 
 
-@pytest.mark.parametrize("found, said", [({"a": math.nan}, "finite"), ({}, "finite"), ({"a": "1"}, "finite"), ({"b": 1.0}, "first had a")])
+@pytest.mark.parametrize("found, said", [({"a": math.nan}, "finite"), ({"a": 1e308, "b": 1e308}, "finite"), ([1.0], "finite"), ({"a": 10 ** 400}, "finite"), ({}, "finite"), ({"a": "1"}, "finite"), ({"b": 1.0}, "first had a")])
 def test_measurements_without_meaning_stop_the_search(found, said, pool, tmp_path):
     answers = iter([{"a": 1.0}, found])
     with pytest.raises(ValueError, match=said):
@@ -263,6 +263,17 @@ def test_the_model_that_is_measured_in_memory_is_the_one_that_is_written(dtype, 
     evaluate(chosen, "fitness")                                                             # over what the one before left
     model, _ = weights.load(merge_folders(pool, tmp_path / "merged", "linear", weights=chosen, dtype=dtype))
     assert all(torch.equal(tensor, seen[1][name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_of_the_pool_that_holds_nan_is_named_with_its_tensor(pool, tmp_path):
+    shutil.copytree(pool[1], tmp_path / "nan")
+    state = load_file(tmp_path / "nan" / "model.safetensors")
+    state["model.norm.weight"][3] = math.nan
+    save_file(state, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    evaluate = of_models([pool[0], tmp_path / "nan"], lambda model, tokenizer, split: {"x": 0.0})
+    assert evaluate([1.0, 0.0], "fitness") == {"x": 0.0}                                    # without it
+    with pytest.raises(ValueError, match="model.norm.weight in .*nan/model.safetensors holds NaN"):
+        evaluate([0.5, 0.5], "fitness")
 
 
 def test_a_measure_of_folders_sees_a_whole_model_folder_that_goes_after(pool, tmp_path):
