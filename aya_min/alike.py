@@ -137,7 +137,7 @@ MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoke
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 # Of tokenizer_config.json.
 CHANGE_IDS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")
-PARTS = {"normalizer", "pre_tokenizer", "post_processor", "decoder"}
+AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")        # of an added token
 
 
@@ -178,7 +178,8 @@ def file_difference(folder, first, name):
     both = [{part.get("content"): number for number, part in decoder.items() if isinstance(part, dict)}
             for about in (one, two) if isinstance(decoder := about.get("added_tokens_decoder"), dict)]
     if len(both) == 2:                  # who saved last lists more of them; tokenizer.json has them all
-        both = [{token: number for token, number in part.items() if token in both[0] and token in both[1]} for part in both]
+        shared = both[0].keys() & both[1].keys()
+        both = [{token: part[token] for token in shared} for part in both]
     how = ids_differ(*both, first, folder) if len(both) == 2 else None
     return "; ".join(filter(None, [*keys, how])) or None
 
@@ -204,7 +205,20 @@ def tokenizer_of(text, path):
         raise
     except BaseException:
         pass                # bare Exception, or Rust's PanicException, which is none: compared as JSON
+    if isinstance(model := raw.get("model"), dict):             # no prefix is written as null or as ""
+        raw["model"] = {key: value for key, value in model.items() if key not in AFFIXES or value}
+    if adds_nothing(raw.get("post_processor")):
+        raw["post_processor"] = None
     return {key: value for key, value in raw.items() if key not in ("version", "padding", "truncation")}
+
+
+def adds_nothing(processor):
+    """Whether a post_processor leaves the ids as they are: it trims offsets, or its template has no token."""
+    if not isinstance(processor, dict):
+        return True
+    single = processor.get("single")
+    plain = processor.get("type") == "TemplateProcessing" and isinstance(single, list) and len(single) == 1
+    return processor.get("type") == "ByteLevel" or plain and "Sequence" in single[0]
 
 
 def how_they_differ(a, b, first, folder):

@@ -52,7 +52,8 @@ def of_models(folders, measure, dtype=None, device="cpu", allow_config_differenc
                 def write(start, tensors):
                     piece = merged(start, tensors).to(DTYPES[code])
                     if not is_finite(piece):
-                        refuse_infinite(name, [place for place, _ in used], f"{name}, merged, as {piece.dtype},")
+                        places_used = [place for place, _ in used]
+                        refuse_infinite(name, places_used, f"{name}, merged, as {piece.dtype},")
                     flat[start:start + len(piece)] = piece
                 for _ in pieces(write):
                     pass

@@ -94,14 +94,15 @@ def test_a_key_that_changes_the_computation_is_named(start, change):
               "use_qk_norm": False, "attention_dropout": 0.1}),
     (COHERE, {"max_position_embeddings": 8192, "initializer_range": 0.5, "tie_word_embeddings": True,
               "temperature": 0.3, "architectures": None}),
-    (COHERE, {"sliding_window": 64, "sliding_window_pattern": 4}),                                      # cohere has no windows
+    (COHERE, {"sliding_window": 64, "sliding_window_pattern": 4}),          # cohere has no windows
     (COHERE | {"model_type": "cohere2"}, {"sliding_window_pattern": 4,
                                           "layer_types": ["sliding_attention"] * 2, "sliding_window": 4096}),
     (LLAMA, {"num_key_value_heads": 4, "head_dim": 8, "attention_bias": False, "mlp_bias": False,
              "pretraining_tp": 1, "attention_dropout": 0.0}),
     (LLAMA, {"rope_theta": None, "rope_parameters": {"rope_theta": 500000, "rope_type": "default"}}),
-    (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}}, {"rope_theta": None, "rope_scaling": None,
-                                                                 "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}),
+    (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}},
+     {"rope_theta": None, "rope_scaling": None,
+      "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}),
     (LLAMA | {"use_sliding_window": False, "sliding_window": 4096}, {"layer_types": ["full_attention"] * 2}),
     (GEMMA, {"text_config": {"sliding_window": 512, "num_hidden_layers": 6,
                              "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
@@ -141,7 +142,8 @@ def test_a_merge_of_models_that_compute_otherwise_is_refused_unless_asked_for(pa
     """Merged with another logit_scale, the result hung on the order of the folders, and diff said 0."""
     edit(pair[1] / "config.json", logit_scale=0.5)
     line = refused(capsys, "linear", *pair, "--out", tmp_path / "out")
-    assert f"{pair[1]}: logit_scale is 0.5, in {pair[0]} 1.0 (--allow-config-differences takes that of {pair[0]})" in line
+    assert (f"{pair[1]}: logit_scale is 0.5, in {pair[0]} 1.0 (--allow-config-differences takes that of "
+            f"{pair[0]})") in line
     assert main(["linear", *map(str, pair), "--out", str(tmp_path / "out"),
                  "--allow-config-differences"]) == 0
     assert "logit_scale is 0.5" in capsys.readouterr().err
@@ -150,7 +152,8 @@ def test_a_merge_of_models_that_compute_otherwise_is_refused_unless_asked_for(pa
     # the record says that it was allowed
     merge_folders(out=tmp_path / "again", **from_config(record))
     capsys.readouterr()
-    assert record["allow_config_differences"] is True and "logit_scale" in refused(capsys, "ties", pair[0], "--base", pair[1], "--out", tmp_path / "o")
+    assert record["allow_config_differences"] is True
+    assert "logit_scale" in refused(capsys, "ties", pair[0], "--base", pair[1], "--out", tmp_path / "o")
 
 
 def test_diff_shows_the_configurations_that_differ(pair, tmp_path, capsys):
@@ -166,7 +169,8 @@ def test_diff_shows_the_configurations_that_differ(pair, tmp_path, capsys):
     assert {"base": "1.0"}.items() <= compare_folders(*pair, pair[0])[0].items()
 
 
-def test_ends_and_generation_settings_that_differ_are_said_and_those_of_the_first_taken(pair, tmp_path, capsys):
+def test_ends_and_generation_settings_that_differ_are_said_and_those_of_the_first_taken(pair, tmp_path,
+                                                                                        capsys):
     edit(pair[1] / "config.json", eos_token_id=[7, 9], pad_token_id=3)
     edit(pair[1] / "generation_config.json", temperature=0.3)
     (pair[1] / "chat_template.jinja").write_text("{{ other }}")
@@ -175,7 +179,8 @@ def test_ends_and_generation_settings_that_differ_are_said_and_those_of_the_firs
     assert said == [f"{pair[1]} has another eos_token_id of config.json, pad_token_id of config.json, "
                     f"generation_config.json, the chat template; "
                     f"that of {pair[0]} is taken"]
-    assert (tmp_path / "out" / "generation_config.json").read_bytes() == (pair[0] / "generation_config.json").read_bytes()
+    written, given = (folder / "generation_config.json" for folder in (tmp_path / "out", pair[0]))
+    assert written.read_bytes() == given.read_bytes()
     assert main(["linear", str(pair[0]), str(pair[0]), "--out",
                  str(tmp_path / "same")]) == 0 and "another" not in capsys.readouterr().err
 
@@ -217,15 +222,30 @@ def padded(value):
                         "pad_id": 0, "pad_type_id": 0, "pad_token": "<PAD>"}
 
 
+def spelled_out(value):
+    """As transformers 5 saves them: a template that adds nothing, no prefix as an empty one."""
+    a, b = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    value["post_processor"] = {"type": "TemplateProcessing", "single": [a], "pair": [a, b],
+                               "special_tokens": {}}
+    value["model"] |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+
+
+def with_bos(value):
+    spelled_out(value)
+    name = "<BOS_TOKEN>"
+    value["post_processor"]["single"].insert(0, {"SpecialToken": {"id": name, "type_id": 0}})
+    value["post_processor"]["special_tokens"] = {name: {"id": name, "ids": [5], "tokens": [name]}}
+
+
 def reordered(value):
     value["model"]["vocab"] = dict(reversed(value["model"]["vocab"].items()))
     return dict(reversed(value.items()))
 
 
-@pytest.mark.parametrize("change", [lambda value: None, as_strings, padded, reordered,
+@pytest.mark.parametrize("change", [lambda value: None, as_strings, padded, reordered, spelled_out,
                                     lambda value: value.update(version="1.0")],
                          ids=["no indentation", "merges as strings", "padding and truncation",
-                              "another order", "version"])
+                              "another order", "transformers 5", "version"])
 def test_tokenizers_of_one_meaning_merge_whatever_their_bytes(change, pair, tmp_path):
     rewritten(pair[1], change)
     assert (pair[0] / "tokenizer.json").read_bytes() != (pair[1] / "tokenizer.json").read_bytes()
@@ -255,6 +275,7 @@ def first_flag(value):
     (lambda value: value.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True,
                                                "trim_offsets": True, "use_regex": True}),
                                                "the pre_tokenizer differs"),
+    (with_bos, "the post_processor differs"),
     (first_flag, "lstrip"), (lambda value: value["model"].update(ignore_merges=True),
                              "the model's ignore_merges differs"),
     (lambda value: value.update(decoder=None), "the decoder differs")])
@@ -272,8 +293,9 @@ def test_other_models_of_tokenizers_are_compared_too(tmp_path):
         (tmp_path / name).mkdir()
         made.save(str(tmp_path / name / "tokenizer.json"))
     assert "the scores of the tokens differ" in tokenizer_differences(tmp_path / "B", tmp_path / "A")[0]
-    assert "the normalizer differs" in tokenizer_differences(tmp_path / "C",
-                                                             tmp_path / "A")[0] and tokenizer_differences(tmp_path / "A", tmp_path / "A") == []
+    assert "the normalizer differs" in tokenizer_differences(tmp_path / "C", tmp_path / "A")[0]
+    assert tokenizer_differences(tmp_path / "A", tmp_path / "A") == []
+
 
 
 @pytest.mark.parametrize("name, one, two, how", [
@@ -311,7 +333,8 @@ def test_a_file_that_says_again_what_tokenizer_json_says_may_be_missing_but_not_
 
 @pytest.mark.parametrize("text", ["5", "[]", "{",
                                   '{"model": {"type": "BPE", "vocab": {}, "merges": [], '
-                                  '"continuing_subword_prefix": "##"}}', "\xff", '{"a": ' * 900 + "1" + "}" * 900])
+                                  '"continuing_subword_prefix": "##"}}', "\xff",
+                                  '{"a": ' * 900 + "1" + "}" * 900])
 def test_a_tokenizer_that_cannot_be_read_is_one_line(text, pair, tmp_path, capsys):
     (pair[1] / "tokenizer.json").write_bytes(text.encode("latin-1"))
     assert "B" in refused(capsys, "linear", *pair, "--out", tmp_path / "out")
@@ -385,7 +408,8 @@ def test_the_links_of_the_hub_s_cache_are_copied_as_files(pair, tmp_path):
         shutil.copyfile(path, cache / "blobs" / str(i))
         link.symlink_to(os.path.relpath(cache / "blobs" / str(i), link.parent))
     out = merge_folders([snapshot, pair[1]], tmp_path / "out", "linear")
-    assert (out / "sub" / "notes.txt").read_text() == "hello" and not any(path.is_symlink() for path in out.rglob("*"))
+    assert (out / "sub" / "notes.txt").read_text() == "hello"
+    assert not any(path.is_symlink() for path in out.rglob("*"))
     by_hand = merge_folders(pair, tmp_path / "by-hand", "linear")
     assert (out / "model.safetensors").read_bytes() == (by_hand / "model.safetensors").read_bytes()
 
@@ -420,7 +444,7 @@ def test_a_base_and_its_fine_tune_saved_by_us_merge_without_a_word(pair, tmp_pat
 
 def test_a_merge_of_one_model_has_all_of_its_files_and_tensors(pair, tmp_path):
     out = merge_folders(pair[:1], tmp_path / "out", "linear")
-    assert {str(path) for path in files_along(pair[0])} == {path.name
-                                                            for path in out.iterdir()} - {"config.json", "merge.json", "model.safetensors"}
+    own = {"config.json", "merge.json", "model.safetensors"}
+    assert {str(path) for path in files_along(pair[0])} == {path.name for path in out.iterdir()} - own
     assert all(torch.equal(tensor, load_file(pair[0] / "model.safetensors")[name]) for name,
                tensor in load_file(out / "model.safetensors").items())

@@ -14,7 +14,8 @@ PACKAGES = {"torch", "numpy", "tokenizers", "safetensors", "pytest", "tqdm"}
 FLOORS = [
     {"linear", "files", "command"},                                                             # 0: one matrix product, plain files, command lines
     {"config", "languages", "distributed", "losses", "merging", "tokenizer", "charts", "tensorfiles", "mergeconfig", "cmaes"},  # 1: settings, tables, pure tensor functions
-    {"model", "world", "checkpoint", "data", "front", "alike"},                                          # 2: the decoder, the world, how to resume, JSONL to batches
+    # 2: the decoder, the world, how to resume, JSONL to batches, whether model folders belong together
+    {"model", "world", "checkpoint", "data", "front", "alike"},
     {"sampling", "reward", "loop", "world_data", "weights", "journal", "report"},               # 3: what is done with a model or with the world
     {"soups", "arbitrage", "preferences", "evaluate", "chat"},                                  # 4: what is done with answers and folders
     {"stages"},                                                                                 # 5: pretrain, sft, reward, dpo, rloo

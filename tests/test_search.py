@@ -221,7 +221,12 @@ def test_an_output_that_is_not_this_search_s_is_refused_and_left_alone(there, po
     with pytest.raises(KeyboardInterrupt):
         search(pool, tmp_path / "out", stop)
     out = tmp_path / "out"
-    out.write_text("x") if there == "file" else out.symlink_to(tmp_path / "gone") if there == "link" else out.mkdir()
+    if there == "file":
+        out.write_text("x")
+    elif there == "link":
+        out.symlink_to(tmp_path / "gone")
+    else:
+        out.mkdir()
     if there in ("theirs", "foreign search.json"):
         (out / ("notes.txt" if there == "theirs" else "search.json")).write_text("[]")
     before = everything(tmp_path)
@@ -245,7 +250,9 @@ def test_a_tokenizer_that_changed_since_the_kill_is_another_search(pool, tmp_pat
         search(copies, tmp_path / "out", toy)
 
 
-@pytest.mark.parametrize("found, said", [({"a": math.nan}, "finite"), ({"a": 1e308, "b": 1e308}, "finite"), ([1.0], "finite"), ({"a": 10 ** 400}, "finite"), ({}, "finite"), ({"a": "1"}, "finite"), ({"b": 1.0}, "first had a")])
+@pytest.mark.parametrize("found, said", [({"a": math.nan}, "finite"), ({"a": 1e308, "b": 1e308}, "finite"),
+                                         ([1.0], "finite"), ({"a": 10 ** 400}, "finite"), ({}, "finite"),
+                                         ({"a": "1"}, "finite"), ({"b": 1.0}, "first had a")])
 def test_measurements_without_meaning_stop_the_search(found, said, pool, tmp_path):
     answers = iter([{"a": 1.0}, found])
     with pytest.raises(ValueError, match=said):
@@ -399,7 +406,7 @@ def test_lines_of_a_command_that_are_no_text_and_colours_in_its_tasks_do_no_harm
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_held_out_data_that_shares_examples_with_the_fitness_data_is_refused_with_their_number_and_place(pool, tmp_path, capsys):
+def test_held_out_data_that_shares_examples_with_the_fitness_data_is_refused_by_place(pool, tmp_path, capsys):
     rows = questions("validation", 8, 0, languages=("en",), level="tiny", unique=True)
     sft = [{"prompt": f"question {i}", "completion": "b"} for i in range(8)]
     write_jsonl(tmp_path / "fit.jsonl", rows[:4])
@@ -413,7 +420,8 @@ def test_held_out_data_that_shares_examples_with_the_fitness_data_is_refused_wit
     assert "1 of 4 held-out questions are among the fitness data" in capsys.readouterr().err
     assert exit_code(*models, "--eval-data", tmp_path / "sft.jsonl", "--held-out",
                      tmp_path / "more.jsonl") == 2
-    assert f"1 of 3 held-out examples are among the fitness data, the first is {tmp_path / 'more.jsonl'}:3" in capsys.readouterr().err
+    said = f"1 of 3 held-out examples are among the fitness data, the first is {tmp_path / 'more.jsonl'}:3"
+    assert said in capsys.readouterr().err
     write_jsonl(tmp_path / "disjoint.jsonl", sft[5:7])
     assert exit_code(*models, "--eval-data", tmp_path / "sft.jsonl", tmp_path / "more.jsonl", "--held-out",
                      tmp_path / "disjoint.jsonl", tmp_path / "sft.jsonl") == 2
@@ -492,8 +500,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, pool, tmp_path, 
                        for word in arguments]
     code = exit_code("search", *models, "--out", tmp_path / "out", *filled)
     error = capsys.readouterr().err.strip().splitlines()
-    assert code == 2 and error[-1].startswith(("merge.py: ",
-                                               "error: ")) and said.replace("{sft}", str(tmp_path / "sft.jsonl")) in error[-1]
+    said = said.replace("{sft}", str(tmp_path / "sft.jsonl"))
+    assert code == 2 and error[-1].startswith(("merge.py: ", "error: ")) and said in error[-1]
     assert not (tmp_path / "out").exists() and len([line for line in error if "evaluation/s" not in line
                                                     and "?" not in line]) == 1, error
 
