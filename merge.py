@@ -13,21 +13,28 @@ Each method has only the flags that it uses (python merge.py METHOD --help). The
 import argparse
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 
+from aya_min.command import WHOLE, Parser, guarded, number, printable
+from aya_min.config import Reading, add_flags
 from aya_min.files import Digests, read_json
-from aya_min.mergeconfig import METHODS, OUTPUT_DTYPES, check_settings, from_config, to_config
+from aya_min.mergeconfig import METHODS, OUTPUT_DTYPES, RANGES, check_settings, from_config, to_config
 
 FLAGS = {    # setting: its flag
     "base": ("--base", {"metavar": "DIR", "required": True, "help": "the model that the others were trained from"}),
-    "weights": ("--weights", {"type": float, "nargs": "+", "metavar": "W", "help": "one for each model, in order; default: all 1"}),
+    "weights": ("--weights", {"nargs": "+", "metavar": "W",
+                              "help": "one for each model, in order; default: all 1"}),
     "normalize": ("--normalize", {"action": argparse.BooleanOptionalAction, "help": "divide by the sum of the weights; default: %(default)s"}),
-    "t": ("--t", {"type": float, "nargs": "+", "help": "0 is the first model, 1 the second; several: a gradient over the layers; default: %(default)s"}),
-    "density": ("--density", {"type": float, "nargs": "+", "metavar": "D", "help": "the share of each task vector to keep, above 0 and at most 1: "
+    "t": ("--t", {"nargs": "+",
+                  "help": "0 is the first model, 1 the second; several: a gradient over the layers; default: "
+                          "%(default)s"}),
+    "density": ("--density", {"nargs": "+", "metavar": "D",
+                              "help": "the share of each task vector to keep, above 0 and at most 1: "
                                                                                    "one, or one for each model; default: %(default)s"}),
-    "lam": ("--lambda", {"type": float, "metavar": "L", "help": "scale of the merged task vector; default: %(default)s"}),
-    "seed": ("--seed", {"type": int, "help": "of the random drops; default: %(default)s"}),
+    "lam": ("--lambda", {"metavar": "L", "help": "scale of the merged task vector; default: %(default)s"}),
+    "seed": ("--seed", {"help": "of the random drops; default: %(default)s"}),
     "convention": ("--convention", {"choices": ["paper", "mergekit"], "help": "where they differ, see aya_min/merging.py; default: %(default)s"}),
 }
 SUMMARIES = {"linear": "weighted average, the weights divided by their sum (what Aya Expanse uses)",
@@ -54,26 +61,31 @@ SEARCH_FLAGS = {
     "--command": {"metavar": "'CMD {model}'", "help": "its last line is a JSON object {task: number, the higher the better}; {split}: fitness or held-out"},
     "--held-out": {"nargs": "+", "metavar": "F.jsonl", "help": "data that the search does not see; default: half of the data, by --seed"},
     "--by": {"nargs": "+", "choices": ["task", "language", "cluster"], "default": ["task"], "help": "--prompts: what a task is; several: each combination; default: task"},
-    "--max-new-tokens": {"type": int, "default": 32, "help": "--prompts: of an answer; default: %(default)s"},
-    "--max-length": {"type": int, "default": 1024, "help": "--eval-data: tokens of an example; default: %(default)s"},
-    "--evaluations": {"type": int, "default": 200, "help": "points that CMA-ES tries, in whole generations; the baselines come on top; default: %(default)s"},
-    "--seed": {"type": int, "default": 0},
+    "--max-new-tokens": {"type": number(int, "[1, inf)"), "metavar": "N", "default": 32,
+                         "help": "--prompts: of an answer; default: %(default)s"},
+    "--max-length": {"type": number(int, "[2, inf)"), "metavar": "N", "default": 1024,
+                     "help": "--eval-data: tokens of an example; default: %(default)s"},
+    "--evaluations": {"type": number(int, "[1, inf)"), "metavar": "N", "default": 200,
+                      "help": "points that CMA-ES tries, in whole generations; the baselines come on top; "
+                              "default: %(default)s"},
+    "--seed": {"type": number(int, WHOLE), "metavar": "N", "default": 0},
     "--allow-negative": {"action": "store_true", "help": "weights of any sign whose sum is 1; without it they are above 0"},
     "--leave-one-out": {"action": "store_true", "help": "measure the result without each model, too"},
     "--dtype": {"choices": OUTPUT_DTYPES, "help": "of the output; default: that of the first model"}}
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")        # one line, without the usage
+READING = list(Reading.__dataclass_fields__)
 
 
 def device(name):
+    """The name, if the device holds numbers and gives them back, which "meta" does not."""
     import torch
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here ({str(error).splitlines()[0]})") from None
+        torch.ones(1, device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here "
+                                         f"({(str(error).splitlines() or ['no such device'])[0]})") from None
 
 
 def parse(arguments):
@@ -90,15 +102,22 @@ def parse(arguments):
     search.add_argument("folders", nargs="+", metavar="MODEL", help="the pool, 16 or more: checkpoints with one architecture and one tokenizer")
     for flag, options in SEARCH_FLAGS.items():
         search.add_argument(flag, **options)
+    add_flags(search, Reading)
     methods = [commands.add_parser(method, help=SUMMARIES[method], description=SUMMARIES[method], allow_abbrev=False) for method in METHODS]
     for method, command in zip(METHODS, methods):
         command.add_argument("folders", nargs="+", metavar="MODEL", help="model folders: config.json and model.safetensors or shards")
         command.add_argument("--dtype", choices=OUTPUT_DTYPES, help="of the output; default: that of the first model")
         for setting, default in METHODS[method].items():
             flag, options = FLAGS[setting]
+            if setting in RANGES:
+                options = options | {"type": number(*RANGES[setting][1:])}
             command.add_argument(flag, dest=setting, default=default, **options)
     for command in (parser, search, *methods):
         command.add_argument("--out", metavar="DIR", help="the new folder; it must not exist")
+    for command in (parser, search, *methods):
+        command.add_argument("--allow-config-differences", action="store_true", default=argparse.SUPPRESS,
+                             help="go on where config.json differs in what changes the computation, with the "
+                                  "first model's")
     for command in (parser, *methods):
         command.add_argument("--no-hashes", dest="hashes", action="store_false", default=argparse.SUPPRESS, help="leave the SHA-256 of the inputs out of "
                              "merge.json: on a processor without instructions for it, it takes as long as the merge")
@@ -119,21 +138,37 @@ def weight_files(folders):
 
 
 def main(arguments=None):
+    rank = os.environ.get("RANK", "0")
+    if not rank.isdecimal():
+        raise ValueError(f"RANK is {rank!r} in the environment, no whole number; leave it to torchrun, or "
+                         f"unset it")
+    if int(rank):
+        return 0                                                    # under torchrun one process does the work
     options = parse(arguments)
     config, is_json, only_print = (options.pop(key, None) for key in ("config", "json", "print_config"))
     try:
         if options["method"] == "search":
             from aya_min import front
-            from aya_min.search import search_folders           # models and training: two seconds that the other methods do not need
-            print(front.table(search_folders(**{key: value for key, value in options.items() if key != "method"})))
-            print(f"{options['out']}: model, search.json, evaluations.jsonl, report.html")
+            # models and training: two seconds that the other methods do not need
+            from aya_min.search import search_folders
+            options |= {"reading": {name: value for name in READING
+                                    if (value := options.pop(name)) is not None}}
+            if isinstance(options["reading"].get("columns"), list):
+                options["reading"]["columns"] = dict(options["reading"]["columns"])
+            result = search_folders(**{key: value for key, value in options.items() if key != "method"})
+            print(printable(front.table(result)))
+            print(printable(f"{options['out']}: model, search.json, evaluations.jsonl, report.html"))
             return 0
         if config:
-            options |= from_config(read_json(config))
+            options |= from_config(read_json(config)) | ({"allow_config_differences": True}
+                                                         if options.get("allow_config_differences") else {})
         method, folders, dtype = (options.get(key) for key in ("method", "folders", "dtype"))
+        if method != "diff":                # before anything is read
+            given = {key: options[key] for key in METHODS[method]}
+            settings = check_settings(method, given, len(folders), dtype)
         if only_print:
-            settings = {key: options[key] for key in METHODS[method]}
-            print(json.dumps(to_config(folders, method, check_settings(method, settings, len(folders), dtype), dtype), indent=2))
+            allow = options.get("allow_config_differences", False)
+            print(json.dumps(to_config(folders, method, settings, dtype, allow), indent=2))
             return 0
         with Digests() as digests:
             if options.get("hashes", method != "diff"):
@@ -144,19 +179,21 @@ def main(arguments=None):
                 print(json.dumps(rows, indent=1) if is_json else table(rows))
                 return 0
             out = merge_folders(**options, digests=digests)
-    except (ValueError, OSError) as error:
-        print(f"merge.py: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         kept = f"what was measured is in {options['out']}.partial, and the same command goes on from there" if options["method"] == "search" else "nothing was kept"
         print(f"merge.py: stopped; {kept}", file=sys.stderr)
         return 130
-    print(f"{out}: {options['method']} of {len(options['folders'])} models")
+    print(printable(f"{out}: {options['method']} of {len(options['folders'])} models"))
     return 0
+
+
+def program():
+    try:
+        return main()
+    finally:
+        gc.freeze()                 # nor at the end: 0.4 s less
 
 
 if __name__ == "__main__":
     gc.set_threshold(100_000)       # importing torch makes many objects that all stay: look through them seldom, 0.3 s less
-    code = main()
-    gc.freeze()                     # nor at the end: 0.4 s less
-    sys.exit(code)
+    guarded(program, "merge.py")

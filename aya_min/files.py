@@ -108,6 +108,15 @@ def read_json(path):
     return value
 
 
+def depth(value):
+    """How many lists and objects lie within one another, without a call for each level."""
+    levels, parts = 0, [value]
+    while parts := [part for part in parts if isinstance(part, (list, dict))]:
+        levels += 1
+        parts = [inner for part in parts for inner in (part.values() if isinstance(part, dict) else part)]
+    return levels
+
+
 def read_bytes(path):
     """A plain file's bytes. A pipe or a device, which could wait for ever or end never, is refused."""
     try:

@@ -4,10 +4,8 @@ An `evaluate` is any function (weights, split) -> {task: number}; split is "fitn
 which is given the merged model, in memory or as a folder: the embedded world's oracle, a held-out loss, any command.
 """
 
-import json
 import random
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,12 +16,13 @@ from . import merging, weights as model_folders
 from .config import Reading
 from .data import batches_in_order, collate, load_examples, load_prompts, slots_of
 from .evaluate import grade_answers, group
+from .files import parse_json, scratch
 from .languages import CLUSTERS, SHARED
 from .loop import evaluate as held_out_metrics
 from .mergeconfig import OUTPUT_DTYPES
 from .model import RewardModel
 from .sampling import answer_rows
-from .soups import look_into, merge_folders, over, workers
+from .soups import is_finite, look_into, merge_folders, over, refuse_infinite, workers
 from .stages import sft_loss
 from .tensorfiles import DTYPES, places
 from .world import TASKS
@@ -32,13 +31,13 @@ HOME = {code: "shared" for code in SHARED} | {code: name for name, codes in CLUS
 BY = {"task": lambda row: row["task"], "language": lambda row: row["language"], "cluster": lambda row: HOME[row["language"]]}
 
 
-def of_models(folders, measure, dtype=None, device="cpu"):
+def of_models(folders, measure, dtype=None, device="cpu", allow_config_differences=False):
     """An `evaluate` that merges into one model in memory. measure(model, tokenizer, split) -> {task: number}.
 
     The folders are read piece by piece each time: memory holds one fp32 model and, in the system's file cache as far as there is room, the pool.
     The numbers are those of the folder that merge_folders writes: same sums, rounded to the same dtype.
     """
-    headers = look_into([Path(folder) for folder in folders])[1]
+    headers = look_into([Path(folder) for folder in folders], allow_config_differences)[1]
     if any(isinstance(model_folders.look_into(folder)[0], RewardModel) for folder in folders):
         raise ValueError("a reward model is among the models; a search by --prompts or --eval-data takes language models only")
     model, tokenizer = model_folders.load(folders[0], device)
@@ -53,6 +52,9 @@ def of_models(folders, measure, dtype=None, device="cpu"):
 
                 def write(start, tensors):
                     piece = merged(start, tensors).to(DTYPES[code])
+                    if not is_finite(piece):
+                        places_used = [place for place, _ in used]
+                        refuse_infinite(name, places_used, f"{name}, merged, as {piece.dtype},")
                     flat[start:start + len(piece)] = piece
                 for _ in pieces(write):
                     pass
@@ -60,15 +62,14 @@ def of_models(folders, measure, dtype=None, device="cpu"):
     return evaluate
 
 
-def of_folders(folders, measure, scratch, dtype=None, device="cpu"):
-    """An `evaluate` that writes each merge to the folder `scratch` and removes it after. measure(folder, split) -> {task: number}."""
+def of_folders(folders, measure, out, dtype=None, device="cpu", allow_config_differences=False):
+    """An `evaluate` that writes each merge to a folder beside `out` and removes it after. measure(folder,
+    split) -> {task: number}."""
     def evaluate(weights, split):
-        shutil.rmtree(scratch, ignore_errors=True)
-        folder = merge_folders(folders, scratch, "linear", weights=weights, dtype=dtype, device=device, progress=False)
-        try:
-            return measure(folder, split)
-        finally:
-            shutil.rmtree(folder)
+        with scratch(out) as place:
+            return measure(merge_folders(folders, place / "model", "linear", weights=weights, dtype=dtype,
+                                         device=device, progress=False,
+                                         allow_config_differences=allow_config_differences), split)
     return evaluate
 
 
@@ -113,16 +114,22 @@ def by_loss(splits):
 
 def by_command(command):
     """measure(folder, split): run the command, {model} and {split} filled in; the last line that it prints is a JSON object of numbers by task."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"--command {command!r} cannot be read ({error}); quote it for a shell") from None
+
     def measure(folder, split):
-        filled = [word.replace("{model}", str(folder)).replace("{split}", split) for word in shlex.split(command)]
-        done = subprocess.run(filled, stdout=subprocess.PIPE, text=True)
-        lines = done.stdout.strip().splitlines()
+        filled = [word.replace("{model}", str(folder)).replace("{split}", split) for word in words]
+        done = subprocess.run(filled, stdout=subprocess.PIPE)
+        lines = done.stdout.strip().splitlines() or [b""]               # bytes: other lines need not be UTF-8
         try:
-            found = json.loads(lines[-1]) if lines and done.returncode == 0 else None
+            found = parse_json(lines[-1], "the last line") if done.returncode == 0 else None
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise ValueError(f"--command: {shlex.join(filled)} ended with exit code {done.returncode} and the last line {lines[-1:]}; "
+            raise ValueError(f"--command: {shlex.join(filled)} ended with exit code {done.returncode} and "
+                             f"the last line {lines[-1][:200]!r}; "
                              "it must end with 0 and a JSON object of numbers by task")
         return found
     return measure
@@ -136,28 +143,65 @@ def halves(items, seed, key):
     return [item for item in items if key(item) in first], [item for item in items if key(item) not in first]
 
 
-def read_questions(paths):
-    rows = load_prompts(paths)
-    for row in rows:
+def together(questions):
+    """key(question), alike for those that must lie in one half: they share the question_id, or the prompt of
+    another that does."""
+    home = {}
+
+    def find(key):
+        while home.setdefault(key, key) != key:
+            key = home[key]
+        return key
+    for row in questions:
+        ends = sorted((find(("id", row["question_id"])), find(("prompt", str(row["prompt_messages"])))))
+        home[ends[1]] = ends[0]
+    return lambda row: find(("id", row["question_id"]))[1]
+
+
+def refuse_shared(what, fitness, held_out, places):
+    """Refuse held-out data of which the search sees a part: rows {key: value} of both splits, and where each
+    held-out one stands."""
+    seen = {(key, value) for row in fitness for key, value in row.items()}
+    if both := [place for row, place in zip(held_out, places) if not seen.isdisjoint(row.items())]:
+        raise ValueError(f"{len(both)} of {len(held_out)} held-out {what} are among the fitness data, the "
+                         f"first is {both[0]}; a held-out split shares none")
+
+
+def read_questions(paths, reading, folder):
+    rows = rows_of(paths, reading, folder)
+    for i, row in enumerate(rows, 1):
         if row.get("task") not in TASKS or row.get("language") not in HOME or not isinstance(row.get("args"), list) or not isinstance(row.get("question_id"), str):
-            raise ValueError(f"{row['prompt_where']}: not a question of the embedded world (question_id, language, "
-                             "task, args), which the oracle needs; measure others with --eval-data or --command")
+            raise ValueError(f"{row.get('prompt_where') or ' '.join(map(str, paths))}: prompt {i} is not a "
+                             f"question of the embedded world "
+                             "(question_id, language, task, args), which the oracle needs; measure others "
+                             "with --eval-data or --command")
     return rows
 
 
 def loss_splits(folder, eval_data, held_out, max_length, seed, reading=None):
     """{split: {file's name: examples}}; without held-out files each is cut in halves, identical examples together."""
-    model, tokenizer, _ = model_folders.look_into(folder)
-    limit = min(max_length, model.config.max_position_embeddings)
-    reading = reading or Reading(too_long="skip")
     splits = {"fitness": {}, "held-out": {}}
     for i, path in enumerate(eval_data):
-        examples = load_examples([path], tokenizer, reading, limit)
+        examples = examples_of(path, reading, folder, max_length)
         if held_out:
-            parts = examples, load_examples([held_out[i]], tokenizer, reading, limit)
+            parts = examples, examples_of(held_out[i], reading, folder, max_length)
         else:
             parts = halves(examples, seed, lambda example: example.ids.tobytes())
         if {example.language for example in parts[0]} != {example.language for example in parts[1]}:
             raise ValueError(f"{path}: the fitness and the held-out examples are not of the same languages; give more examples, or --held-out with the same")
-        splits["fitness"][Path(path).stem], splits["held-out"][Path(path).stem] = parts
+        stems = [Path(each).stem for each in eval_data]
+        name = stems[i] if stems.count(stems[i]) == 1 else str(path)
+        splits["fitness"][name], splits["held-out"][name] = parts
     return splits
+
+
+def rows_of(paths, reading, folder):
+    """The prompts of files, read as `reading` (a config.Reading) says, for the model in a folder."""
+    return load_prompts(paths, reading, model_folders.look_into(folder)[1])
+
+
+def examples_of(path, reading, folder, max_length):
+    """The examples of a file, read as `reading` (a config.Reading) says, for the model in a folder."""
+    model, tokenizer, _ = model_folders.look_into(folder)
+    limit = min(max_length, model.config.max_position_embeddings)
+    return load_examples([path], tokenizer, reading or Reading(too_long="skip"), limit)

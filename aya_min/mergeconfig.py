@@ -1,7 +1,9 @@
 """What a merge is told: the methods' settings and defaults, their values for each tensor, and mergekit's configuration of the same."""
 
-import math
 import re
+
+from .command import WHOLE, describe, in_range
+from .files import depth
 
 METHODS = {    # method: the settings it takes and their defaults, from the papers (DARE has none: ours); weights None: 1 each
     "linear": {"weights": None, "normalize": True},
@@ -14,6 +16,12 @@ METHODS = {    # method: the settings it takes and their defaults, from the pape
 }
 OUTPUT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 OF_EACH_MODEL, OF_EACH_TENSOR = ("weights", "density"), ("t", "lam")                 # their values may be gradients or filters
+# What flags, configurations and Python callers may give: (flag, type, interval). Products of the largest
+# stay within fp32.
+RANGES = {"weights": ("--weights", float, "[-1e20, 1e20]"), "density": ("--density", float, "(0, 1]"),
+          "t": ("--t", float, "[0, 1]"),
+          "lam": ("--lambda", float, "[-1e10, 1e10]"), "seed": ("--seed", int, WHOLE)}
+MOST_LEVELS = 12            # of lists and objects within one another: a gradient under a filter has 8
 
 
 def check_settings(method, given, num_models, dtype):
@@ -23,7 +31,7 @@ def check_settings(method, given, num_models, dtype):
     if unknown := given.keys() - METHODS[method].keys():
         raise ValueError(f"{method} takes no {', '.join(sorted(unknown))}; it takes {', '.join(METHODS[method])}")
     if dtype not in [None, *OUTPUT_DTYPES]:
-        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(OUTPUT_DTYPES)}")
+        raise ValueError(f"unknown dtype {shortened(dtype)}; choose one of {', '.join(OUTPUT_DTYPES)}")
     if num_models < 1 or (method == "slerp" and num_models != 2):
         raise ValueError(f"{method} merges {'exactly two models' if method == 'slerp' else 'one model or more'}, not {num_models}")
     settings = {name: default if given.get(name) is None else given[name] for name, default in METHODS[method].items()}
@@ -31,15 +39,48 @@ def check_settings(method, given, num_models, dtype):
         raise ValueError(f"{method} needs the model that the others were trained from; give it with --base DIR")
     for name, allowed in {"convention": ["paper", "mergekit"], "normalize": [True, False]}.items():
         if settings.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{name} is {settings[name]!r}; choose one of {', '.join(map(str, allowed))}")
+            raise ValueError(f"{name} is {shortened(settings[name])}; choose one of "
+                             f"{', '.join(map(str, allowed))}")
+    for name in settings.keys() & RANGES.keys():
+        if settings[name] is not None:
+            check_numbers(name, settings[name])
     if "density" in settings and not isinstance(settings["density"], (list, tuple)):
         settings["density"] = [settings["density"]]
     for name in settings.keys() & set(OF_EACH_MODEL):
         one_for_all = settings[name] is None or (name == "density" and len(settings[name]) == 1)
+        if not isinstance(settings[name], (list, tuple, type(None))):
+            raise ValueError(f"{name} must be a list, one for each model, got {shortened(settings[name])}")
         settings[name] = list(settings[name] or [1.0]) * (num_models if one_for_all else 1)
         if len(settings[name]) != num_models:
             raise ValueError(f"{len(settings[name])} {name} for {num_models} models; give one for each model, in the same order")
     return settings
+
+
+def check_numbers(name, value):
+    """Refuse a number outside the setting's range, wherever it stands: alone, for a model, in a gradient,
+    under a filter."""
+    flag, kind, interval = RANGES[name]
+    if isinstance(value, (list, tuple)) and kind is float:
+        for part in value:
+            check_numbers(name, part.get("value") if isinstance(part, dict) else part)
+            if isinstance(part, dict) and (part.keys() - {"filter", "value"}
+                                           or not isinstance(part.get("filter"), (str, type(None)))):
+                raise ValueError(f'{name} ({flag}): {shortened(part)} is not '
+                                 f'{{"filter": TEXT, "value": NUMBER}}')
+    elif isinstance(value, bool) or not isinstance(value, (int, kind)):
+        wanted = "a number, a list of numbers over the layers, or a list of filters"
+        wanted = "a whole number" if kind is int else wanted
+        raise ValueError(f"{name} ({flag}): {shortened(value)} is not {wanted}")
+    elif not in_range(value, interval):
+        raise ValueError(f"{name} ({flag}) must be {describe(kind, interval)}, got {shortened(value)}")
+
+
+def shortened(value):
+    try:
+        text = repr(value)
+    except ValueError:                  # a whole number of thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def settings_by_tensor(method, settings, names):
@@ -53,13 +94,7 @@ def settings_of(name, depth, method, settings):
     values |= {key: [number_at(value, name, depth) for value in values[key]] for key in OF_EACH_MODEL if key in values}
     values |= {key: number_at(values[key], name, depth) for key in OF_EACH_TENSOR if key in values}
     weights, density = values.get("weights", [1.0]), values.get("density", [])
-    if not 0 <= values.get("t", 0) <= 1:
-        problem = f"t is {values['t']}; give a number from 0 (the first model) to 1 (the second)"
-    elif not all(0 < share <= 1 for share in density):
-        problem = f"density is {density}; give the share of each task vector to keep, above 0 and at most 1"
-    elif not all(map(math.isfinite, [*weights, values.get("lam", 1.0)])):
-        problem = f"weights {weights} and lambda {values.get('lam', 1.0)} are not all finite numbers"
-    elif method in ("ties", "dare-ties") and (min(weights) < 0 or max(weights) == 0):
+    if method in ("ties", "dare-ties") and (min(weights) < 0 or max(weights) == 0):
         problem = f"weights {weights} of {method} must not be negative nor all 0; for negation use task-arithmetic or dare-linear"
     elif values.get("normalize") and abs(sum(weights)) < 1e-6:
         problem = f"weights {weights} sum to 0, so they cannot be normalised; for differences of models use task-arithmetic"
@@ -95,17 +130,28 @@ def number_at(value, name, depth):
 
 # ---- mergekit's configuration ------------------------------------------------------------------------------------------------------
 
-KEYS = {"merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source"}
+KEYS = {"merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
+        "allow_config_differences"}
 THEIR = {"weights": "weight", "lam": "lambda"}                                       # mergekit's name of a setting, where it is another
 
 
 def from_config(config):
     """mergekit's configuration (a dict) -> the arguments of merge_folders but `out`. Its defaults, and its convention where none is given."""
-    method, models, common, base = str(config.get("merge_method")).replace("_", "-"), config.get("models"), config.get("parameters") or {}, config.get("base_model")
+    if depth(config) > MOST_LEVELS:
+        raise ValueError(f"lists and objects within one another, more than {MOST_LEVELS} levels; give "
+                         f"numbers, gradients or filters")
+    keys = ("merge_method", "models", "parameters", "base_model")
+    method, models, common, base = map(config.get, keys)
+    method, common = str(method).replace("_", "-"), {} if common is None else common
     if method not in METHODS:
-        raise ValueError(f"merge_method {config.get('merge_method')!r} is not supported; supported: {', '.join(METHODS).replace('-', '_')}")
+        raise ValueError(f"merge_method {shortened(config.get('merge_method'))} is not supported; supported: "
+                         f"{', '.join(METHODS).replace('-', '_')}")
     if not (isinstance(models, list) and models and all(isinstance(model, dict) and isinstance(model.get("model"), str) for model in models)):
         raise ValueError('models is not a list of {"model": FOLDER, "parameters": {...}}')
+    if not isinstance(base, (str, type(None))):
+        raise ValueError(f"base_model is {shortened(base)}, not the name of a folder")
+    if type(allow := config.get("allow_config_differences", False)) is not bool:
+        raise ValueError(f"allow_config_differences is {shortened(allow)}; give true or false")
     parameters = [model.get("parameters") or {} for model in models]
     if not all(isinstance(one, dict) for one in [common, *parameters]):
         raise ValueError("parameters is not an object of names and values")
@@ -126,13 +172,16 @@ def from_config(config):
     if None in [*settings.get("weights", []), settings.get("t", 0)]:
         raise ValueError(f"{method} needs a {'t' if method == 'slerp' else 'weight for each model'} in its parameters")
     return {"folders": [model["model"] for model in models], "method": method, "dtype": config.get("out_dtype") or config.get("dtype"),
-            **settings, **({"base": base} if "base" in METHODS[method] else {})}
+            **settings, **({"base": base} if "base" in METHODS[method] else {}),
+            **({"allow_config_differences": True} if allow else {})}
 
 
-def to_config(folders, method, settings, dtype):
+def to_config(folders, method, settings, dtype, allow_config_differences=False):
     """mergekit's configuration of a merge (checked settings), JSON and so YAML. It passes over the parameters seed and convention, which it does not know."""
     models = [{"model": str(folder), "parameters": {THEIR.get(key, key): settings[key][i] for key in OF_EACH_MODEL if key in settings}}
               for i, folder in enumerate(folders)]
     parameters = {THEIR.get(key, key): value for key, value in settings.items() if key not in ("base", *OF_EACH_MODEL)}
     base = {"base_model": str(settings.get("base", folders[0]))} if method == "slerp" or "base" in settings else {}
-    return {"merge_method": method.replace("-", "_"), "models": models, **base, "parameters": parameters, **({"dtype": "float32", "out_dtype": dtype} if dtype else {})}
+    return {"merge_method": method.replace("-", "_"), "models": models, **base, "parameters": parameters,
+            **({"dtype": "float32", "out_dtype": dtype} if dtype else {}),
+            **({"allow_config_differences": True} if allow_config_differences else {})}

@@ -85,12 +85,38 @@ def slerp(over, t, convention="paper"):
     """
     (aa, ab), (_, bb) = total(over, lambda start, tensors: gram(tensors)).tolist()
     cosine = ab / math.sqrt(aa * bb) if aa * bb > 0 else 1.0
+    if convention == "paper" and cosine < NEARLY_OPPOSITE:
+        return slerp_of_opposite(over, t, math.sqrt(aa), math.sqrt(bb))
     sine = math.sqrt(max(0.0, 1 - cosine ** 2))
     weights = [1 - t, t]
     if sine > (1e-4 if convention == "paper" else math.sqrt(1 - 0.9995 ** 2)):          # lerp and slerp differ by at most angle^2 / 8 near 0
         angle = math.atan2(sine, cosine)
         weights = [math.sin((1 - t) * angle) / sine, math.sin(t * angle) / sine]
     return lambda start, tensors: weighted_sum(tensors, weights)
+
+
+NEARLY_OPPOSITE = -0.99
+
+
+def slerp_of_opposite(over, t, length_a, length_b):
+    """`slerp` where 1 + cos(W) has lost its digits: W from the lengths of the sum and the difference of the
+    unit vectors, and fp64 throughout.
+
+    |u + v| = 2 cos(W/2) and |u - v| = 2 sin(W/2). The two weights are large and nearly cancel: in fp32 so
+    would the result's digits.
+    """
+    def squares(start, tensors):
+        u, v = tensors[0].double() / length_a, tensors[1].double() / length_b
+        return torch.stack([(u + v).square().sum(), (u - v).square().sum()])
+
+    together, apart = total(over, squares).sqrt().tolist()
+    if together < 1e-6:                 # opposite to within the rounding of fp32 weights
+        weights = [1 - t, t]
+    else:
+        angle, sine = 2 * math.atan2(apart, together), together * apart / 2
+        weights = [math.sin((1 - t) * angle) / sine, math.sin(t * angle) / sine]
+    return lambda start, tensors: (tensors[0].double() * weights[0]
+                                   + tensors[1].double() * weights[1]).float()
 
 
 def model_stock(over, convention="paper"):

@@ -7,24 +7,30 @@ measured on a held-out one. The paper's settings are not public; ours: the a_i a
 better of the two soups with step size SIGMA, textbook defaults for the rest; the winner is the best of all its points and of each generation's mean.
 
 Every measurement is on disk (OUT.partial) before the next one begins. The search is a function of the seed and of the measurements, so a killed one
-goes through the same points again, finds them measured, and ends with the same bytes.
+goes through the same points again, finds them measured, and ends with the same bytes. search.json says of
+which search it is, so that one killed after OUT was published knows its own.
 """
 
+import hashlib
 import json
-import math
+import os
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from . import cmaes
-from .files import sha256, write_json
-from .fitness import by_command, by_loss, by_oracle, halves, loss_splits, of_folders, of_models, read_questions, task_of
+from .alike import SETTINGS, TABLES, TEXTS, VOCABULARIES
+from .command import in_range
+from .config import Reading
+from .files import own_file, read_json, sha256, write_json, write_jsonl
+from .fitness import (by_command, by_loss, by_oracle, halves, loss_splits, of_folders, of_models,
+                      read_questions, refuse_shared, task_of, together)
 from .front import macro
 from .journal import Journal
-from .mergeconfig import check_settings
+from .mergeconfig import check_settings, shortened
 from .report import write_report
-from .soups import look_into, merge_folders, partial_folder
+from .soups import look_into, merge_folders, new_folder, tell
 
 SIGMA = 0.5                 # the first step of CMA-ES, ours (LOG.md)
 
@@ -101,63 +107,123 @@ def compare(measured, num, evaluations, seed, weights_of, last, leave_one_out):
     return rows, models
 
 
-def search(folders, out, evaluate, *, evaluations=200, seed=0, allow_negative=False, leave_one_out=False, held_out=True, dtype=None, device="cpu", about=None):
+def search(folders, out, evaluate, *, evaluations=200, seed=0, allow_negative=False, leave_one_out=False,
+           held_out=True, dtype=None, device="cpu",
+           allow_config_differences=False, about=None):
     """Search, and leave the new folder `out`: model/ (the merge), search.json, evaluations.jsonl, report.html. Returns what search.json holds.
 
     held_out: whether `evaluate` has that split. about: JSON values that name what is measured; an OUT.partial of something else is refused.
     """
-    folders, out, num = [Path(folder) for folder in folders], Path(out), len(folders)
-    headers, weights_of = check(folders, out, evaluations, dtype), affine if allow_negative else softmax
+    folders, out = [Path(folder) for folder in folders], Path(out)
+    headers, said = check(folders, out, evaluations, dtype, allow_config_differences)
     files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for header in headers for path in sorted({entry[0] for entry in header.values()})}
+    files |= {str(path): sha256(path) for folder in folders for path in small_files(folder)}
+    given = {"models": list(map(str, folders)), "model files": files, "dtype": dtype,
+             "what is measured": about}
+    settings = [given, evaluations, seed, allow_negative, leave_one_out, held_out]
+    search_id = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    if os.path.lexists(out):
+        return published(out, given, search_id)
     out.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal(f"{out}.partial", {"models": list(map(str, folders)), "model files": files, "dtype": dtype, "what is measured": about})
-    popsize, history = cmaes.default_popsize(num), {}
+    with Journal(partial_of(out), given) as journal:
+        tell(said)
+        history, result = measure(folders, evaluate, journal, evaluations, seed,
+                                  affine if allow_negative else softmax, leave_one_out, held_out)
+        result = {"search": search_id, **result, "what is measured": about}
+        with new_folder(out) as made:
+            merge_folders(folders, made / "model", "linear", weights=result["rows"][-1]["weights"],
+                          dtype=dtype, device=device, progress=False,
+                          allow_config_differences=allow_config_differences)
+            write_json(made / "search.json", result)
+            write_jsonl(made / "evaluations.jsonl", history)
+            write_report(made)
+        journal.remove()
+    return result
+
+
+def measure(folders, evaluate, journal, evaluations, seed, weights_of, leave_one_out, held_out):
+    """Every point, in order, and what search.json holds. What the journal holds is not measured again."""
+    num, names, history = len(folders), names_of(folders), {}
+    popsize = cmaes.default_popsize(num)
     generations = max(1, (evaluations - 1) // (popsize + 1))
     total = 2 * num + generations * (popsize + 1) + 1 + held_out * (num + 3) + leave_one_out * num                  # at most: some coincide
 
     with tqdm(total=total, desc="search", unit="evaluation", smoothing=0.1) as bar:
         def measured(kind, weights, split):
             key = json.dumps([split, weights])
-            if key not in journal.done:
-                journal.add(key, checked(evaluate(weights, split), journal.done))
-            tasks = journal.done[key]
             if key not in history:
-                history[key] = {"kind": kind, "split": split, "macro": macro(tasks), "weights": weights, "tasks": tasks}
+                found = checked(journal.done[key] if key in journal.done else evaluate(weights, split),
+                                history)
+                if key not in journal.done:
+                    journal.add(key, found)
+                history[key] = {"kind": kind, "split": split, "macro": macro(found), "weights": weights,
+                                "tasks": found}
                 bar.set_postfix_str(f"best {max(row['macro'] for row in history.values() if row['split'] == 'fitness'):.4f}", refresh=False)
                 bar.update()
-            return tasks
+            return history[key]["tasks"]
         rows, models = compare(measured, num, evaluations, seed, weights_of, "held-out" if held_out else "fitness", leave_one_out)
 
-    names = names_of(folders)
-    tried = sum((row["kind"], row["split"]) == ("CMA-ES", "fitness") for row in history.values())
-    result = {"best": names[rows[0]["weights"].index(1.0)], "evaluations": tried, "popsize": popsize, "seed": seed, "weights": weights_of.__name__, "held-out": held_out,
-              "what is measured": about, "rows": rows, "models": [{"name": name, "folder": str(folder)} | model for name, folder, model in zip(names, folders, models)]}
-    with partial_folder(out) as partial:
-        merge_folders(folders, partial / "model", "linear", weights=rows[-1]["weights"], dtype=dtype, device=device, progress=False)
-        write_json(partial / "search.json", result)
-        (partial / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history.values()), encoding="utf-8")
-    journal.remove()
-    write_report(out)
-    return result
+    history = list(history.values())
+    tried = sum((row["kind"], row["split"]) == ("CMA-ES", "fitness") for row in history)
+    models = [{"name": name, "folder": str(folder)} | model
+              for name, folder, model in zip(names, folders, models)]
+    return history, {"best": names[rows[0]["weights"].index(1.0)], "evaluations": tried, "popsize": popsize,
+                     "seed": seed,
+                     "weights": weights_of.__name__, "held-out": held_out, "rows": rows, "models": models}
 
 
-def check(folders, out, evaluations, dtype):
-    """Refuse what cannot be searched, before anything is measured. -> the headers of the models' files"""
+def partial_of(out):
+    return Path(f"{out}.partial")
+
+
+def small_files(folder):
+    """The files that say how a model computes and what its tokens are."""
+    names = ["config.json", "generation_config.json", "chat_template.jinja", "merges.txt", *VOCABULARIES,
+             *TABLES, *TEXTS, *SETTINGS]
+    return [path for name in dict.fromkeys(names) if (path := own_file(folder, name))]
+
+
+def published(out, given, search_id):
+    """The result in a folder that this very search published before it was killed; what it left beside goes.
+    ValueError for any other."""
+    try:
+        there = out.is_dir() and not out.is_symlink() and partial_of(out).is_dir()
+        path = own_file(out, "search.json") if there else None
+        result = read_json(path) if path else {}
+        if result.get("search") == search_id:
+            if any(partial_of(out).iterdir()):
+                with Journal(partial_of(out), given) as journal:
+                    journal.remove()
+            else:                               # a kill left no more of it
+                partial_of(out).rmdir()
+            return result
+    except ValueError:                          # an OUT.partial that is not ours, or another search's
+        pass
+    raise ValueError(f"{out} exists already; remove it or give another folder as the output")
+
+
+def check(folders, out, evaluations, dtype, allow_config_differences=False):
+    """Refuse what cannot be searched, before anything is measured. -> the headers of the models' files, and
+    what to tell"""
     if len(folders) < 2:
         raise ValueError(f"search needs two models or more, not {len(folders)}")
     if evaluations < 1:
         raise ValueError(f"--evaluations {evaluations} must be at least 1")
-    if out.exists():
+    if os.path.lexists(out) and not partial_of(out).is_dir():
         raise ValueError(f"{out} exists already; remove it or give another folder as the output")
     check_settings("linear", {}, len(folders), dtype)
-    return look_into(folders)[1]
+    return look_into(folders, allow_config_differences)[1:]
 
 
-def checked(tasks, done):
+def checked(tasks, history):
     """The numbers of an evaluation: finite, and for the same tasks as those before."""
-    before = next(iter(done.values()), tasks)
-    if not tasks or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in tasks.values()):
-        raise ValueError(f"a measurement must be an object of finite numbers by task, the higher the better, got {tasks}")
+    def is_number(n):
+        return isinstance(n, (int, float)) and not isinstance(n, bool) and in_range(n, "(-inf, inf)")
+    values = list(tasks.values()) if isinstance(tasks, dict) else []
+    if not values or not all(map(is_number, values)) or not is_number(sum(map(float, values))):
+        raise ValueError(f"a measurement must be an object of finite numbers by task, the higher the better, "
+                         f"got {shortened(tasks)}")
+    before = next(iter(history.values()))["tasks"] if history else tasks
     if tasks.keys() != before.keys():
         raise ValueError(f"a measurement has the tasks {', '.join(tasks)}, the first had {', '.join(before)}; they must all have the same (with held-out data too)")
     return {name: float(number) for name, number in tasks.items()}
@@ -172,32 +238,53 @@ def names_of(folders):
 # ---- the command -------------------------------------------------------------------------------------------------------------------
 
 def search_folders(folders, out, *, prompts=None, eval_data=None, command=None, held_out=None, by=("task",), max_new_tokens=32, max_length=1024,
-                   evaluations=200, seed=0, dtype=None, device="cpu", **settings):
-    """What `merge.py search` does: the evaluate of the files or the command that were given, then the search."""
+                   evaluations=200, seed=0, dtype=None, device="cpu", allow_config_differences=False,
+                   reading=None, **settings):
+    """What `merge.py search` does: the evaluate of the files or the command that were given, then the search.
+
+    reading: {field of config.Reading: value}, those that were given.
+    """
     if (prompts is not None) + (eval_data is not None) + (command is not None) != 1:
         raise ValueError("give one of --prompts F.jsonl, --eval-data F.jsonl and --command 'CMD {model}'")
-    if command and ("{model}" not in command or held_out):
-        raise ValueError("--command needs {model} in it, where the model folder goes, and takes no --held-out; with {split} in it, it is told fitness or held-out")
-    folders, has_held_out = [Path(folder) for folder in folders], True
-    check(folders, Path(out), evaluations, dtype)
-    if command:
-        evaluate, has_held_out = of_folders(folders, by_command(command), Path(f"{out}.partial") / "candidate", dtype, device), "{split}" in command
+    if command is not None and ("{model}" not in command or held_out or reading):
+        raise ValueError("--command needs {model} in it, where the model folder goes, and takes no "
+                         "--held-out and no flag that says how rows are read; "
+                         "with {split} in it, it is told fitness or held-out")
+    folders, has_held_out, out = [Path(folder) for folder in folders], True, Path(out)
+    check(folders, out, evaluations, dtype, allow_config_differences)
+    given, reading = reading, Reading(**{"too_long": "skip" if eval_data else "refuse"} | (reading or {}))
+    if command is not None:
+        evaluate = of_folders(folders, by_command(command), out, dtype, device, allow_config_differences)
+        has_held_out = "{split}" in command
     elif prompts:
-        parts = (read_questions(prompts), read_questions(held_out)) if held_out else halves(read_questions(prompts), seed, lambda row: row["question_id"])
-        if both := {row["question_id"] for row in parts[0]} & {row["question_id"] for row in parts[1]}:
-            raise ValueError(f"{len(both)} questions are in --prompts and in --held-out, such as {min(both)}; a held-out split shares none")
+        questions = read_questions(prompts, reading, folders[0])
+        if held_out:
+            parts = questions, read_questions(held_out, reading, folders[0])
+            refuse_shared("questions", *([{"id": row["question_id"], "prompt": str(row["prompt_messages"])}
+                                          for row in part] for part in parts),
+                          [row.get("prompt_where") or row["question_id"] for row in parts[1]])
+        else:
+            parts = halves(questions, seed, together(questions))
         tasks = [{task_of(row, by) for row in part} for part in parts]
         if tasks[0] != tasks[1]:
             raise ValueError(f"the fitness and the held-out questions differ in {', '.join(sorted(tasks[0] ^ tasks[1]))}; give more questions, or files with the same tasks")
-        evaluate = of_models(folders, by_oracle(dict(zip(("fitness", "held-out"), parts)), by, max_new_tokens), dtype, device)
+        evaluate = of_models(folders, by_oracle(dict(zip(("fitness", "held-out"), parts)), by,
+                                                max_new_tokens), dtype, device, allow_config_differences)
     else:
         if held_out and len(held_out) != len(eval_data):
             raise ValueError(f"{len(held_out)} files of --held-out for {len(eval_data)} of --eval-data; give one for each, in the same order")
-        evaluate = of_models(folders, by_loss(loss_splits(folders[0], eval_data, held_out, max_length, seed)), dtype, device)
+        splits = loss_splits(folders[0], eval_data, held_out, max_length, seed, reading)
+        parts = [[example for examples in splits[split].values() for example in examples]
+                 for split in ("fitness", "held-out")]
+        refuse_shared("examples", *([{"tokens": example.ids.tobytes()} for example in part]
+                                    for part in parts), [example.where for example in parts[1]])
+        evaluate = of_models(folders, by_loss(splits), dtype, device, allow_config_differences)
     about = {"prompts": [digest(path) for path in prompts or []], "eval_data": [digest(path) for path in eval_data or []], "command": command,
              "held_out": [digest(path) for path in held_out or []], "by": list(by), "max_new_tokens": max_new_tokens, "max_length": max_length,
-             "halves by seed": None if held_out or command else seed}
-    return search(folders, out, evaluate, evaluations=evaluations, seed=seed, held_out=has_held_out, dtype=dtype, device=device, about=about, **settings)
+             "halves by seed": None if held_out or command else seed} | ({"reading": given} if given else {})
+    return search(folders, out, evaluate, evaluations=evaluations, seed=seed, held_out=has_held_out,
+                  dtype=dtype, device=device, about=about,
+                  allow_config_differences=allow_config_differences, **settings)
 
 
 def digest(path):

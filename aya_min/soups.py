@@ -1,18 +1,19 @@
 """Model folders in, one merged model folder out, or numbers of how far two are apart: piece by piece, by the tensor names in the files.
 
 Nothing here knows an architecture: reward models, tied heads or models of other families merge as well. Whatever differs between the
-inputs (names, shapes, tokenizer, vocabulary) is refused before any work. The output is written beside its place and renamed, so an
-interrupted merge leaves nothing that looks whole. The methods are in merging.py, their settings in mergeconfig.py.
+inputs (names, shapes, configuration, tokenizer: alike.py) is refused before any work. The output is written
+beside its place and published whole, so an interrupted merge leaves nothing that looks whole. The methods
+are in merging.py, their settings in mergeconfig.py.
 
 Memory does not grow with the models: each core has one piece of each model, read, merged and written by one thread. Integer and boolean
 tensors, which have no average, must be equal in all inputs; so must a tied head and its embedding, and the head is not written.
 """
 
-import glob
 import math
 import os
 import re
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,22 +22,25 @@ import torch
 from tqdm import tqdm
 
 from . import __version__, merging, tensorfiles
-from .files import Digests, write_json
+from .alike import config_differences, different, files_along, meaning, remarks, shown, tokenizer_differences
+from .command import one_line
+from .files import Digests, publish_folder, scratch, write_json
 from .mergeconfig import OUTPUT_DTYPES, check_settings, layer_of, settings_by_tensor, to_config
 from .tensorfiles import DTYPES, drop_tied_head, equal, first_of, num_bytes, places, read_config, read_header, read_piece
 
-COPIED = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
-SAME = ["model_type", "vocab_size", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings"]     # shapes do not show all of these
 PIECE = 1 << 19             # elements; DARE's masks depend on it
 
 
-def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes=tensorfiles.SHARD_BYTES, hashes=True, digests=None, progress=True, **settings):
+def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes=tensorfiles.SHARD_BYTES,
+                  hashes=True, digests=None, progress=True, allow_config_differences=False, **settings):
     """Merge model folders into the new folder `out`; returns its Path.
 
     settings: mergeconfig.METHODS. Each of the weights (one for each model), density (one for all, or a list of one for each), t and lam
     may be a number, a gradient such as [0, 0.5, 1] over the layers, or filters by name, see mergeconfig.number_at.
     dtype: one of OUTPUT_DTYPES; None keeps that of each tensor of the first folder, whatever the others have.
-    hashes: put the SHA-256 of every input into merge.json. digests: the Digests of the models' files, if begun before. progress: show a bar.
+    hashes: put the SHA-256 of every input into merge.json. digests: the Digests of the models' files, if
+    begun before. progress: show a bar, and say what differs and is taken from the first model.
+    allow_config_differences: where the configurations differ too.
     """
     folders, out = [Path(folder) for folder in folders], Path(out)
     settings = check_settings(method, settings, len(folders), dtype)
@@ -45,73 +49,95 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
         raise ValueError(f"{out} is one of the models to merge; give another folder as the output")
     if os.path.lexists(out):
         raise ValueError(f"{out} exists already; remove it or give another folder as the output")
-    configs, headers = look_into(inputs)
+    configs, headers, said = look_into(inputs, allow_config_differences)
     values = settings_by_tensor(method, settings, float_names(headers[0]))
     specs = {name: (OUTPUT_DTYPES[dtype] if dtype and is_float(code) else code, shape) for name, (_, code, shape) in headers[0].items()}
-    files, size = tensorfiles.plan(specs, shard_bytes), sum(num_bytes(*spec) for spec in specs.values())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if size > (free := shutil.disk_usage(out.parent).free):
-        raise ValueError(f"{out} needs {size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; make room or give another folder as the output")
+    files, along = tensorfiles.plan(specs, shard_bytes), files_along(folders[0])
+    size = sum(num_bytes(*spec) for spec in specs.values())
+    size += sum((folders[0] / name).stat().st_size for name in along)
 
-    with partial_folder(out) as partial, digests or Digests() as digests:
+    with new_folder(out, size) as made, digests or Digests() as digests:
+        if progress:
+            tell(said)
         files_of = {folder: sorted({file for file, _, _ in header.values()}) for folder, header in zip(inputs, headers)}
         if hashes:
             digests.begin(sum(files_of.values(), []))                                # beside the merge
-        merge_files(partial, files, headers, method, settings, values, device, progress)
-        write_the_rest(folders[0], partial, configs[0], dtype)
-        write_json(partial / "merge.json", {
-            "config": to_config(folders, method, settings, dtype),
+        merge_files(made, files, headers, method, settings, values, device, progress)
+        write_the_rest(folders[0], along, made, configs[0], dtype)
+        write_json(made / "merge.json", {
+            "config": to_config(folders, method, settings, dtype, allow_config_differences),
             "inputs": [{"folder": str(folder), "sha256": {file.name: digests[file] if hashes else None for file in files_of[folder]}} for folder in inputs],    # the base is the last
             "versions": {"aya_min": __version__, "torch": torch.__version__}})
     return out
 
 
 @contextmanager
-def partial_folder(out):
-    """A folder beside `out` that becomes it at the end, or goes away; those that killed merges left go first."""
-    for left in out.parent.glob(glob.escape(out.name) + ".tmp-*"):
-        if not is_alive(left.name.rpartition("-")[2]):
-            shutil.rmtree(left)
-    partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    partial.mkdir()
+def new_folder(out, size=0):
+    """A folder beside `out` that becomes it at the end, with the folders above it; or all of them go away.
+    size: bytes that it will need."""
+    above = [place for place in (out.parent, *out.parent.parents) if not place.exists()]
+    there = next(place for place in (out.absolute().parent, *out.absolute().parents) if place.exists())
+    if size > (free := shutil.disk_usage(there).free):
+        raise ValueError(f"{out} needs {size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; make room "
+                         f"or give another folder as the output")
     try:
-        yield partial
-        partial.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with scratch(out) as folder:
+            made = folder / out.name
+            made.mkdir()
+            yield made
+            publish_folder(made, out)
     except BaseException as error:                                                   # Ctrl-C and a full disk too
-        shutil.rmtree(partial, ignore_errors=True)
+        for place in above:
+            try:
+                place.rmdir()
+            except OSError:                         # another process put something there
+                break
         if isinstance(error, OSError):
-            raise ValueError(f"{out} could not be made ({error}); nothing of it was kept") from error
+            why = f"{out} could not be made ({one_line(error)}); nothing of it was kept"
+            raise ValueError(why) from error
         raise
-
-
-def is_alive(pid):
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:                                                          # another user's
-        pass
-    return True
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------------------------
 
-def look_into(inputs):
-    """(configs, headers) of model folders that belong together. One ValueError names (up to 20 of) all differences that make a merge meaningless."""
+def look_into(inputs, allow_config_differences=False):
+    """(configs, headers, what to `tell`) of model folders that belong together.
+
+    One ValueError names (up to 20 of) all differences that make a merge meaningless. Told are those that do
+    not, such as generation settings, ids of end and padding, chat templates.
+    """
     configs, headers = [read_config(folder) for folder in inputs], [read_header(folder) for folder in inputs]
-    problems, first = [], inputs[0]
+    problems, said, first = [], [], inputs[0]
     for folder, config, header in zip(inputs, configs, headers):
         problems += [f"{folder}: {name} is {code}, which cannot be merged" for name, (_, code, _) in header.items() if code not in DTYPES]
         if config.get("tie_word_embeddings") and not drop_tied_head(header):
             problems.append(f"{folder}: lm_head.weight is not model.embed_tokens.weight, to which its config.json ties it")
     for folder, config, header in zip(inputs[1:], configs[1:], headers[1:]):
-        problems += differences(folder, config, header, first, configs[0], headers[0])
+        problems += differences(folder, header, first, headers[0])
+        try:
+            problems += tokenizer_differences(folder, first)
+            changed = config_differences(folder, config, first, configs[0])
+            said += remarks(folder, config, first, configs[0])
+        except RecursionError:
+            raise ValueError(f"{folder} or {first}: a JSON file of objects within objects, too deep to "
+                             f"compare; download them again") from None
+        if allow_config_differences:
+            said += [f"{one}; the first is taken" for one in changed]
+        elif changed:
+            problems += [*changed[:-1], f"{changed[-1]} (--allow-config-differences takes that of {first})"]
     if problems:
         raise ValueError(f"these models cannot be merged: {first_of(problems, '; ')}")
-    return configs, headers
+    return configs, headers, said
 
 
-def differences(folder, config, header, first, first_config, first_header):
+def tell(said):
+    if os.environ.get("RANK", "0") == "0":
+        for text in dict.fromkeys(said):
+            print(one_line(text), file=sys.stderr)
+
+
+def differences(folder, header, first, first_header):
     problems = [f"{folder} lacks {name}" for name in sorted(first_header.keys() - header.keys())]
     problems += [f"{folder} has {name}, which {first} lacks" for name in sorted(header.keys() - first_header.keys())]
     for name in sorted(first_header.keys() & header.keys()):
@@ -121,10 +147,7 @@ def differences(folder, config, header, first, first_config, first_header):
         elif code in DTYPES and other_code in DTYPES and not (is_float(code) and is_float(other_code)):
             if code != other_code or not equal(first_header, name, header, name):
                 problems.append(f"{folder}: {name} is {other_code}, has no average, and differs from that of {first}")
-    if content(folder / "tokenizer.json") != content(first / "tokenizer.json"):
-        problems.append(f"{folder}: tokenizer.json is not that of {first}")
-    return problems + [f"{folder}: {key} is {config[key]}, in {first} {first_config[key]}"
-                       for key in SAME if key in config and key in first_config and config[key] != first_config[key]]
+    return problems
 
 
 def is_float(code):
@@ -133,10 +156,6 @@ def is_float(code):
 
 def float_names(header):
     return [name for name, (_, code, _) in header.items() if is_float(code)]
-
-
-def content(path):
-    return path.read_bytes() if path.exists() else None
 
 
 def is_finite(tensor):
@@ -211,11 +230,11 @@ def merge_files(folder, files, headers, method, settings, values, device, progre
     tensorfiles.seal(folder, files)
 
 
-def write_the_rest(first, out, config, dtype):
+def write_the_rest(first, along, out, config, dtype):
     """Everything of the model folder but the weights, from the first model; config.json says the dtype that is on disk."""
-    for name in COPIED:
-        if (first / name).exists():
-            shutil.copyfile(first / name, out / name)
+    for name in along:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(first / name, out / name)
     if dtype:
         config = config | {key: dtype for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}}
     write_json(out / "config.json", config)
@@ -227,9 +246,12 @@ def compare_folders(first, second, base=None, device="cpu"):
     """Rows {"what", "distance", "cosine"} for each tensor, each kind of tensor over the layers, each layer, and all together.
 
     distance: |b - a| / |a|. With a base, of the task vectors a - base and b - base too: "task_cosine", and "same_sign", the share of the
-    parameters moved by both that were moved to the same side. None where a length is 0.
+    parameters moved by both that were moved to the same side. None where a length is 0. Before them, rows
+    {"what", "first", "second"} (and "base") of the keys of config.json that change the computation and
+    differ.
     """
-    _, headers = look_into([Path(folder) for folder in (first, second, base) if folder is not None])
+    configs, headers, _ = look_into([Path(folder) for folder in (first, second, base) if folder is not None],
+                                    True)
     names = [name for name in float_names(headers[0]) if math.prod(headers[0][name][2])]
     inputs, found = [places(header) for header in headers], {}
     size = sum(num_bytes(*headers[0][name][1:]) for name in names)
@@ -243,7 +265,19 @@ def compare_folders(first, second, base=None, device="cpu"):
                 rows += [(1, 0, re.sub(r"\.\d+\.", ".*.", name, count=1)), (2, layer, re.sub(r"(\.\d+)\..*", r"\1", name))]
             for row in rows:
                 found[row] = found.get(row, 0) + sums
-    return [numbers_of(what, sums) for (_, _, what), sums in sorted(found.items())]
+    return [*config_rows(configs), *(numbers_of(what, sums) for (_, _, what), sums in sorted(found.items()))]
+
+
+def config_rows(configs):
+    """{"what": "config.json: KEY", "first", "second"} (and "base"), the values as text, of each key that
+    differs between any of them."""
+    meant = [meaning(config) for config in configs]
+    keys = sorted({key for other in meant[1:] for key in different(meant[0], other)})
+    rows = []
+    for key in keys:
+        values = [shown(one.get(key)) for one in meant]
+        rows.append({"what": f"config.json: {key}", **dict(zip(("first", "second", "base"), values))})
+    return rows
 
 
 def sums_of(start, tensors):
@@ -265,8 +299,14 @@ def numbers_of(what, sums):
 
 
 def table(rows):
-    """The rows as lines of text."""
-    columns = [key for key in rows[0] if key != "what"]
+    """The rows as lines of text; no name of a tensor steers the terminal."""
+    configs, rows = ([row for row in rows if ("first" in row) == of_config] for of_config in (True, False))
+    columns = [key for key in rows[0] if key != "what"] if rows else []
     lines = [[column.replace("_", " ") for column in columns] + [""]]
-    lines += [["-" if row[column] is None else f"{row[column]:.6f}" for column in columns] + [row["what"]] for row in rows]
-    return "\n".join("".join(f"{cell:>13}" for cell in cells) + f"  {what}" for *cells, what in lines)
+    lines += [["-" if row[column] is None else f"{row[column]:.6f}" for column in columns]
+              + [one_line(row["what"])] for row in rows]
+    text = ["".join(f"{cell:>13}" for cell in cells) + f"  {what}" for *cells, what in lines]
+    for row in reversed(configs):
+        values = ", ".join(f"{value} in the {name}" for name, value in row.items() if name != "what")
+        text.insert(0, one_line(f"{row['what']} is {values}"))
+    return "\n".join(text)

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .files import own_file, read_json, write_json
+from .files import depth, own_file, read_json, write_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}    # safetensors' names
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+MOST_LEVELS = 40            # of a config.json
 SHARD_BYTES = 5_000_000_000                                                          # the largest file, as on the hub
 
 
@@ -25,8 +26,13 @@ def read_config(folder):
     """The config.json of a model folder, as it is."""
     path = own_file(folder, "config.json")
     if not path:
-        raise ValueError(f"{folder}: not a model folder (no config.json); give a folder that a stage wrote or that was downloaded whole")
-    return read_json(path)
+        raise ValueError(f"{folder}: not a model folder (no config.json); give a folder that a stage wrote "
+                         "or that was downloaded whole")
+    config = read_json(path)
+    if depth(config) > MOST_LEVELS:
+        raise ValueError(f"{path}: objects within objects, more than {MOST_LEVELS} levels; this is no "
+                         f"model's configuration")
+    return config
 
 
 def read_header(folder):
@@ -34,7 +40,7 @@ def read_header(folder):
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     sharded = own_file(folder, index.name) is not None
-    if os.path.lexists(single) == sharded:
+    if (own_file(folder, single.name) is not None) == sharded:
         raise ValueError(f"{folder}: {'both' if sharded else 'no'} model.safetensors {'and' if sharded else 'or'} {index.name}; there must be one of "
                          "them (only safetensors are read, never pickles such as pytorch_model.bin)")
     weight_map = read_json(index).get("weight_map") if sharded else {}
@@ -42,7 +48,10 @@ def read_header(folder):
         raise ValueError(f"{index}: no weight_map of tensor names and file names in it; download the model again")
     names = sorted(set(weight_map.values())) if sharded else [single.name]
     for name in names:
-        refuse_outside(folder, name, index if sharded else single)
+        if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
+            raise ValueError(f"{index}: {name!r} is not the name of a safetensors file in its own folder; do "
+                             f"not use this model")
+        own_file(folder, name)
     header, found = {}, set()
     for file in [folder / name for name in names]:
         try:
@@ -55,13 +64,6 @@ def read_header(folder):
     if sharded and (wrong := weight_map.items() ^ found):
         raise ValueError(f"{index}: it and the shards disagree on {first_of(sorted({name for name, _ in wrong}), ' ')}; download the model again")
     return header
-
-
-def refuse_outside(folder, name, where):
-    """Only files of the folder itself are opened."""
-    if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
-        raise ValueError(f"{where}: {name!r} is not the name of a safetensors file in its own folder; do not use this model")
-    own_file(folder, name)
 
 
 def read(header, name, rows=None):

@@ -9,7 +9,7 @@ from small import tokenizer
 from aya_min.arbitrage import candidates_from, read_answers, route, wins_table
 from aya_min.data import load_prompts
 from aya_min.preferences import best_worst, count_cut, cut_line
-from aya_min.world import write_jsonl
+from aya_min.files import write_jsonl
 
 
 def row(*candidates, **extra):

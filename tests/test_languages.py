@@ -8,7 +8,7 @@ from small import logged, run, write_world
 
 from aya_min.data import Example, collate, slots_of
 from aya_min.languages import CLUSTERS, LANGUAGES, home_language, language_code, read_clusters
-from aya_min.world import write_jsonl
+from aya_min.files import write_jsonl
 
 ALIASES = {    # what this project's language_code knew before any language was let in
     "arb": "ar", "ara": "ar", "zho": "zh", "cmn": "zh", "zh-Hans": "zh", "zh-CN": "zh", "zh-TW": "zh-Hant",

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from small import language_model, reward_model, tokenizer
 
 from aya_min import merging, soups, tensorfiles, weights
-from aya_min.files import Digests
+from aya_min.command import guarded
+from aya_min.files import Digests, mark
 from aya_min.mergeconfig import METHODS, from_config, number_at
 from aya_min.soups import compare_folders, merge_folders
 from merge import main, weight_files
@@ -460,16 +461,118 @@ def test_a_configuration_that_cannot_be_honoured_is_refused(change, words, folde
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("change, words", [
+    ({"base_model": 5}, "base_model is 5, not the name of a folder"),
+    ({"base_model": []}, "base_model is [], not"), ({"base_model": {"a": 1}}, "base_model is"),
+    ({"models": [{"model": "A", "parameters": {"weight": [{"filter": 5, "value": 1}]}}]},
+     'is not {"filter": TEXT, "value": NUMBER}'),
+    ({"models": [{"model": "A", "parameters": {"weight": [{"fliter": "mlp", "value": 1}]}}]},
+     'is not {"filter": TEXT'),
+    ({"models": [{"model": "A", "parameters": {"weight": 10 ** 400}}]},
+     "weights (--weights) must be a finite number"),
+    ({"models": [{"model": "A", "parameters": {"weight": True}}]},
+     "weights (--weights): True is not a number"),
+    ({"models": [{"model": "A", "parameters": {"weight": [0, [1, 1e30]]}}]},
+     "weights (--weights) must be a finite number"),
+    ({"parameters": {"density": 1.5}},
+     "density (--density) must be a finite number above 0 and at most 1, got 1.5"),
+    ({"parameters": {"density": [0.5, {"value": 0}]}}, "density (--density) must be"),
+    ({"parameters": {"lambda": -1e300}}, "lam (--lambda) must be"), ({"parameters": {"lambda": {"a": 1}}},
+                                                                     "lam (--lambda): {'a': 1} is not a "
+                                                                     "number"),
+    ({"merge_method": "dare_ties", "parameters": {"seed": -1}},
+     "seed (--seed) must be a whole number of at least 0"),
+    ({"merge_method": "dare_ties", "parameters": {"seed": 1.5}}, "seed (--seed): 1.5 is not a whole number"),
+    ({"merge_method": "dare_ties", "parameters": {"seed": [1]}}, "seed (--seed): [1] is not a whole number"),
+    ({"merge_method": "slerp", "base_model": "A", "models": [{"model": "A"}, {"model": "B"}],
+      "parameters": {"t": [0, 2]}}, "t (--t) must be a finite number of at least 0 and at most 1, got 2"),
+    ({"merge_method": ["ties"]}, "is not supported"), ({"parameters": "x"}, "parameters is not an object"),
+    ({"models": []}, "models is not a list"),
+    ({"models": [{"model": 5}]}, "models is not a list of"), ({"dtype": ["x"]}, "unknown dtype ['x']"),
+    ({"out_dtype": 5}, "unknown dtype 5"),
+    ({"parameters": {"convention": [1]}}, "convention is [1]"), ({"allow_config_differences": "yes"},
+                                                                 "allow_config_differences is 'yes'"),
+    ({"tokenizer_source": {"a": 1}}, "tokenizer_source other than base"),
+])
+def test_a_configuration_of_wrong_types_or_numbers_is_one_line_and_nothing_is_read(change, words, tmp_path,
+                                                                                         capsys, monkeypatch):
+    """C1 of the hostile tests. The models of the configuration are not there: nothing looks for them."""
+    monkeypatch.chdir(tmp_path)
+    config = {"merge_method": "ties", "models": [{"model": "A", "parameters": {"weight": 1}},
+                                                 {"model": "B", "parameters": {"weight": 1}}],
+                                                 "base_model": "C"}
+    Path("config.json").write_text(json.dumps({**config, **change}))
+    assert words in refused(capsys, "--config", "config.json", "--out", "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("text", ["[" * 900 + "]" * 900, '{"models": ' + "[" * 900 + "]" * 900 + "}",
+                                  '{"merge_method": ' + '{"a": ' * 900 + "1" + "}" * 901, "[" * 100_000,
+                                  '{"parameters": {"lambda": 1e999}}',
+                                  '{"merge_method": "ties", "merge_method": "linear"}', "5", "\xff"])
+def test_a_configuration_that_is_deep_or_no_json_is_one_line(text, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    refused(capsys, "--config", tmp_path / "config.json", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("settings, words", [({"weights": [1, float("nan")]}, "weights"),
+                                             ({"weights": [1e308, 1e308]}, "weights"),
+                                             ({"weights": 1.0}, "must be a list"),
+                                             ({"weights": ["1", 2]}, "'1' is not a number")])
+def test_python_callers_have_the_same_ranges(settings, words, folders, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        merge_folders(folders[:2], tmp_path / "out", "linear", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_largest_numbers_that_are_taken_do_not_overflow(base, tmp_path):
+    """Their products stay within fp32; what does not fit the weights is named."""
+    model = write(tmp_path / "A", {"w": torch.ones(8)})
+    for method in WEIGHED:
+        settings = given(method, base=model, weights=[1e20, 1e20], lam=1e10,
+                         density=1e-4 if method.startswith("dare") else 1.0)
+        state = state_of(merge_folders([model, model], tmp_path / method, method, **settings))
+        assert state["w"].isfinite().all()
+
+
+def test_under_torchrun_one_rank_merges_and_the_others_end_well(folders, tmp_path, monkeypatch, capsys):
+    """F1 of the hostile tests: each rank did all the work, and the second found the output there."""
+    command = ["linear", *map(str, folders), "--out", str(tmp_path / "out")]
+    for rank in ("1", "3"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(command) == 0 and not (tmp_path / "out").exists() and capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    assert main(command) == 0 and (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("rank", ["one", "-1", "", "1.5"])
+def test_a_rank_that_is_no_number_is_one_line(rank, folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    assert "RANK is" in refused(capsys, "linear", *folders, "--out", tmp_path / "out")
+
+
+def test_a_text_of_the_command_line_that_is_not_utf_8_is_one_line(folders, tmp_path):
+    done = run("linear", folders[0], os.fsdecode(b"\xff"), "--out", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is not UTF-8" in done.stderr
+
+
+def test_a_fault_of_ours_says_so(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(soups, "write_the_rest", None)
+    with pytest.raises(SystemExit) as stop:
+        guarded(lambda: main(["linear", *map(str, folders), "--out", str(tmp_path / "out")]), "merge.py")
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "Traceback" in error and "a fault of aya_min, not of yours" in error
+    assert not (tmp_path / "out").exists()
+
+
 # what is refused
 
 def refused(capsys, *arguments):
     """The one line on standard error of a command that was refused."""
-    try:
-        code = main(list(map(str, arguments)))
-    except SystemExit as stop:
-        code = stop.code
+    with pytest.raises(SystemExit) as stop:
+        guarded(lambda: main(list(map(str, arguments))), "merge.py")
     captured = capsys.readouterr()
-    assert code == 2 and captured.out == "" and captured.err.count("\n") == 1, captured
+    assert stop.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1, captured
     return captured.err
 
 
@@ -492,7 +595,7 @@ def test_all_differences_are_named_at_once(tmp_path, capsys):
     state["positions"] = torch.arange(5) + 1
     state["mask"] = torch.ones(3).bfloat16()
     del state["score.weight"]
-    other = write(tmp_path / "other", state, vocab_size=61, tokenizer="{ }", num_attention_heads=2)
+    other = write(tmp_path / "other", state, vocab_size=61, tokenizer='{"model": 1}', num_attention_heads=2)
     line = refused(capsys, "linear", *folders, other, "--out", tmp_path / "out")
     for words in (f"{other} lacks score.weight", f"{other} has lm_head.weight, which {folders[0]} lacks", "body.layers.0.scale is [9], in",
                   "positions is I64, has no average, and differs", "mask is BF16, has no average, and differs", "tokenizer.json is not that of", "vocab_size is 61, in", "num_attention_heads is 2, in"):
@@ -562,21 +665,31 @@ def test_files_that_are_not_whole_are_refused(folders, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, words", [
     ("linear A B --weights 1", "1 weights for 2 models"),
     ("linear A B --weights 1 -1", "sum to 0"),
-    ("linear A B --weights 1 nan", "not all finite"),
+    ("linear A B --weights 1 nan",
+     "argument --weights: 'nan' must be a finite number of at least -1e20 and at most 1e20"),
+    ("linear A B --weights 1e308 1e308", "argument --weights: '1e308' must be"),
+    ("ties A B --base C --weights 1e300 1e300", "argument --weights: '1e300' must be"),
     ("linear A B --density 0.5", "unrecognized arguments: --density 0.5"),
     ("linear A B --dtype int8", "invalid choice: 'int8'"),
     ("linear A B --device nonsense", "'nonsense' cannot be used here"),
     ("slerp A B C", "slerp merges exactly two models, not 3"),
-    ("slerp A B --t 1.5", "t is 1.5"),
+    ("linear A B --device meta", "'meta' cannot be used here"),
+    ("slerp A B --t 1.5", "argument --t: '1.5' must be a finite number of at least 0 and at most 1"),
+    ("slerp A B --t 0 nan", "argument --t: 'nan' must be"),
+    ("dare-ties A B --base C --seed -1", "argument --seed: '-1' must be a whole number of at least 0"),
+    ("dare-ties A B --base C --seed 1.5", "argument --seed: '1.5' must be a whole number"),
+    ("dare-ties A B --base C --seed 18446744073709551616", "argument --seed"),
+    ("task-arithmetic A B --base C --lambda 1e300", "argument --lambda: '1e300' must be"),
     ("ties A B", "required: --base"),
-    ("ties A B --base C --density 0", "density is [0.0, 0.0]"),
+    ("ties A B --base C --density 0",
+     "argument --density: '0' must be a finite number above 0 and at most 1"),
     ("ties A B --base C --density 0.1 0.2 0.3", "3 density for 2 models"),
     ("ties A B --base C --weights 1 -1", "must not be negative"),
     ("ties A B --base C --convention ours", "invalid choice: 'ours'"),
-    ("dare-ties A B --base C --lambda inf", "lambda inf are not all finite"),
+    ("dare-ties A B --base C --lambda inf", "argument --lambda: 'inf' must be a finite number"),
     ("bogus A B", "invalid choice: 'bogus'"),
     ("--config c.json linear A B", "give a method, or --config FILE, and not both"),
-    ("--config c.json", "c.json: not JSON"),
+    ("--config c.json", "c.json: cannot be read"),
     ("", "give a method, or --config FILE, and not both"),
 ])
 def test_settings_without_a_meaning_are_refused(arguments, words, folders, tmp_path, capsys, monkeypatch):
@@ -665,7 +778,7 @@ def test_a_merge_killed_at_any_moment_leaves_no_folder_or_a_whole_one(tmp_path):
     draws, killed = random.Random(0), 0
     for _ in range(KILLS):
         process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not list(tmp_path.glob("out*")) and process.poll() is None:
+        while not list(tmp_path.glob(".out*")) and process.poll() is None:
             time.sleep(0.001)
         time.sleep(draws.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
@@ -675,17 +788,57 @@ def test_a_merge_killed_at_any_moment_leaves_no_folder_or_a_whole_one(tmp_path):
             assert {"config.json", "merge.json", "tokenizer.json"} <= {path.name for path in out.iterdir()}
             shutil.rmtree(out)
         assert {path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in folder.iterdir()} == inputs
-    assert killed and list(tmp_path.glob("out.tmp-*"))
+    assert killed and list(tmp_path.glob(".out.*.aya_min"))
     merge_folders([folder], out, "linear")
     assert_equal(state_of(out), state)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["A", "out"]         # the remains went
 
 
-def test_the_remains_of_a_merge_that_still_runs_stay(folders, tmp_path):
-    running = tmp_path / f"out.tmp-{os.getppid()}"
-    running.mkdir()
+def test_the_remains_of_a_merge_that_still_runs_stay_and_of_another_host_too(folders, tmp_path):
+    kept = [tmp_path / f".out.{name}.aya_min" for name in ("running", "elsewhere")]
+    for folder, change in zip(kept, ({"process": os.getppid()}, {"host": "another", "process": 1 << 22})):
+        folder.mkdir()
+        mark(folder, "to make out")
+        (folder / ".aya_min").write_text(json.dumps(json.loads((folder / ".aya_min").read_text()) | change))
     merge_folders(folders, tmp_path / "out", "linear")
-    assert running.exists()
+    assert all(folder.exists() for folder in kept)
+
+
+@pytest.mark.parametrize("name", ["out.tmp-2024", ".out.2024.aya_min", "out.partial", "out.tmp"])
+def test_a_folder_of_the_user_s_is_not_removed_whatever_its_name(name, folders, tmp_path):
+    """A2 of the hostile tests: m.tmp-2024 was taken for what a dead merge left, and went."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("years")
+    assert main(["linear", *map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / name / "thesis.txt").read_text() == "years"
+
+
+def test_a_merge_that_loses_a_race_for_its_output_leaves_nothing_and_says_so(folders, tmp_path, monkeypatch):
+    out, rest = tmp_path / "new" / "out", soups.write_the_rest
+
+    def other_first(*arguments):
+        rest(*arguments)
+        out.mkdir()
+        (out / "theirs").write_text("whole")
+    monkeypatch.setattr(soups, "write_the_rest", other_first)
+    with pytest.raises(ValueError, match="out exists; give another folder, nothing is overwritten"):
+        merge_folders(folders, out, "linear")
+    assert [path.name for path in (tmp_path / "new").rglob("*")] == ["out", "theirs"]
+
+
+@pytest.mark.parametrize("arguments", ["linear A nowhere", "linear A B --weights 1 -1", "--config c.json"])
+def test_a_refused_command_makes_no_folder_not_even_those_above_its_output(arguments, folders, tmp_path,
+                                                                           capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, *arguments.split(), "--out", "some/where/out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["A", "B", "C"]
+
+
+def test_a_merge_that_fails_in_the_middle_takes_the_folders_above_its_output_with_it(folders, tmp_path):
+    nan = write(tmp_path / "nan", tensors(1) | {"score.weight": torch.full((1, 8), torch.nan)})
+    with pytest.raises(ValueError, match="holds NaN"):
+        merge_folders([folders[0], nan], tmp_path / "some" / "where" / "out", "linear")
+    assert not (tmp_path / "some").exists()
 
 
 # memory

@@ -111,6 +111,40 @@ def test_slerp_of_colinear_opposite_and_zero_tensors_is_linear(convention):
     assert torch.equal(merge(slerp, [zero, zero], t=0.5, convention=convention), zero)
 
 
+@pytest.mark.parametrize("length", [1.0, 1.0000001, 0.5])
+@pytest.mark.parametrize("one_plus_cosine", [1e-12, 1e-11, 1e-9, 1e-7, 1e-6, 1e-4, 9e-3, 1.1e-2, 0.5, 1.0,
+                                             1.999, 2 - 1e-6, 2 - 1e-12])
+def test_slerp_is_fp64_s_at_every_angle(one_plus_cosine, length):
+    """Within 1e-3 of opposite the digits of 1 + cos(W) and of the sum of the tensors cancelled, and linear
+    took the place of the arc."""
+    draws = torch.Generator().manual_seed(1)
+    u, side = torch.randn(2, 300, generator=draws, dtype=torch.float64)
+    u /= u.norm()
+    side -= u * (u @ side)
+    across = math.sqrt(one_plus_cosine * (2 - one_plus_cosine))
+    a, b = u.float(), (length * ((one_plus_cosine - 1) * u + across * side / side.norm())).float()
+    # of the fp32 tensors, to the last bit
+    lengths = [math.sqrt(math.fsum(x * x for x in part.tolist())) for part in (a, b)]
+    units = [part.double() / part_length for part, part_length in zip((a, b), lengths)]
+    together, apart = (math.sqrt(math.fsum(x * x for x in part.tolist()))
+                       for part in (units[0] + units[1], units[0] - units[1]))
+    angle = 2 * math.atan2(apart, together)
+    for t in (0.0, 0.1, 0.3, 0.5, 0.9, 1.0):
+        expected = (math.sin((1 - t) * angle) * a.double()
+                    + math.sin(t * angle) * b.double()) / (together * apart / 2)
+        error = (merge(slerp, [a, b], t=t).double() - expected).norm() / expected.norm()
+        assert error < 1e-6, (t, error)
+
+
+def test_slerp_halfway_between_almost_opposite_tensors_of_one_length_keeps_that_length():
+    """By hand: angles 0 and pi - 2e-3, so that halfway is pi/2 - 1e-3. fp32 knows the lengths to 6e-8, which
+    the angle makes 3e-5."""
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([math.cos(math.pi - 2e-3), math.sin(math.pi - 2e-3)])
+    torch.testing.assert_close(merge(slerp, [a, b], t=0.5),
+                               torch.tensor([math.cos(math.pi / 2 - 1e-3), math.sin(math.pi / 2 - 1e-3)]),
+                               rtol=0, atol=3e-5)
+
+
 def test_slerp_has_no_step_where_it_turns_linear_and_mergekit_s_has_one():
     def halfway(angle, convention):
         return merge(slerp, [torch.tensor([1.0, 0.0]), torch.tensor([math.cos(angle), math.sin(angle)])], t=0.5, convention=convention)

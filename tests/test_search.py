@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small import language_model, reward_model, run, tokenizer
 
-from aya_min import front, weights
+from aya_min import front, search as search_module, soups, weights
+from aya_min.command import guarded
 from aya_min.evaluate import summarize
-from aya_min.fitness import by_loss, by_oracle, graded, halves, loss_splits, of_folders, of_models
+from aya_min.fitness import by_loss, by_oracle, graded, halves, loss_splits, of_folders, of_models, together
 from aya_min.search import affine, average, greedy_soup, optimise, search, search_folders, softmax, without
 from aya_min.soups import merge_folders
 from aya_min.files import write_jsonl
@@ -51,6 +52,12 @@ def toy(weights, split):
     """Two tasks that trade off: each is best at its own mixture; the held-out numbers are a little off."""
     found = np.array(weights) + (0.01 if split == "held-out" else 0)
     return {"left": float(-((found - TARGET) ** 2).sum()), "right": float(-((found - TARGET[::-1]) ** 2).sum()) / 2}
+
+
+def exit_code(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        guarded(lambda: main(list(map(str, arguments))), "merge.py")
+    return stop.value.code
 
 
 def everything(folder):
@@ -154,7 +161,99 @@ def test_what_another_search_left_is_not_taken_for_this_one_s(pool, tmp_path):
         search(pool, tmp_path / "out", toy, about="another")
 
 
-@pytest.mark.parametrize("found, said", [({"a": math.nan}, "finite"), ({}, "finite"), ({"a": "1"}, "finite"), ({"b": 1.0}, "first had a")])
+def test_a_search_killed_after_it_published_its_folder_goes_on_and_ends(pool, tmp_path, monkeypatch):
+    """F2 of the hostile tests: it said that OUT exists, and left OUT.partial and no report.html."""
+    def killed(journal):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(search_module.Journal, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            search(pool, tmp_path / "out", toy, evaluations=16, about="toy")
+    before = everything(tmp_path / "out")
+    assert (tmp_path / "out.partial").is_dir() and Path("report.html") in before
+    # nothing is measured again
+    result = search(pool, tmp_path / "out", None, evaluations=16, about="toy")
+    assert result == json.loads(before[Path("search.json")]) and everything(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # it was finished, and is not made twice
+    with pytest.raises(ValueError, match="out exists already"):
+        search(pool, tmp_path / "out", toy, evaluations=16, about="toy")
+
+
+@pytest.mark.parametrize("left", ["nothing", "settings", "all"])
+def test_what_a_kill_during_the_clean_up_left_is_cleaned_up(left, pool, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(search_module.Journal, "remove", lambda journal: None)
+        search(pool, tmp_path / "out", toy, evaluations=16)
+    for path in (tmp_path / "out.partial").iterdir():
+        if left == "nothing" or left == "settings" and path.suffix == ".jsonl":
+            path.unlink()
+    search(pool, tmp_path / "out", None, evaluations=16)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_search_killed_before_it_published_its_folder_goes_on_and_ends(pool, tmp_path, monkeypatch):
+    def killed(made, path):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(soups, "publish_folder", killed)
+        with pytest.raises(KeyboardInterrupt):
+            search(pool, tmp_path / "out", toy, evaluations=16)
+    search(pool, tmp_path / "out", None if (tmp_path / "out").exists() else toy, evaluations=16)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("change", [{"evaluations": 30}, {"seed": 1}, {"about": "other"},
+                                    {"leave_one_out": True}])
+def test_another_search_s_folder_is_not_taken_for_this_one_s(change, pool, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(search_module.Journal, "remove", lambda journal: None)
+        search(pool, tmp_path / "out", toy, evaluations=16)
+    before = everything(tmp_path)
+    with pytest.raises(ValueError, match="out exists already"):
+        search(pool, tmp_path / "out", toy, **{"evaluations": 16} | change)
+    assert {path: text for path, text in everything(tmp_path).items() if path in before} == before
+
+
+@pytest.mark.parametrize("there", ["empty", "theirs", "file", "link", "foreign search.json"])
+def test_an_output_that_is_not_this_search_s_is_refused_and_left_alone(there, pool, tmp_path):
+    def stop(weights, split):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        search(pool, tmp_path / "out", stop)
+    out = tmp_path / "out"
+    if there == "file":
+        out.write_text("x")
+    elif there == "link":
+        out.symlink_to(tmp_path / "gone")
+    else:
+        out.mkdir()
+    if there in ("theirs", "foreign search.json"):
+        (out / ("notes.txt" if there == "theirs" else "search.json")).write_text("[]")
+    before = everything(tmp_path)
+    with pytest.raises(ValueError, match="out exists already"):
+        search(pool, out, toy)
+    assert {path: text for path, text in everything(tmp_path).items() if path in before} == before
+
+
+def test_a_tokenizer_that_changed_since_the_kill_is_another_search(pool, tmp_path):
+    copies = [tmp_path / f"copy-{i}" for i in range(2)]
+    for copy, folder in zip(copies, pool):
+        shutil.copytree(folder, copy)
+
+    def stop(weights, split):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        search(copies, tmp_path / "out", stop)
+    for copy in copies:
+        (copy / "chat_template.jinja").write_text("{{ other }}")
+    with pytest.raises(ValueError, match="other model files"):
+        search(copies, tmp_path / "out", toy)
+
+
+@pytest.mark.parametrize("found, said", [({"a": math.nan}, "finite"), ({"a": 1e308, "b": 1e308}, "finite"),
+                                         ([1.0], "finite"), ({"a": 10 ** 400}, "finite"), ({}, "finite"),
+                                         ({"a": "1"}, "finite"), ({"b": 1.0}, "first had a")])
 def test_measurements_without_meaning_stop_the_search(found, said, pool, tmp_path):
     answers = iter([{"a": 1.0}, found])
     with pytest.raises(ValueError, match=said):
@@ -172,6 +271,17 @@ def test_the_model_that_is_measured_in_memory_is_the_one_that_is_written(dtype, 
     evaluate(chosen, "fitness")                                                             # over what the one before left
     model, _ = weights.load(merge_folders(pool, tmp_path / "merged", "linear", weights=chosen, dtype=dtype))
     assert all(torch.equal(tensor, seen[1][name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_of_the_pool_that_holds_nan_is_named_with_its_tensor(pool, tmp_path):
+    shutil.copytree(pool[1], tmp_path / "nan")
+    state = load_file(tmp_path / "nan" / "model.safetensors")
+    state["model.norm.weight"][3] = math.nan
+    save_file(state, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    evaluate = of_models([pool[0], tmp_path / "nan"], lambda model, tokenizer, split: {"x": 0.0})
+    assert evaluate([1.0, 0.0], "fitness") == {"x": 0.0}                                    # without it
+    with pytest.raises(ValueError, match="model.norm.weight in .*nan/model.safetensors holds NaN"):
+        evaluate([0.5, 0.5], "fitness")
 
 
 def test_a_measure_of_folders_sees_a_whole_model_folder_that_goes_after(pool, tmp_path):
@@ -285,30 +395,116 @@ def test_the_command_searches_by_the_oracle_and_by_the_loss(trained, pool, tmp_p
     assert capsys.readouterr().out.count("CMA-ES: ") == 2
 
 
+def test_lines_of_a_command_that_are_no_text_and_colours_in_its_tasks_do_no_harm(pool, tmp_path, capsys):
+    (tmp_path / "measure.py").write_text(SCRIPT.replace('print("noise")',
+                                                        'sys.stdout.flush(); '
+                                                        'sys.stdout.buffer.write(bytes([255, 10])); '
+                                                        'sys.stdout.flush()')
+                                         .replace('"low"', '"\\x1b[31mlow"'))
+    command = f"{sys.executable} -IS {tmp_path / 'measure.py'} {{model}}"
+    assert main(["search", *map(str, pool[:2]), "--evaluations", "4", "--command", command, "--out",
+                 str(tmp_path / "out")]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_held_out_data_that_shares_examples_with_the_fitness_data_is_refused_by_place(pool, tmp_path, capsys):
+    rows = questions("validation", 8, 0, languages=("en",), level="tiny", unique=True)
+    sft = [{"prompt": f"question {i}", "completion": "b"} for i in range(8)]
+    write_jsonl(tmp_path / "fit.jsonl", rows[:4])
+    write_jsonl(tmp_path / "other-id.jsonl", rows[4:7] + [{**rows[0], "question_id": "renamed"}])
+    write_jsonl(tmp_path / "sft.jsonl", sft[:4])
+    write_jsonl(tmp_path / "more.jsonl", sft[5:7] + [{"messages": [{"role": "user", "content": "question 1"},
+                                                                   {"role": "assistant", "content": " b "}]}])
+    models = ["search", *pool[:2], "--evaluations", "4", "--out", tmp_path / "out"]
+    assert exit_code(*models, "--prompts", tmp_path / "fit.jsonl", "--held-out", tmp_path / "other-id.jsonl",
+                     "--by", "language") == 2
+    assert "1 of 4 held-out questions are among the fitness data" in capsys.readouterr().err
+    assert exit_code(*models, "--eval-data", tmp_path / "sft.jsonl", "--held-out",
+                     tmp_path / "more.jsonl") == 2
+    said = f"1 of 3 held-out examples are among the fitness data, the first is {tmp_path / 'more.jsonl'}:3"
+    assert said in capsys.readouterr().err
+    write_jsonl(tmp_path / "disjoint.jsonl", sft[5:7])
+    assert exit_code(*models, "--eval-data", tmp_path / "sft.jsonl", tmp_path / "more.jsonl", "--held-out",
+                     tmp_path / "disjoint.jsonl", tmp_path / "sft.jsonl") == 2
+    assert "6 of 6 held-out examples" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_questions_with_one_prompt_and_two_ids_lie_in_one_half():
+    rows = [{"question_id": f"q{i}", "prompt_messages": [{"role": "user", "content": f"prompt {i // 2}"}]}
+            for i in range(40)]
+    rows.append({"question_id": "q0", "prompt_messages": [{"role": "user", "content": "prompt 7"}]})
+    one, two = halves(rows, 0, together(rows))
+    assert one and two and not {str(row["prompt_messages"])
+                                for row in one} & {str(row["prompt_messages"]) for row in two}
+    apart = [row | {"prompt_messages": [{"content": str(i)}]} for i, row in enumerate(rows[:40])]
+    # as ever
+    assert halves(apart, 3, together(apart)) == halves(apart, 3, lambda row: row["question_id"])
+
+
+def test_files_of_one_name_in_two_folders_are_two_tasks(trained, tmp_path):
+    folder, rows = trained
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "x.jsonl", [{**row, "completion": gold_answer(row)} for row in rows])
+    paths = [tmp_path / "one" / "x.jsonl", tmp_path / "two" / "x.jsonl"]
+    assert list(loss_splits(folder, paths, paths, 512, 0)["fitness"]) == list(map(str, paths))
+
+
 @pytest.mark.parametrize("arguments, said", [
     ([], "give one of --prompts"), (["--prompts", "{prompts}", "--command", "x {model}"], "give one of --prompts"),
-    (["--prompts", "{plain}"], "jsonl:1: not a question of the embedded world"), (["--prompts", "{missing}"], "cannot be read"),
-    (["--prompts", "{prompts}", "--held-out", "{prompts}"], "are in --prompts and in --held-out"), (["--eval-data", "{sft}", "--held-out", "{sft}", "{sft}"], "one for each"),
+    (["--prompts", "{plain}"], "prompt 1 is not a question of the embedded world"), (["--prompts", "{missing}"], "cannot be read"),
+    (["--prompts", "{prompts}", "--held-out", "{prompts}"],
+     "6 of 6 held-out questions are among the fitness data, the first is"),
+     (["--eval-data", "{sft}", "--held-out", "{sft}", "{sft}"], "one for each"),
     (["--command", "true"], "needs {model}"), (["--command", "true {model}", "--held-out", "{prompts}"], "takes no --held-out"),
     (["--command", "false {model}"], "exit code 1"), (["--command", "echo {model}"], "JSON object"), (["--command", "no-such-program {model}"], "no-such-program"),
-    (["--eval-data", "{sft}", "--held-out", "{sft}", "{reward}"], "reward model"), (["--eval-data", "{sft}"], "not of the same languages"), (["--prompts", "{prompts}", "--evaluations", "0"], "--evaluations")])
+    (["--eval-data", "{sft}", "--held-out", "{sft}"],
+     "2 of 2 held-out examples are among the fitness data, the first is {sft}:1"),
+    (["--eval-data", "{sft}", "--held-out", "{other}", "{reward}"], "reward model"),
+    (["--eval-data", "{sft}"], "not of the same languages"), (["--prompts", "{prompts}", "--evaluations",
+                                                               "0"],
+                                                               "argument --evaluations: '0' must be a whole "
+                                                               "number of at least 1"),
+    (["--prompts", "{prompts}", "--max-new-tokens", "0"], "argument --max-new-tokens: '0' must be"),
+    (["--prompts", "{prompts}", "--max-new-tokens", "-3"], "argument --max-new-tokens: '-3' must be"),
+    (["--eval-data", "{sft}", "--max-length", "1"], "argument --max-length"),
+    (["--prompts", "{prompts}", "--seed", "-1"], "argument --seed: '-1' must be"),
+    (["--prompts", "{prompts}", "--device", "meta"], "'meta' cannot be used here"),
+    (["--command", "'echo {model}"], "No closing quotation"),
+    (["--command", "echo {model}", "--columns", "prompt=q"], "no flag that says how rows are read"),
+    (["--command",
+      sys.executable
+      + " -c \"print(chr(123) + chr(34) + 'a' + chr(34) + ':' + '1' * 401 + chr(125))\" {model}"],
+      "finite numbers by task"), (["--command", "printf '{{\"a\": true}}' {model}"],
+                                  "finite numbers by task"),
+    (["--command", "printf '[%.0s' {deep} {model}"], "JSON object"), (["--command", "printf '\\377' {model}"],
+                                                                      "JSON object"),
+    (["--command", "printf '{{\"a\": 1, \"a\": 2}}' {model}"], "JSON object"),
+    (["--command", "printf '{{\"a\": NaN}}' {model}"], "JSON object")])
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, pool, tmp_path, capsys):
     rows = questions("validation", 6, 0, languages=("en",), level="tiny", unique=True)
     write_jsonl(tmp_path / "prompts.jsonl", rows)
     write_jsonl(tmp_path / "plain.jsonl", [{"prompt": "Hello"}])
     write_jsonl(tmp_path / "sft.jsonl", [{"prompt": "a", "completion": "b"}] * 2)
+    write_jsonl(tmp_path / "other.jsonl", [{"prompt": "c", "completion": "b"}])
     models = [str(pool[0]), str(pool[1])]
     if "{reward}" in arguments:
         arguments = arguments[:-1]
         for i in range(2):
             weights.save(tmp_path / f"reward-{i}", reward_model(i), tokenizer())
         models = [str(tmp_path / f"reward-{i}") for i in range(2)]
+    arguments = [word.replace("{{", "{").replace("}}", "}").replace("{deep}", "x " * 5000)
+                 for word in arguments]
     filled = [word.replace("{prompts}", str(tmp_path / "prompts.jsonl")).replace("{plain}", str(tmp_path / "plain.jsonl")).replace("{sft}", str(tmp_path / "sft.jsonl"))
-              .replace("{missing}", str(tmp_path / "missing.jsonl")) for word in arguments]
-    assert main(["search", *models, "--out", str(tmp_path / "out"), *filled]) == 2
+              .replace("{missing}",
+                       str(tmp_path / "missing.jsonl")).replace("{other}", str(tmp_path / "other.jsonl"))
+                       for word in arguments]
+    code = exit_code("search", *models, "--out", tmp_path / "out", *filled)
     error = capsys.readouterr().err.strip().splitlines()
-    assert error[-1].startswith("merge.py: ") and said in error[-1] and not (tmp_path / "out").exists()
-    assert len([line for line in error if "evaluation" not in line]) == 1 or said in error[-1]
+    said = said.replace("{sft}", str(tmp_path / "sft.jsonl"))
+    assert code == 2 and error[-1].startswith(("merge.py: ", "error: ")) and said in error[-1]
+    assert not (tmp_path / "out").exists() and len([line for line in error if "evaluation/s" not in line
+                                                    and "?" not in line]) == 1, error
 
 
 def test_a_pool_of_one_or_of_models_that_differ_is_refused_before_anything_is_measured(pool, tmp_path):

@@ -1,0 +1,366 @@
+"""Whether model folders belong together, by what their files mean: config.json, the tokenizer, and what else
+a folder holds.
+
+Nothing here knows how a model computes. Of a config.json every key counts that may change the computation:
+all but a list of those that do not. Files of one meaning are written in many ways (rope_theta moved,
+layer_types was a pattern, merges were strings), and count as equal.
+"""
+
+import os
+from pathlib import Path
+
+from .config import ROPE_THETA, ModelConfig, layer_pattern, stop_ids
+from .files import own_file, parse_json, read_bytes, read_json
+
+# ---- config.json -------------------------------------------------------------------------------------------
+
+# Names, versions, dtypes, defaults of sampling, and what acts in training only. Keys that begin with _ are
+# private to a library.
+CHANGE_NOTHING = set("""
+    name_or_path transformers_version torch_dtype dtype use_cache initializer_range initializer_factor
+    auto_map custom_pipelines problem_type finetuning_task task_specific_params torchscript use_bfloat16
+    output_attentions output_hidden_states return_dict return_dict_in_generate output_scores
+    gradient_checkpointing attn_implementation pretraining_tp chunk_size_feed_forward cache_implementation
+    tokenizer_class unsloth_fixed unsloth_version temperature top_k top_p typical_p repetition_penalty
+    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_beams num_beam_groups
+    diversity_penalty num_return_sequences max_length min_length max_new_tokens do_sample early_stopping
+    begin_suppress_tokens suppress_tokens remove_invalid_values exponential_decay_length_penalty
+    forced_bos_token_id forced_eos_token_id""".split())
+TRAINING_ONLY = ("dropout", "dropout_prob", "dropout_p", "pdrop", "layerdrop")         # how such keys end
+# What is said and not refused.
+SAID = {"eos_token_id", "bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"}
+# Compared where both have it: the tensors show it, or older files leave it out.
+IF_BOTH = {"architectures", "model_type", "tie_word_embeddings", "vocab_size", "num_attention_heads",
+           "num_key_value_heads"}
+BIASES = {"attention_bias", "mlp_bias", "qkv_bias"}         # absent is false, and the tensors show it
+# Of cohere and cohere2, what ModelConfig may refuse.
+NOT_OURS = ("attention_bias", "hidden_act", "rope_parameters", "rope_scaling")
+PLAIN_ROPE = [("type", "default"), ("rope_type", "default")]
+MOST_LAYERS = 10_000
+
+
+def config_differences(folder, config, first, first_config):
+    """What changes the computation and differs: "B: logit_scale is 0.5, in A 0.0625", one text for each
+    key."""
+    one, two = meaning(first_config), meaning(config)
+    return [f"{folder}: {key} is {shown(two.get(key))}, in {first} {shown(one.get(key))}"
+            for key in different(one, two)]
+
+
+def different(one, two):
+    """The keys whose values differ, of two results of `meaning`."""
+    return [key for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key) and not (
+        key.rpartition(".")[2] in IF_BOTH and (key not in one or key not in two))]
+
+
+def shown(value):
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def meaning(config):
+    """{key: value} of what changes the computation; keys of inner objects are joined with points. Absent and
+    null are the same."""
+    found = flat(config)
+    if config.get("model_type") not in list(ROPE_THETA) or not few_layers(config):
+        return found
+    plain = {key: value for key, value in config.items()
+             if key not in NOT_OURS} | {"rope_theta": found.get("rope_theta")}
+    try:
+        ours = vars(ModelConfig.from_published(plain))
+    except ValueError:                  # what our own model cannot compute merges all the same
+        return found
+    ours = {key: value for key, value in ours.items() if key not in CHANGE_NOTHING | SAID}
+    found = {key: value for key, value in found.items() if key not in ours}
+    return {"hidden_act": "silu"} | found | {key: value for key, value in ours.items() if value is not None}
+
+
+def few_layers(config):
+    num = config.get("num_hidden_layers")
+    return num is None or type(num) is int and 0 < num <= MOST_LAYERS
+
+
+def flat(config, before=""):
+    """`meaning` without the defaults of the model types that we know."""
+    config = {key: value for key, value in config.items() if value is not None and not is_neutral(key, value)}
+    given = [config.pop(key, None) for key in ("rope_scaling", "rope_parameters")]
+    rope = next((part for part in given if part), {})
+    if isinstance(rope, dict):
+        theta, rope = rope.get("rope_theta", config.get("rope_theta")), plain_rope(rope)
+        config |= {"rope_theta": theta} if theta is not None else {}
+    config |= {"rope_parameters": rope} if rope else {}
+    heads, size = config.get("num_attention_heads"), config.get("hidden_size")
+    if type(heads) is int and heads > 0:
+        config.setdefault("num_key_value_heads", heads)
+        if type(size) is int:
+            config.setdefault("head_dim", size // heads)
+    pattern = config.pop("sliding_window_pattern", config.pop("_sliding_window_pattern", None))
+    if pattern is not None and "layer_types" not in config:
+        num = config.get("num_hidden_layers")
+        whole = type(num) is int and few_layers(config) and type(pattern) is int and pattern > 0
+        pattern = layer_pattern(num, pattern) if whole else f"a sliding_window_pattern of {pattern}"
+        config["layer_types"] = pattern
+    windows = config.get("use_sliding_window", True) and config.get("sliding_window")
+    if not windows and all(kind == "full_attention" for kind in config.get("layer_types") or []):
+        config.pop("layer_types", None)                     # all that there is without a window
+    found = {}
+    for key, value in config.items():
+        found |= flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+    return found
+
+
+def is_neutral(key, value):
+    private = key.startswith("_") and key != "_sliding_window_pattern"
+    return (private or key in CHANGE_NOTHING | SAID or key.endswith(TRAINING_ONLY)
+            or key in BIASES and value is False)
+
+
+def plain_rope(rope):
+    """rope_scaling or rope_parameters without rope_theta; the plain kind is nothing, and "type" is the older
+    name of "rope_type"."""
+    found = {}
+    for key, value in rope.items():
+        if isinstance(value, dict):                         # for each type of layer its own
+            value = plain_rope(value) | {"rope_theta": value.get("rope_theta")}
+        if value is not None and key != "rope_theta" and (key, value) not in PLAIN_ROPE:
+            found["rope_type" if key == "type" else key] = value
+    return found
+
+
+# ---- the tokenizer -----------------------------------------------------------------------------------------
+
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model",
+                "sentencepiece.bpe.model", "tiktoken.model")
+TABLES = ("vocab.json", "added_tokens.json")                # JSON {token: id}
+TEXTS = ("merges.txt", "vocab.txt")
+MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+# Of tokenizer_config.json.
+CHANGE_IDS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")
+AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")        # of an added token
+
+
+def tokenizer_differences(folder, first):
+    """What makes two tokenizers give other ids: "B: tokenizer.json is not that of A (3 tokens only in A,
+    such as 'x')"."""
+    have = [{name for name in VOCABULARIES if own_file(place, name)} for place in (first, folder)]
+    if any(have) and not have[0] & have[1]:
+        lacking, other = (folder, first) if have[0] else (first, folder)
+        return [f"{lacking} has no {' or '.join(sorted(have[0] or have[1]))}, which {other} has; copy it "
+                f"there if the two share it"]
+    found = {name: how for name in ("tokenizer.json", *TABLES, *TEXTS, *MODELS, SETTINGS[0])
+             if (how := file_difference(folder, first, name))}
+    return [f"{folder}: {name} is not that of {first} ({how})" for name, how in found.items()]
+
+
+def file_difference(folder, first, name):
+    """How a tokenizer's file of one folder differs from the other's, in words; None where it means the same
+    or one lacks it."""
+    paths = [own_file(place, name) for place in (first, folder)]
+    if None in paths:
+        return None
+    a, b = map(read_bytes, paths)
+    if a == b:
+        return None
+    if name in MODELS:
+        return "the bytes differ"
+    if name in TEXTS:
+        return lines_differ(*(lines_of(text) for text in (a, b)), first)
+    if name == "tokenizer.json":
+        return how_they_differ(*(tokenizer_of(text, path) for text, path in zip((a, b), paths)), first,
+                               folder)
+    one, two = (objects(text, path) for text, path in zip((a, b), paths))
+    if name in TABLES:
+        return ids_differ(one, two, first, folder)
+    keys = [f"{key} is {two[key]}, there {one[key]}" for key in CHANGE_IDS if key in one and key in two
+            and one[key] != two[key]]
+    both = [{part.get("content"): number for number, part in decoder.items() if isinstance(part, dict)}
+            for about in (one, two) if isinstance(decoder := about.get("added_tokens_decoder"), dict)]
+    if len(both) == 2:                  # who saved last lists more of them; tokenizer.json has them all
+        shared = both[0].keys() & both[1].keys()
+        both = [{token: part[token] for token in shared} for part in both]
+    how = ids_differ(*both, first, folder) if len(both) == 2 else None
+    return "; ".join(filter(None, [*keys, how])) or None
+
+
+def objects(text, path):
+    value = parse_json(text, path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON {type(value).__name__}, not an object; copy or download it again")
+    return value
+
+
+def tokenizer_of(text, path):
+    """tokenizer.json as the tokenizers library reads and writes it, without padding and truncation, which
+    `encode` of one text does not need."""
+    raw = objects(text, path)
+    from tokenizers import Tokenizer    # a tenth of a second that equal files do not need
+    try:
+        read = Tokenizer.from_str(text.decode("utf-8-sig"))
+        read.no_padding()
+        read.no_truncation()
+        raw = parse_json(read.to_str().encode(), path)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        pass                # bare Exception, or Rust's PanicException, which is none: compared as JSON
+    if isinstance(model := raw.get("model"), dict):             # no prefix is written as null or as ""
+        raw["model"] = {key: value for key, value in model.items() if key not in AFFIXES or value}
+    if adds_nothing(raw.get("post_processor")):
+        raw["post_processor"] = None
+    return {key: value for key, value in raw.items() if key not in ("version", "padding", "truncation")}
+
+
+def adds_nothing(processor):
+    """Whether a post_processor leaves the ids as they are: it trims offsets, or its template has no token."""
+    if not isinstance(processor, dict):
+        return True
+    single = processor.get("single")
+    plain = processor.get("type") == "TemplateProcessing" and isinstance(single, list) and len(single) == 1
+    return processor.get("type") == "ByteLevel" or plain and "Sequence" in single[0]
+
+
+def how_they_differ(a, b, first, folder):
+    """How two tokenizers differ, in words; None if they do not."""
+    if a == b:
+        return None
+    models = [each.get("model") if isinstance(each.get("model"), dict) else {} for each in (a, b)]
+    added = [[token for token in each.get("added_tokens") or [] if isinstance(token, dict)]
+             for each in (a, b)]
+    ids = [vocabulary(model) | {token.get("content"): token.get("id") for token in tokens}
+           for model, tokens in zip(models, added)]
+    how = [ids_differ(*ids, first, folder)]
+    scores = [model.get("vocab") if isinstance(model.get("vocab"), list) else None for model in models]
+    if ids[0] == ids[1] and scores[0] != scores[1]:
+        how.append("the scores of the tokens differ")
+    how.append(lines_differ(*(model.get("merges") or [] for model in models), first, "merge"))
+    one, two = ({token.get("content"): [token.get(flag) for flag in FLAGS] for token in tokens}
+                for tokens in added)
+    if changed := sorted(str(token) for token in one.keys() & two.keys() if one[token] != two[token]):
+        how.append(f"{' '.join(FLAGS)} of {changed[0]!r} differ")
+    if one.keys() != two.keys() and ids[0] == ids[1]:
+        how.append(f"added tokens differ, such as {sorted(map(str, one.keys() ^ two.keys()))[0]!r}")
+    model = sorted(key for key in models[0].keys() | models[1].keys() if key not in ("vocab", "merges")
+                   and models[0].get(key) != models[1].get(key))
+    rest = sorted(key for key in a.keys() | b.keys() if key not in ("model", "added_tokens")
+                  and a.get(key) != b.get(key))
+    how += [f"the {key} differs" for key in [f"model's {key}" for key in model] + rest]
+    return "; ".join(filter(None, how)) or "they mean something else"
+
+
+def vocabulary(model):
+    vocab = model.get("vocab")
+    if isinstance(vocab, list):         # Unigram: [token, score]
+        return {part[0]: number for number, part in enumerate(vocab) if isinstance(part, list) and part
+                and isinstance(part[0], str)}
+    return dict(vocab) if isinstance(vocab, dict) else {}
+
+
+def ids_differ(one, two, first, folder):
+    """How two {token: id} differ, in words; None if they do not."""
+    how = []
+    for place, mine, other in ((first, one, two), (folder, two, one)):
+        if only := sorted((str(token) for token in mine.keys() - other.keys()),
+                          key=lambda token: (len(token), token)):
+            how.append(f"{len(only)} tokens only in {place}, such as {only[0]!r}")
+    moved = sorted((str(one[token]).zfill(12), str(token)) for token in one.keys() & two.keys()
+                   if str(one[token]) != str(two[token]))
+    if moved:
+        token = moved[0][1]
+        how.append(f"ids of {len(moved)} tokens differ, the first is {token!r}, {two.get(token)} and there "
+                   f"{one.get(token)}")
+    return "; ".join(how) or None
+
+
+def lines_of(text):
+    return [line for line in text.decode("utf-8", "replace").splitlines() if not line.startswith("#version")]
+
+
+def lines_differ(one, two, first, what="line"):
+    if one == two:
+        return None
+    at = next((i for i, pair in enumerate(zip(one, two)) if pair[0] != pair[1]), min(len(one), len(two)))
+    return f"{len(two)} {what}s, there {len(one)}; {what} {at + 1} is the first that differs"
+
+
+# ---- what is said and not refused --------------------------------------------------------------------------
+
+def remarks(folder, config, first, first_config):
+    """What differs and leaves the computation as it is, one text each: the first folder's is taken."""
+    said = [key for key in sorted(SAID) if ids_of(config.get(key)) != ids_of(first_config.get(key))]
+    said = [f"{key} of config.json" for key in said]
+    one, two = (json_of(place, "generation_config.json", ("transformers_version", "_from_model_config"))
+                for place in (first, folder))
+    said += ["generation_config.json"] if one != two else []
+    one, two = (chat_template(place) for place in (first, folder))
+    said += ["the chat template"] if one != two else []
+    for name in SETTINGS:
+        if own_file(first, name) and own_file(folder, name):
+            one, two = (json_of(place, name, ("chat_template", "added_tokens_decoder", "name_or_path"))
+                        for place in (first, folder))
+            if keys := sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key)):
+                said.append(f"{' '.join(keys[:6])}{' ...' if len(keys) > 6 else ''} of {name}")
+    code = sorted(path.name for path in Path(first).glob("*.py") if own_file(folder, path.name))
+    said += [name for name in code if read_bytes(own_file(first, name)) != read_bytes(own_file(folder, name))]
+    return [f"{folder} has another {', '.join(said)}; that of {first} is taken"] if said else []
+
+
+def ids_of(value):
+    try:
+        return stop_ids(value)
+    except ValueError:
+        return value
+
+
+def json_of(folder, name, without=()):
+    path = own_file(folder, name)
+    found = read_json(path) if path else {}
+    return {key: value for key, value in found.items() if key not in without and value is not None}
+
+
+def chat_template(folder):
+    """The chat template of a folder, from the first of the places where there is one; None without."""
+    if path := own_file(folder, "chat_template.jinja"):
+        return read_bytes(path).decode("utf-8", "replace").strip()
+    names = ("chat_template.json", "tokenizer_config.json")
+    template = next(filter(None, (json_of(folder, name).get("chat_template") for name in names)), None)
+    if isinstance(template, list):      # several, by name
+        named = {part["name"]: part.get("template") for part in template if isinstance(part, dict)
+                 and "name" in part}
+        template = named.get("default", template)
+    return template.strip() if isinstance(template, str) else template
+
+
+# ---- what goes along ---------------------------------------------------------------------------------------
+
+WEIGHTS = tuple("""
+    .safetensors .bin .pt .pth .ckpt .h5 .hdf5 .msgpack .gguf .ggml .onnx .onnx_data .npz .npy .pkl .pickle
+    .tflite .mlmodel .ot .distcp .nemo .llamafile .index.json""".split())
+# Written anew, or about other weights.
+OURS = ("config.json", "merge.json", "search.json", "evaluations.jsonl", "adapter_config.json")
+
+
+def files_along(folder):
+    """The names of all files of a model folder that are not weights, "sub/name" in subfolders. ValueError
+    for links out of the folder."""
+    folder, found = Path(folder), []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders
+                            if not name.startswith(".") and not is_model(Path(place) / name))
+        for name in folders:
+            if (Path(place) / name).is_symlink():
+                raise ValueError(f"{Path(place) / name}: a link to a folder; if you trust it, put the folder "
+                                 f"itself there")
+        for name in sorted(names):
+            path = (Path(place) / name).relative_to(folder)
+            if not name.startswith(".") and not name.lower().endswith(WEIGHTS) and str(path) not in OURS:
+                own_file(folder, path)
+                found.append(path)
+    return found
+
+
+def is_model(folder):
+    """Whether a subfolder is a model of its own, such as a trainer's checkpoint-500."""
+    return (folder / "config.json").exists() and any(path.name.lower().endswith(WEIGHTS)
+                                                     for path in folder.iterdir())
