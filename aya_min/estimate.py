@@ -174,6 +174,8 @@ def items_of(stage, settings, data, tokenizer):
     if stage in ("reward", "dpo"):
         pairs = load_pairs(data, tokenizer, settings.max_length) if data else [Pair(blank(settings.max_length), blank(settings.max_length))]
         return [replace(pair, ref_logps=np.zeros(2)) for pair in pairs]
+    if stage != "rloo":
+        raise ValueError(f"unknown stage {stage!r}; known: {' '.join(stages.STAGES)}")
     new = settings.max_new_tokens
     lengths = [len(tokenizer.encode_prompt(row["prompt_messages"])) + new for row in load_prompts(data)] if data else [settings.max_length]
     return [Example(np.zeros(n, np.int32), np.arange(n) >= n - new, 0) for n in lengths]
@@ -194,8 +196,12 @@ def largest(items, size, samples=1):
 
 
 def loss_of(stage, settings):
-    return {"reward": lambda: stages.reward_loss(settings.lm_weight), "dpo": lambda: stages.preference_loss(settings.beta, settings.nll_weight),
-            "rloo": lambda: stages.policy_gradient_loss}.get(stage, lambda: stages.sft_loss)()
+    """The loss function of a stage of stages.STAGES."""
+    losses = {"pretrain": lambda: stages.sft_loss, "sft": lambda: stages.sft_loss, "reward": lambda: stages.reward_loss(settings.lm_weight),
+              "dpo": lambda: stages.preference_loss(settings.beta, settings.nll_weight), "rloo": lambda: stages.policy_gradient_loss}
+    if stage not in losses:
+        raise ValueError(f"unknown stage {stage!r}; known: {' '.join(losses)}")
+    return losses[stage]()
 
 
 def default(function, name):

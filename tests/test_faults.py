@@ -130,7 +130,7 @@ def steps_logged(folder):
 
 
 def saving(folder):
-    return any(folder.glob("state/*.tmp"))
+    return any(folder.glob("state/.state.*"))
 
 
 def go_on(stage, world, out, **changes):
@@ -717,15 +717,15 @@ def test_fewer_examples_than_a_batch_are_refused_on_four_ranks_and_a_rest_is_use
 
 def test_a_second_run_in_a_folder_is_refused_with_the_firsts_process_and_host_but_not_after_kill_9(world, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
-    first = start(go_on("sft", world, folder, max_steps=500, save_every=5), tmp_path / "first")
+    first = start(go_on("sft", world, folder, max_steps=500, save_every=5, schedule="constant"), tmp_path / "first")
     until(lambda: steps_logged(folder) >= 6, first)
     says = f"error: {folder}: another run is writing here (process {first} on {socket.gethostname()}); wait for it or stop it, or give another folder\n"
     for resume in (True, False):
-        assert finish(start(lambda: run("sft", world, folder, resume=resume, max_steps=500, save_every=5), log)) == 2
+        assert finish(start(lambda: run("sft", world, folder, resume=resume, max_steps=500, save_every=5, schedule="constant"), log)) == 2
         assert log.read_text().endswith(says)
     os.kill(first, signal.SIGKILL)
     finish(first)
-    assert finish(start(go_on("sft", world, folder, max_steps=20, save_every=5), log)) in (0, 2)
+    assert finish(start(go_on("sft", world, folder, max_steps=20, save_every=5, schedule="constant"), log)) in (0, 2)
     assert "goes on after step" in log.read_text() or "raise --max-steps" in log.read_text()
 
 
