@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 
 from . import distributed
-from .files import read_json, scratch, sha256, write_json
+from .files import MARK, dumps, publish_folder, read_json, scratch, sha256, write_and_sync
 
 FILE_BYTES = 1 << 30            # about the largest file: DCP holds a copy of one in memory while it writes
 
@@ -66,21 +66,23 @@ def save_state(folder, model, optimizer, step):
 
     def begin():
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(f".state.*{MARK}"):                     # of a kill before there was a mark; we hold the run's lock
+            remove_unmarked(path)
         aside = held.enter_context(scratch(folder / "state"))           # what a kill leaves here, the next save removes
         check_room(folder, needed)
         (aside / f"step-{step}").mkdir()
         return aside
 
-    def publish(files):
+    def seal(files):
         if unread := [f"{name}: {size}" for name, (size, digest) in files.items() if not digest]:
             raise OSError(unread[0])
         there = sum(size - 8 - int.from_bytes(open(made / name, "rb").read(8), "little") for name, (size, _) in files.items())
         assert there == needed, f"{made}: {there} bytes of tensors were written instead of {needed}"
-        write_json(made / "manifest.json", {"step": step, "files": files})
+        write_and_sync(made / "manifest.json", dumps({"step": step, "files": files}))
         target = folder / f"step-{step}"
         if is_state(target):
             target.rename(aside / "replaced")
-        replace_folder(made, target)
+        publish(made, target)
         for i, old in enumerate(left_over(folder)):
             old.rename(aside / f"old-{i}")                              # half of a state must not look like one
 
@@ -91,7 +93,7 @@ def save_state(folder, model, optimizer, step):
             with warnings.catch_warnings(action="ignore"):              # that one process is one process
                 dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(made, places, save_distributed=True), no_dist=distributed.num_ranks() == 1)
             files = look(made, distributed.from_main(lambda: sorted(path.name for path in made.iterdir())))
-            distributed.from_main(lambda: publish(files))
+            distributed.from_main(lambda: seal(files))
         except (CheckpointException, OSError) as error:
             cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             place = folder if folder.is_dir() else folder.parent
@@ -132,20 +134,34 @@ def check_room(folder, needed):
         raise ValueError(f"{folder}: a state needs {needed:,} bytes and {free:,} are free. {newest_name(folder)}; make room and {way}")
 
 
-def replace_folder(made, folder):
-    """Publish a finished folder under its name, on disk before it is seen. An older version of it goes into a scratch folder, and with that.
+def remove_unmarked(folder):
+    """Remove a scratch folder that holds nothing but an empty mark, or not even that."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    inside = [*folder.iterdir()]
+    if all(path.name == MARK and path.is_file() and path.stat().st_size == 0 for path in inside):
+        for path in inside:
+            path.unlink()
+        folder.rmdir()
 
-    Anything else in the way is refused, see is_older.
-    """
-    if os.path.lexists(folder) and not is_older(folder, made):
-        raise ValueError(f"{folder} is in the way: not what this run wrote before; move it elsewhere, then go on with the run")
+
+def publish(made, folder):
+    """Give a finished folder its name, on disk before it is seen. Whatever has that name already is refused."""
     for path in (*made.rglob("*"), made):
         sync(path)
-    with scratch(folder) as aside:                                      # and gone is what a kill between these renames left
+    publish_folder(made, folder)
+    sync(folder.parent)
+
+
+def replace_folder(made, folder):
+    """Publish a finished model folder under its name. An older version of it goes into a scratch folder, and with that; anything else in the way
+    is refused, see is_older."""
+    if os.path.lexists(folder) and not is_older(folder, made):
+        raise ValueError(f"{folder} is in the way: not what this run wrote before; move it elsewhere, then go on with the run")
+    with ExitStack() as held:
         if folder.exists():
-            folder.rename(aside / "old")
-        made.rename(folder)
-        sync(folder.parent)
+            folder.rename(held.enter_context(scratch(folder)) / "old")
+        publish(made, folder)
 
 
 def is_older(folder, made):

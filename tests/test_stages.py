@@ -306,7 +306,7 @@ def test_resuming_what_was_never_started_is_refused(world, tmp_path):
 
 
 def test_rloo_refuses_a_prompt_that_leaves_no_room_and_a_single_sample_before_it_starts(world, tmp_path):
-    for changes, says in ((dict(max_new_tokens=500), "passes the model's 512"), (dict(num_samples=1), "at least 2 samples")):
+    for changes, says in ((dict(max_new_tokens=500, max_length=600), "prompts.jsonl:1: .* leaves room for 12"), (dict(max_new_tokens=250), "prompts.jsonl:1: .* leaves room for 6"), (dict(num_samples=1), "at least 2 samples")):
         with pytest.raises(ValueError, match=says):
             run("rloo", world, tmp_path / "run", **changes)
         assert not (tmp_path / "run").exists()
