@@ -376,7 +376,9 @@ def settings_from(settings_class, preset=None, config_file=None, flags=None):
     values.update({k: v for k, v in (flags or {}).items() if k in known and v is not None})
     for f in fields(settings_class):
         value = values.get(f.name, f.default)
-        if kind(f) is dict and isinstance(value, list):
+        if kind(f) is dict and isinstance(value, list) and all(isinstance(pair, tuple) for pair in value):
+            if twice := {ours for ours, _ in value if [pair[0] for pair in value].count(ours) > 1}:
+                raise ValueError(f"{flag_of(f.name)}: {' '.join(sorted(twice))} is given twice; give it once")
             values[f.name] = value = dict(value)
         check_value(f, value)
     return settings_class(**{k: v for k, v in values.items() if k in known})
