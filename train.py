@@ -142,6 +142,10 @@ def check_flags(args, settings, device, ranks):
         raise ValueError("--cpu-offload needs a GPU to offload from; on a CPU leave it out")
     if args.eval_every and not args.eval_data:
         raise ValueError(f"--eval-every {args.eval_every} goes with --eval-data; without held-out data nothing is evaluated")
+    if args.epochs and settings.max_steps:
+        raise ValueError(f"--epochs {args.epochs} has no effect beside --max-steps {settings.max_steps}; leave one out, or give --max-steps 0")
+    if args.final_learning_rate is not None and settings.schedule == "constant":
+        raise ValueError(f"--final-learning-rate {args.final_learning_rate} goes with --schedule cosine; a constant rate has no other end")
     if args.tokenizer and not (args.model in config.MODEL_PRESETS and not Path(args.model).is_dir()):
         raise ValueError("--tokenizer goes with a preset; a model folder brings its own")
     for path in map(Path, [*(args.data or []), *args.eval_data]):
@@ -175,7 +179,7 @@ def run_one_stage(args, device):
             raise ValueError(f"--reward-model {args.reward_model}: a language model; give a folder that the reward stage wrote")
         if tokenizer and reward_tokenizer.meaning != tokenizer.meaning:
             raise ValueError(f"--reward-model {args.reward_model}: another tokenizer than --model; both must be the same")
-        source["reward_model"], more = args.reward_model, {"reward_model": reward_model}
+        source["reward_model"], more["reward_model"] = args.reward_model, reward_model
     if args.command == "dpo":
         more["reference_logps"] = args.reference_logps
     if args.dry_run:

@@ -223,6 +223,9 @@ def check_new(folder):
         lock(folder).close()
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f"{folder} exists and is no folder; give a new folder")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ValueError(f"{folder}: cannot be made, {there} is no folder that can be written; give another --out")
     if folder.exists() and {path.name for path in folder.iterdir()} - {".lock"}:
         raise ValueError(f"{folder} exists and is not empty; give a new folder, or --resume {folder} to go on with it")
 
@@ -302,6 +305,8 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
     num_items: how many examples, pairs or prompts there are. A new folder in which nothing was done when a mistake ended the stage is removed."""
     check_training(settings, distributed.num_ranks())
     num_steps = count_steps(num_items, settings)
+    if settings.profile is not None and settings.profile >= num_steps:
+        raise ValueError(f"--profile {settings.profile}: steps are counted from 0, and there are {num_steps}; profile an earlier one")
     folder, prints = Path(out), {name: distributed.fingerprint(model) for name, model in models.items()}
     made = []                                                                   # what a refused command must not leave behind
 
@@ -344,7 +349,10 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
             about = {**now, **this}
             made.extend(folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
         write_json(folder / "config.json", about)
-        tokenizer.save(folder)
+        try:
+            tokenizer.save(folder)
+        except OSError as error:                        # a full disk does not say which file it was
+            raise OSError(error.errno, error.strerror, str(folder / "tokenizer.json")) from None
 
     def clean_up():
         """Remove a new folder in which nothing was done, so that it is not in the way of the next attempt."""
@@ -555,8 +563,10 @@ def prompts_that_fit(rows, model, reward_model, tokenizer, settings):
     if most - new < 2:
         raise ValueError(f"--max-new-tokens {new} leaves no room for a prompt within {most} tokens (--max-length, or a model's positions); lower it")
     rows = [{**row, "prompt_ids": tokenizer.encode_prompt(row["prompt_messages"])} for row in rows]
-    rows = fit_prompts(rows, lambda row: len(row["prompt_ids"]), most - new, settings.too_long, f"--max-new-tokens {new} within {most} (--max-length, positions)")
-    return [{**row, "prompt_ids": cut_left(row["prompt_ids"], most - new)} for row in rows]
+    kept = fit_prompts(rows, lambda row: len(row["prompt_ids"]), most - new, settings.too_long, f"--max-new-tokens {new} within {most} (--max-length, positions)")
+    if rows and not kept:
+        raise ValueError(f"no prompt leaves room for --max-new-tokens {new} within {most} tokens (--max-length, or a model's positions); give others")
+    return [{**row, "prompt_ids": cut_left(row["prompt_ids"], most - new)} for row in kept]
 
 
 # name of a stage: its function and the class of its settings
