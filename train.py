@@ -51,25 +51,31 @@ def make_parser():
     recipe.add_argument("--eval-prompts", nargs="+", help="prompts to be judged on (default: --prompts)")
     recipe.add_argument("--clusters", help="JSON file {cluster: [languages]}")
     recipe.add_argument("--config", help="JSON file of recipe settings")
-    recipe.add_argument("--collective-timeout", type=SECONDS, default=1800, metavar="SECONDS", help="how long a rank waits for the others before it takes them for dead (default 1800)")
+    waits = "how long a rank waits for the others before it takes them for dead"
+    recipe.add_argument("--collective-timeout", type=SECONDS, default=1800, metavar="SECONDS",
+                        help=f"{waits} (default 1800)")
     config.add_flags(recipe, config.Recipe)
     for name, (function, settings_class) in stages.STAGES.items():
         stage = commands.add_parser(name, help=function.__doc__.splitlines()[0] if name != "sft" else "Supervised fine-tuning on conversations.")
         stage.add_argument("--model", help=f"model folder, or a preset's name for random weights ({' '.join(config.MODEL_PRESETS)})")
         stage.add_argument("--tokenizer", help="folder with tokenizer.json, for a preset; without it one is trained on the data")
         stage.add_argument("--data", nargs="+", help="JSONL files")
-        stage.add_argument("--eval-data", nargs="+", default=[], help="held-out JSONL files; reported per language (rloo: prompts, each answered once)")
+        stage.add_argument("--eval-data", nargs="+", default=[],
+                           help="held-out JSONL files; reported per language (rloo: prompts, answered once)")
         stage.add_argument("--out", help="run folder; must be new")
         stage.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
         stage.add_argument("--config", help="JSON file of settings")
-        stage.add_argument("--collective-timeout", type=SECONDS, default=600, metavar="SECONDS", help="how long a rank waits for the others before it takes them for dead (default 600)")
+        stage.add_argument("--collective-timeout", type=SECONDS, default=600, metavar="SECONDS",
+                           help=f"{waits} (default 600)")
         stage.add_argument("--dry-run", action="store_true", help="check everything, print what it needs (memory, communication, operations), train nothing")
-        stage.add_argument("--gpus", type=number(int, "[1, 65536]"), metavar="N", help="with --dry-run: the number of GPUs (default: the ranks at hand)")
+        stage.add_argument("--gpus", type=number(int, "[1, 65536]"), metavar="N",
+                           help="with --dry-run: the number of GPUs (default: the ranks at hand)")
         if name == "rloo":
             stage.add_argument("--reward-model", help="reward model folder with the same tokenizer")
         if name == "dpo":
             stage.add_argument("--reference-logps", metavar="FILE", help="where the reference's log-probs are kept, to share them between runs (default RUN/reference.safetensors)")
-        config.add_flags(stage, settings_class, [f.name for f in fields(settings_class) if name != "rloo" or f.name != "keep_cut"])
+        used = [f.name for f in fields(settings_class) if (name, f.name) != ("rloo", "keep_cut")]
+        config.add_flags(stage, settings_class, used)
     return parser
 
 
@@ -91,12 +97,13 @@ def load_model(args, device, settings):
     """(model, tokenizer) of --model: a folder, or a preset with random weights and a given or newly trained tokenizer.
 
     A folder is read into the ranks' shards at once, unless the stage needs the plain model first."""
-    if args.model in config.MODEL_PRESETS and not Path(args.model).is_dir():
+    if is_preset(args.model):
         preset = config.model_preset(args.model)
         architecture = weights.RewardModel if args.command == "reward" else CohereForCausalLM
         if args.dry_run and not args.tokenizer and not args.data:
             return on_meta(architecture, preset), None
-        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(texts_of(args.data, settings), preset.vocab_size)
+        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else \
+            train_tokenizer(texts_of(args.data, settings), preset.vocab_size)
         preset.vocab_size, preset.eos_token_id = tokenizer.vocab_size, tokenizer.end_of_turn_id
         if args.dry_run:
             return on_meta(architecture, preset), tokenizer
@@ -115,18 +122,24 @@ def on_meta(architecture, model_config):
         return architecture(model_config)
 
 
+def is_preset(name):
+    return name in config.MODEL_PRESETS and not Path(name).is_dir()
+
+
 def resumed_from(args):
     """The config.json of the run that --resume names ({} without), after args has been filled up from it."""
     if not args.resume:
         return {}
     before = distributed.from_main(lambda: stages.read_run(Path(args.resume)))
     if before["stage"] != args.command:
-        raise ValueError(f"--resume {args.resume}: that is a run of {before['stage']!r}, not {args.command!r}")
+        was = before["stage"]
+        raise ValueError(f"--resume {args.resume}: that is a run of {was!r}, not {args.command!r}")
     if args.out and Path(args.out).resolve() != Path(args.resume).resolve():
         raise ValueError(f"--out {args.out}: --resume {args.resume} goes on in its own folder; leave --out out")
-    args.out, args.data, args.model = args.resume, args.data or before["data"], args.model or before.get("model")
+    args.out, args.data = args.resume, args.data or before["data"]
+    args.model = args.model or before.get("model")
     args.eval_data = args.eval_data or before.get("eval_data") or []
-    if args.model in config.MODEL_PRESETS and not Path(args.model).is_dir() and (Path(args.resume) / "tokenizer.json").is_file():
+    if is_preset(args.model) and (Path(args.resume) / "tokenizer.json").is_file():
         args.tokenizer = args.tokenizer or args.resume
     if args.command == "rloo":
         args.reward_model = args.reward_model or before.get("reward_model")
@@ -141,16 +154,18 @@ def check_flags(args, settings, device, ranks):
     if settings.cpu_offload and device.type == "cpu" and not args.dry_run:
         raise ValueError("--cpu-offload needs a GPU to offload from; on a CPU leave it out")
     if args.eval_every and not args.eval_data:
-        raise ValueError(f"--eval-every {args.eval_every} goes with --eval-data; without held-out data nothing is evaluated")
+        raise ValueError(f"--eval-every {args.eval_every} goes with --eval-data; there is no such data")
     if args.epochs and settings.max_steps:
-        raise ValueError(f"--epochs {args.epochs} has no effect beside --max-steps {settings.max_steps}; leave one out, or give --max-steps 0")
+        raise ValueError(f"--epochs {args.epochs} has no effect beside --max-steps {settings.max_steps}; "
+                         "leave one out, or give --max-steps 0")
     if args.final_learning_rate is not None and settings.schedule == "constant":
-        raise ValueError(f"--final-learning-rate {args.final_learning_rate} goes with --schedule cosine; a constant rate has no other end")
-    if args.tokenizer and not (args.model in config.MODEL_PRESETS and not Path(args.model).is_dir()):
+        raise ValueError(f"--final-learning-rate {args.final_learning_rate} goes with --schedule cosine; "
+                         "a constant rate has no other end")
+    if args.tokenizer and not is_preset(args.model):
         raise ValueError("--tokenizer goes with a preset; a model folder brings its own")
     for path in map(Path, [*(args.data or []), *args.eval_data]):
         if path.exists() and not path.is_file():
-            raise ValueError(f"{path}: not a plain file (a folder, a pipe or a device), which can be read again; give a file")
+            raise ValueError(f"{path}: not a plain file (a folder, a pipe or a device); give a file")
     if args.command == "dpo" and args.reference_logps:
         stages.check_place(Path(args.reference_logps))
 

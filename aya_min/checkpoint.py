@@ -2,9 +2,10 @@
 
 torch.distributed.checkpoint does the sharding, through its safetensors storage: every rank writes and reads its own rows, nothing is gathered,
 and what is on disk is one logical state at any number of ranks. (DCP's own storage keeps a pickle, .metadata, which a user's folder could bring.)
-The rest is done here. A state is written in a marked scratch folder, fsynced, read back, sealed by a manifest of the files' SHA-256, published by a
-rename, and only then is an older one removed: a step-N that is there is whole unless the disk harmed it, which the hashes tell. All ranks must see the
-folder. A state that holds a NaN or an infinity is not written. What is no state of ours in RUN/state is never removed.
+The rest is done here. A state is written in a marked scratch folder, fsynced, read back, sealed by a manifest
+of the files' SHA-256, published by a rename, and only then is an older one removed: a step-N that is there is
+whole unless the disk harmed it, which the hashes tell. All ranks must see the folder. A state that holds a
+NaN or an infinity is not written. What is no state of ours in RUN/state is never removed.
 
 The data order needs no state beyond the step (data.Sampler), and training draws no random numbers.
 """
@@ -45,9 +46,9 @@ def state_bytes(model):
 # ---- out ---------------------------------------------------------------------------------------------------------------------------
 
 def not_finite(tensors):
-    """The name of the first of {name: tensor} that holds a NaN or an infinity on any rank, or None. A collective.
+    """The name of the first of {name: tensor} that holds a NaN or an infinity on any rank, or None.
 
-    A sum that is finite has finite terms; only where it is not, every element is looked at.
+    A collective. A sum that is finite has finite terms; only where it is not, every element is looked at.
     """
     own = {name: distributed.own_rows(tensor)[0] for name, tensor in tensors.items()}
     sums = torch.stack([tensor.sum() for tensor in own.values()]).isfinite().tolist()
@@ -57,8 +58,9 @@ def not_finite(tensors):
 
 
 def save_state(folder, model, optimizer, step):
-    """Publish the state after `step` optimizer steps as folder/step-N. A collective: every rank writes its part. If it fails, those before are as
-    they were. A state that is not finite is refused."""
+    """Publish the state after `step` optimizer steps as folder/step-N. A collective: all ranks write.
+
+    If it fails, those before are as they were. A state that is not finite is refused."""
     folder, tensors, needed = Path(folder), state_tensors(model, optimizer), state_bytes(model)
     check_finite(tensors, step, folder)
     ends = accumulate(t.numel() * t.itemsize for t in tensors.values())
@@ -66,9 +68,9 @@ def save_state(folder, model, optimizer, step):
 
     def begin():
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(f".state.*{MARK}"):                     # of a kill before there was a mark; we hold the run's lock
+        for path in folder.glob(f".state.*{MARK}"):     # of a kill before there was a mark; the run is locked
             remove_unmarked(path)
-        aside = held.enter_context(scratch(folder / "state"))           # what a kill leaves here, the next save removes
+        aside = held.enter_context(scratch(folder / "state"))       # the next save removes what a kill leaves
         check_room(folder, needed)
         (aside / f"step-{step}").mkdir()
         return aside
@@ -76,7 +78,8 @@ def save_state(folder, model, optimizer, step):
     def seal(files):
         if unread := [f"{name}: {size}" for name, (size, digest) in files.items() if not digest]:
             raise OSError(unread[0])
-        there = sum(size - 8 - int.from_bytes(open(made / name, "rb").read(8), "little") for name, (size, _) in files.items())
+        there = sum(size - 8 - int.from_bytes(open(made / name, "rb").read(8), "little")
+                    for name, (size, _) in files.items())
         assert there == needed, f"{made}: {there} bytes of tensors were written instead of {needed}"
         write_and_sync(made / "manifest.json", dumps({"step": step, "files": files}))
         target = folder / f"step-{step}"
@@ -84,28 +87,30 @@ def save_state(folder, model, optimizer, step):
             target.rename(aside / "replaced")
         publish(made, target)
         for i, old in enumerate(left_over(folder)):
-            old.rename(aside / f"old-{i}")                              # half of a state must not look like one
+            old.rename(aside / f"old-{i}")              # half of a state must not look like one
 
     with ExitStack() as held:
         try:
             aside = distributed.from_main(begin)
             made = aside / f"step-{step}"
+            writer = dcp.HuggingFaceStorageWriter(made, places, save_distributed=True)
             with warnings.catch_warnings(action="ignore"):              # that one process is one process
-                dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(made, places, save_distributed=True), no_dist=distributed.num_ranks() == 1)
+                dcp.save(tensors, storage_writer=writer, no_dist=distributed.num_ranks() == 1)
             files = look(made, distributed.from_main(lambda: sorted(path.name for path in made.iterdir())))
             distributed.from_main(lambda: seal(files))
         except (CheckpointException, OSError) as error:
-            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-            place = folder if folder.is_dir() else folder.parent
-            raise ValueError(f"{folder}: the state of step {step} could not be written ({cause}); it needs {needed:,} bytes and "
-                             f"{shutil.disk_usage(place).free:,} are free. {newest_name(folder)}; make room and --resume") from None
+            parts = error.failures.values() if isinstance(error, CheckpointException) else [[error]]
+            free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
+            raise ValueError(f"{folder}: the state of step {step} could not be written "
+                             f"({next(iter(parts))[0]}); it needs {needed:,} bytes and {free:,} are free. "
+                             f"{newest_name(folder)}; make room and --resume") from None
 
 
 def check_finite(tensors, step, folder):
-    """Refuse {name: tensor} after `step` steps if one is not finite: such a model is neither kept nor published. A collective."""
+    """Refuse {name: tensor} after `step` steps if one is not finite, before it is kept. A collective."""
     if name := not_finite(tensors):
-        raise ValueError(f"after step {step - 1}: {name.replace('|', ', ')} is not finite (NaN or infinity): nothing of it was saved. "
-                         f"{newest_name(folder)}; lower --learning-rate, or start anew")
+        raise ValueError(f"after step {step - 1}: {name.replace('|', ', ')} is not finite (NaN or infinity): "
+                         f"nothing of it was saved. {newest_name(folder)}; lower --learning-rate")
 
 
 def look(folder, names):
@@ -130,8 +135,10 @@ def check_room(folder, needed):
     there = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
-        way = "--resume" if (Path(folder).parent / "config.json").exists() or published(folder) else "give the same command again"
-        raise ValueError(f"{folder}: a state needs {needed:,} bytes and {free:,} are free. {newest_name(folder)}; make room and {way}")
+        begun = (Path(folder).parent / "config.json").exists() or published(folder)
+        way = "--resume" if begun else "give the same command again"
+        raise ValueError(f"{folder}: a state needs {needed:,} bytes and {free:,} are free. "
+                         f"{newest_name(folder)}; make room and {way}")
 
 
 def remove_unmarked(folder):
@@ -146,7 +153,7 @@ def remove_unmarked(folder):
 
 
 def publish(made, folder):
-    """Give a finished folder its name, on disk before it is seen. Whatever has that name already is refused."""
+    """Give a finished folder its name, on disk before it is seen. Whatever has that name is refused."""
     for path in (*made.rglob("*"), made):
         sync(path)
     publish_folder(made, folder)
@@ -154,10 +161,11 @@ def publish(made, folder):
 
 
 def replace_folder(made, folder):
-    """Publish a finished model folder under its name. An older version of it goes into a scratch folder, and with that; anything else in the way
-    is refused, see is_older."""
+    """Publish a finished model folder under its name.
+
+    An older version of it goes into a scratch folder, and with that; anything else in the way is refused."""
     if os.path.lexists(folder) and not is_older(folder, made):
-        raise ValueError(f"{folder} is in the way: not what this run wrote before; move it elsewhere, then go on with the run")
+        raise ValueError(f"{folder} is in the way: not what this run wrote before; move it elsewhere")
     with ExitStack() as held:
         if folder.exists():
             folder.rename(held.enter_context(scratch(folder)) / "old")
@@ -165,11 +173,15 @@ def replace_folder(made, folder):
 
 
 def is_older(folder, made):
-    """Whether a folder is an older version of the model folder `made`: no other files, and weights of the same size. An empty one is, too."""
+    """Whether a folder is an older version of the model folder `made`, or empty.
+
+    It has no other files than that, no links, and weights of the same size."""
     sizes = {path.name: path.stat().st_size for path in made.iterdir() if path.is_file()}
-    return folder.is_dir() and not folder.is_symlink() and all(
-        path.is_file() and not path.is_symlink() and path.name in sizes and (path.suffix != ".safetensors" or path.stat().st_size == sizes[path.name])
-        for path in folder.iterdir())
+
+    def known(path):
+        plain = path.is_file() and not path.is_symlink() and path.name in sizes
+        return plain and (path.suffix != ".safetensors" or path.stat().st_size == sizes[path.name])
+    return folder.is_dir() and not folder.is_symlink() and all(map(known, folder.iterdir()))
 
 
 def sync(path):
@@ -182,25 +194,26 @@ def sync(path):
 
 
 def is_state(folder):
-    """Whether a folder is a state that save_state wrote, whole or damaged: its manifest names every file in it."""
+    """Whether a folder is a state that save_state wrote, whole or damaged: its manifest names its files."""
     try:
-        manifest = read_manifest(folder)
-        return not folder.is_symlink() and {path.name for path in folder.iterdir()} <= {"manifest.json", *manifest["files"]}
+        known = {"manifest.json", *read_manifest(folder)["files"]}
+        return not folder.is_symlink() and {path.name for path in folder.iterdir()} <= known
     except (OSError, ValueError):
         return False
 
 
 def left_over(folder):
-    """The states of ours that a new one makes needless: all but the newest two, and those that damage set aside."""
-    return [path for path in published(folder) if is_state(path)][:-2] + [path for path in folder.glob("step-*.damaged*") if is_state(path)]
+    """The states of ours that a new one makes needless: all but the newest two, and damaged ones."""
+    whole, damaged = published(folder), folder.glob("step-*.damaged*")
+    return [path for path in whole if is_state(path)][:-2] + [path for path in damaged if is_state(path)]
 
 
 # ---- in ----------------------------------------------------------------------------------------------------------------------------
 
 def published(folder):
     """The states in a run's state/ folder, oldest first. A link or a file of such a name is none."""
-    return sorted((path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir() and not path.is_symlink()),
-                  key=step_of)
+    found = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=step_of)
 
 
 def step_of(state):
@@ -234,7 +247,7 @@ def newest_state(folder):
 
 
 def read_manifest(path):
-    """{"step", "files": {name: [bytes, SHA-256]}} of a state's folder. ValueError where there is none such."""
+    """{"step", "files": {name: [bytes, SHA-256]}} of a state's folder. ValueError where there is none."""
     manifest = read_json(path / "manifest.json")
     step, files = manifest.get("step"), manifest.get("files")
     right = type(step) is int and isinstance(files, dict) and all(
@@ -245,7 +258,9 @@ def read_manifest(path):
 
 
 def damage(path):
-    """What is wrong with a published state, in words, or None. A state whose tensors are not finite is damaged, too. A collective."""
+    """What is wrong with a published state, in words, or None. A collective.
+
+    One whose tensors are not finite (an older version saved such) is damaged, too."""
     def listed():
         try:
             manifest = read_manifest(path)
@@ -256,7 +271,8 @@ def damage(path):
             return f"manifest.json cannot be read: {error}"
         if there == set(manifest["files"]) and manifest["step"] == step_of(path):
             return {name: (size, digest) for name, (size, digest) in sorted(manifest["files"].items())}
-        return f"manifest.json does not list what is there: {' '.join(sorted(there ^ set(manifest['files']))) or 'another step'}"
+        other = " ".join(sorted(there ^ set(manifest["files"]))) or "another step"
+        return f"manifest.json does not list what is there: {other}"
 
     files = distributed.from_main(listed)
     if isinstance(files, str):
@@ -266,8 +282,8 @@ def damage(path):
             return f"{name} has {size:,} bytes instead of {files[name][0]:,}" if digest else f"{name} cannot be read: {size}"
         if digest != files[name][1]:
             return f"{name} has another SHA-256 than when it was written"
-    found = set().union(*distributed.gather_objects({fault for name in part_of(list(files)) for fault in spoiled(path / name)}))
-    return min(found, default=None)
+    mine = [fault for name in part_of(list(files)) for fault in spoiled(path / name)]
+    return min(sum(distributed.gather_objects(mine), []), default=None)
 
 
 def spoiled(file):
@@ -287,7 +303,8 @@ def load_state(path, model, optimizer):
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     try:
         with warnings.catch_warnings(action="ignore"):
-            dcp.load(state_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=distributed.num_ranks() == 1)
+            dcp.load(state_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(path),
+                     no_dist=distributed.num_ranks() == 1)
     except CheckpointException as error:
         cause = " ".join(str(next(iter(error.failures.values()))[0]).split())
         raise ValueError(f"{path}: not a state of this model ({cause[:300]}); start anew") from None

@@ -269,7 +269,7 @@ class Batch:
     ref_logps: Optional[torch.Tensor] = None        # (2, B/2) pairs, or (B,) completions, nats
     advantages: Optional[torch.Tensor] = None       # (B,) RLOO
     rewards: Optional[torch.Tensor] = None          # (B,) RLOO, for the log
-    cut: Optional[torch.Tensor] = None              # (B,) RLOO, 1 where the answer was cut at its limit, for the log
+    cut: Optional[torch.Tensor] = None              # (B,) RLOO, 1 where the answer was cut, for the log
     repeats: Optional[torch.Tensor] = None          # (2, B) an earlier row, or itself, and how many tokens both begin with; None if no two begin alike
     where: tuple = ()                               # (B,) "file:line" of each row, to name it when its loss is not finite
 

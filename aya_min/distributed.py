@@ -46,12 +46,14 @@ def setup(timeout=1800):
         limit = timedelta(seconds=timeout)
         try:
             store, rank, ranks = next(rendezvous("env://", timeout=limit))
-            own = dist.PrefixStore(f"restart {restart_count()}", store)     # torchrun (2.13) keeps one store over restarts, with the dead ranks' addresses in it
-            dist.init_process_group(BACKENDS["cuda" if cuda else "cpu"], store=own, rank=rank, world_size=ranks, timeout=limit)
+            # torchrun (2.13) keeps one store over restarts, with the dead ranks' addresses in it
+            own = dist.PrefixStore(f"restart {restart_count()}", store)
+            backend = BACKENDS["cuda" if cuda else "cpu"]
+            dist.init_process_group(backend, store=own, rank=rank, world_size=ranks, timeout=limit)
         except dist.DistNetworkError as error:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise ValueError(f"rank {rank} of {ranks}: no way to the others over MASTER_ADDR:MASTER_PORT {place} "
-                             f"({str(error).splitlines()[0]}); start with torchrun") from None
+            raise ValueError(f"rank {rank} of {ranks}: no way to the others over MASTER_ADDR:MASTER_PORT "
+                             f"{place} ({str(error).splitlines()[0]}); start with torchrun") from None
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 
@@ -62,7 +64,8 @@ def from_environment(name, default, interval):
     try:
         return number(int, interval)(os.environ.get(name, ""))
     except argparse.ArgumentTypeError as error:
-        raise ValueError(f"the environment variable {name}={error}; start with torchrun, or unset its variables") from None
+        raise ValueError(f"the environment variable {name}={error}; start with torchrun, or unset its "
+                         "variables") from None
 
 
 def close():

@@ -197,8 +197,10 @@ def largest(items, size, samples=1):
 
 def loss_of(stage, settings):
     """The loss function of a stage of stages.STAGES."""
-    losses = {"pretrain": lambda: stages.sft_loss, "sft": lambda: stages.sft_loss, "reward": lambda: stages.reward_loss(settings.lm_weight),
-              "dpo": lambda: stages.preference_loss(settings.beta, settings.nll_weight), "rloo": lambda: stages.policy_gradient_loss}
+    losses = {"pretrain": lambda: stages.sft_loss, "sft": lambda: stages.sft_loss,
+              "reward": lambda: stages.reward_loss(settings.lm_weight),
+              "dpo": lambda: stages.preference_loss(settings.beta, settings.nll_weight),
+              "rloo": lambda: stages.policy_gradient_loss}
     if stage not in losses:
         raise ValueError(f"unknown stage {stage!r}; known: {' '.join(losses)}")
     return losses[stage]()

@@ -24,7 +24,7 @@ from .config import Training
 from .data import LANGUAGE_SLOTS, in_step
 from .files import parse_json
 
-PER_LANGUAGE = ("loss", "accuracy", "rewards/accuracies", "reward", "cut")     # metrics that are logged for each language too
+PER_LANGUAGE = ("loss", "accuracy", "rewards/accuracies", "reward", "cut")     # logged for each language too
 
 PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}     # bf16, dense, of NVIDIA's data sheets
 
@@ -109,13 +109,16 @@ def reduced(metrics, languages=True):
 
 def autocast(model, settings, device):
     """The context in which a model computes in --dtype; a sharded one casts for itself."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16" and not isinstance(model, FSDPModule))
+    enabled = settings.dtype == "bfloat16" and not isinstance(model, FSDPModule)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @torch.no_grad()
 def evaluate(model, loss_fn, batches, device, stop=None, settings=Training()):
-    """Held-out metrics, overall and per language: {"loss": ..., "loss/fr": ...}; None if a signal (stop: distributed.Signals) cuts it short.
-    batches: this rank's [(indices, batch)]; settings: of the training, in whose dtype it computes. A loss that is not finite is refused."""
+    """Held-out metrics, overall and per language: {"loss": ..., "loss/fr": ...}; None after a signal.
+
+    batches: this rank's [(indices, batch)]; stop: distributed.Signals; settings: of the training, in whose
+    dtype it computes. A metric that is not finite is refused."""
     model.eval()
     total, bad = {}, []
     for indices, batch in in_step(batches):
@@ -131,7 +134,8 @@ def evaluate(model, loss_fn, batches, device, stop=None, settings=Training()):
     wrong = ["loss"] if bad else [name for name, value in values.items() if not math.isfinite(value)]
     if wrong:
         rows = f" in a batch with {' '.join(bad[:8])}{' ...' if len(bad) > 8 else ''}" if bad else ""
-        raise ValueError(f"the held-out {' '.join(wrong)} of this model is not finite{rows}; lower --learning-rate, or look at these rows and at the model")
+        raise ValueError(f"the held-out {' '.join(wrong)} of this model is not finite{rows}; "
+                         "lower --learning-rate, or look at these rows and at the model")
     return values
 
 
@@ -145,14 +149,18 @@ def write_metrics(path, row):
     """Add a line to metrics.jsonl, which is never a link to elsewhere."""
     if distributed.is_main():
         try:
-            with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w", encoding="utf-8") as f:
+            number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            with open(number, "w", encoding="utf-8") as f:
                 f.write(json_line(row))
         except OSError as error:                        # a full disk does not say which file it was
-            raise OSError(error.errno, f"{error.strerror}; the line of step {row['step']} is not logged, make room and --resume", str(path)) from None
+            about = f"{error.strerror}; the line of step {row['step']} is not logged, make room and --resume"
+            raise OSError(error.errno, about, str(path)) from None
 
 
 def read_metrics(path):
-    """[(line, row), ...] of metrics.jsonl, without a last line that a kill cut short. ValueError with file and line for what is no row of ours."""
+    """[(line, row), ...] of metrics.jsonl, without a last line that a kill cut short.
+
+    ValueError with file and line for what is no row of ours."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     rows = [parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
     for number, row in enumerate(rows, 1):
@@ -189,7 +197,8 @@ def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=
     batches(step) -> this rank's micro-batches; loss_fn(model, batch) -> (loss_sum, {name: (2, languages) sums and counts});
     evaluation() -> {name: value} is called before the first step, every `eval_every` steps and after the last, and logged as eval/...;
     check_first(metrics) may refuse the very first step. Raises ValueError, on all ranks together and before the optimizer
-    moves, when a loss or gradient norm is not finite, and before anything is kept when weights or moments are not. After SIGTERM or SIGINT, on any rank, all of them finish the step (an evaluation is
+    moves, when a loss or gradient norm is not finite; before anything is kept, when weights are not.
+    After SIGTERM or SIGINT, on any rank, all of them finish the step (an evaluation is
     left, and made up for on resume), save, and raise distributed.Stopped. stop: the Signals to look at, for whom the caller asks too;
     publish(model, step): called every `publish_every` steps.
     """

@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 
 from . import __version__, checkpoint, config, distributed, weights
 from .config import check_training
-from .data import (Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs, count_steps, cut_left, fit_prompts, in_step, language_slot, load_examples,
-                   load_pairs, load_prompts, make_batches)
+from .data import (Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs, count_steps,
+                   cut_left, fit_prompts, in_step, language_slot, load_examples, load_pairs, load_prompts,
+                   make_batches)
 from .files import own_file, publish_file, read_json, scratch, sha256, write_json, write_whole
 from .loop import autocast, evaluate, learning_rate, read_metrics, spread, train
 from .losses import bradley_terry_loss, dpo_loss, kl_shaped_rewards, rloo_advantages, sum_by_row
@@ -34,9 +35,12 @@ from .model import CohereForCausalLM
 from .reward import score_texts
 from .sampling import answer_rows
 
-MAY_CHANGE = ("learning_rate", "max_steps", "epochs", "warmup_steps", "schedule", "final_learning_rate", "save_every", "publish_every", "eval_every", "micro_batch_size", "packing", "compile",
-              "activation_checkpointing", "replicate", "cpu_offload", "profile")         # on resume: what chooses neither examples nor their loss; the schedule see check_schedule
-OURS = ("config.json", "metrics.jsonl", "eval.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "reference.safetensors", "profile.json")
+# on resume: what chooses neither examples nor their loss; for the schedule see check_schedule
+MAY_CHANGE = ("learning_rate", "max_steps", "epochs", "warmup_steps", "schedule", "final_learning_rate",
+              "save_every", "publish_every", "eval_every", "micro_batch_size", "packing", "compile",
+              "activation_checkpointing", "replicate", "cpu_offload", "profile")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+OURS = ("config.json", "metrics.jsonl", "eval.json", "reference.safetensors", "profile.json", *TOKENIZER)
 
 
 # ---- loss functions: (model, batch) -> (sum over the batch's units, {name: (2, languages) sums and counts}) -------------------------
@@ -93,8 +97,8 @@ def answer_logps(model, items, pad_id, device, settings, size=64, name="the refe
     """Log-probs (nats, summed over supervised tokens) of each example, (N,), or of each pair's two answers, (N, 2), under a plain or sharded model,
     on every rank; the work is split over ranks, `size` rows at a time.
 
-    In the training's own dtype: another one would put the rounding of every token into the ratio. name: of the model, for the refusal of a
-    log-prob that is not finite."""
+    In the training's own dtype: another one would put the rounding of every token into the ratio.
+    name: of the model, for the refusal of a log-prob that is not finite."""
     was_training, done = model.training, []
     model.eval()
     model.model.packing = settings.packing
@@ -115,11 +119,11 @@ def answer_logps(model, items, pad_id, device, settings, size=64, name="the refe
 
 def check_logps(logps, items, name):
     """Refuse log-probs of these items that are not finite, by model and row."""
-    bad = (~logps.isfinite().flatten(1).all(1) if logps.dim() > 1 else ~logps.isfinite()).nonzero()
-    if len(bad):
-        item = items[bad[0].item()]
-        raise ValueError(f"{(item.chosen if isinstance(item, Pair) else item).where}: its log-prob under {name} is {logps[bad[0].item()].tolist()}, not finite "
-                         f"({len(bad)} of {len(items)} rows); the weights of {name} are damaged, or this row is out of its range")
+    bad = [i for i, fine in enumerate(logps.isfinite().view(len(items), -1).all(1).tolist()) if not fine]
+    if bad:
+        first = items[bad[0]].chosen if isinstance(items[bad[0]], Pair) else items[bad[0]]
+        raise ValueError(f"{first.where}: its log-prob under {name} is {logps[bad[0]].tolist()}, not finite "
+                         f"({len(bad)} of {len(items)} rows); look at the weights of {name} and at this row")
 
 
 def reference_rows(settings):
@@ -153,7 +157,8 @@ def store_reference(model, pairs, pad_id, device, settings, path, model_print):
             try:
                 save_file({"ref_logps": logps}, folder / "file", {"key": key, "sha256": sha256_of(logps)})
             except SafetensorError as error:
-                raise ValueError(f"{path}: the reference log-probs cannot be written ({error}); make room, or give another file") from None
+                raise ValueError(f"{path}: the reference log-probs cannot be written ({error}); make room, "
+                                 "or give another file") from None
             if os.path.lexists(path):                   # another run was faster
                 read()
             else:
@@ -202,7 +207,8 @@ class OpenRun:
 def lock(folder):
     """Hold a run folder until the file that this returns is closed, or the process ends, by kill -9 too. The file says who holds it."""
     path = own_file(folder, ".lock") or folder / ".lock"
-    file = open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8", errors="replace")
+    number = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    file = open(number, "r+", encoding="utf-8", errors="replace")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -225,38 +231,51 @@ def check_new(folder):
         raise ValueError(f"{folder} exists and is no folder; give a new folder")
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise ValueError(f"{folder}: cannot be made, {there} is no folder that can be written; give another --out")
+        raise ValueError(f"{folder}: {there} is no folder that can be written; give another --out")
     if folder.exists() and {path.name for path in folder.iterdir()} - {".lock"}:
         raise ValueError(f"{folder} exists and is not empty; give a new folder, or --resume {folder} to go on with it")
 
 
 def refuse_links(folder):
-    """Refuse a run folder whose files or folders are links to elsewhere: what they lead to would be read, or written over."""
+    """Refuse a run folder whose files or folders are links to elsewhere, which would be read or replaced."""
     for name in OURS:
         own_file(folder, name)
-    for path in [folder / "state", folder / "model", folder / "checkpoints", *folder.glob("state/step-*")]:
+    for path in [*map(folder.joinpath, ("state", "model", "checkpoints")), *folder.glob("state/step-*")]:
         if path.is_symlink() and re.fullmatch(r"state|model|checkpoints|step-\d+", path.name):
             raise ValueError(f"{path}: a link; if you trust it, put the folder itself there")
 
 
 def read_run(folder):
-    """The config.json of a run folder, its types checked. ValueError with the file and the key of what is not as a stage writes it."""
+    """The config.json of a run folder, its types checked. ValueError names the file and the key at fault."""
     path = own_file(folder, "config.json") if Path(folder).is_dir() else None
     if not path:
-        raise ValueError(f"--resume {folder}: no config.json there; give the run folder of a stage, or start one with --out")
-    about, texts = read_json(path), lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value)
-    text = lambda value: value is None or isinstance(value, str)
-    right = {"stage": lambda value: isinstance(value, str) and value in STAGES, "settings": lambda value: isinstance(value, dict), "data": texts,
-             "model": text, "eval_data": lambda value: value is None or texts(value), "reward_model": text,
-             "sha256": lambda value: isinstance(value, dict) and texts(value.get("data", [])),
-             "resumed": lambda value: value is None or isinstance(value, list)}
+        raise ValueError(f"--resume {folder}: no config.json there; give the run folder of a stage, or start "
+                         "one with --out")
+    about = read_json(path)
     if "recipe" in about:
-        raise ValueError(f"--resume {folder}: a run of the recipe, which the same command with --out goes on with; give the run folder of a stage")
-    if wrong := [key for key, fits in right.items() if not fits(about.get(key))]:
-        raise ValueError(f"{path}: {wrong[0]} is not as a stage writes it; give the run folder of a stage, or start anew with --out")
+        raise ValueError(f"--resume {folder}: a run of the recipe, which goes on by the same command with "
+                         "--out; give the run folder of a stage")
+
+    def text(value):
+        return isinstance(value, str)
+
+    def texts(value):
+        return isinstance(value, list) and all(map(text, value))
+
+    right = {"stage": lambda value: text(value) and value in STAGES, "data": texts,
+             "settings": lambda value: isinstance(value, dict),
+             "sha256": lambda value: isinstance(value, dict) and texts(value.get("data", []))}
+    optional = {"model": text, "reward_model": text, "eval_data": texts,
+                "resumed": lambda value: isinstance(value, list)}
+    wrong = [key for key, fits in right.items() if not fits(about.get(key))]
+    wrong += [key for key, fits in optional.items() if about.get(key) is not None and not fits(about[key])]
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]} is not as a stage writes it; give the run folder of a stage, "
+                         "or start anew with --out")
     known = {f.name for f in fields(STAGES[about["stage"]][1])}
     if unknown := sorted(about["settings"].keys() - known):
-        raise ValueError(f"{path}: unknown setting {' '.join(unknown)}; resume with the version that made it, or start anew with --out")
+        raise ValueError(f"{path}: unknown setting {' '.join(unknown)}; resume with the version that made "
+                         "it, or start anew with --out")
     try:
         settings_before(about)
     except ValueError as error:
@@ -265,7 +284,7 @@ def read_run(folder):
 
 
 def settings_before(about):
-    """The settings of a config.json as the stage's settings object; what an older run lacks is the default."""
+    """The settings of a config.json as the stage's object; what an older run lacks is the default."""
     return config.settings_from(STAGES[about["stage"]][1], about["settings"])
 
 
@@ -285,30 +304,38 @@ def differences(before, now):
 
 
 def check_schedule(folder, old, settings, num_items, done):
-    """Refuse settings whose schedule differs, in a step that is done, from the one that the run had: the rate would jump, or go back.
+    """Refuse settings whose schedule differs from the run's in a step that is done: the rate would go back.
 
-    Rates are compared as shares of the peak, as another --learning-rate from here on is the user's own choice."""
-    steps = [count_steps(num_items, each) for each in (old, settings)]
+    Rates are compared as shares of the peak: another --learning-rate from here on is the user's choice."""
+    def share(step, each):
+        return learning_rate(step, count_steps(num_items, each), each) / each.learning_rate
+
+    def told(each):
+        return f"{each.schedule}, {count_steps(num_items, each)} steps, {each.warmup_steps} of warm-up"
+
     for step in range(done):
-        was, now = (learning_rate(step, n, each) / each.learning_rate for n, each in zip(steps, (old, settings)))
+        was, now = share(step, old), share(step, settings)
         if not math.isclose(was, now, rel_tol=1e-9):
-            raise ValueError(f"--resume {folder}: the schedule of these settings ({settings.schedule}, {steps[1]} steps, {settings.warmup_steps} of warm-up) is another "
-                             f"than the run had ({old.schedule}, {steps[0]} steps, {old.warmup_steps} of warm-up): step {step} of the {done} that are done was at {was:.3g} "
-                             f"of the peak, not {now:.3g}. Start anew from {folder / 'model'}; a run with --schedule constant from its start can be made longer")
+            raise ValueError(f"--resume {folder}: the schedule of these settings ({told(settings)}) is "
+                             f"another than the run had ({told(old)}): step {step} of the {done} that are done "
+                             f"was at {was:.3g} of the peak, not {now:.3g}. Start anew from {folder / 'model'}; "
+                             "a run that has --schedule constant from its start can be made longer")
 
 
 @contextmanager
 def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_items):
     """Hold a run folder while its stage runs. A new one gets config.json and the tokenizer before step 0; one to resume must be of the same run.
 
-    source: what else a resume needs to start from the same place ("model", "eval_data", "reward_model"). models: {name: model as it is at the start}.
-    num_items: how many examples, pairs or prompts there are. A new folder in which nothing was done when a mistake ended the stage is removed."""
+    source: what else a resume needs to start from the same place ("model", "eval_data", "reward_model").
+    models: {name: model as it is at the start}. num_items: how many examples, pairs or prompts there are.
+    A new folder in which nothing was done when a mistake ended the stage is removed."""
     check_training(settings, distributed.num_ranks())
     num_steps = count_steps(num_items, settings)
     if settings.profile is not None and settings.profile >= num_steps:
-        raise ValueError(f"--profile {settings.profile}: steps are counted from 0, and there are {num_steps}; profile an earlier one")
+        raise ValueError(f"--profile {settings.profile}: steps are counted from 0, and there are "
+                         f"{num_steps}; profile an earlier one")
     folder, prints = Path(out), {name: distributed.fingerprint(model) for name, model in models.items()}
-    made = []                                                                   # what a refused command must not leave behind
+    made = []                                           # what a refused command must not leave behind
 
     def look():
         """(config.json as it was, what is given now, {setting: its value before}); refuses, and holds the folder."""
@@ -347,7 +374,7 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
             forget_after(folder / "metrics.jsonl", done, num_steps)
         else:
             about = {**now, **this}
-            made.extend(folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
+            made.extend(folder / name for name in ("config.json", *TOKENIZER))
         write_json(folder / "config.json", about)
         try:
             tokenizer.save(folder)
@@ -356,8 +383,9 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
 
     def clean_up():
         """Remove a new folder in which nothing was done, so that it is not in the way of the next attempt."""
-        if made and {path.name for path in folder.iterdir()} <= {path.name for path in made if path != folder}:
-            for path in [path for path in made if path != folder]:
+        files = [path for path in made if path != folder]
+        if made and set(folder.iterdir()) <= set(files):
+            for path in files:
                 path.unlink(missing_ok=True)
             if folder in made:
                 folder.rmdir()
@@ -378,13 +406,16 @@ def forget_after(metrics, step, num_steps):
     """Drop the lines of metrics.jsonl that a run resumed at `step` writes again: all from there on, but not the evaluation made just
     after the state was saved. A line that a kill cut short has no end."""
     if metrics.exists():
-        write_whole(metrics, "".join(line for line, row in read_metrics(metrics)
-                                     if row["step"] < step or (row["step"] == step < num_steps and "loss" not in row)))
+        kept = [line for line, row in read_metrics(metrics)
+                if row["step"] < step or (row["step"] == step < num_steps and "loss" not in row)]
+        write_whole(metrics, "".join(kept))
 
 
-def run_stage(stage, model, tokenizer, num_steps, batches, loss_fn, settings, run, device, eval_items=None, eval_collate=None, stop=None, evaluation=None, **more):
-    """Train, evaluate on the held-out items if there are any (or by evaluation(), see loop.train), publish. run: an OpenRun. Returns the path of
-    the model folder."""
+def run_stage(stage, model, tokenizer, num_steps, batches, loss_fn, settings, run, device, eval_items=None,
+              eval_collate=None, stop=None, evaluation=None, **more):
+    """Train, evaluate on the held-out items if there are any (or by evaluation(), see loop.train), publish.
+
+    run: an OpenRun. Returns the path of the model folder."""
     folder, stop = run.folder, stop or distributed.Signals()
     if eval_items:
         held_out = batches_in_order(eval_items, eval_collate)
@@ -393,7 +424,8 @@ def run_stage(stage, model, tokenizer, num_steps, batches, loss_fn, settings, ru
         publish = lambda model, step: save_model(folder / "checkpoints" / f"step-{step}", model, tokenizer)
         model = train(model, num_steps, batches, loss_fn, settings, folder, device, evaluation, run.state, title=stage, stop=stop, publish=publish, **more)
         if distributed.is_main() and evaluation:
-            last = [row for _, row in read_metrics(folder / "metrics.jsonl") if any(key.startswith("eval/") for key in row)][-1]
+            rows = [row for _, row in read_metrics(folder / "metrics.jsonl")]
+            last = [row for row in rows if any(key.startswith("eval/") for key in row)][-1]
             write_json(folder / "eval.json", {k.removeprefix("eval/"): v for k, v in last.items() if k.startswith("eval/")})
         save_model(folder / "model", model, tokenizer)
         if stop.any_rank(device):
@@ -406,7 +438,8 @@ def save_model(folder, model, tokenizer):
     try:
         weights.save(folder, model, tokenizer)
     except OSError as error:
-        raise ValueError(f"{folder}: the model could not be written ({error}); make room and --resume") from None
+        about = f"{folder}: the model could not be written ({error}); make room and --resume"
+        raise ValueError(about) from None
 
 
 # ---- the stages --------------------------------------------------------------------------------------------------------------------
@@ -417,7 +450,8 @@ def pretrain(model, tokenizer, data, settings, out, device, eval_data=(), resume
     examples = load_examples(data, tokenizer, settings.max_length)
     held_out = load_examples(eval_data, tokenizer, settings.max_length) if eval_data else None
     num_steps, batches = make_batches(examples, pad, settings)
-    with open_run(out, stage, settings, data, resume, tokenizer, source, {"model": model}, len(examples)) as run:
+    models = {"model": model}
+    with open_run(out, stage, settings, data, resume, tokenizer, source, models, len(examples)) as run:
         return run_stage(stage, model, tokenizer, num_steps, batches, sft_loss, settings, run, device, held_out, pad)
 
 
@@ -431,7 +465,8 @@ def reward(model, tokenizer, data, settings, out, device, eval_data=(), resume=F
     pairs = load_pairs(data, tokenizer, settings.max_length)
     held_out = load_pairs(eval_data, tokenizer, settings.max_length) if eval_data else None
     num_steps, batches = make_batches(pairs, pad, settings)
-    with open_run(out, "reward", settings, data, resume, tokenizer, source, {"model": model}, len(pairs)) as run:
+    models = {"model": model}
+    with open_run(out, "reward", settings, data, resume, tokenizer, source, models, len(pairs)) as run:
         return run_stage("reward", model, tokenizer, num_steps, batches, reward_loss(settings.lm_weight), settings, run, device, held_out, pad)
 
 
@@ -466,17 +501,19 @@ def twin(model, settings, device):
     return other
 
 
-def rloo(model, tokenizer, data, settings, out, device, reward_model, eval_data=(), resume=False, source=None):
+def rloo(model, tokenizer, data, settings, out, device, reward_model, eval_data=(), resume=False,
+         source=None):
     """Online RLOO: each step samples k completions of fresh prompts from a plain copy of the policy, scores them, subtracts the KL to
     the starting model, and takes one policy-gradient step. The reward model must share the policy's tokenizer. On several ranks the copy
     that samples is whole on each, in fp32; policy, reference and reward model are sharded.
 
-    eval_data: held-out prompts, each answered once with the same random numbers at every evaluation. Answers that are cut at --max-new-tokens
-    are kept and scored as they are; their share is logged as "cut"."""
+    eval_data: held-out prompts, each answered once with the same random numbers at every evaluation.
+    Answers that are cut at --max-new-tokens are kept and scored as they are; their share is logged: "cut"."""
     if settings.keep_cut:
-        raise ValueError("rloo keeps the answers that are cut and scores them as they are; leave --keep-cut out")
-    prompts = prompts_that_fit(load_prompts(data, settings, tokenizer), model, reward_model, tokenizer, settings)
-    held_out = prompts_that_fit(load_prompts(eval_data, settings, tokenizer), model, reward_model, tokenizer, settings)
+        raise ValueError("rloo keeps answers that are cut and scores them as they are; leave keep_cut out")
+    most = most_tokens(model, reward_model, settings)
+    prompts = prompts_that_fit(load_prompts(data, settings, tokenizer), tokenizer, most, settings)
+    held_out = prompts_that_fit(load_prompts(eval_data, settings, tokenizer), tokenizer, most, settings)
     if settings.num_samples < 2:
         raise ValueError(f"--num-samples {settings.num_samples}: RLOO needs at least 2 samples a prompt for its baseline")
     sampler = Sampler([len(row["prompt_ids"]) for row in prompts], settings.batch_size, settings.seed)
@@ -486,41 +523,48 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, eval_data=
 
     def sampled_example(answer, row):
         ids = row["prompt_ids"]
-        mask = [False] * len(ids) + [True] * len(answer["ids"])                                # exactly the sampled tokens, the stop token included
-        return Example(np.array(ids + answer["ids"], np.int32), np.array(mask), language_slot(row), row["prompt_where"])
+        mask = [False] * len(ids) + [True] * len(answer["ids"])         # what was sampled, the stop included
+        ids = np.array(ids + answer["ids"], np.int32)
+        return Example(ids, np.array(mask), language_slot(row), row["prompt_where"])
 
     def sample(rows, k, seed):
-        """(rows, answers, examples, rewards, the policy's and the reference's log-probs in nats) of k answers to each row, one after the other; None
-        after a signal."""
+        """(rows, answers, examples, rewards, the policy's and the reference's log-probs in nats) of k answers
+        to each row, one after the other; None after a signal."""
         nonlocal told
         for own, theirs in zip(policy.state_dict().values(), model.state_dict().values(), strict=True):
-            own.copy_(distributed.full(theirs))                                                # one whole tensor at a time
-        answers = answer_rows(policy, tokenizer, rows, k, settings.max_new_tokens, seed=seed, cut_left=settings.too_long == "cut-left")
+            own.copy_(distributed.full(theirs))                         # one whole tensor at a time
+        cuts = settings.too_long == "cut-left"
+        answers = answer_rows(policy, tokenizer, rows, k, settings.max_new_tokens, seed=seed, cut_left=cuts)
         if stop.any_rank(device):
             return None
         flat = [(row, answer) for row, group in zip(rows, answers) for answer in group]
         rows, answers = [row for row, _ in flat], [answer for _, answer in flat]
         num_cut = sum(answer["finish_reason"] == "length" for answer in answers)
         if num_cut and not told and distributed.is_main():
-            print(f"{num_cut} of {len(answers)} answers were cut at --max-new-tokens {settings.max_new_tokens}: they are kept and scored as they are; "
-                  "metrics.jsonl says their share of each step (cut)", file=sys.stderr)
+            print(f"{num_cut} of {len(answers)} answers were cut at --max-new-tokens "
+                  f"{settings.max_new_tokens}: they are kept and scored as they are; metrics.jsonl has their "
+                  "share of each step (cut)",
+                  file=sys.stderr)
         told = told or num_cut > 0
         examples = [sampled_example(answer, row) for row, answer in flat]
-        rewards = torch.tensor(score_texts(reward_model, tokenizer, [{**row, **answer} for row, answer in flat],
-                                           too_long="cut-left" if settings.too_long == "cut-left" else "refuse"))
+        scores = score_texts(reward_model, tokenizer, [{**row, **answer} for row, answer in flat],
+                             too_long="cut-left" if cuts else "refuse")
+        rewards = torch.tensor(scores)
         of_model = lambda m, name: answer_logps(m, examples, tokenizer.pad_id, device, settings, name=name)
-        ref = of_model(reference, "the reference")
-        now = torch.tensor([a["logp"] for a in answers]) if settings.dtype == "float32" else of_model(model, "the policy")    # in bf16 both are rounded alike
+        ref, now = of_model(reference, "the reference"), torch.tensor([answer["logp"] for answer in answers])
+        if settings.dtype != "float32":
+            now = of_model(model, "the policy")                         # so that both are rounded alike
         return rows, answers, examples, rewards, now, ref
 
     def batches(step):
-        chosen = sampler.take(step * settings.batch_size, settings.batch_size)                 # the same on every rank
+        chosen = sampler.take(step * settings.batch_size, settings.batch_size)     # the same on every rank
         sampled = sample([prompts[i] for i in chosen], k, settings.seed * 1_000_003 + step)
         if sampled is None:
             return []
-        _, answers, examples, rewards, now, ref = sampled                                      # (P k,)
+        _, answers, examples, rewards, now, ref = sampled               # (P k,)
         cut = torch.tensor([float(answer["finish_reason"] == "length") for answer in answers])
-        advantages = rloo_advantages(kl_shaped_rewards(rewards.view(-1, k), now.view(-1, k), ref.view(-1, k), settings.beta)).flatten()
+        shaped = kl_shaped_rewards(rewards.view(-1, k), now.view(-1, k), ref.view(-1, k), settings.beta)
+        advantages = rloo_advantages(shaped).flatten()
         mine = torch.arange(len(examples))[distributed.rank()::distributed.num_ranks()]
         made = []
         for part in mine.split(settings.micro_batch_size * k or len(mine)):
@@ -535,7 +579,8 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, eval_data=
         if sampled is None:
             return None
         rows, answers, _, rewards, now, ref = sampled
-        by_row = {"reward": rewards.tolist(), "kl": (now - ref).tolist(), "length": [len(answer["ids"]) for answer in answers],
+        by_row = {"reward": rewards.tolist(), "kl": (now - ref).tolist(),
+                  "length": [len(answer["ids"]) for answer in answers],
                   "cut": [float(answer["finish_reason"] == "length") for answer in answers]}
         means = {name: sum(values) / len(values) for name, values in by_row.items()}
         for code in sorted({row["language"] for row in rows if row.get("language")}):
@@ -544,31 +589,36 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, eval_data=
                 means[f"{name}/{code}"] = sum(values) / len(values)
         return means
 
-    with open_run(out, "rloo", settings, data, resume, tokenizer, source, {"model": model, "reward_model": reward_model}, len(prompts)) as run:
-        model, reward_model = spread(model, settings, device), spread(reward_model, replace(settings, dtype="float32"), device)
+    models = {"model": model, "reward_model": reward_model}
+    with open_run(out, "rloo", settings, data, resume, tokenizer, source, models, len(prompts)) as run:
+        model = spread(model, settings, device)
+        reward_model = spread(reward_model, replace(settings, dtype="float32"), device)
         reference = twin(model, settings, device)
-        policy = CohereForCausalLM(replace(model.config, max_position_embeddings=most_tokens(model, reward_model, settings))).to(device)
-        return run_stage("rloo", model, tokenizer, num_steps, batches, policy_gradient_loss, settings, run, device, stop=stop,
-                         evaluation=evaluation if held_out else None)
+        policy = CohereForCausalLM(replace(model.config, max_position_embeddings=most)).to(device)
+        return run_stage("rloo", model, tokenizer, num_steps, batches, policy_gradient_loss, settings, run,
+                         device, stop=stop, evaluation=evaluation if held_out else None)
 
 
 def most_tokens(model, reward_model, settings):
-    """Tokens of the longest prompt with its answer: --max-length, or the positions of a model if they are fewer."""
-    return min(settings.max_length, model.config.max_position_embeddings, reward_model.config.max_position_embeddings)
+    """Tokens of the longest prompt with its answer: --max-length, or a model's positions if fewer."""
+    positions = [each.config.max_position_embeddings for each in (model, reward_model)]
+    return min(settings.max_length, *positions)
 
 
-def prompts_that_fit(rows, model, reward_model, tokenizer, settings):
-    """The rows of load_prompts with their "prompt_ids", those that leave no room for --max-new-tokens treated as --too-long says."""
-    most, new = most_tokens(model, reward_model, settings), settings.max_new_tokens
+def prompts_that_fit(rows, tokenizer, most, settings):
+    """The rows of load_prompts with their "prompt_ids". Those that are longer than `most` tokens with
+    --max-new-tokens are treated as --too-long says."""
+    new, within = settings.max_new_tokens, f"within {most} tokens (--max-length, or a model's positions)"
     if most - new < 2:
-        raise ValueError(f"--max-new-tokens {new} leaves no room for a prompt within {most} tokens (--max-length, or a model's positions); lower it")
+        raise ValueError(f"--max-new-tokens {new} leaves no room for a prompt {within}; lower it")
     rows = [{**row, "prompt_ids": tokenizer.encode_prompt(row["prompt_messages"])} for row in rows]
-    kept = fit_prompts(rows, lambda row: len(row["prompt_ids"]), most - new, settings.too_long, f"--max-new-tokens {new} within {most} (--max-length, positions)")
+    kept = fit_prompts(rows, lambda row: len(row["prompt_ids"]), most - new, settings.too_long,
+                       f"--max-new-tokens {new} {within}")
     if rows and not kept:
-        raise ValueError(f"no prompt leaves room for --max-new-tokens {new} within {most} tokens (--max-length, or a model's positions); give others")
+        raise ValueError(f"no prompt leaves room for --max-new-tokens {new} {within}; give others")
     return [{**row, "prompt_ids": cut_left(row["prompt_ids"], most - new)} for row in kept]
 
 
 # name of a stage: its function and the class of its settings
-STAGES = {"pretrain": (pretrain, config.Pretrain), "sft": (sft, config.SFT), "reward": (reward, config.Reward), "dpo": (dpo, config.DPO),
-          "rloo": (rloo, config.RLOO)}
+STAGES = {"pretrain": (pretrain, config.Pretrain), "sft": (sft, config.SFT),
+          "reward": (reward, config.Reward), "dpo": (dpo, config.DPO), "rloo": (rloo, config.RLOO)}

@@ -115,22 +115,31 @@ TRAIN_MISTAKES = {
     f"{SFT} --data sft.jsonl --max-length 5": "no example fits into --max-length 5",
     f"{SFT} --data sft.jsonl --batch-size 40": "36 examples are fewer than one batch of 40",
     f"{SFT} --data sft.jsonl --batch-size 8 --micro-batch-size 3": "--micro-batch-size 3 does not divide a rank's share of 8 examples; use a divisor of 8",
-    f"{SFT} --data sft.jsonl --micro-batch-size -1": "argument --micro-batch-size: '-1' must be a whole number of at least 0",
-    f"{SFT} --data sft.jsonl --batch-size 0": "argument --batch-size: '0' must be a whole number of at least 1",
-    f"{SFT} --data sft.jsonl --max-steps -1": "argument --max-steps: '-1' must be a whole number of at least 0",
-    f"{SFT} --data sft.jsonl --epochs 0": "argument --epochs: '0' must be a finite number above 0",
-    f"{SFT} --data sft.jsonl --learning-rate nan": "argument --learning-rate: 'nan' must be a finite number above 0",
-    f"{SFT} --data sft.jsonl --learning-rate fast": "argument --learning-rate: 'fast' must be a finite number above 0",
+    f"{SFT} --data sft.jsonl --micro-batch-size -1":
+        "argument --micro-batch-size: '-1' must be a whole number of at least 0",
+    f"{SFT} --data sft.jsonl --batch-size 0":
+        "argument --batch-size: '0' must be a whole number of at least 1",
+    f"{SFT} --data sft.jsonl --max-steps -1":
+        "argument --max-steps: '-1' must be a whole number of at least 0",
+    f"{SFT} --data sft.jsonl --epochs 0":
+        "argument --epochs: '0' must be a finite number above 0",
+    f"{SFT} --data sft.jsonl --learning-rate nan":
+        "argument --learning-rate: 'nan' must be a finite number above 0",
+    f"{SFT} --data sft.jsonl --learning-rate fast":
+        "argument --learning-rate: 'fast' must be a finite number above 0",
     f"{SFT} --data sft.jsonl --schedule linear": "invalid choice: 'linear'",
     f"{SFT} --data sft.jsonl --config nowhere.json": "nowhere.json: cannot be read",
     f"{SFT} --data sft.jsonl --config half.json": "half.json: not JSON",
     f"{SFT} --data sft.jsonl --config unknown.json": "unknown setting learning_rat; known: activation_checkpointing",
     f"{SFT} --data sft.jsonl --config list.json": "list.json: a JSON list, not an object",
-    f"{SFT} --data sft.jsonl --config type.json": "setting weight_decay (--weight-decay) must be a finite number of at least 0, got '0.1'",
-    f"{SFT} --data sft.jsonl --config choice.json": "setting schedule (--schedule) must be one of cosine constant, got 'linear'",
+    f"{SFT} --data sft.jsonl --config type.json":
+        "setting weight_decay (--weight-decay) must be a finite number of at least 0, got '0.1'",
+    f"{SFT} --data sft.jsonl --config choice.json":
+        "setting schedule (--schedule) must be one of cosine constant, got 'linear'",
     "sft --model A --data sft.jsonl --out taken": "taken exists and is not empty; give a new folder, or --resume",
     "sft --model A --data sft.jsonl --out old": "old exists and is not empty; give a new folder, or --resume",
-    "sft --model A --data sft.jsonl --out taken.jsonl --batch-size 8": "taken.jsonl exists and is no folder; give a new folder",
+    "sft --model A --data sft.jsonl --out taken.jsonl --batch-size 8":
+        "taken.jsonl exists and is no folder; give a new folder",
     "sft --model nowhere --data sft.jsonl --out new": "nowhere: not a model folder (no config.json)",
     "sft --model lacking --data sft.jsonl --out new": "model.layers.1.self_attn.o_proj.weight is missing",
     "sft --model llama --data sft.jsonl --out new": "architecture 'LlamaForCausalLM' is not supported",

@@ -1,4 +1,5 @@
-"""What comes in and goes out of training: numbers that are not finite, other people's files in a run folder, flags and environment.
+"""What comes in and goes out of training: numbers that are not finite, other people's files
+in a run folder, flags and environment.
 
 Each test is a sentence about one kind of mistake, tried with several instances.
 """
@@ -81,14 +82,17 @@ def command(monkeypatch, capfd):
 
 def line_of(stage, models, world, out):
     more = f" --reward-model {models}/RM --num-samples 2 --max-new-tokens 6" if stage == "rloo" else ""
-    return f"{stage} --model {models}/A --data {world}/{ALL[stage][2]} --out {out} --batch-size 8 --max-steps 2{more}"
+    return (
+        f"{stage} --model {models}/A --data {world}/{ALL[stage][2]} --out {out} --batch-size 8 --max-steps"
+        f" 2{more}"
+    )
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# ---- not finite ----------------------------------------------------------------------------------------------------
+# ---- not finite --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", ALL)
@@ -223,7 +227,7 @@ def test_a_held_out_metric_that_is_not_finite_is_refused_by_name(spoiled, says, 
         loop.evaluate(language_model(), loss_fn, batches_in_order(items, collate), CPU)
 
 
-# ---- held-out data in bfloat16 -------------------------------------------------------------------------------------
+# ---- held-out data in bfloat16 -----------------------------------------------------------------------------
 
 
 def test_held_out_dpo_in_bfloat16_starts_at_ln_2_without_margins(world, tmp_path):
@@ -250,7 +254,7 @@ def test_held_out_figures_in_bfloat16_are_computed_in_bfloat16_and_do_not_depend
     assert two == pytest.approx(one, rel=2e-3)
 
 
-# ---- rloo: held-out prompts, cut answers, room ---------------------------------------------------------------------
+# ---- rloo: held-out prompts, cut answers, room -------------------------------------------------------------
 
 
 def test_rloo_evaluates_its_held_out_prompts_before_in_between_and_after(models, world, tmp_path, command):
@@ -306,7 +310,7 @@ def test_max_length_bounds_an_rloo_prompt_and_its_answer_by_the_policy_of_too_lo
         run("rloo", world, tmp_path / "none", max_new_tokens=500)
 
 
-# ---- flags ---------------------------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------------------------------------
 
 
 class Watched:
@@ -372,7 +376,7 @@ def stage_parser(stage):
 
 
 def parsers_of(module):
-    """(name, parser, source files that may read what it parses) of a command's parsers, its subcommands' too."""
+    """(name, parser, source file that reads what it parses) of a command and its subcommands."""
     made, source = module.make_parser(), Path(module.__file__)
     subs = next(
         (
@@ -564,7 +568,7 @@ def test_an_unknown_stage_is_refused_by_the_estimate_which_knows_those_of_train(
             assert ask(stage, settings_class())
 
 
-# ---- data ----------------------------------------------------------------------------------------------------------
+# ---- data --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["smoke", "A"])
@@ -579,7 +583,8 @@ def test_data_from_a_pipe_are_refused_by_name_before_they_are_read(
         else f"--data {world}/sft.jsonl --eval-data {tmp_path}/pipe"
     )
     code, _, err = command(
-        f"sft --model {models / 'A' if model == 'A' else model} {data} --out {tmp_path}/run --batch-size 8 --max-steps 1"
+        f"sft --model {models / 'A' if model == 'A' else model} {data} --out {tmp_path}/run --batch-size 8"
+        " --max-steps 1"
     )
     assert code == 2 and len(err) == 1 and f"{tmp_path}/pipe: not a plain file" in err[0], err
     assert names(tmp_path) == ["pipe"]
@@ -602,7 +607,7 @@ def test_a_place_for_the_reference_that_is_not_there_is_refused_before_the_model
     assert names(tmp_path) == ["pairs.jsonl"]
 
 
-# ---- going on ------------------------------------------------------------------------------------------------------
+# ---- going on ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -625,7 +630,10 @@ def test_a_run_resumed_with_another_schedule_for_the_steps_that_are_done_is_refu
     }
     with pytest.raises(
         ValueError,
-        match=f"--resume {folder}: the schedule of these settings .* is another than the run had .*Start anew from {folder}/model; .*--schedule constant",
+        match=(
+            f"--resume {folder}: the schedule of these settings .* is another than the run had .*Start anew"
+            f" from {folder}/model; .*--schedule constant"
+        ),
     ):
         run("sft", world, folder, resume=True, **then)
     assert {
@@ -754,7 +762,7 @@ def test_resume_goes_on_in_its_own_folder_only(done, tmp_path, command):
     assert command(f"sft --resume {done} --out {done} --max-steps 2")[0] == 0
 
 
-# ---- their files ---------------------------------------------------------------------------------------------------
+# ---- their files -------------------------------------------------------------------------------------------
 
 THEIRS = [
     "backup.tmp-mine/thesis.txt",
@@ -778,7 +786,7 @@ THEIRS = [
 
 
 def test_what_a_user_put_into_a_run_folder_is_never_removed_and_never_in_the_way(done, tmp_path, command):
-    """--resume removed RUN/*.tmp-* and RUN/state/step-*.* with all that was in them; a file of such a name ended it."""
+    """--resume removed RUN/*.tmp-* and RUN/state/step-*.* with all in them; a file so named ended it."""
     shutil.copytree(done, tmp_path / "run")
     for name in THEIRS:
         path = tmp_path / "run" / name
@@ -897,7 +905,7 @@ def test_a_lock_file_that_is_no_lock_of_ours_is_kept(models, world, tmp_path, co
     )
 
 
-# ---- nothing left behind -------------------------------------------------------------------------------------------
+# ---- nothing left behind -----------------------------------------------------------------------------------
 
 
 def test_a_stage_that_fails_before_its_first_step_leaves_no_folder_in_the_way(
