@@ -1,142 +1,20 @@
-"""JSONL in, batches out: reading with errors that name file and line, the seeded order of examples, right-padded batches.
+"""Rows in, batches out: what is supervised, what is left out, the seeded order of examples, right-padded batches.
 
-Shapes of a line (extra keys are kept, other shapes refused):
-    {"messages": [{"role", "content"}, ...]}   {"prompt", "completion"}   {"inputs", "targets"}   {"prompt", "chosen", "rejected"}
-    {"prompt"} or {"inputs"} (a prompt alone)  {"text"}                   each may carry "language"
-Right padding needs no attention mask: under a causal mask no real token sees what follows it.
+rows.py says what a line means. Right padding needs no attention mask: under a causal mask no real token sees what follows it.
 """
 
-import json
-import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import Optional
 
 import numpy as np
 import torch
 
 from . import distributed
-from .languages import LANGUAGES, language_code
+from .rows import (Spelled, conversation, is_cut, is_empty, pair_of, plain_text, preference, prompt_of, read_jsonl, say,  # noqa: F401
+                   shapes_in, supervised, trained)
 
-LANGUAGE_SLOTS = list(LANGUAGES) + ["other"]        # per-language metrics are vectors over these; examples without a language go last
 EQUAL_SHARE = 0.05                                  # of pairs with two equal answers: more are refused
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------------------
-
-def read_jsonl(path, reading=None):
-    """[(where, object), ...] of a JSONL file; where is "file:line". The first malformed line is refused."""
-    path = Path(path)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give an existing JSONL file") from None
-    if lines and not lines[-1].strip():
-        lines.pop()
-    if not lines:
-        raise ValueError(f"{path}: the file is empty; it needs one JSON object a line")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8"), parse_constant=_no_json)
-            row = {{theirs: ours for ours, theirs in ((reading.columns if reading else None) or {}).items()}.get(k, k): v for k, v in row.items()}
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8 without a byte-order mark") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not a JSON object ({error}); one whole object a line, no empty lines") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object; one object a line")
-        if row.get("language") is not None:
-            code = language_code(row["language"]) if isinstance(row["language"], str) else None
-            if code is None:
-                raise ValueError(f"{where}: unknown language {row['language']!r}; known: {' '.join(LANGUAGES)} (or leave the key out)")
-            row["language"] = code
-        rows.append((where, row))
-    return rows
-
-
-def _no_json(name):
-    raise ValueError(f"{name} is no JSON")
-
-
-def _text(value, key, where):
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {key!r} must be a string, got {type(value).__name__}")
-    if not value.strip():
-        raise ValueError(f"{where}: {key!r} is empty; remove the line or fill it")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{where}: {key!r} holds half a surrogate pair, which is not text; remove it") from None
-    return value
-
-
-def _messages(value, key, where):
-    """Checked [{"role", "content"}]: an optional system turn, then user and assistant in turn."""
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: {key!r} must be a non-empty list of {{role, content}}")
-    for i, m in enumerate(value):
-        if not isinstance(m, dict) or m.get("role") not in ("system", "user", "assistant"):
-            raise ValueError(f"{where}: {key}[{i}] needs a role of system, user or assistant")
-        _text(m.get("content"), f"{key}[{i}].content", where)
-    turns = value[1:] if value[0]["role"] == "system" else value
-    for i, m in enumerate(turns):
-        if m["role"] != ("user", "assistant")[i % 2]:
-            raise ValueError(f"{where}: {key}: after an optional system turn, user and assistant must alternate, user first")
-    return value
-
-
-def _prompt_messages(value, where):
-    messages = [{"role": "user", "content": _text(value, "prompt", where)}] if isinstance(value, str) else _messages(value, "prompt", where)
-    if messages[-1]["role"] != "user":
-        raise ValueError(f"{where}: the prompt must end with a user turn, got {messages[-1]['role']!r}")
-    return messages
-
-
-def _answer(value, prompt, key, where):
-    """The answer's text: a string, or messages that are one assistant turn, alone or after the prompt."""
-    if isinstance(value, list):
-        turns = value[len(prompt):] if value[:len(prompt)] == prompt else value
-        if len(turns) != 1 or not isinstance(turns[0], dict) or turns[0].get("role") != "assistant":
-            raise ValueError(f"{where}: {key!r} must be one assistant turn, alone or after the same prompt, got {len(turns)} turns; put earlier turns in the prompt")
-        value = turns[0].get("content")
-    return _text(value, key, where)
-
-
-def conversation(row, where):
-    """The messages of a supervised example, the last one the assistant's."""
-    if "messages" in row:
-        messages = _messages(row["messages"], "messages", where)
-        if messages[-1]["role"] != "assistant":
-            raise ValueError(f"{where}: the last message must be the assistant's answer, got {messages[-1]['role']!r}")
-        return messages
-    for prompt, answer in (("prompt", "completion"), ("inputs", "targets")):
-        if prompt in row and answer in row:
-            messages = _prompt_messages(row[prompt], where)
-            return messages + [{"role": "assistant", "content": _answer(row[answer], messages, answer, where)}]
-    raise ValueError(f"{where}: no example in keys {sorted(row)}; needs messages, or prompt + completion, or inputs + targets")
-
-
-def preference(row, where):
-    """(prompt messages, chosen text, rejected text)."""
-    missing = [key for key in ("chosen", "rejected") if key not in row]
-    if missing or ("prompt" not in row and not isinstance(row.get("chosen"), list)):
-        raise ValueError(f"{where}: no preference pair in keys {sorted(row)}; needs prompt, chosen, rejected")
-    # Without a prompt it is TRL's implicit one: chosen and rejected are whole conversations, equal but for the answer.
-    prompt = _prompt_messages(row["prompt"] if "prompt" in row else row["chosen"][:-1], where)
-    return prompt, _answer(row["chosen"], prompt, "chosen", where), _answer(row["rejected"], prompt, "rejected", where)
-
-
-def prompt_of(row, where):
-    """The prompt messages of any known shape."""
-    if "messages" in row:
-        messages = _messages(row["messages"], "messages", where)
-        return _prompt_messages(messages[:-1] if messages[-1]["role"] == "assistant" else messages, where)
-    for key in ("prompt", "inputs"):
-        if key in row:
-            return _prompt_messages(row[key], where)
-    raise ValueError(f"{where}: no prompt in keys {sorted(row)}; needs prompt, inputs or messages")
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------------------
@@ -145,7 +23,7 @@ def prompt_of(row, where):
 class Example:
     ids: np.ndarray             # (T,) int32
     mask: np.ndarray            # (T,) bool, True where the token is supervised
-    language: int               # index into LANGUAGE_SLOTS
+    language: str               # its code, "other" without one
     where: str = ""             # "file:line"
 
 
@@ -156,100 +34,208 @@ class Pair:
     ref_logps: Optional[np.ndarray] = None      # (2,) nats: the reference's log-probs of the two answers
 
 
-def language_slot(row):
-    return LANGUAGE_SLOTS.index(row["language"]) if row.get("language") in LANGUAGE_SLOTS else len(LANGUAGE_SLOTS) - 1
-
-
 def encode_example(tokenizer, messages, row, where=""):
     """Prompt and answer to ids and mask; the answer is the LAST turn only, earlier assistant turns are context."""
     ids, mask = tokenizer.encode_chat(messages[:-1], generation_prompt=True)
     answer = tokenizer.encode_answer(messages[-1]["content"])
-    return Example(np.array(ids + answer, np.int32), np.array([False] * len(mask) + [True] * len(answer)), language_slot(row), where)
+    return Example(np.array(ids + answer, np.int32), np.array([False] * len(mask) + [True] * len(answer)), row.get("language") or "other", where)
 
 
-def _report_left_out(paths, kept, too_long, max_length):
-    if not kept:
-        raise ValueError(f"{' '.join(map(str, paths))}: no example fits into --max-length {max_length} tokens; raise it")
-    if too_long and distributed.is_main():
-        print(f"{' '.join(map(str, paths))}: {too_long} of {kept + too_long} examples are longer than --max-length {max_length} tokens and are left out",
-              file=sys.stderr)
+@dataclass
+class LeftOut:
+    """What is not trained on, counted for each reason, with the first place, and said in one line each."""
+    paths: list
+    total: int = 0
+    places: dict = field(default_factory=dict)          # reason -> [where, ...]
+    languages: Counter = field(default_factory=Counter)     # of the answers that were cut
+
+    def add(self, reason, where):
+        self.places.setdefault(reason, []).append(where)
+
+    def report(self, kept, what):
+        """Say what was left out; ValueError if nothing is left."""
+        lines = [f"{len(places)} of {self.total} {what} {reason}; the first: {places[0]}" for reason, places in self.places.items()]
+        if self.languages:
+            by_language = ", ".join(f"{code} {count}" for code, count in sorted(self.languages.items()))
+            lines.append(f"answers that were cut, by language: {by_language}")
+        if not kept:
+            raise ValueError(f"{' '.join(map(str, self.paths))}: nothing to train on is left of {self.total} {what}: {'; '.join(lines)}")
+        for line in lines:
+            say(self.paths, line)
 
 
-def _report_equal(equal, total):
-    """A pair of equal answers teaches nothing. A few are named and left out; where there are many, something is wrong with the data."""
-    if equal:
-        text = f"{len(equal)} of {total} pairs have the same answer as chosen and rejected: {' '.join(equal[:10])}{' ...' if len(equal) > 10 else ''}"
-        if len(equal) > EQUAL_SHARE * total:
-            raise ValueError(f"{text}; that is more than {EQUAL_SHARE:.0%}, look at how the pairs were made")
-        if distributed.is_main():
-            print(f"{text}; they are left out", file=sys.stderr)
+NOT_LEARNT = "have no answer that is learnt (weight 0, train false) and are left out"
+WAS_CUT = "have an answer that was cut at its limit (finish_reason) and are left out, --keep-cut keeps them"
 
 
-def load_examples(paths, tokenizer, max_length):
-    """Supervised examples of JSONL files: conversations (every assistant turn supervised) and plain {"text"} (every token after BOS,
-    cut into pieces of max_length). Too long conversations are left out, counted and reported."""
-    examples, too_long = [], 0
+def limit_name(limit, reading):
+    """What an example has to fit into, in words. limit: the smaller of --max-length and the model's positions."""
+    positions = getattr(reading, "max_length", limit) > limit
+    return f"the model's {limit} positions" if positions else f"--max-length {limit} tokens"
+
+
+def too_long(where, num_tokens, limit, reading, left_out):
+    """An example of too many tokens: refuse it, or count it as left out."""
+    if reading.too_long == "refuse":
+        raise ValueError(f"{where}: {num_tokens} tokens, longer than {limit_name(limit, reading)}; shorten it, "
+                         "or give --too-long skip or cut-left")
+    rest = ", even with their prompts cut," if reading.too_long == "cut-left" else ""
+    left_out.add(f"are longer than {limit_name(limit, reading)}{rest} and are left out", where)
+
+
+def cut_example(example, limit, num_answer, opening):
+    """The example without the oldest tokens of its prompt, BOS stays; None if its answer does not fit whole.
+
+    What is left of an earlier answer that the cut goes through is not learnt."""
+    if 1 + opening + num_answer > limit:
+        return None
+    ids, mask = cut_left(example.ids, limit), cut_left(example.mask, limit)
+    begun = len(mask) < len(example.mask) and example.mask[len(example.mask) - limit]       # is the last token that goes learnt?
+    if begun and mask[1]:
+        mask = mask.copy()
+        mask[1:1 + int(np.argmin(mask[1:]))] = False
+    return replace(example, ids=ids, mask=mask)
+
+
+def load_examples(paths, tokenizer, reading, limit):
+    """Supervised examples of JSONL files that fit into `limit` tokens: conversations (see rows.supervised) and plain {"text"} (every
+    token after BOS, cut into pieces). What is left out is counted and reported."""
+    examples, left_out, spelled, opening = [], LeftOut(paths), Spelled(tokenizer), len(tokenizer.opening["assistant"])
     for path in paths:
-        for where, row in read_jsonl(path):
-            if "text" in row:
-                ids = tokenizer.encode(_text(row["text"], "text", where)) + [tokenizer.end_of_turn_id]
-                for start in range(0, len(ids), max_length - 1):
-                    piece = np.array([tokenizer.bos_id] + ids[start:start + max_length - 1], np.int32)
-                    examples.append(Example(piece, np.arange(len(piece)) > 0, language_slot(row), where))
+        for where, row in read_jsonl(path, reading):
+            left_out.total += 1
+            language = row.get("language") or "other"
+            if "text" in row and (not is_empty(row["text"]) or shapes_in(row) == set()):
+                text = plain_text(row, where)
+                spelled.look([text], where)
+                if trained(row, "", where) is False:
+                    left_out.add(NOT_LEARNT, where)
+                    continue
+                ids = tokenizer.encode(text) + [tokenizer.end_of_turn_id]
+                for start in range(0, len(ids), limit - 1):
+                    piece = np.array([tokenizer.bos_id] + ids[start:start + limit - 1], np.int32)
+                    examples.append(Example(piece, np.arange(len(piece)) > 0, language, where))
                 continue
-            ids, mask = tokenizer.encode_chat(conversation(row, where))
-            if len(ids) > max_length:
-                too_long += 1
+            messages, learnt, cut = supervised(row, where)
+            spelled.look([message["content"] for message in messages], where)
+            if any(cut) and not reading.keep_cut:
+                left_out.languages[language] += sum(cut)
+                learnt = [a and not b for a, b in zip(learnt, cut)]
+                if cut[-1]:
+                    left_out.add(WAS_CUT, where)
+                    continue
+            if not any(learnt):
+                left_out.add(NOT_LEARNT, where)
+                continue
+            ids, mask = tokenizer.encode_chat(messages)
+            example = Example(np.array(ids, np.int32), np.array(mask), language, where)
+            if not all(learnt):
+                turns = np.cumsum(np.diff(example.mask, prepend=False) & example.mask) - 1      # the answer that a token belongs to
+                example.mask &= np.array(learnt)[turns]
+            fits = example
+            if len(ids) > limit:
+                num_answer = len(tokenizer.encode_answer(messages[-1]["content"]))
+                fits = cut_example(example, limit, num_answer, opening) if reading.too_long == "cut-left" else None
+            if fits is not None and fits.mask.any():
+                examples.append(fits)
             else:
-                examples.append(Example(np.array(ids, np.int32), np.array(mask), language_slot(row), where))
-    _report_left_out(paths, len(examples), too_long, max_length)
+                too_long(where, len(ids), limit, reading, left_out)
+    spelled.report(paths, left_out.total, reading)
+    left_out.report(len(examples), "examples")
     return examples
 
 
-def load_pairs(paths, tokenizer, max_length):
-    """Preference pairs of JSONL files; a pair with either side too long, or with the same answer twice, is left out, counted and reported."""
-    pairs, too_long, equal = [], 0, []
+def load_pairs(paths, tokenizer, reading, limit):
+    """Preference pairs of JSONL files whose two sides fit into `limit` tokens. What is left out is counted and reported: also pairs
+    whose two answers have the same ids, which teach nothing; where there are many, something is wrong with the data."""
+    pairs, equal, left_out, spelled, opening = [], [], LeftOut(paths), Spelled(tokenizer), len(tokenizer.opening["assistant"])
     for path in paths:
-        for where, row in read_jsonl(path):
-            prompt, chosen, rejected = preference(row, where)
-            both = [encode_example(tokenizer, prompt + [{"role": "assistant", "content": text}], row, where) for text in (chosen, rejected)]
-            if chosen == rejected:
+        for where, row in read_jsonl(path, reading):
+            left_out.total += 1
+            prompt, chosen, rejected, cut, learnt = pair_of(row, where)
+            spelled.look([*(message["content"] for message in prompt), chosen, rejected], where)
+            sides = [encode_example(tokenizer, prompt + [{"role": "assistant", "content": text}], row, where) for text in (chosen, rejected)]
+            longest = max(len(side.ids) for side in sides)
+            if np.array_equal(sides[0].ids, sides[1].ids):
                 equal.append(where)
-            elif max(len(side.ids) for side in both) > max_length:
-                too_long += 1
+            elif not learnt:
+                left_out.add(NOT_LEARNT, where)
+            elif cut and not reading.keep_cut:
+                left_out.languages[row.get("language") or "other"] += 1
+                left_out.add(WAS_CUT, where)
+            elif longest <= limit:
+                pairs.append(Pair(*sides))
             else:
-                pairs.append(Pair(*both))
-    _report_equal(equal, len(pairs) + too_long + len(equal))
-    _report_left_out(paths, len(pairs), too_long, max_length)
+                if reading.too_long == "cut-left":
+                    rooms = [limit - (longest - len(side.ids)) for side in sides]               # the same cut for both
+                    sides = [cut_example(side, room, int(side.mask.sum()), opening) for side, room in zip(sides, rooms)]
+                if reading.too_long == "cut-left" and None not in sides:
+                    pairs.append(Pair(*sides))
+                else:
+                    too_long(where, longest, limit, reading, left_out)
+    spelled.report(paths, left_out.total, reading)
+    if equal:
+        text = f"{len(equal)} of {left_out.total} pairs have the same answer as chosen and rejected: {' '.join(equal[:10])}{' ...' if len(equal) > 10 else ''}"
+        if len(equal) > EQUAL_SHARE * left_out.total:
+            raise ValueError(f"{text}; that is more than {EQUAL_SHARE:.0%}, look at how the pairs were made")
+        say(paths, f"{text}; they are left out")
+    left_out.report(len(pairs), "pairs")
     return pairs
 
 
+# ---- prompts ---------------------------------------------------------------------------------------------------------------------
+
+# What belongs to the answer that a row had, or says the prompt another way: a new answer has none of it.
+NOT_OF_PROMPTS = ("messages", "inputs", "completion", "targets", "chosen", "rejected", "text", "system", "finish_reason",
+                  "stop_reason", "chosen_finish_reason", "rejected_finish_reason", "weight", "train")
+
+
 def load_prompts(paths, reading=None, tokenizer=None):
-    """[row, ...] with "prompt" and its "prompt_messages", whatever the shape in the file; keys that are not part of an example are kept."""
-    rows = []
+    """[row, ...] with "prompt", its "prompt_messages" and its "prompt_where", whatever the shape in the file; keys that are not part of
+    an example are kept."""
+    rows, spelled = [], Spelled(tokenizer)
     for path in paths:
         for where, row in read_jsonl(path, reading):
             messages = prompt_of(row, where)
-            kept = {k: v for k, v in row.items() if k not in ("messages", "inputs", "targets", "text")}
+            spelled.look([message["content"] for message in messages], where)
+            kept = {k: v for k, v in row.items() if k not in NOT_OF_PROMPTS and (k != "label" or type(v) is not bool)}
             plain = messages[0]["content"] if len(messages) == 1 else messages
             rows.append({**kept, "prompt": plain, "prompt_messages": messages, "prompt_where": where})
+    spelled.report(paths, len(rows), reading)
     return rows
 
 
 def fit_prompts(rows, length_of, room, policy, what):
-    """The rows whose prompts leave room, by the policy refuse, skip or cut-left."""
-    long = [row for row in rows if length_of(row) > room]
-    if long and policy == "refuse":
-        raise ValueError(f"{long[0].get('prompt_where')}: the prompt has {length_of(long[0])} tokens, {what} leaves room for {room}; "
-                         "shorten it, or take --too-long skip or cut-left")
-    if long and distributed.is_main():
-        print(f"{len(long)} of {len(rows)} prompts are longer than {room} tokens, the first {long[0].get('prompt_where')}; "
-              f"{'they are left out' if policy == 'skip' else 'their oldest tokens are cut'}", file=sys.stderr)
-    return [row for row in rows if length_of(row) <= room] if policy == "skip" else rows
+    """The rows whose prompts, length_of(row) tokens long, have room; what to do with the others is the policy (--too-long).
+
+    refuse: ValueError with the first one's place. skip: left out. cut-left: kept, for the caller to cut (see cut_left).
+    what: the limit in words."""
+    def place(i):
+        return rows[i].get("prompt_where") or f"prompt {i + 1}"
+
+    if room < 1:
+        raise ValueError(f"{what} leave no room for a prompt; lower the number of new tokens")
+    long = {i: length for i, length in enumerate(map(length_of, rows)) if length > room}
+    if not long:
+        return rows
+    first, length = next(iter(long.items()))
+    if policy == "refuse":
+        raise ValueError(f"{place(first)}: the prompt has {length} tokens; {what}: {room} ({len(long)} of {len(rows)} prompts "
+                         "are longer). Shorten it, or give --too-long skip or cut-left")
+    does = "are left out" if policy == "skip" else "lose their oldest tokens"
+    if policy == "skip" and len(long) == len(rows):
+        raise ValueError(f"{place(first)}: the prompt has {length} tokens; {what}: {room}; no prompt fits")
+    say(["prompts"], f"{len(long)} of {len(rows)} are longer than {room} tokens ({what}) and {does}; "
+                     f"the first: {place(first)}, {length} tokens")
+    return rows if policy == "cut-left" else [row for i, row in enumerate(rows) if i not in long]
 
 
 def cut_left(ids, room):
-    return ids if len(ids) <= room else ids[:1] + ids[len(ids) - room + 1:]
+    """The last ids of a text that is too long, after its first, which begins every text (BOS)."""
+    if len(ids) <= room:
+        return ids
+    first, last = ids[:1], ids[len(ids) - room + 1:]
+    return np.concatenate([first, last]) if isinstance(ids, np.ndarray) else first + last
 
 
 def plain(row):
@@ -264,13 +250,14 @@ class Batch:
     input_ids: torch.Tensor                         # (B, T), right-padded
     mask: torch.Tensor                              # (B, T) bool, supervised tokens
     lengths: torch.Tensor                           # (B,) tokens
-    languages: torch.Tensor                         # (B,) index into LANGUAGE_SLOTS
+    languages: torch.Tensor                         # (B,) index into slots
     count: int                                      # units that the loss sums over: supervised tokens, pairs or completions
     ref_logps: Optional[torch.Tensor] = None        # (2, B/2) pairs, or (B,) completions, nats
     advantages: Optional[torch.Tensor] = None       # (B,) RLOO
     rewards: Optional[torch.Tensor] = None          # (B,) RLOO, for the log
     cut: Optional[torch.Tensor] = None              # (B,) RLOO, 1 where the answer was cut, for the log
     repeats: Optional[torch.Tensor] = None          # (2, B) an earlier row, or itself, and how many tokens both begin with; None if no two begin alike
+    slots: tuple = ("other",)                       # the languages by which metrics are told apart, see slots_of
     where: tuple = ()                               # (B,) "file:line" of each row, to name it when its loss is not finite
 
     @property
@@ -281,16 +268,23 @@ class Batch:
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)})
 
 
-def collate(examples, pad_id=0):
-    """Right-padded batch of supervised examples, a multiple of 16 tokens wide (matmul libraries prepare and keep code for each shape that they meet);
-    count = supervised tokens."""
-    lengths = np.array([len(e.ids) for e in examples])
+def slots_of(items):
+    """The languages of all items of a run, which are the columns of its metrics: sorted, "other" last."""
+    codes = {(item.chosen if isinstance(item, Pair) else item).language for item in items}
+    return (*sorted(codes - {"other"}), "other")
+
+
+def collate(examples, pad_id=0, slots=("other",)):
+    """Right-padded batch of supervised examples; count = supervised tokens. A language that is not in `slots` counts as
+    "other". The width is a multiple of 16 tokens: matmul libraries prepare and keep code for each shape that they meet."""
+    lengths, places = np.array([len(e.ids) for e in examples]), {code: i for i, code in enumerate(slots)}
     input_ids = np.full((len(examples), -(-lengths.max() // 16) * 16), pad_id, np.int64)
     mask = np.zeros(input_ids.shape, bool)
     for i, e in enumerate(examples):
         input_ids[i, :len(e.ids)], mask[i, :len(e.ids)] = e.ids, e.mask
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(mask), torch.from_numpy(lengths),
-                 torch.tensor([e.language for e in examples]), int(mask.sum()), repeats=repeats_of(examples), where=tuple(e.where for e in examples))
+                 torch.tensor([places.get(e.language, places["other"]) for e in examples]), int(mask.sum()),
+                 repeats=repeats_of(examples), slots=tuple(slots), where=tuple(e.where for e in examples))
 
 
 def repeats_of(examples):
@@ -309,9 +303,9 @@ def common_start(a, b):
     return int(differ[0]) if len(differ) else size
 
 
-def collate_pairs(pairs, pad_id=0):
+def collate_pairs(pairs, pad_id=0, slots=("other",)):
     """2P rows: the chosen answers, then the rejected ones; count = pairs."""
-    batch = collate([p.chosen for p in pairs] + [p.rejected for p in pairs], pad_id)
+    batch = collate([p.chosen for p in pairs] + [p.rejected for p in pairs], pad_id, slots)
     batch.count = len(pairs)
     if pairs[0].ref_logps is not None:
         batch.ref_logps = torch.from_numpy(np.stack([p.ref_logps for p in pairs], 1).astype(np.float32))     # (2, P)
@@ -399,8 +393,8 @@ def in_step(batches):
 
 
 def by_language(batch, sums, counts):
-    """(2, languages) sums and counts per language of per-row values; rows beyond the batch's languages wrap (pairs use row 0..P-1)."""
-    out = torch.zeros(2, len(LANGUAGE_SLOTS), dtype=torch.float64 if sums.device.type == "cpu" else torch.float32, device=sums.device)
+    """(2, slots) sums and counts by language of values for the batch's first rows: each row's, or a pair's at its chosen answer."""
+    out = torch.zeros(2, len(batch.slots), dtype=torch.float64 if sums.device.type == "cpu" else torch.float32, device=sums.device)
     languages = batch.languages[:len(sums)]
     out[0].index_add_(0, languages, sums.detach().to(out.dtype))
     out[1].index_add_(0, languages, counts.to(out.dtype))

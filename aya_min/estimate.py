@@ -164,21 +164,21 @@ def forward_bytes(model_class, config, settings, loss_fn, batch, sharded):
 
 def blank(length):
     """An example where no data are given: every token but the first is supervised."""
-    return Example(np.zeros(length, np.int32), np.arange(length) > 0, 0)
+    return Example(np.zeros(length, np.int32), np.arange(length) > 0, "other")
 
 
 def items_of(stage, settings, data, tokenizer):
     """The stage's items from its data, or one of --max-length tokens; an rloo prompt with the longest answer that it may get."""
     if stage in ("pretrain", "sft"):
-        return load_examples(data, tokenizer, settings.max_length) if data else [blank(settings.max_length)]
+        return load_examples(data, tokenizer, settings, settings.max_length) if data else [blank(settings.max_length)]
     if stage in ("reward", "dpo"):
-        pairs = load_pairs(data, tokenizer, settings.max_length) if data else [Pair(blank(settings.max_length), blank(settings.max_length))]
+        pairs = load_pairs(data, tokenizer, settings, settings.max_length) if data else [Pair(blank(settings.max_length), blank(settings.max_length))]
         return [replace(pair, ref_logps=np.zeros(2)) for pair in pairs]
     if stage != "rloo":
         raise ValueError(f"unknown stage {stage!r}; known: {' '.join(stages.STAGES)}")
     new = settings.max_new_tokens
-    lengths = [len(tokenizer.encode_prompt(row["prompt_messages"])) + new for row in load_prompts(data)] if data else [settings.max_length]
-    return [Example(np.zeros(n, np.int32), np.arange(n) >= n - new, 0) for n in lengths]
+    lengths = [len(tokenizer.encode_prompt(row["prompt_messages"])) + new for row in load_prompts(data, settings, tokenizer)] if data else [settings.max_length]
+    return [Example(np.zeros(n, np.int32), np.arange(n) >= n - new, "other") for n in lengths]
 
 
 def rows_of(item, samples=1):
@@ -220,7 +220,8 @@ def cache_bytes(config, settings, items, ranks):
 
 def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, reward_model=None):
     """The text of --dry-run. model, reward_model: on the meta device; without a reward model rloo is taken to have one of the policy's size."""
-    config, items, loss_fn = model.config, items_of(stage, settings, data, tokenizer), loss_of(stage, settings)
+    config, fitting = model.config, replace(settings, max_length=stages.fitting(settings, model))
+    items, loss_fn = items_of(stage, fitting, data, tokenizer), loss_of(stage, settings)
     share, samples = settings.batch_size // ranks, settings.num_samples if stage == "rloo" else 1
     size = settings.micro_batch_size or share
     batch = largest(items, size, samples)
@@ -238,7 +239,7 @@ def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, rew
     later = lambda part, size: f", {watch.most[part] / 1e9:.2f} at another moment" if watch.most[part] > 1.05 * size + 1e7 else ""
     phases = {"in all, in a training step": sum(step.values())}
     if eval_data:
-        phases["in all, in an evaluation"] = held + forward(loss_fn, items_of(stage, settings, eval_data, tokenizer), default(batches_in_order, "size"))
+        phases["in all, in an evaluation"] = held + forward(loss_fn, items_of(stage, fitting, eval_data, tokenizer), default(batches_in_order, "size"))
     texts = [row for item in items for row in rows_of(item, samples)]
     if stage == "dpo":
         sharded = sum(step.get(part, 0) for part in ("parameters", "gathered by FSDP"))

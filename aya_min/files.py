@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -25,38 +26,43 @@ MARK = ".aya_min"           # the name of the mark
 
 # ---- JSON --------------------------------------------------------------------------------------------------
 
-def parse_json(data, where):
+def unique(items):
+    made = dict(items)
+    if len(made) < len(items):
+        keys = [key for key, _ in items]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:40]!r} stands twice in one object; keep one")
+    return made
+
+
+def finite(text):
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is beyond the range of a number")
+    return value
+
+
+def no_constant(name):
+    raise ValueError(f"{name} is no JSON")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, parse_constant=no_constant)
+BAD = re.compile(rb"\\u(?:[dD][89a-fA-F]|0000)")      # what may be half a surrogate pair, or a NUL
+
+
+def parse_json(data, where, remedy=None):
     """The JSON value of bytes, checked as a whole. ValueError names `where` and the key of the first fault.
 
     Refused: what is not UTF-8 or not JSON (NaN, 1e999, numbers of thousands of digits, a thousand levels), a
     key that an object has twice, and texts that cannot be written again as they came (half of a surrogate
-    pair, a NUL). A byte-order mark is taken off.
+    pair, a NUL). A byte-order mark is taken off. remedy: what to do where it is not JSON.
     """
-    def pairs(items):
-        made = dict(items)
-        if len(made) < len(items):
-            keys = [key for key, _ in items]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {twice!r} stands twice in one object; keep one")
-        return made
-
-    def number(text):
-        if not math.isfinite(value := float(text)):
-            raise ValueError(f"{text[:20]} is beyond the range of a number")
-        return value
-
-    def constant(name):
-        raise ValueError(f"{name} is no JSON")
-
     try:
-        text = data.decode("utf-8-sig")
+        value = DECODER.decode(data.decode("utf-8-sig"))
+        fault = bad_text(value) if BAD.search(data) else None       # no other spelling passes UTF-8 and JSON
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from None
-    try:
-        value = json.loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=constant)
-        fault = bad_text(value) if b"\\u" in data else None      # no other spelling passes UTF-8 and JSON
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
+        raise ValueError(f"{where}: not JSON ({error}){f'; {remedy}' if remedy else ''}") from None
     if fault:
         raise ValueError(f"{where}: {fault}; remove it")
     return value

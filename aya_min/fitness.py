@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 from . import merging, weights as model_folders
-from .data import batches_in_order, collate, load_examples, load_prompts
+from .config import Reading
+from .data import batches_in_order, collate, load_examples, load_prompts, slots_of
 from .evaluate import grade_answers, group
 from .languages import CLUSTERS, SHARED
 from .loop import evaluate as held_out_metrics
@@ -95,7 +96,8 @@ def by_loss(splits):
     def measure(model, tokenizer, split):
         device = next(model.parameters()).device
         with torch.no_grad():
-            losses = {task: held_out_metrics(model, sft_loss, batches_in_order(examples, collate), device) for task, examples in splits[split].items()}
+            losses = {task: held_out_metrics(model, sft_loss, batches_in_order(examples, lambda some: collate(some, slots=slots_of(examples))), device)
+                      for task, examples in splits[split].items()}
         if len(losses) == 1:
             (found,) = losses.values()
             return {key.removeprefix("loss/"): -loss for key, loss in found.items() if key.startswith("loss/")} or {"loss": -found["loss"]}
@@ -137,12 +139,14 @@ def read_questions(paths):
     return rows
 
 
-def loss_splits(folder, eval_data, held_out, max_length, seed):
+def loss_splits(folder, eval_data, held_out, max_length, seed, reading=None):
     """{split: {file's name: examples}}; without held-out files each is cut in halves, identical examples together."""
-    tokenizer, splits = model_folders.look_into(folder)[1], {"fitness": {}, "held-out": {}}
+    model, tokenizer, _ = model_folders.look_into(folder)
+    limit, reading = min(max_length, model.config.max_position_embeddings), reading or Reading(too_long="skip")
+    splits = {"fitness": {}, "held-out": {}}
     for i, path in enumerate(eval_data):
-        examples = load_examples([path], tokenizer, max_length)
-        parts = (examples, load_examples([held_out[i]], tokenizer, max_length)) if held_out else halves(examples, seed, lambda example: example.ids.tobytes())
+        examples = load_examples([path], tokenizer, reading, limit)
+        parts = (examples, load_examples([held_out[i]], tokenizer, reading, limit)) if held_out else halves(examples, seed, lambda example: example.ids.tobytes())
         if {example.language for example in parts[0]} != {example.language for example in parts[1]}:
             raise ValueError(f"{path}: the fitness and the held-out examples are not of the same languages; give more examples, or --held-out with the same")
         splits["fitness"][Path(path).stem], splits["held-out"][Path(path).stem] = parts

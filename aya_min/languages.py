@@ -5,10 +5,14 @@ The report trains one model per cluster of related languages and keeps English, 
 family first and by region where a family has one member. A user's own grouping comes as a JSON file {name: [codes]}.
 """
 
-import json
 import re
+import unicodedata
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from . import iso639
+from .files import read_json
 
 
 @dataclass(frozen=True)
@@ -55,30 +59,79 @@ CLUSTERS = {                    # ours; the shared languages are added by `clust
     "east-asia": ["zh", "zh-Hant", "ja", "ko", "vi", "id"],
 }
 
-# Other spellings met in published data (the Aya collection uses ISO 639-3).
-ALIASES = {
-    "arb": "ar", "ara": "ar", "zho": "zh", "cmn": "zh", "zh-Hans": "zh", "zh-CN": "zh", "zh-TW": "zh-Hant", "ces": "cs", "nld": "nl",
-    "eng": "en", "fra": "fr", "deu": "de", "ell": "el", "heb": "he", "iw": "he", "hin": "hi", "ind": "id", "ita": "it", "jpn": "ja",
-    "kor": "ko", "pes": "fa", "fas": "fa", "pol": "pl", "por": "pt", "ron": "ro", "rus": "ru", "spa": "es", "tur": "tr", "ukr": "uk", "vie": "vi",
-}
-ALIASES |= {"Standard Arabic": "ar", "Simplified Chinese": "zh", "Traditional Chinese": "zh-Hant", "Chinese": "zh", "Iranian Persian": "fa"}
-ALIASES["other"] = "other"      # what a row without a language counts as; every cluster trains on it
-ALIASES |= {language.name: code for code, language in LANGUAGES.items()}
+# ---- how files spell a language ----------------------------------------------------------------------------
+
+# BCP 47, section 2.1: language, extended language, script, region, variants, extensions, private use.
+TAG = re.compile(r"([a-z]{2,3})(?:-([a-z]{3}))?(?:-([a-z]{4}))?(?:-([a-z]{2}|[0-9]{3}))?"
+                 r"((?:-(?:[a-z0-9]{5,8}|[0-9][a-z0-9]{3}))*(?:-[0-9a-wyz](?:-[a-z0-9]{2,8})+)*(?:-x(?:-[a-z0-9]{1,8})+)?)")
+PRIVATE = re.compile("x(?:-[a-z0-9]{1,8})+")
+EXTENDED = ("ar", "kok", "lv", "ms", "sgn", "sw", "uz", "zh")       # the languages with extended ones: zh-yue is yue
+GRANDFATHERED = {"art-lojban": "jbo", "i-hak": "hak", "i-klingon": "tlh", "i-lux": "lb", "i-navajo": "nv",
+                 "no-bok": "nb", "no-nyn": "nn", "zh-guoyu": "zh", "zh-hakka": "hak", "zh-min-nan": "nan", "zh-xiang": "hsn"}
+CHINESE = {"cn": "hans", "sg": "hans", "my": "hans", "tw": "hant", "hk": "hant", "mo": "hant"}
 
 
-def language_code(name):
-    """The code used here for a language as a file spells it, or None: 'fra', 'French', 'fr' -> 'fr'."""
-    known = name if name in LANGUAGES else ALIASES.get(name)
-    return known or (name if re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*", name) else None)
+def plain_name(text):
+    """A name without case, accents, apostrophes and what ISO 639 adds in brackets: Norwegian Bokmål, Malay (macrolanguage)."""
+    text = re.sub(r"\((macrolanguage|individual language|[^()]*[0-9][^()]*)\)", "", text)
+    letters = [c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c) and c not in "'`\u2019\u02bc"]
+    return " ".join(re.sub("[-_]", " ", "".join(letters)).casefold().split())
 
 
-def home_of(code, known):
-    """The code itself, or the nearest language that it is a kind of, if that is in `known`: pt-BR is at home where
-    pt is. None if none is."""
-    while code and code not in known:
+def entries(text):
+    return [entry.split() for entry in text.replace("\n", " ").split(";")]
+
+
+def read_table():
+    """What iso639 knows: (codes to the codes used here, plain names to codes, two-letter codes, usual scripts)."""
+    codes, names, two_letters = dict(entries(iso639.ALIASES)), {}, set()
+    for code, *rest in entries(iso639.LANGUAGES) + entries(iso639.NAMES):
+        if len(code) == 2 and len(rest[0]) == 3 and rest[0].islower():
+            two_letters.add(code)
+            codes[rest.pop(0)] = code
+        names |= {plain_name(name): code for name in " ".join(rest).split("|")}
+    names |= {plain_name(language.name): code for code, language in LANGUAGES.items()}
+    return codes, names, two_letters, {code: script.lower() for script, *some in entries(iso639.SCRIPTS) for code in some}
+
+
+SPELLINGS = "give a BCP 47 tag (pt-BR), an ISO 639 code (fr, fra) or an English name (French)"
+CODES, NAMES, TWO_LETTERS, SCRIPTS = read_table()
+
+
+@cache
+def language_code(text):
+    """The code used here for a language as a file spells it, or None: 'fra', 'French', 'fr_Latn' -> 'fr'.
+
+    Any BCP 47 tag, ISO 639 code or English name. Two-letter codes must exist; three letters are taken as they come.
+    The region stays (pt-BR) but for Chinese, where it tells the script; the script stays where it is not the usual one.
+    """
+    tag = text.strip().replace("_", "-").lower()
+    if PRIVATE.fullmatch(tag):
+        return tag
+    parts = TAG.fullmatch(GRANDFATHERED.get(tag, tag))
+    code = parts and (CODES.get(parts[1]) or parts[1])
+    if not parts or (len(parts[1]) == 2 and code not in TWO_LETTERS and parts[1] not in CODES) or parts[2] and parts[1] not in EXTENDED:
+        return NAMES.get(plain_name(text))
+    _, extended, script, region, rest = parts.groups()
+    code = CODES.get(extended, extended) or code
+    code, _, more = code.partition("-")                         # sh is sr-Latn, cnr is sr-ME
+    script = script or (more.lower() if len(more) == 4 else None)
+    region = region or (more.lower() if len(more) == 2 else None)
+    if code == "zh" and region in CHINESE:
+        script, region = script or CHINESE[region], None
+    if script == SCRIPTS.get(code, "latn") or (code, script) == ("ko", "hang"):
+        script = None
+    return "-".join(filter(None, (code, script and script.title(), region and region.upper()))) + rest
+
+
+def home_language(code, known):
+    """The language of `known` that a code belongs to: itself, or what is left when its last parts go (pt-BR: pt); None if none does."""
+    while code not in known and "-" in code:
         code = code.rpartition("-")[0]
-    return code or None
+    return code if code in known else None
 
+
+# ---- clusters ----------------------------------------------------------------------------------------------
 
 def cluster_languages(clusters, name, shared=SHARED):
     """The languages that the cluster's model trains on: its own, then the shared ones."""
@@ -86,18 +139,21 @@ def cluster_languages(clusters, name, shared=SHARED):
 
 
 def read_clusters(path):
-    """{cluster: [language codes]} from a user's JSON file; every name must be a known language, in one cluster only."""
-    clusters = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(clusters, dict) or not all(isinstance(codes, list) and codes for codes in clusters.values()):
-        raise ValueError(f"{path}: clusters must be a JSON object of name -> non-empty list of language codes")
+    """{cluster: [language codes]} from a user's JSON file; every language, by any name of it, is in one cluster only."""
+    clusters = read_json(Path(path))
+    if not all(isinstance(codes, list) and codes for codes in clusters.values()):
+        raise ValueError(f"{path}: clusters must be a JSON object of name -> non-empty list of languages")
+    if not clusters:
+        raise ValueError(f"{path}: no cluster; give a JSON object of name -> list of languages")
     seen = {}
     for name, codes in clusters.items():
         if not name or "/" in name or name.startswith("."):
             raise ValueError(f"{path}: cluster name {name!r} cannot name a folder; use letters, digits and dashes")
-        for code in codes:
-            if code not in LANGUAGES:
-                raise ValueError(f"{path}: cluster {name!r} has unknown language {code!r}; known: {' '.join(LANGUAGES)}")
+        for i, text in enumerate(codes):
+            code = language_code(text) if isinstance(text, str) else None
+            if code in (None, "other"):
+                raise ValueError(f"{path}: cluster {name!r} has unknown language {str(text)[:40]!r}; {SPELLINGS}")
             if code in seen:
                 raise ValueError(f"{path}: language {code!r} is in both {seen[code]!r} and {name!r}; leave it in one")
-            seen[code] = name
+            seen[code], codes[i] = name, code
     return clusters

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from . import checkpoint, distributed
 from .config import Training
-from .data import LANGUAGE_SLOTS, in_step
+from .data import in_step
 from .files import parse_json
 
 PER_LANGUAGE = ("loss", "accuracy", "rewards/accuracies", "reward", "cut")     # logged for each language too
@@ -95,15 +95,15 @@ def add_metrics(total, metrics):
     return total
 
 
-def reduced(metrics, languages=True):
-    """Sum {name: (2, languages)} over ranks and divide: {"loss": mean, "loss/fr": mean, ...} as plain floats."""
+def reduced(metrics, slots):
+    """Sum {name: (2, slots)} over ranks and divide: {"loss": mean, "loss/fr": mean, ...} as plain floats."""
     names = list(metrics)
     table = distributed.sum_over_ranks(torch.stack([metrics[name] for name in names]))             # (M, 2, languages)
     row = {}
     for name, (sums, counts) in zip(names, table.tolist()):
         row[name] = sum(sums) / max(sum(counts), 1e-12)
-        if languages and name in PER_LANGUAGE and sum(c > 0 for c in counts[:-1]):
-            row.update({f"{name}/{code}": s / c for code, s, c in zip(LANGUAGE_SLOTS, sums, counts) if c > 0 and code != "other"})
+        if name in PER_LANGUAGE:
+            row.update({f"{name}/{code}": s / c for code, s, c in zip(slots, sums, counts) if c > 0 and code != "other"})
     return row
 
 
@@ -130,7 +130,7 @@ def evaluate(model, loss_fn, batches, device, stop=None, settings=Training()):
         add_metrics(total, metrics if indices else {k: torch.zeros_like(v) for k, v in metrics.items()})
         bad += [] if loss.isfinite() or not indices else dict.fromkeys(batch.where)
     model.train()
-    values, bad = reduced(total), sum(distributed.gather_objects(bad), [])
+    values, bad = reduced(total, batch.slots), sum(distributed.gather_objects(bad), [])
     wrong = ["loss"] if bad else [name for name, value in values.items() if not math.isfinite(value)]
     if wrong:
         rows = f" in a batch with {' '.join(bad[:8])}{' ...' if len(bad) > 8 else ''}" if bad else ""
@@ -272,7 +272,7 @@ def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=
             raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm} ({origin(model, losses, micro_batches)}; {positions}): stopped before the "
                              f"weights moved. {checkpoint.newest_name(run / 'state')}; lower --learning-rate, or look at the data")
         nn.utils.clip_grads_with_norm_(model.parameters(), settings.max_grad_norm, norm)
-        metrics = reduced(total)
+        metrics = reduced(total, batch.slots)
         if step == 0 and check_first:
             check_first(metrics)
         optimizer.step()

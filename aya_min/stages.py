@@ -26,8 +26,7 @@ from safetensors.torch import save_file
 from . import __version__, checkpoint, config, distributed, weights
 from .config import check_training
 from .data import (Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs, count_steps,
-                   cut_left, fit_prompts, in_step, language_slot, load_examples, load_pairs, load_prompts,
-                   make_batches)
+                   cut_left, fit_prompts, in_step, load_examples, load_pairs, load_prompts, make_batches, slots_of)
 from .files import own_file, publish_file, read_json, scratch, sha256, write_json, write_whole
 from .loop import autocast, evaluate, learning_rate, read_metrics, spread, train
 from .losses import bradley_terry_loss, dpo_loss, kl_shaped_rewards, rloo_advantages, sum_by_row
@@ -444,11 +443,18 @@ def save_model(folder, model, tokenizer):
 
 # ---- the stages --------------------------------------------------------------------------------------------------------------------
 
+def fitting(settings, model):
+    """Tokens that an example may have."""
+    return min(settings.max_length, model.config.max_position_embeddings)
+
+
 def pretrain(model, tokenizer, data, settings, out, device, eval_data=(), resume=False, source=None, stage="pretrain"):
     """Next-token training on {"text"} (every token) and on conversations (answers only). SFT is the same thing on conversations."""
-    pad = lambda items: collate(items, tokenizer.pad_id)
-    examples = load_examples(data, tokenizer, settings.max_length)
-    held_out = load_examples(eval_data, tokenizer, settings.max_length) if eval_data else None
+    limit = fitting(settings, model)
+    examples = load_examples(data, tokenizer, settings, limit)
+    held_out = load_examples(eval_data, tokenizer, settings, limit) if eval_data else []
+    slots = slots_of(examples + held_out)
+    pad = lambda items: collate(items, tokenizer.pad_id, slots)
     num_steps, batches = make_batches(examples, pad, settings)
     models = {"model": model}
     with open_run(out, stage, settings, data, resume, tokenizer, source, models, len(examples)) as run:
@@ -461,9 +467,11 @@ def sft(*args, **kwargs):
 
 def reward(model, tokenizer, data, settings, out, device, eval_data=(), resume=False, source=None):
     """Bradley-Terry training of a reward model on preference pairs; accuracy per language in the metrics."""
-    pad = lambda items: collate_pairs(items, tokenizer.pad_id)
-    pairs = load_pairs(data, tokenizer, settings.max_length)
-    held_out = load_pairs(eval_data, tokenizer, settings.max_length) if eval_data else None
+    limit = fitting(settings, model)
+    pairs = load_pairs(data, tokenizer, settings, limit)
+    held_out = load_pairs(eval_data, tokenizer, settings, limit) if eval_data else []
+    slots = slots_of(pairs + held_out)
+    pad = lambda items: collate_pairs(items, tokenizer.pad_id, slots)
     num_steps, batches = make_batches(pairs, pad, settings)
     models = {"model": model}
     with open_run(out, "reward", settings, data, resume, tokenizer, source, models, len(pairs)) as run:
@@ -473,9 +481,11 @@ def reward(model, tokenizer, data, settings, out, device, eval_data=(), resume=F
 def dpo(model, tokenizer, data, settings, out, device, eval_data=(), resume=False, source=None, reference_logps=None):
     """DPO against the model as it is at the start, whose log-probs are computed once and kept in RUN/reference.safetensors, or in the file
     reference_logps, which runs that differ in other settings can share. The first loss must be ln 2."""
-    pad = lambda items: collate_pairs(items, tokenizer.pad_id)
-    pairs = load_pairs(data, tokenizer, settings.max_length)
-    held_out = load_pairs(eval_data, tokenizer, settings.max_length) if eval_data else []
+    limit = fitting(settings, model)
+    pairs = load_pairs(data, tokenizer, settings, limit)
+    held_out = load_pairs(eval_data, tokenizer, settings, limit) if eval_data else []
+    slots = slots_of(pairs + held_out)
+    pad = lambda items: collate_pairs(items, tokenizer.pad_id, slots)
     num_steps, batches = make_batches(pairs, pad, settings)
 
     def loss_is_ln2(metrics):
@@ -514,6 +524,7 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, eval_data=
     most = most_tokens(model, reward_model, settings)
     prompts = prompts_that_fit(load_prompts(data, settings, tokenizer), tokenizer, most, settings)
     held_out = prompts_that_fit(load_prompts(eval_data, settings, tokenizer), tokenizer, most, settings)
+    slots = (*sorted({row["language"] for row in prompts if row.get("language")} - {"other"}), "other")
     if settings.num_samples < 2:
         raise ValueError(f"--num-samples {settings.num_samples}: RLOO needs at least 2 samples a prompt for its baseline")
     sampler = Sampler([len(row["prompt_ids"]) for row in prompts], settings.batch_size, settings.seed)
@@ -525,7 +536,7 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, eval_data=
         ids = row["prompt_ids"]
         mask = [False] * len(ids) + [True] * len(answer["ids"])         # what was sampled, the stop included
         ids = np.array(ids + answer["ids"], np.int32)
-        return Example(ids, np.array(mask), language_slot(row), row["prompt_where"])
+        return Example(ids, np.array(mask), row.get("language") or "other", row["prompt_where"])
 
     def sample(rows, k, seed):
         """(rows, answers, examples, rewards, the policy's and the reference's log-probs in nats) of k answers
@@ -568,7 +579,7 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, eval_data=
         mine = torch.arange(len(examples))[distributed.rank()::distributed.num_ranks()]
         made = []
         for part in mine.split(settings.micro_batch_size * k or len(mine)):
-            batch = collate([examples[i] for i in part], tokenizer.pad_id)
+            batch = collate([examples[i] for i in part], tokenizer.pad_id, slots)
             batch.count, batch.ref_logps, batch.cut = len(part), ref[part], cut[part]
             batch.advantages, batch.rewards = advantages[part], rewards[part]
             made.append(batch)
@@ -608,15 +619,11 @@ def most_tokens(model, reward_model, settings):
 def prompts_that_fit(rows, tokenizer, most, settings):
     """The rows of load_prompts with their "prompt_ids". Those that are longer than `most` tokens with
     --max-new-tokens are treated as --too-long says."""
-    new, within = settings.max_new_tokens, f"within {most} tokens (--max-length, or a model's positions)"
-    if most - new < 2:
-        raise ValueError(f"--max-new-tokens {new} leaves no room for a prompt {within}; lower it")
+    room = most - settings.max_new_tokens
+    what = f"the {most} tokens (--max-length, or a model's positions) less --max-new-tokens {settings.max_new_tokens}"
     rows = [{**row, "prompt_ids": tokenizer.encode_prompt(row["prompt_messages"])} for row in rows]
-    kept = fit_prompts(rows, lambda row: len(row["prompt_ids"]), most - new, settings.too_long,
-                       f"--max-new-tokens {new} {within}")
-    if rows and not kept:
-        raise ValueError(f"no prompt leaves room for --max-new-tokens {new} {within}; give others")
-    return [{**row, "prompt_ids": cut_left(row["prompt_ids"], most - new)} for row in kept]
+    rows = fit_prompts(rows, lambda row: len(row["prompt_ids"]), room, settings.too_long, what)
+    return [{**row, "prompt_ids": cut_left(row["prompt_ids"], room)} for row in rows]
 
 
 # name of a stage: its function and the class of its settings

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from aya_min import checkpoint, config, distributed, stages, tensorfiles, weights
-from aya_min.data import batches_in_order, collate, load_examples, load_prompts, make_batches
+from aya_min.data import batches_in_order, collate, load_examples, load_prompts, make_batches, slots_of
 from aya_min.loop import evaluate, train
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights
 from aya_min.reward import score_texts
@@ -184,20 +184,20 @@ def on_these_ranks(world, out):
     answers = answer_rows(model, tokenizer(), rows, 2, 12, temperature=0.7, seed=3, batch_size=4)
     scores = score_texts(judge, tokenizer(), [{**row, **group[0]} for row, group in zip(rows, answers)], batch_size=2)
     long = [rows[0], {"prompt": "word " * 600}, *rows[1:]]
-    few = load_examples([world / "held-out-sft.jsonl"], tokenizer(), 256)[:3]
-    five = load_examples([world / "sft.jsonl"], tokenizer(), 256)[:5]              # two batches of one rank, one of the other
+    few = load_examples([world / "held-out-sft.jsonl"], tokenizer(), config.SFT(), 256)[:3]
+    five = load_examples([world / "sft.jsonl"], tokenizer(), config.SFT(), 256)[:5]              # two batches of one rank, one of the other
 
     def nan_on_the_last_rank(model, batch):
         loss, metrics = stages.sft_loss(model, batch)
         return loss * (float("nan") if distributed.rank() == distributed.num_ranks() - 1 else 1), metrics
 
     settings, trained = config.SFT(batch_size=8, max_steps=1, learning_rate=1.0), language_model()
-    num_steps, batches = make_batches(load_examples([world / "sft.jsonl"], tokenizer(), 256), collate, settings)
+    num_steps, batches = make_batches(load_examples([world / "sft.jsonl"], tokenizer(), config.SFT(), 256), collate, settings)
     not_finite = refusal(train, trained, num_steps, batches, nan_on_the_last_rank, settings, out / "sft", CPU)
     moved = [name for name, p in language_model().named_parameters() if not torch.equal(p, distributed.full(dict(trained.named_parameters())[name].data))]
     return {"loaded": loaded, "answers": answers, "scores": scores, "logps": stages.answer_logps(distributed.shard(language_model()), five, 0, CPU, config.SFT(), size=2).tolist(), "not_finite": not_finite, "moved": moved,
             "too_long": refusal(answer_rows, model, tokenizer(), long, 1, 12), "main": refusal(distributed.from_main, lambda: int("x")),
-            "few_held_out": [evaluate(model, stages.sft_loss, batches_in_order(few[:n], collate, size=1), CPU) for n in (1, 3)]}
+            "few_held_out": [evaluate(model, stages.sft_loss, batches_in_order(few[:n], lambda some: collate(some, slots=slots_of(few)), size=1), CPU) for n in (1, 3)]}
 
 
 def main():

@@ -19,6 +19,7 @@ import pytest
 from small import ROOT, language_model, tokenizer, write_world
 
 from aya_min.chat import HELP, MARKS, SHOWN, Conversation, chat, columns_of, wrap
+from aya_min.config import SFT
 from aya_min.data import load_examples
 from aya_min.languages import LANGUAGES
 from aya_min.sampling import stream
@@ -116,7 +117,7 @@ def test_the_wish_for_a_language_follows_the_users_system_turn():
     assert answer == shown(expected(model, ["red?"], system="Be kind.\n\nAnswer in Chinese (simplified), whatever the language of the question."))
 
 
-@pytest.mark.parametrize("code", ["xx", "other", "FR"])
+@pytest.mark.parametrize("code", ["xx", "other", "tlh"])
 def test_an_unknown_language_is_one_line_with_the_known_ones(code):
     (line,) = talk([f"/language {code}"], models())
     assert line == f"[unknown language {code!r}; known: {' '.join(LANGUAGES)}]\n"
@@ -195,7 +196,7 @@ def test_a_saved_conversation_is_one_row_a_model_that_can_be_trained_on(tmp_path
         assert [m["role"] for m in turns] == ["user", "assistant"] * 2 and [m["content"] for m in turns[::2]] == ["red?", "why?"]
         assert turns[1]["content"] == expected(model, ["red?"], system["content"])[0]
         assert turns[1].get("finish_reason", "stop") == expected(model, ["red?"], system["content"])[1]
-    examples = load_examples([path], tokenizer(), 512)
+    examples = load_examples([path], tokenizer(), SFT(keep_cut=True), 512)
     for example, row in zip(examples, rows, strict=True):
         answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
         assert example.ids[example.mask].tolist() == sum(map(tokenizer().encode_answer, answers), [])

@@ -12,15 +12,16 @@ SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "aya_min").glob("*.py"), *(ROOT /
 PACKAGES = {"torch", "numpy", "tokenizers", "safetensors", "pytest", "tqdm"}
 
 FLOORS = [
-    {"linear", "files", "command"},                                                             # 0: one matrix product, plain files, command lines
+    {"linear", "files", "command", "iso639"},                                                   # 0: one matrix product, plain files, command lines, names of languages
     {"config", "languages", "distributed", "losses", "merging", "tokenizer", "charts", "tensorfiles", "mergeconfig", "cmaes"},  # 1: settings, tables, pure tensor functions
-    {"model", "world", "checkpoint", "data", "front"},                                          # 2: the decoder, the world, how to resume, JSONL to batches
-    {"sampling", "reward", "loop", "world_data", "weights", "journal", "report"},               # 3: what is done with a model or with the world
-    {"soups", "arbitrage", "preferences", "evaluate", "chat"},                                  # 4: what is done with answers and folders
-    {"stages"},                                                                                 # 5: pretrain, sft, reward, dpo, rloo
-    {"steps", "estimate", "fitness"},                                                           # 6: a recipe's run on disk; what a stage will need; what a search measures
-    {"results", "search"},                                                                      # 7: what a run shows for itself; the search
-    {"pipeline"},                                                                               # 8: the recipe; train.py, generate.py and merge.py stand on it
+    {"model", "world", "checkpoint", "rows", "front"},                                          # 2: the decoder, the world, how to resume, what a line of JSONL means
+    {"data"},                                                                                   # 3: rows to batches
+    {"sampling", "reward", "loop", "world_data", "weights", "journal", "report"},               # 4: what is done with a model or with the world
+    {"soups", "arbitrage", "preferences", "evaluate", "chat"},                                  # 5: what is done with answers and folders
+    {"stages"},                                                                                 # 6: pretrain, sft, reward, dpo, rloo
+    {"steps", "estimate", "fitness"},                                                           # 7: a recipe's run on disk; what a stage will need; what a search measures
+    {"results", "search"},                                                                      # 8: what a run shows for itself; the search
+    {"pipeline"},                                                                               # 9: the recipe; train.py, generate.py and merge.py stand on it
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 

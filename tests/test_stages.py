@@ -11,7 +11,7 @@ from small import CPU, STAGES, assert_close, language_model, logged, reward_mode
 
 from aya_min import stages, weights
 from aya_min.config import DPO, RLOO, SFT
-from aya_min.data import LANGUAGE_SLOTS, collate, collate_pairs, load_examples, load_pairs
+from aya_min.data import collate, collate_pairs, load_examples, load_pairs, slots_of
 from aya_min.losses import rloo_advantages
 from aya_min.sampling import generate
 from aya_min.soups import merge_folders
@@ -25,7 +25,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(world, tmp_path_factory):
-    loaded = load_pairs([world / "pairs.jsonl"], tokenizer(), 256)[:6]
+    loaded = load_pairs([world / "pairs.jsonl"], tokenizer(), SFT(), 256)[:6]
     stages.store_reference(language_model(), loaded, 0, CPU, DPO(), tmp_path_factory.mktemp("reference") / "file", "")
     return loaded
 
@@ -44,13 +44,13 @@ def overall(metric):
 # loss functions
 
 def test_sft_is_the_summed_nats_of_the_supervised_tokens(world):
-    examples, model = load_examples([world / "sft.jsonl"], tokenizer(), 256)[:5], language_model()
-    loss, metrics = stages.sft_loss(model, collate(examples))
+    examples, model = load_examples([world / "sft.jsonl"], tokenizer(), SFT(), 256)[:5], language_model()
+    slots = slots_of(examples)
+    loss, metrics = stages.sft_loss(model, collate(examples, slots=slots))
     torch.testing.assert_close(loss, -sum(full_logps(model, e) for e in examples), rtol=1e-5, atol=0)
     assert metrics["loss"][1].sum() == sum(e.mask.sum() for e in examples)
-    first = LANGUAGE_SLOTS[examples[0].language]
-    same = [e for e in examples if LANGUAGE_SLOTS[e.language] == first]
-    assert float(metrics["loss"][0, examples[0].language]) == pytest.approx(-sum(full_logps(model, e).item() for e in same), rel=1e-5)
+    same = [e for e in examples if e.language == examples[0].language]
+    assert float(metrics["loss"][0, slots.index(examples[0].language)]) == pytest.approx(-sum(full_logps(model, e).item() for e in same), rel=1e-5)
 
 
 def test_dpo_is_minus_log_sigmoid_of_beta_times_the_difference_of_log_ratios(pairs):
@@ -255,7 +255,7 @@ def test_the_run_is_described_before_its_first_step_and_nothing_is_left_if_that_
 
 
 @pytest.mark.parametrize("stage, line, says", [
-    ("sft", '{"prompt": "x"}', "bad.jsonl:1: no example in keys"), ("sft", "{", "bad.jsonl:1: not a JSON object"),
+    ("sft", '{"prompt": "x"}', "bad.jsonl:1: no example in keys"), ("sft", "{", "bad.jsonl:1: not JSON"),
     ("dpo", '{"prompt": "x", "chosen": "y"}', "bad.jsonl:1: no preference pair"), ("reward", '{"prompt": "x", "chosen": "", "rejected": "z"}', "'chosen' is empty"),
     ("rloo", '{"question": "x"}', "bad.jsonl:1: no prompt"), ("sft", '{"prompt": "x", "completion": "y"}', "1 examples are fewer than one batch of 8"),
     ("rloo", '{"prompt": "x"}', "fewer than one batch"), ("dpo", '{"prompt": "x", "chosen": "y", "rejected": "z"}', "fewer than one batch")])
@@ -306,7 +306,9 @@ def test_resuming_what_was_never_started_is_refused(world, tmp_path):
 
 
 def test_rloo_refuses_a_prompt_that_leaves_no_room_and_a_single_sample_before_it_starts(world, tmp_path):
-    for changes, says in ((dict(max_new_tokens=500, max_length=600), "prompts.jsonl:1: .* leaves room for 12"), (dict(max_new_tokens=250), "prompts.jsonl:1: .* leaves room for 6"), (dict(num_samples=1), "at least 2 samples")):
+    for changes, says in ((dict(max_new_tokens=500, max_length=600), r"prompts.jsonl:1: the prompt has .*: 12 "),
+                          (dict(max_new_tokens=250), r"prompts.jsonl:1: the prompt has .*: 6 "),
+                          (dict(num_samples=1), "at least 2 samples")):
         with pytest.raises(ValueError, match=says):
             run("rloo", world, tmp_path / "run", **changes)
         assert not (tmp_path / "run").exists()

@@ -215,7 +215,7 @@ def test_a_kept_reference_with_nan_is_refused_by_file_and_row(world, tmp_path, m
     ],
 )
 def test_a_held_out_metric_that_is_not_finite_is_refused_by_name(spoiled, says, world):
-    items = load_examples([world / "held-out-sft.jsonl"], tokenizer(), 256)
+    items = load_examples([world / "held-out-sft.jsonl"], tokenizer(), config.SFT(), 256)
     for item in items:
         item.where = item.where.rpartition("/")[2]
 
@@ -294,7 +294,7 @@ def test_max_length_bounds_an_rloo_prompt_and_its_answer_by_the_policy_of_too_lo
         len(tokenizer().encode_prompt(json.loads(line)["prompt"]))
         for line in (world / "prompts.jsonl").read_text().splitlines()
     )
-    with pytest.raises(ValueError, match=r"prompts.jsonl:\d+: .* leaves room for"):
+    with pytest.raises(ValueError, match=r"prompts.jsonl:\d+: the prompt has .* less --max-new-tokens 12: "):
         run("rloo", world, tmp_path / "run", max_length=longest + 11)
     assert not (tmp_path / "run").exists()
     run("rloo", world, tmp_path / "whole", max_length=longest + 12, max_steps=1)
@@ -305,7 +305,7 @@ def test_max_length_bounds_an_rloo_prompt_and_its_answer_by_the_policy_of_too_lo
         0, abs=1e-4
     )  # what is trained is what was sampled from
     with pytest.raises(
-        ValueError, match="--max-new-tokens 500 leaves no room for a prompt within 256 tokens"
+        ValueError, match="the 256 tokens .* less --max-new-tokens 500 leave no room for a prompt"
     ):
         run("rloo", world, tmp_path / "none", max_new_tokens=500)
 
@@ -569,6 +569,22 @@ def test_an_unknown_stage_is_refused_by_the_estimate_which_knows_those_of_train(
 
 
 # ---- data --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo"])
+@pytest.mark.parametrize("policy", ["skip", "cut-left", "refuse"])
+def test_what_passes_the_models_positions_is_not_trained_whatever_max_length_says(
+    policy, stage, models, world, tmp_path, command
+):
+    """With --max-length 4000 a model of 512 positions was trained on examples of thousands of tokens."""
+    row = json.loads((world / ALL[stage][2]).read_text().splitlines()[0])
+    long = json.dumps({**row, "prompt": "word " * 600})
+    (tmp_path / "data.jsonl").write_text((world / ALL[stage][2]).read_text() + long + "\n")
+    line = line_of(stage, models, world, tmp_path / "run").replace(f"{world}/{ALL[stage][2]}", f"{tmp_path}/data.jsonl")
+    code, _, err = command(f"{line} --max-length 4000 --too-long {policy} --max-steps 5")
+    assert code == (2 if policy == "refuse" else 0) and any("512" in text and "data.jsonl:37" in text for text in err), err
+    if policy != "refuse":
+        assert max(row["tokens"] for row in logged(tmp_path / "run")) <= 16 * 512
 
 
 @pytest.mark.parametrize("model", ["smoke", "A"])
