@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -32,8 +32,7 @@ from aya_min.tokenizer import load_tokenizer, train_tokenizer
 gc.freeze()
 gc.enable()
 
-STAGES = {"pretrain": (stages.pretrain, config.Pretrain), "sft": (stages.sft, config.SFT), "reward": (stages.reward, config.Reward),
-          "dpo": (stages.dpo, config.DPO), "rloo": (stages.rloo, config.RLOO)}
+SECONDS = number(float, "[0.001, 31536000]")        # of a wait: up to a year
 
 
 def make_parser():
@@ -51,27 +50,31 @@ def make_parser():
     recipe.add_argument("--eval-prompts", nargs="+", help="prompts to be judged on (default: --prompts)")
     recipe.add_argument("--clusters", help="JSON file {cluster: [languages]}")
     recipe.add_argument("--config", help="JSON file of recipe settings")
-    recipe.add_argument("--collective-timeout", type=number(float, "(0, 1000000]"), default=1800,
-                        metavar="SECONDS", help="how long a rank waits for the others before it takes them "
-                        "for dead (default 1800)")
+    waits = "how long a rank waits for the others before it takes them for dead"
+    recipe.add_argument("--collective-timeout", type=SECONDS, default=1800, metavar="SECONDS",
+                        help=f"{waits} (default 1800)")
     config.add_flags(recipe, config.Recipe)
-    for name, (function, settings_class) in STAGES.items():
+    for name, (function, settings_class) in stages.STAGES.items():
         stage = commands.add_parser(name, help=function.__doc__.splitlines()[0] if name != "sft" else "Supervised fine-tuning on conversations.")
         stage.add_argument("--model", help=f"model folder, or a preset's name for random weights ({' '.join(config.MODEL_PRESETS)})")
         stage.add_argument("--tokenizer", help="folder with tokenizer.json, for a preset; without it one is trained on the data")
         stage.add_argument("--data", nargs="+", help="JSONL files")
-        stage.add_argument("--eval-data", nargs="+", default=[], help="held-out JSONL files; reported per language")
+        stage.add_argument("--eval-data", nargs="+", default=[],
+                           help="held-out JSONL files; reported per language (rloo: prompts, answered once)")
         stage.add_argument("--out", help="run folder; must be new")
         stage.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
         stage.add_argument("--config", help="JSON file of settings")
-        stage.add_argument("--collective-timeout", type=float, default=600, metavar="SECONDS", help="how long a rank waits for the others before it takes them for dead (default 600)")
+        stage.add_argument("--collective-timeout", type=SECONDS, default=600, metavar="SECONDS",
+                           help=f"{waits} (default 600)")
         stage.add_argument("--dry-run", action="store_true", help="check everything, print what it needs (memory, communication, operations), train nothing")
-        stage.add_argument("--gpus", type=int, metavar="N", help="with --dry-run: the number of GPUs (default: the ranks at hand)")
+        stage.add_argument("--gpus", type=number(int, "[1, 65536]"), metavar="N",
+                           help="with --dry-run: the number of GPUs (default: the ranks at hand)")
         if name == "rloo":
             stage.add_argument("--reward-model", help="reward model folder with the same tokenizer")
         if name == "dpo":
             stage.add_argument("--reference-logps", metavar="FILE", help="where the reference's log-probs are kept, to share them between runs (default RUN/reference.safetensors)")
-        config.add_flags(stage, settings_class)
+        used = [f.name for f in fields(settings_class) if (name, f.name) != ("rloo", "keep_cut")]
+        config.add_flags(stage, settings_class, used)
     return parser
 
 
@@ -86,7 +89,7 @@ def load_model(args, device, settings):
     """(model, tokenizer) of --model: a folder, or a preset with random weights and a given or newly trained tokenizer.
 
     A folder is read into the ranks' shards at once, unless the stage needs the plain model first."""
-    if args.model in config.MODEL_PRESETS and not Path(args.model).is_dir():
+    if is_preset(args.model):
         preset = config.model_preset(args.model)
         architecture = weights.RewardModel if args.command == "reward" else CohereForCausalLM
         if args.dry_run and not args.tokenizer and not args.data:
@@ -97,8 +100,6 @@ def load_model(args, device, settings):
         if args.dry_run:
             return on_meta(architecture, preset), tokenizer
         return init_weights(architecture(preset), torch.Generator().manual_seed(settings.seed)), tokenizer
-    if args.tokenizer:
-        raise ValueError("--tokenizer goes with a preset; a model folder brings its own")
     if args.command != "reward" and weights.read_config(args.model)[1] is weights.RewardModel:
         raise ValueError(f"--model {args.model}: a reward model; {args.command} trains language models")
     trunk = args.command == "reward"
@@ -113,35 +114,66 @@ def on_meta(architecture, model_config):
         return architecture(model_config)
 
 
+def is_preset(name):
+    return name in config.MODEL_PRESETS and not Path(name).is_dir()
+
+
+def resumed_from(args):
+    """The config.json of the run that --resume names ({} without), after args has been filled up from it."""
+    if not args.resume:
+        return {}
+    before = distributed.from_main(lambda: stages.read_run(Path(args.resume)))
+    if before["stage"] != args.command:
+        was = before["stage"]
+        raise ValueError(f"--resume {args.resume}: that is a run of {was!r}, not {args.command!r}")
+    if args.out and Path(args.out).resolve() != Path(args.resume).resolve():
+        raise ValueError(f"--out {args.out}: --resume {args.resume} goes on in its own folder; leave --out out")
+    args.out, args.data = args.resume, args.data or before["data"]
+    args.model = args.model or before.get("model")
+    args.eval_data = args.eval_data or before.get("eval_data") or []
+    if is_preset(args.model) and (Path(args.resume) / "tokenizer.json").is_file():
+        args.tokenizer = args.tokenizer or args.resume
+    if args.command == "rloo":
+        args.reward_model = args.reward_model or before.get("reward_model")
+    return before
+
+
+def check_flags(args, settings, device, ranks):
+    """Refuse, before anything heavy, flags that do not go together, and files that are none."""
+    config.check_training(settings, ranks)
+    if args.gpus and not args.dry_run:
+        raise ValueError("--gpus goes with --dry-run; torchrun --nproc-per-node says how many ranks train")
+    if settings.cpu_offload and device.type == "cpu" and not args.dry_run:
+        raise ValueError("--cpu-offload needs a GPU to offload from; on a CPU leave it out")
+    if args.eval_every and not args.eval_data:
+        raise ValueError(f"--eval-every {args.eval_every} goes with --eval-data; there is no such data")
+    if args.epochs and settings.max_steps:
+        raise ValueError(f"--epochs {args.epochs} has no effect beside --max-steps {settings.max_steps}; "
+                         "leave one out, or give --max-steps 0")
+    if args.final_learning_rate is not None and settings.schedule == "constant":
+        raise ValueError(f"--final-learning-rate {args.final_learning_rate} goes with --schedule cosine; "
+                         "a constant rate has no other end")
+    if args.tokenizer and not is_preset(args.model):
+        raise ValueError("--tokenizer goes with a preset; a model folder brings its own")
+    for path in map(Path, [*(args.data or []), *args.eval_data]):
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path}: not a plain file (a folder, a pipe or a device); give a file")
+    if args.command == "dpo" and args.reference_logps:
+        stages.check_place(Path(args.reference_logps))
+
+
 def run_one_stage(args, device):
-    function, settings_class = STAGES[args.command]
-    before = {}
+    function, settings_class = stages.STAGES[args.command]
     if args.out and not args.resume and distributed.restart_count() and (Path(args.out) / "config.json").is_file():
         args.resume = args.out              # torchrun --max-restarts started the same command again
-    if args.resume:
-        path = Path(args.resume) / "config.json"
-        if not path.is_file():
-            raise ValueError(f"--resume {args.resume}: no config.json there; give the run folder of a stage")
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before.get("stage") != args.command:
-            raise ValueError(f"--resume {args.resume}: that is a run of {before.get('stage')!r}, not {args.command!r}")
-        args.out, args.data, args.model = args.resume, args.data or before["data"], args.model or before["model"]
-        args.eval_data = args.eval_data or before["eval_data"]
-        if args.model in config.MODEL_PRESETS and not Path(args.model).is_dir() and (Path(args.resume) / "tokenizer.json").is_file():
-            args.tokenizer = args.resume
-        if args.command == "rloo":
-            args.reward_model = args.reward_model or before["reward_model"]
+    before = resumed_from(args)
     needed = ["model"] if args.dry_run else ["model", "data", "out"] + (["reward_model"] if args.command == "rloo" else [])
     missing = ["--" + name.replace("_", "-") for name in needed if not getattr(args, name)]
     if missing:
         raise ValueError(f"{args.command} needs {' '.join(missing)}")
     settings = config.settings_from(settings_class, before.get("settings"), args.config, vars(args))
     ranks = args.gpus or distributed.num_ranks()
-    config.check_training(settings, ranks)
-    if args.gpus and not args.dry_run:
-        raise ValueError("--gpus goes with --dry-run; torchrun --nproc-per-node says how many ranks train")
-    if settings.cpu_offload and device.type == "cpu" and not args.dry_run:
-        raise ValueError("--cpu-offload needs a GPU to offload from; on a CPU leave it out")
+    distributed.from_main(lambda: check_flags(args, settings, device, ranks))
     if not args.resume and args.out:
         distributed.from_main(lambda: stages.check_new(Path(args.out)))
     model, tokenizer = load_model(args, device, settings)
@@ -152,9 +184,9 @@ def run_one_stage(args, device):
             weights.load(args.reward_model, "cpu" if settings.cpu_offload else device, sharded=True, replicate=settings.replicate, cpu_offload=settings.cpu_offload)
         if not isinstance(reward_model, weights.RewardModel):
             raise ValueError(f"--reward-model {args.reward_model}: a language model; give a folder that the reward stage wrote")
-        if tokenizer and reward_tokenizer.bpe.to_str() != tokenizer.bpe.to_str():
+        if tokenizer and reward_tokenizer.meaning != tokenizer.meaning:
             raise ValueError(f"--reward-model {args.reward_model}: another tokenizer than --model; both must be the same")
-        source["reward_model"], more = args.reward_model, {"reward_model": reward_model}
+        source["reward_model"], more["reward_model"] = args.reward_model, reward_model
     if args.command == "dpo":
         more["reference_logps"] = args.reference_logps
     if args.dry_run:

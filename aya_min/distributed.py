@@ -4,6 +4,7 @@ One process (plain `python`, or torchrun with one rank) needs no process group: 
 With one rank `shard` leaves the model alone, because FSDP2's bookkeeping costs more than half a step at toy size.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 
-from .command import OURS, one_line
+from .command import OURS, number, one_line
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}        # by device; with --cpu-offload gradients are normed on the CPU
 
@@ -34,15 +35,37 @@ def setup(timeout=1800):
     if 0 < len(missing) < 3:
         raise ValueError(f"the environment has some of torchrun's variables but not {' '.join(missing)}; start with torchrun, or unset them")
     cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    ranks = from_environment("WORLD_SIZE", 1, "[1, 1000000]")
+    rank = from_environment("RANK", 0, f"[0, {ranks - 1}]")
+    local_rank = from_environment("LOCAL_RANK", 0, f"[0, {torch.cuda.device_count() - 1 if cuda else rank}]")
+    restart_count()
     if cuda:
         torch.cuda.set_device(local_rank)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if ranks > 1 and not dist.is_initialized():
+        from_environment("MASTER_PORT", None, "[0, 65535]")
         limit = timedelta(seconds=timeout)
-        store, rank, ranks = next(rendezvous("env://", timeout=limit))
-        own = dist.PrefixStore(f"restart {restart_count()}", store)         # torchrun (2.13) keeps one store over restarts, with the dead ranks' addresses in it
-        dist.init_process_group(BACKENDS["cuda" if cuda else "cpu"], store=own, rank=rank, world_size=ranks, timeout=limit)
+        try:
+            store, rank, ranks = next(rendezvous("env://", timeout=limit))
+            # torchrun (2.13) keeps one store over restarts, with the dead ranks' addresses in it
+            own = dist.PrefixStore(f"restart {restart_count()}", store)
+            backend = BACKENDS["cuda" if cuda else "cpu"]
+            dist.init_process_group(backend, store=own, rank=rank, world_size=ranks, timeout=limit)
+        except dist.DistNetworkError as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ValueError(f"rank {rank} of {ranks}: no way to the others over MASTER_ADDR:MASTER_PORT "
+                             f"{place} ({str(error).splitlines()[0]}); start with torchrun") from None
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def from_environment(name, default, interval):
+    """A whole number of torchrun's environment. ValueError names the variable, its value and its range."""
+    if name not in os.environ and default is not None:
+        return default
+    try:
+        return number(int, interval)(os.environ.get(name, ""))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"the environment variable {name}={error}; start with torchrun, or unset its "
+                         "variables") from None
 
 
 def close():
@@ -79,7 +102,7 @@ def launch(command, timeout=1800):
 
 def restart_count():
     """How often torchrun --max-restarts has started this very command again, after a rank of it had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return from_environment("TORCHELASTIC_RESTART_COUNT", 0, "[0, 1000000000]")
 
 
 class Stopped(Exception):

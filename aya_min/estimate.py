@@ -176,6 +176,8 @@ def items_of(stage, settings, data, tokenizer):
     if stage in ("reward", "dpo"):
         pairs = load_pairs(data, tokenizer, settings, limit) if data else [Pair(blank(limit), blank(limit))]
         return [replace(pair, ref_logps=np.zeros(2)) for pair in pairs]
+    if stage != "rloo":
+        raise ValueError(f"unknown stage {stage!r}; known: {' '.join(stages.STAGES)}")
     new = settings.max_new_tokens
     prompts = load_prompts(data, settings, tokenizer) if data else []
     lengths = [len(tokenizer.encode_prompt(row["prompt_messages"])) + new for row in prompts] or [limit]
@@ -197,8 +199,14 @@ def largest(items, size, samples=1):
 
 
 def loss_of(stage, settings):
-    return {"reward": lambda: stages.reward_loss(settings.lm_weight), "dpo": lambda: stages.preference_loss(settings.beta, settings.nll_weight),
-            "rloo": lambda: stages.policy_gradient_loss}.get(stage, lambda: stages.sft_loss)()
+    """The loss function of a stage of stages.STAGES."""
+    losses = {"pretrain": lambda: stages.sft_loss, "sft": lambda: stages.sft_loss,
+              "reward": lambda: stages.reward_loss(settings.lm_weight),
+              "dpo": lambda: stages.preference_loss(settings.beta, settings.nll_weight),
+              "rloo": lambda: stages.policy_gradient_loss}
+    if stage not in losses:
+        raise ValueError(f"unknown stage {stage!r}; known: {' '.join(losses)}")
+    return losses[stage]()
 
 
 def default(function, name):
@@ -215,7 +223,8 @@ def cache_bytes(config, settings, items, ranks):
 
 def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, reward_model=None):
     """The text of --dry-run. model, reward_model: on the meta device; without a reward model rloo is taken to have one of the policy's size."""
-    config, items, loss_fn = model.config, items_of(stage, settings, data, tokenizer), loss_of(stage, settings)
+    config, fitting = model.config, replace(settings, max_length=stages.fitting(settings, model))
+    items, loss_fn = items_of(stage, fitting, data, tokenizer), loss_of(stage, settings)
     share, samples = settings.batch_size // ranks, settings.num_samples if stage == "rloo" else 1
     size = settings.micro_batch_size or share
     batch = largest(items, size, samples)
@@ -233,7 +242,7 @@ def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, rew
     later = lambda part, size: f", {watch.most[part] / 1e9:.2f} at another moment" if watch.most[part] > 1.05 * size + 1e7 else ""
     phases = {"in all, in a training step": sum(step.values())}
     if eval_data:
-        phases["in all, in an evaluation"] = held + forward(loss_fn, items_of(stage, settings, eval_data, tokenizer), default(batches_in_order, "size"))
+        phases["in all, in an evaluation"] = held + forward(loss_fn, items_of(stage, fitting, eval_data, tokenizer), default(batches_in_order, "size"))
     texts = [row for item in items for row in rows_of(item, samples)]
     if stage == "dpo":
         sharded = sum(step.get(part, 0) for part in ("parameters", "gathered by FSDP"))

@@ -16,7 +16,7 @@ import shutil
 import socket
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 # Bytes read at a time. Each read and each hash takes Python's lock once: long ones seldom wait for it.
@@ -222,7 +222,8 @@ def scratch(path):
         mark(folder, purpose)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            remove_marked(folder)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ gradient norm however it is cut into micro-batches or ranks.
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -19,9 +20,11 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from . import checkpoint, distributed
+from .config import Training
 from .data import in_step
+from .files import parse_json
 
-PER_LANGUAGE = ("loss", "accuracy", "rewards/accuracies", "reward")     # metrics that are logged for each language too
+PER_LANGUAGE = ("loss", "accuracy", "rewards/accuracies", "reward", "cut")     # logged for each language too
 
 PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}     # bf16, dense, of NVIDIA's data sheets
 
@@ -105,20 +108,36 @@ def reduced(metrics, slots):
     return row
 
 
+def autocast(model, settings, device):
+    """The context in which a model computes in --dtype; a sharded one casts for itself."""
+    enabled = settings.dtype == "bfloat16" and not isinstance(model, FSDPModule)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
 @torch.no_grad()
-def evaluate(model, loss_fn, batches, device, stop=None):
-    """Held-out metrics, overall and per language: {"loss": ..., "loss/fr": ...}; None if a signal (stop: distributed.Signals) cuts it short.
-    batches: this rank's [(indices, batch)]."""
+def evaluate(model, loss_fn, batches, device, stop=None, settings=Training()):
+    """Held-out metrics, overall and per language: {"loss": ..., "loss/fr": ...}; None after a signal.
+
+    batches: this rank's [(indices, batch)]; stop: distributed.Signals; settings: of the training, in whose
+    dtype it computes. A metric that is not finite is refused."""
     model.eval()
-    total = {}
+    total, bad = {}, []
     for indices, batch in in_step(batches):
         if stop and stop.any_rank(device):
             model.train()
             return None
-        _, metrics = loss_fn(model, batch.to(device))
+        with autocast(model, settings, device):
+            loss, metrics = loss_fn(model, batch.to(device))
         add_metrics(total, metrics if indices else {k: torch.zeros_like(v) for k, v in metrics.items()})
+        bad += [] if loss.isfinite() or not indices else dict.fromkeys(batch.where)
     model.train()
-    return reduced(total, batch.slots)
+    values, bad = reduced(total, batch.slots), sum(distributed.gather_objects(bad), [])
+    wrong = ["loss"] if bad else [name for name, value in values.items() if not math.isfinite(value)]
+    if wrong:
+        rows = f" in a batch with {' '.join(bad[:8])}{' ...' if len(bad) > 8 else ''}" if bad else ""
+        raise ValueError(f"the held-out {' '.join(wrong)} of this model is not finite{rows}; "
+                         "lower --learning-rate, or look at these rows and at the model")
+    return values
 
 
 def json_line(row):
@@ -128,16 +147,33 @@ def json_line(row):
 
 
 def write_metrics(path, row):
+    """Add a line to metrics.jsonl, which is never a link to elsewhere."""
     if distributed.is_main():
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(json_line(row))
+        try:
+            number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            with open(number, "w", encoding="utf-8") as f:
+                f.write(json_line(row))
+        except OSError as error:                        # a full disk does not say which file it was
+            about = f"{error.strerror}; the line of step {row['step']} is not logged, make room and --resume"
+            raise OSError(error.errno, about, str(path)) from None
+
+
+def read_metrics(path):
+    """[(line, row), ...] of metrics.jsonl, without a last line that a kill cut short.
+
+    ValueError with file and line for what is no row of ours."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    rows = [parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise ValueError(f"{path}:{number}: not a row of metrics with its step; remove the line")
+    return [(line.decode() + "\n", row) for line, row in zip(lines, rows)]
 
 
 def evaluated(path, step):
     """Whether the evaluation before `step` is logged: it is then the last line."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    last = json.loads(lines[-1]) if lines else {}
-    return last.get("step") == step and "loss" not in last
+    last = [row for _, row in read_metrics(path)][-1:]
+    return bool(last) and last[0]["step"] == step and "loss" not in last[0]
 
 
 def origin(model, losses, micro_batches):
@@ -162,7 +198,8 @@ def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=
     batches(step) -> this rank's micro-batches; loss_fn(model, batch) -> (loss_sum, {name: (2, languages) sums and counts});
     evaluation() -> {name: value} is called before the first step, every `eval_every` steps and after the last, and logged as eval/...;
     check_first(metrics) may refuse the very first step. Raises ValueError, on all ranks together and before the optimizer
-    moves, when a loss or gradient norm is not finite. After SIGTERM or SIGINT, on any rank, all of them finish the step (an evaluation is
+    moves, when a loss or gradient norm is not finite; before anything is kept, when weights are not.
+    After SIGTERM or SIGINT, on any rank, all of them finish the step (an evaluation is
     left, and made up for on resume), save, and raise distributed.Stopped. stop: the Signals to look at, for whom the caller asks too;
     publish(model, step): called every `publish_every` steps.
     """
@@ -177,7 +214,9 @@ def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=
     distributed.from_main(lambda: checkpoint.check_room(run / "state", checkpoint.state_bytes(model)))
     first = saved = checkpoint.load_state(state, model, optimizer) if state else 0
     sharded, ranks, peak = isinstance(model, FSDPModule), distributed.num_ranks(), peak_flops(device, settings.dtype)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16" and not sharded)
+
+    def check(done):
+        checkpoint.check_finite(dict(model.named_parameters()), done, run / "state")
 
     def save(done):
         nonlocal saved
@@ -219,7 +258,7 @@ def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=
         for i, batch in enumerate(micro_batches):
             if sharded:                                                        # gradients go to their shards at once: whole ones may not fit
                 model.set_requires_all_reduce(i == len(micro_batches) - 1)     # between the copies of HSDP once a step
-            with autocast:
+            with autocast(model, settings, device):
                 loss_sum, logged = loss_fn(model, batch.to(device))
             (loss_sum * (ranks / count)).backward()                            # FSDP averages over ranks: undo that
             losses.append(loss_sum.detach())
@@ -248,6 +287,7 @@ def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=
             write_profile(profiler, run / "profile.json")
         done = step + 1
         if settings.publish_every and done % settings.publish_every == 0:      # before the state: a run that goes on from there has published it
+            check(done)
             publish(model, done)
         if settings.save_every and done % settings.save_every == 0:
             save(done)

@@ -100,7 +100,7 @@ def run(stage, data, out, resume=False, held_out=False, architecture={}, start=N
         more["reward_model"] = reward_model()
     if "reference_logps" in changes:
         more["reference_logps"] = changes.pop("reference_logps")
-    if held_out and stage != "rloo":
+    if held_out:
         more["eval_data"] = [data / f"held-out-{file}"]
     function(model, tokenizer(), [data / file], settings_class(**{**values, **changes}), out, CPU, resume=resume, **more)
     return out

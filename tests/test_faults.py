@@ -130,7 +130,7 @@ def steps_logged(folder):
 
 
 def saving(folder):
-    return any(folder.glob("state/*.tmp"))
+    return any(folder.glob("state/.state.*"))
 
 
 def go_on(stage, world, out, **changes):
@@ -244,6 +244,30 @@ def test_kill_9_at_each_point_of_a_save_leaves_two_whole_states(world, tmp_path)
             assert sorted(path.name for path in (folder / "state").iterdir()) == ["step-2", "step-3"]
         SURVIVED["F2"] += 1
     assert newest == sorted(newest) and set(newest) == {2, 3} and points >= 12 and LOST["F2"] == 0
+
+
+def test_kill_9_at_any_point_of_a_resume_from_its_last_step_to_the_end_is_made_up_for_by_the_same_resume(world, tmp_path):
+    """F2. The evaluation, eval.json, the model beside an older one, the renames: the same command finishes."""
+    settings = dict(max_steps=2, schedule="constant", warmup_steps=0, held_out=True, eval_every=1)
+    first = run("sft", world, tmp_path / "first", **settings)
+    whole = run("sft", world, tmp_path / "whole", **{**settings, "max_steps": 3})
+    point = 1
+    while True:
+        folder = tmp_path / f"killed-{point}"
+        shutil.copytree(first, folder)
+        again = lambda: run("sft", world, folder, resume=True, **{**settings, "max_steps": 3})
+        code = finish(start(lambda: killed_at(point, folder, again), tmp_path / "log"))
+        assert code in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
+        TRIED["F2"] += 1
+        assert finish(start(again, tmp_path / "log2")) == 0, (tmp_path / "log2").read_text()
+        assert_same_run(folder, whole) if code else None
+        assert lost_bytes(folder) == 0 and len(checkpoint.published(folder / "state")) == 2
+        assert (folder / "eval.json").read_text() == (whole / "eval.json").read_text()
+        SURVIVED["F2"] += 1
+        shutil.rmtree(folder)
+        if code == 0:
+            break
+        point += 1 if LONG else 5
 
 
 # ---- F3, F4: damaged files ---------------------------------------------------------------------------------------------------------
@@ -639,7 +663,7 @@ def test_one_ranks_poisoned_step_stops_all_ranks_before_the_weights_move_and_is_
 # ---- F18-F20: data -----------------------------------------------------------------------------------------------------------------
 
 GOOD = b'{"prompt": "hi", "completion": "secret"}\n'
-LINES = {"blank": b"\n", "a byte-order mark": b"\xef\xbb\xbf" + GOOD, "cut": GOOD[:20], "array": b'["secret"]\n', "missing key": b'{"prompt": "secret"}\n',
+LINES = {"blank": b"\n", "cut": GOOD[:20], "array": b'["secret"]\n', "missing key": b'{"prompt": "secret"}\n',
          "wrong type": b'{"prompt": "hi", "completion": 5}\n', "null": b'{"prompt": "hi", "completion": null}\n', "invalid UTF-8": b'{"prompt": "\xff", "completion": "secret"}\n',
          "bare NaN": b'{"prompt": "hi", "completion": "secret", "score": NaN}\n', "lone surrogate": b'{"prompt": "hi", "completion": "secret \\ud83d"}\n',
          "10 MB": b'{"prompt": "hi", "completion": "' + b"secret " * 1_500_000 + b"\n", "deep": b"[" * 100_000 + b"\n"}
@@ -717,15 +741,15 @@ def test_fewer_examples_than_a_batch_are_refused_on_four_ranks_and_a_rest_is_use
 
 def test_a_second_run_in_a_folder_is_refused_with_the_firsts_process_and_host_but_not_after_kill_9(world, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
-    first = start(go_on("sft", world, folder, max_steps=500, save_every=5), tmp_path / "first")
+    first = start(go_on("sft", world, folder, max_steps=500, save_every=5, schedule="constant"), tmp_path / "first")
     until(lambda: steps_logged(folder) >= 6, first)
     says = f"error: {folder}: another run is writing here (process {first} on {socket.gethostname()}); wait for it or stop it, or give another folder\n"
     for resume in (True, False):
-        assert finish(start(lambda: run("sft", world, folder, resume=resume, max_steps=500, save_every=5), log)) == 2
+        assert finish(start(lambda: run("sft", world, folder, resume=resume, max_steps=500, save_every=5, schedule="constant"), log)) == 2
         assert log.read_text().endswith(says)
     os.kill(first, signal.SIGKILL)
     finish(first)
-    assert finish(start(go_on("sft", world, folder, max_steps=20, save_every=5), log)) in (0, 2)
+    assert finish(start(go_on("sft", world, folder, max_steps=20, save_every=5, schedule="constant"), log)) in (0, 2)
     assert "goes on after step" in log.read_text() or "raise --max-steps" in log.read_text()
 
 

@@ -217,7 +217,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_other_batches(stage,
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_folder_holds_what_the_design_says(stage, world, tmp_path):
     folder = run(stage, world, tmp_path / "run", held_out=True)
-    expected = {".lock", "config.json", "metrics.jsonl", "model", "state", "tokenizer.json", "tokenizer_config.json"} | ({"eval.json"} if stage != "rloo" else set()) | ({"reference.safetensors"} if stage == "dpo" else set())
+    expected = {".lock", "config.json", "metrics.jsonl", "model", "state", "tokenizer.json", "tokenizer_config.json", "eval.json"} | ({"reference.safetensors"} if stage == "dpo" else set())
     assert {path.name for path in folder.iterdir()} == expected
     about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert about["stage"] == stage and about["settings"]["batch_size"] == 8 and about["versions"]["torch"] == torch.__version__
@@ -227,10 +227,10 @@ def test_a_run_folder_holds_what_the_design_says(stage, world, tmp_path):
     model, _ = weights.load(folder / "model")
     state = state_of(folder)
     assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
-    if stage != "rloo":
-        assert [row["step"] for row in rows if "lr" not in row] == [0, 3]
-        last = {k.removeprefix("eval/"): v for k, v in rows[-1].items() if k.startswith("eval/")}
-        assert json.loads((folder / "eval.json").read_text()) == last and any(key.startswith("loss/") for key in last)
+    assert [row["step"] for row in rows if "lr" not in row] == [0, 3]
+    last = {k.removeprefix("eval/"): v for k, v in rows[-1].items() if k.startswith("eval/")}
+    assert json.loads((folder / "eval.json").read_text()) == last
+    assert any(key.startswith("reward/" if stage == "rloo" else "loss/") for key in last)
 
 
 def test_published_checkpoints_are_the_model_at_their_steps_and_average_to_their_mean(world, tmp_path):
@@ -244,13 +244,14 @@ def test_published_checkpoints_are_the_model_at_their_steps_and_average_to_their
     assert all(torch.allclose(t, (states[1][name] + states[2][name]) / 2, rtol=0, atol=1e-7) for name, t in merged.items())
 
 
-def test_the_run_is_described_before_its_first_step(world, tmp_path):
-    model = language_model()
+def test_the_run_is_described_before_its_first_step_and_nothing_is_left_if_that_one_fails(world, tmp_path):
+    model, seen = language_model(), []
+    model.register_forward_pre_hook(lambda *_: seen.append({path.name for path in (tmp_path / "run").iterdir()}))
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
     with pytest.raises(ValueError, match="step 0: loss nan"):
         stages.sft(model, tokenizer(), [world / "sft.jsonl"], SFT(batch_size=8), tmp_path / "run", CPU)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert seen == [{".lock", "config.json", "tokenizer.json", "tokenizer_config.json"}] and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("stage, line, says", [
@@ -305,7 +306,9 @@ def test_resuming_what_was_never_started_is_refused(world, tmp_path):
 
 
 def test_rloo_refuses_a_prompt_that_leaves_no_room_and_a_single_sample_before_it_starts(world, tmp_path):
-    for changes, says in ((dict(max_new_tokens=500), r"prompts.jsonl:1: the prompt has .* the model's 512 positions less --max-new-tokens: 12"), (dict(num_samples=1), "at least 2 samples")):
+    for changes, says in ((dict(max_new_tokens=500, max_length=600), r"prompts.jsonl:1: the prompt has .*: 12 "),
+                          (dict(max_new_tokens=250), r"prompts.jsonl:1: the prompt has .*: 6 "),
+                          (dict(num_samples=1), "at least 2 samples")):
         with pytest.raises(ValueError, match=says):
             run("rloo", world, tmp_path / "run", **changes)
         assert not (tmp_path / "run").exists()
