@@ -12,18 +12,26 @@ SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "aya_min").glob("*.py"), *(ROOT /
 PACKAGES = {"torch", "numpy", "tokenizers", "safetensors", "pytest", "tqdm"}
 
 FLOORS = [
-    {"expressions"},                                                                            # -1: what stands in a chat template's brackets
-    {"linear", "files", "command", "template"},                                                             # 0: one matrix product, plain files, command lines
-    {"config", "languages", "distributed", "losses", "merging", "turns", "charts", "tensorfiles", "mergeconfig", "cmaes"},  # 1: settings, tables, pure tensor functions
-    {"model", "tokenizer", "world", "checkpoint", "data", "front"},                                          # 2: the decoder, the world, how to resume, JSONL to batches
-    {"sampling", "reward", "loop", "world_data", "weights", "journal", "report"},               # 3: what is done with a model or with the world
-    {"soups", "arbitrage", "preferences", "evaluate", "chat"},                                  # 4: what is done with answers and folders
-    {"stages"},                                                                                 # 5: pretrain, sft, reward, dpo, rloo
-    {"steps", "estimate", "fitness"},                                                           # 6: a recipe's run on disk; what a stage will need; what a search measures
-    {"results", "search", "checks"},                                                            # 7: what a run shows for itself; the search; what a recipe is asked to do
-    {"pipeline"},                                                                               # 8: the recipe; train.py, generate.py and merge.py stand on it
+    # 0: settings of a command line, plain files, pure functions on texts and tensors
+    {"charts", "cmaes", "command", "expressions", "files", "iso639", "linear", "merging", "preferences"},
+    # 1: settings, languages, ranks, losses, templates, tensors on disk
+    {"config", "distributed", "front", "languages", "losses", "mergeconfig", "template", "tensorfiles"},
+    # 2: the decoder, the world, how to resume, what a line of JSONL means, whether two folders are alike
+    {"alike", "checkpoint", "journal", "model", "report", "rows", "turns", "world"},
+    # 3: text to ids, rows to batches, merging folders
+    {"data", "soups", "tokenizer", "world_data"},
+    # 4: what is done with a model
+    {"arbitrage", "loop", "reward", "sampling", "weights"},
+    # 5: the stages, and what is done with answers
+    {"chat", "checks", "evaluate", "stages"},
+    # 6: a recipe's run on disk; what a stage will need; what a search measures
+    {"estimate", "fitness", "steps"},
+    # 7: what a run shows for itself; the search
+    {"results", "search"},
+    # 8: the recipe; train.py, generate.py and merge.py stand on it
+    {"pipeline"},
 ]
-FLOOR = {module: number for number, modules in enumerate(FLOORS, -1) for module in modules}
+FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 
 
 def imports(path):

@@ -541,9 +541,9 @@ def test_whatever_else_a_folder_holds_that_is_not_weights_goes_along(folder, tmp
     (folder / "original").mkdir()
     files = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
     for trunk in (False, True):
-        weights.save(tmp_path / "saved", *weights.load(folder, trunk=trunk))
-        assert {path.name for path in (tmp_path / "saved").iterdir()} == files | kept.keys()
-        assert all((tmp_path / "saved" / name).read_bytes() == data for name, data in kept.items())
+        weights.save(saved := tmp_path / f"saved-{trunk}", *weights.load(folder, trunk=trunk))
+        assert {path.name for path in saved.iterdir()} == files | kept.keys()
+        assert all((saved / name).read_bytes() == data for name, data in kept.items())
 
 
 def test_a_reward_model_names_a_class_of_ours_and_one_that_names_the_older_class_is_read(tmp_path):
