@@ -8,7 +8,7 @@ from . import weights, world_data
 from .arbitrage import read_answers
 from .config import flag_of, model_preset
 from .data import fit_prompts, load_prompts
-from .languages import LANGUAGES, SHARED, home_language
+from .languages import LANGUAGES, SHARED, cluster_languages, home_language
 from .model import RewardModel
 from .tokenizer import train_tokenizer
 from .world import gold_answer, questions
@@ -100,11 +100,7 @@ def check_own(recipe, clusters, arms, base, prompts, teachers, arbiter, judge=No
     eval_rows = None
     if eval_prompts:
         eval_rows = [plain_prompt(row) for row in load_prompts(eval_prompts, recipe, tokenizer)]
-    known = SHARED + sum(clusters.values(), [])
-    for row in rows:
-        if row.get("language") not in (None, "other") and home_language(row["language"], known) is None:
-            raise ValueError(f"{row['prompt_where']}: language {row['language']!r} is in no cluster; add it "
-                             "to --clusters")
+    check_languages(rows, clusters, recipe.cluster_spill)
     for (flag, folder), (model, its_tokenizer, _) in looked.items():
         room = model.config.max_position_embeddings - recipe.max_new_tokens
         room -= 2 * isinstance(model, RewardModel)              # it reads the end of the answer too
@@ -122,6 +118,8 @@ def check_own(recipe, clusters, arms, base, prompts, teachers, arbiter, judge=No
             eval_rows = fit(rows)
     for path in filter(lambda t: Path(t).is_file(), teachers):
         check_answers(path, rows, recipe, tokenizer, *looked["--arbiter", arbiter][:2])
+    if eval_rows == []:
+        raise ValueError("--eval-prompts: none of them fits; give shorter ones, or take --too-long cut-left")
     names = [teacher_name(t) for t in teachers]
     if len(set(names)) < len(names):
         raise ValueError(f"--teachers: two have the same name ({' '.join(names)}); rename one")
@@ -132,6 +130,20 @@ def check_own(recipe, clusters, arms, base, prompts, teachers, arbiter, judge=No
         raise ValueError("--arms all trains RLOO, which needs base and arbiter to share a tokenizer; use "
                          "--arms main")
     return rows, eval_rows or rows
+
+
+def check_languages(rows, clusters, spill):
+    """Every prompt is at home in a cluster, or in all of them, and every cluster has prompts to train on."""
+    known, homes = SHARED + sum(clusters.values(), []), set()
+    for row in rows:
+        homes.add(home_language(row.get("language"), known))
+        if row.get("language") not in (None, "other") and home_language(row["language"], known) is None:
+            raise ValueError(f"{row['prompt_where']}: language {row['language']!r} is in no cluster; add it "
+                             "to --clusters")
+    for name in clusters:
+        if not spill and not homes & {None, *cluster_languages(clusters, name)}:
+            raise ValueError(f"--clusters: {name!r} has no prompt in its languages, and with --cluster-spill 0 "
+                             "none of the others; give such prompts, or fewer clusters")
 
 
 def plain_prompt(row):

@@ -255,6 +255,8 @@ def run_recipe(run):
         return route(candidates, how, r.seed, table, r.keep_cut, same)
 
     reward_rows, arbitrage_counts = routed("reward")
+    unscored = len(teachers) * len(candidates) - sum(len(row["candidates"]) for row in candidates)
+    arbitrage_counts |= {"unscored": unscored} if unscored else {}          # too long for the arbiter
     say(f"arbitrage of {len(teachers)} teachers", arbitrage_counts)
     to_single = {row.get("language"): single for row in candidates}
     arms = [("single", f"SFT: single best teacher ({single})", routed("fixed", to_single)[0]),

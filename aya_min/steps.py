@@ -96,6 +96,7 @@ def settings(run, kind, **values):
     """A stage's settings from the recipe's. What the rows may hold was decided when they were made."""
     r = run.recipe
     return kind(**{"batch_size": r.batch_size, "max_length": r.max_length, "dtype": r.dtype, "seed": r.seed,
+                   "too_long": "cut-left" if r.too_long == "cut-left" else "skip",
                    "keep_cut": True, "allow_control_tokens": True, **values})
 
 

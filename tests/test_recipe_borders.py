@@ -167,6 +167,7 @@ def flags_of(own, **change):
     ({"teachers": "A long-answer.jsonl"}, "the arbiter 512 positions"),
     ({"teachers": "A spelled-answer.jsonl"}, "spells the control token"),
     ({"teachers": "A RM"}, "not a language model"),
+    ({"cluster_spill": "0"}, "'slavic' has no prompt in its languages"),
     ({"arbiter": "B"}, "not a reward model"), ({"judge": "B"}, "not a reward model"),
     ({"base": "RM"}, "not a language"),
     ({"arbiter": "other-RM", "arms": "all"}, "share a tokenizer"),
