@@ -303,7 +303,7 @@ def remarks(folder, config, first, first_config):
                 said.append(f"{' '.join(keys[:6])}{' ...' if len(keys) > 6 else ''} of {name}")
     code = sorted(path.name for path in Path(first).glob("*.py") if own_file(folder, path.name))
     said += [name for name in code if read_bytes(own_file(first, name)) != read_bytes(own_file(folder, name))]
-    return [f"{folder} has another {', '.join(said)}; that of {first} is taken"] if said else []
+    return [f"{folder} differs from {first} in {', '.join(said)}; the latter's is taken"] if said else []
 
 
 def ids_of(value):

@@ -176,13 +176,12 @@ def test_ends_and_generation_settings_that_differ_are_said_and_those_of_the_firs
     (pair[1] / "chat_template.jinja").write_text("{{ other }}")
     assert main(["linear", *map(str, pair), "--out", str(tmp_path / "out")]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "%" not in line and line]
-    assert said == [f"{pair[1]} has another eos_token_id of config.json, pad_token_id of config.json, "
-                    f"generation_config.json, the chat template; "
-                    f"that of {pair[0]} is taken"]
+    assert said == [f"{pair[1]} differs from {pair[0]} in eos_token_id of config.json, pad_token_id of "
+                    "config.json, generation_config.json, the chat template; the latter's is taken"]
     written, given = (folder / "generation_config.json" for folder in (tmp_path / "out", pair[0]))
     assert written.read_bytes() == given.read_bytes()
     assert main(["linear", str(pair[0]), str(pair[0]), "--out",
-                 str(tmp_path / "same")]) == 0 and "another" not in capsys.readouterr().err
+                 str(tmp_path / "same")]) == 0 and "differs" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ['[1]', '"x"', '{"a": ' * 900 + '1' + '}' * 900, '{"a": ' * 3000,
