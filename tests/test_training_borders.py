@@ -367,8 +367,9 @@ def read_in(trees):
 def flags_in(tree):
     """The names under which argparse keeps what a file's add_argument calls take."""
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    names = [node.args[0] for node in calls if getattr(node.func, "attr", "") == "add_argument" and node.args]
-    return {name.value.lstrip("-").replace("-", "_") for name in names if isinstance(name, ast.Constant)}
+    calls = [call for call in calls if getattr(call.func, "attr", "") == "add_argument" and call.args]
+    dests = [next((word.value for word in call.keywords if word.arg == "dest"), call.args[0]) for call in calls]
+    return {dest.value.lstrip("-").replace("-", "_") for dest in dests if isinstance(dest, ast.Constant)}
 
 
 @pytest.mark.parametrize(
