@@ -22,12 +22,13 @@ import torch
 from aya_min import config, distributed, pipeline, stages, steps, weights
 from aya_min.arbitrage import read_answers
 from aya_min.command import Parser, number
-from aya_min.data import conversation, load_prompts, preference, prompt_of, read_jsonl
+from aya_min.data import load_prompts, read_jsonl
 from aya_min.estimate import dry_run
 from aya_min.files import write_json
 from aya_min.languages import CLUSTERS, SHARED, read_clusters
 from aya_min.model import CohereForCausalLM, init_weights
 from aya_min.report import table
+from aya_min.rows import texts_in
 from aya_min.tokenizer import load_tokenizer, train_tokenizer
 
 gc.freeze()
@@ -83,14 +84,7 @@ def texts_of(paths, reading):
     """Every text in the files, for training a tokenizer."""
     for path in paths:
         for where, row in read_jsonl(path, reading):
-            if "text" in row:
-                yield row["text"]
-            elif "chosen" in row:
-                prompt, chosen, rejected = preference(row, where)
-                yield from [m["content"] for m in prompt] + [chosen, rejected]
-            else:
-                messages = conversation(row, where) if {"messages", "completion", "targets"} & row.keys() else prompt_of(row, where)
-                yield from (m["content"] for m in messages)
+            yield from texts_in(row, where)
 
 
 def load_model(args, device, settings):

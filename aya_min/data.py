@@ -1,6 +1,7 @@
-"""Rows in, batches out: what is supervised, what is left out, the seeded order of examples, right-padded batches.
+"""Rows in, batches out: what is supervised, what is left out, the seeded order, right-padded batches.
 
-rows.py says what a line means. Right padding needs no attention mask: under a causal mask no real token sees what follows it.
+rows.py says what a line means. Right padding needs no attention mask: under a causal mask no real token sees
+what follows it.
 """
 
 from collections import Counter
@@ -11,13 +12,15 @@ import numpy as np
 import torch
 
 from . import distributed
-from .rows import (Spelled, conversation, is_cut, is_empty, pair_of, plain_text, preference, prompt_of, read_jsonl, say,  # noqa: F401
-                   shapes_in, supervised, trained)
+from .config import Reading
+from .rows import ENDINGS, OF_PAIRS, SHAPES, Spelled, is_cut, is_text, pair_of, plain_text, say
+from .rows import supervised, trained
+from .rows import conversation, preference, prompt_of, read_jsonl       # other modules import them from here
 
 EQUAL_SHARE = 0.05                                  # of pairs with two equal answers: more are refused
 
 
-# ---- examples --------------------------------------------------------------------------------------------------------------------
+# ---- examples ----------------------------------------------------------------------------------------------
 
 @dataclass
 class Example:
@@ -35,199 +38,74 @@ class Pair:
 
 
 def encode_example(tokenizer, messages, row, where=""):
-    """Prompt and answer to ids and mask; the answer is the LAST turn only, earlier assistant turns are context."""
+    """Prompt and answer to ids and mask; the answer is the LAST turn only, earlier ones are context."""
     ids, mask = tokenizer.encode_chat(messages[:-1], generation_prompt=True)
     answer = tokenizer.encode_answer(messages[-1]["content"])
-    return Example(np.array(ids + answer, np.int32), np.array([False] * len(mask) + [True] * len(answer)), row.get("language") or "other", where)
+    mask = np.array([False] * len(mask) + [True] * len(answer))
+    return Example(np.array(ids + answer, np.int32), mask, row.get("language") or "other", where)
+
+
+def encode_conversation(tokenizer, messages, learnt, language, where):
+    """A conversation to ids and mask. learnt: for each assistant turn, whether it is supervised."""
+    ids, mask = tokenizer.encode_chat(messages)
+    mask = np.array(mask)
+    if not all(learnt):
+        turns = np.cumsum(np.diff(mask, prepend=False) & mask) - 1      # (T,) the answer that a token is of
+        mask &= np.array(learnt)[turns]
+    return Example(np.array(ids, np.int32), mask, language, where)
+
+
+def pieces_of(tokenizer, text, limit, language, where):
+    """A plain text and its end in pieces of at most `limit` tokens, all supervised but for each BOS."""
+    ids = tokenizer.encode(text) + [tokenizer.end_of_turn_id]
+    pieces = [np.array([tokenizer.bos_id] + ids[start:start + limit - 1], np.int32)
+              for start in range(0, len(ids), limit - 1)]
+    return [Example(piece, np.arange(len(piece)) > 0, language, where) for piece in pieces]
+
+
+# ---- what is left out --------------------------------------------------------------------------------------
+
+NOT_LEARNT = "have no answer that is learnt (weight 0, train false) and are left out"
+WAS_CUT = "have an answer that was cut at its limit (finish_reason) and are left out, --keep-cut keeps them"
+EARLIER_CUT = "have an earlier answer that was cut at its limit, which is context only"
 
 
 @dataclass
 class LeftOut:
-    """What is not trained on, counted for each reason, with the first place, and said in one line each."""
+    """What is not trained on: each reason is said in one line, with the count and the first place.
+
+    limit: the tokens that fit, the smaller of the settings' max_length and the model's positions."""
     paths: list
+    reading: Reading
+    limit: int
     total: int = 0
-    places: dict = field(default_factory=dict)          # reason -> [where, ...]
-    languages: Counter = field(default_factory=Counter)     # of the answers that were cut
+    places: dict = field(default_factory=dict)              # reason -> [where, ...]
+    languages: Counter = field(default_factory=Counter)     # of the answers that were cut, left out for that
 
     def add(self, reason, where):
         self.places.setdefault(reason, []).append(where)
 
+    def add_long(self, where, num_tokens):
+        """Count an example of too many tokens, or refuse it."""
+        by_model = getattr(self.reading, "max_length", self.limit) > self.limit
+        limit = f"the model's {self.limit} positions" if by_model else f"--max-length {self.limit} tokens"
+        if self.reading.too_long == "refuse":
+            raise ValueError(f"{where}: {num_tokens} tokens, longer than {limit}; shorten it, or give "
+                             "--too-long skip or cut-left")
+        rest = ", even with their prompts cut," if self.reading.too_long == "cut-left" else ""
+        self.add(f"are longer than {limit}{rest} and are left out", where)
+
     def report(self, kept, what):
         """Say what was left out; ValueError if nothing is left."""
-        lines = [f"{len(places)} of {self.total} {what} {reason}; the first: {places[0]}" for reason, places in self.places.items()]
-        if self.languages:
-            by_language = ", ".join(f"{code} {count}" for code, count in sorted(self.languages.items()))
-            lines.append(f"answers that were cut, by language: {by_language}")
+        by_language = ", ".join(f"{code} {count}" for code, count in sorted(self.languages.items()))
+        lines = [f"{len(places)} of {self.total} {what} {reason}; "
+                 f"{f'by language: {by_language}; ' if reason == WAS_CUT else ''}the first: {places[0]}"
+                 for reason, places in self.places.items()]
         if not kept:
-            raise ValueError(f"{' '.join(map(str, self.paths))}: nothing to train on is left of {self.total} {what}: {'; '.join(lines)}")
+            raise ValueError(f"{' '.join(map(str, self.paths))}: nothing to train on is left of {self.total} "
+                             f"{what}: {'; '.join(lines)}. Give other data, or see --max-length, --too-long, --keep-cut")
         for line in lines:
             say(self.paths, line)
-
-
-NOT_LEARNT = "have no answer that is learnt (weight 0, train false) and are left out"
-WAS_CUT = "have an answer that was cut at its limit (finish_reason) and are left out, --keep-cut keeps them"
-
-
-def limit_name(limit, reading):
-    """What an example has to fit into, in words. limit: the smaller of --max-length and the model's positions."""
-    positions = getattr(reading, "max_length", limit) > limit
-    return f"the model's {limit} positions" if positions else f"--max-length {limit} tokens"
-
-
-def too_long(where, num_tokens, limit, reading, left_out):
-    """An example of too many tokens: refuse it, or count it as left out."""
-    if reading.too_long == "refuse":
-        raise ValueError(f"{where}: {num_tokens} tokens, longer than {limit_name(limit, reading)}; shorten it, "
-                         "or give --too-long skip or cut-left")
-    rest = ", even with their prompts cut," if reading.too_long == "cut-left" else ""
-    left_out.add(f"are longer than {limit_name(limit, reading)}{rest} and are left out", where)
-
-
-def cut_example(example, limit, num_answer, opening):
-    """The example without the oldest tokens of its prompt, BOS stays; None if its answer does not fit whole.
-
-    What is left of an earlier answer that the cut goes through is not learnt."""
-    if 1 + opening + num_answer > limit:
-        return None
-    ids, mask = cut_left(example.ids, limit), cut_left(example.mask, limit)
-    begun = len(mask) < len(example.mask) and example.mask[len(example.mask) - limit]       # is the last token that goes learnt?
-    if begun and mask[1]:
-        mask = mask.copy()
-        mask[1:1 + int(np.argmin(mask[1:]))] = False
-    return replace(example, ids=ids, mask=mask)
-
-
-def load_examples(paths, tokenizer, reading, limit):
-    """Supervised examples of JSONL files that fit into `limit` tokens: conversations (see rows.supervised) and plain {"text"} (every
-    token after BOS, cut into pieces). What is left out is counted and reported."""
-    examples, left_out, spelled, opening = [], LeftOut(paths), Spelled(tokenizer), len(tokenizer.opening["assistant"])
-    for path in paths:
-        for where, row in read_jsonl(path, reading):
-            left_out.total += 1
-            language = row.get("language") or "other"
-            if "text" in row and (not is_empty(row["text"]) or shapes_in(row) == set()):
-                text = plain_text(row, where)
-                spelled.look([text], where)
-                if trained(row, "", where) is False:
-                    left_out.add(NOT_LEARNT, where)
-                    continue
-                ids = tokenizer.encode(text) + [tokenizer.end_of_turn_id]
-                for start in range(0, len(ids), limit - 1):
-                    piece = np.array([tokenizer.bos_id] + ids[start:start + limit - 1], np.int32)
-                    examples.append(Example(piece, np.arange(len(piece)) > 0, language, where))
-                continue
-            messages, learnt, cut = supervised(row, where)
-            spelled.look([message["content"] for message in messages], where)
-            if any(cut) and not reading.keep_cut:
-                left_out.languages[language] += sum(cut)
-                learnt = [a and not b for a, b in zip(learnt, cut)]
-                if cut[-1]:
-                    left_out.add(WAS_CUT, where)
-                    continue
-            if not any(learnt):
-                left_out.add(NOT_LEARNT, where)
-                continue
-            ids, mask = tokenizer.encode_chat(messages)
-            example = Example(np.array(ids, np.int32), np.array(mask), language, where)
-            if not all(learnt):
-                turns = np.cumsum(np.diff(example.mask, prepend=False) & example.mask) - 1      # the answer that a token belongs to
-                example.mask &= np.array(learnt)[turns]
-            fits = example
-            if len(ids) > limit:
-                num_answer = len(tokenizer.encode_answer(messages[-1]["content"]))
-                fits = cut_example(example, limit, num_answer, opening) if reading.too_long == "cut-left" else None
-            if fits is not None and fits.mask.any():
-                examples.append(fits)
-            else:
-                too_long(where, len(ids), limit, reading, left_out)
-    spelled.report(paths, left_out.total, reading)
-    left_out.report(len(examples), "examples")
-    return examples
-
-
-def load_pairs(paths, tokenizer, reading, limit):
-    """Preference pairs of JSONL files whose two sides fit into `limit` tokens. What is left out is counted and reported: also pairs
-    whose two answers have the same ids, which teach nothing; where there are many, something is wrong with the data."""
-    pairs, equal, left_out, spelled, opening = [], [], LeftOut(paths), Spelled(tokenizer), len(tokenizer.opening["assistant"])
-    for path in paths:
-        for where, row in read_jsonl(path, reading):
-            left_out.total += 1
-            prompt, chosen, rejected, cut, learnt = pair_of(row, where)
-            spelled.look([*(message["content"] for message in prompt), chosen, rejected], where)
-            sides = [encode_example(tokenizer, prompt + [{"role": "assistant", "content": text}], row, where) for text in (chosen, rejected)]
-            longest = max(len(side.ids) for side in sides)
-            if np.array_equal(sides[0].ids, sides[1].ids):
-                equal.append(where)
-            elif not learnt:
-                left_out.add(NOT_LEARNT, where)
-            elif cut and not reading.keep_cut:
-                left_out.languages[row.get("language") or "other"] += 1
-                left_out.add(WAS_CUT, where)
-            elif longest <= limit:
-                pairs.append(Pair(*sides))
-            else:
-                if reading.too_long == "cut-left":
-                    rooms = [limit - (longest - len(side.ids)) for side in sides]               # the same cut for both
-                    sides = [cut_example(side, room, int(side.mask.sum()), opening) for side, room in zip(sides, rooms)]
-                if reading.too_long == "cut-left" and None not in sides:
-                    pairs.append(Pair(*sides))
-                else:
-                    too_long(where, longest, limit, reading, left_out)
-    spelled.report(paths, left_out.total, reading)
-    if equal:
-        text = f"{len(equal)} of {left_out.total} pairs have the same answer as chosen and rejected: {' '.join(equal[:10])}{' ...' if len(equal) > 10 else ''}"
-        if len(equal) > EQUAL_SHARE * left_out.total:
-            raise ValueError(f"{text}; that is more than {EQUAL_SHARE:.0%}, look at how the pairs were made")
-        say(paths, f"{text}; they are left out")
-    left_out.report(len(pairs), "pairs")
-    return pairs
-
-
-# ---- prompts ---------------------------------------------------------------------------------------------------------------------
-
-# What belongs to the answer that a row had, or says the prompt another way: a new answer has none of it.
-NOT_OF_PROMPTS = ("messages", "inputs", "completion", "targets", "chosen", "rejected", "text", "system", "finish_reason",
-                  "stop_reason", "chosen_finish_reason", "rejected_finish_reason", "weight", "train")
-
-
-def load_prompts(paths, reading=None, tokenizer=None):
-    """[row, ...] with "prompt", its "prompt_messages" and its "prompt_where", whatever the shape in the file; keys that are not part of
-    an example are kept."""
-    rows, spelled = [], Spelled(tokenizer)
-    for path in paths:
-        for where, row in read_jsonl(path, reading):
-            messages = prompt_of(row, where)
-            spelled.look([message["content"] for message in messages], where)
-            kept = {k: v for k, v in row.items() if k not in NOT_OF_PROMPTS and (k != "label" or type(v) is not bool)}
-            plain = messages[0]["content"] if len(messages) == 1 else messages
-            rows.append({**kept, "prompt": plain, "prompt_messages": messages, "prompt_where": where})
-    spelled.report(paths, len(rows), reading)
-    return rows
-
-
-def fit_prompts(rows, length_of, room, policy, what):
-    """The rows whose prompts, length_of(row) tokens long, have room; what to do with the others is the policy (--too-long).
-
-    refuse: ValueError with the first one's place. skip: left out. cut-left: kept, for the caller to cut (see cut_left).
-    what: the limit in words."""
-    def place(i):
-        return rows[i].get("prompt_where") or f"prompt {i + 1}"
-
-    if room < 1:
-        raise ValueError(f"{what} leave no room for a prompt; lower the number of new tokens")
-    long = {i: length for i, length in enumerate(map(length_of, rows)) if length > room}
-    if not long:
-        return rows
-    first, length = next(iter(long.items()))
-    if policy == "refuse":
-        raise ValueError(f"{place(first)}: the prompt has {length} tokens; {what}: {room} ({len(long)} of {len(rows)} prompts "
-                         "are longer). Shorten it, or give --too-long skip or cut-left")
-    does = "are left out" if policy == "skip" else "lose their oldest tokens"
-    if policy == "skip" and len(long) == len(rows):
-        raise ValueError(f"{place(first)}: the prompt has {length} tokens; {what}: {room}; no prompt fits")
-    say(["prompts"], f"{len(long)} of {len(rows)} are longer than {room} tokens ({what}) and {does}; "
-                     f"the first: {place(first)}, {length} tokens")
-    return rows if policy == "cut-left" else [row for i, row in enumerate(rows) if i not in long]
 
 
 def cut_left(ids, room):
@@ -236,6 +114,151 @@ def cut_left(ids, room):
         return ids
     first, last = ids[:1], ids[len(ids) - room + 1:]
     return np.concatenate([first, last]) if isinstance(ids, np.ndarray) else first + last
+
+
+def without_oldest(example, tokenizer, answer, room):
+    """The example in `room` tokens: the oldest of its prompt go, BOS and the whole answer (its text) stay.
+    None if there is no room for that.
+
+    What is left of an earlier answer that the cut goes through is not learnt."""
+    if 1 + len(tokenizer.opening["assistant"]) + len(tokenizer.encode_answer(answer)) > room:
+        return None
+    mask, gone = cut_left(example.mask, room), len(example.mask) - room
+    if example.mask[gone] and mask[1]:
+        mask[1:1 + int(np.argmin(mask[1:]))] = False
+    return replace(example, ids=cut_left(example.ids, room), mask=mask) if mask.any() else None
+
+
+def fitting_example(tokenizer, example, answer, left_out):
+    """[the example], with its prompt cut where that is the policy, or [] if it is too long."""
+    num_tokens, fits = len(example.ids), example
+    if num_tokens > left_out.limit:
+        cut = left_out.reading.too_long == "cut-left"
+        fits = without_oldest(example, tokenizer, answer, left_out.limit) if cut else None
+    if fits is None:
+        left_out.add_long(example.where, num_tokens)
+    return [fits] if fits else []
+
+
+def fitting_pair(tokenizer, sides, answers, left_out):
+    """[the pair], with the same cut of both prompts where that is the policy, or [] if it is too long."""
+    longest, fits = max(len(side.ids) for side in sides), sides
+    if longest > left_out.limit:
+        gone, cut = longest - left_out.limit, left_out.reading.too_long == "cut-left"
+        fits = [without_oldest(side, tokenizer, answer, len(side.ids) - gone) if cut else None
+                for side, answer in zip(sides, answers)]
+    if None in fits:
+        left_out.add_long(sides[0].where, longest)
+        return []
+    return [Pair(*fits)]
+
+
+def load_examples(paths, tokenizer, reading, limit):
+    """Supervised examples of JSONL files that fit into `limit` tokens: conversations (see rows.supervised)
+    and plain {"text"}. What is left out is counted and reported."""
+    examples, left_out, spelled = [], LeftOut(paths, reading, limit), Spelled(tokenizer)
+    for path in paths:
+        for where, row in read_jsonl(path, reading):
+            left_out.total += 1
+            language = row.get("language") or "other"
+            if is_text(row):
+                text = plain_text(row, where)
+                messages, learnt = [{"content": text}], [trained(row, "", where) is not False]
+                cut = [is_cut(row)]
+            else:
+                messages, learnt, cut = supervised(row, where)
+            spelled.look([message["content"] for message in messages], where)
+            if any(cut[:-1]) and not reading.keep_cut:
+                left_out.add(EARLIER_CUT, where)
+                learnt = [one and not other for one, other in zip(learnt, cut)]
+            if cut[-1] and not reading.keep_cut:
+                left_out.languages[language] += 1
+                left_out.add(WAS_CUT, where)
+            elif not any(learnt):
+                left_out.add(NOT_LEARNT, where)
+            elif is_text(row):
+                examples += pieces_of(tokenizer, text, limit, language, where)
+            else:
+                example = encode_conversation(tokenizer, messages, learnt, language, where)
+                examples += fitting_example(tokenizer, example, messages[-1]["content"], left_out)
+    spelled.report(paths, left_out.total, reading)
+    left_out.report(len(examples), "examples")
+    return examples
+
+
+def load_pairs(paths, tokenizer, reading, limit):
+    """Preference pairs of JSONL files whose two sides fit into `limit` tokens. What is left out is counted
+    and reported: also pairs of answers with the same ids, which teach nothing. Many of these are refused."""
+    pairs, equal, left_out, spelled = [], [], LeftOut(paths, reading, limit), Spelled(tokenizer)
+    for path in paths:
+        for where, row in read_jsonl(path, reading):
+            left_out.total += 1
+            prompt, *answers, cut, learnt = pair_of(row, where)
+            spelled.look([*(message["content"] for message in prompt), *answers], where)
+            sides = [encode_example(tokenizer, prompt + [{"role": "assistant", "content": text}], row, where)
+                     for text in answers]
+            if np.array_equal(sides[0].ids, sides[1].ids):
+                equal.append(where)
+            elif not learnt:
+                left_out.add(NOT_LEARNT, where)
+            elif cut and not reading.keep_cut:
+                left_out.languages[sides[0].language] += 1
+                left_out.add(WAS_CUT, where)
+            else:
+                pairs += fitting_pair(tokenizer, sides, answers, left_out)
+    spelled.report(paths, left_out.total, reading)
+    if equal:
+        text = (f"{len(equal)} of {left_out.total} pairs have the same answer as chosen and rejected: "
+                f"{' '.join(equal[:10])}{' ...' if len(equal) > 10 else ''}")
+        if len(equal) > EQUAL_SHARE * left_out.total:
+            raise ValueError(f"{text}; that is more than {EQUAL_SHARE:.0%}, look at how the pairs were made")
+        say(paths, f"{text}; they are left out")
+    left_out.report(len(pairs), "pairs")
+    return pairs
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------
+
+# What belongs to the answer that a row had, or says the prompt another way: a new answer has none of it.
+NOT_OF_PROMPTS = {*SHAPES, *ENDINGS, *OF_PAIRS, "system", "weight", "train"}
+
+
+def load_prompts(paths, reading=None, tokenizer=None):
+    """[row, ...] with "prompt", its "prompt_messages" and its "prompt_where", whatever the shape in the file.
+
+    Keys that are not part of an example are kept."""
+    rows, spelled = [], Spelled(tokenizer)
+    for path in paths:
+        for where, row in read_jsonl(path, reading):
+            messages = prompt_of(row, where)
+            spelled.look([message["content"] for message in messages], where)
+            unwanted = NOT_OF_PROMPTS | ({"label"} if type(row.get("label")) is bool else set())
+            kept = {key: value for key, value in row.items() if key not in unwanted}
+            prompt = messages[0]["content"] if len(messages) == 1 else messages
+            rows.append({**kept, "prompt": prompt, "prompt_messages": messages, "prompt_where": where})
+    spelled.report(paths, len(rows), reading)
+    return rows
+
+
+def fit_prompts(rows, length_of, room, policy, what):
+    """The rows whose prompts, length_of(row) tokens long, have room. The policy (--too-long) is for the rest.
+
+    refuse: ValueError with the first one's place. skip: they are left out. cut-left: they stay, and the
+    caller cuts them (cut_left). what: the room in words."""
+    if room < 1:
+        raise ValueError(f"{what}: no room for a prompt; lower the number of new tokens")
+    long = {i: length for i, length in enumerate(map(length_of, rows)) if length > room}
+    if not long:
+        return rows
+    first, length = next(iter(long.items()))
+    place, count = rows[first].get("prompt_where") or f"prompt {first + 1}", f"{len(long)} of {len(rows)}"
+    if policy == "refuse" or (policy == "skip" and len(long) == len(rows)):
+        raise ValueError(f"{place}: the prompt has {length} tokens; {what}: {room} ({count} prompts are "
+                         "longer). Shorten it, or give --too-long skip or cut-left")
+    does = "are left out" if policy == "skip" else "lose their oldest tokens"
+    say(["prompts"], f"{count} are longer than {room} tokens ({what}) and {does}; the first: {place}, "
+                     f"{length} tokens")
+    return rows if policy == "cut-left" else [row for i, row in enumerate(rows) if i not in long]
 
 
 def plain(row):
@@ -257,7 +280,7 @@ class Batch:
     rewards: Optional[torch.Tensor] = None          # (B,) RLOO, for the log
     cut: Optional[torch.Tensor] = None              # (B,) RLOO, 1 where the answer was cut, for the log
     repeats: Optional[torch.Tensor] = None          # (2, B) an earlier row, or itself, and how many tokens both begin with; None if no two begin alike
-    slots: tuple = ("other",)                       # the languages by which metrics are told apart, see slots_of
+    slots: tuple = ("other",)                       # the languages that metrics are told apart by: slots_of
     where: tuple = ()                               # (B,) "file:line" of each row, to name it when its loss is not finite
 
     @property
@@ -275,16 +298,19 @@ def slots_of(items):
 
 
 def collate(examples, pad_id=0, slots=("other",)):
-    """Right-padded batch of supervised examples; count = supervised tokens. A language that is not in `slots` counts as
-    "other". The width is a multiple of 16 tokens: matmul libraries prepare and keep code for each shape that they meet."""
-    lengths, places = np.array([len(e.ids) for e in examples]), {code: i for i, code in enumerate(slots)}
+    """Right-padded batch of supervised examples; count = supervised tokens. What is not in `slots` is other.
+
+    The width is a multiple of 16 tokens: matmul libraries prepare and keep code for each shape they meet."""
+    lengths = np.array([len(e.ids) for e in examples])
+    places = {code: i for i, code in enumerate(slots)}
     input_ids = np.full((len(examples), -(-lengths.max() // 16) * 16), pad_id, np.int64)
     mask = np.zeros(input_ids.shape, bool)
     for i, e in enumerate(examples):
         input_ids[i, :len(e.ids)], mask[i, :len(e.ids)] = e.ids, e.mask
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(mask), torch.from_numpy(lengths),
-                 torch.tensor([places.get(e.language, places["other"]) for e in examples]), int(mask.sum()),
-                 repeats=repeats_of(examples), slots=tuple(slots), where=tuple(e.where for e in examples))
+    languages = torch.tensor([places.get(e.language, places["other"]) for e in examples])
+    tensors = (torch.from_numpy(array) for array in (input_ids, mask, lengths))
+    return Batch(*tensors, languages, int(mask.sum()), repeats=repeats_of(examples), slots=tuple(slots),
+                 where=tuple(e.where for e in examples))
 
 
 def repeats_of(examples):
@@ -393,8 +419,10 @@ def in_step(batches):
 
 
 def by_language(batch, sums, counts):
-    """(2, slots) sums and counts by language of values for the batch's first rows: each row's, or a pair's at its chosen answer."""
-    out = torch.zeros(2, len(batch.slots), dtype=torch.float64 if sums.device.type == "cpu" else torch.float32, device=sums.device)
+    """(2, slots) sums and counts by language of one value a row, or one a pair: the languages are then those
+    of the chosen answers, which are the batch's first rows."""
+    dtype = torch.float64 if sums.device.type == "cpu" else torch.float32
+    out = torch.zeros(2, len(batch.slots), dtype=dtype, device=sums.device)
     languages = batch.languages[:len(sums)]
     out[0].index_add_(0, languages, sums.detach().to(out.dtype))
     out[1].index_add_(0, languages, counts.to(out.dtype))

@@ -168,16 +168,19 @@ def blank(length):
 
 
 def items_of(stage, settings, data, tokenizer):
-    """The stage's items from its data, or one of --max-length tokens; an rloo prompt with the longest answer that it may get."""
+    """The stage's items from its data, or one of --max-length tokens; an rloo prompt with the longest answer
+    that it may get."""
+    limit = settings.max_length
     if stage in ("pretrain", "sft"):
-        return load_examples(data, tokenizer, settings, settings.max_length) if data else [blank(settings.max_length)]
+        return load_examples(data, tokenizer, settings, limit) if data else [blank(limit)]
     if stage in ("reward", "dpo"):
-        pairs = load_pairs(data, tokenizer, settings, settings.max_length) if data else [Pair(blank(settings.max_length), blank(settings.max_length))]
+        pairs = load_pairs(data, tokenizer, settings, limit) if data else [Pair(blank(limit), blank(limit))]
         return [replace(pair, ref_logps=np.zeros(2)) for pair in pairs]
     if stage != "rloo":
         raise ValueError(f"unknown stage {stage!r}; known: {' '.join(stages.STAGES)}")
     new = settings.max_new_tokens
-    lengths = [len(tokenizer.encode_prompt(row["prompt_messages"])) + new for row in load_prompts(data, settings, tokenizer)] if data else [settings.max_length]
+    prompts = load_prompts(data, settings, tokenizer) if data else []
+    lengths = [len(tokenizer.encode_prompt(row["prompt_messages"])) + new for row in prompts] or [limit]
     return [Example(np.zeros(n, np.int32), np.arange(n) >= n - new, "other") for n in lengths]
 
 

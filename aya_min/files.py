@@ -62,10 +62,26 @@ def parse_json(data, where, remedy=None):
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}){f'; {remedy}' if remedy else ''}") from None
+        raise ValueError(f"{where}: {in_key(data)}not JSON ({error}){f'; {remedy}' if remedy else ''}") from None
     if fault:
         raise ValueError(f"{where}: {fault}; remove it")
     return value
+
+
+def in_key(data):
+    """Which key of a JSON value holds a number that is not finite, in words; "" where that is not what is wrong."""
+    def look(value, key):
+        if isinstance(value, float) and not math.isfinite(value):
+            return key
+        parts = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+        found = (look(part, f"{key}[{name!r}]" if key else repr(name)) for name, part in parts)
+        return next(filter(None, found), None)
+
+    try:
+        key = look(json.loads(data), "")
+    except (ValueError, RecursionError):
+        return ""
+    return f"{key} is no finite number: " if key else ""
 
 
 def bad_text(value, key="the value"):

@@ -91,13 +91,19 @@ def by_oracle(splits, by, max_new_tokens):
     return measure
 
 
+def loss_by_language(model, examples, device):
+    """{"loss": nats a token, "loss/fr": ..., ...} of the examples."""
+    slots = slots_of(examples)
+    batches = batches_in_order(examples, lambda some: collate(some, slots=slots))
+    return held_out_metrics(model, sft_loss, batches, device)
+
+
 def by_loss(splits):
     """measure(model, tokenizer, split): minus the held-out loss, nats a token, for each file, or of one file for each language. splits: {split: {task: examples}}."""
     def measure(model, tokenizer, split):
         device = next(model.parameters()).device
         with torch.no_grad():
-            losses = {task: held_out_metrics(model, sft_loss, batches_in_order(examples, lambda some: collate(some, slots=slots_of(examples))), device)
-                      for task, examples in splits[split].items()}
+            losses = {task: loss_by_language(model, some, device) for task, some in splits[split].items()}
         if len(losses) == 1:
             (found,) = losses.values()
             return {key.removeprefix("loss/"): -loss for key, loss in found.items() if key.startswith("loss/")} or {"loss": -found["loss"]}
@@ -132,21 +138,25 @@ def halves(items, seed, key):
 
 def read_questions(paths):
     rows = load_prompts(paths)
-    for i, row in enumerate(rows, 1):
+    for row in rows:
         if row.get("task") not in TASKS or row.get("language") not in HOME or not isinstance(row.get("args"), list) or not isinstance(row.get("question_id"), str):
-            raise ValueError(f"{' '.join(map(str, paths))}: prompt {i} is not a question of the embedded world (question_id, language, task, args), "
-                             "which the oracle needs; measure others with --eval-data or --command")
+            raise ValueError(f"{row['prompt_where']}: not a question of the embedded world (question_id, language, "
+                             "task, args), which the oracle needs; measure others with --eval-data or --command")
     return rows
 
 
 def loss_splits(folder, eval_data, held_out, max_length, seed, reading=None):
     """{split: {file's name: examples}}; without held-out files each is cut in halves, identical examples together."""
     model, tokenizer, _ = model_folders.look_into(folder)
-    limit, reading = min(max_length, model.config.max_position_embeddings), reading or Reading(too_long="skip")
+    limit = min(max_length, model.config.max_position_embeddings)
+    reading = reading or Reading(too_long="skip")
     splits = {"fitness": {}, "held-out": {}}
     for i, path in enumerate(eval_data):
         examples = load_examples([path], tokenizer, reading, limit)
-        parts = (examples, load_examples([held_out[i]], tokenizer, reading, limit)) if held_out else halves(examples, seed, lambda example: example.ids.tobytes())
+        if held_out:
+            parts = examples, load_examples([held_out[i]], tokenizer, reading, limit)
+        else:
+            parts = halves(examples, seed, lambda example: example.ids.tobytes())
         if {example.language for example in parts[0]} != {example.language for example in parts[1]}:
             raise ValueError(f"{path}: the fitness and the held-out examples are not of the same languages; give more examples, or --held-out with the same")
         splits["fitness"][Path(path).stem], splits["held-out"][Path(path).stem] = parts

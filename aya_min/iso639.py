@@ -1,7 +1,7 @@
-"""The facts of ISO 639 and CLDR (2026) that `languages.language_code` reads: codes, English names, usual scripts.
+"""The facts of ISO 639 and CLDR (2026) that `languages.language_code` reads: codes, English names, scripts.
 
-The languages are those with a two-letter code, those that CLDR names in English, and those of FLORES-200 and the
-Aya data sets. A line has entries "code [ISO 639-3 code] name|name".
+The languages are those with a two-letter code, those that CLDR names in English, and those of FLORES-200 and
+the Aya data sets. A line has entries "code [ISO 639-3 code] name|name".
 """
 
 LANGUAGES = """
@@ -119,8 +119,9 @@ yue Yue Chinese|Cantonese; zap Zapotec; zbl Blissymbols; zea Zeeuws|Zeelandic; z
 zgh Standard Moroccan Tamazight; zun Zuni; zxx No linguistic content; zza Zaza
 """
 
-# What stands for another code: bibliographic codes of ISO 639-2, withdrawn ones, and the member of a macrolanguage
-# that published data mean by its name (arb: Standard Arabic). Other members stay languages of their own (ary).
+# What stands for another code: bibliographic codes of ISO 639-2, withdrawn ones, and the member of a
+# macrolanguage that published data mean by its name (arb: Standard Arabic). Other members stay languages of
+# their own (ary).
 ALIASES = """
 alb sq; als sq; arb ar; arm hy; ayr ay; azj az; baq eu; bur my; chi zh; cmn zh; cnr sr-ME; cze cs; dik din;
 dut nl; ekk et; fat ak; fre fr; gaz om; geo ka; ger de; gre el; gug gn; hbs sr-Latn; ice is; ike iu; in id;

@@ -63,19 +63,21 @@ CLUSTERS = {                    # ours; the shared languages are added by `clust
 
 # BCP 47, section 2.1: language, extended language, script, region, variants, extensions, private use.
 TAG = re.compile(r"([a-z]{2,3})(?:-([a-z]{3}))?(?:-([a-z]{4}))?(?:-([a-z]{2}|[0-9]{3}))?"
-                 r"((?:-(?:[a-z0-9]{5,8}|[0-9][a-z0-9]{3}))*(?:-[0-9a-wyz](?:-[a-z0-9]{2,8})+)*(?:-x(?:-[a-z0-9]{1,8})+)?)")
+                 r"((?:-(?:[a-z0-9]{5,8}|[0-9][a-z0-9]{3}))*(?:-[0-9a-wyz](?:-[a-z0-9]{2,8})+)*"
+                 r"(?:-x(?:-[a-z0-9]{1,8})+)?)")
 PRIVATE = re.compile("x(?:-[a-z0-9]{1,8})+")
-EXTENDED = ("ar", "kok", "lv", "ms", "sgn", "sw", "uz", "zh")       # the languages with extended ones: zh-yue is yue
+EXTENDED = ("ar", "kok", "lv", "ms", "sgn", "sw", "uz", "zh")       # they have extended ones: zh-yue is yue
 GRANDFATHERED = {"art-lojban": "jbo", "i-hak": "hak", "i-klingon": "tlh", "i-lux": "lb", "i-navajo": "nv",
-                 "no-bok": "nb", "no-nyn": "nn", "zh-guoyu": "zh", "zh-hakka": "hak", "zh-min-nan": "nan", "zh-xiang": "hsn"}
+                 "no-bok": "nb", "no-nyn": "nn", "zh-guoyu": "zh", "zh-hakka": "hak", "zh-min-nan": "nan",
+                 "zh-xiang": "hsn"}
 CHINESE = {"cn": "hans", "sg": "hans", "my": "hans", "tw": "hant", "hk": "hant", "mo": "hant"}
 
 
 def plain_name(text):
-    """A name without case, accents, apostrophes and what ISO 639 adds in brackets: Norwegian Bokmål, Malay (macrolanguage)."""
+    """A name without case, accents, apostrophes and what ISO 639 adds in brackets: Malay (macrolanguage)."""
     text = re.sub(r"\((macrolanguage|individual language|[^()]*[0-9][^()]*)\)", "", text)
-    letters = [c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c) and c not in "'`\u2019\u02bc"]
-    return " ".join(re.sub("[-_]", " ", "".join(letters)).casefold().split())
+    text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return " ".join(re.sub("[-_]", " ", re.sub("['`\u2019\u02bc]", "", text)).casefold().split())
 
 
 def entries(text):
@@ -83,7 +85,7 @@ def entries(text):
 
 
 def read_table():
-    """What iso639 knows: (codes to the codes used here, plain names to codes, two-letter codes, usual scripts)."""
+    """What iso639 knows: (codes to the codes used here, plain names to codes, two-letter codes, scripts)."""
     codes, names, two_letters = dict(entries(iso639.ALIASES)), {}, set()
     for code, *rest in entries(iso639.LANGUAGES) + entries(iso639.NAMES):
         if len(code) == 2 and len(rest[0]) == 3 and rest[0].islower():
@@ -91,7 +93,8 @@ def read_table():
             codes[rest.pop(0)] = code
         names |= {plain_name(name): code for name in " ".join(rest).split("|")}
     names |= {plain_name(language.name): code for code, language in LANGUAGES.items()}
-    return codes, names, two_letters, {code: script.lower() for script, *some in entries(iso639.SCRIPTS) for code in some}
+    scripts = {code: script.lower() for script, *some in entries(iso639.SCRIPTS) for code in some}
+    return codes, names, two_letters, scripts
 
 
 SPELLINGS = "give a BCP 47 tag (pt-BR), an ISO 639 code (fr, fra) or an English name (French)"
@@ -102,18 +105,21 @@ CODES, NAMES, TWO_LETTERS, SCRIPTS = read_table()
 def language_code(text):
     """The code used here for a language as a file spells it, or None: 'fra', 'French', 'fr_Latn' -> 'fr'.
 
-    Any BCP 47 tag, ISO 639 code or English name. Two-letter codes must exist; three letters are taken as they come.
-    The region stays (pt-BR) but for Chinese, where it tells the script; the script stays where it is not the usual one.
+    Any BCP 47 tag, ISO 639 code or English name. Two-letter codes must exist; three letters are taken as they
+    come. A region stays (pt-BR) but for Chinese, where it tells the script. A script stays if it is unusual.
     """
     tag = text.strip().replace("_", "-").lower()
     if PRIVATE.fullmatch(tag):
         return tag
     parts = TAG.fullmatch(GRANDFATHERED.get(tag, tag))
-    code = parts and (CODES.get(parts[1]) or parts[1])
-    if not parts or (len(parts[1]) == 2 and code not in TWO_LETTERS and parts[1] not in CODES) or parts[2] and parts[1] not in EXTENDED:
+    if not parts:
         return NAMES.get(plain_name(text))
-    _, extended, script, region, rest = parts.groups()
-    code = CODES.get(extended, extended) or code
+    language, extended, script, region, rest = parts.groups()
+    exists = len(language) == 3 or language in TWO_LETTERS or language in CODES
+    if not exists or (extended and language not in EXTENDED):
+        return NAMES.get(plain_name(text))
+    code = extended or language
+    code = CODES.get(code, code)
     code, _, more = code.partition("-")                         # sh is sr-Latn, cnr is sr-ME
     script = script or (more.lower() if len(more) == 4 else None)
     region = region or (more.lower() if len(more) == 2 else None)
@@ -125,7 +131,7 @@ def language_code(text):
 
 
 def home_language(code, known):
-    """The language of `known` that a code belongs to: itself, or what is left when its last parts go (pt-BR: pt); None if none does."""
+    """The language of `known` that a code belongs to: itself, or without last parts (pt-BR: pt); or None."""
     while code not in known and "-" in code:
         code = code.rpartition("-")[0]
     return code if code in known else None
@@ -139,7 +145,7 @@ def cluster_languages(clusters, name, shared=SHARED):
 
 
 def read_clusters(path):
-    """{cluster: [language codes]} from a user's JSON file; every language, by any name of it, is in one cluster only."""
+    """{cluster: [language codes]} from a user's JSON file. A language, by any name, is in one of them."""
     clusters = read_json(Path(path))
     if not all(isinstance(codes, list) and codes for codes in clusters.values()):
         raise ValueError(f"{path}: clusters must be a JSON object of name -> non-empty list of languages")
@@ -152,7 +158,7 @@ def read_clusters(path):
         for i, text in enumerate(codes):
             code = language_code(text) if isinstance(text, str) else None
             if code in (None, "other"):
-                raise ValueError(f"{path}: cluster {name!r} has unknown language {str(text)[:40]!r}; {SPELLINGS}")
+                raise ValueError(f"{path}: cluster {name!r} has unknown language {text!r:.40}; {SPELLINGS}")
             if code in seen:
                 raise ValueError(f"{path}: language {code!r} is in both {seen[code]!r} and {name!r}; leave it in one")
             seen[code], codes[i] = name, code

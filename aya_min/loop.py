@@ -103,7 +103,8 @@ def reduced(metrics, slots):
     for name, (sums, counts) in zip(names, table.tolist()):
         row[name] = sum(sums) / max(sum(counts), 1e-12)
         if name in PER_LANGUAGE:
-            row.update({f"{name}/{code}": s / c for code, s, c in zip(slots, sums, counts) if c > 0 and code != "other"})
+            by_slot = zip(slots, sums, counts)
+            row.update({f"{name}/{code}": s / c for code, s, c in by_slot if c > 0 and code != "other"})
     return row
 
 

@@ -1,11 +1,11 @@
-"""What a line of JSONL means. One place decides for every command that reads rows, before any of them is used.
+"""What a line of JSONL means. One place decides, for every command that reads rows, before one is used.
 
     {"messages": [{"role", "content"}, ...]}   {"prompt", "completion"}   {"inputs", "targets"}
     {"prompt", "chosen", "rejected"}           {"prompt"} or {"inputs"}   {"text"}
 
-Each may carry "language" and "system" (the system turn of its prompt), and says with "weight" (0, 1) or "train"
-(true, false), for a row or for one message, what is learnt. "finish_reason" tells an answer that was cut at its limit.
-Other keys are kept as they are, but for those that would change what a row means: they are refused by name.
+Each may carry "language" and "system" (the system turn of its prompt). "weight" (0, 1) or "train" (true,
+false) of a row or of a message says what is learnt, "finish_reason" that an answer was cut at its limit.
+Other keys are kept as they are, but for those that would change what a row means: these are refused by name.
 """
 
 import re
@@ -19,51 +19,58 @@ from .languages import SPELLINGS, language_code
 
 SHAPES = ("messages", "prompt", "completion", "inputs", "targets", "chosen", "rejected", "text")
 ENDINGS = ("finish_reason", "stop_reason")
-KNOWN = (*SHAPES, "system", "language", "weight", "train", "label", *ENDINGS, "chosen_finish_reason", "rejected_finish_reason",
-         "question_id", "id", "task", "args", "cluster")
+OF_PAIRS = ("chosen_finish_reason", "rejected_finish_reason")
+KNOWN = (*SHAPES, "system", "language", "weight", "train", "label", *ENDINGS, *OF_PAIRS, "question_id", "id",
+         "task", "args", "cluster")
 OF_MESSAGES = {"role", "content", "weight", "train", *ENDINGS}
 
-# How an answer ends that was not finished: OpenAI and vLLM; Anthropic and Gemini; Mistral; our own chat after Ctrl-C.
+# Ends of an answer that is not finished: OpenAI, vLLM; Anthropic, Gemini; Mistral; our own chat after Ctrl-C.
 CUT = {"length", "max_tokens", "model_length", "interrupted"}
 
-# Keys that change what a row means and that nothing here honours, each with the reason. Empty ones are nobody's loss.
+# Keys that change what a row means and that nothing here honours, with the reason. Empty ones say nothing.
 TOOLS = "no tools are called here"
 MEDIA = "only text is read here"
 DOCUMENTS = "no documents are put into prompts here; write them into the prompt's text"
 THOUGHTS = "no thoughts are kept apart from an answer here"
 LOSS = "say what is learnt with weight (0 or 1) or train (true or false)"
 CONTINUED = "no answer is continued here"
-BOTH = {"tools": TOOLS, "functions": TOOLS, "tool_choice": TOOLS, "tool_calls": TOOLS, "function_call": TOOLS,
-        "documents": DOCUMENTS, "image": MEDIA, "images": MEDIA, "video": MEDIA, "videos": MEDIA, "audio": MEDIA,
-        "audios": MEDIA, "loss_scale": LOSS, "loss_mask": LOSS, "assistant_masks": LOSS, "train_detail": LOSS}
+BOTH = {**dict.fromkeys(["tools", "functions", "tool_choice", "tool_calls", "function_call"], TOOLS),
+        **dict.fromkeys(["image", "images", "video", "videos", "audio", "audios"], MEDIA),
+        **dict.fromkeys(["loss_scale", "loss_mask", "assistant_masks", "train_detail"], LOSS),
+        "documents": DOCUMENTS}
+TEMPLATE = "the model folder's chat template is followed, as it is for plain conversations"
 SYSTEM = "it is a system turn; give --columns system="
 REFUSED = {
-    "of a row": {**BOTH, "chat_template": "the model folder's chat template is followed",
-                 "chat_template_kwargs": "the model folder's chat template is followed as it is for plain conversations",
-                 "continue_final_message": CONTINUED, "history": "write earlier turns into prompt or messages",
-                 "system_prompt": f"{SYSTEM}system_prompt", "system_message": f"{SYSTEM}system_message",
-                 "conversations": "give --columns messages=conversations, with role and content in each turn"},
-    "of a message": {**BOTH, "tool_call_id": TOOLS, "tool_plan": TOOLS, "citations": DOCUMENTS, "refusal": "write it as content",
-                     "reasoning": THOUGHTS, "reasoning_content": THOUGHTS, "thinking": THOUGHTS, "loss": LOSS, "loss_weight": LOSS,
-                     "trainable": LOSS, "training": LOSS, "prefix": CONTINUED, "partial": CONTINUED},
+    "of a row": {
+        **BOTH, **dict.fromkeys(["chat_template", "chat_template_kwargs"], TEMPLATE),
+        "continue_final_message": CONTINUED, "history": "write earlier turns into prompt or messages",
+        "system_prompt": f"{SYSTEM}system_prompt", "system_message": f"{SYSTEM}system_message",
+        "conversations": "give --columns messages=conversations, with role and content in each turn"},
+    "of a message": {
+        **BOTH, **dict.fromkeys(["tool_call_id", "tool_plan"], TOOLS), "citations": DOCUMENTS,
+        **dict.fromkeys(["reasoning", "reasoning_content", "thinking"], THOUGHTS),
+        **dict.fromkeys(["loss", "loss_weight", "trainable", "training"], LOSS),
+        **dict.fromkeys(["prefix", "partial"], CONTINUED), "refusal": "write it as content"},
 }
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 OTHER_ROLES = {**dict.fromkeys(["tool", "function", "ipython", "observation"], TOOLS),
                **dict.fromkeys(["human", "gpt", "bot", "model", "chatbot"], "write user or assistant")}
 
-# Names of turn tokens: a text that spells one went through a chat template before, ours or another family's.
-TEMPLATED = re.compile("|".join(map(re.escape, [
-    "<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>",   # Cohere
-    "<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_THINKING|>", "<|START_ACTION|>",
-    "<|im_start|>", "<|im_end|>", "<|endoftext|>",                                                    # ChatML: Qwen, Yi
-    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>",      # Llama 3
-    "<|header_start|>", "<|header_end|>", "<|eot|>",                                                  # Llama 4
-    "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]", "[TOOL_CALLS]",    # Llama 2, Mistral
-    "<start_of_turn>", "<end_of_turn>",                                                               # Gemma
-    "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|observation|>", "[gMASK]",               # Phi, GLM, Zephyr
-    "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>",       # DeepSeek
-    "<|start|>", "<|message|>", "<|channel|>", "<|return|>",                                          # gpt-oss
-    "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"])))                                     # Granite
+# Names of turn tokens. A text that spells one went through a chat template before, ours or another family's.
+TURN_TOKENS = {
+    "Cohere": ["<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>",
+               "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>",
+               "<|START_THINKING|>", "<|START_ACTION|>"],
+    "ChatML": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
+    "Llama 2, Mistral": ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]"],
+    "Llama 3 and 4": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+                      "<|eom_id|>", "<|header_start|>", "<|header_end|>", "<|eot|>"],
+    "Gemma": ["<start_of_turn>", "<end_of_turn>"],
+    "Phi, GLM, Zephyr": ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|observation|>", "[gMASK]"],
+    "DeepSeek": ["<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"],
+    "gpt-oss, Granite": ["<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<|start_of_role|>",
+                         "<|end_of_role|>", "<|end_of_text|>"]}
+TEMPLATED = re.compile("|".join(re.escape(name) for names in TURN_TOKENS.values() for name in names))
 
 
 def say(paths, what):
@@ -99,23 +106,31 @@ def read_jsonl(path, reading=None):
         check_keys(row, where, unknown)
         rows.append((where, row))
     if unknown:
-        names = ", ".join(f"{name!r} ({count} times, the first: {first})" for name, (count, first) in unknown.items())
-        say([path], f"keys of messages that are not read: {names}")
+        names = [f"{name!r} ({count} times, the first: {first})" for name, (count, first) in unknown.items()]
+        say([path], f"keys of messages that are not read: {', '.join(names)}")
     return rows
 
 
 def canonical(language, where):
     code = language_code(language) if isinstance(language, str) else None
     if code is None:
-        raise ValueError(f"{where}: unknown language {str(language)[:40]!r}; {SPELLINGS}, or leave the key out")
+        raise ValueError(f"{where}: unknown language {short(language)}; {SPELLINGS}, or leave the key out")
     return code
+
+
+def short(value):
+    """The beginning of a value, for a message."""
+    return repr(value)[:60]
 
 
 def check_columns(columns):
     """Refuse a column (ours: theirs) whose first name is not one that is read here."""
     for ours in columns or ():
         if ours not in KNOWN:
-            raise ValueError(f"--columns {ours}={columns[ours]}: {ours!r} is no key that is read here; known: {' '.join(KNOWN)}")
+            raise ValueError(f"--columns {ours}={columns[ours]}: {ours!r} is no key that is read here; "
+                             f"known: {' '.join(KNOWN)}")
+    if columns and len(set(columns.values())) < len(columns):
+        raise ValueError(f"--columns {' '.join(map('='.join, columns.items()))}: a key has two names; give it one")
 
 
 def renamed(row, columns, where):
@@ -124,9 +139,11 @@ def renamed(row, columns, where):
     made = {key: value for key, value in row.items() if key not in theirs}
     for ours, key in columns.items():
         if key not in row:
-            raise ValueError(f"{where}: no key {key!r}, which --columns {ours}={key} names; it has {' '.join(sorted(row))[:200]}")
+            raise ValueError(f"{where}: no key {key!r}, which --columns {ours}={key} names; "
+                             f"it has {' '.join(sorted(row))[:200]}")
         if made.get(ours) is not None:
-            raise ValueError(f"{where}: both {ours!r} and {key!r}, which --columns {ours}={key} would rename to it; leave one")
+            raise ValueError(f"{where}: both {ours!r} and {key!r}, which --columns {ours}={key} would rename "
+                             "to it; leave one")
         made[ours] = str(row[key]) if type(row[key]) is int and ours in SHAPES else row[key]
     if columns.get("prompt", columns.get("inputs")) == "instruction" and row.get("input"):
         raise ValueError(f"{where}: 'input' is part of what 'instruction' asks; join the two in the file")
@@ -138,38 +155,44 @@ def is_empty(value):
 
 
 def check_keys(row, where, unknown):
-    """Refuse keys of a row or of its messages that carry a meaning which nothing here honours; count unknown keys of messages."""
+    """Refuse keys of a row or of its messages that mean something which nothing here honours.
+
+    unknown: {other key of a message: (count, first place)}, which this adds to."""
     refuse_keys(row, "of a row", "", where)
     for key in SHAPES:
         if isinstance(row.get(key), list):
             for i, message in enumerate(row[key]):
                 if isinstance(message, dict):
                     refuse_keys(message, "of a message", f"{key}[{i}].", where)
-                    if "content" in message:
-                        for name in message.keys() - OF_MESSAGES - REFUSED["of a message"].keys():
+                    for name in message.keys() - OF_MESSAGES - REFUSED["of a message"].keys():
+                        if "content" in message:
                             count, first = unknown.get(name, (0, where))
                             unknown[name] = count + 1, first
 
 
 def refuse_keys(found, kind, place, where):
     for key in found.keys() & REFUSED[kind].keys():
-        if not is_empty(found[key]) or (found[key] is False and REFUSED[kind][key] == LOSS):
-            raise ValueError(f"{where}: {place + key!r} cannot be honoured: {REFUSED[kind][key]}; or remove the key")
+        reason = REFUSED[kind][key]
+        empty = is_empty(found[key]) or found[key] in ("[]", "{}", "null")      # tables have JSON as a text
+        if not empty or (found[key] is False and reason == LOSS):
+            raise ValueError(f"{where}: {place + key!r} cannot be honoured: {reason}; or remove the key")
 
 
 # ---- texts and turns ---------------------------------------------------------------------------------------
 
 def is_parts(value):
     """Whether a value is a text in parts, as OpenAI writes it, not a list of messages."""
-    return isinstance(value, list) and value != [] and all(isinstance(part, dict) and "type" in part and "role" not in part for part in value)
+    return isinstance(value, list) and value != [] and all(
+        isinstance(part, dict) and "type" in part and "role" not in part for part in value)
 
 
 def text_of(value, key, where):
-    """A text that is not blank: a string, or a list of {"type": "text", "text"}, whose texts are put together."""
+    """A text that is not blank: a string, or {"type": "text", "text"} parts, whose texts are put together."""
     if is_parts(value):
-        other = [part["type"] for part in value if part["type"] != "text" or not isinstance(part.get("text"), str)]
-        if other:
-            raise ValueError(f"{where}: {key!r} has a part of type {str(other[0])[:40]!r}; {MEDIA}: {{'type': 'text', 'text': ...}}")
+        for part in value:
+            if part["type"] != "text" or not isinstance(part.get("text"), str):
+                raise ValueError(f"{where}: {key!r} has a part of type {short(part['type'])}; {MEDIA}: "
+                                 "{'type': 'text', 'text': ...}")
         value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
         raise ValueError(f"{where}: {key!r} must be a string, got {type(value).__name__}")
@@ -179,15 +202,15 @@ def text_of(value, key, where):
 
 
 def trained(found, key, where):
-    """What a row or a message says of its loss with "weight" and "train": True, False, or None for nothing."""
+    """What "weight" and "train" of a row or a message say of its loss: True, False, or None for nothing."""
     weight, train = found.get("weight"), found.get("train")
     if weight is not None and (type(weight) not in (int, float) or weight not in (0, 1)):
-        raise ValueError(f"{where}: {key}weight must be 0 or 1, got {str(weight)[:40]!r}; no other weight can be honoured")
+        raise ValueError(f"{where}: {key}weight must be 0 or 1, got {short(weight)}; no other is followed")
     if train is not None and type(train) is not bool:
-        raise ValueError(f"{where}: {key}train must be true or false, got {str(train)[:40]!r}")
+        raise ValueError(f"{where}: {key}train must be true or false, got {short(train)}")
     said = {bool(value) for value in (weight, train) if value is not None}
     if len(said) > 1:
-        raise ValueError(f"{where}: {key}weight {weight} and {key}train {str(train).lower()} contradict each other; leave one")
+        raise ValueError(f"{where}: {key}weight and {key}train contradict each other; leave one")
     return said.pop() if said else None
 
 
@@ -196,34 +219,43 @@ def is_cut(found, keys=ENDINGS):
     return any(isinstance(found.get(key), str) and found[key].lower() in CUT for key in keys)
 
 
+def role_of(message, place, where):
+    """The role of a message, as it is called here."""
+    role = message.get("role") if isinstance(message, dict) else None
+    if isinstance(role, str) and role in ROLES:
+        return ROLES[role]
+    if isinstance(message, dict) and {"from", "value"} <= message.keys():
+        raise ValueError(f"{where}: {place} is ShareGPT's (from, value); write role (system, user, "
+                         "assistant) and content")
+    got = "" if role is None else f", got {short(role)}"
+    reason = f": {OTHER_ROLES[role]}" if isinstance(role, str) and role in OTHER_ROLES else ""
+    raise ValueError(f"{where}: {place} needs a role of system, user or assistant{got}{reason}")
+
+
 def turns_of(value, key, where):
     """[({"role", "content"}, what it says of its loss, whether it was cut), ...] of a list of messages."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where}: {key!r} must be a non-empty list of {{role, content}}")
     turns = []
-    for i, m in enumerate(value):
+    for i, message in enumerate(value):
         place = f"{key}[{i}]"
-        role = m.get("role") if isinstance(m, dict) else None
-        if not isinstance(role, str) or role not in ROLES:
-            if isinstance(m, dict) and "from" in m and "value" in m:
-                raise ValueError(f"{where}: {place} is ShareGPT's (from, value); write role (system, user, assistant) and content")
-            reason = OTHER_ROLES.get(role) if isinstance(role, str) else None
-            reason = f", got {str(role)[:40]!r}: {reason}" if reason else f", got {str(role)[:40]!r}" if role is not None else ""
-            raise ValueError(f"{where}: {place} needs a role of system, user or assistant{reason}")
-        role = ROLES[role]
-        train = trained(m, f"{place}.", where)
+        role = role_of(message, place, where)
+        train = trained(message, f"{place}.", where)
         if train and role != "assistant":
-            raise ValueError(f"{where}: {place} is a turn of the {role}, and only the assistant's are learnt; take its weight or train out")
-        turns.append(({"role": role, "content": text_of(m.get("content"), f"{place}.content", where)}, train, is_cut(m)))
+            raise ValueError(f"{where}: {place} is a turn of the {role}, and only the assistant's are "
+                             "learnt; take its weight or train out")
+        content = text_of(message.get("content"), f"{place}.content", where)
+        turns.append(({"role": role, "content": content}, train, is_cut(message)))
     return turns
 
 
-def checked(messages, key, where):
-    """The messages, if they are an optional system turn, then user and assistant in turn."""
-    turns = messages[1:] if messages[0]["role"] == "system" else messages
-    for i, m in enumerate(turns):
-        if m["role"] != ("user", "assistant")[i % 2]:
-            raise ValueError(f"{where}: {key}: after an optional system turn, user and assistant must alternate, user first")
+def checked(turns, key, where):
+    """The messages of turns, if they are an optional system turn, then user and assistant in turn."""
+    messages = [message for message, _, _ in turns]
+    for i, message in enumerate(messages[1:] if messages[0]["role"] == "system" else messages):
+        if message["role"] != ("user", "assistant")[i % 2]:
+            raise ValueError(f"{where}: {key}: after an optional system turn, user and assistant must "
+                             "alternate, user first")
     return messages
 
 
@@ -240,18 +272,22 @@ def with_system(messages, row, where):
 
 
 def prompt_messages(value, row, where, key="prompt", context=False):
-    """The messages of a prompt. context: it stands before an answer that is learnt, and nothing in it is."""
+    """The messages of a prompt. context: an answer follows that is learnt, and nothing of the prompt is."""
     if isinstance(value, list) and not is_parts(value):
         turns = turns_of(value, key, where)
         if context and any(train for _, train, _ in turns):
-            raise ValueError(f"{where}: a turn of {key!r} has weight 1 or train true, but only the answer after it is learnt; "
-                             "write the whole conversation as messages")
-        messages = checked([message for message, _, _ in turns], key, where)
+            raise ValueError(f"{where}: a turn of {key!r} has weight 1 or train true, but only the answer "
+                             "after it is learnt; write the whole conversation as messages")
+        messages = checked(turns, key, where)
     else:
         messages = [{"role": "user", "content": text_of(value, key, where)}]
-    messages = with_system(messages, row, where)
-    if messages[-1]["role"] != "user":
-        raise ValueError(f"{where}: the prompt must end with a user turn, got {messages[-1]['role']!r}")
+    return ends_with_user(with_system(messages, row, where), where)
+
+
+def ends_with_user(messages, where):
+    if not messages or messages[-1]["role"] != "user":
+        got = f"got {messages[-1]['role']!r}" if messages else "there is none"
+        raise ValueError(f"{where}: the prompt must end with a user turn, {got}")
     return messages
 
 
@@ -262,35 +298,39 @@ def answer_of(value, prompt, key, where):
         return text_of(value, key, where), None, False
     turns = turns_of(value, key, where) if value else []
     before = [message for message, _, _ in turns[:-1]]
-    if not turns or turns[-1][0]["role"] != "assistant" or before not in ([], prompt, [m for m in prompt if m["role"] != "system"]):
-        raise ValueError(f"{where}: {key!r} must be one assistant turn, alone or after the same prompt, got {len(turns)} turns; "
-                         "put earlier turns in the prompt")
+    without_system = [message for message in prompt if message["role"] != "system"]
+    if not turns or turns[-1][0]["role"] != "assistant" or before not in ([], prompt, without_system):
+        raise ValueError(f"{where}: {key!r} must be one assistant turn, alone or after the same prompt, "
+                         f"got {len(turns)} turns; put earlier turns in the prompt")
     message, train, cut = turns[-1]
     return message["content"], train, cut
 
 
 # ---- what a row is -----------------------------------------------------------------------------------------
 
+RENAME = "--columns OURS=THEIRS renames keys"
+
+
 def shapes_in(row):
     return {key for key in SHAPES if not is_empty(row.get(key))}
 
 
 def refuse_two(row, where, *wanted):
-    """Refuse a row of two shapes, of which one would be dropped; not a second one that says the same, which data sets on
-    the hub have: messages with their prompt, messages that are the chosen conversation."""
-    found, wanted = shapes_in(row), set(wanted)
-    other = found - wanted
-    if other == {"prompt"} and "messages" in wanted and says_the_beginning(row["prompt"], row["messages"], where):
+    """Refuse a row of two shapes, of which one would be dropped. A second one may say the same, as in data
+    sets on the hub: messages and their prompt, a chosen conversation and its messages."""
+    found = shapes_in(row)
+    other = found - set(wanted)
+    if other == {"prompt"} and "messages" in wanted and begins(row["messages"], row["prompt"], where):
         return
     if other == {"messages"} and "chosen" in wanted and row["messages"] == row["chosen"]:
         return
     if other:
-        raise ValueError(f"{where}: two shapes in one row, {' + '.join(sorted(wanted & found))} and {' + '.join(sorted(other))}; "
-                         "leave one of them")
+        here, there = (" + ".join(sorted(keys)) for keys in (found - other, other))
+        raise ValueError(f"{where}: two shapes in one row, {here} and {there}; leave one of them")
 
 
-def says_the_beginning(prompt, messages, where):
-    """Whether a prompt is what messages begin with: the first user's turn, or some turns."""
+def begins(messages, prompt, where):
+    """Whether messages begin with a prompt: their first user's turn, or some turns."""
     turns = [message for message, _, _ in turns_of(messages, "messages", where)]
     spoken = [message for message in turns if message["role"] != "system"]
     if isinstance(prompt, str):
@@ -298,35 +338,44 @@ def says_the_beginning(prompt, messages, where):
     return isinstance(prompt, list) and prompt in (turns[:len(prompt)], spoken[:len(prompt)])
 
 
+def refuse_unwanted(row, where):
+    """Refuse what is no example to learn from: one of two answers, or one that its row calls bad (KTO)."""
+    if sides := {"chosen", "rejected"} & shapes_in(row):
+        raise ValueError(f"{where}: a preference pair ({' + '.join(sorted(sides))}), which "
+                         "reward and dpo learn from; give another file, or rename the right answer: "
+                         "--columns completion=chosen")
+    label = row.get("label")
+    if label is False or (type(label) is int and label == 0 and "completion" in row):
+        raise ValueError(f"{where}: label {label!r} says that this answer is unwanted, and training would "
+                         "make it likelier; take such rows out, or rename the key")
+
+
 def supervised(row, where):
     """(messages, [for each assistant turn, whether it is learnt], [whether it was cut]) of an example.
 
-    The loss of a prompt and its completion is on the completion only, of messages on all assistant turns, but for
-    those of weight 0."""
-    found, of_row = shapes_in(row), trained(row, "", where)
-    if {"chosen", "rejected"} & found:
-        raise ValueError(f"{where}: a preference pair ({' + '.join(sorted({'chosen', 'rejected'} & found))}), which reward and dpo learn "
-                         "from; rename the right answer with --columns completion=chosen, or give another file")
-    if row.get("label") is False or (row.get("label") == 0 and "completion" in row and type(row["label"]) is int):
-        raise ValueError(f"{where}: label {row['label']!r} says that this answer is unwanted, and training would make it likelier; "
-                         "take such rows out, or rename the key")
+    The loss of a prompt and its completion is on the completion only; of messages on all assistant turns, but
+    for those of weight 0."""
+    of_row = trained(row, "", where)
+    refuse_unwanted(row, where)
     if row.get("messages") is not None:
         refuse_two(row, where, "messages")
         turns = turns_of(row["messages"], "messages", where)
-        messages = with_system(checked([message for message, _, _ in turns], "messages", where), row, where)
+        messages = with_system(checked(turns, "messages", where), row, where)
         if messages[-1]["role"] != "assistant":
-            raise ValueError(f"{where}: the last message must be the assistant's answer, got {messages[-1]['role']!r}")
+            raise ValueError(f"{where}: the last message must be the assistant's answer, "
+                             f"got {messages[-1]['role']!r}")
         answers = [(train, cut) for message, train, cut in turns if message["role"] == "assistant"]
     else:
-        keys = next((keys for keys in (("prompt", "completion"), ("inputs", "targets")) if keys[0] in row and keys[1] in row), None)
+        shapes = (("prompt", "completion"), ("inputs", "targets"))
+        keys = next((keys for keys in shapes if keys[0] in row and keys[1] in row), None)
         if not keys:
-            raise ValueError(f"{where}: no example in keys {sorted(row)}; needs messages, or prompt + completion, or inputs + targets; "
-                             "--columns OURS=THEIRS renames keys")
+            raise ValueError(f"{where}: no example in keys {sorted(row)}; needs messages, or prompt + "
+                             f"completion, or inputs + targets; {RENAME}")
         refuse_two(row, where, *keys)
         messages = prompt_messages(row[keys[0]], row, where, keys[0], context=True)
         text, train, cut = answer_of(row[keys[1]], messages, keys[1], where)
-        earlier = sum(message["role"] == "assistant" for message in messages)
-        messages, answers = messages + [{"role": "assistant", "content": text}], [(False, False)] * earlier + [(train, cut)]
+        answers = [(False, False) for message in messages if message["role"] == "assistant"] + [(train, cut)]
+        messages = messages + [{"role": "assistant", "content": text}]
     learnt = [train is not False and of_row is not False for train, _ in answers]
     return messages, learnt, [cut for _, cut in answers[:-1]] + [answers[-1][1] or is_cut(row)]
 
@@ -336,25 +385,27 @@ def conversation(row, where):
     return supervised(row, where)[0]
 
 
-def preference(row, where):
-    """(prompt messages, chosen text, rejected text)."""
-    return pair_of(row, where)[:3]
-
-
 def pair_of(row, where):
-    """(prompt messages, chosen text, rejected text, whether one of the two was cut, whether it is learnt)."""
+    """(prompt messages, chosen text, rejected text, whether one of them was cut, whether they are learnt)."""
     missing = [key for key in ("chosen", "rejected") if key not in row]
     implicit = row.get("prompt") is None
     if missing or (implicit and not isinstance(row["chosen"], list)):
-        raise ValueError(f"{where}: no preference pair in keys {sorted(row)}; needs prompt, chosen, rejected; --columns OURS=THEIRS renames keys")
+        raise ValueError(f"{where}: no preference pair in keys {sorted(row)}; "
+                         f"needs prompt, chosen, rejected; {RENAME}")
     refuse_two(row, where, "prompt", "chosen", "rejected")
-    # Without a prompt it is TRL's implicit one: chosen and rejected are whole conversations, equal but for the answer.
+    # TRL's implicit prompt: chosen and rejected are whole conversations, equal but for the answer.
     prompt = prompt_messages(row["chosen"][:-1] if implicit else row["prompt"], row, where, context=True)
     sides = [answer_of(row[key], prompt, key, where) for key in ("chosen", "rejected")]
     if any(train is False for _, train, _ in sides):
-        raise ValueError(f"{where}: an answer of weight 0 in a preference pair cannot be honoured; take the row out, or the weight")
-    cut = any(cut for _, _, cut in sides) or is_cut(row, (*ENDINGS, "chosen_finish_reason", "rejected_finish_reason"))
+        raise ValueError(f"{where}: an answer of weight 0 in a preference pair cannot be honoured; "
+                         "take the row out, or the weight")
+    cut = any(cut for _, _, cut in sides) or is_cut(row, (*ENDINGS, *OF_PAIRS))
     return prompt, sides[0][0], sides[1][0], cut, trained(row, "", where) is not False
+
+
+def preference(row, where):
+    """(prompt messages, chosen text, rejected text)."""
+    return pair_of(row, where)[:3]
 
 
 def prompt_of(row, where):
@@ -362,27 +413,46 @@ def prompt_of(row, where):
     answers = ("completion", "targets", "chosen", "rejected")
     if row.get("messages") is not None:
         refuse_two(row, where, "messages", *answers)
-        messages = checked([message for message, _, _ in turns_of(row["messages"], "messages", where)], "messages", where)
-        return prompt_messages(messages[:-1] if messages[-1]["role"] == "assistant" else messages, row, where)
+        messages = checked(turns_of(row["messages"], "messages", where), "messages", where)
+        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        return ends_with_user(with_system(messages, row, where), where)
     for key in ("prompt", "inputs"):
         if row.get(key) is not None:
             refuse_two(row, where, key, *answers)
             return prompt_messages(row[key], row, where, key)
-    raise ValueError(f"{where}: no prompt in keys {sorted(row)}; needs prompt, inputs or messages; --columns OURS=THEIRS renames keys")
+    raise ValueError(f"{where}: no prompt in keys {sorted(row)}; needs prompt, inputs or messages; {RENAME}")
+
+
+def is_text(row):
+    """Whether a row is a plain {"text"}."""
+    return "text" in row and (not is_empty(row["text"]) or not shapes_in(row))
 
 
 def plain_text(row, where):
     """The text of a {"text"} row."""
     refuse_two(row, where, "text")
     if not is_empty(row.get("system")):
-        raise ValueError(f"{where}: 'system' goes with a conversation, not with 'text'; write it into the text")
-    if not is_empty(row.get("instruction")) and not (is_empty(row.get("output")) and is_empty(row.get("response"))):
+        raise ValueError(f"{where}: 'system' goes with a conversation, not with 'text'; write it into it")
+    if "instruction" in row and ("output" in row or "response" in row):
         raise ValueError(f"{where}: two shapes in one row, text and instruction; leave one of them")
     return text_of(row["text"], "text", where)
 
 
+def texts_in(row, where):
+    """All texts of a row of any shape."""
+    if is_text(row):
+        return [plain_text(row, where)]
+    if {"chosen", "rejected"} & shapes_in(row):
+        prompt, chosen, rejected = preference(row, where)
+        return [*(message["content"] for message in prompt), chosen, rejected]
+    answered = {"messages", "completion", "targets"} & row.keys()
+    return [message["content"] for message in (conversation if answered else prompt_of)(row, where)]
+
+
+# ---- control tokens ----------------------------------------------------------------------------------------
+
 class Spelled:
-    """Names of control tokens in texts, counted over all rows: such a text went through a chat template before."""
+    """Counts the rows whose texts spell names of control tokens."""
 
     def __init__(self, tokenizer=None):
         self.tokenizer, self.found, self.first = tokenizer, Counter(), None
@@ -399,10 +469,12 @@ class Spelled:
 
     def report(self, paths, total, reading):
         """Refuse what was found, or say it where it may be."""
-        if self.found:
-            names = " ".join(name for name, _ in self.found.most_common(4))
-            what = f"{sum(self.found.values())} of {total} rows spell control tokens ({names}; the first: {self.first})"
-            if not (reading and reading.allow_control_tokens):
-                raise ValueError(f"{' '.join(map(str, paths))}: {what}, which are read as letters; give texts without a chat "
-                                 "template's tokens, or --allow-control-tokens")
-            say(paths, f"{what}, which are read as letters")
+        if not self.found:
+            return
+        names = " ".join(name for name, _ in self.found.most_common(4))
+        what = (f"{sum(self.found.values())} of {total} rows spell control tokens ({names}; the first: "
+                f"{self.first}), which are read as letters")
+        if not (reading and reading.allow_control_tokens):
+            raise ValueError(f"{' '.join(map(str, paths))}: {what}; give texts without a chat template's "
+                             "tokens, or --allow-control-tokens")
+        say(paths, what)

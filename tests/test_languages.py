@@ -10,46 +10,57 @@ from aya_min.data import Example, collate, slots_of
 from aya_min.languages import CLUSTERS, LANGUAGES, home_language, language_code, read_clusters
 from aya_min.world import write_jsonl
 
-ALIASES = {     # what this project's language_code knew before any language was let in
-    "arb": "ar", "ara": "ar", "zho": "zh", "cmn": "zh", "zh-Hans": "zh", "zh-CN": "zh", "zh-TW": "zh-Hant", "ces": "cs",
-    "nld": "nl", "eng": "en", "fra": "fr", "deu": "de", "ell": "el", "heb": "he", "iw": "he", "hin": "hi", "ind": "id",
-    "ita": "it", "jpn": "ja", "kor": "ko", "pes": "fa", "fas": "fa", "pol": "pl", "por": "pt", "ron": "ro", "rus": "ru",
-    "spa": "es", "tur": "tr", "ukr": "uk", "vie": "vi", "Standard Arabic": "ar", "Simplified Chinese": "zh",
-    "Traditional Chinese": "zh-Hant", "Chinese": "zh", "Iranian Persian": "fa", "other": "other"}
+ALIASES = {    # what this project's language_code knew before any language was let in
+    "arb": "ar", "ara": "ar", "zho": "zh", "cmn": "zh", "zh-Hans": "zh", "zh-CN": "zh", "zh-TW": "zh-Hant",
+    "ces": "cs", "nld": "nl", "eng": "en", "fra": "fr", "deu": "de", "ell": "el", "heb": "he", "iw": "he",
+    "hin": "hi", "ind": "id", "ita": "it", "jpn": "ja", "kor": "ko", "pes": "fa", "fas": "fa", "pol": "pl",
+    "por": "pt", "ron": "ro", "rus": "ru", "spa": "es", "tur": "tr", "ukr": "uk", "vie": "vi",
+    "Standard Arabic": "ar", "Simplified Chinese": "zh", "Traditional Chinese": "zh-Hant", "Chinese": "zh",
+    "Iranian Persian": "fa", "other": "other"
+}
 
 # The names and codes of the Aya dataset (65) and of Aya 101 that are not of the 23 languages.
 AYA = {
     "Albanian": "sq", "Amharic": "am", "Basque": "eu", "Belarusian": "be", "Bemba": "bem", "Bengali": "bn",
-    "Bulgarian": "bg", "Burmese": "my", "Catalan": "ca", "Cebuano": "ceb", "Central Kurdish": "ckb", "Danish": "da",
-    "Egyptian Arabic": "arz", "Esperanto": "eo", "Estonian": "et", "Filipino": "fil", "Finnish": "fi", "Galician": "gl",
-    "Georgian": "ka", "Gujarati": "gu", "Haitian": "ht", "Haitian Creole": "ht", "Hausa": "ha", "Hmong": "hmn",
-    "Hungarian": "hu", "Icelandic": "is", "Igbo": "ig", "Irish": "ga", "Javanese": "jv", "Kannada": "kn", "Kazakh": "kk",
-    "Khmer": "km", "Kurdish": "ku", "Kyrgyz": "ky", "Lao": "lo", "Latin": "la", "Latvian": "lv", "Lithuanian": "lt",
-    "Luxembourgish": "lb", "Macedonian": "mk", "Malagasy": "mg", "Malay": "ms", "Malayalam": "ml", "Maltese": "mt",
-    "Maori": "mi", "Marathi": "mr", "Min Nan Chinese": "nan", "Mongolian": "mn", "Moroccan Arabic": "ary",
+    "Bulgarian": "bg", "Burmese": "my", "Catalan": "ca", "Cebuano": "ceb", "Central Kurdish": "ckb",
+    "Danish": "da", "Egyptian Arabic": "arz", "Esperanto": "eo", "Estonian": "et", "Filipino": "fil",
+    "Finnish": "fi", "Galician": "gl", "Georgian": "ka", "Gujarati": "gu", "Haitian": "ht",
+    "Haitian Creole": "ht", "Hausa": "ha", "Hmong": "hmn", "Hungarian": "hu", "Icelandic": "is", "Igbo": "ig",
+    "Irish": "ga", "Javanese": "jv", "Kannada": "kn", "Kazakh": "kk", "Khmer": "km", "Kurdish": "ku",
+    "Kyrgyz": "ky", "Lao": "lo", "Latin": "la", "Latvian": "lv", "Lithuanian": "lt", "Luxembourgish": "lb",
+    "Macedonian": "mk", "Malagasy": "mg", "Malay": "ms", "Malayalam": "ml", "Maltese": "mt", "Maori": "mi",
+    "Marathi": "mr", "Min Nan Chinese": "nan", "Mongolian": "mn", "Moroccan Arabic": "ary",
     "Najdi Arabic": "ars", "Nepali": "ne", "Northern Sotho": "nso", "Norwegian": "no", "Nyanja": "ny",
-    "Plateau Malagasy": "mg", "Punjabi": "pa", "Panjabi": "pa", "Samoan": "sm", "Scottish Gaelic": "gd", "Serbian": "sr",
-    "Shona": "sn", "Sindhi": "sd", "Sinhala": "si", "Slovak": "sk", "Slovenian": "sl", "Somali": "so",
-    "Southern Pashto": "ps", "Pashto": "ps", "Southern Sotho": "st", "Standard Malay": "ms", "Sundanese": "su",
-    "Swahili": "sw", "Swedish": "sv", "Ta'izzi-Adeni Arabic": "acq", "Tajik": "tg", "Tamil": "ta", "Telugu": "te",
-    "Thai": "th", "Twi": "tw", "Urdu": "ur", "Uzbek": "uz", "Welsh": "cy", "West Frisian": "fy", "Sotho": "st", "Western Frisian": "fy",
-    "Wolof": "wo", "Xhosa": "xh", "Yiddish": "yi", "Yoruba": "yo", "Zulu": "zu", "Azerbaijani": "az", "Armenian": "hy"}
+    "Plateau Malagasy": "mg", "Punjabi": "pa", "Panjabi": "pa", "Samoan": "sm", "Scottish Gaelic": "gd",
+    "Serbian": "sr", "Shona": "sn", "Sindhi": "sd", "Sinhala": "si", "Slovak": "sk", "Slovenian": "sl",
+    "Somali": "so", "Southern Pashto": "ps", "Pashto": "ps", "Southern Sotho": "st", "Standard Malay": "ms",
+    "Sundanese": "su", "Swahili": "sw", "Swedish": "sv", "Ta'izzi-Adeni Arabic": "acq", "Tajik": "tg",
+    "Tamil": "ta", "Telugu": "te", "Thai": "th", "Twi": "tw", "Urdu": "ur", "Uzbek": "uz", "Welsh": "cy",
+    "West Frisian": "fy", "Sotho": "st", "Western Frisian": "fy", "Wolof": "wo", "Xhosa": "xh",
+    "Yiddish": "yi", "Yoruba": "yo", "Zulu": "zu", "Azerbaijani": "az", "Armenian": "hy"
+}
 
 SPELT = {
-    "FR": "fr", "french": "fr", " French ": "fr", "fr_Latn": "fr", "eng_Latn": "en", "en-US": "en-US", "en_us": "en-US",
-    "pt-BR": "pt-BR", "pt_br": "pt-BR", "Brazilian Portuguese": "pt-BR", "es-419": "es-419", "zho_Hans": "zh",
-    "zho_Hant": "zh-Hant", "cmn_Hant": "zh-Hant", "ZH-tw": "zh-Hant", "zh_HK": "zh-Hant", "zh-MO": "zh-Hant",
-    "zh-SG": "zh", "zh-Hant-HK": "zh-Hant", "yue_Hant": "yue", "zh-yue": "yue", "zh-min-nan": "nan", "arb_Arab": "ar",
-    "kas_Deva": "ks-Deva", "kas_Arab": "ks", "srp_Cyrl": "sr", "sr-Latn": "sr-Latn", "sh": "sr-Latn", "jpn_Jpan": "ja",
-    "kor_Hang": "ko", "khk_Cyrl": "mn", "swh": "sw", "zsm_Latn": "ms", "lvs": "lv", "ekk": "et", "npi": "ne", "ory": "or",
-    "ger": "de", "fre": "fr", "chi": "zh", "per": "fa", "in": "id", "tlh": "tlh", "xyz": "xyz", "i-klingon": "tlh",
+    "FR": "fr", "french": "fr", " French ": "fr", "fr_Latn": "fr", "eng_Latn": "en", "en-US": "en-US",
+    "en_us": "en-US", "pt-BR": "pt-BR", "pt_br": "pt-BR", "Brazilian Portuguese": "pt-BR", "es-419": "es-419",
+    "zho_Hans": "zh", "zho_Hant": "zh-Hant", "cmn_Hant": "zh-Hant", "ZH-tw": "zh-Hant", "zh_HK": "zh-Hant",
+    "zh-MO": "zh-Hant", "zh-SG": "zh", "zh-Hant-HK": "zh-Hant", "yue_Hant": "yue", "zh-yue": "yue",
+    "zh-min-nan": "nan", "arb_Arab": "ar", "kas_Deva": "ks-Deva", "kas_Arab": "ks", "srp_Cyrl": "sr",
+    "sr-Latn": "sr-Latn", "sh": "sr-Latn", "jpn_Jpan": "ja", "kor_Hang": "ko", "khk_Cyrl": "mn", "swh": "sw",
+    "zsm_Latn": "ms", "lvs": "lv", "ekk": "et", "npi": "ne", "ory": "or", "ger": "de", "fre": "fr",
+    "chi": "zh", "per": "fa", "in": "id", "tlh": "tlh", "xyz": "xyz", "i-klingon": "tlh",
     "de-1996": "de-1996", "sl-rozaj-biske": "sl-rozaj-biske", "hi-Latn": "hi-Latn", "en-x-mine": "en-x-mine",
-    "x-mine": "x-mine", "und": "other", "Norwegian Bokm\u00e5l": "nb", "Norwegian Bokmal": "nb", "Modern Greek (1453-)": "el",
-    "Malay (macrolanguage)": "ms", "N\u2019Ko": "nqo", "Kirghiz": "ky", "Farsi": "fa", "Mandarin Chinese": "zh",
-    "haitian-creole": "ht", "Cantonese": "yue", "Castilian": "es", "Tagalog": "tl", "tgl": "tl", "fil": "fil"}
+    "x-mine": "x-mine", "und": "other", "Norwegian Bokm\u00e5l": "nb", "Norwegian Bokmal": "nb",
+    "Modern Greek (1453-)": "el", "Malay (macrolanguage)": "ms", "N\u2019Ko": "nqo", "Kirghiz": "ky",
+    "Farsi": "fa", "Mandarin Chinese": "zh", "haitian-creole": "ht", "Cantonese": "yue", "Castilian": "es",
+    "Tagalog": "tl", "tgl": "tl", "fil": "fil"
+}
 
-NO_LANGUAGE = ["", " ", "xx", "qq", "x", "Klingonese", "English-US", "en_US.UTF-8", "abc-def", "C", "12", "en--us", "-en",
-               "en-", "fr,en", "the French language", "\u0444\u0440\u0430\u043d\u0446", "zz-ZZ", "x-", "x-toolongapart1"]
+NO_LANGUAGE = [
+    "", " ", "xx", "qq", "x", "Klingonese", "English-US", "en_US.UTF-8", "abc-def", "C", "12", "en--us",
+    "-en", "en-", "fr,en", "the French language", "\u0444\u0440\u0430\u043d\u0446", "zz-ZZ", "x-",
+    "x-toolongapart1"
+]
 
 
 @pytest.mark.parametrize("text, code", [*ALIASES.items(), *AYA.items(), *SPELT.items()])
@@ -68,7 +79,8 @@ def test_what_is_no_language_has_no_code(text):
     assert language_code(text) is None
 
 
-@pytest.mark.parametrize("code, home", [("pt-BR", "pt"), ("pt", "pt"), ("zh-Hant", "zh-Hant"), ("sr-Latn", "sr"), ("sw", None), ("de-1996", None)])
+@pytest.mark.parametrize("code, home", [("pt-BR", "pt"), ("pt", "pt"), ("zh-Hant", "zh-Hant"),
+                                        ("sr-Latn", "sr"), ("sw", None), ("de-1996", None)])
 def test_a_tag_that_is_in_no_cluster_is_at_home_where_its_language_is(code, home):
     assert home_language(code, {"pt", "zh", "zh-Hant", "sr"}) == home
     assert home_language("pt-BR", {"pt", "pt-BR"}) == "pt-BR"
@@ -76,16 +88,21 @@ def test_a_tag_that_is_in_no_cluster_is_at_home_where_its_language_is(code, home
 
 def test_clusters_name_any_language_by_any_name(tmp_path):
     path = tmp_path / "clusters.json"
-    path.write_text(json.dumps({"africa": ["Swahili", "yor", "amh_Ethi"], "west": ["pt-BR", "French"]}), encoding="utf-8")
+    path.write_text(json.dumps({"africa": ["Swahili", "yor", "amh_Ethi"], "west": ["pt-BR", "French"]}),
+                    encoding="utf-8")
     assert read_clusters(path) == {"africa": ["sw", "yo", "am"], "west": ["pt-BR", "fr"]}
     path.write_text(json.dumps(CLUSTERS), encoding="utf-8")
     assert read_clusters(path) == CLUSTERS
 
 
-@pytest.mark.parametrize("text, says", [
-    ('{"a": ["sw"], "b": ["Swahili"]}', "language 'sw' is in both 'a' and 'b'"), ('{"a": ["xx"]}', "cluster 'a' has unknown language 'xx'; give a BCP 47 tag"),
-    ('{"a": [["en"]]}', "unknown language"), ('{"a": [5]}', "unknown language '5'"), ('{"a": []}', "non-empty list"), ("[]", "not an object"), ("{}", "no cluster"),
-    ('{"a": ["en"], "a": ["fr"]}', "'a' stands twice"), ("[" * 3000, "not JSON"), ('{"../a": ["en"]}', "cannot name a folder"), ('{"a": ["other"]}', "unknown language")])
+@pytest.mark.parametrize("text, says",
+                         [('{"a": ["sw"], "b": ["Swahili"]}', "language 'sw' is in both 'a' and 'b'"),
+                          ('{"a": ["xx"]}', "cluster 'a' has unknown language 'xx'; give a BCP 47 tag"),
+                          ('{"a": [["en"]]}', "unknown language"), ('{"a": [5]}', "unknown language 5"),
+                          ('{"a": []}', "non-empty list"), ("[]", "not an object"), ("{}", "no cluster"),
+                          ('{"a": ["en"], "a": ["fr"]}', "'a' stands twice"), ("[" * 3000, "not JSON"),
+                          ('{"../a": ["en"]}', "cannot name a folder"),
+                          ('{"a": ["other"]}', "unknown language")])
 def test_wrong_clusters_are_refused_with_the_files_name(text, says, tmp_path):
     path = tmp_path / "clusters.json"
     path.write_text(text, encoding="utf-8")
@@ -95,21 +112,30 @@ def test_wrong_clusters_are_refused_with_the_files_name(text, says, tmp_path):
 
 
 def test_a_batch_tells_apart_the_languages_that_it_is_given():
-    examples = [Example(torch.zeros(3).int().numpy(), torch.ones(3).bool().numpy(), code) for code in ("sw", "other", "fr", "sw")]
+    examples = [
+        Example(torch.zeros(3).int().numpy(),
+                torch.ones(3).bool().numpy(), code) for code in ("sw", "other", "fr", "sw")
+    ]
     slots = slots_of(examples)
     assert slots == ("fr", "sw", "other")
     batch = collate(examples, slots=slots)
-    assert batch.slots == slots and batch.languages.tolist() == [1, 2, 0, 1] == batch.to("cpu").languages.tolist()
-    assert collate(examples).slots == ("other",) and collate(examples).languages.tolist() == [0] * 4
+    assert batch.slots == slots and batch.languages.tolist() == [1, 2, 0, 1
+                                                                 ] == batch.to("cpu").languages.tolist()
+    assert collate(examples).slots == ("other", ) and collate(examples).languages.tolist() == [0] * 4
 
 
 def test_metrics_and_evaluation_are_by_the_languages_of_the_data_however_the_batch_is_cut(tmp_path):
     """Rows in Swahili and Quechua were refused, and there were 25 fixed columns."""
-    rows = [json.loads(line) for line in (write_world(tmp_path) / "sft.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (write_world(tmp_path) / "sft.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     names = ["Swahili", "quy", "pt-BR", None]
     for file in ("sft.jsonl", "held-out-sft.jsonl"):
         write_jsonl(tmp_path / file, [{**row, "language": names[i % 4]} for i, row in enumerate(rows)])
-    whole, cut = (logged(run("sft", tmp_path, tmp_path / f"cut-{size}", micro_batch_size=size, max_steps=2, held_out=True)) for size in (8, 1))
+    whole, cut = (logged(
+        run("sft", tmp_path, tmp_path / f"cut-{size}", micro_batch_size=size, max_steps=2, held_out=True))
+                  for size in (8, 1))
     expected = {"loss/sw", "loss/quy", "loss/pt-BR"}
     for a, b in zip(whole, cut, strict=True):
         prefix = "eval/" if "lr" not in a else ""

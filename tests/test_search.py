@@ -286,7 +286,7 @@ def test_the_command_searches_by_the_oracle_and_by_the_loss(trained, pool, tmp_p
 
 @pytest.mark.parametrize("arguments, said", [
     ([], "give one of --prompts"), (["--prompts", "{prompts}", "--command", "x {model}"], "give one of --prompts"),
-    (["--prompts", "{plain}"], "prompt 1 is not a question of the embedded world"), (["--prompts", "{missing}"], "cannot be read"),
+    (["--prompts", "{plain}"], "jsonl:1: not a question of the embedded world"), (["--prompts", "{missing}"], "cannot be read"),
     (["--prompts", "{prompts}", "--held-out", "{prompts}"], "are in --prompts and in --held-out"), (["--eval-data", "{sft}", "--held-out", "{sft}", "{sft}"], "one for each"),
     (["--command", "true"], "needs {model}"), (["--command", "true {model}", "--held-out", "{prompts}"], "takes no --held-out"),
     (["--command", "false {model}"], "exit code 1"), (["--command", "echo {model}"], "JSON object"), (["--command", "no-such-program {model}"], "no-such-program"),
