@@ -21,6 +21,7 @@ import torch
 
 from aya_min import checks, config, distributed, pipeline, stages, steps, weights
 from aya_min.command import Parser, number, printable
+from aya_min.data import read_jsonl
 from aya_min.estimate import dry_run
 from aya_min.files import read_json, write_json
 from aya_min.languages import CLUSTERS, read_clusters
@@ -67,7 +68,7 @@ def make_parser():
         stage.add_argument("--collective-timeout", type=SECONDS, default=600, metavar="SECONDS",
                            help=f"{waits} (default 600)")
         stage.add_argument("--dry-run", action="store_true", help="check everything, print what it needs (memory, communication, operations), train nothing")
-        stage.add_argument("--gpus", type=number(int, "[1, 65536]"), metavar="N",
+        stage.add_argument("--gpus", type=number(int, "[1, 16384]"), metavar="N",
                            help="with --dry-run: the number of GPUs (default: the ranks at hand)")
         if name == "rloo":
             stage.add_argument("--reward-model", help="reward model folder with the same tokenizer")

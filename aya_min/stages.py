@@ -318,7 +318,7 @@ def check_schedule(folder, old, settings, num_items, done):
             raise ValueError(f"--resume {folder}: the schedule of these settings ({told(settings)}) is "
                              f"another than the run had ({told(old)}): step {step} of the {done} that are done "
                              f"was at {was:.3g} of the peak, not {now:.3g}. Start anew from {folder / 'model'}; "
-                             "a run that has --schedule constant from its start can be made longer")
+                             "a run with --schedule constant can be made longer once it is warm")
 
 
 @contextmanager

@@ -16,34 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import (
-    CPU,
-    ROOT,
-    STAGES,
-    language_model,
-    logged,
-    on_ranks,
-    reward_model,
-    run,
-    tokenizer,
-    write_world,
-)
+from small import CPU, ROOT, STAGES, language_model, logged, on_ranks, reward_model, run, tokenizer, write_world
 
-import generate
-import merge
 import train
-from aya_min import (
-    checkpoint,
-    config,
-    distributed,
-    estimate,
-    evaluate,
-    files,
-    loop,
-    stages,
-    weights,
-    world as world_module,
-)
+from aya_min import checkpoint, config, distributed, estimate, files, loop, stages, weights
 from aya_min.data import batches_in_order, collate, load_examples
 from aya_min.loop import make_optimizer
 
@@ -375,51 +351,53 @@ def stage_parser(stage):
     return next(action for action in train.make_parser()._actions if action.dest == "command").choices[stage]
 
 
-def parsers_of(module):
-    """(name, parser, source file that reads what it parses) of a command and its subcommands."""
-    made, source = module.make_parser(), Path(module.__file__)
-    subs = next(
-        (
-            action.choices
-            for action in made._actions
-            if getattr(action, "choices", None) and hasattr(action, "add_parser")
-        ),
-        {},
-    )
-    return [(name, parser, source) for name, parser in [(source.stem, made), *subs.items()]]
+def functions_of(path, names=None):
+    """The syntax trees of a file's functions of these names, or of the whole file."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    return [node for node in tree.body if getattr(node, "name", None) in names] if names else [tree]
 
 
-COMMANDS = [
-    module for module in (train, generate, merge, evaluate, world_module) if hasattr(module, "make_parser")
-]
+def read_in(trees):
+    """The attributes that some code reads, and the texts in it: lists of names of arguments are made of those."""
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    return attributes | {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
-@pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)
-def test_every_flag_that_is_no_setting_is_read_by_the_code_of_its_command(module):
+def flags_in(tree):
+    """The names under which argparse keeps what a file's add_argument calls take."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    calls = [call for call in calls if getattr(call.func, "attr", "") == "add_argument" and call.args]
+    dests = [next((word.value for word in call.keywords if word.arg == "dest"), call.args[0]) for call in calls]
+    return {dest.value.lstrip("-").replace("-", "_") for dest in dests if isinstance(dest, ast.Constant)}
+
+
+@pytest.mark.parametrize(
+    "path", ["train.py", "generate.py", "merge.py", "aya_min/evaluate.py", "aya_min/world.py", "aya_min/report.py"]
+)
+def test_every_flag_of_a_command_is_read_by_its_code(path):
     """An argument is read as args.NAME, or by its name in a list of names of arguments."""
-    settings = {
-        f.name
-        for each in [*(each for _, each in stages.STAGES.values()), config.Recipe, config.Reading]
-        for f in fields(each)
-    }
-    for name, parser, source in parsers_of(module):
-        tree = ast.parse(source.read_text(encoding="utf-8"))
-        read = {
-            node.attr
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-        }
-        read |= {
-            node.value
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        } - {
-            node.args[0].value
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
-        }
-        dests = {action.dest for action in parser._actions} - {"help", "command"}
-        assert not (unread := dests - settings - read), f"{name}: {unread}"
+    trees = functions_of(path)
+    assert not (unread := flags_in(trees[0]) - read_in(trees)), unread
+
+
+@pytest.mark.parametrize("name", ["recipe", *ALL])
+def test_every_flag_of_train_is_read_by_the_functions_of_its_command(name):
+    """--eval-data of rloo was read by run_one_stage, for the other stages."""
+    one = ["run_one_stage", "resumed_from", "check_flags", "load_model", "main"]
+    functions = ["run_whole_recipe", "check_own", "main"] if name == "recipe" else one
+    settings = {f.name for f in fields(config.Recipe if name == "recipe" else ALL[name][1])}
+    parser = stage_parser(name)
+    flags = {action.dest for action in parser._actions} - {"help"} - settings
+    assert not (unread := flags - read_in(functions_of("train.py", functions))), unread
+
+
+def test_every_setting_of_the_recipe_is_read_by_its_code():
+    paths = [path.relative_to(ROOT) for path in (ROOT / "aya_min").glob("*.py") if path.stem != "config"]
+    trees = [tree for path in [*paths, "train.py"] for tree in functions_of(path)]
+    read = read_in(trees)                       # also as f"{stage}_beta"
+    unread = {f.name for f in fields(config.Recipe) if not {f.name, "_" + f.name.partition("_")[2]} & read}
+    assert not unread
 
 
 @pytest.mark.parametrize(
@@ -452,6 +430,7 @@ NUMBERS = [
     "--seed -1",
     "--seed 9223372036854775808",
     "--epochs inf",
+    "--epochs 1e308",
     "--epochs nan",
     "--epochs 0",
     "--adam-beta2 1",
@@ -488,6 +467,7 @@ NUMBERS = [
         "rloo --max-new-tokens -1",
         "rloo --num-samples 1",
         "rloo --num-samples inf",
+        "rloo --num-samples 99999999999999",
     ],
 )
 def test_a_number_out_of_its_range_is_refused_by_the_name_of_its_flag_before_anything_is_read(
