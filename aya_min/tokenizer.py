@@ -105,8 +105,8 @@ def is_rebuilt_alike(bpe, config):
     listed = config.get("added_tokens_decoder")
     for number, token in bpe.get_added_tokens_decoder().items() if listed else ():
         about = listed.get(str(number), {})
-        if any(about.get(key, False) != getattr(token, key)
-               for key in ("content", "special", "lstrip", "rstrip", "single_word")):
+        flags = ("content", "lstrip", "rstrip", "single_word")
+        if any(about.get(key, False) != getattr(token, key) for key in flags):
             return False
 
     def parts(part, key):
@@ -214,8 +214,8 @@ class Tokenizer:
         return meaning_of(self.files.get("tokenizer.json") or self.bpe.to_str())
 
     def key(self, text):
-        """What makes two answers the same: their ids, after outer white space and the normalizer are gone."""
-        return tuple(self.encode(text.strip()))
+        """What makes two answers the same: their ids, in which the normalizer and the template's strip count."""
+        return tuple(self.encode(self.turns.text("assistant", text)))
 
     def spelled(self, text):
         """The first name of a control token that a text spells, or None. `encode` takes it as letters."""

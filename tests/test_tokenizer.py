@@ -226,6 +226,12 @@ def test_a_system_turn_comes_first_and_is_not_supervised(small):
     assert supervised(ids, mask) == [MARK, END, MARK, MARK, END]
 
 
+def test_two_answers_are_the_same_if_their_ids_are(small, tmp_path):
+    assert small.key(" e\u0301 b\n") == small.key("é b") != small.key("é  b")
+    keeps = load_tokenizer(publish(tmp_path / "model", PLAIN))
+    assert keeps.key("e\u0301") == keeps.key("é") != keeps.key(" é")
+
+
 def test_only_the_assistant_turns_that_are_asked_for_are_supervised(small, published):
     messages = turns("hi", "!", "hi", "!!", system="hi")
     ids, mask = small.encode_chat(messages)

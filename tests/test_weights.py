@@ -510,7 +510,7 @@ def test_a_tokenizer_that_the_library_cannot_read_is_refused_with_its_name_whate
 
 
 FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
-         "vocab.json", "merges.txt", "model.safetensors", "README.md", "LICENSE", "modeling_x.py"]
+         "vocab.json", "merges.txt", "model.safetensors", "model.safetensors.index.json", "README.md", "LICENSE", "modeling_x.py"]
 
 
 @pytest.mark.parametrize("name", FILES)
