@@ -9,7 +9,7 @@ Prompts x teachers -> candidates -> a route -> SFT data. Routes: "reward" (the a
 import random
 from collections import Counter, defaultdict
 
-from .data import conversation, prompt_of, read_jsonl
+from .rows import conversation, prompt_of, read_jsonl
 from .preferences import ANSWER, count_cut, usable
 
 

@@ -15,7 +15,7 @@ from . import distributed
 from .config import Reading
 from .rows import ENDINGS, OF_PAIRS, SHAPES, Spelled, is_cut, is_text, pair_of, plain_text, say
 from .rows import supervised, trained
-from .rows import conversation, preference, prompt_of, read_jsonl       # other modules import them from here
+from .rows import prompt_of, read_jsonl
 
 EQUAL_SHARE = 0.05                                  # of pairs with two equal answers: more are refused
 

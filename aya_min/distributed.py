@@ -124,8 +124,8 @@ class Signals:
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for each, handler in self.before.items():
+            signal.signal(each, handler)
 
     def remember(self, number, frame):
         self.received = int(number)

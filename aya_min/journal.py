@@ -175,15 +175,6 @@ class Journal:
             return True
         return distributed.from_main(complete)
 
-    def close(self):
-        self.file.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
     def remove(self):
         """Close and clean up: the output is in place. A collective."""
         self.file.close()

@@ -4,7 +4,6 @@ Nothing here knows an architecture. No pickle is read, no file outside the folde
 """
 
 import json
-import os
 from math import prod
 from pathlib import Path
 
