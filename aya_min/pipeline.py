@@ -307,10 +307,11 @@ def more_arms(run, keep, base, sft, reward_rows, arbiter, same):
     reward_model, _ = weights.load(arbiter, run.device)
     prompts = questions("preference", r.rloo_steps * r.batch_size, f"rloo/{r.seed}", level=r.level) if run.embedded else \
         list(map(plain, run.prompts))
-    rloo = train_step(run, "rloo", "RLOO from the SFT model", stages.rloo, sft, prompts,
-                      settings(run, RLOO, learning_rate=r.rloo_learning_rate, beta=r.rloo_beta, num_samples=r.rloo_samples, max_steps=r.rloo_steps,
-                               max_new_tokens=r.max_new_tokens, too_long=r.too_long),
-                               reward_model=reward_model)
+    its_settings = settings(run, RLOO, learning_rate=r.rloo_learning_rate, beta=r.rloo_beta, num_samples=r.rloo_samples,
+                            max_steps=r.rloo_steps, max_new_tokens=r.max_new_tokens, too_long=r.too_long,
+                            keep_cut=False)
+    rloo = train_step(run, "rloo", "RLOO from the SFT model", stages.rloo, sft, prompts, its_settings,
+                      reward_model=reward_model)
     keep("rloo", "SFT + RLOO", "arm", rloo, "sft")
     no_shared = train_clusters_and_merge(run, "no-shared", "SFT without shared languages", stages.sft, base,
                                          reward_rows, sft_settings(run), r.sft_epochs, shared=[])

@@ -11,8 +11,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from aya_min.config import SFT
 from aya_min.data import (Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs,
-                          conversation, encode_example, load_examples, load_pairs, load_prompts, make_batches, preference,
-                          read_jsonl, slots_of)
+                          encode_example, load_examples, load_pairs, load_prompts, make_batches, read_jsonl, slots_of)
+from aya_min.rows import conversation, preference
 from aya_min.tokenizer import train_tokenizer
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
