@@ -91,8 +91,8 @@ class ModelConfig:
         kinds = self.layer_types
         if not (isinstance(kinds, list) and len(kinds) == self.num_hidden_layers
                 and all(kind in ("sliding_attention", "full_attention") for kind in kinds)):
-            raise ValueError(f"layer_types {kinds!r:.80} must be sliding_attention or full_attention for each "
-                             f"of {self.num_hidden_layers} layers")
+            raise ValueError(f"layer_types {kinds!r:.80} must be sliding_attention or full_attention for "
+                             f"each of {self.num_hidden_layers} layers")
         if "sliding_attention" in self.layer_types and (type(self.sliding_window) is not int or self.sliding_window < 1):
             raise ValueError(f"sliding_window {self.sliding_window!r} must be a whole number above 0")
 
@@ -106,7 +106,7 @@ class ModelConfig:
 
     @classmethod
     def from_published(cls, raw, where="config.json"):
-        """From a published config.json (a dict). rope_theta is read from all places where it was ever kept."""
+        """From a published config.json (a dict). rope_theta is read from all places where it was kept."""
         for name, value in MEANINGLESS.items():
             if raw.get(name) is None and name != "hidden_act" or raw.get(name, value) == value:
                 continue

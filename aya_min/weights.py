@@ -179,7 +179,7 @@ def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.
 
 
 def write_descriptions(folder, model, tokenizer, dtype):
-    """Everything of a model folder but the weights: what describes the model, its tokenizer, and what came along."""
+    """All of a model folder but the weights: what describes the model, its tokenizer, and what came along."""
     config = model.config.published(model.task, str(dtype).removeprefix("torch."))
     if isinstance(model, RewardModel):
         config["tie_word_embeddings"] = True        # its log-probs are those of the embeddings
