@@ -54,11 +54,14 @@ class ModelConfig:
     sliding_window_pattern: InitVar[int] = 4    # the older way to say layer_types: every so many layers one is full
 
     def __post_init__(self, sliding_window_pattern):
-        for name, (kind, interval) in INTERVALS.items():
-            value = getattr(self, name)
-            if value is not None and not (type(value) in (int, kind) and in_range(value, interval)):
-                raise ValueError(f"{name} {value!r:.80} must be {describe(kind, interval)}")
-            setattr(self, name, None if value is None else kind(value))     # transformers takes no 1 for 1.0
+        given = {name: getattr(self, name) for name in INTERVALS if getattr(self, name) is not None}
+        wrong = [name for name, value in given.items() if not (
+            type(value) in (int, INTERVALS[name][0]) and in_range(value, INTERVALS[name][1]))]
+        if wrong:
+            named = ", ".join(f"{name} {given[name]!r:.80}" for name in wrong)
+            raise ValueError(f"{named}: must be {', '.join(describe(*INTERVALS[name]) for name in wrong)}")
+        for name, value in given.items():
+            setattr(self, name, INTERVALS[name][0](value))          # transformers takes no 1 for 1.0
         for name in BOOLEANS:
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} {getattr(self, name)!r:.80} must be true or false")
@@ -88,8 +91,8 @@ class ModelConfig:
         kinds = self.layer_types
         if not (isinstance(kinds, list) and len(kinds) == self.num_hidden_layers
                 and all(kind in ("sliding_attention", "full_attention") for kind in kinds)):
-            raise ValueError(f"layer_types {kinds!r:.80} must be sliding_attention or full_attention for each "
-                             f"of {self.num_hidden_layers} layers")
+            raise ValueError(f"layer_types {kinds!r:.80} must be sliding_attention or full_attention for "
+                             f"each of {self.num_hidden_layers} layers")
         if "sliding_attention" in self.layer_types and (type(self.sliding_window) is not int or self.sliding_window < 1):
             raise ValueError(f"sliding_window {self.sliding_window!r} must be a whole number above 0")
 
@@ -103,7 +106,7 @@ class ModelConfig:
 
     @classmethod
     def from_published(cls, raw, where="config.json"):
-        """From a published config.json (a dict). rope_theta is read from all places where it was ever kept."""
+        """From a published config.json (a dict). rope_theta is read from all places where it was kept."""
         for name, value in MEANINGLESS.items():
             if raw.get(name) is None and name != "hidden_act" or raw.get(name, value) == value:
                 continue
@@ -133,7 +136,7 @@ def rope_theta_of(raw):
     """
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if isinstance(rope, dict) and rope and all(isinstance(part, dict) for part in rope.values()):
-        raise ValueError("rope_parameters for each type of layer are not supported; supported: one for all")
+        raise ValueError("rope_parameters for each type of layer, like scaled rope, are not supported")
     plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
     if not isinstance(rope, dict) or any(value not in (None, plain.get(name))
                                          for name, value in rope.items() if name != "rope_theta"):

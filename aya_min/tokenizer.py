@@ -98,7 +98,7 @@ def is_coheres(config):
 
 
 def is_rebuilt_alike(bpe, config):
-    """Whether a tokenizer does what CohereTokenizer of transformers does, which takes tokens and merges of it.
+    """Whether a tokenizer does what CohereTokenizer of transformers does, which takes its tokens and merges.
 
     Its added tokens are those of the settings' added_tokens_decoder, if there is one.
     """
@@ -214,7 +214,7 @@ class Tokenizer:
         return meaning_of(self.files.get("tokenizer.json") or self.bpe.to_str())
 
     def key(self, text):
-        """What makes two answers the same: their ids, in which the normalizer and the template's strip count."""
+        """What makes two answers the same: their ids, after the normalizer and the template's strip."""
         return tuple(self.encode(self.turns.text("assistant", text)))
 
     def spelled(self, text):

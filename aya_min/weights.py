@@ -23,7 +23,7 @@ import torch
 from . import distributed, tensorfiles
 from .checkpoint import replace_folder
 from .config import ModelConfig, stop_ids
-from .files import own_file, read_bytes, read_json, scratch, write_json
+from .files import own_file, read_bytes, read_json, scratch
 from .model import CohereForCausalLM, RewardModel, initial_value
 from .tokenizer import FILES, load_tokenizer
 
@@ -166,11 +166,11 @@ def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.
     if distributed.is_main():
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with scratch(folder) as beside:
-            made = beside / "model"
+        with scratch(folder) as place:
+            made = place / folder.name
             made.mkdir()
             tensorfiles.write(made, files, tensors)
-            write_the_rest(made, model, tokenizer, dtype)
+            write_descriptions(made, model, tokenizer, dtype)
             replace_folder(made, folder)
     else:
         for _ in tensors:                       # gathering each is a collective
@@ -178,18 +178,18 @@ def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.
     distributed.barrier()
 
 
-def write_the_rest(folder, model, tokenizer, dtype):
-    """Everything of a model folder but the weights, what came with the model included."""
+def write_descriptions(folder, model, tokenizer, dtype):
+    """All of a model folder but the weights: what describes the model, its tokenizer, and what came along."""
     config = model.config.published(model.task, str(dtype).removeprefix("torch."))
     if isinstance(model, RewardModel):
         config["tie_word_embeddings"] = True        # its log-probs are those of the embeddings
-    write_json(folder / "config.json", config)
     generation, others = getattr(model, "came_with", ({}, {}))
     eos = generation.get("eos_token_id")
     stops = stop_ids([*tokenizer.stop_ids, *(stop_ids(eos) if eos is not None else [])])
-    write_json(folder / "generation_config.json", {
-        "bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id, **generation,
-        "eos_token_id": stops if len(stops) > 1 else stops[0]})
+    generation = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id, **generation,
+                  "eos_token_id": stops if len(stops) > 1 else stops[0]}
+    tensorfiles.write_json(folder / "config.json", config)
+    tensorfiles.write_json(folder / "generation_config.json", generation)
     for name, data in others.items():
         (folder / name).write_bytes(data)
     tokenizer.save(folder)

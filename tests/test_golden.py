@@ -1,5 +1,5 @@
-"""The decoder and the tokenizer against transformers' own: recorded logits and ids (tests/golden), and, where transformers
-is installed, folders that it loads as we save them."""
+"""The decoder and the tokenizer against transformers' own: recorded logits and ids (tests/golden), and, where
+transformers is installed, folders that it loads as we save them."""
 
 import gzip
 import json
@@ -108,15 +108,19 @@ def test_it_is_saved_again_as_it_was_and_one_that_is_trained_now_has_the_same_se
     for name, text in recorded["files"].items():
         assert (published / "again" / name).read_text(encoding="utf-8") == text
         then, now = json.loads(text), json.loads((published / name).read_text(encoding="utf-8"))
-        assert {k: v for k, v in then.items() if k != "model"} == {k: v for k, v in now.items() if k != "model"}
+        assert {k: v for k, v in then.items() if k != "model"} == {k: v for k,
+            v in now.items() if k != "model"}
 
 
-def test_a_folder_of_before_that_names_coheres_class_is_saved_under_the_one_that_reads_our_file(recorded, published):
+def test_a_folder_of_before_that_names_coheres_class_is_saved_under_the_one_that_reads_our_file(recorded,
+        published):
     """transformers 5 rebuilds CohereTokenizerFast, without our cut at Han characters."""
     path = published / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "CohereTokenizerFast", "legacy": True}))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")),
+        "tokenizer_class": "CohereTokenizerFast", "legacy": True}))
     (published / "again").mkdir()
     load_tokenizer(published).save(published / "again")
     about = json.loads((published / "again" / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert about["tokenizer_class"] == "PreTrainedTokenizerFast" and about["legacy"] is True
-    assert (published / "again" / "tokenizer.json").read_text(encoding="utf-8") == recorded["files"]["tokenizer.json"]
+    assert (published / "again" / "tokenizer.json").read_text(encoding="utf-8") == recorded["files"]["tokeni"
+        "zer.json"]

@@ -12,7 +12,8 @@ from aya_min.data import encode_example
 from aya_min.languages import LANGUAGES
 from aya_min.template import Template
 from aya_min.template import Template
-from aya_min.tokenizer import CHAT_TEMPLATE, RESPONSE, RESPONSE_TEMPLATE, SPECIALS, load_tokenizer, meaning_of, train_tokenizer
+from aya_min.tokenizer import (CHAT_TEMPLATE, RESPONSE, RESPONSE_TEMPLATE, SPECIALS, load_tokenizer, meaning_of,
+                               train_tokenizer)
 from aya_min.turns import read_turns
 
 WORDS = Path(__file__).parent.parent / "aya_min" / "words"
@@ -61,9 +62,12 @@ COMMAND_A = ("{{ bos_token }}" + WITH_TOOLS + "{%- if messages[0]['role'] == 'sy
              "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>{% endif %}\n{%- endif %}")
 TEMPLATES = {"aya": AYA, "command-r7b": COMMAND_R7B, "tiny-aya": TINY_AYA, "command-a": COMMAND_A}
 
-TURNS = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>' }}"
-         "{% elif m['role'] == 'user' %}{{ '<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>' }}"
-         "{% else %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>' }}{% endif %}{% endfor %}"
+TURNS = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' "
+         "+ m['content'] + '<|END_OF_TURN_TOKEN|>' }}"
+         "{% elif m['role'] == 'user' %}{{ '<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' + m['content'] + "
+         "'<|END_OF_TURN_TOKEN|>' }}"
+         "{% else %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>' "
+         "}}{% endif %}{% endfor %}"
          "{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}")
 PLAIN = "{{ bos_token }}" + TURNS
 NO_SYSTEM = "{{ bos_token }}{% if messages[0]['role'] != 'system' %}"
@@ -75,82 +79,130 @@ FOLLOWED = {
     "no bos": TURNS,
     "a bos that is written out": "<BOS_TOKEN>" + TURNS,
     "a default system turn, literal": NO_SYSTEM + SYSTEM_TURN + "{% endif %}" + TURNS,
-    "a default system turn, joined": NO_SYSTEM + "{{ '" + SYSTEM_TURN[:-24] + "' ~ '" + SYSTEM_TURN[-24:] + "' }}{% endif %}" + TURNS,
+    "a default system turn, joined": NO_SYSTEM + "{{ '" + SYSTEM_TURN[:-24] + "' ~ '" + SYSTEM_TURN[-24:] +
+    "' }}{% endif %}" + TURNS,
     "a system turn as a user's": PLAIN.replace("<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>"),
     "trim": PLAIN.replace("m['content']", "m['content'] | trim"),
-    "only answers are stripped": PLAIN.replace("<|CHATBOT_TOKEN|>' + m['content']", "<|CHATBOT_TOKEN|>' + m.content.strip()"),
+    "only answers are stripped": PLAIN.replace("<|CHATBOT_TOKEN|>' + m['content']",
+    "<|CHATBOT_TOKEN|>' + m.content.strip()"),
     "eos ends a turn": PLAIN.replace("'<|END_OF_TURN_TOKEN|>'", "eos_token"),
     "words around the system turn": PLAIN.replace("'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + m['content']",
-                                                  "'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Rules\n' + m['content'] + '\n# End'"),
-    "a macro": "{% macro turn(name, text='') %}<|START_OF_TURN_TOKEN|><|{{ name }}_TOKEN|>{{ text }}{% endmacro %}{{ bos_token }}"
-               "{% for m in messages %}{{ turn({'user': 'USER', 'system': 'SYSTEM'}.get(m.role, 'CHATBOT'), m.content | trim) }}<|END_OF_TURN_TOKEN|>"
+                                                  "'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Rules"
+                                                  "\n' + m['content'] + '\n# End'"),
+    "a macro": "{% macro turn(name, text='') %}<|START_OF_TURN_TOKEN|><|{{ name }}_TOKEN|>{{ text }}{% "
+               "endmacro %}{{ bos_token }}"
+               "{% for m in messages %}{{ turn({'user': 'USER', 'system': 'SYSTEM'}.get(m.role, 'CHATBOT'), "
+               "m.content | trim) }}<|END_OF_TURN_TOKEN|>"
                "{% endfor %}{% if add_generation_prompt %}{{ turn('CHATBOT') }}{% endif %}",
-    "comments, breaks of lines and tags that trim": "{# A template #}\n{{- bos_token }}\n{%- for m in messages -%}\n    {%- if m.role == 'user' %}\n"
-        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>\n    {%- elif m.role == 'system' -%}\n"
+    "comments, breaks of lines and tags that trim": "{# A template #}\n{{- bos_token }}\n{%- for m in "
+    "messages -%}\n    {%- if m.role == 'user' %}\n"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>\n    {%- elif m.role == "
+        "'system' -%}\n"
         "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>\n    {%- else -%}\n"
-        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>{% endif %}\n{%- endfor %}\n"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>{% endif %}"
+        "\n{%- endfor %}\n"
         "{%- if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}\n",
-    "a branch for tools that is not known here": "{% if tools %}{{ strftime_now('%d') }}{% include 'x' %}{{ a ? b }}{% else %}" + PLAIN + "{% endif %}",
-    "roles are checked": "{% if (messages | selectattr('role', 'equalto', 'tool') | list | length) > 0 %}{{ raise_exception('no tools') }}{% endif %}"
-        "{% set ns = namespace(n=0) %}{% for m in messages if m.role != 'system' %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('roles must alternate') }}{% endif %}{% set ns.n = ns.n + 1 %}{% endfor %}" + PLAIN,
-    "content may be a list": "{{ bos_token }}{% for m in messages %}{% if m.content is string %}{% set text = m.content %}{% else %}"
-        "{% set text = m.content[0].text %}{% endif %}<|START_OF_TURN_TOKEN|>{{ '<|USER_TOKEN|>' if m.role == 'user' else '<|SYSTEM_TOKEN|>' if "
+    "a branch for tools that is not known here": "{% if tools %}{{ strftime_now('%d') }}{% include 'x' %}{{ "
+    "a ? b }}{% else %}" + PLAIN + "{% endif %}",
+    "roles are checked": "{% if (messages | selectattr('role', 'equalto', 'tool') | list | length) > 0 %}{{ "
+                         "raise_exception('no tools') }}{% endif %}"
+        "{% set ns = namespace(n=0) %}{% for m in messages if m.role != 'system' %}{% if (m.role == 'user') "
+        "!= (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% set ns.n = ns.n + 1 %}{% endfor %}" +
+        PLAIN,
+    "content may be a list": "{{ bos_token }}{% for m in messages %}{% if m.content is string %}{% set text "
+                             "= m.content %}{% else %}"
+        "{% set text = m.content[0].text %}{% endif %}<|START_OF_TURN_TOKEN|>{{ '<|USER_TOKEN|>' if m.role "
+        "== 'user' else '<|SYSTEM_TOKEN|>' if "
         "m.role == 'system' else '<|CHATBOT_TOKEN|>' }}{{ text }}<|END_OF_TURN_TOKEN|>{% endfor %}"
         "{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' if add_generation_prompt else '' }}",
 }
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% "
+          "endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-LLAMA3 = ("{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
-          "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+LLAMA3 = ("{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + "
+          "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
+          "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% "
+          "endfor %}"
           "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
-GEMMA = ("{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
-         "{% if (m['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = m['role'] %}{% endif %}"
+GEMMA = ("{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not "
+         "supported') }}{% endif %}{% for m in messages %}"
+         "{% if (m['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = m['role'] %}{% "
+         "endif %}"
          "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
          "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")
-INST = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+INST = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' "
+        "[/INST]' }}"
         "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}")
-ZEPHYR = ("{% for m in messages %}\n{% if m['role'] == 'user' %}\n{{ '<|user|>\n' + m['content'] + eos_token }}\n{% elif m['role'] == 'system' %}\n"
-          "{{ '<|system|>\n' + m['content'] + eos_token }}\n{% else %}\n{{ '<|assistant|>\n' + m['content'] + eos_token }}\n{% endif %}\n"
+ZEPHYR = ("{% for m in messages %}\n{% if m['role'] == 'user' %}\n{{ '<|user|>\n' + m['content'] + "
+          "eos_token }}\n{% elif m['role'] == 'system' %}\n"
+          "{{ '<|system|>\n' + m['content'] + eos_token }}\n{% else %}\n{{ '<|assistant|>\n' + m['content'] "
+          "+ eos_token }}\n{% endif %}\n"
           "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}")
 REFUSED = {
     "chatml": (CHATML, "is not control tokens alone"), "llama 3": (LLAMA3, "is not control tokens alone"),
-    "gemma": (GEMMA, "System role not supported"), "inst": (INST, "no control token"), "zephyr": (ZEPHYR, "turn format"),
+    "gemma": (GEMMA, "System role not supported"), "inst": (INST, "no control token"), "zephyr": (ZEPHYR,
+    "turn format"),
     "a date": ("{{ strftime_now('%Y') }}" + PLAIN, r"strftime_now\(\)"),
     "upper case": (PLAIN.replace("m['content']", "m['content'] | upper"), "the filter upper"),
     "upper case by a method": (PLAIN.replace("m['content']", "m['content'].upper()"), "upper"),
-    "a word put before texts": (PLAIN.replace("<|USER_TOKEN|>' +", "<|USER_TOKEN|>Q: ' +"), "'<.*Q: ' around a turn of the user"),
-    "a line before answers": (PLAIN.replace("<|CHATBOT_TOKEN|>", "<|CHATBOT_TOKEN|>\n"), "around a turn of the assistant"),
-    "a line between turns": (PLAIN.replace("{% endfor %}", "{{ '\\n' }}{% endfor %}"), "is not control tokens alone"),
-    "another prompt than opening": (PLAIN.replace("CHATBOT_TOKEN|>' }}", "USER_TOKEN|>' }}"), "asks for an answer with"),
-    "no end of answers": (PLAIN.replace("<|CHATBOT_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>'", "<|CHATBOT_TOKEN|>' + m['content']"), "opens or ends"),
+    "a word put before texts": (PLAIN.replace("<|USER_TOKEN|>' +", "<|USER_TOKEN|>Q: ' +"),
+    "'<.*Q: ' around a turn of the user"),
+    "a line before answers": (PLAIN.replace("<|CHATBOT_TOKEN|>", "<|CHATBOT_TOKEN|>\n"),
+    "around a turn of the assistant"),
+    "a line between turns": (PLAIN.replace("{% endfor %}", "{{ '\\n' }}{% endfor %}"),
+    "is not control tokens alone"),
+    "another prompt than opening": (PLAIN.replace("CHATBOT_TOKEN|>' }}", "USER_TOKEN|>' }}"),
+    "asks for an answer with"),
+    "no end of answers": (PLAIN.replace("<|CHATBOT_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>'",
+    "<|CHATBOT_TOKEN|>' + m['content']"), "opens or ends"),
     "thinking is cut off": (PLAIN.replace("m['content']", "m['content'].split('</think>')[-1]"), "split"),
-    "a word decides": (PLAIN.replace("{% for", "{% if 'json' in messages[0].content %}x{% endif %}{% for"), r"looks into a turn's text \(in\)"),
+    "a word decides": (PLAIN.replace("{% for", "{% if 'json' in messages[0].content %}x{% endif %}{% for"),
+    r"looks into a turn's text \(in\)"),
     "texts are cut": (PLAIN.replace("m['content']", "m['content'][:2000]"), "a slice"),
-    "a letter is replaced": (PLAIN.replace("m['content']", "m['content'] | replace('\u00a0', ' ')"), "replace"),
+    "a letter is replaced": (PLAIN.replace("m['content']", "m['content'] | replace('\u00a0', ' ')"),
+    "replace"),
     "only spaces are stripped": (PLAIN.replace("m['content']", "m['content'].strip(' ')"), "strip"),
-    "only one side is stripped": (PLAIN.replace("m['content']", "m['content'].lstrip()"), "turn format not known"),
-    "only the last user turn is marked": (PLAIN.replace("'<|START_OF_TURN_TOKEN|><|USER_TOKEN|>'", "('<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' if loop.last else '<|USER_TOKEN|>')"),
+    "only one side is stripped": (PLAIN.replace("m['content']", "m['content'].lstrip()"),
+    "turn format not known"),
+    "only the last user turn is marked": (PLAIN.replace("'<|START_OF_TURN_TOKEN|><|USER_TOKEN|>'",
+    "('<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' if loop.last else '<|USER_TOKEN|>')"),
                                           "turn format not known"),
-    "the sixth turn is another": (PLAIN.replace("m['content'] +", "(m['content'] if loop.index < 6 else '') +"), "turn format not known"),
-    "a length decides": (PLAIN.replace("m['content'] +", "('' if m['content'] | length > 900 else m['content']) +"), "the filter length"),
-    "a system turn inside the first user turn": ("{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{% set s = m.content %}{% elif m.role == 'user' %}"
-        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{% if loop.index0 == 1 and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}{{ m.content }}<|END_OF_TURN_TOKEN|>"
-        "{% else %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}", "turn format not known"),
-    "system turns vanish": (PLAIN.replace("'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>'", "''"), "turn format not known"),
+    "the sixth turn is another": (PLAIN.replace("m['content'] +",
+    "(m['content'] if loop.index < 6 else '') +"), "turn format not known"),
+    "a length decides": (PLAIN.replace("m['content'] +", "('' if m['content'] | length > 900 else "
+    "m['content']) +"), "the filter length"),
+    "a system turn inside the first user turn": ("{{ bos_token }}{% for m in messages %}{% if m.role == "
+    "'system' %}{% set s = m.content %}{% elif m.role == 'user' %}"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{% if loop.index0 == 1 and messages[0].role == 'system' %}{{ "
+        "messages[0].content }}{% endif %}{{ m.content }}<|END_OF_TURN_TOKEN|>"
+        "{% else %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>{% endif "
+        "%}{% endfor %}"
+        "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}",
+        "turn format not known"),
+    "system turns vanish": (PLAIN.replace("'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + m['content'] + "
+    "'<|END_OF_TURN_TOKEN|>'", "''"), "turn format not known"),
     "no template": ("", "turn format not known"), "a text": ("hello", "turn format not known"),
-    "a block without end": ("{% if x %}" + PLAIN, "a block has no endif"), "a tag without end": (PLAIN + "{{ x", "has no end"),
+    "a block without end": ("{% if x %}" + PLAIN, "a block has no endif"),
+    "a tag without end": (PLAIN + "{{ x", "has no end"),
     "an end without block": (PLAIN + "{% endfor %}", "stands where no block is open"),
     "a method of objects": ("{{ messages.__class__ }}" + PLAIN, "the method __class__"),
-    "an include": ("{% include 'a' %}" + PLAIN, "the tag include"), "an unknown filter": ("{{ 'a' | md5 }}" + PLAIN, "the filter md5"),
-    "endless": ("{% for a in range(1000) %}{% for b in range(1000) %}{{ '' }}{% endfor %}{% endfor %}" + PLAIN, "steps"),
-    "a text that doubles": ("{% set ns = namespace(x='ab') %}{% for a in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}" + PLAIN, "200,000 characters"),
-    "a number that doubles": ("{% set ns = namespace(x=3) %}{% for a in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}" + PLAIN, "63 bits"),
-    "a list that doubles": ("{% set ns = namespace(x=[1]) %}{% for a in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}" + PLAIN, "200,000 characters"),
-    "a list in a list": ("{% set ns = namespace(x=[1]) %}{% for a in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}" + PLAIN, "printing of a list"),
-    "long numbers": ("{{ 'x' * 1000000000 }}" + PLAIN, "not known here"), "a power": ("{{ 9 ** 9 ** 9 }}" + PLAIN, "not known here"),
-    "a macro that calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + PLAIN, "nested too deeply"),
+    "an include": ("{% include 'a' %}" + PLAIN, "the tag include"),
+    "an unknown filter": ("{{ 'a' | md5 }}" + PLAIN, "the filter md5"),
+    "endless": ("{% for a in range(1000) %}{% for b in range(1000) %}{{ '' }}{% endfor %}{% endfor %}" +
+    PLAIN, "steps"),
+    "a text that doubles": ("{% set ns = namespace(x='ab') %}{% for a in range(99) %}{% set ns.x = ns.x + "
+                            "ns.x %}{% endfor %}" + PLAIN, "200,000 characters"),
+    "a number that doubles": ("{% set ns = namespace(x=3) %}{% for a in range(99) %}{% set ns.x = ns.x * "
+                              "ns.x %}{% endfor %}" + PLAIN, "63 bits"),
+    "a list that doubles": ("{% set ns = namespace(x=[1]) %}{% for a in range(99) %}{% set ns.x = ns.x + "
+                            "ns.x %}{% endfor %}" + PLAIN, "200,000 characters"),
+    "a list in a list": ("{% set ns = namespace(x=[1]) %}{% for a in range(99) %}{% set ns.x = [ns.x, ns.x] "
+                         "%}{% endfor %}{{ ns.x }}" + PLAIN, "printing of a list"),
+    "long numbers": ("{{ 'x' * 1000000000 }}" + PLAIN, "not known here"),
+    "a power": ("{{ 9 ** 9 ** 9 }}" + PLAIN, "not known here"),
+    "a macro that calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + PLAIN,
+    "nested too deeply"),
     "deep brackets": ("{{ " + "(" * 50000 + "1" + ")" * 50000 + " }}" + PLAIN, "not known here"),
     "deep blocks": ("{% if true %}" * 15000 + PLAIN + "{% endif %}" * 15000, "characters|nested too deeply"),
     "too long": (PLAIN + "{# x #}" * 50000, "characters, more than 200,000"),
@@ -235,11 +287,14 @@ def test_two_answers_are_the_same_if_their_ids_are(small, tmp_path):
 def test_only_the_assistant_turns_that_are_asked_for_are_supervised(small, published):
     messages = turns("hi", "!", "hi", "!!", system="hi")
     ids, mask = small.encode_chat(messages)
-    for wanted, said in (([True] * 5, [MARK, END, MARK, MARK, END]), ([False, False, False, False, True], [MARK, MARK, END]),
-                         ([True, True, 1, True, 0], [MARK, END]), ([0] * 5, []), (None, [MARK, END, MARK, MARK, END])):
+    for wanted, said in (([True] * 5, [MARK, END, MARK, MARK, END]), ([False, False, False, False, True],
+            [MARK, MARK, END]),
+                         ([True, True, 1, True, 0], [MARK, END]), ([0] * 5, []), (None, [MARK, END, MARK,
+                         MARK, END])):
         same, chosen = small.encode_chat(messages, supervised=wanted)
         assert same == ids and supervised(same, chosen) == said
-    same, chosen = published.encode_chat(messages[1:], supervised=[False, False, False, True])      # gets a system turn
+    # gets a system turn
+    same, chosen = published.encode_chat(messages[1:], supervised=[False, False, False, True])
     assert written(published, supervised(same, chosen)) == "!!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
     with pytest.raises(ValueError):
         small.encode_chat(messages, supervised=[True])
@@ -307,7 +362,8 @@ def test_a_forged_turn_stays_inside_the_users_turn(multilingual):
 def test_command_r7b_opens_an_answer_with_a_marker_and_the_model_says_the_other_one_and_the_end(published):
     assert published.start_of_turn_id > 260 and published.bos_id == BOS     # found by name, at the end of the vocabulary
     ids, mask = published.encode_chat(turns("hi", "hi!"))
-    assert written(published, ids) == ("<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|USER_TOKEN|>hi"
+    assert written(published, ids) == ("<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|END_OF_TURN_TOKEN|><|START_"
+                                       "OF_TURN_TOKEN|><|USER_TOKEN|>hi"
                                        "<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>hi!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>")
     assert written(published, supervised(ids, mask)) == "hi!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
     assert written(published, published.encode_prompt("hi")).endswith("<|CHATBOT_TOKEN|><|START_RESPONSE|>")
@@ -342,7 +398,8 @@ def test_conversations_are_what_the_published_template_renders(name, where, tmp_
 def test_a_preamble_comes_before_what_the_user_sets(tmp_path):
     """Jinja as transformers sets it (trim_blocks) drops the first newline after an `if`."""
     tokenizer = load_tokenizer(publish(tmp_path / "model", TINY_AYA))
-    for given, said in ((None, "# Preamble\nBe good.\n\n- Be brief."), ("", "# Preamble\nBe good.\n\n- Be brief."),
+    for given, said in ((None, "# Preamble\nBe good.\n\n- Be brief."), ("",
+            "# Preamble\nBe good.\n\n- Be brief."),
                         (" ", "# Preamble\nBe good.\n\n- Be brief.\n# More\n "),
                         ("Rhyme.", "# Preamble\nBe good.\n\n- Be brief.\n# More\nRhyme.")):
         assert tokenizer.turns.texts(turns("hi", system=given)) == [("system", said), ("user", "hi")]
@@ -358,8 +415,10 @@ def test_markers_in_the_vocabulary_count_only_if_the_template_uses_them_or_there
 
 @pytest.mark.parametrize("template, match", [
     ([{"name": "rag", "template": AYA}], "the chat templates are rag; one must be named default"),
-    (AYA.replace("CHATBOT_TOKEN|>' }}", "CHATBOT_TOKEN|><|START_THINKING|>' }}"), r"asks for an answer with '.*<\|START_THINKING\|>', and opens answers with"),
-    (TINY_AYA.replace("- Be brief.", "Today is {{ strftime_now('%d') }}."), r"cannot be followed: it uses strftime_now\(\)")])
+    (AYA.replace("CHATBOT_TOKEN|>' }}", "CHATBOT_TOKEN|><|START_THINKING|>' }}"),
+    r"asks for an answer with '.*<\|START_THINKING\|>', and opens answers with"),
+    (TINY_AYA.replace("- Be brief.", "Today is {{ strftime_now('%d') }}."),
+    r"cannot be followed: it uses strftime_now\(\)")])
 def test_a_template_that_cannot_be_followed_is_refused_with_its_folder(template, match, tmp_path):
     with pytest.raises(ValueError, match=match) as error:
         load_tokenizer(publish(tmp_path / "model", template))
@@ -369,22 +428,29 @@ def test_a_template_that_cannot_be_followed_is_refused_with_its_folder(template,
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_a_template_of_another_shape_is_followed_exactly(name, tmp_path):
     jinja2 = pytest.importorskip("jinja2")
-    tokenizer, source = load_tokenizer(publish(tmp_path / "model", FOLLOWED[name])), FOLLOWED[name].replace("{{ a ? b }}", "")
+    tokenizer, source = load_tokenizer(publish(tmp_path / "model",
+        FOLLOWED[name])), FOLLOWED[name].replace("{{ a ? b }}", "")
     render, rng = environment(jinja2).from_string(source, {"strftime_now": None}).render, random.Random(name)
-    pieces = ["a", " ", "\n", "\t", "नमस्ते", "世界", "\u200b", "{{ x }}", "'", "\\", "12", "<", "\u3000", "\r\n"]
+    pieces = ["a", " ", "\n", "\t", "नमस्ते", "世界", "\u200b", "{{ x }}", "'", "\\", "12", "<", "\u3000",
+        "\r\n"]
     for n in range(60):
         said = ["".join(rng.choices(pieces, k=rng.randint(1, 9))) or "a" for _ in range(rng.randint(1, 9))]
-        messages = turns(*said, system=rng.choice([None, "Be kind.", said[0], "".join(rng.choices(pieces, k=4))]))
-        text = render(messages=messages, bos_token="<BOS_TOKEN>", eos_token="<|END_OF_TURN_TOKEN|>", add_generation_prompt=n % 2 == 0)
+        messages = turns(*said, system=rng.choice([None, "Be kind.", said[0], "".join(rng.choices(pieces,
+            k=4))]))
+        text = render(messages=messages, bos_token="<BOS_TOKEN>", eos_token="<|END_OF_TURN_TOKEN|>",
+            add_generation_prompt=n % 2 == 0)
         ids, mask = tokenizer.encode_chat(messages, n % 2 == 0)
         assert ids == with_tokens(tokenizer, text)
         ends = sum(m["role"] == "assistant" for m in messages)
         assert supervised(ids, mask).count(tokenizer.end_of_turn_id) == ends
 
 
-BITS = ["user", "system", "loop.index0", "loop.last", "not ", "messages[0]", " | trim", ".strip()", " | upper",
-        "{{ m['content'] }}", "{{ bos_token }}", "{% if true %}", "{% endif %}", "\n", " ", "-%}", "|length > 3",
-        "eos_token", "'<|USER_TOKEN|>'", "<|END_OF_TURN_TOKEN|>", " or true", " and loop.first", " == ", "1:", " ~ "]
+BITS = ["user", "system", "loop.index0", "loop.last", "not ", "messages[0]", " | trim", ".strip()",
+    " | upper",
+        "{{ m['content'] }}", "{{ bos_token }}", "{% if true %}", "{% endif %}", "\n", " ", "-%}",
+        "|length > 3",
+        "eos_token", "'<|USER_TOKEN|>'", "<|END_OF_TURN_TOKEN|>", " or true", " and loop.first", " == ", "1:",
+        " ~ "]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -393,7 +459,8 @@ def test_a_template_with_random_faults_is_followed_exactly_or_refused(seed):
     rng, env, num_followed = random.Random(seed), environment(jinja2), 0
     tokens = {"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>"}
     for _ in range(150):
-        parts = re.findall(r"\w+|\s|\{%-?|-?%\}|\{\{|\}\}|.", rng.choice([*TEMPLATES.values(), PLAIN, *FOLLOWED.values()]), re.S)
+        parts = re.findall(r"\w+|\s|\{%-?|-?%\}|\{\{|\}\}|.", rng.choice([*TEMPLATES.values(), PLAIN,
+            *FOLLOWED.values()]), re.S)
         for _ in range(rng.randint(1, 2)):
             at = rng.randrange(len(parts))
             parts[at:at + rng.randint(0, 2)] = rng.choices(BITS, k=rng.randint(0, 1))
@@ -406,7 +473,8 @@ def test_a_template_with_random_faults_is_followed_exactly_or_refused(seed):
         for n in range(8):
             said = ["a" + "".join(rng.choices(["b", " ", "\n", "{{"], k=3)) for _ in range(rng.randint(1, 6))]
             messages = turns(*said, system=rng.choice([None, "Be kind.", "", " "]))
-            wanted = render(messages=messages, add_generation_prompt=n % 2 == 0, tools=None, documents=None, **tokens)
+            wanted = render(messages=messages, add_generation_prompt=n % 2 == 0, tools=None, documents=None,
+                **tokens)
             assert turns_of.written(messages, n % 2 == 0) == wanted, "".join(parts)
     assert num_followed >= 3
 
@@ -414,7 +482,8 @@ def test_a_template_with_random_faults_is_followed_exactly_or_refused(seed):
 def with_tokens(tokenizer, text):
     """The ids of a rendered text, control tokens read as such: what transformers makes of it."""
     return [i for part in CONTROL_TOKEN.split(text) if part
-            for i in ([tokenizer.bpe.token_to_id(part)] if CONTROL_TOKEN.fullmatch(part) else tokenizer.encode(part))]
+            for i in ([tokenizer.bpe.token_to_id(part)] if CONTROL_TOKEN.fullmatch(part) else
+            tokenizer.encode(part))]
 
 
 CONTROL_TOKEN = re.compile(r"(<\|[A-Z_]+\|>|<BOS_TOKEN>)")
@@ -428,28 +497,38 @@ def test_a_template_that_is_not_followed_is_refused_by_name_at_once(name, tmp_pa
     with pytest.raises(ValueError, match=match) as error:
         load_tokenizer(tmp_path / "model")
     assert time.process_time() - started < 2
-    assert str(tmp_path / "model") in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
+    assert str(tmp_path /
+        "model") in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
-EXPRESSIONS = """a ~ b + c | a + b ~ c | 1 + 2 * 3 - 4 // 3 % 2 | (1, 2)[0] | [1, [2, 3]][1][0] | {'k': a}['k'] | {'k': a}.k | not a is none and b is string | a is not none
-a if n else b | a if z | (a if z) ~ 'x' | a == 'x' or b == 'y' and not n | n in [1, 2, 3] | n not in [1, 2] | a in 'axe' | 'it''s' | 'tab\\tend\\n' | "dq '" | d.k.j.m is defined
-d.k is mapping | u is defined | u is undefined | u | default(a) | z | default('d', true) | a | upper | lower ~ b | a.strip().upper() | a.replace('x', 'yy') | xs | join('-') | xs | length
-xs[-1] | xs[1:] | join(',') | xs[::-1] | join | a[0] | a[5] | a[5] is defined | xs | first | xs | last | n is divisibleby 3 | n is odd | n is not even | a is eq 'x' | a is in ['x', 'y']
-a | trim | length > 0 | n > 1 and n <= 3 | 1 < n < 9 | none | true | d.items() | list | length | d.get('k').j | d.get('nope', 'no') | d['nope'] | d.nope is none | a | tojson | n | tojson
-namespace(x=n).x | range(3) | list | join | range(1, 6, 2) | join | a.startswith('x') | 'a,b'.split(',')[1] | (n | string) ~ 1 | -n | n / 2 | '%s' | a | capitalize | a | replace('x', 'z')
-rows | selectattr('r', 'equalto', 'u') | list | length | rows | map(attribute='r') | join('/') | rows | rejectattr('r', 'eq', 'u') | map(attribute='r') | join | 'x' in xs | none is none
-loop is defined | a ~ none ~ true ~ 1.5 | a != b | d == {} | xs == ['x', 'y'] | xs + [a] | join | n * n - n ~ a | z or b | a and b | (a, b) | join | 3 | string | n | int + 1"""
+EXPRESSIONS = """a ~ b + c | a + b ~ c | 1 + 2 * 3 - 4 // 3 % 2 | (1, 2)[0] | [1, [2, 3]][1][0]
+{'k': a}['k'] | {'k': a}.k | not a is none and b is string | a is not none | a if n else b | a if z
+(a if z) ~ 'x' | a == 'x' or b == 'y' and not n | n in [1, 2, 3] | n not in [1, 2] | a in 'axe' | 'it''s'
+'tab\\tend\\n' | "dq '" | d.k.j.m is defined | d.k is mapping | u is defined | u is undefined | u
+default(a) | z | default('d', true) | a | upper | lower ~ b | a.strip().upper() | a.replace('x', 'yy')
+xs | join('-') | xs | length | xs[-1] | xs[1:] | join(',') | xs[::-1] | join | a[0] | a[5]
+a[5] is defined | xs | first | xs | last | n is divisibleby 3 | n is odd | n is not even | a is eq 'x'
+a is in ['x', 'y'] | a | trim | length > 0 | n > 1 and n <= 3 | 1 < n < 9 | none | true | d.items() | list
+length | d.get('k').j | d.get('nope', 'no') | d['nope'] | d.nope is none | a | tojson | n | tojson
+namespace(x=n).x | range(3) | list | join | range(1, 6, 2) | join | a.startswith('x')
+'a,b'.split(',')[1] | (n | string) ~ 1 | -n | n / 2 | '%s' | a | capitalize | a | replace('x', 'z') | rows
+selectattr('r', 'equalto', 'u') | list | length | rows | map(attribute='r') | join('/') | rows
+rejectattr('r', 'eq', 'u') | map(attribute='r') | join | 'x' in xs | none is none | loop is defined
+a ~ none ~ true ~ 1.5 | a != b | d == {} | xs == ['x', 'y'] | xs + [a] | join | n * n - n ~ a | z or b
+a and b | (a, b) | join | 3 | string | n | int + 1"""
 
 
 def test_expressions_are_worth_what_jinja_says():
     jinja2 = pytest.importorskip("jinja2")
-    known = {"a": "x", "b": " Y\n", "c": "é", "n": 3, "z": "", "d": {"k": {"j": "v"}}, "xs": ["x", "y"], "rows": [{"r": "u"}, {"r": "s"}]}
+    known = {"a": "x", "b": " Y\n", "c": "é", "n": 3, "z": "", "d": {"k": {"j": "v"}}, "xs": ["x", "y"],
+        "rows": [{"r": "u"}, {"r": "s"}]}
     env = environment(jinja2)
     env.filters["tojson"], env.globals["namespace"] = json.dumps, jinja2.utils.Namespace
     tried = 0
     for line in EXPRESSIONS.splitlines():
         parts = line.split(" | ")
-        for start in range(len(parts)):                     # each part alone, and with what filters may follow
+        # each part alone, and with what filters may follow
+        for start in range(len(parts)):
             for end in range(start + 1, min(start + 5, len(parts)) + 1):
                 source = "{{ " + " | ".join(parts[start:end]) + " }}"
                 try:
@@ -465,13 +544,23 @@ def test_expressions_are_worth_what_jinja_says():
 
 
 @pytest.mark.parametrize("source", [
-    "a\n  {% if true %}\n  b\n  {% endif %}\nc\n", "  {{ a }}  \n", "x {%- if true -%} y {%- endif -%} z", "a\n{# c #}\nb", "{% raw %}{{ x }}{% endraw %}\n", "a{%+ if true +%}\nb{% endif %}",
-    "{% for x in xs %}{{ loop.index }}{{ x }}{% if not loop.last %}, {% endif %}{% else %}none{% endfor %}", "{% for x in [] %}a{% else %}none{% endfor %}",
-    "{% for x in xs if x != 'x' %}{{ loop.length }}{{ x }}{% endfor %}", "{% for k, v in d.items() %}{{ k }}={{ v.j }}{% endfor %}", "{% set x = 1 %}{% for y in xs %}{% set x = 2 %}{% endfor %}{{ x }}",
-    "{% set ns = namespace(x=1) %}{% for y in xs %}{% set ns.x = ns.x + 1 %}{% endfor %}{{ ns.x }}", "{% set x %} b {% endset %}[{{ x }}]", "{% macro m(p, q='z') %}{{ p }}{{ q }}{% endmacro %}{{ m('a') }}{{ m(1, q=2) }}",
-    "{% for x in xs %}{% if x == 'x' %}{% continue %}{% endif %}{{ x }}{% break %}{% endfor %}", "{% if a == 'q' %}1{% elif n == 3 %}2{% else %}3{% endif %}", "{{ '%}' }}{{ {'a': {'b': 1}}['a']['b'] }}",
-    "a\r\nb\r\n", "\n\n{%- if true %}\n\n x{% endif %}\n\n", "\t{%- set q = 'v' %}\n   {{- q -}}   \n z", "{% if true %}  {% if true %}\n y{% endif %}{% endif %}", "{{ a }}\n{{ a }}\n",
-    "{# a #}\n   {#- b -#}   \nc", "{% for i in range(3) %}\n  {{ i }}\n{% endfor %}\nend", "{% set x = a if n == 2 %}[{{ x }}]", "{% if u %}a{% else %}b{% endif %}{{ u }}", "{%if a%}{{a}}{%endif%}"])
+    "a\n  {% if true %}\n  b\n  {% endif %}\nc\n", "  {{ a }}  \n", "x {%- if true -%} y {%- endif -%} z",
+    "a\n{# c #}\nb", "{% raw %}{{ x }}{% endraw %}\n", "a{%+ if true +%}\nb{% endif %}",
+    "{% for x in xs %}{{ loop.index }}{{ x }}{% if not loop.last %}, {% endif %}{% else %}none{% endfor %}",
+    "{% for x in [] %}a{% else %}none{% endfor %}",
+    "{% for x in xs if x != 'x' %}{{ loop.length }}{{ x }}{% endfor %}",
+    "{% for k, v in d.items() %}{{ k }}={{ v.j }}{% endfor %}", "{% set x = 1 %}{% for y in xs %}{% set x = "
+    "2 %}{% endfor %}{{ x }}",
+    "{% set ns = namespace(x=1) %}{% for y in xs %}{% set ns.x = ns.x + 1 %}{% endfor %}{{ ns.x }}",
+    "{% set x %} b {% endset %}[{{ x }}]", "{% macro m(p, q='z') %}{{ p }}{{ q }}{% endmacro %}{{ m('a') "
+    "}}{{ m(1, q=2) }}",
+    "{% for x in xs %}{% if x == 'x' %}{% continue %}{% endif %}{{ x }}{% break %}{% endfor %}",
+    "{% if a == 'q' %}1{% elif n == 3 %}2{% else %}3{% endif %}", "{{ '%}' }}{{ {'a': {'b': 1}}['a']['b'] }}",
+    "a\r\nb\r\n", "\n\n{%- if true %}\n\n x{% endif %}\n\n", "\t{%- set q = 'v' %}\n   {{- q -}}   \n z",
+    "{% if true %}  {% if true %}\n y{% endif %}{% endif %}", "{{ a }}\n{{ a }}\n",
+    "{# a #}\n   {#- b -#}   \nc", "{% for i in range(3) %}\n  {{ i }}\n{% endfor %}\nend",
+    "{% set x = a if n == 2 %}[{{ x }}]", "{% if u %}a{% else %}b{% endif %}{{ u }}",
+    "{%if a%}{{a}}{%endif%}"])
 def test_blocks_and_white_space_are_what_jinja_makes_of_them(source):
     jinja2 = pytest.importorskip("jinja2")
     known = {"a": "x", "n": 3, "d": {"k": {"j": "v"}}, "xs": ["x", "y"]}
@@ -492,13 +581,15 @@ loop is defined | a ~ none ~ true ~ 1.5 | a != b | d == {} | xs == ['x', 'y'] | 
 
 def test_expressions_are_worth_what_jinja_says():
     jinja2 = pytest.importorskip("jinja2")
-    known = {"a": "x", "b": " Y\n", "c": "é", "n": 3, "z": "", "d": {"k": {"j": "v"}}, "xs": ["x", "y"], "rows": [{"r": "u"}, {"r": "s"}]}
+    known = {"a": "x", "b": " Y\n", "c": "é", "n": 3, "z": "", "d": {"k": {"j": "v"}}, "xs": ["x", "y"],
+        "rows": [{"r": "u"}, {"r": "s"}]}
     env = environment(jinja2)
     env.filters["tojson"], env.globals["namespace"] = json.dumps, jinja2.utils.Namespace
     tried = 0
     for line in EXPRESSIONS.splitlines():
         parts = line.split(" | ")
-        for start in range(len(parts)):                     # each part alone, and with what filters may follow
+        # each part alone, and with what filters may follow
+        for start in range(len(parts)):
             for end in range(start + 1, min(start + 5, len(parts)) + 1):
                 source = "{{ " + " | ".join(parts[start:end]) + " }}"
                 try:
@@ -514,13 +605,23 @@ def test_expressions_are_worth_what_jinja_says():
 
 
 @pytest.mark.parametrize("source", [
-    "a\n  {% if true %}\n  b\n  {% endif %}\nc\n", "  {{ a }}  \n", "x {%- if true -%} y {%- endif -%} z", "a\n{# c #}\nb", "{% raw %}{{ x }}{% endraw %}\n", "a{%+ if true +%}\nb{% endif %}",
-    "{% for x in xs %}{{ loop.index }}{{ x }}{% if not loop.last %}, {% endif %}{% else %}none{% endfor %}", "{% for x in [] %}a{% else %}none{% endfor %}",
-    "{% for x in xs if x != 'x' %}{{ loop.length }}{{ x }}{% endfor %}", "{% for k, v in d.items() %}{{ k }}={{ v.j }}{% endfor %}", "{% set x = 1 %}{% for y in xs %}{% set x = 2 %}{% endfor %}{{ x }}",
-    "{% set ns = namespace(x=1) %}{% for y in xs %}{% set ns.x = ns.x + 1 %}{% endfor %}{{ ns.x }}", "{% set x %} b {% endset %}[{{ x }}]", "{% macro m(p, q='z') %}{{ p }}{{ q }}{% endmacro %}{{ m('a') }}{{ m(1, q=2) }}",
-    "{% for x in xs %}{% if x == 'x' %}{% continue %}{% endif %}{{ x }}{% break %}{% endfor %}", "{% if a == 'q' %}1{% elif n == 3 %}2{% else %}3{% endif %}", "{{ '%}' }}{{ {'a': {'b': 1}}['a']['b'] }}",
-    "a\r\nb\r\n", "\n\n{%- if true %}\n\n x{% endif %}\n\n", "\t{%- set q = 'v' %}\n   {{- q -}}   \n z", "{% if true %}  {% if true %}\n y{% endif %}{% endif %}", "{{ a }}\n{{ a }}\n",
-    "{# a #}\n   {#- b -#}   \nc", "{% for i in range(3) %}\n  {{ i }}\n{% endfor %}\nend", "{% set x = a if n == 2 %}[{{ x }}]", "{% if u %}a{% else %}b{% endif %}{{ u }}", "{%if a%}{{a}}{%endif%}"])
+    "a\n  {% if true %}\n  b\n  {% endif %}\nc\n", "  {{ a }}  \n", "x {%- if true -%} y {%- endif -%} z",
+    "a\n{# c #}\nb", "{% raw %}{{ x }}{% endraw %}\n", "a{%+ if true +%}\nb{% endif %}",
+    "{% for x in xs %}{{ loop.index }}{{ x }}{% if not loop.last %}, {% endif %}{% else %}none{% endfor %}",
+    "{% for x in [] %}a{% else %}none{% endfor %}",
+    "{% for x in xs if x != 'x' %}{{ loop.length }}{{ x }}{% endfor %}",
+    "{% for k, v in d.items() %}{{ k }}={{ v.j }}{% endfor %}", "{% set x = 1 %}{% for y in xs %}{% set x = "
+    "2 %}{% endfor %}{{ x }}",
+    "{% set ns = namespace(x=1) %}{% for y in xs %}{% set ns.x = ns.x + 1 %}{% endfor %}{{ ns.x }}",
+    "{% set x %} b {% endset %}[{{ x }}]", "{% macro m(p, q='z') %}{{ p }}{{ q }}{% endmacro %}{{ m('a') "
+    "}}{{ m(1, q=2) }}",
+    "{% for x in xs %}{% if x == 'x' %}{% continue %}{% endif %}{{ x }}{% break %}{% endfor %}",
+    "{% if a == 'q' %}1{% elif n == 3 %}2{% else %}3{% endif %}", "{{ '%}' }}{{ {'a': {'b': 1}}['a']['b'] }}",
+    "a\r\nb\r\n", "\n\n{%- if true %}\n\n x{% endif %}\n\n", "\t{%- set q = 'v' %}\n   {{- q -}}   \n z",
+    "{% if true %}  {% if true %}\n y{% endif %}{% endif %}", "{{ a }}\n{{ a }}\n",
+    "{# a #}\n   {#- b -#}   \nc", "{% for i in range(3) %}\n  {{ i }}\n{% endfor %}\nend",
+    "{% set x = a if n == 2 %}[{{ x }}]", "{% if u %}a{% else %}b{% endif %}{{ u }}",
+    "{%if a%}{{a}}{%endif%}"])
 def test_blocks_and_white_space_are_what_jinja_makes_of_them(source):
     jinja2 = pytest.importorskip("jinja2")
     known = {"a": "x", "n": 3, "d": {"k": {"j": "v"}}, "xs": ["x", "y"]}
@@ -555,7 +656,8 @@ def test_a_post_processor_that_adds_bos_adds_no_second_one(published, tmp_path):
     assert published.bpe.encode("hi").ids == [BOS, HI - 5]                  # it is there and would
     assert published.encode("hi") == [HI - 5]
     assert published.encode_prompt(turns("hi", "hi", "hi")).count(BOS) == 0     # its template has none
-    assert load_tokenizer(publish(tmp_path / "aya", AYA)).encode_prompt(turns("hi", "hi", "hi")).count(BOS) == 1
+    assert load_tokenizer(publish(tmp_path / "aya", AYA)).encode_prompt(turns("hi", "hi",
+        "hi")).count(BOS) == 1
 
 
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
@@ -563,7 +665,8 @@ def test_a_published_tokenizer_is_saved_as_it_came(where, tmp_path):
     folder, again = publish(tmp_path / "model", TINY_AYA, where), tmp_path / "again"
     again.mkdir()
     load_tokenizer(folder).save(again)
-    assert {path.name: path.read_bytes() for path in again.iterdir()} == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == {path.name: path.read_bytes() for
+        path in folder.iterdir()}
     assert load_tokenizer(again).encode_chat(turns("hi", "ho")) == load_tokenizer(folder).encode_chat(turns("hi", "ho"))
 
 
@@ -687,25 +790,31 @@ def test_the_chat_template_that_is_saved_renders_what_the_tokenizer_encodes(smal
 def test_tokenizers_that_do_the_same_mean_the_same_however_their_files_are_written(small, tmp_path):
     """merge.py compared bytes."""
     spec, padding = json.loads(small.bpe.to_str()), {
-        "strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "<PAD>"}
+        "strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+        "pad_type_id": 0, "pad_token": "<PAD>"}
     truncation = {"direction": "Right", "max_length": 512, "strategy": "LongestFirst", "stride": 0}
     merges = [" ".join(pair) for pair in spec["model"]["merges"]]
     added = [dict(reversed(token.items())) for token in spec["added_tokens"]]
-    alike = [spec, {**spec, "padding": padding, "truncation": truncation}, {**spec, "model": {**spec["model"], "merges": merges}},
+    alike = [spec, {**spec, "padding": padding, "truncation": truncation}, {**spec, "model": {**spec["model"],
+        "merges": merges}},
              {**spec, "added_tokens": added}, dict(reversed(spec.items()))]
-    other = [{**spec, "normalizer": None}, {**spec, "model": {**spec["model"], "merges": merges[:-1]}}, {**spec, "added_tokens": added[:-1]},
+    other = [{**spec, "normalizer": None}, {**spec, "model": {**spec["model"], "merges": merges[:-1]}},
+        {**spec, "added_tokens": added[:-1]},
              {**spec, "pre_tokenizer": None}, {**spec, "decoder": None}]
     path = tmp_path / "tokenizer.json"
     for indent in (None, 2):
         for each in alike + other:
             path.write_text(json.dumps(each, indent=indent), encoding="utf-8")
-            found = {meaning_of(path), meaning_of(path.read_text(encoding="utf-8")), meaning_of(path.read_bytes())}
+            found = {meaning_of(path), meaning_of(path.read_text(encoding="utf-8")),
+                meaning_of(path.read_bytes())}
             assert len(found) == 1 and (found == {small.meaning}) == (each in alike)
-    assert load_tokenizer(publish(tmp_path / "a", AYA)).meaning == load_tokenizer(publish(tmp_path / "b", PLAIN)).meaning != small.meaning
+    assert load_tokenizer(publish(tmp_path / "a", AYA)).meaning == load_tokenizer(publish(tmp_path / "b",
+        PLAIN)).meaning != small.meaning
 
 
 def test_a_control_token_spelled_in_a_text_is_found_and_a_long_text_without_one_costs_little(small):
-    assert small.spelled("a <b> <|x|> <|USER_TOKEN|> <PAD>") == "<|USER_TOKEN|>" and small.spelled("<PAD>") == "<PAD>"
+    assert small.spelled("a <b> <|x|> <|USER_TOKEN|> <PAD>") == "<|USER_TOKEN|>" and small.spelled(
+        "<PAD>") == "<PAD>"
     assert small.spelled("2 < 3, <B>, <|unknown|> and < PAD >") is None
     started = time.process_time()
     assert small.spelled("नमस्ते, x < y and <b>. " * 50_000) is None
@@ -731,7 +840,7 @@ def test_a_control_token_that_takes_white_space_or_letters_of_a_text_is_refused(
 
 
 def test_a_template_gets_the_special_tokens_that_transformers_gives_it(tmp_path):
-    """An absent bos_token is Cohere's in Cohere's class and nothing in another; special_tokens_map.json counts too."""
+    """An absent bos_token is Cohere's in Cohere's class, nothing in another; special_tokens_map.json counts too."""
     def begins(**config):
         folder = publish(tmp_path / "model", PLAIN)
         path = folder / "tokenizer_config.json"
@@ -742,7 +851,8 @@ def test_a_template_gets_the_special_tokens_that_transformers_gives_it(tmp_path)
     assert begins(tokenizer_class="PreTrainedTokenizerFast", bos_token="<BOS_TOKEN>")
     assert not begins(tokenizer_class="PreTrainedTokenizerFast") and not begins(bos_token=None)
     (tmp_path / "model" / "special_tokens_map.json").write_text('{"bos_token": "<BOS_TOKEN>"}')
-    assert begins(tokenizer_class="PreTrainedTokenizerFast") and not begins(bos_token=None, added_tokens_decoder={"0": {"content": "<PAD>"}})
+    assert begins(tokenizer_class="PreTrainedTokenizerFast") and not begins(bos_token=None,
+        added_tokens_decoder={"0": {"content": "<PAD>"}})
 
 
 def test_a_folder_without_tokenizer_json_is_refused(tmp_path):

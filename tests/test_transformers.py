@@ -19,10 +19,12 @@ from aya_min.sampling import generate
 from aya_min.soups import merge_folders
 from aya_min.tokenizer import RESPONSE_TEMPLATE, load_tokenizer, train_tokenizer
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed; only these comparisons need it")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed; only these "
+    "comparisons need it")
 
 WORDS = Path(__file__).parent.parent / "aya_min" / "words"
-TEXTS = ["画像が、訪問した", "国連に対し、東京タワーへ行きます", "中国は大きい国です 2024", "我爱中国。漢字とかな", "naïve Việt 12345", " पानी और चाय\n", "a  b\n\n\nc",
+TEXTS = ["画像が、訪問した", "国連に対し、東京タワーへ行きます", "中国は大きい国です 2024", "我爱中国。漢字とかな", "naïve Việt 12345", " पानी और चाय\n",
+    "a  b\n\n\nc",
          "<|endoftext|> is no token here", "שלום עולם 🙂👩‍🚀", "x" * 50]
 
 
@@ -55,7 +57,8 @@ def assert_same_model(folder):
     their, other = theirs(folder), transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids = own.encode_prompt(TEXTS[0])
     with torch.no_grad():
-        torch.testing.assert_close(other(torch.tensor([ids])).logits, model(torch.tensor([ids])), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(other(torch.tensor([ids])).logits, model(torch.tensor([ids])), atol=2e-5,
+            rtol=1e-5)
     stops = other.generation_config.eos_token_id
     assert own.stop_ids == sorted(stops if isinstance(stops, list) else [stops])
     [[answer]] = generate(model, [ids], max_new_tokens=12, temperature=0, stop_ids=own.stop_ids)
@@ -68,12 +71,14 @@ def words():
     """A tokenizer of ours that knows Han characters and merges around them, so that where text is cut
     shows."""
     text = [path.read_text(encoding="utf-8") for path in sorted(WORDS.glob("*.json"))] + TEXTS * 20
-    text += [kana + end for kana in "くハ" for end in "のがして"] * 100      # the last byte of 像 and 問, and merges on
+    # the last byte of 像 and 問, and merges on
+    text += [kana + end for kana in "くハ" for end in "のがして"] * 100
     return train_tokenizer(text, 2000)
 
 
 def save(folder, words, make=language_model, **changes):
-    weights.save(folder, make(vocab_size=words.vocab_size, eos_token_id=words.end_of_turn_id, **changes), words)
+    weights.save(folder, make(vocab_size=words.vocab_size, eos_token_id=words.end_of_turn_id, **changes),
+        words)
     return folder
 
 
@@ -88,7 +93,8 @@ def test_a_tokenizer_trained_here_and_its_model_are_the_same_in_transformers(wor
     assert type(theirs(folder)).__name__ == "TokenizersBackend"
 
 
-def test_one_loaded_and_saved_again_is_the_same_and_so_are_its_merge_and_its_parts_in_bfloat16(words, tmp_path):
+def test_one_loaded_and_saved_again_is_the_same_and_so_are_its_merge_and_its_parts_in_bfloat16(words,
+        tmp_path):
     first, second = save(tmp_path / "a", words), save(tmp_path / "b", words, seed=5)
     model, own = weights.load(first)
     weights.save(tmp_path / "again", model, own)
@@ -99,7 +105,8 @@ def test_one_loaded_and_saved_again_is_the_same_and_so_are_its_merge_and_its_par
         assert_same_model(tmp_path / name)
 
 
-def test_an_older_folder_of_ours_that_calls_itself_coheres_is_put_right_when_it_is_saved_again(words, tmp_path):
+def test_an_older_folder_of_ours_that_calls_itself_coheres_is_put_right_when_it_is_saved_again(words,
+        tmp_path):
     old = save(tmp_path / "old", words)
     about = json.loads((old / "tokenizer_config.json").read_text(encoding="utf-8"))
     about |= {"tokenizer_class": "CohereTokenizerFast", "legacy": True, "use_default_system_prompt": False}
@@ -117,10 +124,12 @@ def test_a_conversation_has_one_bos_there_and_plain_text_has_one_too(words, tmp_
     assert their("hi")["input_ids"] == [words.bos_id, *words.encode("hi")]
 
 
-def test_several_stop_ids_and_the_settings_of_generation_go_through_training_and_are_heeded_there(words, tmp_path):
+def test_several_stop_ids_and_the_settings_of_generation_go_through_training_and_are_heeded_there(words,
+        tmp_path):
     folder = save(tmp_path / "model", words)
     path = folder / "generation_config.json"
-    path.write_text(json.dumps({"eos_token_id": [7, 300], "temperature": 0.3, "top_p": 0.75, "do_sample": True, "pad_token_id": 0}))
+    path.write_text(json.dumps({"eos_token_id": [7, 300], "temperature": 0.3, "top_p": 0.75,
+        "do_sample": True, "pad_token_id": 0}))
     model, own = weights.load(folder)
     weights.save(tmp_path / "again", model, own)
     read = transformers.GenerationConfig.from_pretrained(tmp_path / "again")
@@ -129,26 +138,32 @@ def test_several_stop_ids_and_the_settings_of_generation_go_through_training_and
     assert_same_model(tmp_path / "again")
 
 
-@pytest.mark.parametrize("changes", [{}, {"model_type": "cohere2", "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}, {"logit_scale": 1}])
-def test_a_reward_models_score_is_what_the_two_heads_say_of_the_language_model_that_transformers_loads(changes, words, tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"model_type": "cohere2", "sliding_window": 4,
+    "layer_types": ["full_attention", "sliding_attention"]}, {"logit_scale": 1}])
+def test_a_reward_models_score_is_what_the_two_heads_say_of_the_language_model_that_transformers_loads(
+        changes, words, tmp_path):
     """There is no such class there; config.json used to name one all the same."""
     folder = save(tmp_path / "rm", words, reward_model, **changes)
     assert "RewardModel" in json.loads((folder / "config.json").read_text())["architectures"][0]
-    other, heads = transformers.AutoModelForCausalLM.from_pretrained(folder), load_file(folder / "model.safetensors")
+    other, heads = transformers.AutoModelForCausalLM.from_pretrained(folder), load_file(folder / "model.safe"
+        "tensors")
     row = {"prompt": "red?", "completion": TEXTS[1]}
     ids = torch.tensor([words.encode_chat(turns("red?", TEXTS[1]))[0]])
     answer = len(words.encode_prompt("red?"))
     with torch.no_grad():
         out = other(ids, output_hidden_states=True)
     logps = out.logits[0, answer - 1:-1].log_softmax(-1).gather(1, ids[0, answer:, None])[:, 0]
-    score = out.hidden_states[-1][0, -1] @ heads["score.weight"][0] + heads["score_logps.weight"][0] @ torch.stack((logps.mean(), logps.min()))
+    score = out.hidden_states[-1][0,
+        -1] @ heads["score.weight"][0] + heads["score_logps.weight"][0] @ torch.stack((logps.mean(),
+        logps.min()))
     assert score_texts(weights.load(folder)[0], words, [row]) == pytest.approx([score.item()], abs=1e-4)
 
 
 # ---- what others publish -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
-@pytest.mark.parametrize("template", [AYA, COMMAND_R7B, COMMAND_A, TINY_AYA], ids=["aya", "r7b", "a", "tiny-aya"])
+@pytest.mark.parametrize("template", [AYA, COMMAND_R7B, COMMAND_A, TINY_AYA], ids=["aya", "r7b", "a",
+    "tiny-aya"])
 def test_a_tokenizer_shaped_as_coheres_keeps_its_files_and_has_the_same_ids_there(template, where, tmp_path):
     publish(tmp_path / "model", template, where)
     (tmp_path / "again").mkdir()
@@ -158,7 +173,8 @@ def test_a_tokenizer_shaped_as_coheres_keeps_its_files_and_has_the_same_ids_ther
     assert type(theirs(tmp_path / "again")).__name__ == "CohereTokenizer"
 
 
-@pytest.mark.parametrize("name", FOLLOWED.keys() - {"a branch for tools that is not known here"})       # nor is it Jinja
+# nor is it Jinja
+@pytest.mark.parametrize("name", FOLLOWED.keys() - {"a branch for tools that is not known here"})
 def test_a_template_that_is_followed_has_the_same_ids_there(name, tmp_path):
     assert_same_tokenizer(publish(tmp_path / "model", FOLLOWED[name]))
 
@@ -167,7 +183,8 @@ def test_a_template_that_is_followed_has_the_same_ids_there(name, tmp_path):
     {}, {"bos_token": {"__type": "AddedToken", "content": "<BOS_TOKEN>", "lstrip": False, "normalized": False,
                        "rstrip": False, "single_word": False}},
     {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<BOS_TOKEN>"}, {"bos_token": None},
-    {"tokenizer_class": "PreTrainedTokenizerFast"}, {"tokenizer_class": None}, {"tokenizer_class": "CohereTokenizerFast"},
+    {"tokenizer_class": "PreTrainedTokenizerFast"}, {"tokenizer_class": None},
+    {"tokenizer_class": "CohereTokenizerFast"},
     {"add_bos_token": False}, {"added_tokens_decoder": {"5": {
         "content": "<BOS_TOKEN>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
         "special": True}}}], ids=lambda config: "-".join(config))
@@ -183,7 +200,8 @@ def test_a_template_gets_the_same_special_tokens_there(config, map_of_tokens, tm
     load_tokenizer(folder).save(tmp_path / "again")
     (tmp_path / "again" / "config.json").write_text('{"model_type": "cohere"}')
     assert_same_tokenizer(tmp_path / "again")
-    if "added_tokens_decoder" not in config:            # with that one alone, Cohere's class loses all other tokens
+    # with that one alone, Cohere's class loses all other tokens
+    if "added_tokens_decoder" not in config:
         assert_same_tokenizer(folder)
 
 
@@ -191,7 +209,8 @@ def test_the_tokens_that_are_supervised_are_those_between_the_generation_tags_th
     folder = save(tmp_path / "model", words)
     for text in TEXTS:
         messages = turns(text, text + " ", text, f"\n{text}", system=text)
-        made = theirs(folder).apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        made = theirs(folder).apply_chat_template(messages, return_dict=True,
+            return_assistant_tokens_mask=True)
         ids, mask = words.encode_chat(messages)
         assert made["input_ids"] == ids and made["assistant_masks"] == [int(each) for each in mask]
 
@@ -199,5 +218,6 @@ def test_the_tokens_that_are_supervised_are_those_between_the_generation_tags_th
 def test_a_folder_without_a_template_gets_one_that_has_our_ids_there(tmp_path):
     (tmp_path / "again").mkdir()
     load_tokenizer(publish(tmp_path / "model")).save(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["chat_template"] == RESPONSE_TEMPLATE
+    assert json.loads((tmp_path / "again" /
+        "tokenizer_config.json").read_text())["chat_template"] == RESPONSE_TEMPLATE
     assert_same_tokenizer(tmp_path / "again")

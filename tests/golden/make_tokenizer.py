@@ -20,7 +20,8 @@ NAMES = ("tokenizer.json", "tokenizer_config.json")
 
 def texts():
     """A few words of each language, and the texts that were seen to differ."""
-    found = [" ".join(w for w in json.loads(path.read_text(encoding="utf-8"))["words"]["days"] if isinstance(w, str))
+    found = [" ".join(w for w in json.loads(path.read_text(encoding="utf-8"))["words"]["days"] if
+        isinstance(w, str))
              for path in WORDS]
     return [*found, "画像が、訪問した 国連に対し", "中国は大きい国です 2024", " a  b\n\n\nc\t", "🙂👩‍🚀 Việt é", "<|USER|> <b>"]
 
@@ -28,7 +29,8 @@ def texts():
 def conversations():
     for i, text in enumerate(texts()):
         for system in ([], [{"role": "system", "content": " Be kind.\n"}]):
-            turns = [{"role": "user", "content": text}, {"role": "assistant", "content": f"\n{texts()[i - 1]} "}]
+            turns = [{"role": "user", "content": text}, {"role": "assistant",
+                "content": f"\n{texts()[i - 1]} "}]
             yield system + turns, False
             yield system + turns + turns[:1], True
 
@@ -43,7 +45,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(corpus, 700).save(folder)
         their = transformers.AutoTokenizer.from_pretrained(folder)
-        made = {"transformers": transformers.__version__, "files": {name: (Path(folder) / name).read_text(encoding="utf-8") for name in NAMES}}
+        made = {"transformers": transformers.__version__,
+            "files": {name: (Path(folder) / name).read_text(encoding="utf-8") for name in NAMES}}
     made["texts"] = [[text, their(text, add_special_tokens=False)["input_ids"]] for text in texts()]
     made["conversations"] = [
         [messages, prompt, their.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False),
