@@ -446,8 +446,12 @@ def texts_in(row, where):
     if {"chosen", "rejected"} & shapes_in(row):
         prompt, chosen, rejected = preference(row, where)
         return [*(message["content"] for message in prompt), chosen, rejected]
-    answered = {"messages", "completion", "targets"} & row.keys()
-    return [message["content"] for message in (conversation if answered else prompt_of)(row, where)]
+    if row.get("messages") is not None:
+        messages = checked(turns_of(row["messages"], "messages", where), "messages", where)
+        messages = with_system(messages, row, where)
+    else:
+        messages = (conversation if {"completion", "targets"} & shapes_in(row) else prompt_of)(row, where)
+    return [message["content"] for message in messages]
 
 
 # ---- control tokens ----------------------------------------------------------------------------------------

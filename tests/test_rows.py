@@ -9,7 +9,7 @@ import pytest
 
 from aya_min.config import SFT, Reading
 from aya_min.data import cut_left, fit_prompts, load_examples, load_pairs, load_prompts, plain, read_jsonl
-from aya_min.rows import conversation
+from aya_min.rows import conversation, texts_in
 from aya_min.tokenizer import train_tokenizer
 
 
@@ -544,3 +544,14 @@ def test_prompts_forget_the_answers_that_their_rows_had(write):
                              } and prompt["prompt_where"].endswith("data.jsonl:1")
     [prompt] = load_prompts([write({"prompt": "a", "label": "geography"})])
     assert plain(prompt) == {"prompt": "a", "label": "geography"}
+
+
+def test_a_tokenizer_is_trained_on_all_texts_of_every_shape(write):
+    columns = {"prompt": "question", "completion": "answer"}
+    rows = [(PAIR, ["red or blue?", "blue", "red"]), ({"text": "hi"}, ["hi"]), ({"prompt": "a"}, ["a"]),
+            ({"messages": TALK[:2], "system": "s"}, ["s", "red or blue?", "wrong answer"]),
+            ({"messages": TALK[:1]}, ["red or blue?"])]
+    for row, texts in rows:
+        assert texts_in(row, "x:1") == texts
+    [(where, row)] = read_jsonl(write({"question": "How many?", "answer": 6}), Reading(columns=columns))
+    assert texts_in(row, where) == ["How many?", "6"]
