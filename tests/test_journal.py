@@ -86,10 +86,11 @@ def test_nothing_is_left_of_a_run_that_was_refused_and_had_finished_nothing(fold
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_folder_to_put_it_in_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(OSError) as error:
-        Journal(tmp_path / "none" / "out.partial", {})
-    assert "none" in str(error.value.filename)
+@pytest.mark.parametrize("name", ["none/out.partial", "x" * 300, "file/out.partial"])
+def test_a_place_where_it_cannot_be_made_is_named_as_it_was_given(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=f"{name}: cannot be made .*; give another name for the output"):
+        Journal(tmp_path / name, {})
 
 
 # settings
