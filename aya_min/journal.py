@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from . import distributed
@@ -58,7 +59,8 @@ class Journal:
                 with scratch(self.folder) as made:
                     write_json(made / "settings.json", settings)
                     mark(made, PURPOSE)
-                    publish_folder(made, self.folder)
+                    with suppress(ValueError):              # another process was quicker, see `hold`
+                        publish_folder(made, self.folder)
             except OSError as error:
                 raise ValueError(f"{self.folder}: cannot be made ({error.strerror}); give another name for the "
                                  "output") from None

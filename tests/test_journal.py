@@ -301,3 +301,19 @@ def test_values_that_are_no_json_are_refused_when_they_are_added(folder):
     with pytest.raises(ValueError), Journal(folder, {"seed": 1}) as made:
         made.add("a", float("nan"))
     assert not folder.exists()
+
+
+def test_of_two_that_make_it_at_once_one_is_told_that_the_other_is_at_work(folder, monkeypatch):
+    first = []
+
+    def overtaken(made, path, publish=journal.publish_folder):
+        if not first:
+            first.append(None)
+            first[0] = Journal(folder, {"seed": 1})
+        publish(made, path)
+    monkeypatch.setattr(journal, "publish_folder", overtaken)
+    with pytest.raises(ValueError, match="another process is at work on it"):
+        Journal(folder, {"seed": 2})
+    first[0].add("a", 1)
+    first[0].remove()
+    assert list(folder.parent.iterdir()) == []
