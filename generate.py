@@ -30,7 +30,7 @@ from aya_min.journal import PURPOSE, Journal
 from aya_min.languages import language_code
 from aya_min.preferences import ANSWER, best_worst, cut_line
 from aya_min.reward import score_texts
-from aya_min.sampling import Fused, answer_rows, check_sampling, plan, stream
+from aya_min.sampling import LEAST_TEMPERATURE, Fused, answer_rows, check_sampling, plan, stream
 
 gc.freeze()
 gc.enable()
@@ -72,7 +72,7 @@ def make_parser():
     add("--num-samples", type=number(int, "[1, 1000000]"), default=1,
         help="answers to each prompt (default 1)")
     add("--temperature", type=number(float, TEMPERATURE), default=0.3,
-        help="0 is greedy (default 0.3, the model card's)")
+        help=f"0 is greedy, else {LEAST_TEMPERATURE} to 1000 (default 0.3, the model card's)")
     add("--top-k", type=number(int, "[0, inf)"), default=0, help="0 keeps all (default 0)")
     add("--top-p", type=number(float, "(0, 1]"), default=1.0, help="1 keeps all (default 1)")
     add("--min-p", type=number(float, "[0, 1]"), default=0.0, help="0 keeps all (default 0)")
@@ -290,9 +290,12 @@ def say(args, device, reading):
                         args.min_p, stop_ids, args.seed, name=args.model):
             ids.append(i)
             yield i
-    for piece in tokenizer.stream(counted()):
-        print(printable(piece), end="", flush=True)
-    print()
+    try:
+        for piece in tokenizer.stream(counted()):
+            print(printable(piece), end="", flush=True)
+        print(flush=True)
+    except OSError as error:                        # a full disk, a pipe that nobody reads
+        raise OSError(error.errno, error.strerror, "standard output") from None
     if ids[-1] not in stop_ids and not args.ignore_eos:
         print(f"cut: the answer was not at its end after --max-new-tokens {args.max_new_tokens}",
               file=sys.stderr)

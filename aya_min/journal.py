@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from . import distributed
@@ -54,10 +55,15 @@ class Journal:
     def open(self, settings):
         """Make the folder, or take up the one that is there: ours, free, of these settings. -> its mark"""
         if not os.path.lexists(self.folder):
-            with scratch(self.folder) as made:
-                write_json(made / "settings.json", settings)
-                mark(made, PURPOSE)
-                publish_folder(made, self.folder)
+            try:
+                with scratch(self.folder) as made:
+                    write_json(made / "settings.json", settings)
+                    mark(made, PURPOSE)
+                    with suppress(ValueError):              # another process was quicker, see `hold`
+                        publish_folder(made, self.folder)
+            except OSError as error:
+                raise ValueError(f"{self.folder}: cannot be made ({error.strerror}); give another name for the "
+                                 "output") from None
         if not marked(self.folder, PURPOSE):
             raise ValueError(f"{self.folder} is in the way: it was not made by this program; move it, or "
                              "give another name for the output")

@@ -86,10 +86,11 @@ def test_nothing_is_left_of_a_run_that_was_refused_and_had_finished_nothing(fold
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_folder_to_put_it_in_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(OSError) as error:
-        Journal(tmp_path / "none" / "out.partial", {})
-    assert "none" in str(error.value.filename)
+@pytest.mark.parametrize("name", ["none/out.partial", "x" * 300, "file/out.partial"])
+def test_a_place_where_it_cannot_be_made_is_named_as_it_was_given(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=f"{name}: cannot be made .*; give another name for the output"):
+        Journal(tmp_path / name, {})
 
 
 # settings
@@ -300,3 +301,19 @@ def test_values_that_are_no_json_are_refused_when_they_are_added(folder):
     with pytest.raises(ValueError), Journal(folder, {"seed": 1}) as made:
         made.add("a", float("nan"))
     assert not folder.exists()
+
+
+def test_of_two_that_make_it_at_once_one_is_told_that_the_other_is_at_work(folder, monkeypatch):
+    first = []
+
+    def overtaken(made, path, publish=journal.publish_folder):
+        if not first:
+            first.append(None)
+            first[0] = Journal(folder, {"seed": 1})
+        publish(made, path)
+    monkeypatch.setattr(journal, "publish_folder", overtaken)
+    with pytest.raises(ValueError, match="another process is at work on it"):
+        Journal(folder, {"seed": 2})
+    first[0].add("a", 1)
+    first[0].remove()
+    assert list(folder.parent.iterdir()) == []
