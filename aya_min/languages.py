@@ -73,8 +73,8 @@ def language_code(name):
 
 
 def home_of(code, known):
-    """The code itself, or the nearest language that it is a kind of, if that is in `known`: pt-BR is at home where
-    pt is. None if none is."""
+    """The code itself, or the nearest language that it is a kind of, if that is in `known`: pt-BR is at home
+    where pt is. None if none is."""
     while code and code not in known:
         code = code.rpartition("-")[0]
     return code or None
@@ -97,7 +97,8 @@ def read_clusters(path):
         clusters[name] = [language_code(code) or code for code in codes]
         for code in clusters[name]:
             if language_code(code) is None:
-                raise ValueError(f"{path}: cluster {name!r} has unknown language {code!r}; give a BCP 47 tag such as sw or pt-BR")
+                raise ValueError(f"{path}: cluster {name!r} has unknown language {code!r}; give a BCP 47 tag such "
+                                 "as sw or pt-BR")
             if code in seen:
                 raise ValueError(f"{path}: language {code!r} is in both {seen[code]!r} and {name!r}; leave it in one")
             seen[code] = name
