@@ -337,8 +337,10 @@ def chat_template(folder):
 WEIGHTS = tuple("""
     .safetensors .bin .pt .pth .ckpt .h5 .hdf5 .msgpack .gguf .ggml .onnx .onnx_data .npz .npy .pkl .pickle
     .tflite .mlmodel .ot .distcp .nemo .llamafile .index.json""".split())
-# Written anew, or about other weights.
-OURS = ("config.json", "merge.json", "search.json", "evaluations.jsonl", "adapter_config.json")
+# Written anew, or about other weights, another run, another merge.
+NOT_ALONG = {"config.json", "adapter_config.json", "merge.json", "search.json", "evaluations.jsonl",
+             "metrics.jsonl", "eval.json", "done.json", "summary.json", "profile.json", "report.html",
+             "report.md", "trainer_state.json"}
 
 
 def files_along(folder):
@@ -354,7 +356,7 @@ def files_along(folder):
                                  f"itself there")
         for name in sorted(names):
             path = (Path(place) / name).relative_to(folder)
-            if not name.startswith(".") and not name.lower().endswith(WEIGHTS) and str(path) not in OURS:
+            if not name.startswith(".") and not name.lower().endswith(WEIGHTS) and str(path) not in NOT_ALONG:
                 own_file(folder, path)
                 found.append(path)
     return found

@@ -354,8 +354,10 @@ class Recipe(Reading):
 
 RECIPES = {
     "tiny": {},
-    # keep_cut: 85% of the answers of models that have hardly been trained end at 12 tokens, and little else is left
-    "smoke": dict(keep_cut=True, model="smoke", vocab_size=1024, corpus=960, lessons=192, arbiter_gold=192, arbiter_pairs=240, num_prompts=240, sft_epochs=1.0,
+    # keep_cut: 85% of the answers of these hardly trained models are cut at 12 tokens, and without them no stage
+    # has enough to train on
+    "smoke": dict(keep_cut=True,
+                  model="smoke", vocab_size=1024, corpus=960, lessons=192, arbiter_gold=192, arbiter_pairs=240, num_prompts=240, sft_epochs=1.0,
                   rounds=3, online_prompts=96, online_samples=2, max_new_tokens=12, eval_count=120, rloo_steps=2),
     "small": dict(model="small", level="full", vocab_size=16384, dtype="bfloat16", max_length=256, max_new_tokens=64, batch_size=256, corpus=2_000_000,
                   base_learning_rate=1e-3, lessons=100_000, teacher_learning_rate=3e-4, arbiter_gold=100_000, arbiter_gold_learning_rate=3e-4, arbiter_pairs=100_000, arbiter_learning_rate=1e-4,

@@ -97,7 +97,8 @@ def search_part(result, history):
     heading, rows = cells(result)
     head = "".join(f'<th{" class=name" if not i else ""}>{esc(cell)}</th>' for i, cell in enumerate(heading))
     body = "".join(f'<tr><th scope="row" class="name">{esc(row[0].strip())}</th>' + "".join(f"<td>{esc(cell)}</td>" for cell in row[1:]) + "</tr>" for row in rows)
-    said = ", ".join(f"{esc(name)} <b>{number(macro(row['held-out']), 3)}</b>" for name, row, _ in contenders(result)[3::-1])
+    said = ", ".join(f"{esc(name)} <b>{number(macro(row['held-out']), 3)}</b>"
+                     for name, row, _ in contenders(result)[3::-1])
     models = sorted(result["models"], key=lambda model: -model["weight"])
     scale = min(0.0, models[-1]["weight"]), models[0]["weight"]
     weights = [track(model["name"], bar(model["weight"], scale, tip=model["folder"]), f"{model['weight']:.3f}", scale) for model in models]

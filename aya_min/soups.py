@@ -26,6 +26,7 @@ from .alike import config_differences, different, files_along, meaning, remarks,
 from .command import one_line
 from .files import Digests, publish_folder, scratch, write_json
 from .mergeconfig import OUTPUT_DTYPES, check_settings, layer_of, settings_by_tensor, to_config
+from .tokenizer import files_to_publish
 from .tensorfiles import DTYPES, drop_tied_head, equal, first_of, num_bytes, places, read_config, read_header, read_piece
 
 PIECE = 1 << 19             # elements; DARE's masks depend on it
@@ -235,6 +236,8 @@ def write_the_rest(first, along, out, config, dtype):
     for name in along:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(first / name, out / name)
+    for name, data in files_to_publish(first).items():          # an older folder of ours names the wrong class
+        (out / name).write_bytes(data)
     if dtype:
         config = config | {key: dtype for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}}
     write_json(out / "config.json", config)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from . import distributed, tensorfiles
+from .alike import files_along
 from .checkpoint import replace_folder
 from .config import ModelConfig, stop_ids
 from .files import own_file, read_bytes, read_json, scratch
@@ -34,12 +35,8 @@ ARCHITECTURES = {"CohereForCausalLM": CohereForCausalLM, "Cohere2ForCausalLM": C
 USUAL_HEAD_LACKS = "score_logps.weight"         # a head that reads the last token only: as if this were 0
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
-# Files of a model folder that do not go along: written anew, of the tokenizer, or about another run or merge.
-WRITTEN = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *FILES,
-           "merge.json", "search.json", "metrics.jsonl", "eval.json", "done.json", "summary.json",
-           "profile.json", "report.html", "report.md", "trainer_state.json"}
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
-           ".onnx_data", ".npz", ".npy", ".tflite", ".distcp", ".index.json")
+# What `save` writes anew.
+WRITTEN = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", *FILES}
 
 
 def read_config(folder):
@@ -82,10 +79,8 @@ def read_stop_ids(folder):
 
 
 def read_others(folder):
-    """{name: bytes} of the files of a model folder that go along with its weights, whatever they are."""
-    names = sorted(path.name for path in Path(folder).iterdir() if not path.is_dir())
-    wanted = [name for name in names if name not in WRITTEN and name[0] != "." and not name.endswith(WEIGHTS)]
-    return {name: read_bytes(own_file(folder, name)) for name in wanted}
+    """{path within: bytes} of the files of a model folder that go along with its weights, whatever they are."""
+    return {path: read_bytes(Path(folder) / path) for path in files_along(folder) if str(path) not in WRITTEN}
 
 
 def look_into(folder, trunk=False):
@@ -190,6 +185,7 @@ def write_descriptions(folder, model, tokenizer, dtype):
                   "eos_token_id": stops if len(stops) > 1 else stops[0]}
     tensorfiles.write_json(folder / "config.json", config)
     tensorfiles.write_json(folder / "generation_config.json", generation)
-    for name, data in others.items():
-        (folder / name).write_bytes(data)
+    for path, data in others.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
     tokenizer.save(folder)

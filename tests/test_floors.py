@@ -18,10 +18,10 @@ FLOORS = [
     {"config", "distributed", "front", "languages", "losses", "mergeconfig", "template", "tensorfiles"},
     # 2: the decoder, the world, how to resume, what a line of JSONL means, whether two folders are alike
     {"alike", "checkpoint", "journal", "model", "report", "rows", "turns", "world"},
-    # 3: text to ids, rows to batches, merging folders
-    {"data", "soups", "tokenizer", "world_data"},
-    # 4: what is done with a model
-    {"arbitrage", "loop", "reward", "sampling", "weights"},
+    # 3: text to ids, rows to batches
+    {"arbitrage", "data", "tokenizer", "world_data"},
+    # 4: what is done with a model or with folders
+    {"loop", "reward", "sampling", "soups", "weights"},
     # 5: the stages, and what is done with answers
     {"chat", "checks", "evaluate", "stages"},
     # 6: a recipe's run on disk; what a stage will need; what a search measures

@@ -122,7 +122,8 @@ def test_the_pipeline_takes_a_users_own_models_prompts_and_completions(smoke, tm
                    for d in ("greedy", "sampled"))
     assert "grade" not in (tmp_path / "own" / "data" / "sft-west.jsonl").read_text(encoding="utf-8")
     assert summary["arbitrage"]["cut"] >= 30 and "pt-BR" in summary["arbitrage"]["cut_by_language"]
-    assert "pt-BR" in summary["models"][0]["greedy"]["by_language"] and summary["models"][0]["greedy"]["cut"] > 0
+    base = summary["models"][0]["greedy"]
+    assert "pt-BR" in base["by_language"] and base["cut"] > 0
     assert [m["name"] for m in summary["models"]] == ["base", "single", "random", "mix", "sft", "offline", "online-1"]
     shutil.copytree(steps / "arbiter" / "model", tmp_path / "judge")
     judged = train("--preset", "smoke", "--out", tmp_path / "judged", "--base", steps / "base" / "model", "--prompts", tmp_path / "prompts.jsonl", "--teachers",
