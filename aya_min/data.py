@@ -103,7 +103,8 @@ class LeftOut:
                  for reason, places in self.places.items()]
         if not kept:
             raise ValueError(f"{' '.join(map(str, self.paths))}: nothing to train on is left of {self.total} "
-                             f"{what}: {'; '.join(lines)}. Give other data, or see --max-length, --too-long, --keep-cut")
+                             f"{what}: {'; '.join(lines)}. Give other data, or see --max-length, --too-long, "
+                             "--keep-cut")
         for line in lines:
             say(self.paths, line)
 

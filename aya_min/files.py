@@ -62,18 +62,19 @@ def parse_json(data, where, remedy=None):
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: {in_key(data)}not JSON ({error}){f'; {remedy}' if remedy else ''}") from None
+        remedy = f"; {remedy}" if remedy else ""
+        raise ValueError(f"{where}: {in_key(data)}not JSON ({error}){remedy}") from None
     if fault:
         raise ValueError(f"{where}: {fault}; remove it")
     return value
 
 
 def in_key(data):
-    """Which key of a JSON value holds a number that is not finite, in words; "" where that is not what is wrong."""
+    """Which key of a JSON value holds a number that is not finite, in words; "" if none does."""
     def look(value, key):
         if isinstance(value, float) and not math.isfinite(value):
             return key
-        parts = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+        parts = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
         found = (look(part, f"{key}[{name!r}]" if key else repr(name)) for name, part in parts)
         return next(filter(None, found), None)
 

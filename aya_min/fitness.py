@@ -140,8 +140,9 @@ def read_questions(paths):
     rows = load_prompts(paths)
     for row in rows:
         if row.get("task") not in TASKS or row.get("language") not in HOME or not isinstance(row.get("args"), list) or not isinstance(row.get("question_id"), str):
-            raise ValueError(f"{row['prompt_where']}: not a question of the embedded world (question_id, language, "
-                             "task, args), which the oracle needs; measure others with --eval-data or --command")
+            raise ValueError(f"{row['prompt_where']}: not a question of the embedded world (question_id, "
+                             "language, task, args), which the oracle needs; measure others with --eval-data or "
+                             "--command")
     return rows
 
 

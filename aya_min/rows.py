@@ -130,7 +130,8 @@ def check_columns(columns):
             raise ValueError(f"--columns {ours}={columns[ours]}: {ours!r} is no key that is read here; "
                              f"known: {' '.join(KNOWN)}")
     if columns and len(set(columns.values())) < len(columns):
-        raise ValueError(f"--columns {' '.join(map('='.join, columns.items()))}: a key has two names; give it one")
+        raise ValueError(f"--columns {' '.join(map('='.join, columns.items()))}: a key has two names; "
+                         "give it one")
 
 
 def renamed(row, columns, where):
