@@ -128,7 +128,7 @@ def resumed_from(args):
         was = before["stage"]
         raise ValueError(f"--resume {args.resume}: that is a run of {was!r}, not {args.command!r}")
     if args.out and Path(args.out).resolve() != Path(args.resume).resolve():
-        raise ValueError(f"--out {args.out}: --resume {args.resume} goes on in its own folder; leave --out out")
+        raise ValueError(f"--out {args.out}: --resume {args.resume} goes on in its own; leave --out out")
     args.out, args.data = args.resume, args.data or before["data"]
     args.model = args.model or before.get("model")
     args.eval_data = args.eval_data or before.get("eval_data") or []

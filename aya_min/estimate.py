@@ -242,7 +242,8 @@ def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, rew
     later = lambda part, size: f", {watch.most[part] / 1e9:.2f} at another moment" if watch.most[part] > 1.05 * size + 1e7 else ""
     phases = {"in all, in a training step": sum(step.values())}
     if eval_data:
-        phases["in all, in an evaluation"] = held + forward(loss_fn, items_of(stage, fitting, eval_data, tokenizer), default(batches_in_order, "size"))
+        held_out = items_of(stage, fitting, eval_data, tokenizer)
+        phases["in all, in an evaluation"] = held + forward(loss_fn, held_out, default(batches_in_order, "size"))
     texts = [row for item in items for row in rows_of(item, samples)]
     if stage == "dpo":
         sharded = sum(step.get(part, 0) for part in ("parameters", "gathered by FSDP"))

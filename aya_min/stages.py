@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from . import __version__, checkpoint, config, distributed, weights
 from .config import check_training
 from .data import (Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs, count_steps,
-                   cut_left, fit_prompts, in_step, load_examples, load_pairs, load_prompts, make_batches, slots_of)
+                   cut_left, fit_prompts, in_step, load_examples, load_pairs, load_prompts, make_batches,
+                   slots_of)
 from .files import own_file, publish_file, read_json, scratch, sha256, write_json, write_whole
 from .loop import autocast, evaluate, learning_rate, read_metrics, spread, train
 from .losses import bradley_terry_loss, dpo_loss, kl_shaped_rewards, rloo_advantages, sum_by_row
@@ -315,9 +316,9 @@ def check_schedule(folder, old, settings, num_items, done):
     for step in range(done):
         was, now = share(step, old), share(step, settings)
         if not math.isclose(was, now, rel_tol=1e-9):
-            raise ValueError(f"--resume {folder}: the schedule of these settings ({told(settings)}) is "
-                             f"another than the run had ({told(old)}): step {step} of the {done} that are done "
-                             f"was at {was:.3g} of the peak, not {now:.3g}. Start anew from {folder / 'model'}; "
+            raise ValueError(f"--resume {folder}: the schedule of these settings ({told(settings)}) is another "
+                             f"than the run had ({told(old)}): step {step} of {done} was at {was:.3g} of the "
+                             f"peak, not {now:.3g}. Start anew from {folder / 'model'}; "
                              "a run with --schedule constant can be made longer once it is warm")
 
 
@@ -619,8 +620,8 @@ def most_tokens(model, reward_model, settings):
 def prompts_that_fit(rows, tokenizer, most, settings):
     """The rows of load_prompts with their "prompt_ids". Those that are longer than `most` tokens with
     --max-new-tokens are treated as --too-long says."""
-    room = most - settings.max_new_tokens
-    what = f"the {most} tokens (--max-length, or a model's positions) less --max-new-tokens {settings.max_new_tokens}"
+    new, room = settings.max_new_tokens, most - settings.max_new_tokens
+    what = f"the {most} tokens (--max-length, or a model's positions) less --max-new-tokens {new}"
     rows = [{**row, "prompt_ids": tokenizer.encode_prompt(row["prompt_messages"])} for row in rows]
     rows = fit_prompts(rows, lambda row: len(row["prompt_ids"]), room, settings.too_long, what)
     return [{**row, "prompt_ids": cut_left(row["prompt_ids"], room)} for row in rows]
