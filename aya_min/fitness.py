@@ -171,10 +171,9 @@ def read_questions(paths, reading, folder):
     rows = rows_of(paths, reading, folder)
     for i, row in enumerate(rows, 1):
         if row.get("task") not in TASKS or row.get("language") not in HOME or not isinstance(row.get("args"), list) or not isinstance(row.get("question_id"), str):
-            raise ValueError(f"{row.get('prompt_where') or ' '.join(map(str, paths))}: prompt {i} is not a "
-                             f"question of the embedded world "
-                             "(question_id, language, task, args), which the oracle needs; measure others "
-                             "with --eval-data or --command")
+            where = row.get("prompt_where") or f"{' '.join(map(str, paths))}: prompt {i}"
+            raise ValueError(f"{where}: not a question of the embedded world (question_id, language, task, "
+                             "args), which the oracle needs; measure others with --eval-data or --command")
     return rows
 
 

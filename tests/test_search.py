@@ -452,7 +452,7 @@ def test_files_of_one_name_in_two_folders_are_two_tasks(trained, tmp_path):
 
 @pytest.mark.parametrize("arguments, said", [
     ([], "give one of --prompts"), (["--prompts", "{prompts}", "--command", "x {model}"], "give one of --prompts"),
-    (["--prompts", "{plain}"], "prompt 1 is not a question of the embedded world"), (["--prompts", "{missing}"], "cannot be read"),
+    (["--prompts", "{plain}"], "1: not a question of the embedded world"), (["--prompts", "{missing}"], "cannot be read"),
     (["--prompts", "{prompts}", "--held-out", "{prompts}"],
      "6 of 6 held-out questions are among the fitness data, the first is"),
      (["--eval-data", "{sft}", "--held-out", "{sft}", "{sft}"], "one for each"),
