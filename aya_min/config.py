@@ -221,7 +221,7 @@ class Training(Reading):
              "them, cut-left drops the oldest tokens of their prompts",
         choices=["refuse", "skip", "cut-left"])
     max_steps: int = setting(0, "[0, inf)", "optimizer steps; 0 = as many as --epochs gives")
-    epochs: float = setting(1.0, "(0, 1e6]", "passes over the data when --max-steps is 0")
+    epochs: float = setting(1.0, "(0, 1000000]", "passes over the data when --max-steps is 0")
     batch_size: int = setting(32, "[1, inf)", "examples (pairs, prompts) per step over all ranks")
     micro_batch_size: int = setting(
         0, "[0, inf)", "examples per forward on one rank; 0 = this rank's whole share")
@@ -268,7 +268,7 @@ class Pretrain(Training):
 
 @dataclass
 class SFT(Training):
-    epochs: float = setting(2.0, "(0, 1e6]", "passes over the data when --max-steps is 0")
+    epochs: float = setting(2.0, "(0, 1000000]", "passes over the data when --max-steps is 0")
 
 
 @dataclass
@@ -304,7 +304,7 @@ class Recipe(Reading):
     model: str = setting("tiny", help="size of base, teachers and students", choices=list(MODEL_PRESETS))
     level: str = setting(
         "tiny", help="tiny: five task families, fewer words; full: all ten", choices=["tiny", "full"])
-    vocab_size: int = setting(6144, "[300, inf)")
+    vocab_size: int = setting(6144, "[300, 10000000]")
     max_length: int = setting(128, "[2, inf)")
     max_new_tokens: int = setting(32, "[1, inf)")
     batch_size: int = setting(32, "[1, inf)")
@@ -322,13 +322,13 @@ class Recipe(Reading):
     num_prompts: int = setting(6000, "[1, inf)", "prompts of the arbitrage")
     teacher_temperature: float = setting(
         0.7, TEMPERATURE, "of the pool's answers; at 1.0 the worst ones teach offline DPO nothing (LOG.md)")
-    sft_epochs: float = setting(2.0, "(0, 1e6]")
+    sft_epochs: float = setting(2.0, "(0, 1000000]")
     sft_learning_rate: float = setting(1.5e-3, "(0, inf)")
     cluster_scale: float = setting(
         2.0, "(0, inf)", "a cluster's learning rate over one model's: each has a fraction of the steps")
     cluster_spill: float = setting(
         0.4, "[0, 1]", "share of the other languages' examples that each cluster also trains on")
-    offline_epochs: float = setting(2.0, "(0, 1e6]")
+    offline_epochs: float = setting(2.0, "(0, 1000000]")
     offline_learning_rate: float = setting(3e-4, "(0, inf)")
     offline_beta: float = setting(0.1, "(0, inf)")
     offline_nll_weight: float = setting(0.2, "[0, inf)")
@@ -337,7 +337,7 @@ class Recipe(Reading):
     online_prompts: int = setting(3000, "[1, inf)", "fresh prompts per online round")
     online_samples: int = setting(8, "[2, 65536]", "completions per prompt")
     online_temperature: float = setting(0.7, TEMPERATURE)
-    online_epochs: float = setting(2.0, "(0, 1e6]")
+    online_epochs: float = setting(2.0, "(0, 1000000]")
     online_learning_rate: float = setting(6e-4, "(0, inf)")
     online_beta: float = setting(0.1, "(0, inf)")
     online_nll_weight: float = setting(0.1, "[0, inf)")

@@ -57,6 +57,7 @@ WRONG_FLAGS = [
     ("--online-prompts", "1", "one for each of 4 clusters"), ("--seed", "-1", "at least 0"),
     ("--seed", "9" * 400, "below 9223372036854775808"), ("--sft-epochs", "inf", "finite"),
     ("--sft-epochs", "1e-9", "less than one example"), ("--vocab-size", "10", "at least 300"),
+    ("--vocab-size", "9" * 18, "at most 10000000"), ("--sft-epochs", "1e308", "at most 1000000"),
     ("--collective-timeout", "nan", "finite"), ("--collective-timeout", "0", "above 0"),
     ("--columns", "prompt", "OURS=THEIRS"), ("--columns", "prompt=question", "go with --base"),
     ("--out", "runs/\udcff", "not UTF-8")]
