@@ -34,7 +34,9 @@ IF_BOTH = {"architectures", "model_type", "tie_word_embeddings", "vocab_size", "
            "num_key_value_heads"}
 BIASES = {"attention_bias", "mlp_bias", "qkv_bias"}         # absent is false, and the tensors show it
 # Of cohere and cohere2, what ModelConfig may refuse.
-NOT_OURS = ("attention_bias", "hidden_act", "rope_parameters", "rope_scaling")
+NOT_OURS = ("attention_bias", "attention_dropout", "hidden_act", "rope_parameters", "rope_scaling")
+OLD_NAMES = {"CohereForSequenceClassification": "CohereRewardModel",
+             "Cohere2ForSequenceClassification": "Cohere2RewardModel"}
 PLAIN_ROPE = [("type", "default"), ("rope_type", "default")]
 MOST_LAYERS = 10_000
 
@@ -83,6 +85,8 @@ def few_layers(config):
 def flat(config, before=""):
     """`meaning` without the defaults of the model types that we know."""
     config = {key: value for key, value in config.items() if value is not None and not is_neutral(key, value)}
+    if isinstance(names := config.get("architectures"), list):
+        config["architectures"] = [OLD_NAMES.get(name, name) if isinstance(name, str) else name for name in names]
     given = [config.pop(key, None) for key in ("rope_scaling", "rope_parameters")]
     rope = next((part for part in given if part), {})
     if isinstance(rope, dict):
@@ -138,6 +142,8 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 # Of tokenizer_config.json.
 CHANGE_IDS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+# Of tokenizer.json: what is added around a plain text is said (`remarks`), as the turns are written out anyhow.
+NOT_OF_MEANING = ("version", "padding", "truncation", "post_processor")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")        # of an added token
 
 
@@ -207,18 +213,7 @@ def tokenizer_of(text, path):
         pass                # bare Exception, or Rust's PanicException, which is none: compared as JSON
     if isinstance(model := raw.get("model"), dict):             # no prefix is written as null or as ""
         raw["model"] = {key: value for key, value in model.items() if key not in AFFIXES or value}
-    if adds_nothing(raw.get("post_processor")):
-        raw["post_processor"] = None
-    return {key: value for key, value in raw.items() if key not in ("version", "padding", "truncation")}
-
-
-def adds_nothing(processor):
-    """Whether a post_processor leaves the ids as they are: it trims offsets, or its template has no token."""
-    if not isinstance(processor, dict):
-        return True
-    single = processor.get("single")
-    plain = processor.get("type") == "TemplateProcessing" and isinstance(single, list) and len(single) == 1
-    return processor.get("type") == "ByteLevel" or plain and "Sequence" in single[0]
+    return {key: value for key, value in raw.items() if key not in NOT_OF_MEANING}
 
 
 def how_they_differ(a, b, first, folder):
@@ -295,6 +290,8 @@ def remarks(folder, config, first, first_config):
     said += ["generation_config.json"] if one != two else []
     one, two = (chat_template(place) for place in (first, folder))
     said += ["the chat template"] if one != two else []
+    one, two = (json_of(place, "tokenizer.json").get("post_processor") for place in (first, folder))
+    said += ["what tokenizer.json adds around a text (post_processor)"] if one != two else []
     for name in SETTINGS:
         if own_file(first, name) and own_file(folder, name):
             one, two = (json_of(place, name, ("chat_template", "added_tokens_decoder", "name_or_path"))

@@ -290,6 +290,8 @@ class RLOO(Training):
     too_long: str = setting(
         "refuse", help="prompts that leave no room for --max-new-tokens",
         choices=["refuse", "skip", "cut-left"])
+    max_length: int = setting(
+        1 << 30, "[2, inf)", "tokens of a prompt with its answer; the models' positions bound them too")
     schedule: str = setting("constant", help="after the warm-up", choices=["cosine", "constant"])
     num_samples: int = setting(4, "[2, 65536]", "completions per prompt, k; the baseline needs 2")
     max_new_tokens: int = setting(64, "[1, inf)")

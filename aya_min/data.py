@@ -85,10 +85,12 @@ class LeftOut:
     def add(self, reason, where):
         self.places.setdefault(reason, []).append(where)
 
-    def add_long(self, where, num_tokens):
-        """Count an example of too many tokens, or refuse it."""
+    def add_long(self, where, num_tokens, fits):
+        """Count an example of too many tokens, which was made to fit or was not, or refuse it."""
         by_model = getattr(self.reading, "max_length", self.limit) > self.limit
         limit = f"the model's {self.limit} positions" if by_model else f"--max-length {self.limit} tokens"
+        if fits:
+            return self.add(f"are longer than {limit} and lose the oldest tokens of their prompts", where)
         if self.reading.too_long == "refuse":
             raise ValueError(f"{where}: {num_tokens} tokens, longer than {limit}; shorten it, or give "
                              "--too-long skip or cut-left")
@@ -136,8 +138,7 @@ def fitting_example(tokenizer, example, answer, left_out):
     if num_tokens > left_out.limit:
         cut = left_out.reading.too_long == "cut-left"
         fits = without_oldest(example, tokenizer, answer, left_out.limit) if cut else None
-    if fits is None:
-        left_out.add_long(example.where, num_tokens)
+        left_out.add_long(example.where, num_tokens, fits)
     return [fits] if fits else []
 
 
@@ -148,10 +149,8 @@ def fitting_pair(tokenizer, sides, answers, left_out):
         gone, cut = longest - left_out.limit, left_out.reading.too_long == "cut-left"
         fits = [without_oldest(side, tokenizer, answer, len(side.ids) - gone) if cut else None
                 for side, answer in zip(sides, answers)]
-    if None in fits:
-        left_out.add_long(sides[0].where, longest)
-        return []
-    return [Pair(*fits)]
+        left_out.add_long(sides[0].where, longest, None not in fits)
+    return [] if None in fits else [Pair(*fits)]
 
 
 def load_examples(paths, tokenizer, reading, limit):
@@ -279,6 +278,7 @@ class Batch:
     ref_logps: Optional[torch.Tensor] = None        # (2, B/2) pairs, or (B,) completions, nats
     advantages: Optional[torch.Tensor] = None       # (B,) RLOO
     rewards: Optional[torch.Tensor] = None          # (B,) RLOO, for the log
+    cut: Optional[torch.Tensor] = None              # (B,) RLOO, 1 where the answer was cut, for the log
     repeats: Optional[torch.Tensor] = None          # (2, B) an earlier row, or itself, and how many tokens both begin with; None if no two begin alike
     slots: tuple = ("other",)                       # the languages that metrics are told apart by: slots_of
     where: tuple = ()                               # (B,) "file:line" of each row, to name it when its loss is not finite

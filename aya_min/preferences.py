@@ -10,18 +10,14 @@ answer, and is left out unless it is asked for.
 import math
 from collections import Counter
 
-# How an answer ends that is not finished: OpenAI, vLLM; Anthropic, Gemini; Mistral; our chat after Ctrl-C.
-CUT = ("length", "max_tokens", "model_length", "interrupted")
+from .rows import is_cut
+
 ANSWER = ("candidates", "completion", "chosen", "rejected", "finish_reason")     # keys not of the prompt
-
-
-def was_cut(answer):
-    return (answer.get("finish_reason") or "").lower() in CUT
 
 
 def count_cut(rows):
     """How many of the rows' candidates were cut: {"cut": number, "cut_by_language": {language: number}}."""
-    cut = Counter(row.get("language") or "other" for row in rows for c in row["candidates"] if was_cut(c))
+    cut = Counter(row.get("language") or "other" for row in rows for c in row["candidates"] if is_cut(c))
     return {"cut": cut.total(), "cut_by_language": dict(sorted(cut.items()))}
 
 
@@ -39,7 +35,7 @@ def usable(row, keep_cut):
         if c.get("reward") is not None and not math.isfinite(c["reward"]):
             raise ValueError(f"the reward {c['reward']} of {c.get('teacher') or 'a sample'} for the prompt "
                              f"{str(row.get('prompt'))[:60]!r} is not finite; look at the reward model")
-    kept = [c for c in options if keep_cut or not was_cut(c)]
+    kept = [c for c in options if keep_cut or not is_cut(c)]
     return kept, len(kept) < len(options)
 
 

@@ -302,7 +302,7 @@ def meaning_of(source):
     bytes.
 
     Indentation, order of keys, merges as strings or pairs, and padding or truncation left on make no
-    difference.
+    difference, nor does what is added around a plain text (post_processor): the turns say that.
     """
     where = "tokenizer.json"
     if isinstance(source, Path):
@@ -310,7 +310,7 @@ def meaning_of(source):
     bpe = read_bpe(source, where)
     bpe.no_padding()
     bpe.no_truncation()
-    return bpe.to_str()
+    return dumps({key: value for key, value in json.loads(bpe.to_str()).items() if key != "post_processor"})
 
 
 def text_of(data, where):

@@ -95,6 +95,7 @@ def test_a_key_that_changes_the_computation_is_named(start, change):
     (COHERE, {"max_position_embeddings": 8192, "initializer_range": 0.5, "tie_word_embeddings": True,
               "temperature": 0.3, "architectures": None}),
     (COHERE, {"sliding_window": 64, "sliding_window_pattern": 4}),          # cohere has no windows
+    (COHERE | {"architectures": ["CohereForSequenceClassification"]}, {"architectures": ["CohereRewardModel"]}),
     (COHERE | {"model_type": "cohere2"}, {"sliding_window_pattern": 4,
                                           "layer_types": ["sliding_attention"] * 2, "sliding_window": 4096}),
     (LLAMA, {"num_key_value_heads": 4, "head_dim": 8, "attention_bias": False, "mlp_bias": False,
@@ -274,7 +275,6 @@ def first_flag(value):
     (lambda value: value.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True,
                                                "trim_offsets": True, "use_regex": True}),
                                                "the pre_tokenizer differs"),
-    (with_bos, "the post_processor differs"),
     (first_flag, "lstrip"), (lambda value: value["model"].update(ignore_merges=True),
                              "the model's ignore_merges differs"),
     (lambda value: value.update(decoder=None), "the decoder differs")])
@@ -282,6 +282,12 @@ def test_where_tokenizers_differ_the_message_says_how(change, how, pair, tmp_pat
     rewritten(pair[1], change)
     line = refused(capsys, "linear", *pair, "--out", tmp_path / "out")
     assert f"{pair[1]}: tokenizer.json is not that of {pair[0]} (" in line and how in line
+
+
+def test_what_is_added_around_a_plain_text_is_said_and_does_not_keep_two_models_from_merging(pair, tmp_path, capsys):
+    rewritten(pair[1], with_bos)
+    assert main(["linear", *map(str, pair), "--out", str(tmp_path / "out")]) == 0
+    assert "what tokenizer.json adds around a text (post_processor)" in capsys.readouterr().err
 
 
 def test_other_models_of_tokenizers_are_compared_too(tmp_path):

@@ -13,15 +13,15 @@ PACKAGES = {"torch", "numpy", "tokenizers", "safetensors", "pytest", "tqdm"}
 
 FLOORS = [
     # 0: settings of a command line, plain files, pure functions on texts and tensors
-    {"charts", "cmaes", "command", "expressions", "files", "iso639", "linear", "merging", "preferences"},
+    {"charts", "cmaes", "command", "expressions", "files", "iso639", "linear", "merging"},
     # 1: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "front", "languages", "losses", "mergeconfig", "template", "tensorfiles"},
     # 2: the decoder, the world, how to resume, what a line of JSONL means, whether two folders are alike
     {"alike", "checkpoint", "journal", "model", "report", "rows", "turns", "world"},
     # 3: text to ids, rows to batches
-    {"arbitrage", "data", "tokenizer", "world_data"},
+    {"data", "preferences", "tokenizer", "world_data"},
     # 4: what is done with a model or with folders
-    {"loop", "reward", "sampling", "soups", "weights"},
+    {"arbitrage", "loop", "reward", "sampling", "soups", "weights"},
     # 5: the stages, and what is done with answers
     {"chat", "checks", "evaluate", "stages"},
     # 6: a recipe's run on disk; what a stage will need; what a search measures
