@@ -464,7 +464,7 @@ def test_a_text_that_is_too_long_is_refused_skipped_or_cut_at_the_left(write, to
     _, example = load_examples([path], tokenizer, SFT(too_long="cut-left"), 32)
     assert example.ids.tolist() == [tokenizer.bos_id, *whole[-31:]] and answers(
         tokenizer, example.ids, example.mask) == ["blue"]
-    assert capsys.readouterr().err == ""
+    assert "1 of 2 examples are longer than the model's 32 positions and lose the oldest" in capsys.readouterr().err
     path = write(GOOD, {"prompt": "hi", "completion": "hi " * 60})
     assert len(load_examples([path], tokenizer, SFT(too_long="cut-left"), 32)) == 1
     assert "even with their prompts cut, and are left out" in capsys.readouterr().err
