@@ -14,7 +14,7 @@ import torch
 from . import checkpoint, distributed, stages, weights
 from .config import Recipe
 from .data import read_jsonl
-from .files import parse_json, read_bytes, read_json, write_json, write_jsonl
+from .files import MARK, parse_json, read_bytes, read_json, write_json, write_jsonl
 from .model import RewardModel
 from .reward import score_texts
 from .sampling import answer_rows
@@ -53,19 +53,36 @@ def step(run, name, title, make):
         record = {"name": name, "title": title, "seconds": time.perf_counter() - started, "training_steps": steps, "tokens": tokens, **result}
         if distributed.is_main():
             write_json(folder / "done.json", record)
-            shutil.rmtree(folder / "state", ignore_errors=True)            # three times the model's size, and a whole step is never resumed
+            _drop_states(folder / "state")
         distributed.barrier()
     return read_json(folder / "done.json")
 
 
 def _clear(folder):
-    """Remove what a killed step left, unless it saved a state to resume from. -> whether to resume."""
+    """Remove what a killed step left, unless it saved a state to resume from. -> whether to resume.
+
+    steps/.NAME.aya_min says that this run began the step. A folder without it, and without the settings of a
+    stage, is somebody else's."""
+    begun = folder.with_name(f".{folder.name}{MARK}")
+    if folder.parent.is_symlink() or folder.is_symlink():
+        raise ValueError(f"{folder}: a link; a run's own folders are not reached by links, remove it")
     if checkpoint.published(folder / "state") and not (folder / "model").exists():
         return True
     if folder.exists():
+        if any(folder.iterdir()) and not begun.is_file() and not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} holds what this run did not make; move it elsewhere")
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    begun.touch()
     return False
+
+
+def _drop_states(folder):
+    """Remove the states of a whole step, which is never resumed: three times the model's size."""
+    for state in checkpoint.published(folder):
+        shutil.rmtree(state)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _training_totals(folder):

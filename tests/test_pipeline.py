@@ -14,6 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from small import CPU
+
+from aya_min import config, steps
 from train import main
 
 
@@ -150,3 +153,28 @@ def test_what_a_user_brings_is_looked_at_before_any_work(smoke, tmp_path, monkey
         err = capsys.readouterr().err
         assert ended.value.code == 2 and message in err and len(err.strip().splitlines()) == 1, err
         assert not run.exists()
+
+
+def test_what_a_user_put_where_a_step_will_be_is_refused_and_kept_and_a_killed_steps_rest_goes(tmp_path):
+    run = steps.Run(tmp_path / "run", config.Recipe(), CPU, {})
+
+    def make(folder, resume):
+        folder.mkdir(parents=True, exist_ok=True)
+        assert not list(folder.iterdir())
+        (folder / "half").write_text("half")
+        if not (tmp_path / "go").exists():
+            raise KeyboardInterrupt
+    (theirs := tmp_path / "run" / "steps" / "theirs").mkdir(parents=True)
+    (theirs / "thesis.txt").write_text("thesis")
+    with pytest.raises(ValueError, match="theirs holds what this run did not make"):
+        steps.step(run, "theirs", "a step", make)
+    assert (theirs / "thesis.txt").read_text() == "thesis"
+    with pytest.raises(KeyboardInterrupt):
+        steps.step(run, "killed", "a step", make)
+    (tmp_path / "go").touch()
+    assert steps.step(run, "killed", "a step", make)["name"] == "killed"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "steps" / "linked").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="linked: a link"):
+        steps.step(run, "linked", "a step", make)
+    assert not list((tmp_path / "elsewhere").iterdir())
