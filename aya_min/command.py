@@ -17,6 +17,11 @@ SHOWN = CONTROLS | {ord("\n"): "\n", ord("\t"): "    "}
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line on standard error and exit code 2."""
 
+    def add_argument(self, *names, **more):
+        if more.get("nargs") == "+" and names[0].startswith("-"):
+            more.setdefault("action", Several)
+        return super().add_argument(*names, **more)
+
     def parse_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else args
         for text in given:
@@ -26,6 +31,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"error: {printable(message)} (see {self.prog} --help)\n")
+
+
+class Several(argparse.Action):
+    """The values of a flag that takes several. Given twice, the flag would drop its earlier ones: refused."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(self, "namespace", None) is namespace:
+            parser.error(f"{option_string} is given twice; give all its values in one place")
+        self.namespace = namespace
+        setattr(namespace, self.dest, values)
 
 
 def is_text(text):

@@ -136,3 +136,15 @@ def test_an_argument_that_is_no_utf_8_is_refused_in_one_line():
         [sys.executable, "-c", program, "--prompt", b"a\xff"], capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stderr == "error: the argument 'a?' is not UTF-8 (see prog --help)\n"
+
+
+def test_a_flag_of_several_values_that_is_given_twice_is_refused(capsys):
+    """The second one silently dropped the files of the first."""
+    for argv in (["--data", "a", "b", "--data", "c"], ["--data=a", "--seed", "1", "--data", "b"]):
+        parser = command.Parser(prog="prog")
+        parser.add_argument("--data", nargs="+")
+        parser.add_argument("--seed", type=int)
+        with pytest.raises(SystemExit):
+            parser.parse_args(argv)
+        assert capsys.readouterr().err.startswith("error: --data is given twice")
+        assert parser.parse_args(["--data", "a", "b", "--seed", "1", "--seed", "2"]).data == ["a", "b"]
