@@ -202,7 +202,9 @@ def run_one_stage(args, device):
 
 
 def run_whole_recipe(args, device):
-    preset = config.RECIPES[args.preset]
+    preset = dict(config.RECIPES[args.preset])
+    if args.base:
+        preset.pop("keep_cut", None)        # for the embedded world's models, not for a user's own
     recipe = config.settings_from(config.Recipe, preset, args.config, vars(args))
     own = {"base": args.base, "prompts": args.prompts, "teachers": args.teachers, "arbiter": args.arbiter}
     if any(own.values()) and not all(own.values()):

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from . import __version__, checkpoint, config, distributed, weights
 from .config import check_training
@@ -553,10 +554,9 @@ def rloo(model, tokenizer, data, settings, out, device, reward_model, eval_data=
         rows, answers = [row for row, _ in flat], [answer for _, answer in flat]
         num_cut = sum(answer["finish_reason"] == "length" for answer in answers)
         if num_cut and not told and distributed.is_main():
-            print(f"{num_cut} of {len(answers)} answers were cut at --max-new-tokens "
-                  f"{settings.max_new_tokens}: they are kept and scored as they are; metrics.jsonl has their "
-                  "share of each step (cut)",
-                  file=sys.stderr)
+            tqdm.write(f"{num_cut} of {len(answers)} answers were cut at --max-new-tokens "
+                       f"{settings.max_new_tokens}: they are kept and scored as they are; metrics.jsonl has "
+                       "their share of each step (cut)", file=sys.stderr)
         told = told or num_cut > 0
         examples = [sampled_example(answer, row) for row, answer in flat]
         scores = score_texts(reward_model, tokenizer, [{**row, **answer} for row, answer in flat],
