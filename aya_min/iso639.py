@@ -78,7 +78,7 @@ kde Makonde; kea Kabuverdianu; ken Kenyang; kfo Koro; kgp Kaingang; kha Khasi; k
 khq Koyra Chiini Songhay|Koyra Chiini; khw Khowar; kiu Kirmanjki; kkj Kako; kln Kalenjin; kmb Kimbundu;
 koi Komi-Permyak; kok Konkani; kos Kosraean; kpe Kpelle; krc Karachay-Balkar; kri Krio; krj Kinaray-A;
 krl Karelian; kru Kurukh; ksb Shambala; ksf Bafia; ksh Kölsch|Colognian; kum Kumyk; kut Kutenai;
-kwk Kwak'wala; kxv Kuvi; lad Ladino; lag Rangi|Langi; lah Lahnda|Western Panjabi; lam Lamba; lez Lezghian;
+kwk Kwak'wala; kxv Kuvi; lad Ladino; lag Rangi|Langi; lah Lahnda; lam Lamba; lez Lezghian;
 lfn Lingua Franca Nova; lij Ligurian; lil Lillooet; liv Liv|Livonian; lkt Lakota; lmo Lombard; lol Mongo;
 lou Louisiana Creole; loz Lozi; lrc Northern Luri; lsm Saamia; ltg Latgalian; lua Luba-Lulua|Luba-Kasai;
 lui Luiseno; lun Lunda; luo Luo; lus Lushai|Mizo; luy Luyia; lzh Literary Chinese; lzz Laz; mad Madurese;
@@ -94,7 +94,7 @@ nym Nyamwezi; nyn Nyankole; nyo Nyoro; nzi Nzima; ojb Northwestern Ojibwa; ojc C
 ojs Severn Ojibwa|Oji-Cree; ojw Western Ojibwa; oka Okanagan; osa Osage; ota Ottoman Turkish; pag Pangasinan;
 pal Pahlavi; pam Pampanga; pap Papiamento; pau Palauan; pcd Picard; pcm Nigerian Pidgin;
 pdc Pennsylvania German; pdt Plautdietsch; peo Old Persian; pfl Pfaelzisch|Palatine German; phn Phoenician;
-pis Pijin; pms Piemontese|Piedmontese; pnb Western Punjabi; pnt Pontic; pon Pohnpeian;
+pis Pijin; pms Piemontese|Piedmontese; pnb Western Punjabi|Western Panjabi; pnt Pontic; pon Pohnpeian;
 pqm Malecite-Passamaquoddy|Maliseet-Passamaquoddy; prg Prussian; pro Old Provençal; prs Dari; quc K'iche';
 qug Chimborazo Highland Quichua; quy Ayacucho Quechua; raj Rajasthani; rap Rapanui; rar Rarotongan;
 rgn Romagnol; rhg Rohingya; rif Tarifit|Riffian; rof Rombo; rom Romany|Romani; rtm Rotuman; rue Rusyn;
@@ -148,15 +148,15 @@ gcf Guadeloupean Creole
 # The script in which a language is usually written, where it is not Latin: a tag does not repeat it.
 SCRIPTS = """
 Arab acm acq acw aeb afb ajp apc apd ar arq ars ary arz ayl ayn azb bal bcc bej bgn bqi brh chg ckb fa gbz
-glk hnd khw ks lah lrc mde mzn ota prs ps sd sdh shu skr swb trw ug ur;
-Cyrl ab ady alt av ba be bg bua ce chm crh cu cv dar inh kaa kbd kk koi krc kum kv ky lez mdf mk mn mrj
+glk hnd khw ks lah lrc mde mzn ota pnb prs ps sd sdh shu skr swb trw ug ur bgp haz uzs;
+Cyrl ab ady alt av ba be bg bua ce chm cu cv dar inh kaa kbd kk koi krc kum kv ky lez mdf mhr mk mn mrj
 myv nog os ru rue sah sel sr tg tt tyv udm uk xal;
-Deva anp awa bgc bho bra brx doi gon hi hif hne kok kru mag mai mr mwr ne new raj sa xnr;
+Deva anp awa bgc bho bra brx doi gom gon hi hif hne kok kru mag mai mr mwr ne new raj sa xnr;
 Cans cr crj crk crl crm csw iu oj ojs; Hans gan hak hsn lzh nan wuu zh; Ethi am byn gez ti tig wal;
-Hebr he jpr jrb lad yi; Beng as bn bpy mni; Grek el grc pnt tsd; Tfng shi zen zgh; Geor ka xmf;
-Hmnp hnj mww; Knda kn tcy; Mymr my shn; Sinh pi si; Syrc syc syr; Taml bfq ta; Tibt bo dz; Xsux akk hit;
+Hebr he jpr jrb lad yi; Beng as bn bpy ctg mni rkt syl; Grek el grc pnt tsd; Tfng ber shi tzm zen zgh; Geor ka xmf;
+Hmnp hnj mww; Knda kn tcy; Mymr ksw mnw my shn; Sinh pi si; Syrc aii syc syr; Taml bfq ta; Tibt bo dz khg; Xsux akk hit;
 Armi arc; Armn hy; Avst ae; Bali kaw; Bamu bax; Brah kho; Cakm ccp; Cher chr; Copt cop; Egyp egy; Goth got;
-Gujr gu; Guru pa; Hant yue; Jpan ja; Kana ain; Khmr km; Kore ko; Laoo lo; Latg mga; Mlym ml; Mong mnc;
+Gujr gu; Guru pa; Hant yue; Jpan ja; Kana ain; Khmr km; Kore ko; Laoo lo; Latg mga; Mlym ml; Mong mnc mvf;
 Newa nwc; Nkoo nqo; Olck sat; Orya or; Osge osa; Phli pal; Phnx phn; Rohg rhg; Runr non; Samr sam;
-Saur saz; Sgnw ase; Sogd sog; Tavt blt; Telu te; Thaa dv; Thai th; Ugar uga; Vaii vai; Xpeo peo; Yiii ii
+Saur saz; Sgnw ase; Sogd sog; Tavt blt; Telu te; Thaa dv; Thai th; Ugar uga; Vaii vai; Xpeo peo; Lana nod; Tale tdd; Yiii ii
 """

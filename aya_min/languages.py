@@ -132,9 +132,9 @@ def language_code(text):
 
 def home_language(code, known):
     """The language of `known` that a code belongs to: itself, or without last parts (pt-BR: pt); or None."""
-    while code not in known and "-" in code:
+    while code and code not in known and "-" in code:
         code = code.rpartition("-")[0]
-    return code if code in known else None
+    return code if code and code in known else None
 
 
 # ---- clusters ----------------------------------------------------------------------------------------------

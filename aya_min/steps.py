@@ -3,6 +3,7 @@
 Also the three things that most steps do: train a stage from a model folder, have a model folder answer prompts, have a reward model score answers.
 """
 
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -58,22 +59,26 @@ def step(run, name, title, make):
     return read_json(folder / "done.json")
 
 
+# What steps leave in their folders.
+OWN = {"config.json", "metrics.jsonl", "eval.json", "tokenizer.json", "tokenizer_config.json", "state", "model",
+       "checkpoints", "reference.safetensors", "profile.json", ".lock", "candidates.jsonl", "pairs.jsonl",
+       "greedy.jsonl", "sampled.jsonl", "done.json"}
+
+
 def _clear(folder):
     """Remove what a killed step left, unless it saved a state to resume from. -> whether to resume.
 
-    steps/.NAME.aya_min says that this run began the step. A folder without it, and without the settings of a
-    stage, is somebody else's."""
-    begun = folder.with_name(f".{folder.name}{MARK}")
+    A folder that holds anything else is refused, and stays."""
     if folder.parent.is_symlink() or folder.is_symlink():
         raise ValueError(f"{folder}: a link; a run's own folders are not reached by links, remove it")
     if checkpoint.published(folder / "state") and not (folder / "model").exists():
         return True
     if folder.exists():
-        if any(folder.iterdir()) and not begun.is_file() and not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} holds what this run did not make; move it elsewhere")
+        names = {path.name for path in folder.iterdir()} - OWN
+        if others := sorted(name for name in names if not name.endswith(MARK)):
+            raise ValueError(f"{folder} holds what this run did not make ({' '.join(others[:5])}); move it elsewhere")
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    begun.touch()
     return False
 
 
@@ -106,7 +111,9 @@ def data_file(run, name, rows):
 
 
 def rows_of(path):
-    return [row for _, row in read_jsonl(path)]
+    """The rows of a step's own file. Earlier versions wrote a model's NUL as it came; it is read as U+FFFD."""
+    lines = re.sub(rb"(?<!\\)((?:\\\\)*)\\u0000", rb"\1\\ufffd", read_bytes(path)).split(b"\n")
+    return [parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def settings(run, kind, **values):
