@@ -25,7 +25,7 @@ from aya_min.chat import chat
 from aya_min.command import WHOLE, Parser, is_text, number, printable
 from aya_min.config import TEMPERATURE, Reading, add_flags, settings_from
 from aya_min.data import cut_left, fit_prompts, load_prompts, plain
-from aya_min.files import dumps, jsonl, marked, own_file, read_json, sha256
+from aya_min.files import dumps, jsonl, marked, own_file, read_json, sha256, taken
 from aya_min.journal import PURPOSE, Journal
 from aya_min.languages import language_code
 from aya_min.preferences import ANSWER, best_worst, cut_line
@@ -114,7 +114,7 @@ def check(args):
     for path in outputs:
         folder = Path(path).absolute().parent
         if os.path.lexists(path) and not marked(f"{args.out}.partial", PURPOSE):
-            raise exists(path)
+            raise taken(path)
         if not folder.is_dir():
             raise ValueError(f"{path}: there is no such folder; make it first")
         if not os.access(folder, os.W_OK):
@@ -122,10 +122,6 @@ def check(args):
     names = [Path(path).resolve() for path in outputs + [f"{args.out}.partial"] * bool(args.out)]
     if len(set(names)) < len(names):
         raise ValueError("--pairs and --out are the same file; give two, neither named OUT.partial")
-
-
-def exists(path):
-    return ValueError(f"{path} exists; give a new file, nothing is overwritten")
 
 
 def check_pool(args):
@@ -408,7 +404,7 @@ def work(rows, lengths, looked, arbiter, table, args, device, reading):
             journal.remove()
             return 0, 0.0
         for path in filter(os.path.lexists, outputs):
-            raise exists(path)
+            raise taken(path)
         if journal.done and distributed.is_main():
             print(f"goes on: {len(journal.done)} of {len(rows) * len(looked)} prompts were finished before",
                   file=sys.stderr)

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from .config import ROPE_THETA, ModelConfig, layer_pattern, stop_ids
-from .files import own_file, parse_json, read_bytes, read_json
+from .files import own_file, parse_json, parse_object, read_bytes, read_json
 
 # ---- config.json -------------------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ def file_difference(folder, first, name):
     if name == "tokenizer.json":
         return how_they_differ(*(tokenizer_of(text, path) for text, path in zip((a, b), paths)), first,
                                folder)
-    one, two = (objects(text, path) for text, path in zip((a, b), paths))
+    one, two = (parse_object(text, path) for text, path in zip((a, b), paths))
     if name in TABLES:
         return ids_differ(one, two, first, folder)
     keys = [f"{key} is {two[key]}, there {one[key]}" for key in CHANGE_IDS if key in one and key in two
@@ -190,17 +190,10 @@ def file_difference(folder, first, name):
     return "; ".join(filter(None, [*keys, how])) or None
 
 
-def objects(text, path):
-    value = parse_json(text, path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON {type(value).__name__}, not an object; copy or download it again")
-    return value
-
-
 def tokenizer_of(text, path):
     """tokenizer.json as the tokenizers library reads and writes it, without padding and truncation, which
     `encode` of one text does not need."""
-    raw = objects(text, path)
+    raw = parse_object(text, path)
     from tokenizers import Tokenizer    # a tenth of a second that equal files do not need
     try:
         read = Tokenizer.from_str(text.decode("utf-8-sig"))

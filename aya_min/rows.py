@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from . import distributed
-from .files import parse_json, read_bytes
+from .files import parse_object, read_bytes
 from .languages import SPELLINGS, language_code
 
 SHAPES = ("messages", "prompt", "completion", "inputs", "targets", "chosen", "rejected", "text")
@@ -96,9 +96,7 @@ def read_jsonl(path, reading=None):
     rows, unknown = [], {}
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
-        row = parse_json(line, where, "one whole object a line, no empty lines")
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object; one object a line")
+        row = parse_object(line, where, "one whole object a line, no empty lines")
         if columns:
             row = renamed(row, columns, where)
         if row.get("language") is not None:

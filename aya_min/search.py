@@ -30,7 +30,7 @@ from .front import macro
 from .journal import Journal
 from .mergeconfig import check_settings, shortened
 from .report import write_report
-from .soups import look_into, merge_folders, new_folder, tell
+from .soups import look_into, merge_folders, output_folder, tell
 
 SIGMA = 0.5                 # the first step of CMA-ES, ours (LOG.md)
 
@@ -130,7 +130,7 @@ def search(folders, out, evaluate, *, evaluations=200, seed=0, allow_negative=Fa
         history, result = measure(folders, evaluate, journal, evaluations, seed,
                                   affine if allow_negative else softmax, leave_one_out, held_out)
         result = {"search": search_id, **result, "what is measured": about}
-        with new_folder(out) as made:
+        with output_folder(out) as made:
             merge_folders(folders, made / "model", "linear", weights=result["rows"][-1]["weights"],
                           dtype=dtype, device=device, progress=False,
                           allow_config_differences=allow_config_differences)

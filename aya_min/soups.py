@@ -24,7 +24,7 @@ from tqdm import tqdm
 from . import __version__, merging, tensorfiles
 from .alike import config_differences, different, files_along, meaning, remarks, shown, tokenizer_differences
 from .command import one_line
-from .files import Digests, publish_folder, scratch, write_json
+from .files import Digests, new_folder, write_json
 from .mergeconfig import OUTPUT_DTYPES, check_settings, layer_of, settings_by_tensor, to_config
 from .tokenizer import files_to_publish
 from .tensorfiles import DTYPES, drop_tied_head, equal, first_of, num_bytes, places, read_config, read_header, read_piece
@@ -57,7 +57,7 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
     size = sum(num_bytes(*spec) for spec in specs.values())
     size += sum((folders[0] / name).stat().st_size for name in along)
 
-    with new_folder(out, size) as made, digests or Digests() as digests:
+    with output_folder(out, size) as made, digests or Digests() as digests:
         if progress:
             tell(said)
         files_of = {folder: sorted({file for file, _, _ in header.values()}) for folder, header in zip(inputs, headers)}
@@ -73,9 +73,8 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
 
 
 @contextmanager
-def new_folder(out, size=0):
-    """A folder beside `out` that becomes it at the end, with the folders above it; or all of them go away.
-    size: bytes that it will need."""
+def output_folder(out, size=0):
+    """files.new_folder with the folders above it; or all of them go away. size: bytes that it will need."""
     above = [place for place in (out.parent, *out.parent.parents) if not place.exists()]
     there = next(place for place in (out.absolute().parent, *out.absolute().parents) if place.exists())
     if size > (free := shutil.disk_usage(there).free):
@@ -83,11 +82,8 @@ def new_folder(out, size=0):
                          f"or give another folder as the output")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with scratch(out) as folder:
-            made = folder / out.name
-            made.mkdir()
+        with new_folder(out) as made:
             yield made
-            publish_folder(made, out)
     except BaseException as error:                                                   # Ctrl-C and a full disk too
         for place in above:
             try:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import language_model, reward_model, run, tokenizer
 
-from aya_min import front, search as search_module, soups, weights
+from aya_min import files, front, search as search_module, weights
 from aya_min.command import guarded
 from aya_min.evaluate import summarize
 from aya_min.fitness import by_loss, by_oracle, graded, halves, loss_splits, of_folders, of_models, together
@@ -196,7 +196,7 @@ def test_a_search_killed_before_it_published_its_folder_goes_on_and_ends(pool, t
     def killed(made, path):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(soups, "publish_folder", killed)
+        patch.setattr(files, "publish_folder", killed)
         with pytest.raises(KeyboardInterrupt):
             search(pool, tmp_path / "out", toy, evaluations=16)
     search(pool, tmp_path / "out", None if (tmp_path / "out").exists() else toy, evaluations=16)
