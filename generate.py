@@ -40,8 +40,7 @@ SAMPLING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "m
 # Small files of a model folder that, beside the weights, make its answers.
 MAKE_ANSWERS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
                 "chat_template.jinja", "model.safetensors.index.json")
-CHOICE = ("arbiter", "route", "table", "margin", "keep_cut", "pairs")   # what makes the output of the answers
-OF_POOL = ("arbiter", "pairs", "table", "route", "margin", "keep_cut")     # flags that go with --models
+OF_POOL = ("arbiter", "pairs", "table", "route", "margin", "keep_cut")     # how --models' answers are chosen
 POOL_LINE = "--models A B ... --prompts F.jsonl"
 
 
@@ -255,9 +254,8 @@ def sample(folder, rows, lengths, args, device, reading, journal=None):
     if left:
         model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
         slots, max_tokens, size = plan_cache(model, [lengths[folder][i] for i in left], args, device)
-        if distributed.is_main():
-            print(f"{Path(folder).name}: KV cache of {slots} rows x {max_tokens} tokens, "
-                  f"{size / 1e6:,.1f} MB a rank", file=sys.stderr)
+        distributed.say(f"{Path(folder).name}: KV cache of {slots} rows x {max_tokens} tokens, "
+                        f"{size / 1e6:,.1f} MB a rank")
         started = []
         made = answer_rows(
             model, tokenizer, [rows[i] for i in left], args.num_samples, args.max_new_tokens,
@@ -322,9 +320,9 @@ def answers_of(rows, lengths, args, device, reading, journal):
     made = [{**of_prompt(row), "completion": a["completion"], "num_tokens": len(a["ids"]),
              "finish_reason": a["finish_reason"], "logp": round(a["logp"], 4), "model": args.model,
              "seed": args.seed, "sample": i} for row, group in zip(rows, groups) for i, a in enumerate(group)]
-    if distributed.is_main() and not args.ignore_eos:
+    if not args.ignore_eos:
         line = cut_line([{**row, "candidates": group} for row, group in zip(rows, groups)])
-        print(f"{line} answers, at --max-new-tokens {args.max_new_tokens}", file=sys.stderr)
+        distributed.say(f"{line} answers, at --max-new-tokens {args.max_new_tokens}")
     return {args.out: made}, [] if args.out else [a["completion"] for a in groups[0]], tokens, seconds
 
 
@@ -395,19 +393,18 @@ def work(rows, lengths, looked, arbiter, table, args, device, reading):
     """Answer the prompts, write --out and --pairs together. Returns (new tokens, seconds)."""
     outputs = [path for path in (args.out, args.pairs) if path]
     choice = {"table of languages": table and {str(k): v for k, v in table.items()},
-              **{name: getattr(args, name) for name in CHOICE}}
+              **{name: getattr(args, name) for name in OF_POOL}}
     with open_journal(rows, looked, args, reading) as journal:
         if journal.published(outputs, choice):
-            if distributed.is_main():
-                print(f"{' and '.join(outputs)} had been finished before; what was left in "
-                      f"{args.out}.partial is removed", file=sys.stderr)
+            distributed.say(f"{' and '.join(outputs)} had been finished before; what was left in "
+                            f"{args.out}.partial is removed")
             journal.remove()
             return 0, 0.0
         for path in filter(os.path.lexists, outputs):
             raise taken(path)
-        if journal.done and distributed.is_main():
-            print(f"goes on: {len(journal.done)} of {len(rows) * len(looked)} prompts were finished before",
-                  file=sys.stderr)
+        if journal.done:
+            distributed.say(f"goes on: {len(journal.done)} of {len(rows) * len(looked)} prompts were "
+                            "finished before")
         if args.models:
             same = (arbiter or looked[args.models[0]])[1].key
             made, *said = arbitrage(rows, lengths, args, device, reading, journal, table, same)

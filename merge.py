@@ -13,11 +13,11 @@ Each method has only the flags that it uses (python merge.py METHOD --help). The
 import argparse
 import gc
 import json
-import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
-from aya_min.command import WHOLE, Parser, guarded, number, printable
+from aya_min.command import WHOLE, Parser, guarded, is_spare_rank, number, printable
 from aya_min.config import Reading, add_flags
 from aya_min.files import Digests, read_json
 from aya_min.mergeconfig import METHODS, OUTPUT_DTYPES, RANGES, check_settings, from_config, to_config
@@ -72,9 +72,6 @@ SEARCH_FLAGS = {
     "--allow-negative": {"action": "store_true", "help": "weights of any sign whose sum is 1; without it they are above 0"},
     "--leave-one-out": {"action": "store_true", "help": "measure the result without each model, too"},
     "--dtype": {"choices": OUTPUT_DTYPES, "help": "of the output; default: that of the first model"}}
-
-
-READING = list(Reading.__dataclass_fields__)
 
 
 def device(name):
@@ -138,12 +135,8 @@ def weight_files(folders):
 
 
 def main(arguments=None):
-    rank = os.environ.get("RANK", "0")
-    if not rank.isdecimal():
-        raise ValueError(f"RANK is {rank!r} in the environment, no whole number; leave it to torchrun, or "
-                         f"unset it")
-    if int(rank):
-        return 0                                                    # under torchrun one process does the work
+    if is_spare_rank():
+        return 0
     options = parse(arguments)
     config, is_json, only_print = (options.pop(key, None) for key in ("config", "json", "print_config"))
     try:
@@ -151,10 +144,8 @@ def main(arguments=None):
             from aya_min import front
             # models and training: two seconds that the other methods do not need
             from aya_min.search import search_folders
-            options |= {"reading": {name: value for name in READING
-                                    if (value := options.pop(name)) is not None}}
-            if isinstance(options["reading"].get("columns"), list):
-                options["reading"]["columns"] = dict(options["reading"]["columns"])
+            flags = {field.name: options.pop(field.name) for field in fields(Reading)}
+            options["reading"] = {name: value for name, value in flags.items() if value is not None}
             result = search_folders(**{key: value for key, value in options.items() if key != "method"})
             print(printable(front.table(result)))
             print(printable(f"{options['out']}: model, search.json, evaluations.jsonl, report.html"))

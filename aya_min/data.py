@@ -13,9 +13,8 @@ import torch
 
 from . import distributed
 from .config import Reading
-from .rows import ENDINGS, OF_PAIRS, SHAPES, Spelled, is_cut, is_text, pair_of, plain_text, say
-from .rows import supervised, trained
-from .rows import prompt_of, read_jsonl
+from .rows import (ENDINGS, OF_PAIRS, SHAPES, Spelled, is_cut, is_plain_text, pair_of, plain_text, prompt_of,
+                   read_jsonl, say, supervised, trained)
 
 EQUAL_SHARE = 0.05                                  # of pairs with two equal answers: more are refused
 
@@ -161,7 +160,7 @@ def load_examples(paths, tokenizer, reading, limit):
         for where, row in read_jsonl(path, reading):
             left_out.total += 1
             language = row.get("language") or "other"
-            if is_text(row):
+            if is_plain_text(row):
                 text = plain_text(row, where)
                 messages, learnt = [{"content": text}], [trained(row, "", where) is not False]
                 cut = [is_cut(row)]
@@ -176,7 +175,7 @@ def load_examples(paths, tokenizer, reading, limit):
                 left_out.add(WAS_CUT, where)
             elif not any(learnt):
                 left_out.add(NOT_LEARNT, where)
-            elif is_text(row):
+            elif is_plain_text(row):
                 examples += pieces_of(tokenizer, text, limit, language, where)
             else:
                 example = encode_conversation(tokenizer, messages, learnt, language, where)

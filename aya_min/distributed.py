@@ -155,6 +155,12 @@ def is_main():
     return rank() == 0
 
 
+def say(text):
+    """One line on standard error, of rank 0."""
+    if is_main():
+        print(one_line(text), file=sys.stderr)
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()

@@ -1,7 +1,6 @@
 """Scores of a reward model: prompt and completion in, one number out, by model.RewardModel."""
 
 import math
-import sys
 
 import torch
 
@@ -59,8 +58,7 @@ def fitted(examples, long, positions, too_long, name, places):
                          "shorten it, or give --too-long skip")
     if too_long == "refuse":
         raise ValueError(f"{found}; shorten them, or give --too-long skip or cut-left")
-    if distributed.is_main():
-        print(f"{found}; they are {'not scored' if too_long == 'skip' else 'cut'}", file=sys.stderr)
+    distributed.say(f"{found}; they are {'not scored' if too_long == 'skip' else 'cut'}")
     examples = list(examples)
     for i in long:
         examples[i] = None if too_long == "skip" else shortened(examples[i], positions, answers[i])

@@ -9,7 +9,6 @@ Other keys are kept as they are, but for those that would change what a row mean
 """
 
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -74,9 +73,8 @@ TEMPLATED = re.compile("|".join(re.escape(name) for names in TURN_TOKENS.values(
 
 
 def say(paths, what):
-    """One line on standard error, of one rank."""
-    if distributed.is_main():
-        print(f"{' '.join(map(str, paths))}: {what}", file=sys.stderr)
+    """One line on standard error about files."""
+    distributed.say(f"{' '.join(map(str, paths))}: {what}")
 
 
 # ---- a file's rows -----------------------------------------------------------------------------------------
@@ -216,6 +214,18 @@ def trained(found, key, where):
 def is_cut(found, keys=ENDINGS):
     """Whether a row or a message says that its answer was cut at its limit."""
     return any(isinstance(found.get(key), str) and found[key].lower() in CUT for key in keys)
+
+
+def finish_reason(row, where):
+    """What a row, or the last message of its answer, says of the answer's end; None if nothing."""
+    lists = [row[key] for key in ("messages", "completion", "targets") if isinstance(row.get(key), list)]
+    for part in (row, *(messages[-1] for messages in lists if messages)):
+        for key in ENDINGS if isinstance(part, dict) else ():
+            if isinstance(value := part.get(key), str):
+                return value
+            if value is not None:
+                raise ValueError(f"{where}: {key!r} must be a text such as stop or length, got {short(value)}")
+    return None
 
 
 def role_of(message, place, where):
@@ -412,9 +422,8 @@ def prompt_of(row, where):
     answers = ("completion", "targets", "chosen", "rejected")
     if row.get("messages") is not None:
         refuse_two(row, where, "messages", *answers)
-        messages = checked(turns_of(row["messages"], "messages", where), "messages", where)
-        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        return ends_with_user(with_system(messages, row, where), where)
+        messages = messages_of(row, where)
+        return ends_with_user(messages[:-1] if messages[-1]["role"] == "assistant" else messages, where)
     for key in ("prompt", "inputs"):
         if row.get(key) is not None:
             refuse_two(row, where, key, *answers)
@@ -422,7 +431,7 @@ def prompt_of(row, where):
     raise ValueError(f"{where}: no prompt in keys {sorted(row)}; needs prompt, inputs or messages; {RENAME}")
 
 
-def is_text(row):
+def is_plain_text(row):
     """Whether a row is a plain {"text"}."""
     return "text" in row and (not is_empty(row["text"]) or not shapes_in(row))
 
@@ -437,19 +446,22 @@ def plain_text(row, where):
     return text_of(row["text"], "text", where)
 
 
+def messages_of(row, where):
+    """The messages of a row that has "messages", and its "system"."""
+    messages = checked(turns_of(row["messages"], "messages", where), "messages", where)
+    return with_system(messages, row, where)
+
+
 def texts_in(row, where):
     """All texts of a row of any shape."""
-    if is_text(row):
+    if is_plain_text(row):
         return [plain_text(row, where)]
     if {"chosen", "rejected"} & shapes_in(row):
         prompt, chosen, rejected = preference(row, where)
         return [*(message["content"] for message in prompt), chosen, rejected]
-    if row.get("messages") is not None:
-        messages = checked(turns_of(row["messages"], "messages", where), "messages", where)
-        messages = with_system(messages, row, where)
-    else:
-        messages = (conversation if {"completion", "targets"} & shapes_in(row) else prompt_of)(row, where)
-    return [message["content"] for message in messages]
+    answered = {"completion", "targets"} & shapes_in(row)
+    read = messages_of if row.get("messages") is not None else conversation if answered else prompt_of
+    return [message["content"] for message in read(row, where)]
 
 
 # ---- control tokens ----------------------------------------------------------------------------------------

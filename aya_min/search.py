@@ -22,7 +22,7 @@ from tqdm import tqdm
 from . import cmaes
 from .alike import SETTINGS, TABLES, TEXTS, VOCABULARIES
 from .command import in_range
-from .config import Reading
+from .config import Reading, settings_from
 from .files import own_file, read_json, sha256, write_json, write_jsonl
 from .fitness import (by_command, by_loss, by_oracle, halves, loss_splits, of_folders, of_models,
                       read_questions, refuse_shared, task_of, together)
@@ -252,7 +252,8 @@ def search_folders(folders, out, *, prompts=None, eval_data=None, command=None, 
                          "with {split} in it, it is told fitness or held-out")
     folders, has_held_out, out = [Path(folder) for folder in folders], True, Path(out)
     check(folders, out, evaluations, dtype, allow_config_differences)
-    given, reading = reading, Reading(**{"too_long": "skip" if eval_data else "refuse"} | (reading or {}))
+    given = reading or {}
+    reading = settings_from(Reading, {"too_long": "skip" if eval_data else "refuse"}, flags=given)
     if command is not None:
         evaluate = of_folders(folders, by_command(command), out, dtype, device, allow_config_differences)
         has_held_out = "{split}" in command
@@ -281,7 +282,7 @@ def search_folders(folders, out, *, prompts=None, eval_data=None, command=None, 
         evaluate = of_models(folders, by_loss(splits), dtype, device, allow_config_differences)
     about = {"prompts": [digest(path) for path in prompts or []], "eval_data": [digest(path) for path in eval_data or []], "command": command,
              "held_out": [digest(path) for path in held_out or []], "by": list(by), "max_new_tokens": max_new_tokens, "max_length": max_length,
-             "halves by seed": None if held_out or command else seed} | ({"reading": given} if given else {})
+             "halves by seed": None if held_out or command else seed} | ({"reading": {name: getattr(reading, name) for name in given}} if given else {})
     return search(folders, out, evaluate, evaluations=evaluations, seed=seed, held_out=has_held_out,
                   dtype=dtype, device=device, about=about,
                   allow_config_differences=allow_config_differences, **settings)

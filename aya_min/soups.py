@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import __version__, merging, tensorfiles
+from . import __version__, distributed, merging, tensorfiles
 from .alike import config_differences, different, files_along, meaning, remarks, shown, tokenizer_differences
 from .command import one_line
 from .files import Digests, new_folder, write_json
@@ -129,9 +128,8 @@ def look_into(inputs, allow_config_differences=False):
 
 
 def tell(said):
-    if os.environ.get("RANK", "0") == "0":
-        for text in dict.fromkeys(said):
-            print(one_line(text), file=sys.stderr)
+    for text in dict.fromkeys(said):
+        distributed.say(text)
 
 
 def differences(folder, header, first, first_header):
@@ -206,7 +204,7 @@ def merge_files(folder, files, headers, method, settings, values, device, progre
     passes = {"slerp": 2, "model-stock": 2, "ties": 2}.get(method, 1) + ("seed" in settings and settings["convention"] == "mergekit")
     size = passes * sum(num_bytes(*headers[0][name][1:]) for name in values)
     function, inputs, outputs = getattr(merging, method.replace("-", "_")), [places(header) for header in headers], tensorfiles.create(folder, files)
-    bar = tqdm(total=size, desc="merge", unit="B", unit_scale=True, disable=not progress or os.environ.get("RANK", "0") != "0")
+    bar = tqdm(total=size, desc="merge", unit="B", unit_scale=True, disable=not progress)
     with bar, workers() as pool:
         limits = merging.thresholds(over(list(values), inputs, pool, device, bar), settings["density"]) if paper_ties else None
         for name, place in outputs.items():
