@@ -94,8 +94,14 @@ def launch(command, timeout=1800):
             print(f"error{'' if is_main() else f' on rank {rank()}'}: {one_line(error)}", file=sys.stderr)
             sys.exit(2)
         except Exception:
-            print(f"error: {OURS}", file=sys.stderr)
+            first = f"rank {rank()} failed; if no other did so before it, " if num_ranks() > 1 else ""
+            print(f"error: {first}{OURS}", file=sys.stderr)
             raise
+        if num_ranks() > 1:
+            close()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)                 # gloo's threads were seen to abort a rank that had done all its work
         close()
     run()
 

@@ -232,26 +232,26 @@ def scratch(path):
     path = Path(path)
     prefix, purpose = f".{path.name[:60]}.", f"to make {path.name}"
     for left in sorted(path.parent.glob(f".*{MARK}")):
-        if left.name.startswith(prefix) and is_left(left, purpose):
-            remove_marked(left)
-        elif left.name.startswith(prefix):
-            with suppress(OSError):                 # it holds something, or is no folder
-                left.rmdir()
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=MARK, dir=path.parent))
-        try:
-            mark(folder, purpose)
-            break
-        except FileNotFoundError:                   # another process took it for a left one, it was empty
-            pass
-        except BaseException:
-            remove_marked(folder)
-            raise
+        if left.name.startswith(prefix):
+            if is_left(left, purpose):
+                remove_marked(left)
+            with suppress(OSError):
+                left.rmdir()                        # an empty one: a kill came before the mark, or after it
+    folder = marked_folder(path.parent, prefix, purpose)
     try:
         yield folder
     finally:
         with suppress(OSError):
             remove_marked(folder)
+
+
+def marked_folder(parent, prefix, purpose):
+    """A new folder with our mark. Another process may take an unmarked one for a left one: then again."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=MARK, dir=parent))
+        with suppress(FileNotFoundError):
+            mark(folder, purpose)
+            return folder
 
 
 # ---- writing -----------------------------------------------------------------------------------------------

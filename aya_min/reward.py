@@ -15,7 +15,8 @@ def score_texts(model, tokenizer, rows, batch_size=64, name="the reward model", 
 
     An empty completion is scored like any other text. model: a RewardModel, plain or sharded; name: what
     messages call it. too_long: what to do with texts that pass the model's positions: refuse, skip (their
-    score is None, their number is said), or cut-left (the oldest tokens of their prompts are dropped).
+    score is None, their number is said), or cut-left (the oldest tokens of their prompts are dropped; an answer
+    that passes them alone is not scored).
     """
     model.eval()
     device = next(model.parameters()).device
@@ -49,19 +50,19 @@ def example_of(tokenizer, row):
 
 
 def fitted(examples, long, positions, too_long, name, places):
-    """The examples within the model's positions: those at the indices `long` cut, None, or refused."""
+    """The examples within the model's positions: those at the indices `long` are cut, or None, or refused."""
     first = f"the first, of {places[long[0]]}, has {len(examples[long[0]].ids)} tokens"
     found = f"{name}: {len(long)} of {len(examples)} texts to score pass its {positions} positions ({first})"
-    answers = {i: int(examples[i].mask.sum()) for i in long}
-    if too_long == "cut-left" and (over := [i for i in long if answers[i] > positions - 2]):
-        raise ValueError(f"{found}; the answer of {places[over[0]]} alone has {answers[over[0]]} tokens; "
-                         "shorten it, or give --too-long skip")
     if too_long == "refuse":
         raise ValueError(f"{found}; shorten them, or give --too-long skip or cut-left")
-    distributed.say(f"{found}; they are {'not scored' if too_long == 'skip' else 'cut'}")
+    answers = {i: int(examples[i].mask.sum()) for i in long}
+    unscored = [i for i in long if too_long == "skip" or answers[i] > positions - 2]
+    fates = [f"{len(long) - len(unscored)} lose the oldest tokens of their prompts"] * (too_long == "cut-left")
+    fates += [f"{len(unscored)} are not scored"] * bool(unscored)
+    distributed.say(f"{found}; {', '.join(fates)}")
     examples = list(examples)
     for i in long:
-        examples[i] = None if too_long == "skip" else shortened(examples[i], positions, answers[i])
+        examples[i] = None if i in unscored else shortened(examples[i], positions, answers[i])
     return examples
 
 

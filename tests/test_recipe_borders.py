@@ -58,7 +58,7 @@ WRONG_FLAGS = [
     ("--seed", "9" * 400, "below 9223372036854775808"), ("--sft-epochs", "inf", "finite"),
     ("--sft-epochs", "1e-9", "less than one example"), ("--vocab-size", "10", "at least 300"),
     ("--vocab-size", "9" * 18, "at most 10000000"), ("--sft-epochs", "1e308", "at most 1000000"),
-    ("--collective-timeout", "nan", "finite"), ("--collective-timeout", "0", "above 0"),
+    ("--collective-timeout", "nan", "finite"), ("--collective-timeout", "0", "at least 0.001"),
     ("--columns", "prompt", "OURS=THEIRS"), ("--columns", "prompt=question", "go with --base"),
     ("--out", "runs/\udcff", "not UTF-8")]
 
@@ -80,8 +80,8 @@ def test_a_wrong_setting_in_a_file_is_refused_like_its_flag(name, value, refusal
 
 
 @pytest.mark.parametrize("clusters, says", [
-    ({}, "0 clusters"), ({"a": ["en"]}, "1 clusters"), ({"a": [], "b": ["de"]}, "non-empty list"),
-    ({"a": [["de"]], "b": ["fr"]}, "non-empty list"), ({"a": ["de"], "b": "fr"}, "non-empty list"),
+    ({}, "no cluster"), ({"a": ["en"]}, "1 clusters"), ({"a": [], "b": ["de"]}, "non-empty list"),
+    ({"a": [["de"]], "b": ["fr"]}, "unknown language"), ({"a": ["de"], "b": "fr"}, "non-empty list"),
     ({"pairs": ["de"], "b": ["pl"]}, "'pairs' cannot be"),
     ({"other": ["de"], "b": ["pl"]}, "'other' cannot be"), ({"a\nb": ["de"], "b": ["pl"]}, "cannot be"),
     ({"a": ["de"], "b": ["sw"]}, "'sw' is no language of the embedded"),
