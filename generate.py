@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 
 from aya_min import distributed, weights
+from aya_min.alike import identity
 from aya_min.arbitrage import candidates_from, route, wins_table
 from aya_min.chat import chat
 from aya_min.command import WHOLE, Parser, is_text, number, printable
 from aya_min.config import TEMPERATURE, Reading, add_flags, settings_from
 from aya_min.data import cut_left, fit_prompts, load_prompts, plain
-from aya_min.files import dumps, jsonl, marked, own_file, read_json, sha256, taken
+from aya_min.files import dumps, jsonl, marked, read_json, taken
 from aya_min.journal import PURPOSE, Journal
 from aya_min.languages import language_code
 from aya_min.preferences import ANSWER, best_worst, cut_line
@@ -37,9 +38,6 @@ gc.enable()
 
 SAMPLING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos",
             "seed", "dtype")
-# Small files of a model folder that, beside the weights, make its answers.
-MAKE_ANSWERS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-                "chat_template.jinja", "model.safetensors.index.json")
 OF_POOL = ("arbiter", "pairs", "table", "route", "margin", "keep_cut")     # how --models' answers are chosen
 POOL_LINE = "--models A B ... --prompts F.jsonl"
 
@@ -223,10 +221,7 @@ def open_journal(rows, looked, args, reading):
     number of ranks may differ."""
     made_by = {}
     for folder, (*_, header) in looked.items():
-        for file in {entry[0] for entry in header.values()}:
-            made_by[str(file)] = [file.stat().st_size, file.stat().st_mtime_ns]
-        found = {name: own_file(folder, name) for name in MAKE_ANSWERS}
-        made_by |= {f"{folder}/{name}": sha256(path) for name, path in found.items() if path}
+        made_by |= identity(folder, header)
     prompts = hashlib.sha256(dumps([row["prompt_messages"] for row in rows]).encode()).hexdigest()
     settings = {"models": list(looked), "model files": made_by, "prompts": prompts,
                 "cut-left": reading.too_long == "cut-left", **{k: getattr(args, k) for k in SAMPLING}}

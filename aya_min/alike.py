@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from .config import ROPE_THETA, ModelConfig, layer_pattern, stop_ids
-from .files import own_file, parse_json, parse_object, read_bytes, read_json
+from .files import own_file, parse_json, parse_object, read_bytes, read_json, sha256
 
 # ---- config.json -------------------------------------------------------------------------------------------
 
@@ -133,11 +133,10 @@ def plain_rope(rope):
 
 # ---- the tokenizer -----------------------------------------------------------------------------------------
 
-VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model",
-                "sentencepiece.bpe.model", "tiktoken.model")
 TABLES = ("vocab.json", "added_tokens.json")                # JSON {token: id}
 TEXTS = ("merges.txt", "vocab.txt")
 MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", *MODELS)
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 # Of tokenizer_config.json.
 CHANGE_IDS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")
@@ -320,6 +319,19 @@ def chat_template(folder):
                  and "name" in part}
         template = named.get("default", template)
     return template.strip() if isinstance(template, str) else template
+
+
+# ---- what makes the answers --------------------------------------------------------------------------------
+
+def identity(folder, header):
+    """{path: what changes with it} of the files that decide what a model answers: size and time of those of
+    its weights (header: see tensorfiles.read_header), the SHA-256 of the small ones."""
+    weights = sorted({file for file, _, _ in header.values()})
+    names = ("config.json", "generation_config.json", "chat_template.jinja", *VOCABULARIES, *TABLES, *TEXTS,
+             *SETTINGS)
+    found = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in weights}
+    return found | {str(path): sha256(path) for name in dict.fromkeys(names)
+                    if (path := own_file(folder, name))}
 
 
 # ---- what goes along ---------------------------------------------------------------------------------------

@@ -82,6 +82,15 @@ def printable(text):
     return str(text).translate(SHOWN)
 
 
+def shortened(value):
+    """The beginning of a value, for a message."""
+    try:
+        text = repr(value)
+    except ValueError:                  # a whole number of thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def one_line(error):
     """What a mistake says, in one line: an OSError names its file."""
     text = str(error)

@@ -440,12 +440,17 @@ def check_value(f, value):
         raise ValueError(f"setting {f.name} ({flag_of(f.name)}) must be {wanted}, got {value!r}")
 
 
+def check_batch_size(size, num_ranks):
+    if size % num_ranks:
+        raise ValueError(f"--batch-size {size} does not divide over {num_ranks} ranks; use a multiple of "
+                         f"{num_ranks}")
+
+
 def check_training(settings, num_ranks):
     """Refuse settings that do not go together, before anything heavy."""
     if num_ranks % settings.replicate:
         raise ValueError(f"--replicate {settings.replicate} does not divide {num_ranks} ranks; use a divisor of {num_ranks}")
-    if settings.batch_size % num_ranks:
-        raise ValueError(f"--batch-size {settings.batch_size} does not divide over {num_ranks} ranks; use a multiple of {num_ranks}")
+    check_batch_size(settings.batch_size, num_ranks)
     share = settings.batch_size // num_ranks
     if settings.micro_batch_size and share % settings.micro_batch_size:
         raise ValueError(f"--micro-batch-size {settings.micro_batch_size} does not divide a rank's share of {share} examples; use a divisor of {share}")

@@ -62,11 +62,11 @@ def fitted(examples, long, positions, too_long, name, places):
     distributed.say(f"{found}; {', '.join(fates)}")
     examples = list(examples)
     for i in long:
-        examples[i] = None if i in unscored else shortened(examples[i], positions, answers[i])
+        examples[i] = None if i in unscored else within_positions(examples[i], positions, answers[i])
     return examples
 
 
-def shortened(example, positions, answer):
+def within_positions(example, positions, answer):
     """An example whose prompt lost its oldest tokens."""
     prompt = cut_left(example.ids[:-answer].tolist(), positions - answer)
     ids = example.ids[-positions:].copy()

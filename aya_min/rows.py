@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from . import distributed
+from .command import shortened
 from .files import parse_object, read_bytes
 from .languages import SPELLINGS, language_code
 
@@ -110,13 +111,8 @@ def read_jsonl(path, reading=None):
 def canonical(language, where):
     code = language_code(language) if isinstance(language, str) else None
     if code is None:
-        raise ValueError(f"{where}: unknown language {short(language)}; {SPELLINGS}, or leave the key out")
+        raise ValueError(f"{where}: unknown language {shortened(language)}; {SPELLINGS}, or leave the key out")
     return code
-
-
-def short(value):
-    """The beginning of a value, for a message."""
-    return repr(value)[:60]
 
 
 def check_columns(columns):
@@ -188,7 +184,7 @@ def text_of(value, key, where):
     if is_parts(value):
         for part in value:
             if part["type"] != "text" or not isinstance(part.get("text"), str):
-                raise ValueError(f"{where}: {key!r} has a part of type {short(part['type'])}; {MEDIA}: "
+                raise ValueError(f"{where}: {key!r} has a part of type {shortened(part['type'])}; {MEDIA}: "
                                  "{'type': 'text', 'text': ...}")
         value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
@@ -202,9 +198,9 @@ def trained(found, key, where):
     """What "weight" and "train" of a row or a message say of its loss: True, False, or None for nothing."""
     weight, train = found.get("weight"), found.get("train")
     if weight is not None and (type(weight) not in (int, float) or weight not in (0, 1)):
-        raise ValueError(f"{where}: {key}weight must be 0 or 1, got {short(weight)}; no other is followed")
+        raise ValueError(f"{where}: {key}weight must be 0 or 1, got {shortened(weight)}; no other is followed")
     if train is not None and type(train) is not bool:
-        raise ValueError(f"{where}: {key}train must be true or false, got {short(train)}")
+        raise ValueError(f"{where}: {key}train must be true or false, got {shortened(train)}")
     said = {bool(value) for value in (weight, train) if value is not None}
     if len(said) > 1:
         raise ValueError(f"{where}: {key}weight and {key}train contradict each other; leave one")
@@ -224,7 +220,7 @@ def finish_reason(row, where):
             if isinstance(value := part.get(key), str):
                 return value
             if value is not None:
-                raise ValueError(f"{where}: {key!r} must be a text such as stop or length, got {short(value)}")
+                raise ValueError(f"{where}: {key!r} must be a text such as stop or length, got {shortened(value)}")
     return None
 
 
@@ -236,7 +232,7 @@ def role_of(message, place, where):
     if isinstance(message, dict) and {"from", "value"} <= message.keys():
         raise ValueError(f"{where}: {place} is ShareGPT's (from, value); write role (system, user, "
                          "assistant) and content")
-    got = "" if role is None else f", got {short(role)}"
+    got = "" if role is None else f", got {shortened(role)}"
     reason = f": {OTHER_ROLES[role]}" if isinstance(role, str) and role in OTHER_ROLES else ""
     raise ValueError(f"{where}: {place} needs a role of system, user or assistant{got}{reason}")
 

@@ -48,7 +48,7 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
     if out.resolve() in [folder.resolve() for folder in inputs]:
         raise ValueError(f"{out} is one of the models to merge; give another folder as the output")
     if os.path.lexists(out):
-        raise ValueError(f"{out} exists already; remove it or give another folder as the output")
+        raise in_the_way(out)
     configs, headers, said = look_into(inputs, allow_config_differences)
     values = settings_by_tensor(method, settings, float_names(headers[0]))
     specs = {name: (OUTPUT_DTYPES[dtype] if dtype and is_float(code) else code, shape) for name, (_, code, shape) in headers[0].items()}
@@ -69,6 +69,11 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
             "inputs": [{"folder": str(folder), "sha256": {file.name: digests[file] if hashes else None for file in files_of[folder]}} for folder in inputs],    # the base is the last
             "versions": {"aya_min": __version__, "torch": torch.__version__}})
     return out
+
+
+def in_the_way(out):
+    """The error for an output folder that is there."""
+    return ValueError(f"{out} exists already; remove it or give another folder as the output")
 
 
 @contextmanager
