@@ -25,10 +25,11 @@ from aya_min.arbitrage import candidates_from, route, wins_table
 from aya_min.chat import chat
 from aya_min.command import WHOLE, Parser, is_text, number, printable
 from aya_min.config import TEMPERATURE, Reading, add_flags, settings_from
-from aya_min.data import cut_left, fit_prompts, load_prompts, plain
+from aya_min.data import load_prompts, plain
 from aya_min.files import dumps, jsonl, marked, read_json, taken
 from aya_min.journal import PURPOSE, Journal
 from aya_min.languages import language_code
+from aya_min.lengths import cut_left, fit_prompts
 from aya_min.preferences import ANSWER, best_worst, cut_line
 from aya_min.reward import score_texts
 from aya_min.sampling import LEAST_TEMPERATURE, Fused, answer_rows, check_sampling, plan, stream

@@ -86,7 +86,8 @@ def flat(config, before=""):
     """`meaning` without the defaults of the model types that we know."""
     config = {key: value for key, value in config.items() if value is not None and not is_neutral(key, value)}
     if isinstance(names := config.get("architectures"), list):
-        config["architectures"] = [OLD_NAMES.get(name, name) if isinstance(name, str) else name for name in names]
+        config["architectures"] = [OLD_NAMES.get(name, name) if isinstance(name, str) else name
+                                   for name in names]
     given = [config.pop(key, None) for key in ("rope_scaling", "rope_parameters")]
     rope = next((part for part in given if part), {})
     if isinstance(rope, dict):
@@ -141,7 +142,7 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 # Of tokenizer_config.json.
 CHANGE_IDS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
-# Of tokenizer.json: what is added around a plain text is said (`remarks`), as the turns are written out anyhow.
+# Of tokenizer.json: what is added around a plain text is said (`remarks`), as turns are written out anyhow.
 NOT_OF_MEANING = ("version", "padding", "truncation", "post_processor")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")        # of an added token
 

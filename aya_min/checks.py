@@ -7,8 +7,9 @@ from pathlib import Path
 from . import weights, world_data
 from .arbitrage import read_answers
 from .config import check_batch_size, flag_of, model_preset
-from .data import fit_prompts, load_prompts
+from .data import load_prompts
 from .languages import LANGUAGES, SHARED, cluster_languages, home_language
+from .lengths import fit_prompts
 from .model import RewardModel
 from .tokenizer import train_tokenizer
 from .world import gold_answer, questions
@@ -140,8 +141,8 @@ def check_languages(rows, clusters, spill):
                              "to --clusters")
     for name in clusters:
         if not spill and not homes & {None, *cluster_languages(clusters, name)}:
-            raise ValueError(f"--clusters: {name!r} has no prompt in its languages, and with --cluster-spill 0 "
-                             "none of the others; give such prompts, or fewer clusters")
+            raise ValueError(f"--clusters: {name!r} has no prompt in its languages, and with --cluster-spill "
+                             "0 none of the others; give such prompts, or fewer clusters")
 
 
 def plain_prompt(row):

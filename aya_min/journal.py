@@ -62,8 +62,8 @@ class Journal:
                     with suppress(ValueError):              # another process was quicker, see `hold`
                         publish_folder(made, self.folder)
             except OSError as error:
-                raise ValueError(f"{self.folder}: cannot be made ({error.strerror}); give another name for the "
-                                 "output") from None
+                raise ValueError(f"{self.folder}: cannot be made ({error.strerror}); give another name for "
+                                 "the output") from None
         if not marked(self.folder, PURPOSE):
             raise ValueError(f"{self.folder} is in the way: it was not made by this program; move it, or "
                              "give another name for the output")

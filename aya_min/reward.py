@@ -5,7 +5,8 @@ import math
 import torch
 
 from . import distributed
-from .data import batches_in_order, collate, cut_left, encode_example, in_step
+from .data import batches_in_order, collate, encode_example, in_step
+from .lengths import cut_left
 
 
 @torch.no_grad()

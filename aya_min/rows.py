@@ -8,8 +8,6 @@ false) of a row or of a message says what is learnt, "finish_reason" that an ans
 Other keys are kept as they are, but for those that would change what a row means: these are refused by name.
 """
 
-import re
-from collections import Counter
 from pathlib import Path
 
 from . import distributed
@@ -56,27 +54,6 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 OTHER_ROLES = {**dict.fromkeys(["tool", "function", "ipython", "observation"], TOOLS),
                **dict.fromkeys(["human", "gpt", "bot", "model", "chatbot"], "write user or assistant")}
 
-# Names of turn tokens. A text that spells one went through a chat template before, ours or another family's.
-TURN_TOKENS = {
-    "Cohere": ["<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>",
-               "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>",
-               "<|START_THINKING|>", "<|START_ACTION|>"],
-    "ChatML": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
-    "Llama 2, Mistral": ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]"],
-    "Llama 3 and 4": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-                      "<|eom_id|>", "<|header_start|>", "<|header_end|>", "<|eot|>"],
-    "Gemma": ["<start_of_turn>", "<end_of_turn>"],
-    "Phi, GLM, Zephyr": ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|observation|>", "[gMASK]"],
-    "DeepSeek": ["<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"],
-    "gpt-oss, Granite": ["<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<|start_of_role|>",
-                         "<|end_of_role|>", "<|end_of_text|>"]}
-TEMPLATED = re.compile("|".join(re.escape(name) for names in TURN_TOKENS.values() for name in names))
-
-
-def say(paths, what):
-    """One line on standard error about files."""
-    distributed.say(f"{' '.join(map(str, paths))}: {what}")
-
 
 # ---- a file's rows -----------------------------------------------------------------------------------------
 
@@ -104,14 +81,15 @@ def read_jsonl(path, reading=None):
         rows.append((where, row))
     if unknown:
         names = [f"{name!r} ({count} times, the first: {first})" for name, (count, first) in unknown.items()]
-        say([path], f"keys of messages that are not read: {', '.join(names)}")
+        distributed.say(f"keys of messages that are not read: {', '.join(names)}", [path])
     return rows
 
 
 def canonical(language, where):
     code = language_code(language) if isinstance(language, str) else None
     if code is None:
-        raise ValueError(f"{where}: unknown language {shortened(language)}; {SPELLINGS}, or leave the key out")
+        raise ValueError(f"{where}: unknown language {shortened(language)}; {SPELLINGS}, or leave the key "
+                         "out")
     return code
 
 
@@ -198,7 +176,8 @@ def trained(found, key, where):
     """What "weight" and "train" of a row or a message say of its loss: True, False, or None for nothing."""
     weight, train = found.get("weight"), found.get("train")
     if weight is not None and (type(weight) not in (int, float) or weight not in (0, 1)):
-        raise ValueError(f"{where}: {key}weight must be 0 or 1, got {shortened(weight)}; no other is followed")
+        raise ValueError(f"{where}: {key}weight must be 0 or 1, got {shortened(weight)}; no other is "
+                         "followed")
     if train is not None and type(train) is not bool:
         raise ValueError(f"{where}: {key}train must be true or false, got {shortened(train)}")
     said = {bool(value) for value in (weight, train) if value is not None}
@@ -220,7 +199,8 @@ def finish_reason(row, where):
             if isinstance(value := part.get(key), str):
                 return value
             if value is not None:
-                raise ValueError(f"{where}: {key!r} must be a text such as stop or length, got {shortened(value)}")
+                raise ValueError(f"{where}: {key!r} must be a text such as stop or length, got "
+                                 f"{shortened(value)}")
     return None
 
 
@@ -458,34 +438,3 @@ def texts_in(row, where):
     answered = {"completion", "targets"} & shapes_in(row)
     read = messages_of if row.get("messages") is not None else conversation if answered else prompt_of
     return [message["content"] for message in read(row, where)]
-
-
-# ---- control tokens ----------------------------------------------------------------------------------------
-
-class Spelled:
-    """Counts the rows whose texts spell names of control tokens."""
-
-    def __init__(self, tokenizer=None):
-        self.tokenizer, self.found, self.first = tokenizer, Counter(), None
-
-    def look(self, texts, where):
-        for text in texts:
-            if "<" in text or "[" in text:
-                match = TEMPLATED.search(text)
-                name = match[0] if match else self.tokenizer.spelled(text) if self.tokenizer else None
-                if name:
-                    self.first = self.first or where
-                    self.found[name] += 1
-                    return
-
-    def report(self, paths, total, reading):
-        """Refuse what was found, or say it where it may be."""
-        if not self.found:
-            return
-        names = " ".join(name for name, _ in self.found.most_common(4))
-        what = (f"{sum(self.found.values())} of {total} rows spell control tokens ({names}; the first: "
-                f"{self.first}), which are read as letters")
-        if not (reading and reading.allow_control_tokens):
-            raise ValueError(f"{' '.join(map(str, paths))}: {what}; give texts without a chat template's "
-                             "tokens, or --allow-control-tokens")
-        say(paths, what)
