@@ -267,7 +267,7 @@ def sample(folder, rows, lengths, args, device, reading, journal=None):
     return [done[f"{folder} {i}"] for i in range(len(rows))], tokens, seconds
 
 
-def say(args, device, reading):
+def answer_prompt(args, device, reading):
     """Stream the answer to --prompt to standard output. Returns (new tokens, seconds)."""
     model, tokenizer = weights.load(args.model, device, getattr(torch, args.dtype))
     started, ids, stop_ids = time.perf_counter(), [], stop_ids_of(tokenizer, args)
@@ -375,7 +375,7 @@ def run(args, device):
     if args.out:
         tokens, seconds = work(rows, lengths, looked, arbiter, table, args, device, reading)
     elif args.num_samples == 1 and not args.stop and distributed.num_ranks() == 1:
-        tokens, seconds = say(args, device, reading)
+        tokens, seconds = answer_prompt(args, device, reading)
     else:
         _, lines, tokens, seconds = answers_of(rows, lengths, args, device, reading, None)
         tell(lines)

@@ -22,20 +22,20 @@ from aya_min.config import Reading, add_flags
 from aya_min.files import Digests, read_json
 from aya_min.mergeconfig import METHODS, OUTPUT_DTYPES, RANGES, check_settings, from_config, to_config
 
-FLAGS = {    # setting: its flag
-    "base": ("--base", {"metavar": "DIR", "required": True, "help": "the model that the others were trained from"}),
-    "weights": ("--weights", {"nargs": "+", "metavar": "W",
-                              "help": "one for each model, in order; default: all 1"}),
-    "normalize": ("--normalize", {"action": argparse.BooleanOptionalAction, "help": "divide by the sum of the weights; default: %(default)s"}),
-    "t": ("--t", {"nargs": "+",
-                  "help": "0 is the first model, 1 the second; several: a gradient over the layers; default: "
-                          "%(default)s"}),
-    "density": ("--density", {"nargs": "+", "metavar": "D",
-                              "help": "the share of each task vector to keep, above 0 and at most 1: "
-                                                                                   "one, or one for each model; default: %(default)s"}),
-    "lam": ("--lambda", {"metavar": "L", "help": "scale of the merged task vector; default: %(default)s"}),
-    "seed": ("--seed", {"help": "of the random drops; default: %(default)s"}),
-    "convention": ("--convention", {"choices": ["paper", "mergekit"], "help": "where they differ, see aya_min/merging.py; default: %(default)s"}),
+FLAGS = {    # setting: what its flag takes; names and ranges of those that are numbers are RANGES
+    "base": {"metavar": "DIR", "required": True, "help": "the model that the others were trained from"},
+    "weights": {"nargs": "+", "metavar": "W", "help": "one for each model, in order; default: all 1"},
+    "normalize": {"action": argparse.BooleanOptionalAction,
+                  "help": "divide by the sum of the weights; default: %(default)s"},
+    "t": {"nargs": "+", "help": "0 is the first model, 1 the second; several: a gradient over the layers; "
+                                "default: %(default)s"},
+    "density": {"nargs": "+", "metavar": "D",
+                "help": "the share of each task vector to keep, above 0 and at most 1: one, or one for each "
+                        "model; default: %(default)s"},
+    "lam": {"metavar": "L", "help": "scale of the merged task vector; default: %(default)s"},
+    "seed": {"help": "of the random drops; default: %(default)s"},
+    "convention": {"choices": ["paper", "mergekit"],
+                   "help": "where they differ, see aya_min/merging.py; default: %(default)s"},
 }
 SUMMARIES = {"linear": "weighted average, the weights divided by their sum (what Aya Expanse uses)",
              "slerp": "spherical interpolation of two models",
@@ -105,13 +105,11 @@ def parse(arguments):
         command.add_argument("folders", nargs="+", metavar="MODEL", help="model folders: config.json and model.safetensors or shards")
         command.add_argument("--dtype", choices=OUTPUT_DTYPES, help="of the output; default: that of the first model")
         for setting, default in METHODS[method].items():
-            flag, options = FLAGS[setting]
-            if setting in RANGES:
-                options = options | {"type": number(*RANGES[setting][1:])}
-            command.add_argument(flag, dest=setting, default=default, **options)
+            flag, *interval = RANGES.get(setting, [f"--{setting}"])
+            more = {"type": number(*interval)} if interval else {}
+            command.add_argument(flag, dest=setting, default=default, **FLAGS[setting], **more)
     for command in (parser, search, *methods):
         command.add_argument("--out", metavar="DIR", help="the new folder; it must not exist")
-    for command in (parser, search, *methods):
         command.add_argument("--allow-config-differences", action="store_true", default=argparse.SUPPRESS,
                              help="go on where config.json differs in what changes the computation, with the "
                                   "first model's")

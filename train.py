@@ -37,7 +37,8 @@ SECONDS = number(float, "[0.001, 31536000]")        # of a wait: up to a year
 
 
 def make_parser():
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="train.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     recipe = commands.add_parser("recipe", help="the whole recipe (the default)")
     recipe.add_argument("--preset", choices=list(config.RECIPES), default="tiny")

@@ -7,7 +7,8 @@ several times too narrow (Miller, arXiv 2411.00640, finds clustered standard err
 
 Answers are JSONL rows: the question's keys and "completion". Two files are joined by ("question_id",
 "language"); ids are compared as text, a row without one is known by its "id" or its prompt, and one without a
-language counts as "other". An answer that was cut at its limit (rows.CUT) is judged as it stands, and counted.
+language counts as "other". An answer that was cut at its limit (rows.CUT) is judged as it stands, and
+counted.
 
     python -m aya_min.evaluate arena --answers A.jsonl --baseline B.jsonl --judge oracle|RM_FOLDER --out eval.json
 """

@@ -171,17 +171,13 @@ def read_questions(paths, reading, folder):
     """The questions in files, read as `reading` (a config.Reading) says, for the model in a folder."""
     rows = load_prompts(paths, reading, model_folders.look_into(folder)[1])
     for row in rows:
-        why = ""
         try:
-            known = isinstance(row.get("question_id"), str) and {"task", "args", "language"} <= row.keys()
-            if known:
-                check_question(row)
+            if not isinstance(row.get("question_id"), str) or not {"task", "args", "language"} <= row.keys():
+                raise ValueError("one has question_id (a text), language, task and args")
+            check_question(row)
         except ValueError as error:
-            known, why = False, f" ({error})"
-        if not known:
-            raise ValueError(f"{row['prompt_where']}: not a question of the embedded world (question_id, "
-                             f"language, task, args), which the oracle needs{why}; measure others with "
-                             "--eval-data or --command")
+            raise ValueError(f"{row['prompt_where']}: not a question of the embedded world, which the oracle "
+                             f"needs ({error}); measure others with --eval-data or --command") from None
     return rows
 
 

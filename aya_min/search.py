@@ -276,7 +276,8 @@ def search_folders(folders, out, *, prompts=None, eval_data=None, command=None, 
         evaluate = of_models(folders, by_loss(splits), dtype, device, allow_config_differences)
     about = {"prompts": [digest(path) for path in prompts or []], "eval_data": [digest(path) for path in eval_data or []], "command": command,
              "held_out": [digest(path) for path in held_out or []], "by": list(by), "max_new_tokens": max_new_tokens, "max_length": max_length,
-             "halves by seed": None if held_out or command else seed} | ({"reading": {name: getattr(reading, name) for name in given}} if given else {})
+             "halves by seed": None if held_out or command else seed}
+    about |= {"reading": {name: getattr(reading, name) for name in given}} if given else {}
     return search(folders, out, evaluate, evaluations=evaluations, seed=seed, held_out=has_held_out,
                   dtype=dtype, device=device, about=about,
                   allow_config_differences=allow_config_differences, **settings)

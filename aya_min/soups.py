@@ -235,7 +235,7 @@ def write_the_rest(first, along, out, config, dtype):
     for name in along:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(first / name, out / name)
-    for name, data in files_to_publish(first).items():          # an older folder of ours names the wrong class
+    for name, data in files_to_publish(first).items():      # an older folder of ours names the wrong class
         (out / name).write_bytes(data)
     if dtype:
         config = config | {key: dtype for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}}

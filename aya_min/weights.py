@@ -79,7 +79,7 @@ def read_stop_ids(folder):
 
 
 def read_others(folder):
-    """{path within: bytes} of the files of a model folder that go along with its weights, whatever they are."""
+    """{path within: bytes} of the files of a model folder that go along with its weights."""
     return {path: read_bytes(Path(folder) / path) for path in files_along(folder) if str(path) not in WRITTEN}
 
 
