@@ -244,10 +244,10 @@ def search_folders(folders, out, *, prompts=None, eval_data=None, command=None, 
         raise ValueError("--command needs {model} in it, where the model folder goes, and takes no "
                          "--held-out and no flag that says how rows are read; "
                          "with {split} in it, it is told fitness or held-out")
-    folders, has_held_out, out = [Path(folder) for folder in folders], True, Path(out)
-    check(folders, out, evaluations, dtype, allow_config_differences)
     given = reading or {}
     reading = settings_from(Reading, {"too_long": "skip" if eval_data else "refuse"}, flags=given)
+    folders, has_held_out, out = [Path(folder) for folder in folders], True, Path(out)
+    check(folders, out, evaluations, dtype, allow_config_differences)
     if command is not None:
         evaluate = of_folders(folders, by_command(command), out, dtype, device, allow_config_differences)
         has_held_out = "{split}" in command
