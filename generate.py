@@ -20,14 +20,16 @@ from pathlib import Path
 import torch
 
 from aya_min import distributed, weights
+from aya_min.alike import identity
 from aya_min.arbitrage import candidates_from, route, wins_table
 from aya_min.chat import chat
 from aya_min.command import WHOLE, Parser, is_text, number, printable
 from aya_min.config import TEMPERATURE, Reading, add_flags, settings_from
-from aya_min.data import cut_left, fit_prompts, load_prompts, plain
-from aya_min.files import dumps, jsonl, marked, own_file, read_json, sha256
+from aya_min.data import load_prompts, plain
+from aya_min.files import dumps, jsonl, marked, read_json, taken
 from aya_min.journal import PURPOSE, Journal
 from aya_min.languages import language_code
+from aya_min.lengths import cut_left, fit_prompts
 from aya_min.preferences import ANSWER, best_worst, cut_line
 from aya_min.reward import score_texts
 from aya_min.sampling import LEAST_TEMPERATURE, Fused, answer_rows, check_sampling, plan, stream
@@ -37,11 +39,7 @@ gc.enable()
 
 SAMPLING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos",
             "seed", "dtype")
-# Small files of a model folder that, beside the weights, make its answers.
-MAKE_ANSWERS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-                "chat_template.jinja", "model.safetensors.index.json")
-CHOICE = ("arbiter", "route", "table", "margin", "keep_cut", "pairs")   # what makes the output of the answers
-OF_POOL = ("arbiter", "pairs", "table", "route", "margin", "keep_cut")     # flags that go with --models
+OF_POOL = ("arbiter", "pairs", "table", "route", "margin", "keep_cut")     # how --models' answers are chosen
 POOL_LINE = "--models A B ... --prompts F.jsonl"
 
 
@@ -114,7 +112,7 @@ def check(args):
     for path in outputs:
         folder = Path(path).absolute().parent
         if os.path.lexists(path) and not marked(f"{args.out}.partial", PURPOSE):
-            raise exists(path)
+            raise taken(path)
         if not folder.is_dir():
             raise ValueError(f"{path}: there is no such folder; make it first")
         if not os.access(folder, os.W_OK):
@@ -122,10 +120,6 @@ def check(args):
     names = [Path(path).resolve() for path in outputs + [f"{args.out}.partial"] * bool(args.out)]
     if len(set(names)) < len(names):
         raise ValueError("--pairs and --out are the same file; give two, neither named OUT.partial")
-
-
-def exists(path):
-    return ValueError(f"{path} exists; give a new file, nothing is overwritten")
 
 
 def check_pool(args):
@@ -228,10 +222,7 @@ def open_journal(rows, looked, args, reading):
     number of ranks may differ."""
     made_by = {}
     for folder, (*_, header) in looked.items():
-        for file in {entry[0] for entry in header.values()}:
-            made_by[str(file)] = [file.stat().st_size, file.stat().st_mtime_ns]
-        found = {name: own_file(folder, name) for name in MAKE_ANSWERS}
-        made_by |= {f"{folder}/{name}": sha256(path) for name, path in found.items() if path}
+        made_by |= identity(folder, header)
     prompts = hashlib.sha256(dumps([row["prompt_messages"] for row in rows]).encode()).hexdigest()
     settings = {"models": list(looked), "model files": made_by, "prompts": prompts,
                 "cut-left": reading.too_long == "cut-left", **{k: getattr(args, k) for k in SAMPLING}}
@@ -259,9 +250,8 @@ def sample(folder, rows, lengths, args, device, reading, journal=None):
     if left:
         model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
         slots, max_tokens, size = plan_cache(model, [lengths[folder][i] for i in left], args, device)
-        if distributed.is_main():
-            print(f"{Path(folder).name}: KV cache of {slots} rows x {max_tokens} tokens, "
-                  f"{size / 1e6:,.1f} MB a rank", file=sys.stderr)
+        distributed.say(f"{Path(folder).name}: KV cache of {slots} rows x {max_tokens} tokens, "
+                        f"{size / 1e6:,.1f} MB a rank")
         started = []
         made = answer_rows(
             model, tokenizer, [rows[i] for i in left], args.num_samples, args.max_new_tokens,
@@ -277,7 +267,7 @@ def sample(folder, rows, lengths, args, device, reading, journal=None):
     return [done[f"{folder} {i}"] for i in range(len(rows))], tokens, seconds
 
 
-def say(args, device, reading):
+def answer_prompt(args, device, reading):
     """Stream the answer to --prompt to standard output. Returns (new tokens, seconds)."""
     model, tokenizer = weights.load(args.model, device, getattr(torch, args.dtype))
     started, ids, stop_ids = time.perf_counter(), [], stop_ids_of(tokenizer, args)
@@ -326,9 +316,9 @@ def answers_of(rows, lengths, args, device, reading, journal):
     made = [{**of_prompt(row), "completion": a["completion"], "num_tokens": len(a["ids"]),
              "finish_reason": a["finish_reason"], "logp": round(a["logp"], 4), "model": args.model,
              "seed": args.seed, "sample": i} for row, group in zip(rows, groups) for i, a in enumerate(group)]
-    if distributed.is_main() and not args.ignore_eos:
+    if not args.ignore_eos:
         line = cut_line([{**row, "candidates": group} for row, group in zip(rows, groups)])
-        print(f"{line} answers, at --max-new-tokens {args.max_new_tokens}", file=sys.stderr)
+        distributed.say(f"{line} answers, at --max-new-tokens {args.max_new_tokens}")
     return {args.out: made}, [] if args.out else [a["completion"] for a in groups[0]], tokens, seconds
 
 
@@ -385,7 +375,7 @@ def run(args, device):
     if args.out:
         tokens, seconds = work(rows, lengths, looked, arbiter, table, args, device, reading)
     elif args.num_samples == 1 and not args.stop and distributed.num_ranks() == 1:
-        tokens, seconds = say(args, device, reading)
+        tokens, seconds = answer_prompt(args, device, reading)
     else:
         _, lines, tokens, seconds = answers_of(rows, lengths, args, device, reading, None)
         tell(lines)
@@ -399,19 +389,18 @@ def work(rows, lengths, looked, arbiter, table, args, device, reading):
     """Answer the prompts, write --out and --pairs together. Returns (new tokens, seconds)."""
     outputs = [path for path in (args.out, args.pairs) if path]
     choice = {"table of languages": table and {str(k): v for k, v in table.items()},
-              **{name: getattr(args, name) for name in CHOICE}}
+              **{name: getattr(args, name) for name in OF_POOL}}
     with open_journal(rows, looked, args, reading) as journal:
         if journal.published(outputs, choice):
-            if distributed.is_main():
-                print(f"{' and '.join(outputs)} had been finished before; what was left in "
-                      f"{args.out}.partial is removed", file=sys.stderr)
+            distributed.say(f"{' and '.join(outputs)} had been finished before; what was left in "
+                            f"{args.out}.partial is removed")
             journal.remove()
             return 0, 0.0
         for path in filter(os.path.lexists, outputs):
-            raise exists(path)
-        if journal.done and distributed.is_main():
-            print(f"goes on: {len(journal.done)} of {len(rows) * len(looked)} prompts were finished before",
-                  file=sys.stderr)
+            raise taken(path)
+        if journal.done:
+            distributed.say(f"goes on: {len(journal.done)} of {len(rows) * len(looked)} prompts were "
+                            "finished before")
         if args.models:
             same = (arbiter or looked[args.models[0]])[1].key
             made, *said = arbitrage(rows, lengths, args, device, reading, journal, table, same)

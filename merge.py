@@ -13,29 +13,29 @@ Each method has only the flags that it uses (python merge.py METHOD --help). The
 import argparse
 import gc
 import json
-import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
-from aya_min.command import WHOLE, Parser, guarded, number, printable
+from aya_min.command import WHOLE, Parser, guarded, is_spare_rank, number, printable
 from aya_min.config import Reading, add_flags
 from aya_min.files import Digests, read_json
 from aya_min.mergeconfig import METHODS, OUTPUT_DTYPES, RANGES, check_settings, from_config, to_config
 
-FLAGS = {    # setting: its flag
-    "base": ("--base", {"metavar": "DIR", "required": True, "help": "the model that the others were trained from"}),
-    "weights": ("--weights", {"nargs": "+", "metavar": "W",
-                              "help": "one for each model, in order; default: all 1"}),
-    "normalize": ("--normalize", {"action": argparse.BooleanOptionalAction, "help": "divide by the sum of the weights; default: %(default)s"}),
-    "t": ("--t", {"nargs": "+",
-                  "help": "0 is the first model, 1 the second; several: a gradient over the layers; default: "
-                          "%(default)s"}),
-    "density": ("--density", {"nargs": "+", "metavar": "D",
-                              "help": "the share of each task vector to keep, above 0 and at most 1: "
-                                                                                   "one, or one for each model; default: %(default)s"}),
-    "lam": ("--lambda", {"metavar": "L", "help": "scale of the merged task vector; default: %(default)s"}),
-    "seed": ("--seed", {"help": "of the random drops; default: %(default)s"}),
-    "convention": ("--convention", {"choices": ["paper", "mergekit"], "help": "where they differ, see aya_min/merging.py; default: %(default)s"}),
+FLAGS = {    # setting: what its flag takes; names and ranges of those that are numbers are RANGES
+    "base": {"metavar": "DIR", "required": True, "help": "the model that the others were trained from"},
+    "weights": {"nargs": "+", "metavar": "W", "help": "one for each model, in order; default: all 1"},
+    "normalize": {"action": argparse.BooleanOptionalAction,
+                  "help": "divide by the sum of the weights; default: %(default)s"},
+    "t": {"nargs": "+", "help": "0 is the first model, 1 the second; several: a gradient over the layers; "
+                                "default: %(default)s"},
+    "density": {"nargs": "+", "metavar": "D",
+                "help": "the share of each task vector to keep, above 0 and at most 1: one, or one for each "
+                        "model; default: %(default)s"},
+    "lam": {"metavar": "L", "help": "scale of the merged task vector; default: %(default)s"},
+    "seed": {"help": "of the random drops; default: %(default)s"},
+    "convention": {"choices": ["paper", "mergekit"],
+                   "help": "where they differ, see aya_min/merging.py; default: %(default)s"},
 }
 SUMMARIES = {"linear": "weighted average, the weights divided by their sum (what Aya Expanse uses)",
              "slerp": "spherical interpolation of two models",
@@ -74,9 +74,6 @@ SEARCH_FLAGS = {
     "--dtype": {"choices": OUTPUT_DTYPES, "help": "of the output; default: that of the first model"}}
 
 
-READING = list(Reading.__dataclass_fields__)
-
-
 def device(name):
     """The name, if the device holds numbers and gives them back, which "meta" does not."""
     import torch
@@ -108,13 +105,11 @@ def parse(arguments):
         command.add_argument("folders", nargs="+", metavar="MODEL", help="model folders: config.json and model.safetensors or shards")
         command.add_argument("--dtype", choices=OUTPUT_DTYPES, help="of the output; default: that of the first model")
         for setting, default in METHODS[method].items():
-            flag, options = FLAGS[setting]
-            if setting in RANGES:
-                options = options | {"type": number(*RANGES[setting][1:])}
-            command.add_argument(flag, dest=setting, default=default, **options)
+            flag, *interval = RANGES.get(setting, [f"--{setting}"])
+            more = {"type": number(*interval)} if interval else {}
+            command.add_argument(flag, dest=setting, default=default, **FLAGS[setting], **more)
     for command in (parser, search, *methods):
         command.add_argument("--out", metavar="DIR", help="the new folder; it must not exist")
-    for command in (parser, search, *methods):
         command.add_argument("--allow-config-differences", action="store_true", default=argparse.SUPPRESS,
                              help="go on where config.json differs in what changes the computation, with the "
                                   "first model's")
@@ -138,12 +133,8 @@ def weight_files(folders):
 
 
 def main(arguments=None):
-    rank = os.environ.get("RANK", "0")
-    if not rank.isdecimal():
-        raise ValueError(f"RANK is {rank!r} in the environment, no whole number; leave it to torchrun, or "
-                         f"unset it")
-    if int(rank):
-        return 0                                                    # under torchrun one process does the work
+    if is_spare_rank():
+        return 0
     options = parse(arguments)
     config, is_json, only_print = (options.pop(key, None) for key in ("config", "json", "print_config"))
     try:
@@ -151,10 +142,8 @@ def main(arguments=None):
             from aya_min import front
             # models and training: two seconds that the other methods do not need
             from aya_min.search import search_folders
-            options |= {"reading": {name: value for name in READING
-                                    if (value := options.pop(name)) is not None}}
-            if isinstance(options["reading"].get("columns"), list):
-                options["reading"]["columns"] = dict(options["reading"]["columns"])
+            flags = {field.name: options.pop(field.name) for field in fields(Reading)}
+            options["reading"] = {name: value for name, value in flags.items() if value is not None}
             result = search_folders(**{key: value for key, value in options.items() if key != "method"})
             print(printable(front.table(result)))
             print(printable(f"{options['out']}: model, search.json, evaluations.jsonl, report.html"))

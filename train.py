@@ -23,7 +23,7 @@ from aya_min import checks, config, distributed, pipeline, stages, steps, weight
 from aya_min.command import Parser, number, printable
 from aya_min.data import read_jsonl
 from aya_min.estimate import dry_run
-from aya_min.files import read_json, write_json
+from aya_min.files import read_json, refuse_pipe, write_json
 from aya_min.languages import CLUSTERS, read_clusters
 from aya_min.model import CohereForCausalLM, init_weights
 from aya_min.report import table
@@ -37,7 +37,8 @@ SECONDS = number(float, "[0.001, 31536000]")        # of a wait: up to a year
 
 
 def make_parser():
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="train.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     recipe = commands.add_parser("recipe", help="the whole recipe (the default)")
     recipe.add_argument("--preset", choices=list(config.RECIPES), default="tiny")
@@ -156,9 +157,8 @@ def check_flags(args, settings, device, ranks):
                          "a constant rate has no other end")
     if args.tokenizer and not is_preset(args.model):
         raise ValueError("--tokenizer goes with a preset; a model folder brings its own")
-    for path in map(Path, [*(args.data or []), *args.eval_data]):
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path}: not a plain file (a folder, a pipe or a device); give a file")
+    for path in [*(args.data or []), *args.eval_data]:
+        refuse_pipe(path)
     if args.command == "dpo" and args.reference_logps:
         stages.check_place(Path(args.reference_logps))
 

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from .config import ROPE_THETA, ModelConfig, layer_pattern, stop_ids
-from .files import own_file, parse_json, read_bytes, read_json
+from .files import own_file, parse_json, parse_object, read_bytes, read_json, sha256
 
 # ---- config.json -------------------------------------------------------------------------------------------
 
@@ -86,7 +86,8 @@ def flat(config, before=""):
     """`meaning` without the defaults of the model types that we know."""
     config = {key: value for key, value in config.items() if value is not None and not is_neutral(key, value)}
     if isinstance(names := config.get("architectures"), list):
-        config["architectures"] = [OLD_NAMES.get(name, name) if isinstance(name, str) else name for name in names]
+        config["architectures"] = [OLD_NAMES.get(name, name) if isinstance(name, str) else name
+                                   for name in names]
     given = [config.pop(key, None) for key in ("rope_scaling", "rope_parameters")]
     rope = next((part for part in given if part), {})
     if isinstance(rope, dict):
@@ -133,16 +134,15 @@ def plain_rope(rope):
 
 # ---- the tokenizer -----------------------------------------------------------------------------------------
 
-VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model",
-                "sentencepiece.bpe.model", "tiktoken.model")
 TABLES = ("vocab.json", "added_tokens.json")                # JSON {token: id}
 TEXTS = ("merges.txt", "vocab.txt")
 MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", *MODELS)
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 # Of tokenizer_config.json.
 CHANGE_IDS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
-# Of tokenizer.json: what is added around a plain text is said (`remarks`), as the turns are written out anyhow.
+# Of tokenizer.json: what is added around a plain text is said (`remarks`), as turns are written out anyhow.
 NOT_OF_MEANING = ("version", "padding", "truncation", "post_processor")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")        # of an added token
 
@@ -176,7 +176,7 @@ def file_difference(folder, first, name):
     if name == "tokenizer.json":
         return how_they_differ(*(tokenizer_of(text, path) for text, path in zip((a, b), paths)), first,
                                folder)
-    one, two = (objects(text, path) for text, path in zip((a, b), paths))
+    one, two = (parse_object(text, path) for text, path in zip((a, b), paths))
     if name in TABLES:
         return ids_differ(one, two, first, folder)
     keys = [f"{key} is {two[key]}, there {one[key]}" for key in CHANGE_IDS if key in one and key in two
@@ -190,17 +190,10 @@ def file_difference(folder, first, name):
     return "; ".join(filter(None, [*keys, how])) or None
 
 
-def objects(text, path):
-    value = parse_json(text, path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON {type(value).__name__}, not an object; copy or download it again")
-    return value
-
-
 def tokenizer_of(text, path):
     """tokenizer.json as the tokenizers library reads and writes it, without padding and truncation, which
     `encode` of one text does not need."""
-    raw = objects(text, path)
+    raw = parse_object(text, path)
     from tokenizers import Tokenizer    # a tenth of a second that equal files do not need
     try:
         read = Tokenizer.from_str(text.decode("utf-8-sig"))
@@ -327,6 +320,19 @@ def chat_template(folder):
                  and "name" in part}
         template = named.get("default", template)
     return template.strip() if isinstance(template, str) else template
+
+
+# ---- what makes the answers --------------------------------------------------------------------------------
+
+def identity(folder, header):
+    """{path: what changes with it} of the files that decide what a model answers: size and time of those of
+    its weights (header: see tensorfiles.read_header), the SHA-256 of the small ones."""
+    weights = sorted({file for file, _, _ in header.values()})
+    names = ("config.json", "generation_config.json", "chat_template.jinja", *VOCABULARIES, *TABLES, *TEXTS,
+             *SETTINGS)
+    found = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in weights}
+    return found | {str(path): sha256(path) for name in dict.fromkeys(names)
+                    if (path := own_file(folder, name))}
 
 
 # ---- what goes along ---------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ Prompts x teachers -> candidates -> a route -> SFT data. Routes: "reward" (the a
 import random
 from collections import Counter, defaultdict
 
-from .rows import conversation, prompt_of, read_jsonl
 from .preferences import ANSWER, count_cut, usable
+from .rows import conversation, finish_reason, prompt_of, read_jsonl
 
 
 def candidates_from(rows, answers, scores=None):
@@ -44,18 +44,6 @@ def read_answers(path, rows, reading=None):
                          f"{missing[0]['prompt_messages'][-1]['content'][:60]!r}; "
                          "a teacher's file needs one line for each prompt")
     return found
-
-
-def finish_reason(row, where):
-    """What a row, or the last message of its conversation, says of the answer's end; None if nothing."""
-    for part in (row, *row.get("messages", [])[-1:]):
-        for key in ("finish_reason", "stop_reason"):
-            if (value := part.get(key)) is None:
-                continue
-            if not isinstance(value, str):
-                raise ValueError(f"{where}: {key!r} must be a text such as stop or length, got {value!r}")
-            return value
-    return None
 
 
 def route(rows, how, seed=0, table=None, keep_cut=False, same=None):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from . import weights, world_data
 from .arbitrage import read_answers
-from .config import flag_of, model_preset
-from .data import fit_prompts, load_prompts
+from .config import check_batch_size, flag_of, model_preset
+from .data import load_prompts
 from .languages import LANGUAGES, SHARED, cluster_languages, home_language
+from .lengths import fit_prompts
 from .model import RewardModel
 from .tokenizer import train_tokenizer
 from .world import gold_answer, questions
@@ -32,9 +33,7 @@ def check_sizes(recipe, clusters, num_ranks, num_prompts=None):
     """Every set of data gives at least one batch. num_prompts: of a user's own; None: of the embedded
     world."""
     r, size = recipe, recipe.batch_size
-    if size % num_ranks:
-        raise ValueError(f"--batch-size {size} does not divide over {num_ranks} ranks; use a multiple of "
-                         f"{num_ranks}")
+    check_batch_size(size, num_ranks)
     if num_prompts is None:
         lessons = int(0.6 * r.lessons) + int(0.2 * r.lessons)
         rows = {"corpus": r.corpus, "lessons": lessons, "arbiter_gold": r.arbiter_gold,
@@ -142,8 +141,8 @@ def check_languages(rows, clusters, spill):
                              "to --clusters")
     for name in clusters:
         if not spill and not homes & {None, *cluster_languages(clusters, name)}:
-            raise ValueError(f"--clusters: {name!r} has no prompt in its languages, and with --cluster-spill 0 "
-                             "none of the others; give such prompts, or fewer clusters")
+            raise ValueError(f"--clusters: {name!r} has no prompt in its languages, and with --cluster-spill "
+                             "0 none of the others; give such prompts, or fewer clusters")
 
 
 def plain_prompt(row):

@@ -97,6 +97,15 @@ def printable(text):
     return str(text).translate(SHOWN)
 
 
+def shortened(value):
+    """The beginning of a value, for a message."""
+    try:
+        text = repr(value)
+    except ValueError:                  # a whole number of thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def one_line(error):
     """What a mistake says, in one line: an OSError names its file."""
     text = str(error)
@@ -126,8 +135,13 @@ def guarded(main, name):
 
 
 def is_spare_rank():
-    """Whether torchrun started this process beside a rank 0 that does all the work of the command."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0"
+    """Whether torchrun started this process beside a rank 0 that does all the work of the command. A RANK
+    alone is no launcher's, and its process does the work."""
+    rank = os.environ.get("RANK", "0")
+    if not rank.isdecimal():
+        raise ValueError(f"RANK is {rank!r} in the environment, no whole number; leave it to torchrun, or "
+                         "unset it")
+    return int(rank) > 0 and "WORLD_SIZE" in os.environ
 
 
 OURS = "this is a fault of aya_min, not of yours; please report it with the lines above"

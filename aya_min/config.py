@@ -356,11 +356,10 @@ class Recipe(Reading):
 
 RECIPES = {
     "tiny": {},
-    # keep_cut: 85% of the answers of these hardly trained models are cut at 12 tokens, and without them no stage
-    # has enough to train on
-    "smoke": dict(keep_cut=True,
-                  model="smoke", vocab_size=1024, corpus=960, lessons=192, arbiter_gold=192, arbiter_pairs=240, num_prompts=240, sft_epochs=1.0,
-                  rounds=3, online_prompts=96, online_samples=2, max_new_tokens=12, eval_count=120, rloo_steps=2),
+    # keep_cut: 85% of the answers of these hardly trained models are cut at 12 tokens, and without them no
+    # stage has enough to train on
+    "smoke": dict(keep_cut=True, model="smoke", vocab_size=1024, corpus=960, lessons=192, arbiter_gold=192,
+                  arbiter_pairs=240, num_prompts=240, sft_epochs=1.0, rounds=3, online_prompts=96, online_samples=2, max_new_tokens=12, eval_count=120, rloo_steps=2),
     "small": dict(model="small", level="full", vocab_size=16384, dtype="bfloat16", max_length=256, max_new_tokens=64, batch_size=256, corpus=2_000_000,
                   base_learning_rate=1e-3, lessons=100_000, teacher_learning_rate=3e-4, arbiter_gold=100_000, arbiter_gold_learning_rate=3e-4, arbiter_pairs=100_000, arbiter_learning_rate=1e-4,
                   num_prompts=50_000, sft_learning_rate=3e-4, offline_learning_rate=2e-5, online_prompts=10_000, online_learning_rate=5e-5,
@@ -386,8 +385,8 @@ def column(text):
 
 
 def add_flags(parser, settings_class, only=None):
-    """One flag per field (only: of these fields): --learning-rate for learning_rate. A flag that is not given stays
-    None, so that presets and --config show through."""
+    """One flag per field (only: of these fields): --learning-rate for learning_rate. A flag that is not
+    given stays None, so that presets and --config show through."""
     for f in fields(settings_class):
         if only and f.name not in only:
             continue
@@ -440,12 +439,17 @@ def check_value(f, value):
         raise ValueError(f"setting {f.name} ({flag_of(f.name)}) must be {wanted}, got {value!r}")
 
 
+def check_batch_size(size, num_ranks):
+    if size % num_ranks:
+        raise ValueError(f"--batch-size {size} does not divide over {num_ranks} ranks; use a multiple of "
+                         f"{num_ranks}")
+
+
 def check_training(settings, num_ranks):
     """Refuse settings that do not go together, before anything heavy."""
     if num_ranks % settings.replicate:
         raise ValueError(f"--replicate {settings.replicate} does not divide {num_ranks} ranks; use a divisor of {num_ranks}")
-    if settings.batch_size % num_ranks:
-        raise ValueError(f"--batch-size {settings.batch_size} does not divide over {num_ranks} ranks; use a multiple of {num_ranks}")
+    check_batch_size(settings.batch_size, num_ranks)
     share = settings.batch_size // num_ranks
     if settings.micro_batch_size and share % settings.micro_batch_size:
         raise ValueError(f"--micro-batch-size {settings.micro_batch_size} does not divide a rank's share of {share} examples; use a divisor of {share}")

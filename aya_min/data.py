@@ -1,21 +1,20 @@
-"""Rows in, batches out: what is supervised, what is left out, the seeded order, right-padded batches.
+"""Rows in, batches out: what is supervised, the seeded order, right-padded batches.
 
-rows.py says what a line means. Right padding needs no attention mask: under a causal mask no real token sees
-what follows it.
+rows.py says what a line means, lengths.py what is left out. Right padding needs no attention mask: under a
+causal mask no real token sees what follows it.
 """
 
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import numpy as np
 import torch
 
 from . import distributed
-from .config import Reading
-from .rows import ENDINGS, OF_PAIRS, SHAPES, Spelled, is_cut, is_text, pair_of, plain_text, say
-from .rows import supervised, trained
-from .rows import prompt_of, read_jsonl
+from .lengths import EARLIER_CUT, NOT_LEARNT, WAS_CUT, LeftOut, fitting_example, fitting_pair
+from .rows import (ENDINGS, OF_PAIRS, SHAPES, is_cut, is_plain_text, pair_of, plain_text, prompt_of, read_jsonl,
+                   supervised, trained)
+from .spelled import Spelled
 
 EQUAL_SHARE = 0.05                                  # of pairs with two equal answers: more are refused
 
@@ -63,96 +62,6 @@ def pieces_of(tokenizer, text, limit, language, where):
     return [Example(piece, np.arange(len(piece)) > 0, language, where) for piece in pieces]
 
 
-# ---- what is left out --------------------------------------------------------------------------------------
-
-NOT_LEARNT = "have no answer that is learnt (weight 0, train false) and are left out"
-WAS_CUT = "have an answer that was cut at its limit (finish_reason) and are left out, --keep-cut keeps them"
-EARLIER_CUT = "have an earlier answer that was cut at its limit, which is context only"
-
-
-@dataclass
-class LeftOut:
-    """What is not trained on: each reason is said in one line, with the count and the first place.
-
-    limit: the tokens that fit, the smaller of the settings' max_length and the model's positions."""
-    paths: list
-    reading: Reading
-    limit: int
-    total: int = 0
-    places: dict = field(default_factory=dict)              # reason -> [where, ...]
-    languages: Counter = field(default_factory=Counter)     # of the answers that were cut, left out for that
-
-    def add(self, reason, where):
-        self.places.setdefault(reason, []).append(where)
-
-    def add_long(self, where, num_tokens, fits):
-        """Count an example of too many tokens, which was made to fit or was not, or refuse it."""
-        by_model = getattr(self.reading, "max_length", self.limit) > self.limit
-        limit = f"the model's {self.limit} positions" if by_model else f"--max-length {self.limit} tokens"
-        if fits:
-            return self.add(f"are longer than {limit} and lose the oldest tokens of their prompts", where)
-        if self.reading.too_long == "refuse":
-            raise ValueError(f"{where}: {num_tokens} tokens, longer than {limit}; shorten it, or give "
-                             "--too-long skip or cut-left")
-        rest = ", even with their prompts cut," if self.reading.too_long == "cut-left" else ""
-        self.add(f"are longer than {limit}{rest} and are left out", where)
-
-    def report(self, kept, what):
-        """Say what was left out; ValueError if nothing is left."""
-        by_language = ", ".join(f"{code} {count}" for code, count in sorted(self.languages.items()))
-        lines = [f"{len(places)} of {self.total} {what} {reason}; "
-                 f"{f'by language: {by_language}; ' if reason == WAS_CUT else ''}the first: {places[0]}"
-                 for reason, places in self.places.items()]
-        if not kept:
-            raise ValueError(f"{' '.join(map(str, self.paths))}: nothing to train on is left of {self.total} "
-                             f"{what}: {'; '.join(lines)}. Give other data, or see --max-length, --too-long, "
-                             "--keep-cut")
-        for line in lines:
-            say(self.paths, line)
-
-
-def cut_left(ids, room):
-    """The last ids of a text that is too long, after its first, which begins every text (BOS)."""
-    if len(ids) <= room:
-        return ids
-    first, last = ids[:1], ids[len(ids) - room + 1:]
-    return np.concatenate([first, last]) if isinstance(ids, np.ndarray) else first + last
-
-
-def without_oldest(example, tokenizer, answer, room):
-    """The example in `room` tokens: the oldest of its prompt go, BOS and the whole answer (its text) stay.
-    None if there is no room for that.
-
-    What is left of an earlier answer that the cut goes through is not learnt."""
-    if 1 + len(tokenizer.opening["assistant"]) + len(tokenizer.encode_answer(answer)) > room:
-        return None
-    mask, gone = cut_left(example.mask, room), len(example.mask) - room
-    if example.mask[gone] and mask[1]:
-        mask[1:1 + int(np.argmin(mask[1:]))] = False
-    return replace(example, ids=cut_left(example.ids, room), mask=mask) if mask.any() else None
-
-
-def fitting_example(tokenizer, example, answer, left_out):
-    """[the example], with its prompt cut where that is the policy, or [] if it is too long."""
-    num_tokens, fits = len(example.ids), example
-    if num_tokens > left_out.limit:
-        cut = left_out.reading.too_long == "cut-left"
-        fits = without_oldest(example, tokenizer, answer, left_out.limit) if cut else None
-        left_out.add_long(example.where, num_tokens, fits)
-    return [fits] if fits else []
-
-
-def fitting_pair(tokenizer, sides, answers, left_out):
-    """[the pair], with the same cut of both prompts where that is the policy, or [] if it is too long."""
-    longest, fits = max(len(side.ids) for side in sides), sides
-    if longest > left_out.limit:
-        gone, cut = longest - left_out.limit, left_out.reading.too_long == "cut-left"
-        fits = [without_oldest(side, tokenizer, answer, len(side.ids) - gone) if cut else None
-                for side, answer in zip(sides, answers)]
-        left_out.add_long(sides[0].where, longest, None not in fits)
-    return [] if None in fits else [Pair(*fits)]
-
-
 def load_examples(paths, tokenizer, reading, limit):
     """Supervised examples of JSONL files that fit into `limit` tokens: conversations (see rows.supervised)
     and plain {"text"}. What is left out is counted and reported."""
@@ -161,7 +70,7 @@ def load_examples(paths, tokenizer, reading, limit):
         for where, row in read_jsonl(path, reading):
             left_out.total += 1
             language = row.get("language") or "other"
-            if is_text(row):
+            if is_plain_text(row):
                 text = plain_text(row, where)
                 messages, learnt = [{"content": text}], [trained(row, "", where) is not False]
                 cut = [is_cut(row)]
@@ -176,7 +85,7 @@ def load_examples(paths, tokenizer, reading, limit):
                 left_out.add(WAS_CUT, where)
             elif not any(learnt):
                 left_out.add(NOT_LEARNT, where)
-            elif is_text(row):
+            elif is_plain_text(row):
                 examples += pieces_of(tokenizer, text, limit, language, where)
             else:
                 example = encode_conversation(tokenizer, messages, learnt, language, where)
@@ -205,14 +114,15 @@ def load_pairs(paths, tokenizer, reading, limit):
                 left_out.languages[sides[0].language] += 1
                 left_out.add(WAS_CUT, where)
             else:
-                pairs += fitting_pair(tokenizer, sides, answers, left_out)
+                fits = fitting_pair(tokenizer, sides, answers, left_out)
+                pairs += [Pair(*fits)] if fits else []
     spelled.report(paths, left_out.total, reading)
     if equal:
         text = (f"{len(equal)} of {left_out.total} pairs have the same answer as chosen and rejected: "
                 f"{' '.join(equal[:10])}{' ...' if len(equal) > 10 else ''}")
         if len(equal) > EQUAL_SHARE * left_out.total:
             raise ValueError(f"{text}; that is more than {EQUAL_SHARE:.0%}, look at how the pairs were made")
-        say(paths, f"{text}; they are left out")
+        distributed.say(f"{text}; they are left out", paths)
     left_out.report(len(pairs), "pairs")
     return pairs
 
@@ -238,27 +148,6 @@ def load_prompts(paths, reading=None, tokenizer=None):
             rows.append({**kept, "prompt": prompt, "prompt_messages": messages, "prompt_where": where})
     spelled.report(paths, len(rows), reading)
     return rows
-
-
-def fit_prompts(rows, length_of, room, policy, what):
-    """The rows whose prompts, length_of(row) tokens long, have room. The policy (--too-long) is for the rest.
-
-    refuse: ValueError with the first one's place. skip: they are left out. cut-left: they stay, and the
-    caller cuts them (cut_left). what: the room in words."""
-    if room < 1:
-        raise ValueError(f"{what}: no room for a prompt; lower the number of new tokens")
-    long = {i: length for i, length in enumerate(map(length_of, rows)) if length > room}
-    if not long:
-        return rows
-    first, length = next(iter(long.items()))
-    place, count = rows[first].get("prompt_where") or f"prompt {first + 1}", f"{len(long)} of {len(rows)}"
-    if policy == "refuse" or (policy == "skip" and len(long) == len(rows)):
-        raise ValueError(f"{place}: the prompt has {length} tokens; {what}: {room} ({count} prompts are "
-                         "longer). Shorten it, or give --too-long skip or cut-left")
-    does = "are left out" if policy == "skip" else "lose their oldest tokens"
-    say(["prompts"], f"{count} are longer than {room} tokens ({what}) and {does}; the first: {place}, "
-                     f"{length} tokens")
-    return rows if policy == "cut-left" else [row for i, row in enumerate(rows) if i not in long]
 
 
 def plain(row):

@@ -161,6 +161,13 @@ def is_main():
     return rank() == 0
 
 
+def say(text, paths=()):
+    """One line on standard error, of rank 0. paths: the files that it is about."""
+    if is_main():
+        about = f"{' '.join(map(str, paths))}: " if paths else ""
+        print(one_line(about + text), file=sys.stderr)
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()

@@ -243,7 +243,8 @@ def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, rew
     phases = {"in all, in a training step": sum(step.values())}
     if eval_data:
         held_out = items_of(stage, fitting, eval_data, tokenizer)
-        phases["in all, in an evaluation"] = held + forward(loss_fn, held_out, default(batches_in_order, "size"))
+        size_of_batch = default(batches_in_order, "size")
+        phases["in all, in an evaluation"] = held + forward(loss_fn, held_out, size_of_batch)
     texts = [row for item in items for row in rows_of(item, samples)]
     if stage == "dpo":
         sharded = sum(step.get(part, 0) for part in ("parameters", "gathered by FSDP"))

@@ -7,8 +7,8 @@ several times too narrow (Miller, arXiv 2411.00640, finds clustered standard err
 
 Answers are JSONL rows: the question's keys and "completion". Two files are joined by ("question_id",
 "language"); ids are compared as text, a row without one is known by its "id" or its prompt, and one without a
-language counts as "other". An answer that was cut at its limit ("finish_reason": "length") is judged as it
-stands, and counted.
+language counts as "other". An answer that was cut at its limit (rows.CUT) is judged as it stands, and
+counted.
 
     python -m aya_min.evaluate arena --answers A.jsonl --baseline B.jsonl --judge oracle|RM_FOLDER --out eval.json
 """
@@ -23,11 +23,11 @@ import torch
 
 from .command import Parser, guarded, is_spare_rank, printable
 from .config import Reading, add_flags, settings_from
-from .data import prompt_of, read_jsonl
 from .files import dumps, write_new
-from .languages import CLUSTERS, LANGUAGES, SHARED, home_language
+from .languages import CLUSTERS, LANGUAGES, home_clusters, home_language
 from .model import RewardModel
 from .reward import score_texts
+from .rows import finish_reason, is_cut, prompt_of, read_jsonl
 from .weights import load, look_into, read_config
 from .world import check_question, grade
 
@@ -108,9 +108,9 @@ def averages(rows):
     grades = [row["grade"] for row in rows if row.get("grade") is not None]
     right = [row["seen_language"] == row["language"] for row in rows if "seen_language" in row]
     means = {"grade": grades, "right_language": right, "length": [len(row["completion"]) for row in rows]}
-    reasons = [row["finish_reason"] for row in rows if row.get("finish_reason") is not None]
+    said = any(row.get("finish_reason") is not None for row in rows)
     return ({"num": len(rows)} | {name: float(np.mean(values)) for name, values in means.items() if values}
-            | ({"cut": reasons.count("length")} if reasons else {}))
+            | ({"cut": sum(map(is_cut, rows))} if said else {}))
 
 
 def summarize(rows):
@@ -175,7 +175,7 @@ def compare(rows_a, rows_b, key="grade", clusters=CLUSTERS, num_resamples=2000, 
     def by(name_of):
         return {name: rates(part) for name, part in group(pairs, lambda pair: name_of(pair[0]["language"])).items()}
 
-    home = {code: "shared" for code in SHARED} | {code: name for name, codes in clusters.items() for code in codes}
+    home = home_clusters(clusters)
     return {"overall": rates(pairs), "by_language": by(str),
             "by_cluster": by(lambda code: home.get(home_language(code, home), "other"))}
 
@@ -193,9 +193,7 @@ def checked(where, row, judge):
     if not isinstance(row.get("completion"), str):
         raise ValueError(f"{where}: 'completion' is missing or no text; give the answer, or name its key "
                          "with --columns completion=...")
-    if row.get("finish_reason") is not None and not isinstance(row["finish_reason"], str):
-        raise ValueError(f"{where}: 'finish_reason' must be a text such as stop or length, got "
-                         f"{row['finish_reason']!r}")
+    row["finish_reason"] = finish_reason(row, where)
     if judge == "oracle":
         missing = [key for key in ("task", "args") if row.get(key) is None]
         if missing:

@@ -71,42 +71,52 @@ def parse_json(data, where, remedy=None):
 
 def in_key(data):
     """Which key of a JSON value holds a number that is not finite, in words; "" if none does."""
-    def look(value, key):
-        if isinstance(value, float) and not math.isfinite(value):
-            return key
-        parts = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
-        found = (look(part, f"{key}[{name!r}]" if key else repr(name)) for name, part in parts)
-        return next(filter(None, found), None)
-
     try:
-        key = look(json.loads(data), "")
+        for key, value in leaves(json.loads(data)):
+            if isinstance(value, float) and not math.isfinite(value):
+                return f"{key} is no finite number: "
     except (ValueError, RecursionError):
-        return ""
-    return f"{key} is no finite number: " if key else ""
+        pass
+    return ""
 
 
-def bad_text(value, key="the value"):
-    """Which text of a JSON value holds half of a surrogate pair or a NUL, in words; None if none does."""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            return f"{key} holds half a surrogate pair, which is not text"
-        return f"{key} holds a NUL character" if "\0" in value else None
-    parts = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
-    for name, part in parts:
-        fault = bad_text(name, "a key") if isinstance(name, str) else None
-        if fault or (fault := bad_text(part, repr(name) if key == "the value" else f"{key}[{name!r}]")):
-            return fault
+def bad_text(value, key=""):
+    """Which text of a JSON value holds half of a surrogate pair or a NUL, in words; None if none does. key:
+    what the value is called."""
+    for place, text in leaves(value, key):
+        if isinstance(text, str):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                return f"{place} holds half a surrogate pair, which is not text"
+            if "\0" in text:
+                return f"{place} holds a NUL character"
     return None
+
+
+def leaves(value, key=""):
+    """(what its place is called, text or number) of all that a JSON value holds, the keys of objects too."""
+    if not isinstance(value, (dict, list)):
+        yield key or "the value", value
+        return
+    for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(name, str):
+            yield "a key", name
+        yield from leaves(part, f"{key}[{name!r}]" if key else repr(name))
+
+
+def parse_object(data, where, remedy=None):
+    """`parse_json` of what must be an object."""
+    value = parse_json(data, where, remedy)
+    if not isinstance(value, dict):
+        remedy = remedy or "copy or download it again"
+        raise ValueError(f"{where}: a JSON {type(value).__name__}, not an object; {remedy}")
+    return value
 
 
 def read_json(path):
     """The JSON object in a file. ValueError with the file's name for all else: a pipe, no JSON, a list."""
-    value = parse_json(read_bytes(path), path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON {type(value).__name__}, not an object; copy or download it again")
-    return value
+    return parse_object(read_bytes(path), path)
 
 
 def depth(value):
@@ -119,13 +129,18 @@ def depth(value):
 
 
 def read_bytes(path):
-    """A plain file's bytes. A pipe or a device, which could wait for ever or end never, is refused."""
+    """A plain file's bytes."""
+    refuse_pipe(path)
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError(f"{path}: not a plain file (a folder, a pipe or a device); give a file")
         return Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give an existing file") from None
+
+
+def refuse_pipe(path):
+    """Refuse what is there and no plain file: a pipe or a device could wait for ever, or never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: not a plain file (a folder, a pipe or a device); give a file")
 
 
 def dumps(value, **more):
@@ -211,7 +226,8 @@ def remove_marked(folder):
 def scratch(path):
     """A new marked folder beside `path`, on the same disk, for what is to become `path`; removed at the end.
 
-    Those that killed processes of this host left for the same path are removed first.
+    Those that killed processes of this host left for the same path are removed first; so are empty ones,
+    which a kill leaves after their mark went.
     """
     path = Path(path)
     prefix, purpose = f".{path.name[:60]}.", f"to make {path.name}"
@@ -245,7 +261,7 @@ def publish_file(made, path):
     try:
         os.link(made, path)
     except FileExistsError:
-        raise ValueError(f"{path} exists; give a new file, nothing is overwritten") from None
+        raise taken(path) from None
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             raise
@@ -257,7 +273,12 @@ def publish_copy(made, path):
         with open(path, "xb") as target:
             target.write(Path(made).read_bytes())
     except FileExistsError:
-        raise ValueError(f"{path} exists; give a new file, nothing is overwritten") from None
+        raise taken(path) from None
+
+
+def taken(path):
+    """The error for an output whose name a file has already."""
+    return ValueError(f"{path} exists; give a new file, nothing is overwritten")
 
 
 def publish_folder(made, path):
@@ -268,6 +289,16 @@ def publish_folder(made, path):
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
         raise ValueError(f"{path} exists; give another folder, nothing is overwritten") from None
+
+
+@contextmanager
+def new_folder(path, publish=None):
+    """A folder to fill, on the disk of `path`, which it becomes at the end; after an error it goes away."""
+    with scratch(path) as place:
+        made = place / Path(path).name
+        made.mkdir()
+        yield made
+        (publish or publish_folder)(made, path)
 
 
 def write_new(texts):
@@ -321,8 +352,7 @@ def write_jsonl(path, rows):
 
 def sha256(path):
     """The SHA-256 of a plain file, as sha256sum prints it."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: not a plain file (a pipe can be read once only); give a file")
+    refuse_pipe(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -17,7 +17,7 @@ from .config import Reading
 from .data import batches_in_order, collate, load_examples, load_prompts, slots_of
 from .evaluate import grade_answers, group
 from .files import parse_json, scratch
-from .languages import CLUSTERS, SHARED
+from .languages import CLUSTERS, home_clusters
 from .loop import evaluate as held_out_metrics
 from .mergeconfig import OUTPUT_DTYPES
 from .model import RewardModel
@@ -25,9 +25,9 @@ from .sampling import answer_rows
 from .soups import is_finite, look_into, merge_folders, over, refuse_infinite, workers
 from .stages import sft_loss
 from .tensorfiles import DTYPES, places
-from .world import TASKS
+from .world import check_question
 
-HOME = {code: "shared" for code in SHARED} | {code: name for name, codes in CLUSTERS.items() for code in codes}
+HOME = home_clusters(CLUSTERS)
 BY = {"task": lambda row: row["task"], "language": lambda row: row["language"], "cluster": lambda row: HOME[row["language"]]}
 
 
@@ -168,12 +168,16 @@ def refuse_shared(what, fitness, held_out, places):
 
 
 def read_questions(paths, reading, folder):
-    rows = rows_of(paths, reading, folder)
-    for i, row in enumerate(rows, 1):
-        if row.get("task") not in TASKS or row.get("language") not in HOME or not isinstance(row.get("args"), list) or not isinstance(row.get("question_id"), str):
-            where = row.get("prompt_where") or f"{' '.join(map(str, paths))}: prompt {i}"
-            raise ValueError(f"{where}: not a question of the embedded world (question_id, language, task, "
-                             "args), which the oracle needs; measure others with --eval-data or --command")
+    """The questions in files, read as `reading` (a config.Reading) says, for the model in a folder."""
+    rows = load_prompts(paths, reading, model_folders.look_into(folder)[1])
+    for row in rows:
+        try:
+            if not isinstance(row.get("question_id"), str) or not {"task", "args", "language"} <= row.keys():
+                raise ValueError("one has question_id (a text), language, task and args")
+            check_question(row)
+        except ValueError as error:
+            raise ValueError(f"{row['prompt_where']}: not a question of the embedded world, which the oracle "
+                             f"needs ({error}); measure others with --eval-data or --command") from None
     return rows
 
 
@@ -192,11 +196,6 @@ def loss_splits(folder, eval_data, held_out, max_length, seed, reading=None):
         name = stems[i] if stems.count(stems[i]) == 1 else str(path)
         splits["fitness"][name], splits["held-out"][name] = parts
     return splits
-
-
-def rows_of(paths, reading, folder):
-    """The prompts of files, read as `reading` (a config.Reading) says, for the model in a folder."""
-    return load_prompts(paths, reading, model_folders.look_into(folder)[1])
 
 
 def examples_of(path, reading, folder, max_length):

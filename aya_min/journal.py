@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import distributed
 from .files import (MARK, dumps, mark, marked, own_file, parse_json, publish_folder, read_bytes, read_json,
-                    scratch, sha256, write_and_sync, write_json, write_new)
+                    scratch, sha256, taken, write_and_sync, write_json, write_new)
 
 PURPOSE = "unfinished work"
 ANSWERS = re.compile(r"\d{4,}-\d{4,}\.jsonl")
@@ -62,8 +62,8 @@ class Journal:
                     with suppress(ValueError):              # another process was quicker, see `hold`
                         publish_folder(made, self.folder)
             except OSError as error:
-                raise ValueError(f"{self.folder}: cannot be made ({error.strerror}); give another name for the "
-                                 "output") from None
+                raise ValueError(f"{self.folder}: cannot be made ({error.strerror}); give another name for "
+                                 "the output") from None
         if not marked(self.folder, PURPOSE):
             raise ValueError(f"{self.folder} is in the way: it was not made by this program; move it, or "
                              "give another name for the output")
@@ -172,7 +172,7 @@ class Journal:
                 laid = own_file(self.folder, f"output-{i}")
                 if os.path.lexists(path):
                     if os.path.islink(path) or sha256(path) != digest:
-                        raise ValueError(f"{path} exists; give a new file, nothing is overwritten")
+                        raise taken(path)
                 elif laid:
                     missing[path] = read_bytes(laid).decode("utf-8")
                 else:                                           # it was in place, and was taken away again

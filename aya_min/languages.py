@@ -144,6 +144,11 @@ def cluster_languages(clusters, name, shared=SHARED):
     return clusters[name] + [code for code in shared if code not in clusters[name]]
 
 
+def home_clusters(clusters):
+    """{language: the cluster that it is of}, "shared" for those of all clusters."""
+    return {code: "shared" for code in SHARED} | {code: name for name in clusters for code in clusters[name]}
+
+
 def read_clusters(path):
     """{cluster: [language codes]} from a user's JSON file. A language, by any name, is in one of them."""
     clusters = read_json(Path(path))

@@ -2,7 +2,7 @@
 
 import re
 
-from .command import WHOLE, describe, in_range
+from .command import WHOLE, describe, in_range, shortened
 from .files import depth
 
 METHODS = {    # method: the settings it takes and their defaults, from the papers (DARE has none: ours); weights None: 1 each
@@ -73,14 +73,6 @@ def check_numbers(name, value):
         raise ValueError(f"{name} ({flag}): {shortened(value)} is not {wanted}")
     elif not in_range(value, interval):
         raise ValueError(f"{name} ({flag}) must be {describe(kind, interval)}, got {shortened(value)}")
-
-
-def shortened(value):
-    try:
-        text = repr(value)
-    except ValueError:                  # a whole number of thousands of digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def settings_by_tensor(method, settings, names):

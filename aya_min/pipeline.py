@@ -124,7 +124,7 @@ def best_teacher(rows):
     return max(rewards, key=lambda teacher: sum(rewards[teacher]) / len(rewards[teacher]))
 
 
-def say(title, counts):
+def print_counts(title, counts):
     """One line of counts on rank 0: numbers, and those by language."""
     if distributed.is_main():
         shown = [f"{key.replace('_', ' ')} {value}" for key, value in counts.items() if finite(value)]
@@ -201,7 +201,7 @@ def online_pairs(run, name, round_number, current, arbiter, same):
         of_sample = {f"sample-{i}": [group[i] for group in rewards] for i in range(r.online_samples)}
         candidates = list(map(scored, candidates_from(rows, by_sample, of_sample)))
         pairs, counts = best_worst(candidates, r.online_margin, r.keep_cut, same)
-        say(f"{name}, pairs of {len(rows)} prompts", counts)
+        print_counts(f"{name}, pairs of {len(rows)} prompts", counts)
         if not pairs:
             raise ValueError(f"{name}: no pair in {len(rows)} prompts ({counts}); lower --online-margin, "
                              "raise --online-samples, --online-temperature or --online-prompts, and start "
@@ -257,7 +257,7 @@ def run_recipe(run):
     reward_rows, arbitrage_counts = routed("reward")
     unscored = len(teachers) * len(candidates) - sum(len(row["candidates"]) for row in candidates)
     arbitrage_counts |= {"unscored": unscored} if unscored else {}          # too long for the arbiter
-    say(f"arbitrage of {len(teachers)} teachers", arbitrage_counts)
+    print_counts(f"arbitrage of {len(teachers)} teachers", arbitrage_counts)
     to_single = {row.get("language"): single for row in candidates}
     arms = [("single", f"SFT: single best teacher ({single})", routed("fixed", to_single)[0]),
             ("random", "SFT: random routing", routed("random")[0])]
@@ -275,7 +275,7 @@ def run_recipe(run):
 
     # Offline DPO: the pool's best against its worst
     pairs, offline_counts = best_worst(candidates, r.offline_margin, r.keep_cut, same)
-    say("offline pairs", offline_counts)
+    print_counts("offline pairs", offline_counts)
     offline = keep("offline", "Offline DPO, per cluster, merged", "stage",
                    train_clusters_and_merge(run, "offline", "offline DPO", stages.dpo, sft, pairs, dpo_settings(run, "offline"), r.offline_epochs), "sft")
 
@@ -307,9 +307,9 @@ def more_arms(run, keep, base, sft, reward_rows, arbiter, same):
     reward_model, _ = weights.load(arbiter, run.device)
     prompts = questions("preference", r.rloo_steps * r.batch_size, f"rloo/{r.seed}", level=r.level) if run.embedded else \
         list(map(plain, run.prompts))
-    its_settings = settings(run, RLOO, learning_rate=r.rloo_learning_rate, beta=r.rloo_beta, num_samples=r.rloo_samples,
-                            max_steps=r.rloo_steps, max_new_tokens=r.max_new_tokens, too_long=r.too_long,
-                            keep_cut=False)
+    its_settings = settings(run, RLOO, learning_rate=r.rloo_learning_rate, beta=r.rloo_beta,
+                            num_samples=r.rloo_samples, max_steps=r.rloo_steps, too_long=r.too_long,
+                            max_new_tokens=r.max_new_tokens, keep_cut=False)
     rloo = train_step(run, "rloo", "RLOO from the SFT model", stages.rloo, sft, prompts, its_settings,
                       reward_model=reward_model)
     keep("rloo", "SFT + RLOO", "arm", rloo, "sft")

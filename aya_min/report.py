@@ -13,7 +13,7 @@ from pathlib import Path
 from .charts import (STYLE, around, axis, bar, chart, clock, esc, finite, grid, heat_map, interval_text, join, legend, lines, mark,
                      number, section, track, within)
 from .command import guarded, is_spare_rank
-from .files import own_file, parse_json, read_bytes, read_json, write_whole
+from .files import depth, own_file, parse_object, read_bytes, read_json, write_whole
 from .front import search_part
 from .languages import LANGUAGES, SHARED
 
@@ -88,11 +88,7 @@ def read(run, name, shape):
 
 def shallow(value, where):
     """The value, if it is not nested so deep that showing it would fail."""
-    layer = [value]
-    for _ in range(LEVELS):
-        layer = [part for some in layer if isinstance(some, (dict, list))
-                 for part in (some.values() if isinstance(some, dict) else some)]
-    if layer:
+    if depth(value) > LEVELS:
         raise ValueError(f"{where}: nested more than {LEVELS} levels deep; {REMEDY}")
     return value
 
@@ -104,10 +100,7 @@ def read_lines(run, name):
     written = read_bytes(path) if path else b""
     for count, line in enumerate(written[:written.rfind(b"\n") + 1].splitlines(), 1):
         where = f"{path}:{count}"
-        row = shallow(parse_json(line, where), where)
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object; remove the line")
-        rows.append((where, row))
+        rows.append((where, shallow(parse_object(line, where, "remove the line"), where)))
     return rows
 
 

@@ -1,12 +1,12 @@
 """Scores of a reward model: prompt and completion in, one number out, by model.RewardModel."""
 
 import math
-import sys
 
 import torch
 
 from . import distributed
-from .data import batches_in_order, collate, cut_left, encode_example, in_step
+from .data import batches_in_order, collate, encode_example, in_step
+from .lengths import cut_left
 
 
 @torch.no_grad()
@@ -60,15 +60,14 @@ def fitted(examples, long, positions, too_long, name, places):
     unscored = [i for i in long if too_long == "skip" or answers[i] > positions - 2]
     fates = [f"{len(long) - len(unscored)} lose the oldest tokens of their prompts"] * (too_long == "cut-left")
     fates += [f"{len(unscored)} are not scored"] * bool(unscored)
-    if distributed.is_main():
-        print(f"{found}; {', '.join(fates)}", file=sys.stderr)
+    distributed.say(f"{found}; {', '.join(fates)}")
     examples = list(examples)
     for i in long:
-        examples[i] = None if i in unscored else shortened(examples[i], positions, answers[i])
+        examples[i] = None if i in unscored else within_positions(examples[i], positions, answers[i])
     return examples
 
 
-def shortened(example, positions, answer):
+def within_positions(example, positions, answer):
     """An example whose prompt lost its oldest tokens."""
     prompt = cut_left(example.ids[:-answer].tolist(), positions - answer)
     ids = example.ids[-positions:].copy()

@@ -8,13 +8,11 @@ false) of a row or of a message says what is learnt, "finish_reason" that an ans
 Other keys are kept as they are, but for those that would change what a row means: these are refused by name.
 """
 
-import re
-import sys
-from collections import Counter
 from pathlib import Path
 
 from . import distributed
-from .files import parse_json, read_bytes
+from .command import shortened
+from .files import parse_object, read_bytes
 from .languages import SPELLINGS, language_code
 
 SHAPES = ("messages", "prompt", "completion", "inputs", "targets", "chosen", "rejected", "text")
@@ -56,28 +54,6 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 OTHER_ROLES = {**dict.fromkeys(["tool", "function", "ipython", "observation"], TOOLS),
                **dict.fromkeys(["human", "gpt", "bot", "model", "chatbot"], "write user or assistant")}
 
-# Names of turn tokens. A text that spells one went through a chat template before, ours or another family's.
-TURN_TOKENS = {
-    "Cohere": ["<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>",
-               "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>",
-               "<|START_THINKING|>", "<|START_ACTION|>"],
-    "ChatML": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
-    "Llama 2, Mistral": ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]"],
-    "Llama 3 and 4": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-                      "<|eom_id|>", "<|header_start|>", "<|header_end|>", "<|eot|>"],
-    "Gemma": ["<start_of_turn>", "<end_of_turn>"],
-    "Phi, GLM, Zephyr": ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|observation|>", "[gMASK]"],
-    "DeepSeek": ["<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"],
-    "gpt-oss, Granite": ["<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<|start_of_role|>",
-                         "<|end_of_role|>", "<|end_of_text|>"]}
-TEMPLATED = re.compile("|".join(re.escape(name) for names in TURN_TOKENS.values() for name in names))
-
-
-def say(paths, what):
-    """One line on standard error, of one rank."""
-    if distributed.is_main():
-        print(f"{' '.join(map(str, paths))}: {what}", file=sys.stderr)
-
 
 # ---- a file's rows -----------------------------------------------------------------------------------------
 
@@ -96,9 +72,7 @@ def read_jsonl(path, reading=None):
     rows, unknown = [], {}
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
-        row = parse_json(line, where, "one whole object a line, no empty lines")
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: a JSON {type(row).__name__}, not an object; one object a line")
+        row = parse_object(line, where, "one whole object a line, no empty lines")
         if columns:
             row = renamed(row, columns, where)
         if row.get("language") is not None:
@@ -107,20 +81,16 @@ def read_jsonl(path, reading=None):
         rows.append((where, row))
     if unknown:
         names = [f"{name!r} ({count} times, the first: {first})" for name, (count, first) in unknown.items()]
-        say([path], f"keys of messages that are not read: {', '.join(names)}")
+        distributed.say(f"keys of messages that are not read: {', '.join(names)}", [path])
     return rows
 
 
 def canonical(language, where):
     code = language_code(language) if isinstance(language, str) else None
     if code is None:
-        raise ValueError(f"{where}: unknown language {short(language)}; {SPELLINGS}, or leave the key out")
+        raise ValueError(f"{where}: unknown language {shortened(language)}; {SPELLINGS}, or leave the key "
+                         "out")
     return code
-
-
-def short(value):
-    """The beginning of a value, for a message."""
-    return repr(value)[:60]
 
 
 def check_columns(columns):
@@ -192,7 +162,7 @@ def text_of(value, key, where):
     if is_parts(value):
         for part in value:
             if part["type"] != "text" or not isinstance(part.get("text"), str):
-                raise ValueError(f"{where}: {key!r} has a part of type {short(part['type'])}; {MEDIA}: "
+                raise ValueError(f"{where}: {key!r} has a part of type {shortened(part['type'])}; {MEDIA}: "
                                  "{'type': 'text', 'text': ...}")
         value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
@@ -206,9 +176,10 @@ def trained(found, key, where):
     """What "weight" and "train" of a row or a message say of its loss: True, False, or None for nothing."""
     weight, train = found.get("weight"), found.get("train")
     if weight is not None and (type(weight) not in (int, float) or weight not in (0, 1)):
-        raise ValueError(f"{where}: {key}weight must be 0 or 1, got {short(weight)}; no other is followed")
+        raise ValueError(f"{where}: {key}weight must be 0 or 1, got {shortened(weight)}; no other is "
+                         "followed")
     if train is not None and type(train) is not bool:
-        raise ValueError(f"{where}: {key}train must be true or false, got {short(train)}")
+        raise ValueError(f"{where}: {key}train must be true or false, got {shortened(train)}")
     said = {bool(value) for value in (weight, train) if value is not None}
     if len(said) > 1:
         raise ValueError(f"{where}: {key}weight and {key}train contradict each other; leave one")
@@ -220,6 +191,19 @@ def is_cut(found, keys=ENDINGS):
     return any(isinstance(found.get(key), str) and found[key].lower() in CUT for key in keys)
 
 
+def finish_reason(row, where):
+    """What a row, or the last message of its answer, says of the answer's end; None if nothing."""
+    lists = [row[key] for key in ("messages", "completion", "targets") if isinstance(row.get(key), list)]
+    for part in (row, *(messages[-1] for messages in lists if messages)):
+        for key in ENDINGS if isinstance(part, dict) else ():
+            if isinstance(value := part.get(key), str):
+                return value
+            if value is not None:
+                raise ValueError(f"{where}: {key!r} must be a text such as stop or length, got "
+                                 f"{shortened(value)}")
+    return None
+
+
 def role_of(message, place, where):
     """The role of a message, as it is called here."""
     role = message.get("role") if isinstance(message, dict) else None
@@ -228,7 +212,7 @@ def role_of(message, place, where):
     if isinstance(message, dict) and {"from", "value"} <= message.keys():
         raise ValueError(f"{where}: {place} is ShareGPT's (from, value); write role (system, user, "
                          "assistant) and content")
-    got = "" if role is None else f", got {short(role)}"
+    got = "" if role is None else f", got {shortened(role)}"
     reason = f": {OTHER_ROLES[role]}" if isinstance(role, str) and role in OTHER_ROLES else ""
     raise ValueError(f"{where}: {place} needs a role of system, user or assistant{got}{reason}")
 
@@ -414,9 +398,8 @@ def prompt_of(row, where):
     answers = ("completion", "targets", "chosen", "rejected")
     if row.get("messages") is not None:
         refuse_two(row, where, "messages", *answers)
-        messages = checked(turns_of(row["messages"], "messages", where), "messages", where)
-        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        return ends_with_user(with_system(messages, row, where), where)
+        messages = messages_of(row, where)
+        return ends_with_user(messages[:-1] if messages[-1]["role"] == "assistant" else messages, where)
     for key in ("prompt", "inputs"):
         if row.get(key) is not None:
             refuse_two(row, where, key, *answers)
@@ -424,7 +407,7 @@ def prompt_of(row, where):
     raise ValueError(f"{where}: no prompt in keys {sorted(row)}; needs prompt, inputs or messages; {RENAME}")
 
 
-def is_text(row):
+def is_plain_text(row):
     """Whether a row is a plain {"text"}."""
     return "text" in row and (not is_empty(row["text"]) or not shapes_in(row))
 
@@ -439,47 +422,19 @@ def plain_text(row, where):
     return text_of(row["text"], "text", where)
 
 
+def messages_of(row, where):
+    """The messages of a row that has "messages", and its "system"."""
+    messages = checked(turns_of(row["messages"], "messages", where), "messages", where)
+    return with_system(messages, row, where)
+
+
 def texts_in(row, where):
     """All texts of a row of any shape."""
-    if is_text(row):
+    if is_plain_text(row):
         return [plain_text(row, where)]
     if {"chosen", "rejected"} & shapes_in(row):
         prompt, chosen, rejected = preference(row, where)
         return [*(message["content"] for message in prompt), chosen, rejected]
-    if row.get("messages") is not None:
-        messages = checked(turns_of(row["messages"], "messages", where), "messages", where)
-        messages = with_system(messages, row, where)
-    else:
-        messages = (conversation if {"completion", "targets"} & shapes_in(row) else prompt_of)(row, where)
-    return [message["content"] for message in messages]
-
-
-# ---- control tokens ----------------------------------------------------------------------------------------
-
-class Spelled:
-    """Counts the rows whose texts spell names of control tokens."""
-
-    def __init__(self, tokenizer=None):
-        self.tokenizer, self.found, self.first = tokenizer, Counter(), None
-
-    def look(self, texts, where):
-        for text in texts:
-            if "<" in text or "[" in text:
-                match = TEMPLATED.search(text)
-                name = match[0] if match else self.tokenizer.spelled(text) if self.tokenizer else None
-                if name:
-                    self.first = self.first or where
-                    self.found[name] += 1
-                    return
-
-    def report(self, paths, total, reading):
-        """Refuse what was found, or say it where it may be."""
-        if not self.found:
-            return
-        names = " ".join(name for name, _ in self.found.most_common(4))
-        what = (f"{sum(self.found.values())} of {total} rows spell control tokens ({names}; the first: "
-                f"{self.first}), which are read as letters")
-        if not (reading and reading.allow_control_tokens):
-            raise ValueError(f"{' '.join(map(str, paths))}: {what}; give texts without a chat template's "
-                             "tokens, or --allow-control-tokens")
-        say(paths, what)
+    answered = {"completion", "targets"} & shapes_in(row)
+    read = messages_of if row.get("messages") is not None else conversation if answered else prompt_of
+    return [message["content"] for message in read(row, where)]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from . import distributed
-from .data import cut_left as shorten
+from .lengths import cut_left as shorten
 from .linear import packed
 from .model import rotary, window_mask
 

@@ -20,17 +20,17 @@ import numpy as np
 from tqdm import tqdm
 
 from . import cmaes
-from .alike import SETTINGS, TABLES, TEXTS, VOCABULARIES
-from .command import in_range
-from .config import Reading
+from .alike import identity
+from .command import in_range, shortened
+from .config import Reading, settings_from
 from .files import own_file, read_json, sha256, write_json, write_jsonl
 from .fitness import (by_command, by_loss, by_oracle, halves, loss_splits, of_folders, of_models,
                       read_questions, refuse_shared, task_of, together)
 from .front import macro
 from .journal import Journal
-from .mergeconfig import check_settings, shortened
+from .mergeconfig import check_settings
 from .report import write_report
-from .soups import look_into, merge_folders, new_folder, tell
+from .soups import in_the_way, look_into, merge_folders, output_folder, tell
 
 SIGMA = 0.5                 # the first step of CMA-ES, ours (LOG.md)
 
@@ -116,8 +116,9 @@ def search(folders, out, evaluate, *, evaluations=200, seed=0, allow_negative=Fa
     """
     folders, out = [Path(folder) for folder in folders], Path(out)
     headers, said = check(folders, out, evaluations, dtype, allow_config_differences)
-    files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for header in headers for path in sorted({entry[0] for entry in header.values()})}
-    files |= {str(path): sha256(path) for folder in folders for path in small_files(folder)}
+    files = {}
+    for folder, header in zip(folders, headers):
+        files |= identity(folder, header)
     given = {"models": list(map(str, folders)), "model files": files, "dtype": dtype,
              "what is measured": about}
     settings = [given, evaluations, seed, allow_negative, leave_one_out, held_out]
@@ -130,7 +131,7 @@ def search(folders, out, evaluate, *, evaluations=200, seed=0, allow_negative=Fa
         history, result = measure(folders, evaluate, journal, evaluations, seed,
                                   affine if allow_negative else softmax, leave_one_out, held_out)
         result = {"search": search_id, **result, "what is measured": about}
-        with new_folder(out) as made:
+        with output_folder(out) as made:
             merge_folders(folders, made / "model", "linear", weights=result["rows"][-1]["weights"],
                           dtype=dtype, device=device, progress=False,
                           allow_config_differences=allow_config_differences)
@@ -176,13 +177,6 @@ def partial_of(out):
     return Path(f"{out}.partial")
 
 
-def small_files(folder):
-    """The files that say how a model computes and what its tokens are."""
-    names = ["config.json", "generation_config.json", "chat_template.jinja", "merges.txt", *VOCABULARIES,
-             *TABLES, *TEXTS, *SETTINGS]
-    return [path for name in dict.fromkeys(names) if (path := own_file(folder, name))]
-
-
 def published(out, given, search_id):
     """The result in a folder that this very search published before it was killed; what it left beside goes.
     ValueError for any other."""
@@ -199,7 +193,7 @@ def published(out, given, search_id):
             return result
     except ValueError:                          # an OUT.partial that is not ours, or another search's
         pass
-    raise ValueError(f"{out} exists already; remove it or give another folder as the output")
+    raise in_the_way(out)
 
 
 def check(folders, out, evaluations, dtype, allow_config_differences=False):
@@ -210,7 +204,7 @@ def check(folders, out, evaluations, dtype, allow_config_differences=False):
     if evaluations < 1:
         raise ValueError(f"--evaluations {evaluations} must be at least 1")
     if os.path.lexists(out) and not partial_of(out).is_dir():
-        raise ValueError(f"{out} exists already; remove it or give another folder as the output")
+        raise in_the_way(out)
     check_settings("linear", {}, len(folders), dtype)
     return look_into(folders, allow_config_differences)[1:]
 
@@ -250,9 +244,10 @@ def search_folders(folders, out, *, prompts=None, eval_data=None, command=None, 
         raise ValueError("--command needs {model} in it, where the model folder goes, and takes no "
                          "--held-out and no flag that says how rows are read; "
                          "with {split} in it, it is told fitness or held-out")
+    given = reading or {}
+    reading = settings_from(Reading, {"too_long": "skip" if eval_data else "refuse"}, flags=given)
     folders, has_held_out, out = [Path(folder) for folder in folders], True, Path(out)
     check(folders, out, evaluations, dtype, allow_config_differences)
-    given, reading = reading, Reading(**{"too_long": "skip" if eval_data else "refuse"} | (reading or {}))
     if command is not None:
         evaluate = of_folders(folders, by_command(command), out, dtype, device, allow_config_differences)
         has_held_out = "{split}" in command
@@ -281,7 +276,8 @@ def search_folders(folders, out, *, prompts=None, eval_data=None, command=None, 
         evaluate = of_models(folders, by_loss(splits), dtype, device, allow_config_differences)
     about = {"prompts": [digest(path) for path in prompts or []], "eval_data": [digest(path) for path in eval_data or []], "command": command,
              "held_out": [digest(path) for path in held_out or []], "by": list(by), "max_new_tokens": max_new_tokens, "max_length": max_length,
-             "halves by seed": None if held_out or command else seed} | ({"reading": given} if given else {})
+             "halves by seed": None if held_out or command else seed}
+    about |= {"reading": {name: getattr(reading, name) for name in given}} if given else {}
     return search(folders, out, evaluate, evaluations=evaluations, seed=seed, held_out=has_held_out,
                   dtype=dtype, device=device, about=about,
                   allow_config_differences=allow_config_differences, **settings)

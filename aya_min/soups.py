@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +20,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import __version__, merging, tensorfiles
+from . import __version__, distributed, merging, tensorfiles
 from .alike import config_differences, different, files_along, meaning, remarks, shown, tokenizer_differences
 from .command import one_line
-from .files import Digests, publish_folder, scratch, write_json
+from .files import Digests, new_folder, write_json
 from .mergeconfig import OUTPUT_DTYPES, check_settings, layer_of, settings_by_tensor, to_config
 from .tokenizer import files_to_publish
 from .tensorfiles import DTYPES, drop_tied_head, equal, first_of, num_bytes, places, read_config, read_header, read_piece
@@ -49,7 +48,7 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
     if out.resolve() in [folder.resolve() for folder in inputs]:
         raise ValueError(f"{out} is one of the models to merge; give another folder as the output")
     if os.path.lexists(out):
-        raise ValueError(f"{out} exists already; remove it or give another folder as the output")
+        raise in_the_way(out)
     configs, headers, said = look_into(inputs, allow_config_differences)
     values = settings_by_tensor(method, settings, float_names(headers[0]))
     specs = {name: (OUTPUT_DTYPES[dtype] if dtype and is_float(code) else code, shape) for name, (_, code, shape) in headers[0].items()}
@@ -57,7 +56,7 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
     size = sum(num_bytes(*spec) for spec in specs.values())
     size += sum((folders[0] / name).stat().st_size for name in along)
 
-    with new_folder(out, size) as made, digests or Digests() as digests:
+    with output_folder(out, size) as made, digests or Digests() as digests:
         if progress:
             tell(said)
         files_of = {folder: sorted({file for file, _, _ in header.values()}) for folder, header in zip(inputs, headers)}
@@ -72,10 +71,14 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
     return out
 
 
+def in_the_way(out):
+    """The error for an output folder that is there."""
+    return ValueError(f"{out} exists already; remove it or give another folder as the output")
+
+
 @contextmanager
-def new_folder(out, size=0):
-    """A folder beside `out` that becomes it at the end, with the folders above it; or all of them go away.
-    size: bytes that it will need."""
+def output_folder(out, size=0):
+    """files.new_folder with the folders above it; or all of them go away. size: bytes that it will need."""
     above = [place for place in (out.parent, *out.parent.parents) if not place.exists()]
     there = next(place for place in (out.absolute().parent, *out.absolute().parents) if place.exists())
     if size > (free := shutil.disk_usage(there).free):
@@ -83,11 +86,8 @@ def new_folder(out, size=0):
                          f"or give another folder as the output")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with scratch(out) as folder:
-            made = folder / out.name
-            made.mkdir()
+        with new_folder(out) as made:
             yield made
-            publish_folder(made, out)
     except BaseException as error:                                                   # Ctrl-C and a full disk too
         for place in above:
             try:
@@ -133,9 +133,8 @@ def look_into(inputs, allow_config_differences=False):
 
 
 def tell(said):
-    if os.environ.get("RANK", "0") == "0":
-        for text in dict.fromkeys(said):
-            print(one_line(text), file=sys.stderr)
+    for text in dict.fromkeys(said):
+        distributed.say(text)
 
 
 def differences(folder, header, first, first_header):
@@ -210,7 +209,7 @@ def merge_files(folder, files, headers, method, settings, values, device, progre
     passes = {"slerp": 2, "model-stock": 2, "ties": 2}.get(method, 1) + ("seed" in settings and settings["convention"] == "mergekit")
     size = passes * sum(num_bytes(*headers[0][name][1:]) for name in values)
     function, inputs, outputs = getattr(merging, method.replace("-", "_")), [places(header) for header in headers], tensorfiles.create(folder, files)
-    bar = tqdm(total=size, desc="merge", unit="B", unit_scale=True, disable=not progress or os.environ.get("RANK", "0") != "0")
+    bar = tqdm(total=size, desc="merge", unit="B", unit_scale=True, disable=not progress)
     with bar, workers() as pool:
         limits = merging.thresholds(over(list(values), inputs, pool, device, bar), settings["density"]) if paper_ties else None
         for name, place in outputs.items():
@@ -236,7 +235,7 @@ def write_the_rest(first, along, out, config, dtype):
     for name in along:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(first / name, out / name)
-    for name, data in files_to_publish(first).items():          # an older folder of ours names the wrong class
+    for name, data in files_to_publish(first).items():      # an older folder of ours names the wrong class
         (out / name).write_bytes(data)
     if dtype:
         config = config | {key: dtype for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}}

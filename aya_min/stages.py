@@ -27,9 +27,9 @@ from tqdm import tqdm
 from . import __version__, checkpoint, config, distributed, weights
 from .config import check_training
 from .data import (Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs, count_steps,
-                   cut_left, fit_prompts, in_step, load_examples, load_pairs, load_prompts, make_batches,
-                   slots_of)
+                   in_step, load_examples, load_pairs, load_prompts, make_batches, slots_of)
 from .files import own_file, publish_file, read_json, scratch, sha256, write_json, write_whole
+from .lengths import cut_left, fit_prompts
 from .loop import autocast, evaluate, learning_rate, read_metrics, spread, train
 from .losses import bradley_terry_loss, dpo_loss, kl_shaped_rewards, rloo_advantages, sum_by_row
 from .model import CohereForCausalLM

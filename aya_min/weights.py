@@ -24,7 +24,7 @@ from . import distributed, tensorfiles
 from .alike import files_along
 from .checkpoint import replace_folder
 from .config import ModelConfig, stop_ids
-from .files import own_file, read_bytes, read_json, scratch
+from .files import new_folder, own_file, read_bytes, read_json
 from .model import CohereForCausalLM, RewardModel, initial_value
 from .tokenizer import FILES, load_tokenizer
 
@@ -79,7 +79,7 @@ def read_stop_ids(folder):
 
 
 def read_others(folder):
-    """{path within: bytes} of the files of a model folder that go along with its weights, whatever they are."""
+    """{path within: bytes} of the files of a model folder that go along with its weights."""
     return {path: read_bytes(Path(folder) / path) for path in files_along(folder) if str(path) not in WRITTEN}
 
 
@@ -161,12 +161,9 @@ def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.
     if distributed.is_main():
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with scratch(folder) as place:
-            made = place / folder.name
-            made.mkdir()
+        with new_folder(folder, replace_folder) as made:
             tensorfiles.write(made, files, tensors)
             write_descriptions(made, model, tokenizer, dtype)
-            replace_folder(made, folder)
     else:
         for _ in tensors:                       # gathering each is a collective
             pass

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from .command import WHOLE, Parser, guarded, is_spare_rank, number
-from .files import publish_folder, scratch, write_jsonl
+from .files import new_folder, write_jsonl
 from .languages import LANGUAGES, SHARED
 
 TASKS = ["largest", "reverse", "odd", "opposite", "translate", "sort", "count", "capital", "sum", "day"]    # easy to hard
@@ -359,12 +359,9 @@ def write_world(out, count, seed, level):
                     for code in LANGUAGES for _ in range(max(1, count // len(LANGUAGES)))]
     data["sft"] = [{**q, "completion": gold_answer(q)} for q in data["train"]]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with scratch(out) as folder:
-        made = folder / "world"
-        made.mkdir()
+    with new_folder(out) as made:
         for name, rows in data.items():
             write_jsonl(made / f"{name}.jsonl", rows)
-        publish_folder(made, out)
     return {out / f"{name}.jsonl": rows for name, rows in sorted(data.items())}
 
 

@@ -201,12 +201,18 @@ def texts(answers):
 
 
 def test_an_answer_keeps_what_its_file_says_about_its_end(prompts, tmp_path):
+    """Of a completion in messages it was dropped, and "messages": null was a traceback."""
     turns = [{"role": "user", "content": "9"},
              {"role": "assistant", "content": "nine", "finish_reason": "interrupted"}]
     path = answers(tmp_path, [{"prompt": "7", "completion": "a", "finish_reason": "length"},
                               {"messages": turns}, {"prompt": "8", "completion": "b", "finish_reason": None}])
     made = read_answers(path, prompts)
     assert [answer["finish_reason"] for answer in made] == ["length", "length", None, "interrupted"]
+    said = {"role": "assistant", "content": "a", "finish_reason": "length"}
+    path = answers(tmp_path, [{"prompt": "7", "messages": None, "completion": [said]},
+                              {"prompt": "8", "completion": "b", "stop_reason": "max_tokens"},
+                              {"prompt": "9", "completion": "c"}])
+    assert [a["finish_reason"] for a in read_answers(path, prompts)] == ["length", "length", "max_tokens", None]
     for wrong in (5, ["stop"], {}):
         path = answers(tmp_path, [{"prompt": "7", "completion": "a", "finish_reason": wrong}])
         with pytest.raises(ValueError, match="teacher.jsonl:1: 'finish_reason' must be a text"):

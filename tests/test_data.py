@@ -140,7 +140,7 @@ MALFORMED = [
     ("bad JSON", b'{"prompt": "hi", }', "not JSON .*one whole object a line"),
     ("a line cut short", b'{"prompt": "hi", "comp', "not JSON .*one whole object a line"),
     ("an empty line", b"", "no empty lines"),
-    ("an array", b'["hi", "hi"]', "a JSON list, not an object; one object a line"),
+    ("an array", b'["hi", "hi"]', "a JSON list, not an object; one whole object a line"),
     ("a number", b"7", "a JSON int, not an object"),
     ("not UTF-8", b'{"prompt": "\xff", "completion": "hi"}', "not UTF-8 .byte 12.; convert the file to UTF-8"),
     ("missing field", {"prompt": "hi"}, r"no example in keys \['prompt'\]; needs messages, or prompt . completion"),

@@ -356,7 +356,7 @@ def test_answers_cut_at_their_limit_are_judged_and_counted_for_each_side_and_lan
                                                                                       capsys):
     rows = [{"question_id": str(i), "language": code, "prompt": "p", "completion": f"c{i}",
              "finish_reason": reason}
-            for i, (code, reason) in enumerate([("fr", "length"), ("fr", "stop"), ("de", "length"),
+            for i, (code, reason) in enumerate([("fr", "length"), ("fr", "stop"), ("de", "max_tokens"),
                                                 ("de", None)])]
     stopped = [{**row, "completion": "d", "finish_reason": "stop"} for row in rows]
     result = result_of(tmp_path, rows, stopped, judge)

@@ -16,8 +16,8 @@ FLOORS = [
     {"charts", "cmaes", "command", "expressions", "files", "iso639", "linear", "merging"},
     # 1: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "front", "languages", "losses", "mergeconfig", "template", "tensorfiles"},
-    # 2: the decoder, the world, how to resume, what a line of JSONL means, whether two folders are alike
-    {"alike", "checkpoint", "journal", "model", "report", "rows", "turns", "world"},
+    # 2: the decoder, the world, how to resume, what a line of JSONL means and what fits, whether folders are alike
+    {"alike", "checkpoint", "journal", "lengths", "model", "report", "rows", "spelled", "turns", "world"},
     # 3: text to ids, rows to batches
     {"data", "preferences", "tokenizer", "world_data"},
     # 4: what is done with a model or with folders

@@ -304,7 +304,7 @@ def test_an_answer_carries_its_finish_reason_and_never_a_nul(own, monkeypatch):
 
 
 def test_the_counts_are_printed_in_one_line(capsys):
-    pipeline.say("pairs", {"pairs": 3, "equal_texts": 1, "wins": {"de": {}}, "cut": 2,
+    pipeline.print_counts("pairs", {"pairs": 3, "equal_texts": 1, "wins": {"de": {}}, "cut": 2,
                            "cut_by_language": {"de": 2}})
     assert capsys.readouterr().out == "pairs: pairs 3, equal texts 1, cut 2 (cut by language: de 2)\n"
 

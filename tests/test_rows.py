@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from aya_min.config import SFT, Reading
-from aya_min.data import cut_left, fit_prompts, load_examples, load_pairs, load_prompts, plain, read_jsonl
+from aya_min.data import load_examples, load_pairs, load_prompts, plain, read_jsonl
+from aya_min.lengths import cut_left, fit_prompts
 from aya_min.rows import conversation, texts_in
 from aya_min.tokenizer import train_tokenizer
 

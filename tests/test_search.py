@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import language_model, reward_model, run, tokenizer
 
-from aya_min import front, search as search_module, soups, weights
+from aya_min import files, front, search as search_module, weights
 from aya_min.command import guarded
+from aya_min.config import Reading
 from aya_min.evaluate import summarize
-from aya_min.fitness import by_loss, by_oracle, graded, halves, loss_splits, of_folders, of_models, together
+from aya_min.fitness import (by_loss, by_oracle, graded, halves, loss_splits, of_folders, of_models,
+                             read_questions, together)
 from aya_min.search import affine, average, greedy_soup, optimise, search, search_folders, softmax, without
 from aya_min.soups import merge_folders
 from aya_min.files import write_jsonl
@@ -196,7 +198,7 @@ def test_a_search_killed_before_it_published_its_folder_goes_on_and_ends(pool, t
     def killed(made, path):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(soups, "publish_folder", killed)
+        patch.setattr(files, "publish_folder", killed)
         with pytest.raises(KeyboardInterrupt):
             search(pool, tmp_path / "out", toy, evaluations=16)
     search(pool, tmp_path / "out", None if (tmp_path / "out").exists() else toy, evaluations=16)
@@ -439,6 +441,21 @@ def test_questions_with_one_prompt_and_two_ids_lie_in_one_half():
     apart = [row | {"prompt_messages": [{"content": str(i)}]} for i, row in enumerate(rows[:40])]
     # as ever
     assert halves(apart, 3, together(apart)) == halves(apart, 3, lambda row: row["question_id"])
+
+
+def test_a_question_that_the_oracle_cannot_answer_is_refused_before_any_merge(trained, tmp_path):
+    """A word that the world does not have was a KeyError in the middle of the search."""
+    folder, rows = trained
+    write_jsonl(tmp_path / "f.jsonl", [rows[0], {**rows[1], "task": "translate", "args": ["xyzzy", "fr"]}])
+    with pytest.raises(ValueError, match="f.jsonl:2: not a question .*'xyzzy'"):
+        read_questions([tmp_path / "f.jsonl"], Reading(), folder)
+
+
+def test_one_name_for_a_column_is_asked_of_a_search_too(pool, tmp_path, capsys):
+    """The second of two was taken in silence, in merge.py search alone."""
+    with pytest.raises(ValueError, match="--columns: prompt is given twice"):
+        main(["search", *map(str, pool), "--prompts", "f.jsonl", "--out", str(tmp_path / "out"),
+              "--columns", "prompt=a", "prompt=b"])
 
 
 def test_files_of_one_name_in_two_folders_are_two_tasks(trained, tmp_path):
