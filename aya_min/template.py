@@ -76,12 +76,10 @@ def joined(left, right):
     return Said(text) if isinstance(left, Said) or isinstance(right, Said) else text
 
 
-def added(left, right):
-    are_texts = isinstance(left, TEXTS) and isinstance(right, TEXTS)
-    return joined(left, right) if are_texts else of_numbers(operator.add, left, right)
-
-
-def of_numbers(function, left, right):
+def calculated(function, left, right):
+    """Sums of texts or whole numbers; anything else of whole numbers only."""
+    if function is operator.add and isinstance(left, TEXTS) and isinstance(right, TEXTS):
+        return joined(left, right)
     return function(known(left, int, function.__name__), known(right, int, function.__name__))
 
 
@@ -122,7 +120,6 @@ GLOBALS = {
     "raise_exception": lambda message="": refuse(f"raise_exception: {text_of(message)[:100]}"),
     "namespace": SimpleNamespace, **{name: later(name + "()") for name in (
         "range", "dict", "lipsum", "cycler", "joiner", "strftime_now", "self")}}
-KINDS = {"j": "method", "f": "filter", "t": "test"}
 ATTRIBUTES = {
     "j_strip": stripped, "f_trim": stripped,
     "f_upper": lambda value: text_of(known(value, SIMPLE, "the filter upper")).upper(),
@@ -133,10 +130,10 @@ ATTRIBUTES = {
     "t_not": operator.not_}
 OPERATIONS = {
     ast.Eq: equal, ast.NotEq: lambda left, right: not equal(left, right), ast.In: contains,
-    ast.NotIn: lambda left, right: not contains(left, right), ast.Add: added, ast.MatMult: joined,
-    **{sign: partial(of_numbers, function) for sign, function in (
+    ast.NotIn: lambda left, right: not contains(left, right), ast.MatMult: joined,
+    **{sign: partial(calculated, function) for sign, function in (
         (ast.Lt, operator.lt), (ast.LtE, operator.le), (ast.Gt, operator.gt), (ast.GtE, operator.ge),
-        (ast.Sub, operator.sub), (ast.Mod, operator.mod))}}
+        (ast.Add, operator.add), (ast.Sub, operator.sub), (ast.Mod, operator.mod))}}
 
 
 def expression(tokens, form="({})"):
@@ -228,7 +225,8 @@ def applied(function, *parts):
 
 
 def attribute(name):
-    return ATTRIBUTES.get(name, later(f"the {KINDS[name[0]]} {name[2:]}"))
+    kind = {"j": "method", "f": "filter", "t": "test"}[name[0]]
+    return ATTRIBUTES.get(name, later(f"the {kind} {name[2:]}"))
 
 
 def pieces(source):

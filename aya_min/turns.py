@@ -37,7 +37,7 @@ PROBES = [(conversation(*texts, system=system), prompt)
 class Turns:
     """A turn format in text."""
     bos: str
-    opening: dict
+    opening: dict               # by role, as closing and strips
     closing: dict
     strips: dict
     no_system: str | None       # the system turn's text where none is given; None: there is no turn then
@@ -131,7 +131,7 @@ def unknown(why):
 def within(text, start="", end=""):
     """What a text has between its start and its end."""
     if not (text.startswith(start) and text.endswith(end) and len(text) >= len(start + end)):
-        raise unknown(f"it writes {text!r:.80}, which does not start with {start!r:.80}, end with {end!r:.80}")
+        raise unknown(f"it writes {text!r:.80}, not what starts with {start!r:.80}, ends with {end!r:.80}")
     return text[len(start):len(text) - len(end)]
 
 
