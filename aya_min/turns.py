@@ -15,7 +15,8 @@ from functools import lru_cache
 from itertools import takewhile
 from os.path import commonprefix
 
-from .template import Said, Template
+from .expressions import Said
+from .template import Template
 
 BOS = "<BOS_TOKEN>"
 USER, ANSWER, AGAIN, SYSTEM = "Zq1", "Zq2", "Zq3", "Zq0"

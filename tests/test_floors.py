@@ -13,7 +13,7 @@ PACKAGES = {"torch", "numpy", "tokenizers", "safetensors", "pytest", "tqdm"}
 
 FLOORS = [
     # 0: settings of a command line, plain files, pure functions on texts and tensors
-    {"charts", "cmaes", "command", "files", "iso639", "linear", "merging"},
+    {"charts", "cmaes", "command", "expressions", "files", "iso639", "linear", "merging"},
     # 1: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "front", "languages", "losses", "mergeconfig", "template", "tensorfiles"},
     # 2: the decoder, the world, how to resume, what a line of JSONL means, whether two folders are alike

@@ -1,0 +1,217 @@
+"""Expressions of Jinja as functions of a scope, a dict of variables. Nothing is run as Python.
+
+They are written in Python's syntax, parsed by `ast`, and built of the operations below. What is not known here
+is refused when it is executed.
+
+The text of a turn is a `Said`, which may only be stripped, joined, printed and asked whether it is there. A
+template that looks into it can treat some texts otherwise than others, which no few examples would show.
+"""
+
+import ast
+import operator
+from functools import partial
+from types import SimpleNamespace
+
+LONGEST = 200_000               # characters of a template, and of a text that it makes
+WORDS = {"and", "or", "not", "in", "if", "else"}        # those that Jinja and Python share
+UNDEFINED = ()                                          # it is false and empty, and no list of a template's
+
+
+class Said:
+    """The text of a turn. Its letters must not decide anything: as it is no str, few operations take it."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def __bool__(self):
+        return bool(self.text)
+
+
+class Loop(SimpleNamespace):
+    """The variable `loop` of a `for`."""
+
+
+TEXTS, SIMPLE = (str, Said), (str, int, type(None), tuple)
+
+
+def refuse(what):
+    raise ValueError(f"it uses {what}, which is not known here")
+
+
+def later(what):
+    """A function that refuses `what` when it is called."""
+    return lambda *args, **named: refuse(what)
+
+
+def known(value, types, what):
+    """The value, if `what` is known for its type."""
+    if not isinstance(value, types):
+        refuse(f"{what} of {'the text of a turn' if isinstance(value, Said) else type(value).__name__}")
+    return value
+
+
+def text_of(value):
+    """What is printed of a value."""
+    if isinstance(value, Said):
+        return value.text
+    return "" if value is UNDEFINED else str(known(value, SIMPLE, "the text"))
+
+
+def joined(left, right):
+    text = text_of(left) + text_of(right)
+    if len(text) > LONGEST:
+        raise ValueError(f"it makes a text of more than {LONGEST:,} characters")
+    return Said(text) if isinstance(left, Said) or isinstance(right, Said) else text
+
+
+def calculated(function, left, right):
+    """Sums of texts or whole numbers; anything else of whole numbers only."""
+    if function is operator.add and isinstance(left, TEXTS) and isinstance(right, TEXTS):
+        return joined(left, right)
+    return function(known(left, int, function.__name__), known(right, int, function.__name__))
+
+
+def equal(left, right):
+    """left == right. The text of a turn may be compared with the empty text, and with what is no text."""
+    said, other = (left, right) if isinstance(left, Said) else (right, left)
+    if isinstance(said, Said) and isinstance(other, TEXTS):
+        return not said if other == "" else refuse("a comparison of the text of a turn")
+    return left == right if isinstance(left, SIMPLE) else left == known(right, SIMPLE, "a comparison")
+
+
+def contains(left, right):
+    """left in right"""
+    if isinstance(right, str):
+        return known(left, str, "in") in right
+    parts = [known(part, SIMPLE, "in") for part in known(right, (list, dict, tuple), "in")]
+    return known(left, SIMPLE, "in") in parts
+
+
+def part_of(value, key):
+    """value[key] or value.key, as Jinja finds it: undefined if there is none."""
+    if isinstance(value, SimpleNamespace):
+        value = vars(value) if key in vars(value) else refuse(f"what was not set, {key!r:.40}")
+    if isinstance(known(value, (list, dict), "a part"), list) and type(key) is int:
+        return value[key] if -len(value) <= key < len(value) else UNDEFINED
+    if known(key, str, "a part") in value and isinstance(value, dict):
+        return value[key]
+    return refuse(f"the method {key}") if hasattr(value, key) else UNDEFINED
+
+
+def stripped(value):
+    text = text_of(known(value, TEXTS, "strip")).strip()
+    return Said(text) if isinstance(value, Said) else text
+
+
+GLOBALS = {
+    "true": True, "false": False, "none": None, "True": True, "False": False, "None": None,
+    "raise_exception": lambda message="": refuse(f"raise_exception: {text_of(message)[:100]}"),
+    "namespace": SimpleNamespace, **{name: later(name + "()") for name in (
+        "range", "dict", "lipsum", "cycler", "joiner", "strftime_now", "self")}}
+ATTRIBUTES = {
+    "j_strip": stripped, "f_trim": stripped,
+    "f_upper": lambda value: text_of(known(value, SIMPLE, "the filter upper")).upper(),
+    "f_lower": lambda value: text_of(known(value, SIMPLE, "the filter lower")).lower(),
+    "f_length": lambda value: len(known(value, (str, list), "the filter length")),
+    "t_defined": lambda value: value is not UNDEFINED, "t_undefined": lambda value: value is UNDEFINED,
+    "t_none": lambda value: value is None, "t_string": lambda value: isinstance(value, TEXTS),
+    "t_not": operator.not_}
+OPERATIONS = {
+    ast.Eq: equal, ast.NotEq: lambda left, right: not equal(left, right), ast.In: contains,
+    ast.NotIn: lambda left, right: not contains(left, right), ast.MatMult: joined,
+    **{sign: partial(calculated, function) for sign, function in (
+        (ast.Lt, operator.lt), (ast.LtE, operator.le), (ast.Gt, operator.gt), (ast.GtE, operator.ge),
+        (ast.Add, operator.add), (ast.Sub, operator.sub), (ast.Mod, operator.mod))}}
+
+
+def expression(tokens, form="({})"):
+    """The function of the scope that tokens stand for. What it does not know it refuses when it is called."""
+    try:
+        return built(ast.parse(form.format(python(tokens)), mode="eval").body)
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+        return later("the expression " + repr(" ".join(text for _, text in tokens))[:80])
+
+
+def python(tokens):
+    """An expression in Python's syntax, to be parsed and never run.
+
+    A name becomes j_NAME; filters and tests become attributes, f_NAME and t_NAME, which bind as tightly as in
+    Jinja; ~ becomes @, which like ~ binds more tightly than +.
+    """
+    out, tokens = [], iter(tokens)
+    for kind, text in tokens:
+        if (kind, text) in (("operator", "|"), ("name", "is")):
+            kind, name = next(tokens, ("", ""))
+            negated = text == "is" and (kind, name) == ("name", "not")
+            kind, name = next(tokens, ("", "")) if negated else (kind, name)
+            prefix = {"name": ".f_" if text == "|" else ".t_"}.get(kind, "?")
+            out.append(prefix + name + " .t_not" * negated)
+        elif kind == "name":
+            out.append(text if text in WORDS else "j_" + text)
+        else:
+            out.append(repr(text) if kind == "string" else text.replace("~", "@"))
+    return " ".join(out)
+
+
+def built(tree):
+    """The function of the scope that a syntax tree stands for."""
+    match tree:
+        case ast.Constant(value=value):
+            return constant(value)
+        case ast.Name(id=name):
+            name = name[2:]
+            return applied(lambda value: refuse(name) if callable(value) else value,
+                           lambda scope: scope.get(name, UNDEFINED))
+        case ast.Attribute(value=value, attr=name):
+            part = partial(part_of, key=name[2:]) if name[0] == "j" else attribute(name)
+            return applied(part, built(value))
+        case ast.Call(func=ast.Attribute(value=value, attr=name), args=args, keywords=[]):
+            return applied(attribute(name), *map(built, [value, *args]))
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=named):
+            args, named = [*map(built, args)], {part.arg[2:]: built(part.value) for part in named}
+            return lambda scope: scope.get(name[2:], later(name[2:] + "()"))(
+                *[part(scope) for part in args], **{key: part(scope) for key, part in named.items()})
+        case ast.Subscript(value=value, slice=ast.Slice(lower=start, upper=stop, step=step)):
+            parts = [built(part or ast.Constant(None)) for part in (value, start, stop, step)]
+            return applied(lambda items, *bounds: known(items, list, "a slice")[slice(*bounds)], *parts)
+        case ast.Subscript(value=value, slice=key):
+            return applied(part_of, built(value), built(key))
+        case (ast.BinOp(left=left, op=sign, right=right)
+              | ast.Compare(left=left, ops=[sign], comparators=[right])) if type(sign) in OPERATIONS:
+            return applied(OPERATIONS[type(sign)], built(left), built(right))
+        case ast.BoolOp(op=sign, values=[part, *parts]):
+            left, right = built(part), built(ast.BoolOp(sign, parts) if parts[1:] else parts[0])
+            if isinstance(sign, ast.Or):
+                return lambda scope: left(scope) or right(scope)
+            return lambda scope: left(scope) and right(scope)
+        case ast.UnaryOp(op=ast.Not(), operand=value):
+            return applied(operator.not_, built(value))
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(number))):
+            return constant(-number)
+        case ast.IfExp(test=test, body=value, orelse=other):
+            test, value, other = built(test), built(value), built(other)
+            return lambda scope: value(scope) if test(scope) else other(scope)
+        case ast.List(elts=parts) | ast.Tuple(elts=parts):      # they are alike in what is known here
+            return applied(lambda *parts: [*parts], *map(built, parts))
+        case ast.ListComp(generators=[ast.comprehension(target=ast.Name(id=name), iter=items, ifs=tests)]):
+            items, tests = built(items), [*map(built, tests)]
+
+            def rounds(scope):                                  # the scopes of the rounds of a for
+                scopes = [{**scope, name[2:]: item} for item in known(items(scope), (list, tuple), "for")]
+                return [inner for inner in scopes if all(test(inner) for test in tests)]
+            return rounds
+    return later(f"the expression {ast.unparse(tree)!r:.80}")
+
+
+def constant(value):
+    return lambda scope: value
+
+
+def applied(function, *parts):
+    """A function of the scope: `function` of what its arguments are worth."""
+    return lambda scope: function(*[part(scope) for part in parts])
+
+
+def attribute(name):
+    kind = {"j": "method", "f": "filter", "t": "test"}[name[0]]
+    return ATTRIBUTES.get(name, later(f"the {kind} {name[2:]}"))
