@@ -1,7 +1,7 @@
 """Expressions of Jinja as functions of a scope, a dict of variables. Nothing is run as Python.
 
-They are written in Python's syntax, parsed by `ast`, and built of the operations below. What is not known here
-is refused when it is executed.
+They are written in Python's syntax, parsed by `ast`, and built of the operations below. What is not known
+here is refused when it is executed.
 
 The text of a turn is a `Said`, which may only be stripped, joined, printed and asked whether it is there. A
 template that looks into it can treat some texts otherwise than others, which no few examples would show.

@@ -51,8 +51,9 @@ CHAT_TEMPLATE = (
     "{% else %}{{ '<|CHATBOT_TOKEN|>' }}{% generation %}"
     "{{ message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}{% endgeneration %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}")
+_END = "<|END_OF_TURN_TOKEN|>' }}{% endgeneration %}"
 RESPONSE_TEMPLATE = CHAT_TEMPLATE.replace("<|CHATBOT_TOKEN|>", "<|CHATBOT_TOKEN|><|START_RESPONSE|>").replace(
-    "<|END_OF_TURN_TOKEN|>' }}{% endgeneration %}", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>' }}{% endgeneration %}")
+    _END, "<|END_RESPONSE|>" + _END)
 
 
 def default_template(config):
@@ -176,7 +177,8 @@ class Tokenizer:
         # Published files call <|USER_TOKEN|> and others not special, and then they are read out of a user's
         # text and printed in answers.
         self.bpe.add_special_tokens([token.content for token in added if token.content in control])
-        self.pad_id, self.bos_id, self.start_of_turn_id, self.end_of_turn_id = map(bpe.token_to_id, NEEDED[:4])
+        self.pad_id, self.bos_id = bpe.token_to_id("<PAD>"), bpe.token_to_id("<BOS_TOKEN>")
+        self.start_of_turn_id, self.end_of_turn_id = map(bpe.token_to_id, SPECIALS[8:10])
         split = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
         self.opening, self.closing = ({role: [bpe.token_to_id(name) for name in split.findall(text)]
                                        for role, text in texts.items()}
