@@ -26,8 +26,7 @@ from .turns import PROBES, read_turns
 SPECIALS = ["<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK_TOKEN>", "<BOS_TOKEN>", "<EOS_TOKEN>", "<EOP_TOKEN>",
             "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>",
             "<|SYSTEM_TOKEN|>"]
-NEEDED = ["<PAD>", "<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>",
-          "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>"]
+NEEDED = ["<PAD>", "<BOS_TOKEN>", *SPECIALS[8:]]
 RESPONSE = ["<|START_RESPONSE|>", "<|END_RESPONSE|>"]
 CONTROL = re.compile(r"<\|\w+\|>|<[A-Z0-9_]+>")          # names of tokens that are not text
 
@@ -52,8 +51,9 @@ CHAT_TEMPLATE = (
     "{% else %}{{ '<|CHATBOT_TOKEN|>' }}{% generation %}"
     "{{ message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}{% endgeneration %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}")
+_END = "<|END_OF_TURN_TOKEN|>' }}{% endgeneration %}"
 RESPONSE_TEMPLATE = CHAT_TEMPLATE.replace("<|CHATBOT_TOKEN|>", "<|CHATBOT_TOKEN|><|START_RESPONSE|>").replace(
-    "<|END_OF_TURN_TOKEN|>' }}{% endgeneration %}", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>' }}{% endgeneration %}")
+    _END, "<|END_RESPONSE|>" + _END)
 
 
 def default_template(config):
@@ -66,9 +66,13 @@ def default_template(config):
         if "default" not in named:
             raise ValueError(f"the chat templates are {' '.join(named)}; one must be named default")
         template = named["default"]
-    if not isinstance(template, (str, type(None))):
-        raise ValueError(f"chat_template is a {type(template).__name__}, not a text or a list of named ones")
-    return template
+    return checked(template, (str, type(None)), "chat_template")
+
+
+def checked(value, types, what):
+    if not isinstance(value, types):
+        raise ValueError(f"{what} cannot be a {type(value).__name__}; copy or download it again")
+    return value
 
 
 def special_tokens(config, files=()):
@@ -77,19 +81,12 @@ def special_tokens(config, files=()):
     special_tokens_map.json counts only where tokenizer_config.json has no added_tokens_decoder, as there.
     """
     named = COHERES if is_coheres(config) else {}
-    more = {} if "added_tokens_decoder" in config or "special_tokens_map.json" not in files else \
-        parse_json(files["special_tokens_map.json"], "special_tokens_map.json")
-    if not isinstance(more, dict):
-        raise ValueError(f"special_tokens_map.json: a JSON {type(more).__name__}, not an object")
-    found = {}
-    for name in COHERES:
-        token = {**named, **config, **more}.get(name)
-        token = token.get("content", 0) if isinstance(token, dict) else token
-        if not isinstance(token, (str, type(None))):
-            raise ValueError(f"{name} is a {type(token).__name__}, not a text")
-        if token is not None:
-            found[name] = token
-    return tuple(found.items())
+    name = "special_tokens_map.json"
+    more = {} if "added_tokens_decoder" in config or name not in files else parse_json(files[name], name)
+    given = {**named, **config, **checked(more, dict, name)}
+    found = [(name, given[name]) for name in COHERES if given.get(name) is not None]
+    found = [(name, token.get("content") if isinstance(token, dict) else token) for name, token in found]
+    return tuple((name, checked(token, str, name)) for name, token in found)
 
 
 def is_coheres(config):
@@ -180,10 +177,8 @@ class Tokenizer:
         # Published files call <|USER_TOKEN|> and others not special, and then they are read out of a user's
         # text and printed in answers.
         self.bpe.add_special_tokens([token.content for token in added if token.content in control])
-        ids = {name: bpe.token_to_id(name) for name in NEEDED}
-        self.pad_id, self.bos_id, self.end_of_turn_id = (
-            ids[name] for name in ("<PAD>", "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"))
-        self.start_of_turn_id = ids["<|START_OF_TURN_TOKEN|>"]
+        self.pad_id, self.bos_id = bpe.token_to_id("<PAD>"), bpe.token_to_id("<BOS_TOKEN>")
+        self.start_of_turn_id, self.end_of_turn_id = map(bpe.token_to_id, SPECIALS[8:10])
         split = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
         self.opening, self.closing = ({role: [bpe.token_to_id(name) for name in split.findall(text)]
                                        for role, text in texts.items()}
@@ -232,9 +227,8 @@ class Tokenizer:
         return self.bpe.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def stream(self, ids):
-        """The text of ids that arrive one by one, never half a character: for each id a piece, "" while a
-        character is incomplete, then what is left (bytes that are no text, as U+FFFD). The pieces together
-        are `decode` of all ids."""
+        """The text of ids that arrive one by one: for each id a piece, "" while a character is incomplete,
+        then what is left (bytes that are no text, as U+FFFD). Together they are `decode` of all ids."""
         decoder, seen, length = decoders.DecodeStream(skip_special_tokens=True), [], 0
         for i in ids:
             seen.append(int(i))
@@ -244,13 +238,11 @@ class Tokenizer:
         yield self.decode(seen)[length:]
 
     def encode_answer(self, text):
-        """Ids of an assistant's turn after the generation prompt: its text and the end, all of which a model
-        says."""
+        """Ids of what a model says after the generation prompt: its text and the end."""
         return self.encode(self.turns.text("assistant", text)) + self.closing["assistant"]
 
     def encode_chat(self, messages, generation_prompt=False, supervised=None):
-        """(ids, mask) of [{"role", "content"}, ...]; mask is True on the text and the end of supervised
-        turns.
+        """(ids, mask) of [{"role", "content"}, ...]; mask is True on text and end of supervised turns.
 
         Roles: an optional system turn first, then user and assistant in turn. With `generation_prompt` the
         ids end where the assistant is to speak. supervised: a bool for each message, of which those of
@@ -298,8 +290,7 @@ def read_bpe(data, where):
 
 
 def meaning_of(source):
-    """A text that is equal for tokenizer.json files that do the same. source: its path, its text or its
-    bytes.
+    """A text that is equal for tokenizer.json files that do the same. source: its path, text or bytes.
 
     Indentation, order of keys, merges as strings or pairs, and padding or truncation left on make no
     difference, nor does what is added around a plain text (post_processor): the turns say that.
@@ -332,14 +323,12 @@ def read_settings(folder, files):
     config = parse_json(files.get(path.name, b"{}"), path)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a JSON {type(config).__name__}, not an object; copy or download it again")
-    if not isinstance(config.get("tokenizer_class"), (str, type(None))):
-        raise ValueError(f"{path}: tokenizer_class {config['tokenizer_class']!r:.80} is not a text")
+    checked(config.get("tokenizer_class"), (str, type(None)), f"{path}: tokenizer_class")
     return config
 
 
 def files_to_publish(folder):
-    """{name: bytes} of the files of a folder's tokenizer, of whatever family, for a folder that is made from
-    it.
+    """{name: bytes} of a tokenizer's files, of whatever family, for a folder that is made from its folder.
 
     Of one that says it is Cohere's, but is not as transformers rebuilds those, the class is put right.
     """
@@ -367,8 +356,7 @@ def load_tokenizer(folder):
 
 def train_tokenizer(texts, vocab_size):
     """Byte-level BPE as Cohere's: NFC, digits one by one, no prefix space; here also one Han character at a
-    time, which keeps a small vocabulary shared between Chinese and Japanese. `texts` is an iterable of
-    strings."""
+    time, which keeps a small vocabulary shared between Chinese and Japanese."""
     bpe = BPE(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -380,7 +368,6 @@ def train_tokenizer(texts, vocab_size):
         vocab_size=vocab_size, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False)
     bpe.train_from_iterator((unicodedata.normalize("NFC", text) for text in texts), trainer)
-    begin = ("<BOS_TOKEN>", SPECIALS.index("<BOS_TOKEN>"))
     bpe.post_processor = processors.TemplateProcessing(             # for transformers' plain texts
-        "<BOS_TOKEN> $A", "<BOS_TOKEN> $A $B:1", [begin])
+        "<BOS_TOKEN> $A", "<BOS_TOKEN> $A $B:1", [("<BOS_TOKEN>", SPECIALS.index("<BOS_TOKEN>"))])
     return Tokenizer(bpe)

@@ -10,12 +10,12 @@ refused.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
-from typing import Optional
+from os.path import commonprefix
 
-from .expressions import Said, new_budget
+from .expressions import Said
 from .template import Template
 
 BOS = "<BOS_TOKEN>"
@@ -28,7 +28,7 @@ def conversation(*texts, system=None):
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
-_TEXTS = ["hi", "  two\n lines \n", "\n\tनमस्ते 世界 \u200b ", "4 < 5 & {{ x }} 'it''s'\n", " a", "b\n\n"]
+_TEXTS = ["hi", "  two\n lines \n", "\n\tनमस्ते 世界 \u200b ", "4 < 5 & {{ x }} 'it's'\n", " a", "b\n\n"]
 PROBES = [(conversation(*texts, system=system), prompt)
           for texts in (_TEXTS[:1], _TEXTS[1:2], _TEXTS[:2], _TEXTS[2:5], _TEXTS[1:5], _TEXTS[::-1] * 4)
           for system in (None, "Be kind.", " Two\n\nlines\t\n", "", " \n") for prompt in (False, True)]
@@ -36,20 +36,16 @@ PROBES = [(conversation(*texts, system=system), prompt)
 
 @dataclass(frozen=True)
 class Turns:
-    """A turn format in text. no_system: the system turn's text where none is given (None: there is no turn
-    then).
-
-    empty, blank: whether a system turn "" or " " counts as given. before, after: words around a given one.
-    """
+    """A turn format in text."""
     bos: str
-    opening: dict
+    opening: dict               # by role, as closing and strips
     closing: dict
     strips: dict
-    no_system: Optional[str] = None
-    before: str = ""
-    after: str = ""
-    empty: bool = True
-    blank: bool = True
+    no_system: str | None       # the system turn's text where none is given; None: there is no turn then
+    before: str                 # words around a given one
+    after: str
+    empty: bool                 # whether a system turn "" counts as given
+    blank: bool                 # whether " " does
 
     def texts(self, messages):
         """(role, text as it stands in the turn) of each turn."""
@@ -70,72 +66,62 @@ class Turns:
 
 @lru_cache(32)
 def read_turns(source, tokens, control):
-    """The Turns of a template. tokens: ((name, text), ...) such as bos_token. control: the names of control
-    tokens.
+    """The Turns of a template; ValueError, as a clause about it, if it cannot be followed exactly.
 
-    ValueError, as a clause about the template, if it cannot be followed exactly.
+    tokens: ((name, text), ...) such as bos_token. control: the names of control tokens.
     """
-    template, budget = Template(source), new_budget()
+    template = Template(source)
 
     def render(messages, prompt=False):
         said = [{**m, "content": Said(m["content"])} for m in messages]
         given = {"messages": said, "add_generation_prompt": prompt, "tools": None, "documents": None}
-        return template.render({**dict(tokens), **given}, budget)
+        return template.render({**dict(tokens), **given})
 
     found = derive(render, control)
     for messages, prompt in PROBES:
         wanted, got = render(messages, prompt), found.written(messages, prompt)
         if wanted != got:
-            raise unknown(f"it writes {apart(wanted, got)}, where turns as it writes others give "
-                          f"{apart(got, wanted)}")
+            at = max(0, len(commonprefix([wanted, got])) - 20)
+            raise unknown(f"it writes {wanted[at:at + 60]!r}, where turns as it writes others give "
+                          f"{got[at:at + 60]!r}")
     return found
 
 
 def derive(render, control):
     """Turns as a few plain conversations show them."""
-    first = render(conversation(USER))
-    two = render(conversation(USER, ANSWER))
-    three = render(conversation(USER, ANSWER, AGAIN))
+    first, two = render(conversation(USER)), render(conversation(USER, ANSWER))
     opening, closing = {}, {}
-    opening["assistant"], closing["assistant"] = around(ANSWER, rest_of(two, first))
-    opening["user"], closing["user"] = around(AGAIN, rest_of(three, two))
-    asked = rest_of(render(conversation(USER), True), first)
+    opening["assistant"], closing["assistant"] = around(ANSWER, within(two, first))
+    opening["user"], closing["user"] = around(AGAIN, within(render(conversation(USER, ANSWER, AGAIN)), two))
+    asked = within(render(conversation(USER), True), first)
     if asked != opening["assistant"]:
         raise unknown(f"it asks for an answer with {asked!r:.80}, and opens answers with "
                       f"{opening['assistant']!r:.80}")
     user_turn = opening["user"] + USER + closing["user"]
-    head = before_of(first, user_turn)
-    before, after = around(SYSTEM, before_of(render(conversation(USER, system=SYSTEM)), user_turn))
+    head = within(first, end=user_turn)
+    before, after = around(SYSTEM, within(render(conversation(USER, system=SYSTEM)), end=user_turn))
     bos = BOS if head.startswith(BOS) else ""
     head, before = head.removeprefix(bos), before.removeprefix(bos)
+
     split = re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
     opening["system"] = "".join(takewhile(control.__contains__, filter(None, split.split(before))))
-    ending = [part for part in split.split(after) if part][::-1]
-    closing["system"] = "".join([*takewhile(control.__contains__, ending)][::-1])
+    ending = [*takewhile(control.__contains__, filter(None, split.split(after)[::-1]))]
+    closing["system"] = "".join(ending[::-1])
     before, after = before.removeprefix(opening["system"]), after.removesuffix(closing["system"])
-    no_system = None
-    if head:
-        no_system = before_of(rest_of(head, opening["system"]), closing["system"])
+    no_system = within(head, opening["system"], closing["system"]) if head else None
     for role in opening:
         for text in (opening[role], closing[role]):
-            if set(filter(None, split.split(text))) - control:
+            if split.sub("", text):
                 raise unknown(f"it writes {text!r:.80} around a turn of the {role}, which is not control "
                               "tokens alone")
         if not opening[role] or role == "assistant" and not closing[role]:
             raise unknown(f"a turn of the {role} has no control token that opens or ends it")
-    for text in (before, after, no_system or ""):
-        if split.search(text):
-            raise unknown(f"it writes {text!r:.80} in the system turn, with a control token in it")
+
     loose = render(conversation(f"\n {USER} \n", f"\n {ANSWER} \n", system=f"\n {SYSTEM} \n"))
     strips = {role: f"\n {text} \n" not in loose
               for role, text in (("user", USER), ("assistant", ANSWER), ("system", SYSTEM))}
-    given = Turns(bos, opening, closing, strips, no_system, before, after)
-
-    def counts(text):
-        """Whether a system turn of this text is more than none."""
-        messages = conversation(USER, system=text)
-        return render(messages) != first or given.written(messages) == first
-    return replace(given, empty=counts(""), blank=counts(" "))
+    empty, blank = (render(conversation(USER, system=text)) != first for text in ("", " "))
+    return Turns(bos, opening, closing, strips, no_system, before, after, empty, blank)
 
 
 def unknown(why):
@@ -143,16 +129,11 @@ def unknown(why):
                       "and A, Tiny Aya")
 
 
-def rest_of(text, start):
-    if not text.startswith(start):
-        raise unknown(f"it writes {apart(text, start)}, where {apart(start, text)} came before")
-    return text[len(start):]
-
-
-def before_of(text, end):
-    if not text.endswith(end):
-        raise unknown(f"it writes {text[-80:]!r}, which does not end with {end!r:.80}")
-    return text[:len(text) - len(end)]
+def within(text, start="", end=""):
+    """What a text has between its start and its end."""
+    if not (text.startswith(start) and text.endswith(end) and len(text) >= len(start + end)):
+        raise unknown(f"it writes {text!r:.80}, not what starts with {start!r:.80}, ends with {end!r:.80}")
+    return text[len(start):len(text) - len(end)]
 
 
 def around(word, text):
@@ -161,10 +142,3 @@ def around(word, text):
     if not found or word in after:
         raise unknown(f"it writes {text!r:.80}, which does not hold the turn's text ({word}) once")
     return before, after
-
-
-def apart(text, other, width=60):
-    """The part of a text where it begins to differ from another one."""
-    same = next((i for i, (a, b) in enumerate(zip(text, other)) if a != b), min(len(text), len(other)))
-    start = max(0, same - width // 3)
-    return ("..." if start else "") + repr(text[start:start + width])
