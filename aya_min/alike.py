@@ -25,14 +25,17 @@ CHANGE_NOTHING = set("""
     length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_beams num_beam_groups
     diversity_penalty num_return_sequences max_length min_length max_new_tokens do_sample early_stopping
     begin_suppress_tokens suppress_tokens remove_invalid_values exponential_decay_length_penalty
-    forced_bos_token_id forced_eos_token_id""".split())
+    forced_bos_token_id forced_eos_token_id router_aux_loss_coef output_router_logits router_jitter_noise
+    peft_type model_name bos_token tf_legacy_loss""".split())
+# Off where they are absent.
+FLAGS_OFF = {"use_mrope", "is_decoder", "is_encoder_decoder", "add_cross_attention", "rope_interleaved",
+             "use_sliding_window", "attention_bias", "mlp_bias", "qkv_bias"}
 TRAINING_ONLY = ("dropout", "dropout_prob", "dropout_p", "pdrop", "layerdrop")         # how such keys end
-# What is said and not refused.
+# What is said and not refused. Without scaled rope, max_position_embeddings is a limit and computes nothing.
 SAID = {"eos_token_id", "bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"}
 # Compared where both have it: the tensors show it, or older files leave it out.
-IF_BOTH = {"architectures", "model_type", "tie_word_embeddings", "vocab_size", "num_attention_heads",
+IF_BOTH = {"architectures", "layer_types", "model_type", "tie_word_embeddings", "vocab_size", "num_attention_heads",
            "num_key_value_heads"}
-BIASES = {"attention_bias", "mlp_bias", "qkv_bias"}         # absent is false, and the tensors show it
 # Of cohere and cohere2, what ModelConfig may refuse.
 NOT_OURS = ("attention_bias", "attention_dropout", "hidden_act", "rope_parameters", "rope_scaling")
 OLD_NAMES = {"CohereForSequenceClassification": "CohereRewardModel",
@@ -72,7 +75,8 @@ def meaning(config):
         ours = vars(ModelConfig.from_published(plain))
     except ValueError:                  # what our own model cannot compute merges all the same
         return found
-    ours = {key: value for key, value in ours.items() if key not in CHANGE_NOTHING | SAID}
+    ours = {key: value for key, value in ours.items()
+            if key not in CHANGE_NOTHING | SAID | {"max_position_embeddings"}}
     found = {key: value for key, value in found.items() if key not in ours}
     return {"hidden_act": "silu"} | found | {key: value for key, value in ours.items() if value is not None}
 
@@ -84,6 +88,8 @@ def few_layers(config):
 
 def flat(config, before=""):
     """`meaning` without the defaults of the model types that we know."""
+    if config.get("use_sliding_window") is False:
+        config = {key: value for key, value in config.items() if key not in ("sliding_window", "layer_types")}
     config = {key: value for key, value in config.items() if value is not None and not is_neutral(key, value)}
     if isinstance(names := config.get("architectures"), list):
         config["architectures"] = [OLD_NAMES.get(name, name) if isinstance(name, str) else name
@@ -94,6 +100,8 @@ def flat(config, before=""):
         theta, rope = rope.get("rope_theta", config.get("rope_theta")), plain_rope(rope)
         config |= {"rope_theta": theta} if theta is not None else {}
     config |= {"rope_parameters": rope} if rope else {}
+    if not rope:
+        config.pop("max_position_embeddings", None)
     heads, size = config.get("num_attention_heads"), config.get("hidden_size")
     if type(heads) is int and heads > 0:
         config.setdefault("num_key_value_heads", heads)
@@ -105,8 +113,7 @@ def flat(config, before=""):
         whole = type(num) is int and few_layers(config) and type(pattern) is int and pattern > 0
         pattern = layer_pattern(num, pattern) if whole else f"a sliding_window_pattern of {pattern}"
         config["layer_types"] = pattern
-    windows = config.get("use_sliding_window", True) and config.get("sliding_window")
-    if not windows and all(kind == "full_attention" for kind in config.get("layer_types") or []):
+    if not config.get("sliding_window") and all(kind == "full_attention" for kind in config.get("layer_types") or []):
         config.pop("layer_types", None)                     # all that there is without a window
     found = {}
     for key, value in config.items():
@@ -117,7 +124,7 @@ def flat(config, before=""):
 def is_neutral(key, value):
     private = key.startswith("_") and key != "_sliding_window_pattern"
     return (private or key in CHANGE_NOTHING | SAID or key.endswith(TRAINING_ONLY)
-            or key in BIASES and value is False)
+            or key in FLAGS_OFF and value in (False, 0))
 
 
 def plain_rope(rope):
@@ -276,7 +283,9 @@ def lines_differ(one, two, first, what="line"):
 
 def remarks(folder, config, first, first_config):
     """What differs and leaves the computation as it is, one text each: the first folder's is taken."""
-    said = [key for key in sorted(SAID) if ids_of(config.get(key)) != ids_of(first_config.get(key))]
+    said = [key for key in sorted(SAID | {"max_position_embeddings"})
+            if ids_of(config.get(key)) != ids_of(first_config.get(key))]
+    said += ["layer_types"] * (("layer_types" in config) != ("layer_types" in first_config))
     said = [f"{key} of config.json" for key in said]
     one, two = (json_of(place, "generation_config.json", ("transformers_version", "_from_model_config"))
                 for place in (first, folder))

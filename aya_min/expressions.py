@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 LONGEST = 200_000               # characters of a template, and of a text that it makes
 WORDS = {"and", "or", "not", "in", "if", "else"}        # those that Jinja and Python share
+FARTHEST = 20                   # the largest number: no rule may begin after the probes, which have 24 turns
 UNDEFINED = ()                                          # it is false and empty, and no list of a template's
 
 
@@ -158,6 +159,9 @@ def python(tokens):
 def built(tree):
     """The function of the scope that a syntax tree stands for."""
     match tree:
+        case (ast.Constant(value=int(number))
+              | ast.UnaryOp(operand=ast.Constant(value=int(number)))) if number > FARTHEST:
+            return later(f"the number {number}, a rule for many turns")
         case ast.Constant(value=value):
             return constant(value)
         case ast.Name(id=name):

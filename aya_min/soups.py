@@ -111,6 +111,8 @@ def look_into(inputs, allow_config_differences=False):
     configs, headers = [read_config(folder) for folder in inputs], [read_header(folder) for folder in inputs]
     problems, said, first = [], [], inputs[0]
     for folder, config, header in zip(inputs, configs, headers):
+        for name in [name for name in header if name.endswith("rotary_emb.inv_freq")]:
+            del header[name]                        # older Llama checkpoints carry what rope_theta says
         problems += [f"{folder}: {name} is {code}, which cannot be merged" for name, (_, code, _) in header.items() if code not in DTYPES]
         if config.get("tie_word_embeddings") and not drop_tied_head(header):
             problems.append(f"{folder}: lm_head.weight is not model.embed_tokens.weight, to which its config.json ties it")

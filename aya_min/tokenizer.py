@@ -99,6 +99,8 @@ def is_rebuilt_alike(bpe, config):
 
     Its added tokens are those of the settings' added_tokens_decoder, if there is one.
     """
+    if config.get("add_prefix_space"):
+        return False
     listed = config.get("added_tokens_decoder")
     for number, token in bpe.get_added_tokens_decoder().items() if listed else ():
         about = listed.get(str(number), {})
@@ -324,6 +326,9 @@ def read_settings(folder, files):
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a JSON {type(config).__name__}, not an object; copy or download it again")
     checked(config.get("tokenizer_class"), (str, type(None)), f"{path}: tokenizer_class")
+    if config.get("split_special_tokens"):
+        raise ValueError(f"{path}: split_special_tokens, which cuts control tokens into letters elsewhere; set "
+                         "it to false")
     return config
 
 
@@ -348,6 +353,10 @@ def load_tokenizer(folder):
         raise ValueError(f"{folder}: no tokenizer.json; give a model folder, or --tokenizer DIR")
     bpe = read_bpe(files["tokenizer.json"], Path(folder) / "tokenizer.json")
     config = read_settings(folder, files)
+    if not config.get("chat_template") and "chat_template.jinja" not in files:
+        if own_file(folder, "additional_chat_templates/default.jinja"):
+            raise ValueError(f"{folder}: its chat template is additional_chat_templates/default.jinja; move it "
+                             "to chat_template.jinja")
     try:
         return Tokenizer(bpe, config, files)
     except ValueError as error:

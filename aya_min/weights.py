@@ -46,7 +46,8 @@ def read_config(folder):
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise ValueError(f"{path}: architectures {named!r:.80} is not a list of names; download the model "
                          "again")
-    architecture = (named or ["?"])[0]
+    plain = str(raw.get("model_type")).capitalize() + "ForCausalLM"         # what transformers takes it for
+    architecture = (named or [plain])[0]
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture!r:.80} is not supported; supported: "
                          f"{' '.join(ARCHITECTURES)}")

@@ -56,7 +56,8 @@ def refused(capsys, *arguments):
 @pytest.mark.parametrize("start, change", [
     (COHERE, {"logit_scale": 0.5}), (COHERE, {"rope_theta": 5e5}), (COHERE, {"layer_norm_eps": 1e-6}),
     (COHERE, {"use_qk_norm": True}),
-    (COHERE, {"hidden_act": "gelu"}), (COHERE, {"max_position_embeddings": 4096}), (COHERE, {"head_dim": 16}),
+    (COHERE, {"hidden_act": "gelu"}), (COHERE, {"head_dim": 16}),
+    (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, {"max_position_embeddings": 4096}),
     (COHERE, {"rope_theta": None}),
     (COHERE, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
     (COHERE, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}),
@@ -95,6 +96,9 @@ def test_a_key_that_changes_the_computation_is_named(start, change):
     (COHERE, {"max_position_embeddings": 8192, "initializer_range": 0.5, "tie_word_embeddings": True,
               "temperature": 0.3, "architectures": None}),
     (COHERE, {"sliding_window": 64, "sliding_window_pattern": 4}),          # cohere has no windows
+    (LLAMA | {"sliding_window": 131072, "use_sliding_window": False, "layer_types": ["full_attention"] * 2},
+     {"sliding_window": None, "layer_types": None, "max_position_embeddings": 77}),
+    (LLAMA, {"router_aux_loss_coef": 0.02, "use_mrope": False, "is_decoder": False, "attention_bias": 0}),
     (COHERE | {"architectures": ["CohereForSequenceClassification"]}, {"architectures": ["CohereRewardModel"]}),
     (COHERE | {"model_type": "cohere2"}, {"sliding_window_pattern": 4,
                                           "layer_types": ["sliding_attention"] * 2, "sliding_window": 4096}),
@@ -282,6 +286,13 @@ def test_where_tokenizers_differ_the_message_says_how(change, how, pair, tmp_pat
     rewritten(pair[1], change)
     line = refused(capsys, "linear", *pair, "--out", tmp_path / "out")
     assert f"{pair[1]}: tokenizer.json is not that of {pair[0]} (" in line and how in line
+
+
+def test_a_limit_of_positions_that_computes_nothing_is_said(pair, tmp_path, capsys):
+    path = pair[1] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 77}))
+    assert main(["linear", *map(str, pair), "--out", str(tmp_path / "out")]) == 0
+    assert "max_position_embeddings of config.json" in capsys.readouterr().err
 
 
 def test_what_is_added_around_a_plain_text_is_said_and_does_not_keep_two_models_from_merging(pair, tmp_path, capsys):

@@ -378,7 +378,7 @@ def test_a_description_that_is_no_json_object_is_refused_with_its_name(name, tex
 
 @pytest.mark.parametrize("changes, says", [
     ({"architectures": ["LlamaForCausalLM"]}, "architecture 'LlamaForCausalLM' is not supported; supported: CohereForCausalLM Cohere2ForCausalLM"),
-    ({"architectures": None}, "architecture '?' is not supported"), ({"model_type": "cohere3"}, "model_type 'cohere3' is not supported; supported: cohere cohere2"),
+    ({"architectures": ["LlamaForCausalLM"]}, "architecture 'LlamaForCausalLM' is not supported"), ({"model_type": "cohere3"}, "model_type 'cohere3' is not supported; supported: cohere cohere2"),
     ({"model_type": "cohere2"}, "architecture CohereForCausalLM does not go with model_type cohere2"),
     ({"attention_bias": True}, "attention_bias"), ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaled rope"),
     ({"num_key_value_heads": 3}, "num_attention_heads 4 must be a multiple of num_key_value_heads 3"), ({"hidden_size": "32"}, "hidden_size '32'")])
@@ -596,3 +596,8 @@ def test_a_reward_model_names_a_class_of_ours_and_one_that_names_the_older_class
             "id2label"} & about.keys()
         edit_json(tmp_path / name / "config.json", architectures=[f"{name}ForSequenceClassification"])
         assert_same(weights.load(tmp_path / name)[0], model)
+
+
+def test_without_architectures_a_folder_is_the_language_model_of_its_model_type(folder):
+    edit_json(folder / "config.json", architectures=None)
+    assert isinstance(weights.load(folder)[0], CohereForCausalLM)
