@@ -348,7 +348,8 @@ def arbitrage(rows, lengths, args, device, reading, journal, table, same):
     for path, made in outputs.items():
         if not made:
             raise ValueError(f"{path}: not a row is left ({'; '.join(lines[1:])}); " + (
-                "give --keep-cut, or more of --max-new-tokens" if counts["cut"] and not reading.keep_cut else
+                f"give --keep-cut, or remove {args.out}.partial and give more of --max-new-tokens"
+                if counts["cut"] and not reading.keep_cut else
                 "lower --margin, or leave --pairs out" if path == args.pairs else "look at the models")
                 + f". Nothing is written, the answers are in {args.out}.partial")
     return outputs, lines, tokens, seconds

@@ -148,13 +148,11 @@ def check_flags(args, settings, device, ranks):
     if settings.cpu_offload and device.type == "cpu" and not args.dry_run:
         raise ValueError("--cpu-offload needs a GPU to offload from; on a CPU leave it out")
     if args.eval_every and not args.eval_data:
-        raise ValueError(f"--eval-every {args.eval_every} goes with --eval-data; there is no such data")
+        distributed.say("--eval-every has no effect without --eval-data")
     if args.epochs and settings.max_steps:
-        raise ValueError(f"--epochs {args.epochs} has no effect beside --max-steps {settings.max_steps}; "
-                         "leave one out, or give --max-steps 0")
+        distributed.say(f"--epochs has no effect beside --max-steps {settings.max_steps}")
     if args.final_learning_rate is not None and settings.schedule == "constant":
-        raise ValueError(f"--final-learning-rate {args.final_learning_rate} goes with --schedule cosine; "
-                         "a constant rate has no other end")
+        distributed.say("--final-learning-rate has no effect beside --schedule constant")
     if args.tokenizer and not is_preset(args.model):
         raise ValueError("--tokenizer goes with a preset; a model folder brings its own")
     for path in [*(args.data or []), *args.eval_data]:
@@ -220,7 +218,7 @@ def run_whole_recipe(args, device):
     record = {"preset": args.preset, "arms": args.arms, "seed": recipe.seed, "recipe": asdict(recipe),
               "clusters": clusters, **{k: v for k, v in own.items() if v}}
     distributed.from_main(lambda: check_run_folder(out, record, preset))
-    checks.check_clusters(clusters)
+    checks.check_clusters(clusters, own=bool(args.base))
     if args.base:
         own["prompts"], own["eval_prompts"] = checks.check_own(recipe, clusters, args.arms, **own)
     else:

@@ -9,8 +9,10 @@ Prompts x teachers -> candidates -> a route -> SFT data. Routes: "reward" (the a
 import random
 from collections import Counter, defaultdict
 
+from . import distributed
 from .preferences import ANSWER, count_cut, usable
 from .rows import conversation, finish_reason, prompt_of, read_jsonl
+from .spelled import Spelled
 
 
 def candidates_from(rows, answers, scores=None):
@@ -26,23 +28,31 @@ def candidates_from(rows, answers, scores=None):
     return [{**row, "candidates": [candidate(t, i) for t in answers]} for i, row in enumerate(rows)]
 
 
-def read_answers(path, rows, reading=None):
+def read_answers(path, rows, reading=None, tokenizer=None):
     """Answers made elsewhere, {"completion", "finish_reason"}: for each prompt row the file's answer to the
-    same prompt, in the same language where both say theirs."""
+    same prompt, in the same language where both say theirs. Of several the first, and that is said."""
     exact, first = {}, {}       # (prompt, language) -> answer; prompt -> its first answer in any language
-    for where, row in read_jsonl(path, reading):
+    spelled, found, again = Spelled(tokenizer), read_jsonl(path, reading), []
+    for where, row in found:
         prompt, text = repr(prompt_of(row, where)), conversation(row, where)[-1]["content"]
+        spelled.look([text], where)
         answer = {"completion": text, "finish_reason": finish_reason(row, where)}
-        exact.setdefault((prompt, row.get("language")), answer)
+        if exact.setdefault((prompt, row.get("language")), answer)["completion"] != text:
+            again.append(where)
         first.setdefault(prompt, answer)
+    spelled.report([path], len(found), reading)
+    if again:
+        distributed.say(f"{len(again)} rows answer a prompt again, otherwise, and are not taken; the first: "
+                        f"{again[0]}", [path])
     keys = [(repr(r["prompt_messages"]), r.get("language")) for r in rows]
     found = [exact.get((prompt, code), exact.get((prompt, None))) if code else first.get(prompt)
              for prompt, code in keys]
     missing = [r for r, answer in zip(rows, found) if answer is None]
     if missing:
+        code, text = missing[0].get("language"), missing[0]["prompt_messages"][-1]["content"]
         raise ValueError(f"{path}: no answer for {len(missing)} of {len(rows)} prompts, the first: "
-                         f"{missing[0]['prompt_messages'][-1]['content'][:60]!r}; "
-                         "a teacher's file needs one line for each prompt")
+                         f"{missing[0].get('prompt_where', '')} {text[:60]!r} in {code or 'no language'}; "
+                         "a teacher's file needs one line for each prompt, of the same language if it says one")
     return found
 
 

@@ -176,12 +176,18 @@ def is_older(folder, made):
     """Whether a folder is an older version of the model folder `made`, or empty.
 
     It has no other files than that, no links, and weights of the same size."""
-    sizes = {path.name: path.stat().st_size for path in made.iterdir() if path.is_file()}
+    sizes = {str(path.relative_to(made)): path.stat().st_size for path in made.rglob("*") if path.is_file()}
+    weights = [name for name in sizes if name.endswith(".safetensors") and (folder / name).is_file()]
+    return not others_in(folder, sizes) and all((folder / name).stat().st_size == sizes[name] for name in weights)
 
-    def known(path):
-        plain = path.is_file() and not path.is_symlink() and path.name in sizes
-        return plain and (path.suffix != ".safetensors" or path.stat().st_size == sizes[path.name])
-    return folder.is_dir() and not folder.is_symlink() and all(map(known, folder.iterdir()))
+
+def others_in(folder, names):
+    """What lies in a folder beside the files of these names: its paths, links and other folders among them."""
+    known = {*names, *(str(part) for name in names for part in Path(name).parents)}
+    if not folder.is_dir() or folder.is_symlink():
+        return [folder] if os.path.lexists(folder) else []
+    return [path for path in sorted(folder.rglob("*"))
+            if path.is_symlink() or str(path.relative_to(folder)) not in known]
 
 
 def sync(path):

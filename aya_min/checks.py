@@ -18,11 +18,12 @@ RESERVED = ("pairs", "shared", "other")         # names that steps and tables gi
 KEPT = ("question_id", "id", "language", "task", "prompt", "prompt_messages", "prompt_where")
 
 
-def check_clusters(clusters):
-    """Two clusters or more, whose names can be those of folders and of rows in a table."""
-    if len(clusters) < 2:
-        raise ValueError(f"--clusters: {len(clusters)} clusters; the recipe trains one model per cluster and "
-                         "merges them, give two or more")
+def check_clusters(clusters, own):
+    """Clusters whose names can be those of folders and of rows in a table; without a user's own teachers two or
+    more, as each has its teacher."""
+    if len(clusters) < 2 and not own:
+        raise ValueError(f"--clusters: {len(clusters)} clusters; the embedded world's teachers are one for each, "
+                         "give two or more")
     for name in clusters:
         if name in RESERVED or not name.isprintable() or len(name.encode()) > 100:
             raise ValueError(f"--clusters: {name[:100]!r} cannot be a cluster's name; give another (not "
@@ -155,12 +156,8 @@ def check_answers(path, rows, recipe, tokenizer, arbiter, its_tokenizer):
     """The completions in a teacher's file: one for each prompt, without control tokens, within the arbiter's
     positions."""
     room = arbiter.config.max_position_embeddings
-    for row, answer in zip(rows, read_answers(path, rows, recipe)):
+    for row, answer in zip(rows, read_answers(path, rows, recipe, tokenizer)):
         where = f"{path}: the answer to {row['prompt_where']}"
-        name = tokenizer.spelled(answer["completion"])
-        if name and not recipe.allow_control_tokens:
-            raise ValueError(f"{where} spells the control token {name}; give the text without the template, "
-                             "or take it as letters with --allow-control-tokens")
         size = len(its_tokenizer.encode_prompt(row["prompt_messages"])
                    + its_tokenizer.encode_answer(answer["completion"]))
         if size > room and recipe.too_long == "refuse":

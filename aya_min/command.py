@@ -135,13 +135,13 @@ def guarded(main, name):
 
 
 def is_spare_rank():
-    """Whether torchrun started this process beside a rank 0 that does all the work of the command. A RANK
-    alone is no launcher's, and its process does the work."""
+    """Whether torchrun started this process beside a rank 0 that does all the work of the command. A RANK from
+    elsewhere, a scheduler's, says nothing of that."""
     rank = os.environ.get("RANK", "0")
     if not rank.isdecimal():
         raise ValueError(f"RANK is {rank!r} in the environment, no whole number; leave it to torchrun, or "
                          "unset it")
-    return int(rank) > 0 and "WORLD_SIZE" in os.environ
+    return int(rank) > 0 and "TORCHELASTIC_RUN_ID" in os.environ
 
 
 OURS = "this is a fault of aya_min, not of yours; please report it with the lines above"

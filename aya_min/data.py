@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from . import distributed
+from .config import Reading
 from .lengths import EARLIER_CUT, NOT_LEARNT, WAS_CUT, LeftOut, fitting_example, fitting_pair
 from .rows import (ENDINGS, OF_PAIRS, SHAPES, is_cut, is_plain_text, pair_of, plain_text, prompt_of, read_jsonl,
                    supervised, trained)
 from .spelled import Spelled
 
+SKIP = Reading(too_long="skip")                     # how examples are read where nothing else is said
 EQUAL_SHARE = 0.05                                  # of pairs with two equal answers: more are refused
 
 
@@ -62,7 +64,7 @@ def pieces_of(tokenizer, text, limit, language, where):
     return [Example(piece, np.arange(len(piece)) > 0, language, where) for piece in pieces]
 
 
-def load_examples(paths, tokenizer, reading, limit):
+def load_examples(paths, tokenizer, limit, reading=SKIP):
     """Supervised examples of JSONL files that fit into `limit` tokens: conversations (see rows.supervised)
     and plain {"text"}. What is left out is counted and reported."""
     examples, left_out, spelled = [], LeftOut(paths, reading, limit), Spelled(tokenizer)
@@ -95,7 +97,7 @@ def load_examples(paths, tokenizer, reading, limit):
     return examples
 
 
-def load_pairs(paths, tokenizer, reading, limit):
+def load_pairs(paths, tokenizer, limit, reading=SKIP):
     """Preference pairs of JSONL files whose two sides fit into `limit` tokens. What is left out is counted
     and reported: also pairs of answers with the same ids, which teach nothing. Many of these are refused."""
     pairs, equal, left_out, spelled = [], [], LeftOut(paths, reading, limit), Spelled(tokenizer)

@@ -172,9 +172,9 @@ def items_of(stage, settings, data, tokenizer):
     that it may get."""
     limit = settings.max_length
     if stage in ("pretrain", "sft"):
-        return load_examples(data, tokenizer, settings, limit) if data else [blank(limit)]
+        return load_examples(data, tokenizer, limit, settings) if data else [blank(limit)]
     if stage in ("reward", "dpo"):
-        pairs = load_pairs(data, tokenizer, settings, limit) if data else [Pair(blank(limit), blank(limit))]
+        pairs = load_pairs(data, tokenizer, limit, settings) if data else [Pair(blank(limit), blank(limit))]
         return [replace(pair, ref_logps=np.zeros(2)) for pair in pairs]
     if stage != "rloo":
         raise ValueError(f"unknown stage {stage!r}; known: {' '.join(stages.STAGES)}")

@@ -202,4 +202,4 @@ def examples_of(path, reading, folder, max_length):
     """The examples of a file, read as `reading` (a config.Reading) says, for the model in a folder."""
     model, tokenizer, _ = model_folders.look_into(folder)
     limit = min(max_length, model.config.max_position_embeddings)
-    return load_examples([path], tokenizer, reading or Reading(too_long="skip"), limit)
+    return load_examples([path], tokenizer, limit, reading or Reading(too_long="skip"))

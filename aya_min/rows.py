@@ -21,9 +21,15 @@ OF_PAIRS = ("chosen_finish_reason", "rejected_finish_reason")
 KNOWN = (*SHAPES, "system", "language", "weight", "train", "label", *ENDINGS, *OF_PAIRS, "question_id", "id",
          "task", "args", "cluster")
 OF_MESSAGES = {"role", "content", "weight", "train", *ENDINGS}
+# What rows carry along that says nothing of their texts: our own files, and the usual columns of data sets.
+CARRIED = set("""
+    source kind level category subcategory cluster task args candidates teacher scores reward score grade
+    seen_language why model seed sample logp num_tokens chosen_reward rejected_reward chosen_teacher
+    rejected_teacher dataset url user_id annotation_type template_id dataset_name sub_dataset_name split idx index
+    uid uuid prompt_id split_type created license script task_type annotator_id""".split())
 
 # Ends of an answer that is not finished: OpenAI, vLLM; Anthropic, Gemini; Mistral; our own chat after Ctrl-C.
-CUT = {"length", "max_tokens", "model_length", "interrupted"}
+CUT = {"length", "max_tokens", "model_length", "interrupted", "content_filter", "error"}
 
 # Keys that change what a row means and that nothing here honours, with the reason. Empty ones say nothing.
 TOOLS = "no tools are called here"
@@ -42,17 +48,29 @@ REFUSED = {
     "of a row": {
         **BOTH, **dict.fromkeys(["chat_template", "chat_template_kwargs"], TEMPLATE),
         "continue_final_message": CONTINUED, "history": "write earlier turns into prompt or messages",
-        "system_prompt": f"{SYSTEM}system_prompt", "system_message": f"{SYSTEM}system_message",
-        "conversations": "give --columns messages=conversations, with role and content in each turn"},
+        **{name: SYSTEM + name
+           for name in ("system_prompt", "system_message", "system_instruction", "preamble")},
+        **dict.fromkeys(["loss_weight", "sample_weight"], LOSS),
+        **dict.fromkeys(["reasoning", "reasoning_content", "thinking"], THOUGHTS),
+        **dict.fromkeys(["conversations", "conversation"],
+                        "write messages, with role and content in each turn")},
     "of a message": {
         **BOTH, **dict.fromkeys(["tool_call_id", "tool_plan"], TOOLS), "citations": DOCUMENTS,
         **dict.fromkeys(["reasoning", "reasoning_content", "thinking"], THOUGHTS),
-        **dict.fromkeys(["loss", "loss_weight", "trainable", "training"], LOSS),
+        **dict.fromkeys(["loss", "loss_weight", "trainable", "training", "mask", "masked", "is_masked",
+                         "do_train", "train_on", "ignore", "supervise"], LOSS),
         **dict.fromkeys(["prefix", "partial"], CONTINUED), "refusal": "write it as content"},
 }
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 OTHER_ROLES = {**dict.fromkeys(["tool", "function", "ipython", "observation"], TOOLS),
                **dict.fromkeys(["human", "gpt", "bot", "model", "chatbot"], "write user or assistant")}
+
+
+READ = {*KNOWN, *CARRIED, *REFUSED["of a row"]}
+BLANK = b" \t\r\xef\xbb\xbf"           # of a line without a row, the first one's byte-order mark included
+ARRAY = "a JSON array over several lines (jq -c '.[]' takes it apart)"
+KINDS = {b"\x1f\x8b": "a gzip file, unpack it", b"PK\x03\x04": "a zip file, unpack it", b"[\n": ARRAY,
+         b"[\r\n": ARRAY, b"PAR1": "a parquet file, convert it (results/GUIDE.md)"}
 
 
 # ---- a file's rows -----------------------------------------------------------------------------------------
@@ -64,24 +82,32 @@ def read_jsonl(path, reading=None):
     """
     path, columns = Path(path), reading.columns if reading else None
     check_columns(columns)
-    lines = read_bytes(path).split(b"\n")
-    if not lines[-1].strip():
-        lines.pop()
-    if not lines:
-        raise ValueError(f"{path}: the file is empty; it needs one JSON object a line")
-    rows, unknown = [], {}
-    for number, line in enumerate(lines, 1):
+    data = read_bytes(path)
+    for begin, what in KINDS.items():
+        if data.startswith(begin):
+            raise ValueError(f"{path}: {what}; it needs one JSON object a line")
+    rows, unknown, unread = [], {}, {}
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip(BLANK):
+            continue
         where = f"{path}:{number}"
-        row = parse_object(line, where, "one whole object a line, no empty lines")
+        row = parse_object(line, where, "one whole object a line")
         if columns:
             row = renamed(row, columns, where)
         if row.get("language") is not None:
             row["language"] = canonical(row["language"], where)
         check_keys(row, where, unknown)
+        for key in sorted(row.keys() - READ):
+            if not is_empty(row[key]):
+                unread[key] = (unread[key][0] + 1, unread[key][1]) if key in unread else (1, where)
         rows.append((where, row))
-    if unknown:
-        names = [f"{name!r} ({count} times, the first: {first})" for name, (count, first) in unknown.items()]
-        distributed.say(f"keys of messages that are not read: {', '.join(names)}", [path])
+    if not rows:
+        raise ValueError(f"{path}: the file is empty; it needs one JSON object a line")
+    for kind, found in (("of messages ", unknown), ("", unread)):
+        if found:
+            names = [f"{name!r} ({count} times, the first: {first})"
+                     for name, (count, first) in found.items()]
+            distributed.say(f"keys {kind}that are not read: {', '.join(names[:8])}", [path])
     return rows
 
 
@@ -109,6 +135,8 @@ def renamed(row, columns, where):
     theirs = set(columns.values())
     made = {key: value for key, value in row.items() if key not in theirs}
     for ours, key in columns.items():
+        if key not in row and row.get(ours) is not None:        # a file, or a row, that has our names
+            continue
         if key not in row:
             raise ValueError(f"{where}: no key {key!r}, which --columns {ours}={key} names; "
                              f"it has {' '.join(sorted(row))[:200]}")
@@ -229,7 +257,9 @@ def turns_of(value, key, where):
         if train and role != "assistant":
             raise ValueError(f"{where}: {place} is a turn of the {role}, and only the assistant's are "
                              "learnt; take its weight or train out")
-        content = text_of(message.get("content"), f"{place}.content", where)
+        content = message.get("content")
+        if role != "system" or content is None or str(content).strip():     # a system turn may say nothing
+            content = text_of(content, f"{place}.content", where)
         turns.append(({"role": role, "content": content}, train, is_cut(message)))
     return turns
 

@@ -418,6 +418,7 @@ def run_stage(stage, model, tokenizer, num_steps, batches, loss_fn, settings, ru
 
     run: an OpenRun. Returns the path of the model folder."""
     folder, stop = run.folder, stop or distributed.Signals()
+    distributed.from_main(lambda: weights.check_place(folder / "model", model, tokenizer))
     if eval_items:
         held_out = batches_in_order(eval_items, eval_collate)
         evaluation = lambda: evaluate(model, loss_fn, held_out, device, stop, settings)
@@ -453,8 +454,8 @@ def fitting(settings, model):
 def pretrain(model, tokenizer, data, settings, out, device, eval_data=(), resume=False, source=None, stage="pretrain"):
     """Next-token training on {"text"} (every token) and on conversations (answers only). SFT is the same thing on conversations."""
     limit = fitting(settings, model)
-    examples = load_examples(data, tokenizer, settings, limit)
-    held_out = load_examples(eval_data, tokenizer, settings, limit) if eval_data else []
+    examples = load_examples(data, tokenizer, limit, settings)
+    held_out = load_examples(eval_data, tokenizer, limit, settings) if eval_data else []
     slots = slots_of(examples + held_out)
     pad = lambda items: collate(items, tokenizer.pad_id, slots)
     num_steps, batches = make_batches(examples, pad, settings)
@@ -470,8 +471,8 @@ def sft(*args, **kwargs):
 def reward(model, tokenizer, data, settings, out, device, eval_data=(), resume=False, source=None):
     """Bradley-Terry training of a reward model on preference pairs; accuracy per language in the metrics."""
     limit = fitting(settings, model)
-    pairs = load_pairs(data, tokenizer, settings, limit)
-    held_out = load_pairs(eval_data, tokenizer, settings, limit) if eval_data else []
+    pairs = load_pairs(data, tokenizer, limit, settings)
+    held_out = load_pairs(eval_data, tokenizer, limit, settings) if eval_data else []
     slots = slots_of(pairs + held_out)
     pad = lambda items: collate_pairs(items, tokenizer.pad_id, slots)
     num_steps, batches = make_batches(pairs, pad, settings)
@@ -484,8 +485,8 @@ def dpo(model, tokenizer, data, settings, out, device, eval_data=(), resume=Fals
     """DPO against the model as it is at the start, whose log-probs are computed once and kept in RUN/reference.safetensors, or in the file
     reference_logps, which runs that differ in other settings can share. The first loss must be ln 2."""
     limit = fitting(settings, model)
-    pairs = load_pairs(data, tokenizer, settings, limit)
-    held_out = load_pairs(eval_data, tokenizer, settings, limit) if eval_data else []
+    pairs = load_pairs(data, tokenizer, limit, settings)
+    held_out = load_pairs(eval_data, tokenizer, limit, settings) if eval_data else []
     slots = slots_of(pairs + held_out)
     pad = lambda items: collate_pairs(items, tokenizer.pad_id, slots)
     num_steps, batches = make_batches(pairs, pad, settings)

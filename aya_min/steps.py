@@ -14,7 +14,6 @@ import torch
 
 from . import checkpoint, distributed, stages, weights
 from .config import Recipe
-from .data import read_jsonl
 from .files import MARK, parse_json, read_bytes, read_json, write_json, write_jsonl
 from .model import RewardModel
 from .reward import score_texts

@@ -22,7 +22,7 @@ import torch
 
 from . import distributed, tensorfiles
 from .alike import files_along
-from .checkpoint import replace_folder
+from .checkpoint import others_in, replace_folder
 from .config import ModelConfig, stop_ids
 from .files import new_folder, own_file, read_bytes, read_json
 from .model import CohereForCausalLM, RewardModel, initial_value
@@ -169,6 +169,15 @@ def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.
         for _ in tensors:                       # gathering each is a collective
             pass
     distributed.barrier()
+
+
+def check_place(folder, model, tokenizer):
+    """Refuse, before any work, a place in which `save` will not put the model: with files that it does not write."""
+    specs = {name: ("F32", tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    names = {*tensorfiles.plan(specs), "model.safetensors.index.json", "config.json", *WRITTEN,
+             *map(str, getattr(model, "came_with", ({}, {}))[1])}
+    if others := others_in(Path(folder), names):
+        raise ValueError(f"{others[0]} is in the way of the model that is published at the end; move it elsewhere")
 
 
 def write_descriptions(folder, model, tokenizer, dtype):

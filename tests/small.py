@@ -185,15 +185,15 @@ def on_these_ranks(world, out):
     answers = answer_rows(model, tokenizer(), rows, 2, 12, temperature=0.7, seed=3, batch_size=4)
     scores = score_texts(judge, tokenizer(), [{**row, **group[0]} for row, group in zip(rows, answers)], batch_size=2)
     long = [rows[0], {"prompt": "word " * 600}, *rows[1:]]
-    few = load_examples([world / "held-out-sft.jsonl"], tokenizer(), config.SFT(), 256)[:3]
-    five = load_examples([world / "sft.jsonl"], tokenizer(), config.SFT(), 256)[:5]              # two batches of one rank, one of the other
+    few = load_examples([world / "held-out-sft.jsonl"], tokenizer(), 256, config.SFT())[:3]
+    five = load_examples([world / "sft.jsonl"], tokenizer(), 256, config.SFT())[:5]              # two batches of one rank, one of the other
 
     def nan_on_the_last_rank(model, batch):
         loss, metrics = stages.sft_loss(model, batch)
         return loss * (float("nan") if distributed.rank() == distributed.num_ranks() - 1 else 1), metrics
 
     settings, trained = config.SFT(batch_size=8, max_steps=1, learning_rate=1.0), language_model()
-    num_steps, batches = make_batches(load_examples([world / "sft.jsonl"], tokenizer(), config.SFT(), 256), collate, settings)
+    num_steps, batches = make_batches(load_examples([world / "sft.jsonl"], tokenizer(), 256, config.SFT()), collate, settings)
     not_finite = refusal(train, trained, num_steps, batches, nan_on_the_last_rank, settings, out / "sft", CPU)
     moved = [name for name, p in language_model().named_parameters() if not torch.equal(p, distributed.full(dict(trained.named_parameters())[name].data))]
     return {"loaded": loaded, "answers": answers, "scores": scores, "logps": stages.answer_logps(distributed.shard(language_model()), five, 0, CPU, config.SFT(), size=2).tolist(), "not_finite": not_finite, "moved": moved,

@@ -198,7 +198,7 @@ def test_a_saved_conversation_is_one_row_a_model_that_can_be_trained_on(tmp_path
         assert [m["role"] for m in turns] == ["user", "assistant"] * 2 and [m["content"] for m in turns[::2]] == ["red?", "why?"]
         assert turns[1]["content"] == expected(model, ["red?"], system["content"])[0]
         assert turns[1].get("finish_reason", "stop") == expected(model, ["red?"], system["content"])[1]
-    examples = load_examples([path], tokenizer(), SFT(keep_cut=True), 512)
+    examples = load_examples([path], tokenizer(), 512, SFT(keep_cut=True))
     for example, row in zip(examples, rows, strict=True):
         answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
         assert example.ids[example.mask].tolist() == sum(map(tokenizer().encode_answer, answers), [])

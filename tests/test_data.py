@@ -59,7 +59,7 @@ def supervised(example):
     {"prompt": "hi", "completion": [user("hi"), assistant("hi!")]},
 ])
 def test_every_shape_of_an_example_gives_the_same_ids(row, tokenizer, write):
-    [example] = load_examples([write({**row, "source": "kept", "id": 7})], tokenizer, SFT(), 64)
+    [example] = load_examples([write({**row, "source": "kept", "id": 7})], tokenizer, 64, SFT())
     assert example.ids.tolist() == [BOS, *USER_HI, *CHATBOT_TURN, HI, MARK, END]
     assert supervised(example) == [HI, MARK, END]
 
@@ -67,20 +67,20 @@ def test_every_shape_of_an_example_gives_the_same_ids(row, tokenizer, write):
 def test_an_aya_row_keeps_its_language(tokenizer, write):
     """The Aya collection writes "fra" or "French"."""
     path = write(*({"inputs": "hi", "targets": "hi", "language": name} for name in ("fr", "fra", "French")), {"inputs": "hi", "targets": "hi"})
-    examples = load_examples([path], tokenizer, SFT(), 64)
+    examples = load_examples([path], tokenizer, 64, SFT())
     assert [e.language for e in examples] == ["fr", "fr", "fr", "other"]
 
 
 def test_every_assistant_turn_of_a_conversation_is_supervised(tokenizer, write):
     conversation = [user("hi"), assistant("!"), user("!"), assistant("hi")]
     for system in ([], [{"role": "system", "content": "hi hi"}]):
-        [example] = load_examples([write({"messages": system + conversation})], tokenizer, SFT(), 64)
+        [example] = load_examples([write({"messages": system + conversation})], tokenizer, 64, SFT())
         assert supervised(example) == [MARK, END, HI, END]
 
 
 def test_only_the_last_answer_of_a_preference_pair_is_supervised(tokenizer, write):
     prompt = [user("hi"), assistant("!"), user("!")]
-    [pair] = load_pairs([write({"prompt": prompt, "chosen": "hi", "rejected": "!!"})], tokenizer, SFT(), 64)
+    [pair] = load_pairs([write({"prompt": prompt, "chosen": "hi", "rejected": "!!"})], tokenizer, 64, SFT())
     assert supervised(pair.chosen) == [HI, END] and supervised(pair.rejected) == [MARK, MARK, END]
     assert pair.chosen.ids[:-2].tolist() == pair.rejected.ids[:-3].tolist() == tokenizer.encode_prompt(prompt)
 
@@ -111,7 +111,7 @@ def test_the_prompt_of_any_shape_is_what_comes_before_the_answer(write):
 
 def test_a_long_text_is_cut_into_pieces_that_lose_and_repeat_no_token(tokenizer, write):
     text = "!hi" * 10                                                    # 20 tokens and the end
-    pieces = load_examples([write({"text": text})], tokenizer, SFT(), 8)
+    pieces = load_examples([write({"text": text})], tokenizer, 8, SFT())
     assert [len(p.ids) for p in pieces] == [8, 8, 8]
     assert all(p.ids[0] == BOS and not p.mask[0] and p.mask[1:].all() for p in pieces)
     assert sum((supervised(p) for p in pieces), []) == [MARK, HI] * 10 + [END]
@@ -130,7 +130,7 @@ def test_real_files_of_every_shape_load_whole(tokenizer, tmp_path):
     some = tmp_path / "instructions.jsonl"
     some.write_text("".join((REAL / "instructions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[::20]), encoding="utf-8")
     for path, load in ((some, load_examples), (REAL / "preferences.jsonl", load_pairs), (REAL / "classification.jsonl", load_examples)):
-        assert len(load([path], tokenizer, SFT(), 1_000_000)) == count(path)
+        assert len(load([path], tokenizer, 1_000_000, SFT())) == count(path)
 
 
 # ---- what a user can get wrong ------------------------------------------------------------------------------------------------------
@@ -139,7 +139,6 @@ GOOD = {"prompt": "hi", "completion": "hi"}
 MALFORMED = [
     ("bad JSON", b'{"prompt": "hi", }', "not JSON .*one whole object a line"),
     ("a line cut short", b'{"prompt": "hi", "comp', "not JSON .*one whole object a line"),
-    ("an empty line", b"", "no empty lines"),
     ("an array", b'["hi", "hi"]', "a JSON list, not an object; one whole object a line"),
     ("a number", b"7", "a JSON int, not an object"),
     ("not UTF-8", b'{"prompt": "\xff", "completion": "hi"}', "not UTF-8 .byte 12.; convert the file to UTF-8"),
@@ -173,7 +172,7 @@ MALFORMED = [
 def test_a_malformed_line_is_refused_with_file_line_and_remedy(line, message, tokenizer, write):
     path = write(GOOD, line, GOOD)
     with pytest.raises(ValueError, match=message) as error:
-        load_examples([path], tokenizer, SFT(), 64)
+        load_examples([path], tokenizer, 64, SFT())
     assert str(error.value).startswith(f"{path}:2: ")
 
 
@@ -192,7 +191,7 @@ def test_a_malformed_pair_is_refused_with_file_line_and_remedy(row, message, tok
     """An empty list as an answer was once trained on as "?", and a user's turn after a system turn as the answer."""
     path = write({"prompt": "hi", "chosen": "a", "rejected": "b"}, row)
     with pytest.raises(ValueError, match=message) as error:
-        load_pairs([path], tokenizer, SFT(), 64)
+        load_pairs([path], tokenizer, 64, SFT())
     assert str(error.value).startswith(f"{path}:2: ")
 
 
@@ -226,23 +225,23 @@ def test_a_missing_file_is_refused_with_its_path(tmp_path):
 
 def test_examples_that_are_too_long_are_left_out_and_counted_on_standard_error(tokenizer, write, capsys):
     path = write(GOOD, {"prompt": "hi" * 50, "completion": "hi"}, {"prompt": "hi", "completion": "hi" * 50})
-    assert len(load_examples([path], tokenizer, SFT(max_length=9), 9)) == 1                                        # 9 tokens exactly
+    assert len(load_examples([path], tokenizer, 9, SFT(max_length=9))) == 1                                        # 9 tokens exactly
     assert capsys.readouterr().err == f"{path}: 2 of 3 examples are longer than --max-length 9 tokens and are left out; the first: {path}:2\n"
-    assert len(load_examples([path], tokenizer, SFT(), 1000)) == 3
+    assert len(load_examples([path], tokenizer, 1000, SFT())) == 3
     assert capsys.readouterr().err == ""
 
 
 def test_a_pair_is_left_out_when_either_side_is_too_long(tokenizer, write, capsys):
     path = write({"prompt": "hi", "chosen": "hi" * 50, "rejected": "!"}, {"prompt": "hi", "chosen": "!", "rejected": "hi" * 50}, {"prompt": "hi", "chosen": "!", "rejected": "hi"})
-    assert len(load_pairs([path], tokenizer, SFT(), 9)) == 1
+    assert len(load_pairs([path], tokenizer, 9, SFT())) == 1
     assert "2 of 3 pairs are longer than the model's 9 positions" in capsys.readouterr().err
 
 
 def test_data_of_which_nothing_fits_is_refused(tokenizer, write):
     with pytest.raises(ValueError, match="nothing to train on is left of 1 examples: 1 of 1 examples are longer than --max-length 8 tokens"):
-        load_examples([write(GOOD)], tokenizer, SFT(max_length=8), 8)
+        load_examples([write(GOOD)], tokenizer, 8, SFT(max_length=8))
     with pytest.raises(ValueError, match="nothing to train on is left of 1 pairs: 1 of 1 pairs are longer than the model's 8 positions"):
-        load_pairs([write({"prompt": "hi", "chosen": "hi", "rejected": "!"})], tokenizer, SFT(), 8)
+        load_pairs([write({"prompt": "hi", "chosen": "hi", "rejected": "!"})], tokenizer, 8, SFT())
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------------------------
@@ -258,7 +257,7 @@ def numbered(lengths):
 def test_masks_come_from_lengths_and_not_from_ids(tokenizer, write):
     """With pad = end of turn, a mask made by comparing ids would hide every end token, and the model would never learn to stop."""
     path = write(GOOD, {"prompt": "hi", "completion": "hi hi hi!"})
-    examples = load_examples([path], tokenizer, SFT(), 64)
+    examples = load_examples([path], tokenizer, 64, SFT())
     for pad_id in (tokenizer.end_of_turn_id, tokenizer.pad_id, HI):
         batch = collate(examples, pad_id)
         for row, mask, example in zip(batch.input_ids, batch.mask, examples):
@@ -292,7 +291,7 @@ def test_sums_by_language_put_each_row_where_its_language_is():
 
 def test_an_encoded_example_of_one_turn_equals_the_loaded_one(tokenizer, write):
     messages = [user("hi"), assistant("hi!")]
-    [loaded] = load_examples([write({"messages": messages})], tokenizer, SFT(), 64)
+    [loaded] = load_examples([write({"messages": messages})], tokenizer, 64, SFT())
     encoded = encode_example(tokenizer, messages, {})
     assert loaded.ids.tolist() == encoded.ids.tolist() and loaded.mask.tolist() == encoded.mask.tolist()
 

@@ -630,7 +630,7 @@ def test_one_ranks_poisoned_step_stops_all_ranks_before_the_weights_move_and_is_
     """F16."""
     TRIED["F16"] += 1
     settings = config.SFT(batch_size=8, micro_batch_size=2, max_steps=9, save_every=2, learning_rate=1e-2, warmup_steps=0, max_length=256)
-    examples = load_examples([world / "sft.jsonl"], tokenizer(), config.SFT(), 256)
+    examples = load_examples([world / "sft.jsonl"], tokenizer(), 256, config.SFT())
 
     def program():
         calls = iter(range(1000))
@@ -677,7 +677,7 @@ def test_a_malformed_line_is_refused_with_its_place_within_a_second_and_without_
     path.write_bytes(GOOD * 2 + LINES[name] + (GOOD if LINES[name].endswith(b"\n") else b""))
     started = time.time()
     with pytest.raises(ValueError, match=f"^{path}:3: ") as error:
-        load_examples([path], tokenizer(), config.SFT(), 256)
+        load_examples([path], tokenizer(), 256, config.SFT())
     assert time.time() - started < 1 and "secret" not in str(error.value) and len(str(error.value)) < 300
     SURVIVED["F18"] += 1
 
@@ -686,7 +686,7 @@ def test_windows_line_ends_and_a_repeated_id_are_no_mistakes_and_an_empty_file_i
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"prompt": "hi", "completion": "a", "id": 1}\r\n' * 3)
     TRIED["F18"] += 3
-    assert len(load_examples([path], tokenizer(), config.SFT(), 256)) == 3
+    assert len(load_examples([path], tokenizer(), 256, config.SFT())) == 3
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=f"^{path}: the file is empty"):
         read_jsonl(path)
@@ -711,11 +711,11 @@ def test_pairs_of_equal_answers_are_counted_named_and_left_out_and_many_are_refu
     TRIED["F19"] += 1
     path, pair, equal = tmp_path / "pairs.jsonl", {"prompt": "hi", "chosen": "yes", "rejected": "no"}, {"prompt": "hi", "chosen": "yes", "rejected": "yes"}
     write_jsonl(path, [pair] * 30 + [equal] + [pair] * 9)
-    assert len(load_pairs([path], tokenizer(), config.SFT(), 256)) == 39
+    assert len(load_pairs([path], tokenizer(), 256, config.SFT())) == 39
     assert capsys.readouterr().err == f"{path}: 1 of 40 pairs have the same answer as chosen and rejected: {path}:31; they are left out\n"
     write_jsonl(path, [pair] * 30 + [equal] * 2)
     with pytest.raises(ValueError, match=f"2 of 32 pairs have the same answer as chosen and rejected: {path}:31 {path}:32; that is more than 5%"):
-        load_pairs([path], tokenizer(), config.SFT(), 256)
+        load_pairs([path], tokenizer(), 256, config.SFT())
     SURVIVED["F19"] += 1
 
 
@@ -730,7 +730,7 @@ def test_fewer_examples_than_a_batch_are_refused_on_four_ranks_and_a_rest_is_use
     assert "error: 3 examples are fewer than one batch of 4" in (tmp_path / "log0").read_text() and not (tmp_path / "refused").exists()
     SURVIVED["F20"] += 1
     (small / "sft.jsonl").write_text("".join(lines[:11]), encoding="utf-8")
-    each = [len(e.ids) for e in load_examples([small / "sft.jsonl"], tokenizer(), config.SFT(), 256)]
+    each = [len(e.ids) for e in load_examples([small / "sft.jsonl"], tokenizer(), 256, config.SFT())]
     assert [finish(pid) for pid in start_ranks(4, go_on("sft", small, tmp_path / "run", batch_size=4, max_steps=11), tmp_path / "log")] == [0] * 4
     assert sum(row["tokens"] for row in logged(tmp_path / "run")) == 4 * sum(each)          # 11 steps of 4 are four epochs of 11
     assert sorted(Sampler(range(1001), 8, 0).take(1001, 1001).tolist()) == list(range(1001))

@@ -16,14 +16,14 @@ FLOORS = [
     {"charts", "cmaes", "command", "expressions", "files", "iso639", "linear", "merging"},
     # 1: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "front", "languages", "losses", "mergeconfig", "template", "tensorfiles"},
-    # 2: the decoder, the world, how to resume, what a line of JSONL means and what fits, whether folders are alike
+    # 2: the decoder, the world, how to resume, what a line of JSONL means, whether two folders are alike
     {"alike", "checkpoint", "journal", "lengths", "model", "report", "rows", "spelled", "turns", "world"},
-    # 3: text to ids, rows to batches
-    {"data", "preferences", "tokenizer", "world_data"},
+    # 3: text to ids, rows to batches, the engine
+    {"data", "preferences", "sampling", "tokenizer", "world_data"},
     # 4: what is done with a model or with folders
-    {"arbitrage", "loop", "reward", "sampling", "soups", "weights"},
+    {"arbitrage", "chat", "loop", "reward", "soups", "weights"},
     # 5: the stages, and what is done with answers
-    {"chat", "checks", "evaluate", "stages"},
+    {"checks", "evaluate", "stages"},
     # 6: a recipe's run on disk; what a stage will need; what a search measures
     {"estimate", "fitness", "steps"},
     # 7: what a run shows for itself; the search

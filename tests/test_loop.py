@@ -47,14 +47,14 @@ def test_one_micro_batch_of_8_is_8_of_1_in_loss_and_norm_and_every_metric(stage,
 
 
 def test_the_data_of_these_tests_have_very_different_numbers_of_supervised_tokens(world):
-    counts = [int(e.mask.sum()) for e in load_examples([world / "sft.jsonl"], tokenizer(), SFT(), 256)]
+    counts = [int(e.mask.sum()) for e in load_examples([world / "sft.jsonl"], tokenizer(), 256, SFT())]
     assert min(counts) < 12 and max(counts) > 60
 
 
 def test_the_logged_loss_is_the_mean_over_all_supervised_tokens_of_the_global_batch(world, tmp_path):
     row = logged(run("sft", world, tmp_path / "run", micro_batch_size=2))[0]
     settings = SFT(batch_size=8, max_steps=3)
-    examples = load_examples([world / "sft.jsonl"], tokenizer(), SFT(), 256)
+    examples = load_examples([world / "sft.jsonl"], tokenizer(), 256, SFT())
     [batch] = make_batches(examples, collate, settings)[1](0)
     model = language_model()
     logps = model(batch.input_ids).log_softmax(-1)[:, :-1].gather(2, batch.input_ids[:, 1:, None])[..., 0]       # (B, T - 1)
@@ -163,7 +163,7 @@ def spoiled(at, spoil):
                                          ("gradient norm nan", lambda model, loss: loss + (0 * model.model.norm.weight.sum()).sqrt())])
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_weights_move(what, spoil, world, tmp_path):
     settings = SFT(batch_size=8, micro_batch_size=4, max_steps=4, learning_rate=1e-2, warmup_steps=0, schedule="constant")
-    num_steps, batches = make_batches(load_examples([world / "sft.jsonl"], tokenizer(), SFT(), 256), collate, settings)
+    num_steps, batches = make_batches(load_examples([world / "sft.jsonl"], tokenizer(), 256, SFT()), collate, settings)
     spoiled_model, whole_model = language_model(), language_model()
     with pytest.raises(ValueError, match=f"step 2: .*{what}.*stopped before the weights moved"):
         train(spoiled_model, num_steps, batches, spoiled(5, spoil), settings, tmp_path, CPU)       # the second micro-batch of step 2
@@ -176,7 +176,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_weights_
 
 def test_a_first_step_that_its_stage_refuses_moves_nothing(world, tmp_path):
     settings = SFT(batch_size=8, max_steps=4)
-    num_steps, batches = make_batches(load_examples([world / "sft.jsonl"], tokenizer(), SFT(), 256), collate, settings)
+    num_steps, batches = make_batches(load_examples([world / "sft.jsonl"], tokenizer(), 256, SFT()), collate, settings)
     model, untouched = language_model(), language_model()
 
     def refuse(metrics):
@@ -208,8 +208,8 @@ class Stopped(Exception):
 def test_a_run_killed_between_saves_writes_the_metrics_of_one_never_killed(eval_every, world, tmp_path):
     """The evaluation at a saved step was lost: resuming dropped its line, and did not evaluate again."""
     settings = SFT(batch_size=8, max_steps=9, learning_rate=1e-3, warmup_steps=2, save_every=3, eval_every=eval_every)
-    examples = load_examples([world / "sft.jsonl"], tokenizer(), SFT(), 256)
-    held_out = load_examples([world / "held-out-sft.jsonl"], tokenizer(), SFT(), 256)
+    examples = load_examples([world / "sft.jsonl"], tokenizer(), 256, SFT())
+    held_out = load_examples([world / "held-out-sft.jsonl"], tokenizer(), 256, SFT())
     num_steps, batches = make_batches(examples, collate, settings)
 
     def part(folder, stop_at=None, resume=False):

@@ -166,7 +166,7 @@ def flags_of(own, **change):
     ({"teachers": "A answers.jsonl same/answers.jsonl"}, "two have the same name"),
     ({"teachers": "A few.jsonl"}, "no answer for 1 of 40"), ({"teachers": "A"}, "two teachers or more"),
     ({"teachers": "A long-answer.jsonl"}, "the arbiter 512 positions"),
-    ({"teachers": "A spelled-answer.jsonl"}, "spells the control token"),
+    ({"teachers": "A spelled-answer.jsonl"}, "spell control tokens"),
     ({"teachers": "A RM"}, "not a language model"),
     ({"cluster_spill": "0"}, "'slavic' has no prompt in its languages"),
     ({"arbiter": "B"}, "not a reward model"), ({"judge": "B"}, "not a reward model"),

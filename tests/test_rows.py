@@ -47,7 +47,7 @@ def assistant(text, **more):
 def learnt(tokenizer, write):
     """The supervised texts of rows, one list of answers for each example."""
     def learnt(*rows, limit=512, **settings):
-        examples = load_examples([write(*rows)], tokenizer, SFT(**settings), limit)
+        examples = load_examples([write(*rows)], tokenizer, limit, SFT(**settings))
         return [answers(tokenizer, e.ids, e.mask) for e in examples]
 
     return learnt
@@ -108,7 +108,7 @@ def test_a_row_of_which_nothing_is_learnt_is_left_out_and_counted(row, learnt, w
     assert err.count("\n") == 1 and "1 of 3 examples have no answer that is learnt" in err and err.endswith(
         "data.jsonl:2\n")
     assert "nothing to train on is left of 1 examples" in refused(load_examples, [write(row)], tokenizer,
-                                                                  SFT(), 64)
+                                                                  64, SFT())
 
 
 @pytest.mark.parametrize(
@@ -130,15 +130,15 @@ def test_a_row_of_which_nothing_is_learnt_is_left_out_and_counted(row, learnt, w
      ({**GOOD, "loss_mask": [0, 1]}, "'loss_mask' cannot be honoured")])
 def test_what_is_said_of_the_loss_and_cannot_be_honoured_is_refused(row, says, write, tokenizer):
     path = write(GOOD, row)
-    message = refused(load_examples, [path], tokenizer, SFT(), 64)
+    message = refused(load_examples, [path], tokenizer, 64, SFT())
     assert message.startswith(f"{path}:2: ") and says in message
 
 
 def test_pairs_of_weight_0_are_left_out_and_of_an_answer_of_weight_0_refused(write, tokenizer, capsys):
-    assert len(load_pairs([write(PAIR, {**PAIR, "weight": 0})], tokenizer, SFT(), 64)) == 1
+    assert len(load_pairs([write(PAIR, {**PAIR, "weight": 0})], tokenizer, 64, SFT())) == 1
     assert "1 of 2 pairs have no answer that is learnt" in capsys.readouterr().err
     assert "weight 0 in a preference pair" in refused(
-        load_pairs, [write({**PAIR, "rejected": [assistant("red", weight=0)]})], tokenizer, SFT(), 64)
+        load_pairs, [write({**PAIR, "rejected": [assistant("red", weight=0)]})], tokenizer, 64, SFT())
 
 
 # ---- what the conversation is ------------------------------------------------------------------------------
@@ -151,12 +151,12 @@ def test_a_system_column_is_the_system_turn_in_every_shape(write, tokenizer):
                        "targets": "blue"}, {"messages": [said[1], assistant("blue")]},
                 {"prompt": said, "completion": "blue"}, {"messages": [*said, assistant("blue")]},
                 {"prompt": said[1:], "completion": [*said, assistant("blue")]}):
-        [example] = load_examples([write({**row, "system": "In French."})], tokenizer, SFT(), 512)
+        [example] = load_examples([write({**row, "system": "In French."})], tokenizer, 512, SFT())
         assert example.ids.tolist() == tokenizer.encode_chat([*said, assistant("blue")])[0]
         assert conversation({**row, "system": "In French."}, "x:1") == [*said, assistant("blue")]
         [prompt] = load_prompts([write({**row, "system": "In French."})])
         assert prompt["prompt_messages"] == prompt["prompt"] == said and "system" not in prompt
-    [pair] = load_pairs([write({**PAIR, "system": "In French."})], tokenizer, SFT(), 512)
+    [pair] = load_pairs([write({**PAIR, "system": "In French."})], tokenizer, 512, SFT())
     assert pair.chosen.ids.tolist() == tokenizer.encode_chat([*said, assistant("blue")])[0]
     for nothing in (None, "", " ", []):
         assert load_prompts([write({**GOOD, "system": nothing})])[0]["prompt"] == "red or blue?"
@@ -172,7 +172,7 @@ def test_a_system_column_is_the_system_turn_in_every_shape(write, tokenizer):
      ({**GOOD, "system_prompt": "s"
        }, "'system_prompt' cannot be honoured: it is a system turn; give --columns system=system_prompt")])
 def test_a_system_column_that_cannot_be_followed_is_refused(row, says, write, tokenizer):
-    assert says in refused(load_examples, [write(row)], tokenizer, SFT(), 64)
+    assert says in refused(load_examples, [write(row)], tokenizer, 64, SFT())
 
 
 def test_a_developer_is_the_system_and_a_list_of_text_parts_is_a_text(write, tokenizer):
@@ -183,7 +183,7 @@ def test_a_developer_is_the_system_and_a_list_of_text_parts_is_a_text(write, tok
                      user(parts),
                      assistant([{"type": "text", "text": "blue"}])]
     }
-    one, other = load_examples([write(plain_row, in_parts)], tokenizer, SFT(), 64)
+    one, other = load_examples([write(plain_row, in_parts)], tokenizer, 64, SFT())
     assert one.ids.tolist() == other.ids.tolist() and one.mask.tolist() == other.mask.tolist()
     assert load_prompts([write(in_parts)])[0]["prompt"] == [system("s"), user("red or blue?")]
     assert load_prompts([write({"prompt": parts})])[0]["prompt"] == "red or blue?"
@@ -215,7 +215,7 @@ def test_a_developer_is_the_system_and_a_list_of_text_parts_is_a_text(write, tok
                           (user("a", documents=[{}]), "no documents")])
 def test_a_turn_that_is_not_understood_is_refused_with_its_place_and_reason(message, says, write, tokenizer):
     path = write(GOOD, {"messages": [message, assistant("b")]})
-    for load in (lambda: load_examples([path], tokenizer, SFT(), 64), lambda: load_prompts([path]),
+    for load in (lambda: load_examples([path], tokenizer, 64, SFT()), lambda: load_prompts([path]),
                  lambda: read_jsonl(path) and load_prompts([path])):
         with pytest.raises(ValueError, match=f"^{path}:2: .*{says}"):
             load()
@@ -233,19 +233,19 @@ def test_a_key_of_a_row_that_carries_meaning_is_refused_by_every_reader_and_an_e
         key, value, write, tokenizer):
     path, empty = write(GOOD, {**GOOD, key: value}), {**GOOD, key: type(value)()}
     for load in (read_jsonl, lambda path: load_prompts([path]),
-                 lambda path: load_examples([path], tokenizer, SFT(), 64)):
+                 lambda path: load_examples([path], tokenizer, 64, SFT())):
         with pytest.raises(ValueError, match=f"^{path}:2: '{key}' cannot be honoured: "):
             load(path)
     texts = [{**GOOD, key: text} for text in ("[]", "null", "")]
-    assert len(load_examples([write(empty, {**GOOD, key: None}, *texts)], tokenizer, SFT(), 64)) == 5
+    assert len(load_examples([write(empty, {**GOOD, key: None}, *texts)], tokenizer, 64, SFT())) == 5
     pair = write({**PAIR, key: value}, name="pairs.jsonl")
     with pytest.raises(ValueError, match=f"^{pair}:1: '{key}' cannot be honoured: "):
-        load_pairs([pair], tokenizer, SFT(), 64)
+        load_pairs([pair], tokenizer, 64, SFT())
 
 
 def test_unknown_keys_of_messages_are_named_once_with_their_count_and_first_place(write, tokenizer, capsys):
     path = write(GOOD, *[{"messages": [user("a", name="Ann"), assistant("b", model="m", name="Bo")]}] * 2)
-    assert len(load_examples([path], tokenizer, SFT(), 64)) == 3
+    assert len(load_examples([path], tokenizer, 64, SFT())) == 3
     err = capsys.readouterr().err
     assert err.startswith(f"{path}: keys of messages that are not read: ") and err.count("\n") == 1
     assert f"'name' (4 times, the first: {path}:2)" in err
@@ -266,8 +266,8 @@ def test_unknown_keys_of_messages_are_named_once_with_their_count_and_first_plac
 def test_two_shapes_in_one_row_are_refused(row, write, tokenizer):
     """One of them was dropped in silence: the plain text beat the messages, and all of it was supervised."""
     path = write(GOOD, row)
-    assert refused(load_examples, [path], tokenizer, SFT(),
-                   64).startswith(f"{path}:2: two shapes in one row, ")
+    assert refused(load_examples, [path], tokenizer, 64,
+                   SFT()).startswith(f"{path}:2: two shapes in one row, ")
 
 
 def test_a_second_prompt_that_says_the_same_is_no_second_shape(write, tokenizer):
@@ -275,15 +275,15 @@ def test_a_second_prompt_that_says_the_same_is_no_second_shape(write, tokenizer)
     talk = {"messages": [system("s"), *TALK]}
     path = write({**talk, "prompt": "red or blue?"}, {**talk, "prompt": TALK[:3]},
                  {**GOOD, "text": "", "messages": None, "chosen": None})
-    assert len(load_examples([path], tokenizer, SFT(), 512)) == 3 and len(load_prompts([path])) == 3
+    assert len(load_examples([path], tokenizer, 512, SFT())) == 3 and len(load_prompts([path])) == 3
     sides = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
     path = write({"prompt": "a", **sides, "messages": sides["chosen"]}, {**PAIR, "chosen": "other"})
-    assert len(load_pairs([path], tokenizer, SFT(), 512)) == 2 == len(load_prompts([path]))
+    assert len(load_pairs([path], tokenizer, 512, SFT())) == 2 == len(load_prompts([path]))
     assert "two shapes in one row" in refused(
-        load_pairs, [write({"prompt": "a", **sides, "messages": sides["rejected"]})], tokenizer, SFT(), 64)
+        load_pairs, [write({"prompt": "a", **sides, "messages": sides["rejected"]})], tokenizer, 64, SFT())
     assert "two shapes in one row" in refused(load_prompts, [write({"prompt": "a", "text": "b"})])
     assert "two shapes in one row" in refused(load_pairs, [write({**PAIR, "completion": "b"})], tokenizer,
-                                              SFT(), 64)
+                                              64, SFT())
 
 
 @pytest.mark.parametrize("row, says",
@@ -294,7 +294,7 @@ def test_a_second_prompt_that_says_the_same_is_no_second_shape(write, tokenizer)
                           ({"messages": [user("a"), assistant("b")], "label": False}, "label False")])
 def test_an_answer_that_is_unwanted_or_one_of_two_is_no_example(row, says, write, tokenizer):
     path = write({**GOOD, "label": True}, row)
-    message = refused(load_examples, [path], tokenizer, SFT(), 64)
+    message = refused(load_examples, [path], tokenizer, 64, SFT())
     assert message.startswith(f"{path}:2: ") and says in message
 
 
@@ -319,11 +319,11 @@ def test_control_tokens_spelled_in_data_are_counted_and_refused_unless_they_are_
                       ({**PAIR, "chosen": text}, load_pairs), ({**PAIR, "rejected": text}, load_pairs)):
         good = GOOD if load is load_examples else PAIR
         path = write(good, row, good, row)
-        message = refused(load, [path], tokenizer, SFT(), 512)
+        message = refused(load, [path], tokenizer, 512, SFT())
         assert message.startswith(
             f"{path}: 2 of 4 rows spell control tokens ("
         ) and f"the first: {path}:2)" in message and "--allow-control-tokens" in message
-        assert len(load([path], tokenizer, SFT(allow_control_tokens=True), 512)) == 4
+        assert len(load([path], tokenizer, 512, SFT(allow_control_tokens=True))) == 4
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "2 of 4 rows spell control tokens" in err
     assert "spell control tokens" in refused(load_prompts, [write({"prompt": text})], SFT(), tokenizer)
@@ -336,7 +336,7 @@ def test_control_tokens_spelled_in_data_are_counted_and_refused_unless_they_are_
     "if a < b and c > d: e[0] |= <f>", "<|not a name|>"
 ])
 def test_prose_markup_and_code_are_no_control_tokens(text, write, tokenizer, capsys):
-    assert len(load_examples([write({**GOOD, "prompt": text}, {"text": text})], tokenizer, SFT(), 512)) == 2
+    assert len(load_examples([write({**GOOD, "prompt": text}, {"text": text})], tokenizer, 512, SFT())) == 2
     assert capsys.readouterr().err == ""
 
 
@@ -353,7 +353,7 @@ def test_columns_rename_other_peoples_keys_and_a_whole_number_is_its_text(write,
     assert plain(prompt) == {"solution": "because", "language": "sw", "prompt": "How many?"}
     row = {"q": "a", "good": "b", "bad": "c", "sys": "s", "lang": "fra_Latn"}
     columns = {"prompt": "q", "chosen": "good", "rejected": "bad", "system": "sys", "language": "lang"}
-    [pair] = load_pairs([write(row)], tokenizer, SFT(columns=columns), 64)
+    [pair] = load_pairs([write(row)], tokenizer, 64, SFT(columns=columns))
     assert pair.chosen.language == "fr" and pair.chosen.ids.tolist() == tokenizer.encode_chat(
         [system("s"), user("a"), assistant("b")])[0]
     assert learnt({"dialogue": TALK}, columns={"messages": "dialogue"}) == [["wrong answer", "blue"]]
@@ -364,7 +364,7 @@ def test_columns_rename_other_peoples_keys_and_a_whole_number_is_its_text(write,
 @pytest.mark.parametrize(
     "columns, row, says",
     [({"prompt": "question"
-       }, GOOD, ":1: no key 'question', which --columns prompt=question names; it has completion prompt"),
+       }, {"completion": "b"}, ":1: no key 'question', which --columns prompt=question names; it has completion"),
      ({"prompt": "question"}, {**GOOD, "question": "b"},
       ":1: both 'prompt' and 'question', which --columns prompt=question would rename"),
      ({"promt": "question"
@@ -377,7 +377,7 @@ def test_columns_rename_other_peoples_keys_and_a_whole_number_is_its_text(write,
      ({"prompt": "instruction", "completion": "output"}, {"instruction": "a", "input": "b", "output": "c"},
       ":1: 'input' is part of what 'instruction' asks")])
 def test_a_column_that_cannot_be_renamed_is_refused_with_its_place(columns, row, says, write, tokenizer):
-    assert says in refused(load_examples, [write(row)], tokenizer, SFT(columns=columns), 64)
+    assert says in refused(load_examples, [write(row)], tokenizer, 64, SFT(columns=columns))
 
 
 # ---- whole rows are checked --------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ def test_a_column_that_cannot_be_renamed_is_refused_with_its_place(columns, row,
                           (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' stands twice"),
                           (b'{"prompt": "a", "m": {"b": 1, "b": 1}}', "the key 'b' stands twice"),
                           (b'{"prompt": "a", "id": 1' + b"0" * 5000 + b"}", "not JSON"),
-                          (b"[" * 5000, "not JSON"), (b"", "no empty lines"),
+                          (b"[" * 5000, "not JSON"),
                           (b'"prompt"', "a JSON str, not an object")])
 def test_a_row_that_could_not_be_written_again_is_refused_when_it_is_read(line, says, write):
     """1e999 was written as Infinity, and half a surrogate pair failed at the last write, after the work."""
@@ -420,14 +420,14 @@ def test_a_cut_answer_is_left_out_and_counted_by_language_unless_it_is_kept(cut,
             {**GOOD, **cut}, {"messages": [user("a"), assistant("b", **cut)], "language": "sw"},
             {"prompt": "a", "completion": [assistant("b", **cut)], "language": "fr"}]
     path = write(*rows)
-    assert len(load_examples([path], tokenizer, SFT(), 64)) == 1
+    assert len(load_examples([path], tokenizer, 64, SFT())) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"{path}: 4 of 5 examples have an answer that was cut at its limit (finish_reason)")
     assert err.endswith(f" keeps them; by language: fr 2, other 1, sw 1; the first: {path}:2\n")
     assert err.count("\n") == 1
-    assert len(load_examples([path], tokenizer, SFT(keep_cut=True),
-                             64)) == 5 and capsys.readouterr().err == ""
-    assert "nothing to train on is left" in refused(load_examples, [write(*rows[1:])], tokenizer, SFT(), 64)
+    assert len(load_examples([path], tokenizer, 64,
+                             SFT(keep_cut=True))) == 5 and capsys.readouterr().err == ""
+    assert "nothing to train on is left" in refused(load_examples, [write(*rows[1:])], tokenizer, 64, SFT())
 
 
 def test_an_earlier_answer_that_was_cut_is_context_only(learnt, capsys):
@@ -442,10 +442,10 @@ def test_an_earlier_answer_that_was_cut_is_context_only(learnt, capsys):
 def test_a_pair_of_which_an_answer_was_cut_is_left_out_and_counted(cut, write, tokenizer, capsys):
     path = write({**PAIR, "chosen_finish_reason": "stop", "rejected_finish_reason": "stop"},
                  {**PAIR, **cut, "language": "fr"})
-    assert len(load_pairs([path], tokenizer, SFT(), 64)) == 1
+    assert len(load_pairs([path], tokenizer, 64, SFT())) == 1
     err = capsys.readouterr().err
     assert "1 of 2 pairs have an answer that was cut" in err and "by language: fr 1; " in err
-    assert len(load_pairs([path], tokenizer, SFT(keep_cut=True), 64)) == 2
+    assert len(load_pairs([path], tokenizer, 64, SFT(keep_cut=True))) == 2
 
 
 # ---- too long ----------------------------------------------------------------------------------------------
@@ -454,20 +454,20 @@ def test_a_pair_of_which_an_answer_was_cut_is_left_out_and_counted(cut, write, t
 def test_a_text_that_is_too_long_is_refused_skipped_or_cut_at_the_left(write, tokenizer, capsys):
     row = {"prompt": "hi " * 40, "completion": "blue"}
     path = write(GOOD, row)
-    message = refused(load_examples, [path], tokenizer, SFT(too_long="refuse", max_length=32), 32)
+    message = refused(load_examples, [path], tokenizer, 32, SFT(too_long="refuse", max_length=32))
     assert message.startswith(f"{path}:2: ") and "longer than --max-length 32 tokens" in message
     assert "longer than the model's 32 positions" in refused(load_examples, [path], tokenizer,
-                                                             SFT(too_long="refuse"), 32)
-    assert len(load_examples([path], tokenizer, SFT(max_length=32), 32)) == 1
+                                                             32, SFT(too_long="refuse"))
+    assert len(load_examples([path], tokenizer, 32, SFT(max_length=32))) == 1
     says = f"1 of 2 examples are longer than --max-length 32 tokens and are left out; the first: {path}:2\n"
     assert says in capsys.readouterr().err
     whole = tokenizer.encode_chat(conversation(row, "x"))[0]
-    _, example = load_examples([path], tokenizer, SFT(too_long="cut-left"), 32)
+    _, example = load_examples([path], tokenizer, 32, SFT(too_long="cut-left"))
     assert example.ids.tolist() == [tokenizer.bos_id, *whole[-31:]] and answers(
         tokenizer, example.ids, example.mask) == ["blue"]
     assert "1 of 2 examples are longer than the model's 32 positions and lose the oldest" in capsys.readouterr().err
     path = write(GOOD, {"prompt": "hi", "completion": "hi " * 60})
-    assert len(load_examples([path], tokenizer, SFT(too_long="cut-left"), 32)) == 1
+    assert len(load_examples([path], tokenizer, 32, SFT(too_long="cut-left"))) == 1
     assert "even with their prompts cut, and are left out" in capsys.readouterr().err
 
 
@@ -482,7 +482,7 @@ def test_of_an_earlier_answer_that_the_cut_goes_through_nothing_is_learnt(write,
     ]
     ids, mask = tokenizer.encode_chat(talk)
     for limit in range(20, len(ids)):
-        [example] = load_examples([write({"messages": talk})], tokenizer, SFT(too_long="cut-left"), limit)
+        [example] = load_examples([write({"messages": talk})], tokenizer, limit, SFT(too_long="cut-left"))
         assert len(example.ids) == limit and answers(tokenizer, example.ids,
                                                      example.mask)[-2:] in (["red", "blue"], ["blue"])
         learnt = answers(tokenizer, example.ids, example.mask)
@@ -492,14 +492,14 @@ def test_of_an_earlier_answer_that_the_cut_goes_through_nothing_is_learnt(write,
 def test_both_sides_of_a_pair_have_the_same_cut_prompt(write, tokenizer, capsys):
     path = write({"prompt": "hi " * 40, "chosen": "blue blue blue", "rejected": "red"},
                  {"prompt": "hi", "chosen": "b " * 60, "rejected": "red"})
-    [pair] = load_pairs([path], tokenizer, SFT(too_long="cut-left"), 32)
+    [pair] = load_pairs([path], tokenizer, 32, SFT(too_long="cut-left"))
     prompts = [side.ids[~side.mask].tolist() for side in (pair.chosen, pair.rejected)]
     assert prompts[0] == prompts[1] and len(pair.chosen.ids) == 32 and prompts[0][0] == tokenizer.bos_id
     assert [answers(tokenizer, side.ids, side.mask)
             for side in (pair.chosen, pair.rejected)] == [["blue blue blue"], ["red"]]
     assert "1 of 2 pairs are longer than" in capsys.readouterr().err
     assert "tokens, longer than the model's 32 positions" in refused(load_pairs, [path], tokenizer,
-                                                                     SFT(too_long="refuse"), 32)
+                                                                     32, SFT(too_long="refuse"))
 
 
 def test_prompts_that_are_too_long_are_refused_skipped_or_cut_by_the_policy(write, capsys):
@@ -529,10 +529,10 @@ def test_a_pair_of_answers_with_equal_ids_is_named_and_left_out(chosen, rejected
     """Such pairs were trained on at ln 2, and AdamW moved the weights all the same."""
     equal = {"prompt": "a", "chosen": chosen, "rejected": rejected}
     path = write(*[PAIR] * 30, equal)
-    assert len(load_pairs([path], tokenizer, SFT(), 64)) == 30
+    assert len(load_pairs([path], tokenizer, 64, SFT())) == 30
     says = "1 of 31 pairs have the same answer as chosen and rejected"
     assert capsys.readouterr().err == f"{path}: {says}: {path}:31; they are left out\n"
-    assert "1 of 1 pairs have the same answer" in refused(load_pairs, [write(equal)], tokenizer, SFT(), 64)
+    assert "1 of 1 pairs have the same answer" in refused(load_pairs, [write(equal)], tokenizer, 64, SFT())
 
 
 # ---- what other commands write is read ---------------------------------------------------------------------
@@ -556,3 +556,45 @@ def test_a_tokenizer_is_trained_on_all_texts_of_every_shape(write):
         assert texts_in(row, "x:1") == texts
     [(where, row)] = read_jsonl(write({"question": "How many?", "answer": 6}), Reading(columns=columns))
     assert texts_in(row, where) == ["How many?", "6"]
+
+
+# ---- what a newcomer's files were refused for, or lost in silence -----------------------------------------------
+
+
+def test_lines_without_a_row_are_passed_over_and_places_stay(write, tokenizer):
+    path = write(b"\xef\xbb\xbf", b"", GOOD, b"  \r", {"prompt": "a"}, b"", b"")
+    assert refused(load_examples, [path], tokenizer, 64).startswith(f"{path}:5: no example")
+
+
+@pytest.mark.parametrize("data, says", [(b"\x1f\x8b\x08", "gzip"), (b"PAR1\0", "parquet"), (b"[\n{}\n]", "array")])
+def test_a_file_of_another_kind_is_named(data, says, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(data)
+    assert says in refused(read_jsonl, tmp_path / "rows.jsonl")
+
+
+def test_keys_of_rows_that_are_not_read_are_named_once_with_count_and_first_place(write, tokenizer, capsys):
+    """With --columns prompt=question the context of a question was dropped without a word."""
+    path = write(*[{"question": "a", "answer": 3, "context": "c", "margin": 2, "id": 1, "source": "x"}] * 2)
+    columns = {"prompt": "question", "completion": "answer"}
+    assert len(load_examples([path], tokenizer, 64, SFT(columns=columns))) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"keys that are not read: 'context' (2 times, the first: {path}:1)" in err
+    assert "'margin'" in err and "'id'" not in err and "'source'" not in err
+
+
+def test_a_file_that_has_our_names_already_is_read_as_it_is_beside_one_that_has_others(write, tokenizer):
+    path = write({"question": "a", "completion": "b"}, {"prompt": "a", "completion": "b"})
+    one, other = load_examples([path], tokenizer, 64, SFT(columns={"prompt": "question"}))
+    assert one.ids.tolist() == other.ids.tolist()
+
+
+def test_a_system_turn_may_be_empty(write, tokenizer):
+    [example] = load_examples([write({"messages": [{"role": "system", "content": ""}, user("a"), assistant("b")]})],
+                              tokenizer, 64)
+    assert answers(tokenizer, example.ids, example.mask) == ["b"]
+
+
+@pytest.mark.parametrize("key, value", [("loss_weight", 0.1), ("preamble", "p"), ("reasoning", "r"),
+                                        ("conversation", [{}])])
+def test_more_keys_that_carry_meaning_are_refused(key, value, write, tokenizer):
+    assert f"{key!r} cannot be honoured" in refused(load_examples, [write({**GOOD, key: value})], tokenizer, 64)

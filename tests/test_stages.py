@@ -25,7 +25,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(world, tmp_path_factory):
-    loaded = load_pairs([world / "pairs.jsonl"], tokenizer(), SFT(), 256)[:6]
+    loaded = load_pairs([world / "pairs.jsonl"], tokenizer(), 256, SFT())[:6]
     stages.store_reference(language_model(), loaded, 0, CPU, DPO(), tmp_path_factory.mktemp("reference") / "file", "")
     return loaded
 
@@ -44,7 +44,7 @@ def overall(metric):
 # loss functions
 
 def test_sft_is_the_summed_nats_of_the_supervised_tokens(world):
-    examples, model = load_examples([world / "sft.jsonl"], tokenizer(), SFT(), 256)[:5], language_model()
+    examples, model = load_examples([world / "sft.jsonl"], tokenizer(), 256, SFT())[:5], language_model()
     slots = slots_of(examples)
     loss, metrics = stages.sft_loss(model, collate(examples, slots=slots))
     torch.testing.assert_close(loss, -sum(full_logps(model, e) for e in examples), rtol=1e-5, atol=0)

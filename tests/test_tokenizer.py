@@ -152,7 +152,7 @@ REFUSED = {
     "thinking is cut off": (PLAIN.replace("m['content']", "m['content'].split('</think>')[-1]"), "split"),
     "a word decides": (PLAIN.replace("{% for", "{% if 'json' in messages[0].content %}x{% endif %}{% for"),
     "in of the text of a turn"),
-    "texts are cut": (PLAIN.replace("m['content']", "m['content'][:2000]"), "a slice"),
+    "texts are cut": (PLAIN.replace("m['content']", "m['content'][:20]"), "a slice"),
     "a letter is replaced": (PLAIN.replace("m['content']", "m['content'] | replace('\u00a0', ' ')"),
     "replace"),
     "only spaces are stripped": (PLAIN.replace("m['content']", "m['content'].strip(' ')"), "strip"),

@@ -600,4 +600,23 @@ def test_a_reward_model_names_a_class_of_ours_and_one_that_names_the_older_class
 
 def test_without_architectures_a_folder_is_the_language_model_of_its_model_type(folder):
     edit_json(folder / "config.json", architectures=None)
-    assert isinstance(weights.load(folder)[0], CohereForCausalLM)
+    assert type(weights.load(folder)[0]).__name__ == "CohereForCausalLM"
+
+
+def test_a_models_place_is_looked_at_before_the_work_and_an_older_model_of_its_own_is_replaced(folder, tmp_path):
+    """A user's README in RUN/model was found in the way after all the training."""
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    model, tokenizer = weights.load(folder)
+    weights.save(tmp_path / "model", model, tokenizer)
+    assert (tmp_path / "model" / "1_Pooling" / "config.json").exists()
+    weights.check_place(tmp_path / "model", model, tokenizer)
+    weights.save(tmp_path / "model", model, tokenizer)
+    for name in ("thesis.txt", "1_Pooling/thesis.txt"):
+        (tmp_path / "model" / name).write_text("thesis")
+        with pytest.raises(ValueError, match=f"{name} is in the way"):
+            weights.check_place(tmp_path / "model", model, tokenizer)
+        with pytest.raises(ValueError, match="in the way"):
+            weights.save(tmp_path / "model", model, tokenizer)
+        assert (tmp_path / "model" / name).read_text() == "thesis"
+        (tmp_path / "model" / name).unlink()
