@@ -195,6 +195,8 @@ def run_one_stage(args, device):
             print(dry_run(args.command, args.model, model, settings, args.data, args.eval_data, tokenizer, ranks, more.get("reward_model")))
         return
     folder = function(model, tokenizer, args.data, settings, args.out, device, resume=bool(args.resume), source=source, **more)
+    if args.command == "reward":
+        distributed.say("transformers loads the language model in it; the score: head of aya_min/weights.py", [folder])
     if distributed.is_main():
         print(folder)
 

@@ -97,7 +97,7 @@ def read_jsonl(path, reading=None):
         if row.get("language") is not None:
             row["language"] = canonical(row["language"], where)
         check_keys(row, where, unknown)
-        for key in sorted(row.keys() - READ):
+        for key in sorted(row.keys() - READ) if shapes_in(row) else ():      # else the row is refused
             if not is_empty(row[key]):
                 unread[key] = (unread[key][0] + 1, unread[key][1]) if key in unread else (1, where)
         rows.append((where, row))

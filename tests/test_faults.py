@@ -663,7 +663,7 @@ def test_one_ranks_poisoned_step_stops_all_ranks_before_the_weights_move_and_is_
 # ---- F18-F20: data -----------------------------------------------------------------------------------------------------------------
 
 GOOD = b'{"prompt": "hi", "completion": "secret"}\n'
-LINES = {"blank": b"\n", "cut": GOOD[:20], "array": b'["secret"]\n', "missing key": b'{"prompt": "secret"}\n',
+LINES = {"cut": GOOD[:20], "array": b'["secret"]\n', "missing key": b'{"prompt": "secret"}\n',
          "wrong type": b'{"prompt": "hi", "completion": 5}\n', "null": b'{"prompt": "hi", "completion": null}\n', "invalid UTF-8": b'{"prompt": "\xff", "completion": "secret"}\n',
          "bare NaN": b'{"prompt": "hi", "completion": "secret", "score": NaN}\n', "lone surrogate": b'{"prompt": "hi", "completion": "secret \\ud83d"}\n',
          "10 MB": b'{"prompt": "hi", "completion": "' + b"secret " * 1_500_000 + b"\n", "deep": b"[" * 100_000 + b"\n"}

@@ -124,7 +124,7 @@ POOL_FLAGS = {
     "--pairs none/pairs.jsonl": "none/pairs.jsonl: there is no such folder; make it first",
     "--pairs out.jsonl.partial": "--pairs and --out are the same file",
     "--pairs ./out.jsonl": "--pairs and --out are the same file",
-    "--models A A": "--models names A twice",
+    "--models A A": "--models is given twice",
 }
 
 
@@ -136,6 +136,12 @@ def test_a_flag_out_of_its_range_is_refused_by_its_name_before_anything_is_read_
     (here / "prompts.jsonl").write_bytes(before["prompts.jsonl"])
     assert (code, out, len(err)) == (2, "", 1) and {**FLAGS, **POOL_FLAGS}[flags] in err[0], err
     assert tree(here) == before
+
+
+def test_a_model_that_is_named_twice_is_refused(call, here):
+    before = tree(here)
+    code, _, err = call(POOL.replace("--models A B", "--models A A"))
+    assert (code, len(err)) == (2, 1) and "--models names A twice" in err[0] and tree(here) == before
 
 
 @pytest.mark.parametrize("words, says", [
@@ -581,7 +587,7 @@ def test_a_mistake_ends_all_ranks_alike_and_leaves_nothing(here, long):
     before = tree(here)
     skip = f"{ASK} --too-long skip"
     for ranks, line, says in ((2, ASK, "prompts.jsonl:3"), (3, f"{skip} --model nan-A", "down_proj"),
-                              (2, f"{skip} --prompts prompts.jsonl none", "none: ")):
+                              (2, skip.replace("prompts.jsonl", "prompts.jsonl none"), "none: ")):
         errors = on_ranks(ranks, on_a_rank, line)
         assert len(set(errors)) == 1 and says in errors[0], errors
         assert tree(here) == before
