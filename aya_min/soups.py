@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import __version__, distributed, merging, tensorfiles
+from . import __version__, merging, tensorfiles
 from .alike import config_differences, different, files_along, meaning, remarks, shown, tokenizer_differences
 from .command import one_line
 from .files import Digests, new_folder, write_json
@@ -136,7 +137,7 @@ def look_into(inputs, allow_config_differences=False):
 
 def tell(said):
     for text in dict.fromkeys(said):
-        distributed.say(text)
+        print(one_line(text), file=sys.stderr)
 
 
 def differences(folder, header, first, first_header):
