@@ -34,8 +34,8 @@ TRAINING_ONLY = ("dropout", "dropout_prob", "dropout_p", "pdrop", "layerdrop")  
 # What is said and not refused. Without scaled rope, max_position_embeddings is a limit and computes nothing.
 SAID = {"eos_token_id", "bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"}
 # Compared where both have it: the tensors show it, or older files leave it out.
-IF_BOTH = {"architectures", "layer_types", "model_type", "tie_word_embeddings", "vocab_size", "num_attention_heads",
-           "num_key_value_heads"}
+IF_BOTH = {"architectures", "layer_types", "model_type", "tie_word_embeddings", "vocab_size",
+           "num_attention_heads", "num_key_value_heads"}
 # Of cohere and cohere2, what ModelConfig may refuse.
 NOT_OURS = ("attention_bias", "attention_dropout", "hidden_act", "rope_parameters", "rope_scaling")
 OLD_NAMES = {"CohereForSequenceClassification": "CohereRewardModel",
@@ -113,7 +113,8 @@ def flat(config, before=""):
         whole = type(num) is int and few_layers(config) and type(pattern) is int and pattern > 0
         pattern = layer_pattern(num, pattern) if whole else f"a sliding_window_pattern of {pattern}"
         config["layer_types"] = pattern
-    if not config.get("sliding_window") and all(kind == "full_attention" for kind in config.get("layer_types") or []):
+    kinds = config.get("layer_types") or []
+    if not config.get("sliding_window") and all(kind == "full_attention" for kind in kinds):
         config.pop("layer_types", None)                     # all that there is without a window
     found = {}
     for key, value in config.items():

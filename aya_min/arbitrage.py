@@ -52,7 +52,7 @@ def read_answers(path, rows, reading=None, tokenizer=None):
         code, text = missing[0].get("language"), missing[0]["prompt_messages"][-1]["content"]
         raise ValueError(f"{path}: no answer for {len(missing)} of {len(rows)} prompts, the first: "
                          f"{missing[0].get('prompt_where', '')} {text[:60]!r} in {code or 'no language'}; "
-                         "a teacher's file needs one line for each prompt, of the same language if it says one")
+                         "a teacher's file needs one line for each prompt, in its language if it says one")
     return found
 
 

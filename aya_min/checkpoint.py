@@ -178,11 +178,12 @@ def is_older(folder, made):
     It has no other files than that, no links, and weights of the same size."""
     sizes = {str(path.relative_to(made)): path.stat().st_size for path in made.rglob("*") if path.is_file()}
     weights = [name for name in sizes if name.endswith(".safetensors") and (folder / name).is_file()]
-    return not others_in(folder, sizes) and all((folder / name).stat().st_size == sizes[name] for name in weights)
+    same_sizes = all((folder / name).stat().st_size == sizes[name] for name in weights)
+    return same_sizes and not others_in(folder, sizes)
 
 
 def others_in(folder, names):
-    """What lies in a folder beside the files of these names: its paths, links and other folders among them."""
+    """What lies in a folder beside the files of these names: paths, links and other folders among them."""
     known = {*names, *(str(part) for name in names for part in Path(name).parents)}
     if not folder.is_dir() or folder.is_symlink():
         return [folder] if os.path.lexists(folder) else []

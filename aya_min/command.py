@@ -135,8 +135,8 @@ def guarded(main, name):
 
 
 def is_spare_rank():
-    """Whether torchrun started this process beside a rank 0 that does all the work of the command. A RANK from
-    elsewhere, a scheduler's, says nothing of that."""
+    """Whether torchrun started this process beside a rank 0 that does all the work of the command. A RANK
+    from elsewhere, a scheduler's, says nothing of that."""
     rank = os.environ.get("RANK", "0")
     if not rank.isdecimal():
         raise ValueError(f"RANK is {rank!r} in the environment, no whole number; leave it to torchrun, or "

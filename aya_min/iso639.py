@@ -153,10 +153,12 @@ Cyrl ab ady alt av ba be bg bua ce chm cu cv dar inh kaa kbd kk koi krc kum kv k
 myv nog os ru rue sah sel sr tg tt tyv udm uk xal;
 Deva anp awa bgc bho bra brx doi gom gon hi hif hne kok kru mag mai mr mwr ne new raj sa xnr;
 Cans cr crj crk crl crm csw iu oj ojs; Hans gan hak hsn lzh nan wuu zh; Ethi am byn gez ti tig wal;
-Hebr he jpr jrb lad yi; Beng as bn bpy ctg mni rkt syl; Grek el grc pnt tsd; Tfng ber shi tzm zen zgh; Geor ka xmf;
-Hmnp hnj mww; Knda kn tcy; Mymr ksw mnw my shn; Sinh pi si; Syrc aii syc syr; Taml bfq ta; Tibt bo dz khg; Xsux akk hit;
+Hebr he jpr jrb lad yi; Beng as bn bpy ctg mni rkt syl; Grek el grc pnt tsd; Tfng ber shi tzm zen zgh;
+Geor ka xmf; Hmnp hnj mww; Knda kn tcy; Mymr ksw mnw my shn; Sinh pi si; Syrc aii syc syr; Taml bfq ta;
+Tibt bo dz khg; Xsux akk hit;
 Armi arc; Armn hy; Avst ae; Bali kaw; Bamu bax; Brah kho; Cakm ccp; Cher chr; Copt cop; Egyp egy; Goth got;
 Gujr gu; Guru pa; Hant yue; Jpan ja; Kana ain; Khmr km; Kore ko; Laoo lo; Latg mga; Mlym ml; Mong mnc mvf;
 Newa nwc; Nkoo nqo; Olck sat; Orya or; Osge osa; Phli pal; Phnx phn; Rohg rhg; Runr non; Samr sam;
-Saur saz; Sgnw ase; Sogd sog; Tavt blt; Telu te; Thaa dv; Thai th; Ugar uga; Vaii vai; Xpeo peo; Lana nod; Tale tdd; Yiii ii
+Saur saz; Sgnw ase; Sogd sog; Tavt blt; Telu te; Thaa dv; Thai th; Ugar uga; Vaii vai;
+Xpeo peo; Lana nod; Tale tdd; Yiii ii
 """

@@ -16,8 +16,8 @@ def score_texts(model, tokenizer, rows, batch_size=64, name="the reward model", 
 
     An empty completion is scored like any other text. model: a RewardModel, plain or sharded; name: what
     messages call it. too_long: what to do with texts that pass the model's positions: refuse, skip (their
-    score is None, their number is said), or cut-left (the oldest tokens of their prompts are dropped; an answer
-    that passes them alone is not scored).
+    score is None, their number is said), or cut-left (the oldest tokens of their prompts are dropped; an
+    answer that passes them alone is not scored).
     """
     model.eval()
     device = next(model.parameters()).device
@@ -58,7 +58,9 @@ def fitted(examples, long, positions, too_long, name, places):
         raise ValueError(f"{found}; shorten them, or give --too-long skip or cut-left")
     answers = {i: int(examples[i].mask.sum()) for i in long}
     unscored = [i for i in long if too_long == "skip" or answers[i] > positions - 2]
-    fates = [f"{len(long) - len(unscored)} lose the oldest tokens of their prompts"] * (too_long == "cut-left")
+    fates = []
+    if too_long == "cut-left":
+        fates = [f"{len(long) - len(unscored)} lose the oldest tokens of their prompts"]
     fates += [f"{len(unscored)} are not scored"] * bool(unscored)
     distributed.say(f"{found}; {', '.join(fates)}")
     examples = list(examples)

@@ -25,8 +25,8 @@ OF_MESSAGES = {"role", "content", "weight", "train", *ENDINGS}
 CARRIED = set("""
     source kind level category subcategory cluster task args candidates teacher scores reward score grade
     seen_language why model seed sample logp num_tokens chosen_reward rejected_reward chosen_teacher
-    rejected_teacher dataset url user_id annotation_type template_id dataset_name sub_dataset_name split idx index
-    uid uuid prompt_id split_type created license script task_type annotator_id""".split())
+    rejected_teacher dataset url user_id annotation_type template_id dataset_name sub_dataset_name split idx
+    index uid uuid prompt_id split_type created license script task_type annotator_id""".split())
 
 # Ends of an answer that is not finished: OpenAI, vLLM; Anthropic, Gemini; Mistral; our own chat after Ctrl-C.
 CUT = {"length", "max_tokens", "model_length", "interrupted", "content_filter", "error"}

@@ -18,6 +18,7 @@ from .files import MARK, parse_json, read_bytes, read_json, write_json, write_js
 from .model import RewardModel
 from .reward import score_texts
 from .sampling import answer_rows
+from .tokenizer import FILES
 
 
 @dataclass
@@ -59,9 +60,9 @@ def step(run, name, title, make):
 
 
 # What steps leave in their folders.
-OWN = {"config.json", "metrics.jsonl", "eval.json", "tokenizer.json", "tokenizer_config.json", "state", "model",
-       "checkpoints", "reference.safetensors", "profile.json", ".lock", "candidates.jsonl", "pairs.jsonl",
-       "greedy.jsonl", "sampled.jsonl", "done.json"}
+OWN = {"config.json", "metrics.jsonl", "eval.json", "tokenizer.json", "tokenizer_config.json", "state",
+       "model", "checkpoints", "reference.safetensors", "profile.json", ".lock", "candidates.jsonl", "pairs.jsonl",
+       "greedy.jsonl", "sampled.jsonl", "done.json", *FILES}
 
 
 def _clear(folder):
@@ -75,7 +76,8 @@ def _clear(folder):
     if folder.exists():
         names = {path.name for path in folder.iterdir()} - OWN
         if others := sorted(name for name in names if not name.endswith(MARK)):
-            raise ValueError(f"{folder} holds what this run did not make ({' '.join(others[:5])}); move it elsewhere")
+            raise ValueError(f"{folder} holds what this run did not make ({' '.join(others[:5])}); move it "
+                             "elsewhere")
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     return False
@@ -110,7 +112,7 @@ def data_file(run, name, rows):
 
 
 def rows_of(path):
-    """The rows of a step's own file. Earlier versions wrote a model's NUL as it came; it is read as U+FFFD."""
+    """The rows of a step's own file. Earlier versions wrote a model's NUL as it came: it is read as U+FFFD."""
     lines = re.sub(rb"(?<!\\)((?:\\\\)*)\\u0000", rb"\1\\ufffd", read_bytes(path)).split(b"\n")
     return [parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 

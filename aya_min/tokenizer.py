@@ -327,8 +327,8 @@ def read_settings(folder, files):
         raise ValueError(f"{path}: a JSON {type(config).__name__}, not an object; copy or download it again")
     checked(config.get("tokenizer_class"), (str, type(None)), f"{path}: tokenizer_class")
     if config.get("split_special_tokens"):
-        raise ValueError(f"{path}: split_special_tokens, which cuts control tokens into letters elsewhere; set "
-                         "it to false")
+        raise ValueError(f"{path}: split_special_tokens, which cuts control tokens into letters elsewhere; "
+                         "set it to false")
     return config
 
 
@@ -355,8 +355,8 @@ def load_tokenizer(folder):
     config = read_settings(folder, files)
     if not config.get("chat_template") and "chat_template.jinja" not in files:
         if own_file(folder, "additional_chat_templates/default.jinja"):
-            raise ValueError(f"{folder}: its chat template is additional_chat_templates/default.jinja; move it "
-                             "to chat_template.jinja")
+            raise ValueError(f"{folder}: its chat template is additional_chat_templates/default.jinja; move "
+                             "it to chat_template.jinja")
     try:
         return Tokenizer(bpe, config, files)
     except ValueError as error:

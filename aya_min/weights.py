@@ -172,12 +172,13 @@ def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.
 
 
 def check_place(folder, model, tokenizer):
-    """Refuse, before any work, a place in which `save` will not put the model: with files that it does not write."""
+    """Refuse, before any work, a place where `save` will not put the model: one with other files."""
     specs = {name: ("F32", tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     names = {*tensorfiles.plan(specs), "model.safetensors.index.json", "config.json", *WRITTEN,
              *map(str, getattr(model, "came_with", ({}, {}))[1])}
     if others := others_in(Path(folder), names):
-        raise ValueError(f"{others[0]} is in the way of the model that is published at the end; move it elsewhere")
+        raise ValueError(f"{others[0]} is in the way of the model that is published at the end; move it "
+                         "elsewhere")
 
 
 def write_descriptions(folder, model, tokenizer, dtype):
