@@ -191,7 +191,8 @@ class Journal:
 
     def close(self):
         if self.file:
-            self.file.close()
+            with suppress(OSError):                 # a full disk was told with the file's name by `add`
+                self.file.close()
         if self.lock:
             os.close(self.lock)
         self.file = self.lock = None

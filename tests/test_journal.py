@@ -317,3 +317,14 @@ def test_of_two_that_make_it_at_once_one_is_told_that_the_other_is_at_work(folde
     first[0].add("a", 1)
     first[0].remove()
     assert list(folder.parent.iterdir()) == []
+
+
+def test_a_full_disk_is_told_with_the_journals_file(tmp_path):
+    """Closing the file failed a second time, without its name, and that was all that was said."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    with pytest.raises(OSError) as caught, Journal(tmp_path / "out.partial", {}) as journal:
+        journal.file.close()
+        journal.file = open("/dev/full", "w", encoding="utf-8")
+        journal.add("key", [{"completion": "x" * 100_000}])
+    assert str(journal.path) == caught.value.filename and "No space left" in str(caught.value)
