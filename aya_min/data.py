@@ -18,7 +18,7 @@ from .rows import (ENDINGS, OF_PAIRS, SHAPES, is_cut, is_plain_text, pair_of, pl
 from .spelled import Spelled
 
 SKIP = Reading(too_long="skip")                     # how examples are read where nothing else is said
-EQUAL_SHARE = 0.05                                  # of pairs with two equal answers: more are refused
+EQUAL_SHARE = 0.5                                   # of pairs with two equal answers: more are refused
 
 
 # ---- examples ----------------------------------------------------------------------------------------------
