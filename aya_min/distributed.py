@@ -86,24 +86,33 @@ def launch(command, timeout=1800):
         except Stopped as stopped:
             if is_main():
                 print(stopped, file=sys.stderr)
-            close()
-            sys.exit(128 + stopped.number)
+            leave(128 + stopped.number)
         except (ValueError, OSError) as error:
             if not is_main():           # nearly always rank 0 says the same, and torchrun then ends this one in its sleep
                 time.sleep(2)
             print(f"error{'' if is_main() else f' on rank {rank()}'}: {one_line(error)}", file=sys.stderr)
-            sys.exit(2)
+            leave(2, group=False)           # the other ranks may still wait in a collective of the group
         except Exception:
             first = f"rank {rank()} failed; if no other did so before it, " if num_ranks() > 1 else ""
             print(f"error: {first}{OURS}", file=sys.stderr)
             raise
-        if num_ranks() > 1:
-            close()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)                 # gloo's threads were seen to abort a rank that had done all its work
-        close()
+        leave(0)
     run()
+
+
+def leave(code, group=True):
+    """End with this exit code (one process with code 0: return). group: leave the process group first, which
+    waits for the others. One of several ranks ends without Python's own clearing up: gloo's
+    threads were seen to abort a rank in it (exit code -6), after all its work and after a refusal alike."""
+    several = num_ranks() > 1
+    if group:
+        close()
+    if several:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def restart_count():
