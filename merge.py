@@ -7,7 +7,7 @@
     python merge.py diff A B --base BASE
     python merge.py search A B C D --prompts F.jsonl --out DIR  the weights of linear, searched by CMA-ES
 
-Each method has only the flags that it uses (python merge.py METHOD --help). The methods: aya_min/merging.py; the files: aya_min/soups.py; the search: aya_min/search.py.
+Each method has only the flags that it uses (python merge.py METHOD --help). The methods: aya_min/merge_methods.py; the files: aya_min/merge_folders.py; the search: aya_min/merge_search.py.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from aya_min.command import WHOLE, Parser, guarded, is_spare_rank, number, printable
 from aya_min.config import Reading, add_flags
 from aya_min.files import Digests, read_json
-from aya_min.mergeconfig import METHODS, OUTPUT_DTYPES, RANGES, check_settings, from_config, to_config
+from aya_min.merge_config import METHODS, OUTPUT_DTYPES, RANGES, check_settings, from_config, to_config
 
 FLAGS = {    # setting: what its flag takes; names and ranges of those that are numbers are RANGES
     "base": {"metavar": "DIR", "required": True, "help": "the model that the others were trained from"},
@@ -35,7 +35,7 @@ FLAGS = {    # setting: what its flag takes; names and ranges of those that are 
     "lam": {"metavar": "L", "help": "scale of the merged task vector; default: %(default)s"},
     "seed": {"help": "of the random drops; default: %(default)s"},
     "convention": {"choices": ["paper", "mergekit"],
-                   "help": "where they differ, see aya_min/merging.py; default: %(default)s"},
+                   "help": "where they differ, see aya_min/merge_methods.py; default: %(default)s"},
 }
 SUMMARIES = {"linear": "weighted average, the weights divided by their sum (what Aya Expanse uses)",
              "slerp": "spherical interpolation of two models",
@@ -139,13 +139,13 @@ def main(arguments=None):
     config, is_json, only_print = (options.pop(key, None) for key in ("config", "json", "print_config"))
     try:
         if options["method"] == "search":
-            from aya_min import front
+            from aya_min import merge_front
             # models and training: two seconds that the other methods do not need
-            from aya_min.search import search_folders
+            from aya_min.merge_search import search_folders
             flags = {field.name: options.pop(field.name) for field in fields(Reading)}
             options["reading"] = {name: value for name, value in flags.items() if value is not None}
             result = search_folders(**{key: value for key, value in options.items() if key != "method"})
-            print(printable(front.table(result)))
+            print(printable(merge_front.table(result)))
             print(printable(f"{options['out']}: model, search.json, evaluations.jsonl, report.html"))
             return 0
         if config:
@@ -162,7 +162,7 @@ def main(arguments=None):
         with Digests() as digests:
             if options.get("hashes", method != "diff"):
                 digests.begin(weight_files([*folders, options["base"]] if "base" in options else folders))      # while torch is imported
-            from aya_min.soups import compare_folders, merge_folders, table
+            from aya_min.merge_folders import compare_folders, merge_folders, table
             if method == "diff":
                 rows = compare_folders(*folders, options["base"], options.get("device", "cpu"))
                 print(json.dumps(rows, indent=1) if is_json else table(rows))

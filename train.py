@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from aya_min import checks, config, distributed, pipeline, stages, steps, weights
+from aya_min import pipeline_checks, config, distributed, pipeline, stages, pipeline_steps, weights
 from aya_min.command import Parser, number, printable
 from aya_min.data import read_jsonl
 from aya_min.estimate import dry_run
@@ -220,13 +220,13 @@ def run_whole_recipe(args, device):
     record = {"preset": args.preset, "arms": args.arms, "seed": recipe.seed, "recipe": asdict(recipe),
               "clusters": clusters, **{k: v for k, v in own.items() if v}}
     distributed.from_main(lambda: check_run_folder(out, record, preset))
-    checks.check_clusters(clusters, own=bool(args.base))
+    pipeline_checks.check_clusters(clusters, own=bool(args.base))
     if args.base:
-        own["prompts"], own["eval_prompts"] = checks.check_own(recipe, clusters, args.arms, **own)
+        own["prompts"], own["eval_prompts"] = pipeline_checks.check_own(recipe, clusters, args.arms, **own)
     else:
-        checks.check_world(recipe, clusters)
+        pipeline_checks.check_world(recipe, clusters)
     num_prompts = len(own["prompts"]) if args.base else None
-    checks.check_sizes(recipe, clusters, distributed.num_ranks(), num_prompts)
+    pipeline_checks.check_sizes(recipe, clusters, distributed.num_ranks(), num_prompts)
 
     def open_folder():
         out.mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ def run_whole_recipe(args, device):
     own |= {k: Path(own[k]) for k in ("base", "arbiter", "judge") if own[k]}
     with ExitStack() as held:
         distributed.from_main(open_folder)
-        summary = pipeline.run_recipe(steps.Run(out, recipe, device, clusters, args.arms, **own))
+        summary = pipeline.run_recipe(pipeline_steps.Run(out, recipe, device, clusters, args.arms, **own))
     if distributed.is_main():
         print(printable(f"\n{table(summary)}\n\n{out / 'report.html'}"))
 

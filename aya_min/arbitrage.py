@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from . import distributed
 from .preferences import ANSWER, count_cut, usable
 from .rows import conversation, finish_reason, prompt_of, read_jsonl
-from .spelled import Spelled
+from .control_tokens import Spelled
 
 
 def candidates_from(rows, answers, scores=None):

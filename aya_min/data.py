@@ -15,7 +15,7 @@ from .config import Reading
 from .lengths import EARLIER_CUT, NOT_LEARNT, WAS_CUT, LeftOut, fitting_example, fitting_pair
 from .rows import (ENDINGS, OF_PAIRS, SHAPES, is_cut, is_plain_text, pair_of, plain_text, prompt_of, read_jsonl,
                    supervised, trained)
-from .spelled import Spelled
+from .control_tokens import Spelled
 
 SKIP = Reading(too_long="skip")                     # how examples are read where nothing else is said
 EQUAL_SHARE = 0.5                                   # of pairs with two equal answers: more are refused

@@ -16,8 +16,8 @@ import torch
 
 from . import distributed, stages, weights, world_data
 from .arbitrage import candidates_from, read_answers, route
-from .charts import finite
-from .checks import teacher_name
+from .report_charts import finite
+from .pipeline_checks import teacher_name
 from .command import printable
 from .config import DPO, RLOO, SFT, Pretrain, Reward, model_preset
 from .data import plain
@@ -26,9 +26,9 @@ from .languages import LANGUAGES, SHARED, cluster_languages, home_language
 from .model import CohereForCausalLM, init_weights
 from .preferences import best_worst
 from .report import write_report
-from .results import evaluate_model, judge_arbiter, summarize_run
-from .soups import merge_folders
-from .steps import answers_of, data_file, rows_of, scores_of, settings, step, train_step
+from .pipeline_results import evaluate_model, judge_arbiter, summarize_run
+from .merge_folders import merge_folders
+from .pipeline_steps import answers_of, data_file, rows_of, scores_of, settings, step, train_step
 from .tokenizer import load_tokenizer, train_tokenizer
 from .world import gold_answer, questions
 

@@ -10,11 +10,11 @@ reward and the oracle's grade part ways. Whatever a run did not record is left o
 import sys
 from pathlib import Path
 
-from .charts import (STYLE, around, axis, bar, chart, clock, esc, finite, grid, heat_map, interval_text, join, legend, lines, mark,
+from .report_charts import (STYLE, around, axis, bar, chart, clock, esc, finite, grid, heat_map, interval_text, join, legend, lines, mark,
                      number, section, track, within)
 from .command import guarded, is_spare_rank
 from .files import depth, own_file, parse_object, read_bytes, read_json, write_whole
-from .front import search_part
+from .merge_front import search_part
 from .languages import LANGUAGES, SHARED
 
 DECODINGS = ("greedy", "sampled")

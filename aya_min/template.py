@@ -1,4 +1,4 @@
-"""Chat templates rendered without Jinja: `Template(source).render(variables)`; see also expressions.py.
+"""Chat templates rendered without Jinja: `Template(source).render(variables)`; see also template_expressions.py.
 
 White space is trimmed as in transformers (trim_blocks, lstrip_blocks). Only what templates in Cohere's format
 need of Jinja is known here. The rest is refused when it is executed, not when it is read: a branch for tools
@@ -9,7 +9,7 @@ nor fill memory.
 import re
 from types import SimpleNamespace
 
-from .expressions import GLOBALS, LONGEST, Loop, applied, constant, expression, later, refuse, text_of
+from .template_expressions import GLOBALS, LONGEST, Loop, applied, constant, expression, later, refuse, text_of
 
 MOST_STEPS = 200_000            # of all renderings of a template
 OPEN = re.compile(r"\{([{%#])(-?)")

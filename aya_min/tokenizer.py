@@ -8,7 +8,7 @@ Text is encoded turn by turn, with special tokens never read out of it, so the b
 text cannot forge a turn. Aya Expanse, Aya 23 and Command R write turns like this. Command R7B, Command A and
 Tiny Aya put an answer between <|START_RESPONSE|> (which ends the prompt) and <|END_RESPONSE|> (which the
 model says before it ends the turn). What a folder's chat template writes is followed exactly, or the folder
-is refused: see turns.py.
+is refused: see template_turns.py.
 """
 
 import json
@@ -21,7 +21,7 @@ from tokenizers import (Regex, Tokenizer as BPE, decoders, models, normalizers, 
 
 from .command import one_line
 from .files import dumps, own_file, parse_json, read_bytes
-from .turns import PROBES, read_turns
+from .template_turns import PROBES, read_turns
 
 SPECIALS = ["<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK_TOKEN>", "<BOS_TOKEN>", "<EOS_TOKEN>", "<EOP_TOKEN>",
             "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>",

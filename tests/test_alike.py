@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 from aya_min import weights
 from aya_min.alike import config_differences, files_along, meaning, tokenizer_differences
 from aya_min.command import guarded
-from aya_min.mergeconfig import from_config
-from aya_min.soups import compare_folders, merge_folders, table
+from aya_min.merge_config import from_config
+from aya_min.merge_folders import compare_folders, merge_folders, table
 from merge import main
 
 COHERE = {"model_type": "cohere", "architectures": ["CohereForCausalLM"], "vocab_size": 400,

@@ -1,4 +1,4 @@
-"""merge.py, aya_min/soups.py and aya_min/mergeconfig.py: whole folders in, a whole folder out, or one line that says why not."""
+"""merge.py, aya_min/merge_folders.py and aya_min/merge_config.py: whole folders in, a whole folder out, or one line that says why not."""
 
 import errno
 import hashlib
@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from small import language_model, reward_model, tokenizer
 
-from aya_min import merging, soups, tensorfiles, weights
+from aya_min import merge_methods, tensorfiles, weights
 from aya_min.command import guarded
 from aya_min.files import Digests, mark
-from aya_min.mergeconfig import METHODS, from_config, number_at
-from aya_min.soups import compare_folders, merge_folders
+from aya_min.merge_config import METHODS, from_config, number_at
+from aya_min.merge_folders import compare_folders, merge_folders
 from merge import main, weight_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +88,7 @@ def given(method, **settings):
 def in_memory(method, name, seeds=(1, 2, 3), **settings):
     """One tensor of the models of these seeds, merged whole, fp32."""
     more = ({"base": tensors(9)[name]} if "base" in METHODS[method] else {}) | ({"name": name} if "seed" in METHODS[method] else {})
-    return merging.merge(getattr(merging, method.replace("-", "_")), [tensors(seed)[name] for seed in seeds], **more, **settings)
+    return merge_methods.merge(getattr(merge_methods, method.replace("-", "_")), [tensors(seed)[name] for seed in seeds], **more, **settings)
 
 
 def assert_equal(state, other):
@@ -217,7 +217,7 @@ def test_the_paper_s_ties_trims_the_task_vector_of_the_whole_model_and_mergekit_
 @pytest.mark.parametrize("method, settings", [("linear", {"weights": [1, 2, 3]}), ("slerp", {"t": 0.3}), ("model-stock", {}),
                                               ("ties", {"weights": [1, 2, 3], "density": [0.4] * 3, "convention": "mergekit"})])
 def test_tensors_larger_than_a_piece_merge_as_in_memory(method, settings, folders, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(soups, "PIECE", 64)
+    monkeypatch.setattr("aya_min.merge_folders.PIECE", 64)
     num = 2 if method == "slerp" else 3
     state = state_of(merge_folders(folders[:num], tmp_path / "out", method, **settings, **given(method, base=base), dtype="float32"))
     for name in ("body.embed.weight", "body.layers.0.proj.weight", "temperature"):
@@ -245,7 +245,7 @@ def test_a_gradient_runs_over_the_layers_and_a_filter_picks_by_name(tmp_path):
 
 def test_the_output_has_the_dtype_of_the_first_model_or_the_one_asked_for_and_config_says_so(tmp_path):
     first, second, third = write(tmp_path / "A", tensors(1)), write(tmp_path / "B", tensors(2, torch.float32)), write(tmp_path / "C", tensors(3, torch.float16))
-    expected = merging.merge(merging.linear, [tensors(1)["score.weight"], tensors(2, torch.float32)["score.weight"], tensors(3, torch.float16)["score.weight"]], weights=[1, 1, 1])
+    expected = merge_methods.merge(merge_methods.linear, [tensors(1)["score.weight"], tensors(2, torch.float32)["score.weight"], tensors(3, torch.float16)["score.weight"]], weights=[1, 1, 1])
     for out, dtype in (("own", torch.bfloat16), ("asked", torch.float16)):
         merge_folders([first, second, third], tmp_path / out, "linear", dtype=None if out == "own" else "float16")
         state = load_file(tmp_path / out / "model.safetensors")
@@ -370,7 +370,7 @@ def test_merges_load_in_transformers_and_merge_from_what_it_saves(tmp_path):
     assert not any(info.values()) and loaded.dtype == torch.bfloat16
     one, two = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in "12")
     for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, merging.merge(merging.linear, [one[name], two[name]], weights=[1, 1]).bfloat16()), name
+        assert torch.equal(tensor, merge_methods.merge(merge_methods.linear, [one[name], two[name]], weights=[1, 1]).bfloat16()), name
 
 
 # before torch
@@ -557,7 +557,7 @@ def test_a_text_of_the_command_line_that_is_not_utf_8_is_one_line(folders, tmp_p
 
 
 def test_a_fault_of_ours_says_so(folders, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(soups, "write_the_rest", None)
+    monkeypatch.setattr("aya_min.merge_folders.write_the_rest", None)
     with pytest.raises(SystemExit) as stop:
         guarded(lambda: main(["linear", *map(str, folders), "--out", str(tmp_path / "out")]), "merge.py")
     error = capsys.readouterr().err
@@ -814,13 +814,13 @@ def test_a_folder_of_the_user_s_is_not_removed_whatever_its_name(name, folders, 
 
 
 def test_a_merge_that_loses_a_race_for_its_output_leaves_nothing_and_says_so(folders, tmp_path, monkeypatch):
-    out, rest = tmp_path / "new" / "out", soups.write_the_rest
+    out, rest = tmp_path / "new" / "out", sys.modules[merge_folders.__module__].write_the_rest
 
     def other_first(*arguments):
         rest(*arguments)
         out.mkdir()
         (out / "theirs").write_text("whole")
-    monkeypatch.setattr(soups, "write_the_rest", other_first)
+    monkeypatch.setattr("aya_min.merge_folders.write_the_rest", other_first)
     with pytest.raises(ValueError, match="out exists; give another folder, nothing is overwritten"):
         merge_folders(folders, out, "linear")
     assert [path.name for path in (tmp_path / "new").rglob("*")] == ["out", "theirs"]
@@ -845,7 +845,7 @@ def test_a_merge_that_fails_in_the_middle_takes_the_folders_above_its_output_wit
 
 def peak(commands):
     """Bytes of resident memory at most, mapped pages included, of a process that runs merge.py with these arguments one after the other."""
-    code = "import json, merge, sys, aya_min.soups; [merge.main(command) for command in json.loads(sys.argv[1])]; print(open('/proc/self/status').read())"
+    code = "import json, merge, sys, aya_min.merge_folders; [merge.main(command) for command in json.loads(sys.argv[1])]; print(open('/proc/self/status').read())"
     done = subprocess.run([sys.executable, "-c", code, json.dumps([list(map(str, command)) for command in commands])], cwd=ROOT, env=ENVIRONMENT | {"OMP_NUM_THREADS": "2"},
                           capture_output=True, text=True, check=True)
     assert done.stdout.count(" of ") == sum("--out" in command for command in commands), done.stderr

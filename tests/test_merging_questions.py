@@ -10,7 +10,7 @@ from small import CPU, language_model, tokenizer
 
 from aya_min import config, stages, weights
 from aya_min.pipeline import sft_settings, train_clusters_and_merge
-from aya_min.steps import Run
+from aya_min.pipeline_steps import Run
 from aya_min.world import gold_answer, questions
 
 SCRIPT = runpy.run_path(str(Path(__file__).parent / "bench" / "merging_questions.py"))

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from small import CPU
 
-from aya_min import config, steps
+from aya_min import config, pipeline_steps
 from train import main
 
 
@@ -157,7 +157,7 @@ def test_what_a_user_brings_is_looked_at_before_any_work(smoke, tmp_path, monkey
 
 def test_what_a_user_put_into_a_step_is_refused_and_kept_and_a_killed_steps_own_rest_goes(tmp_path):
     """A folder with any config.json, and the folder of a killed step, were removed with all that was in them."""
-    run = steps.Run(tmp_path / "run", config.Recipe(), CPU, {})
+    run = pipeline_steps.Run(tmp_path / "run", config.Recipe(), CPU, {})
 
     def make(folder, resume):
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,22 +169,22 @@ def test_what_a_user_put_into_a_step_is_refused_and_kept_and_a_killed_steps_own_
     (theirs / "config.json").write_text("{}")
     (theirs / "thesis.txt").write_text("thesis")
     with pytest.raises(KeyboardInterrupt):
-        steps.step(run, "killed", "a step", make)
+        pipeline_steps.step(run, "killed", "a step", make)
     (killed := tmp_path / "run" / "steps" / "killed" / "thesis.txt").write_text("thesis")
     for folder in (theirs, killed.parent):
         with pytest.raises(ValueError, match=r"holds what this run did not make \(thesis.txt\)"):
-            steps.step(run, folder.name, "a step", make)
+            pipeline_steps.step(run, folder.name, "a step", make)
         assert (folder / "thesis.txt").read_text() == "thesis"
     killed.unlink()
     (tmp_path / "go").touch()
-    assert steps.step(run, "killed", "a step", make)["name"] == "killed"
+    assert pipeline_steps.step(run, "killed", "a step", make)["name"] == "killed"
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run" / "steps" / "linked").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="linked: a link"):
-        steps.step(run, "linked", "a step", make)
+        pipeline_steps.step(run, "linked", "a step", make)
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_nul_that_an_earlier_version_wrote_into_a_step_is_read(tmp_path):
     (tmp_path / "candidates.jsonl").write_text('{"a": "x\\u0000y", "b": "\\\\u0000"}\n')
-    assert steps.rows_of(tmp_path / "candidates.jsonl") == [{"a": "x\ufffdy", "b": "\\u0000"}]
+    assert pipeline_steps.rows_of(tmp_path / "candidates.jsonl") == [{"a": "x\ufffdy", "b": "\\u0000"}]

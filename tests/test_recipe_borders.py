@@ -9,7 +9,7 @@ import pytest
 from small import ROOT, language_model, reward_model, tokenizer
 
 import train
-from aya_min import checks, config, pipeline, report, results, steps, weights
+from aya_min import pipeline_checks, config, pipeline, report, pipeline_results, pipeline_steps, weights
 from aya_min.evaluate import summarize
 from aya_min.files import write_jsonl
 from aya_min.languages import CLUSTERS
@@ -106,18 +106,18 @@ def test_a_cluster_that_leaves_no_language_elsewhere_has_lessons_all_the_same():
 
 def test_sizes_are_counted_over_the_ranks():
     recipe = config.Recipe(**config.RECIPES["smoke"])
-    checks.check_sizes(recipe, CLUSTERS, 2)
+    pipeline_checks.check_sizes(recipe, CLUSTERS, 2)
     with pytest.raises(ValueError, match="--batch-size 32 does not divide over 3 ranks"):
-        checks.check_sizes(recipe, CLUSTERS, 3)
+        pipeline_checks.check_sizes(recipe, CLUSTERS, 3)
     with pytest.raises(ValueError, match="--prompts: 31 prompts are fewer than one batch of 32"):
-        checks.check_sizes(recipe, CLUSTERS, 1, 31)
+        pipeline_checks.check_sizes(recipe, CLUSTERS, 1, 31)
 
 
 def test_every_preset_passes_its_own_checks():
     for preset in config.RECIPES.values():
         recipe = config.settings_from(config.Recipe, preset)
-        checks.check_sizes(recipe, CLUSTERS, 2)
-        checks.check_world(recipe, CLUSTERS)
+        pipeline_checks.check_sizes(recipe, CLUSTERS, 2)
+        pipeline_checks.check_world(recipe, CLUSTERS)
 
 
 # ---- what a user brings ------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_what_a_user_brings_that_cannot_be_used_is_refused_before_any_work(chang
 def checked(own, **settings):
     recipe = config.Recipe(**{**config.RECIPES["smoke"], **settings})
     folders = {name: own / name for name in ("A", "B", "RM")}
-    return lambda prompts, teachers=(), **more: checks.check_own(
+    return lambda prompts, teachers=(), **more: pipeline_checks.check_own(
         recipe, CLUSTERS, "main", base=folders["A"], prompts=[own / prompts], arbiter=folders["RM"],
         teachers=[folders["A"], folders["B"], *(own / t for t in teachers)], **more)
 
@@ -280,8 +280,8 @@ def test_candidates_that_the_arbiter_could_not_score_are_left_out():
     row = {"prompt": "p", "prompt_where": "f:1", "candidates": [{"teacher": "a", "reward": None},
                                                                 {"teacher": "b", "reward": 0.0}]}
     assert pipeline.scored(row) == {"prompt": "p", "candidates": [{"teacher": "b", "reward": 0.0}]}
-    assert results.mean_reward([{"reward": None},
-                                {"reward": 2.0}]) == 2.0 and results.mean_reward([{"reward": None}]) is None
+    assert pipeline_results.mean_reward([{"reward": None},
+                                {"reward": 2.0}]) == 2.0 and pipeline_results.mean_reward([{"reward": None}]) is None
 
 
 def test_cut_answers_are_counted_for_each_language():
@@ -293,13 +293,13 @@ def test_cut_answers_are_counted_for_each_language():
 
 
 def test_an_answer_carries_its_finish_reason_and_never_a_nul(own, monkeypatch):
-    run = steps.Run(own, config.Recipe(max_new_tokens=4), "cpu", CLUSTERS)
+    run = pipeline_steps.Run(own, config.Recipe(max_new_tokens=4), "cpu", CLUSTERS)
     rows = questions("train", 3, 0, level="tiny")
-    answers = steps.answers_of(run, own / "A", rows, num_samples=2)
+    answers = pipeline_steps.answers_of(run, own / "A", rows, num_samples=2)
     assert all(set(a) == {"completion", "finish_reason"} for group in answers for a in group)
     nul = [[{"completion": "a\0b", "finish_reason": "length", "ids": [], "logp": 0.0}]]
-    monkeypatch.setattr(steps, "answer_rows", lambda *args, **more: nul)
-    assert steps.answers_of(run, own / "A", rows[:1]) == [[{"completion": "a\ufffdb",
+    monkeypatch.setattr(pipeline_steps, "answer_rows", lambda *args, **more: nul)
+    assert pipeline_steps.answers_of(run, own / "A", rows[:1]) == [[{"completion": "a\ufffdb",
                                                             "finish_reason": "length"}]]
 
 

@@ -1,4 +1,4 @@
-"""report.py and charts.py: the page is whole, safe and honest about its judge, and leaves out what a run did not record."""
+"""report.py and report_charts.py: the page is whole, safe and honest about its judge, and leaves out what a run did not record."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from aya_min import charts, report
+from aya_min import report_charts, report
 from aya_min.command import guarded
 
 VOID = {"meta", "br"}
@@ -293,23 +293,23 @@ def test_a_metrics_line_still_being_written_is_left_out_and_a_broken_one_is_name
 
 def test_a_long_curve_keeps_its_mean_in_at_most_200_points():
     points = [(i, float(i % 7)) for i in range(2003)]
-    short = charts.downsample(points)
-    assert len(short) == charts.MAX_POINTS == 200 and charts.downsample(points[:200]) == points[:200]
-    assert sum(y for _, y in charts.downsample(points[:2000])) / 200 == pytest.approx(sum(y for _, y in points[:2000]) / 2000)
-    drawn = charts.lines("loss", [("loss", points, "a")])
+    short = report_charts.downsample(points)
+    assert len(short) == report_charts.MAX_POINTS == 200 and report_charts.downsample(points[:200]) == points[:200]
+    assert sum(y for _, y in report_charts.downsample(points[:2000])) / 200 == pytest.approx(sum(y for _, y in points[:2000]) / 2000)
+    drawn = report_charts.lines("loss", [("loss", points, "a")])
     assert len(re.search(r'points="(.*?)"', drawn)[1].split()) == 200 and ">2002</text>" in drawn
 
 
 def test_a_scale_holds_every_value_and_the_line_of_no_effect():
-    assert charts.around(50, [52.0, None, float("nan")]) == (45, 55)
-    assert charts.around(50, [81.2, 93.1]) == (45, 95) and charts.around(50, [12.0]) == (10, 55)
-    assert charts.place(50, (45, 95)) == "10.00%" and charts.place(120, (0, 100)) == "100.00%"
+    assert report_charts.around(50, [52.0, None, float("nan")]) == (45, 55)
+    assert report_charts.around(50, [81.2, 93.1]) == (45, 95) and report_charts.around(50, [12.0]) == (10, 55)
+    assert report_charts.place(50, (45, 95)) == "10.00%" and report_charts.place(120, (0, 100)) == "100.00%"
 
 
 def test_numbers_are_written_for_people():
-    assert [charts.short(x) for x in (0, 3e-5, .6234, 12, 1196, 12345, 1234567)] == ["0", "3e-05", "0.623", "12", "1196", "12.35k", "1.235M"]
-    assert [charts.clock(x) for x in (7.49, 59.7, 200, 3725, None)] == ["7.5 s", "1 min 00 s", "3 min 20 s", "1 h 02 min", "–"]
-    assert [charts.number(x, 1) for x in (1234.56, None, float("nan"))] == ["1,234.6", "–", "–"]
+    assert [report_charts.short(x) for x in (0, 3e-5, .6234, 12, 1196, 12345, 1234567)] == ["0", "3e-05", "0.623", "12", "1196", "12.35k", "1.235M"]
+    assert [report_charts.clock(x) for x in (7.49, 59.7, 200, 3725, None)] == ["7.5 s", "1 min 00 s", "3 min 20 s", "1 h 02 min", "–"]
+    assert [report_charts.number(x, 1) for x in (1234.56, None, float("nan"))] == ["1,234.6", "–", "–"]
 
 
 def refusal(capsys, *arguments):
@@ -475,9 +475,9 @@ def test_a_script_in_a_search_is_shown_and_not_run(tmp_path):
 
 
 def test_an_axis_has_few_numbers_however_long_its_scale_is():
-    assert len(re.findall("<text", charts.axis((0, 3), 1))) == 4
+    assert len(re.findall("<text", report_charts.axis((0, 3), 1))) == 4
     for high in (100, 1e9, 1e99):
-        assert 2 <= len(re.findall("<text", charts.axis((0, high), 1))) <= charts.MAX_TICKS + 1
+        assert 2 <= len(re.findall("<text", report_charts.axis((0, high), 1))) <= report_charts.MAX_TICKS + 1
 
 
 def test_answers_cut_at_their_limit_are_counted_in_table_and_page(tmp_path):

@@ -14,7 +14,7 @@ from aya_min.config import DPO, RLOO, SFT
 from aya_min.data import collate, collate_pairs, load_examples, load_pairs, slots_of
 from aya_min.losses import rloo_advantages
 from aya_min.sampling import generate
-from aya_min.soups import merge_folders
+from aya_min.merge_folders import merge_folders
 from aya_min.files import write_jsonl
 
 

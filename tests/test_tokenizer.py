@@ -13,7 +13,7 @@ from aya_min.languages import LANGUAGES
 from aya_min.template import Template
 from aya_min.tokenizer import (CHAT_TEMPLATE, RESPONSE, RESPONSE_TEMPLATE, SPECIALS, load_tokenizer, meaning_of,
                                train_tokenizer)
-from aya_min.turns import read_turns
+from aya_min.template_turns import read_turns
 
 WORDS = Path(__file__).parent.parent / "aya_min" / "words"
 REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "parallel.jsonl"

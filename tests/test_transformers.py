@@ -16,7 +16,7 @@ from test_tokenizer import AYA, COMMAND_A, COMMAND_R7B, FOLLOWED, TINY_AYA, publ
 from aya_min import weights
 from aya_min.reward import score_texts
 from aya_min.sampling import generate
-from aya_min.soups import merge_folders
+from aya_min.merge_folders import merge_folders
 from aya_min.tokenizer import RESPONSE_TEMPLATE, load_tokenizer, train_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; only these "

@@ -35,13 +35,13 @@ from aya_min.languages import LANGUAGES, SHARED                                 
 from aya_min.model import CohereForCausalLM, init_weights                                                       # noqa: E402
 from aya_min.pipeline import dpo_settings, sft_settings, train_clusters_and_merge                               # noqa: E402
 from aya_min.preferences import best_worst                                                                      # noqa: E402
-from aya_min.results import evaluate_model                                                                      # noqa: E402
-from aya_min.soups import merge_folders                                                                         # noqa: E402
-from aya_min.steps import Run, rows_of, settings, step, train_step                                # noqa: E402
+from aya_min.pipeline_results import evaluate_model                                                                      # noqa: E402
+from aya_min.merge_folders import merge_folders                                                                         # noqa: E402
+from aya_min.pipeline_steps import Run, rows_of, settings, step, train_step                                # noqa: E402
 from aya_min.tokenizer import load_tokenizer                                                                    # noqa: E402
 
 STARTS = {"sft": "base", "no-shared": "base", "offline": "sft", "online-1": "offline"}      # merged stage of the recipe -> what its clusters started from
-METHODS = ("slerp", "ties", "dare-ties", "model-stock")      # the settings of mergeconfig.py, the papers' where they give any
+METHODS = ("slerp", "ties", "dare-ties", "model-stock")      # the settings of merge_config.py, the papers' where they give any
 DECODINGS = ("greedy", "sampled")
 
 # (question, what the papers say, [(A, B, what the win rate of A against B tells)]); a model is VARIANT/NAME, recipe/NAME the finished run's

@@ -19,11 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from aya_min import front, stages, weights, world_data
+from aya_min import merge_front, stages, weights, world_data
 from aya_min.config import SFT
 from aya_min.evaluate import bootstrap_mean
-from aya_min.fitness import graded, of_models
-from aya_min.search import search_folders
+from aya_min.merge_fitness import graded, of_models
+from aya_min.merge_search import search_folders
 from aya_min.files import write_jsonl                                                   # noqa: E402
 from aya_min.world import TINY_TASKS, questions                                         # noqa: E402
 
@@ -75,7 +75,7 @@ def search_one(run, out, args):
                        allow_negative=args.allow_negative, leave_one_out=True)
     searched = time.perf_counter()
     result = json.loads((out / "search" / "search.json").read_text(encoding="utf-8"))
-    print(f"\n{run}\n{front.table(result)}\n", flush=True)
+    print(f"\n{run}\n{merge_front.table(result)}\n", flush=True)
     rows = questions("test", args.held_out, f"recycle/{seed}", level="tiny", unique=True)
     ids, grades = [row["question_id"] for row in rows], answers_of(result, folders, rows, 32)
 
@@ -87,17 +87,17 @@ def search_one(run, out, args):
     column["held-out: best single"] += f" ({result['best']})"
     for a, b in (("CMA-ES", "greedy soup"), ("CMA-ES", "uniform soup"), ("CMA-ES", "best single"), ("greedy soup", "uniform soup"), ("uniform soup", "best single")):
         column[f"{a} minus {b}"] = cell([x - y for x, y in zip(grades[a], grades[b])], sign="+")
-    column |= {f"fitness: {row['name']}": f"{front.macro(row['fitness']):.3f}" for row in result["rows"]}
-    models, whole = sorted(result["models"], key=lambda model: -model["weight"]), front.macro(result["rows"][-1]["held-out"])
-    hurt = {model["name"]: whole - front.macro(model["without"]) for model in models}
-    pair = front.trade_off([model["fitness"] for model in models])
+    column |= {f"fitness: {row['name']}": f"{merge_front.macro(row['fitness']):.3f}" for row in result["rows"]}
+    models, whole = sorted(result["models"], key=lambda model: -model["weight"]), merge_front.macro(result["rows"][-1]["held-out"])
+    hurt = {model["name"]: whole - merge_front.macro(model["without"]) for model in models}
+    pair = merge_front.trade_off([model["fitness"] for model in models])
     column["checkpoints in the greedy soup"] = str(sum(weight > 0 for weight in result["rows"][2]["weights"]))
     column["weights above 0.01"] = f"{sum(model['weight'] > 0.01 for model in models)} of {len(models)}"
     column["largest weights"] = ", ".join(f"{model['name']} {model['weight']:.2f}" for model in models[:5])
     column["left out one by one, the held-out average falls for"] = f"{sum(fall > 0 for fall in hurt.values())} of {len(hurt)}; most for {max(hurt, key=hurt.get)}: {max(hurt.values()):.3f}"
-    column["weight of the weakest five checkpoints (fitness) together"] = f"{sum(m['weight'] for m in sorted(models, key=lambda m: front.macro(m['fitness']))[:5]):.2f}"
+    column["weight of the weakest five checkpoints (fitness) together"] = f"{sum(m['weight'] for m in sorted(models, key=lambda m: merge_front.macro(m['fitness']))[:5]):.2f}"
     column["tasks that trade off most (correlation over the checkpoints)"] = f"{pair[0]}, {pair[1]} ({pair[2]:.2f})"
-    column["on the Pareto front over all tasks, held-out"] = ", ".join(name for name, _, on in front.contenders(result)[:4] if on) or "none of the four"
+    column["on the Pareto front over all tasks, held-out"] = ", ".join(name for name, _, on in merge_front.contenders(result)[:4] if on) or "none of the four"
     column["points tried; seconds: specialists, search"] = f"{result['evaluations']}; {trained - started:.0f}, {searched - trained:.0f}"
     return column
 

@@ -3,7 +3,7 @@
 Nothing here knows an architecture: reward models, tied heads or models of other families merge as well. Whatever differs between the
 inputs (names, shapes, configuration, tokenizer: alike.py) is refused before any work. The output is written
 beside its place and published whole, so an interrupted merge leaves nothing that looks whole. The methods
-are in merging.py, their settings in mergeconfig.py.
+are in merge_methods.py, their settings in merge_config.py.
 
 Memory does not grow with the models: each core has one piece of each model, read, merged and written by one thread. Integer and boolean
 tensors, which have no average, must be equal in all inputs; so must a tied head and its embedding, and the head is not written.
@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import __version__, merging, tensorfiles
+from . import __version__, merge_methods, tensorfiles
 from .alike import config_differences, different, files_along, meaning, remarks, shown, tokenizer_differences
 from .command import one_line
 from .files import Digests, new_folder, write_json
-from .mergeconfig import OUTPUT_DTYPES, check_settings, layer_of, settings_by_tensor, to_config
+from .merge_config import OUTPUT_DTYPES, check_settings, layer_of, settings_by_tensor, to_config
 from .tokenizer import files_to_publish
 from .tensorfiles import DTYPES, drop_tied_head, equal, first_of, num_bytes, places, read_config, read_header, read_piece
 
@@ -196,7 +196,7 @@ def workers():
 
 
 def over(names, inputs, pool, device, bar):
-    """merging.py's `over`: a function that runs work(start, tensors) on all pieces of these tensors, in order. inputs: places, the base's last."""
+    """merge_methods.py's `over`: a function that runs work(start, tensors) on all pieces of these tensors, in order. inputs: places, the base's last."""
     def run(work, every=1):
         for name in names:
             one = lambda span: (work(span[0], [read_piece(place[name], *span).to(device) for place in inputs]), span[1])      # noqa: E731
@@ -211,10 +211,10 @@ def merge_files(folder, files, headers, method, settings, values, device, progre
     paper_ties = method == "ties" and settings["convention"] == "paper"
     passes = {"slerp": 2, "model-stock": 2, "ties": 2}.get(method, 1) + ("seed" in settings and settings["convention"] == "mergekit")
     size = passes * sum(num_bytes(*headers[0][name][1:]) for name in values)
-    function, inputs, outputs = getattr(merging, method.replace("-", "_")), [places(header) for header in headers], tensorfiles.create(folder, files)
+    function, inputs, outputs = getattr(merge_methods, method.replace("-", "_")), [places(header) for header in headers], tensorfiles.create(folder, files)
     bar = tqdm(total=size, desc="merge", unit="B", unit_scale=True, disable=not progress)
     with bar, workers() as pool:
-        limits = merging.thresholds(over(list(values), inputs, pool, device, bar), settings["density"]) if paper_ties else None
+        limits = merge_methods.thresholds(over(list(values), inputs, pool, device, bar), settings["density"]) if paper_ties else None
         for name, place in outputs.items():
             if name not in values:                                                   # look_into found them equal
                 for span in spans(place[3]):
@@ -262,7 +262,7 @@ def compare_folders(first, second, base=None, device="cpu"):
     size = sum(num_bytes(*headers[0][name][1:]) for name in names)
     with tqdm(total=size, desc="diff", unit="B", unit_scale=True) as bar, workers() as pool:
         for name in names:
-            sums, layer = merging.total(over([name], inputs, pool, device, bar), sums_of), layer_of(name)
+            sums, layer = merge_methods.total(over([name], inputs, pool, device, bar), sums_of), layer_of(name)
             if not sums.isfinite().all():
                 refuse_infinite(name, inputs, f"the difference of {name}")
             rows = [(0, 0, name), (3, 0, "all")]
@@ -287,10 +287,10 @@ def config_rows(configs):
 
 def sums_of(start, tensors):
     """What adds up over pieces: inner products of a, b, b - a and, with a base, of the task vectors (25 or 9); parameters moved alike, and by both."""
-    a, b, *base = tensors = merging.fp32(tensors)
-    tasks = merging.task_vectors(tensors) if base else []
+    a, b, *base = tensors = merge_methods.fp32(tensors)
+    tasks = merge_methods.task_vectors(tensors) if base else []
     sides = tasks[0].sign() * tasks[1].sign() if base else torch.zeros(1)
-    return torch.cat([merging.gram([a, b, b - a, *tasks]).flatten().cpu(), torch.tensor([(sides > 0).sum(), (sides != 0).sum()], dtype=torch.float64)])
+    return torch.cat([merge_methods.gram([a, b, b - a, *tasks]).flatten().cpu(), torch.tensor([(sides > 0).sum(), (sides != 0).sum()], dtype=torch.float64)])
 
 
 def numbers_of(what, sums):

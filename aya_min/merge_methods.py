@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 
 def merge(method, tensors, base=None, **settings):
-    """A method on whole tensors in memory, any shape and floating dtype -> fp32. What soups.merge_folders does piece by piece."""
+    """A method on whole tensors in memory, any shape and floating dtype -> fp32. What merge_folders does piece by piece."""
     inputs = [tensor.flatten() for tensor in [*tensors, *([] if base is None else [base])]]
     return method(lambda work, every=1: [work(0, inputs)], **settings)(0, inputs).view(tensors[0].shape)
 

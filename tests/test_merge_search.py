@@ -1,4 +1,4 @@
-"""search.py, fitness.py and front.py: the weights that are found, what is measured, what a killed search leaves, and what is refused."""
+"""merge_search.py, merge_fitness.py and merge_front.py: the weights that are found, what is measured, what a killed search leaves, and what is refused."""
 
 import json
 import math
@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import language_model, reward_model, run, tokenizer
 
-from aya_min import files, front, search as search_module, weights
+from aya_min import files, merge_front, merge_search, weights
 from aya_min.command import guarded
 from aya_min.config import Reading
 from aya_min.evaluate import summarize
-from aya_min.fitness import (by_loss, by_oracle, graded, halves, loss_splits, of_folders, of_models,
+from aya_min.merge_fitness import (by_loss, by_oracle, graded, halves, loss_splits, of_folders, of_models,
                              read_questions, together)
-from aya_min.search import affine, average, greedy_soup, optimise, search, search_folders, softmax, without
-from aya_min.soups import merge_folders
+from aya_min.merge_search import affine, average, greedy_soup, optimise, search, search_folders, softmax, without
+from aya_min.merge_folders import merge_folders
 from aya_min.files import write_jsonl
 from aya_min.world import gold_answer, questions
 from merge import main
@@ -115,7 +115,7 @@ def test_a_search_leaves_the_merge_of_its_weights_its_rows_and_every_measurement
     result = search(pool, tmp_path / "out", toy, evaluations=160, leave_one_out=True)
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == ["best single", "uniform soup", "greedy soup", "CMA-ES"] and rows["uniform soup"]["weights"] == [0.25] * 4
-    numbers = [front.macro(row["fitness"]) for row in result["rows"]]
+    numbers = [merge_front.macro(row["fitness"]) for row in result["rows"]]
     assert numbers[3] > numbers[2] >= numbers[0] and numbers[2] >= numbers[1]
     assert rows["CMA-ES"]["fitness"] == toy(rows["CMA-ES"]["weights"], "fitness") and rows["CMA-ES"]["held-out"] == toy(rows["CMA-ES"]["weights"], "held-out")
     assert [model["name"] for model in result["models"]] == ["run-0", "run-1", "run-2", "run-3"]
@@ -168,7 +168,7 @@ def test_a_search_killed_after_it_published_its_folder_goes_on_and_ends(pool, tm
     def killed(journal):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(search_module.Journal, "remove", killed)
+        patch.setattr(merge_search.Journal, "remove", killed)
         with pytest.raises(KeyboardInterrupt):
             search(pool, tmp_path / "out", toy, evaluations=16, about="toy")
     before = everything(tmp_path / "out")
@@ -185,7 +185,7 @@ def test_a_search_killed_after_it_published_its_folder_goes_on_and_ends(pool, tm
 @pytest.mark.parametrize("left", ["nothing", "settings", "all"])
 def test_what_a_kill_during_the_clean_up_left_is_cleaned_up(left, pool, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(search_module.Journal, "remove", lambda journal: None)
+        patch.setattr(merge_search.Journal, "remove", lambda journal: None)
         search(pool, tmp_path / "out", toy, evaluations=16)
     for path in (tmp_path / "out.partial").iterdir():
         if left == "nothing" or left == "settings" and path.suffix == ".jsonl":
@@ -209,7 +209,7 @@ def test_a_search_killed_before_it_published_its_folder_goes_on_and_ends(pool, t
                                     {"leave_one_out": True}])
 def test_another_search_s_folder_is_not_taken_for_this_one_s(change, pool, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(search_module.Journal, "remove", lambda journal: None)
+        patch.setattr(merge_search.Journal, "remove", lambda journal: None)
         search(pool, tmp_path / "out", toy, evaluations=16)
     before = everything(tmp_path)
     with pytest.raises(ValueError, match="out exists already"):
@@ -334,24 +334,24 @@ def test_halves_keep_a_question_s_languages_together_and_depend_on_the_seed_alon
 # ---- what is shown -----------------------------------------------------------------------------------------------------------------
 
 def test_the_front_is_what_nothing_else_beats_everywhere():
-    assert front.pareto([(3, 1), (2, 2), (1, 3), (2, 1), (2, 2), (1, 1)]) == [True, True, True, False, True, False]
+    assert merge_front.pareto([(3, 1), (2, 2), (1, 3), (2, 1), (2, 2), (1, 1)]) == [True, True, True, False, True, False]
 
 
 def test_the_trade_off_is_the_pair_of_tasks_with_the_lowest_correlation():
-    found = front.trade_off([{"a": 1, "b": 5, "c": 1}, {"a": 2, "b": 4, "c": 1}, {"a": 3, "b": 3, "c": 4}])
-    assert found == ("a", "b", pytest.approx(-1)) and front.trade_off([{"a": 1}, {"a": 2}]) is None
+    found = merge_front.trade_off([{"a": 1, "b": 5, "c": 1}, {"a": 2, "b": 4, "c": 1}, {"a": 3, "b": 3, "c": 4}])
+    assert found == ("a", "b", pytest.approx(-1)) and merge_front.trade_off([{"a": 1}, {"a": 2}]) is None
 
 
 def test_the_page_and_the_table_show_every_row_and_run_nothing(pool, tmp_path):
     hostile = tmp_path / "<script>alert(1)" / "model"
     shutil.copytree(pool[0], hostile)
     result = search([hostile, *pool[1:]], tmp_path / "out", toy, evaluations=16, leave_one_out=True)
-    page, text = (tmp_path / "out" / "report.html").read_text(), front.table(result)
+    page, text = (tmp_path / "out" / "report.html").read_text(), merge_front.table(result)
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page and page.count("<polyline") == 2
     for name in ("uniform soup", "greedy soup", "CMA-ES", "run-1", "without it", "left", "right"):
         assert name in page and name in text
-    assert f"{front.macro(result['rows'][-1]['held-out']):.4f}" in page and "correlation" in text
-    assert {model["name"] for name, model, on in front.contenders(result) if on} <= {row["name"] for row in result["rows"] + result["models"]}
+    assert f"{merge_front.macro(result['rows'][-1]['held-out']):.4f}" in page and "correlation" in text
+    assert {model["name"] for name, model, on in merge_front.contenders(result) if on} <= {row["name"] for row in result["rows"] + result["models"]}
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------------------

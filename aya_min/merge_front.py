@@ -1,11 +1,11 @@
 """What a search over merges found, as text and as a part of the page: the rows beside each other, the Pareto front over the tasks, the weights.
 
-Reads what search.py keeps in search.json and evaluations.jsonl, never a model. Tasks are numbers, the higher the better.
+Reads what merge_search.py keeps in search.json and evaluations.jsonl, never a model. Tasks are numbers, the higher the better.
 """
 
 import math
 
-from .charts import axis, bar, chart, esc, grid, legend, number, scatter, section, track
+from .report_charts import axis, bar, chart, esc, grid, legend, number, scatter, section, track
 
 KEY = legend(("dot", "a", "CMA-ES"), ("diamond", "b", "greedy soup, uniform soup"), ("ring", "b", "one checkpoint"), ("point", "a", "points that CMA-ES tried"))
 

@@ -24,13 +24,13 @@ from .alike import identity
 from .command import in_range, shortened
 from .config import Reading, settings_from
 from .files import own_file, read_json, sha256, write_json, write_jsonl
-from .fitness import (by_command, by_loss, by_oracle, halves, loss_splits, of_folders, of_models,
+from .merge_fitness import (by_command, by_loss, by_oracle, halves, loss_splits, of_folders, of_models,
                       read_questions, refuse_shared, task_of, together)
-from .front import macro
+from .merge_front import macro
 from .journal import Journal
-from .mergeconfig import check_settings
+from .merge_config import check_settings
 from .report import write_report
-from .soups import in_the_way, look_into, merge_folders, output_folder, tell
+from .merge_folders import in_the_way, look_into, merge_folders, output_folder, tell
 
 SIGMA = 0.5                 # the first step of CMA-ES, ours (LOG.md)
 

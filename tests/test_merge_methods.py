@@ -1,4 +1,4 @@
-"""aya_min/merging.py: hand-worked values, identities, slow versions, and that a tensor merged in pieces is the tensor merged whole."""
+"""aya_min/merge_methods.py: hand-worked values, identities, slow versions, and that a tensor merged in pieces is the tensor merged whole."""
 
 import inspect
 import math
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from aya_min import merging
-from aya_min.merging import (BINS, DRAWS, SAMPLED, bernoulli, count_magnitudes, dare_linear, dare_ties, drop, gram, linear, merge, model_stock, place_of,
+from aya_min import merge_methods
+from aya_min.merge_methods import (BINS, DRAWS, SAMPLED, bernoulli, count_magnitudes, dare_linear, dare_ties, drop, gram, linear, merge, model_stock, place_of,
                              slerp, task_arithmetic, thresholds, ties, trim)
 
 SPARSE = [ties, dare_linear, dare_ties]
@@ -238,7 +238,7 @@ def test_thresholds_are_those_of_a_full_sort_whatever_the_guess_from_some_pieces
 
 def test_a_good_guess_of_a_threshold_saves_a_pass(monkeypatch):
     pieces, passes = torch.randn(40, 2, 50_000, generator=torch.Generator().manual_seed(0)), []
-    monkeypatch.setattr(merging, "SAMPLED", 4)
+    monkeypatch.setattr(merge_methods, "SAMPLED", 4)
 
     def over(work, every=1):
         passes.append(every)

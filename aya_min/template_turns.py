@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import takewhile
 from os.path import commonprefix
 
-from .expressions import Said
+from .template_expressions import Said
 from .template import Template
 
 BOS = "<BOS_TOKEN>"

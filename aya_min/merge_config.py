@@ -76,7 +76,7 @@ def check_numbers(name, value):
 
 
 def settings_by_tensor(method, settings, names):
-    """{tensor name: the settings as merging.py takes them}, numbers in the place of gradients and filters. settings: checked."""
+    """{tensor name: the settings as merge_methods.py takes them}, numbers in the place of gradients and filters. settings: checked."""
     last = max([1, *(layer_of(name) or 0 for name in names)])
     return {name: settings_of(name, (layer_of(name) or 0) / last, method, settings) for name in names}
 

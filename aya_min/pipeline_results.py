@@ -8,7 +8,7 @@ from .data import plain
 from .evaluate import compare, grade_answers, summarize
 from .files import read_json, write_jsonl
 from .languages import cluster_languages
-from .steps import answers_of, rows_of, scores_of, step
+from .pipeline_steps import answers_of, rows_of, scores_of, step
 from .world import questions
 
 

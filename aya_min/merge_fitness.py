@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import merging, weights as model_folders
+from . import merge_methods, weights as model_folders
 from .config import Reading
 from .data import batches_in_order, collate, load_examples, load_prompts, slots_of
 from .evaluate import grade_answers, group
 from .files import parse_json, scratch
 from .languages import CLUSTERS, home_clusters
 from .loop import evaluate as held_out_metrics
-from .mergeconfig import OUTPUT_DTYPES
+from .merge_config import OUTPUT_DTYPES
 from .model import RewardModel
 from .sampling import answer_rows
-from .soups import is_finite, look_into, merge_folders, over, refuse_infinite, workers
+from .merge_folders import is_finite, look_into, merge_folders, over, refuse_infinite, workers
 from .stages import sft_loss
 from .tensorfiles import DTYPES, places
 from .world import check_question
@@ -48,7 +48,7 @@ def of_models(folders, measure, dtype=None, device="cpu", allow_config_differenc
         with torch.no_grad(), workers() as pool, tqdm(disable=True) as bar:
             for name, target in model.state_dict().items():
                 pieces, code = over([name], [place for place, _ in used], pool, device, bar), OUTPUT_DTYPES.get(dtype, headers[0][name][1])
-                merged, flat = merging.linear(pieces, [weight for _, weight in used]), target.view(-1)
+                merged, flat = merge_methods.linear(pieces, [weight for _, weight in used]), target.view(-1)
 
                 def write(start, tensors):
                     piece = merged(start, tensors).to(DTYPES[code])
