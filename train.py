@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from aya_min import pipeline_checks, config, distributed, pipeline, stages, pipeline_steps, weights
+from aya_min import config, distributed, pipeline, pipeline_checks, pipeline_steps, reference, runs, stages, weights
 from aya_min.command import Parser, number, printable
 from aya_min.data import read_jsonl
 from aya_min.estimate import dry_run
@@ -56,8 +56,8 @@ def make_parser():
     recipe.add_argument("--collective-timeout", type=SECONDS, default=1800, metavar="SECONDS",
                         help=f"{waits} (default 1800)")
     config.add_flags(recipe, config.Recipe)
-    for name, (function, settings_class) in stages.STAGES.items():
-        stage = commands.add_parser(name, help=function.__doc__.splitlines()[0] if name != "sft" else "Supervised fine-tuning on conversations.")
+    for name, about in stages.STAGES.items():
+        stage = commands.add_parser(name, help=about.about)
         stage.add_argument("--model", help=f"model folder, or a preset's name for random weights ({' '.join(config.MODEL_PRESETS)})")
         stage.add_argument("--tokenizer", help="folder with tokenizer.json, for a preset; without it one is trained on the data")
         stage.add_argument("--data", nargs="+", help="JSONL files")
@@ -71,12 +71,10 @@ def make_parser():
         stage.add_argument("--dry-run", action="store_true", help="check everything, print what it needs (memory, communication, operations), train nothing")
         stage.add_argument("--gpus", type=number(int, "[1, 16384]"), metavar="N",
                            help="with --dry-run: the number of GPUs (default: the ranks at hand)")
-        if name == "rloo":
-            stage.add_argument("--reward-model", help="reward model folder with the same tokenizer")
-        if name == "dpo":
-            stage.add_argument("--reference-logps", metavar="FILE", help="where the reference's log-probs are kept, to share them between runs (default RUN/reference.safetensors)")
-        used = [f.name for f in fields(settings_class) if (name, f.name) != ("rloo", "keep_cut")]
-        config.add_flags(stage, settings_class, used)
+        for beside, text in about.beside.items():
+            stage.add_argument(config.flag_of(beside), metavar="PATH", help=text)
+        used = [f.name for f in fields(about.settings) if not (about.samples and f.name == "keep_cut")]
+        config.add_flags(stage, about.settings, used)
     return parser
 
 
@@ -93,7 +91,7 @@ def load_model(args, device, settings):
     A folder is read into the ranks' shards at once, unless the stage needs the plain model first."""
     if is_preset(args.model):
         preset = config.model_preset(args.model)
-        architecture = weights.RewardModel if args.command == "reward" else CohereForCausalLM
+        architecture = stages.STAGES[args.command].architecture
         if args.dry_run and not args.tokenizer and not args.data:
             return on_meta(architecture, preset), None
         tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else \
@@ -102,13 +100,30 @@ def load_model(args, device, settings):
         if args.dry_run:
             return on_meta(architecture, preset), tokenizer
         return init_weights(architecture(preset), torch.Generator().manual_seed(settings.seed)), tokenizer
-    if args.command != "reward" and weights.read_config(args.model)[1] is weights.RewardModel:
+    trunk = stages.STAGES[args.command].architecture is weights.RewardModel
+    if not trunk and weights.read_config(args.model)[1] is weights.RewardModel:
         raise ValueError(f"--model {args.model}: a reward model; {args.command} trains language models")
-    trunk = args.command == "reward"
     if args.dry_run:
         return weights.look_into(args.model, trunk)[:2]
     return weights.load(args.model, "cpu" if settings.cpu_offload else device, trunk=trunk, sharded=True,
                         compute_dtype=getattr(torch, settings.dtype), replicate=settings.replicate, cpu_offload=settings.cpu_offload)
+
+
+def load_reward_model(args, device, settings, tokenizer):
+    """The model of --reward-model, on the meta device for a dry run. ValueError if it does not go with --model."""
+    if args.dry_run:
+        model, its_tokenizer = weights.look_into(args.reward_model)[:2]
+    else:
+        place = "cpu" if settings.cpu_offload else device
+        model, its_tokenizer = weights.load(args.reward_model, place, sharded=True, replicate=settings.replicate,
+                                            cpu_offload=settings.cpu_offload)
+    if not isinstance(model, weights.RewardModel):
+        raise ValueError(f"--reward-model {args.reward_model}: a language model; give a folder that the reward "
+                         "stage wrote")
+    if tokenizer and its_tokenizer.meaning != tokenizer.meaning:
+        raise ValueError(f"--reward-model {args.reward_model}: another tokenizer than --model; both must be the "
+                         "same")
+    return model
 
 
 def on_meta(architecture, model_config):
@@ -124,10 +139,8 @@ def resumed_from(args):
     """The config.json of the run that --resume names ({} without), after args has been filled up from it."""
     if not args.resume:
         return {}
-    before = distributed.from_main(lambda: stages.read_run(Path(args.resume)))
-    if before["stage"] != args.command:
-        was = before["stage"]
-        raise ValueError(f"--resume {args.resume}: that is a run of {was!r}, not {args.command!r}")
+    kind = stages.STAGES[args.command].settings
+    before = distributed.from_main(lambda: runs.read_run(Path(args.resume), args.command, kind))
     if args.out and Path(args.out).resolve() != Path(args.resume).resolve():
         raise ValueError(f"--out {args.out}: --resume {args.resume} goes on in its own; leave --out out")
     args.out, args.data = args.resume, args.data or before["data"]
@@ -135,7 +148,7 @@ def resumed_from(args):
     args.eval_data = args.eval_data or before.get("eval_data") or []
     if is_preset(args.model) and (Path(args.resume) / "tokenizer.json").is_file():
         args.tokenizer = args.tokenizer or args.resume
-    if args.command == "rloo":
+    if "reward_model" in stages.STAGES[args.command].needs:
         args.reward_model = args.reward_model or before.get("reward_model")
     return before
 
@@ -157,45 +170,38 @@ def check_flags(args, settings, device, ranks):
         raise ValueError("--tokenizer goes with a preset; a model folder brings its own")
     for path in [*(args.data or []), *args.eval_data]:
         refuse_pipe(path)
-    if args.command == "dpo" and args.reference_logps:
-        stages.check_place(Path(args.reference_logps))
+    if getattr(args, "reference_logps", None):
+        reference.check_place(Path(args.reference_logps))
 
 
 def run_one_stage(args, device):
-    function, settings_class = stages.STAGES[args.command]
+    stage = stages.STAGES[args.command]
     if args.out and not args.resume and distributed.restart_count() and (Path(args.out) / "config.json").is_file():
         args.resume = args.out              # torchrun --max-restarts started the same command again
     before = resumed_from(args)
-    needed = ["model"] if args.dry_run else ["model", "data", "out"] + (["reward_model"] if args.command == "rloo" else [])
+    needed = ["model"] if args.dry_run else ["model", "data", "out", *stage.needs]
     missing = ["--" + name.replace("_", "-") for name in needed if not getattr(args, name)]
     if missing:
         raise ValueError(f"{args.command} needs {' '.join(missing)}")
-    settings = config.settings_from(settings_class, before.get("settings"), args.config, vars(args))
+    settings = config.settings_from(stage.settings, before.get("settings") and {**runs.AS_BEFORE, **before["settings"]}, args.config, vars(args))
     ranks = args.gpus or distributed.num_ranks()
     distributed.from_main(lambda: check_flags(args, settings, device, ranks))
     if not args.resume and args.out:
-        distributed.from_main(lambda: stages.check_new(Path(args.out)))
+        distributed.from_main(lambda: runs.check_new(Path(args.out)))
     model, tokenizer = load_model(args, device, settings)
     source = {"model": args.model, "eval_data": list(args.eval_data)}
-    more = {"eval_data": args.eval_data}
-    if args.command == "rloo" and args.reward_model:
-        reward_model, reward_tokenizer = weights.look_into(args.reward_model)[:2] if args.dry_run else \
-            weights.load(args.reward_model, "cpu" if settings.cpu_offload else device, sharded=True, replicate=settings.replicate, cpu_offload=settings.cpu_offload)
-        if not isinstance(reward_model, weights.RewardModel):
-            raise ValueError(f"--reward-model {args.reward_model}: a language model; give a folder that the reward stage wrote")
-        if tokenizer and reward_tokenizer.meaning != tokenizer.meaning:
-            raise ValueError(f"--reward-model {args.reward_model}: another tokenizer than --model; both must be the same")
-        source["reward_model"], more["reward_model"] = args.reward_model, reward_model
-    if args.command == "dpo":
-        more["reference_logps"] = args.reference_logps
+    beside = {name: getattr(args, name) for name in stage.beside}
+    if beside.get("reward_model"):
+        source["reward_model"] = args.reward_model
+        beside["reward_model"] = load_reward_model(args, device, settings, tokenizer)
     if args.dry_run:
         is_main = distributed.is_main()
         distributed.close()                 # a process group of ranks that are not there takes its place
         if is_main:
-            print(dry_run(args.command, args.model, model, settings, args.data, args.eval_data, tokenizer, ranks, more.get("reward_model")))
+            print(dry_run(args.command, args.model, model, settings, args.data, args.eval_data, tokenizer, ranks, beside.get("reward_model")))
         return
-    folder = function(model, tokenizer, args.data, settings, args.out, device, resume=bool(args.resume), source=source, **more)
-    if args.command == "reward":
+    folder = stages.train_stage(args.command, model, tokenizer, args.data, settings, args.out, device, args.eval_data, bool(args.resume), source, **beside)
+    if stage.architecture is weights.RewardModel:
         distributed.say("transformers loads the language model in it; the score: head of aya_min/weights.py", [folder])
     if distributed.is_main():
         print(folder)
@@ -230,8 +236,8 @@ def run_whole_recipe(args, device):
 
     def open_folder():
         out.mkdir(parents=True, exist_ok=True)
-        held.enter_context(stages.lock(out))
-        about = {**record, "versions": stages.versions(), "command": " ".join(sys.argv)}
+        held.enter_context(runs.lock(out))
+        about = {**record, "versions": runs.versions(), "command": " ".join(sys.argv)}
         write_json(out / "config.json", about)
     own |= {k: Path(own[k]) for k in ("base", "arbiter", "judge") if own[k]}
     with ExitStack() as held:

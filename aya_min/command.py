@@ -10,6 +10,8 @@ import os
 import sys
 import traceback
 
+from tqdm import tqdm
+
 CONTROLS = {i: None for i in (*range(32), *range(127, 160))}
 SHOWN = CONTROLS | {ord("\n"): "\n", ord("\t"): "    "}
 
@@ -142,6 +144,30 @@ def is_spare_rank():
         raise ValueError(f"RANK is {rank!r} in the environment, no whole number; leave it to torchrun, or "
                          "unset it")
     return int(rank) > 0 and "TORCHELASTIC_RUN_ID" in os.environ
+
+
+# ---- progress -----------------------------------------------------------------------------------------------
+
+QUIET = 30          # seconds between two lines of progress where standard error is no terminal
+
+
+class Lines:
+    """A file for tqdm, which draws a bar anew in its place, where each drawing must be a line of its own."""
+
+    def write(self, text):
+        if text := text.strip():
+            print(text, file=sys.stderr)
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(*items, **more):
+    """A tqdm bar that vanishes when it is done; where standard error is no terminal, a line now and then."""
+    if sys.stderr.isatty():
+        return tqdm(*items, leave=False, mininterval=1, **more)
+    return tqdm(*items, file=Lines(), leave=False, mininterval=QUIET, maxinterval=2 * QUIET, delay=QUIET,
+                ncols=110, ascii=True, **more)
 
 
 OURS = "this is a fault of aya_min, not of yours; please report it with the lines above"

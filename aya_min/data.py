@@ -307,14 +307,3 @@ def in_step(batches):
     """This rank's batches_in_order, as many as the busiest rank has: its last again, for nothing. A sharded forward takes all ranks."""
     rounds = max(distributed.gather_objects(len(batches)))
     return batches + [([], batches[-1][1])] * (rounds - len(batches))
-
-
-def by_language(batch, sums, counts):
-    """(2, slots) sums and counts by language of one value a row, or one a pair: the languages are then those
-    of the chosen answers, which are the batch's first rows."""
-    dtype = torch.float64 if sums.device.type == "cpu" else torch.float32
-    out = torch.zeros(2, len(batch.slots), dtype=dtype, device=sums.device)
-    languages = batch.languages[:len(sums)]
-    out[0].index_add_(0, languages, sums.detach().to(out.dtype))
-    out[1].index_add_(0, languages, counts.to(out.dtype))
-    return out

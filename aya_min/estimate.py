@@ -14,7 +14,6 @@ import weakref
 from collections import Counter
 from dataclasses import asdict, replace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -23,8 +22,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import distributed, stages
-from .data import Example, Pair, batches_in_order, collate, collate_pairs, length_of, load_examples, load_pairs, load_prompts
+from .data import Pair, batches_in_order, collate, collate_pairs, length_of
 from .loop import make_optimizer, training_flops
+from .losses import sft_loss
+from .reference import answer_logps, reference_rows
 from .sampling import answer_rows, cache_sizes, round_up
 
 CARDS = (80, 141)           # GB: A100 and H100, H200
@@ -162,26 +163,10 @@ def forward_bytes(model_class, config, settings, loss_fn, batch, sharded):
 
 # ---- what a stage trains on, and what else it holds ----------------------------------------------------------------------------------
 
-def blank(length):
-    """An example where no data are given: every token but the first is supervised."""
-    return Example(np.zeros(length, np.int32), np.arange(length) > 0, "other")
-
-
 def items_of(stage, settings, data, tokenizer):
-    """The stage's items from its data, or one of --max-length tokens; an rloo prompt with the longest answer
-    that it may get."""
-    limit = settings.max_length
-    if stage in ("pretrain", "sft"):
-        return load_examples(data, tokenizer, limit, settings) if data else [blank(limit)]
-    if stage in ("reward", "dpo"):
-        pairs = load_pairs(data, tokenizer, limit, settings) if data else [Pair(blank(limit), blank(limit))]
-        return [replace(pair, ref_logps=np.zeros(2)) for pair in pairs]
-    if stage != "rloo":
-        raise ValueError(f"unknown stage {stage!r}; known: {' '.join(stages.STAGES)}")
-    new = settings.max_new_tokens
-    prompts = load_prompts(data, settings, tokenizer) if data else []
-    lengths = [len(tokenizer.encode_prompt(row["prompt_messages"])) + new for row in prompts] or [limit]
-    return [Example(np.zeros(n, np.int32), np.arange(n) >= n - new, "other") for n in lengths]
+    """The examples or pairs that the stage would train on, or one of --max-length tokens without data."""
+    loaded = stage.load(data, tokenizer, settings.max_length, settings) if data else [None]
+    return [stage.blank(item, settings.max_length, settings) for item in loaded]
 
 
 def rows_of(item, samples=1):
@@ -198,17 +183,6 @@ def largest(items, size, samples=1):
     return replace(batch, ref_logps=(zeros := torch.zeros(len(batch.mask))), advantages=zeros, rewards=zeros)      # as rloo's have
 
 
-def loss_of(stage, settings):
-    """The loss function of a stage of stages.STAGES."""
-    losses = {"pretrain": lambda: stages.sft_loss, "sft": lambda: stages.sft_loss,
-              "reward": lambda: stages.reward_loss(settings.lm_weight),
-              "dpo": lambda: stages.preference_loss(settings.beta, settings.nll_weight),
-              "rloo": lambda: stages.policy_gradient_loss}
-    if stage not in losses:
-        raise ValueError(f"unknown stage {stage!r}; known: {' '.join(losses)}")
-    return losses[stage]()
-
-
 def default(function, name):
     return inspect.signature(function).parameters[name].default
 
@@ -221,11 +195,12 @@ def cache_bytes(config, settings, items, ranks):
 
 # ---- the table -----------------------------------------------------------------------------------------------------------------------
 
-def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, reward_model=None):
+def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, reward_model=None):
     """The text of --dry-run. model, reward_model: on the meta device; without a reward model rloo is taken to have one of the policy's size."""
+    stage = stages.stage_named(command)
     config, fitting = model.config, replace(settings, max_length=stages.fitting(settings, model))
-    items, loss_fn = items_of(stage, fitting, data, tokenizer), loss_of(stage, settings)
-    share, samples = settings.batch_size // ranks, settings.num_samples if stage == "rloo" else 1
+    items, loss_fn = items_of(stage, fitting, data, tokenizer), stage.loss(settings)
+    share, samples = settings.batch_size // ranks, settings.num_samples if stage.samples else 1
     size = settings.micro_batch_size or share
     batch = largest(items, size, samples)
     watch = simulate(type(model), config, settings, loss_fn, batch, ranks, share // size)
@@ -234,7 +209,7 @@ def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, rew
     shards = ranks // settings.replicate
     step = {part: watch.peak.get(part, 0) for part in PARTS}
     on_cpu = sum(step.pop(part) for part in PARTS[:3]) if settings.cpu_offload else 0
-    if stage == "rloo":
+    if stage.samples:
         step |= {"policy, whole, to sample from": plain(model), "reference": plain(model) // shards, "reward model": plain(reward_model or model) // shards}
         if settings.cpu_offload:
             on_cpu += step.pop("reference") + step.pop("reward model")
@@ -246,20 +221,20 @@ def dry_run(stage, name, model, settings, data, eval_data, tokenizer, ranks, rew
         size_of_batch = default(batches_in_order, "size")
         phases["in all, in an evaluation"] = held + forward(loss_fn, held_out, size_of_batch)
     texts = [row for item in items for row in rows_of(item, samples)]
-    if stage == "dpo":
+    if stage.start:
         sharded = sum(step.get(part, 0) for part in ("parameters", "gathered by FSDP"))
-        phases["in all, in the reference pass before"] = sharded + forward(stages.sft_loss, texts, stages.reference_rows(settings))
-    if stage == "rloo":
+        phases["in all, in the reference pass before"] = sharded + forward(sft_loss, texts, reference_rows(settings))
+    if stage.samples:
         cache = cache_bytes(config, settings, items, ranks)
         largest_tensor = max(4 * p.numel() for p in model.parameters()) if ranks > 1 else 0         # gathered one by one for the copy that samples
-        sampling = max(cache, largest_tensor, step.get("gathered by FSDP", 0) + forward(stages.sft_loss, texts, default(stages.answer_logps, "size")))
+        sampling = max(cache, largest_tensor, step.get("gathered by FSDP", 0) + forward(sft_loss, texts, default(answer_logps, "size")))
         phases[f"in all, while it samples; {cache / 1e9:.2f} of KV cache"] = held + sampling
     peak = max(phases.values())
     lengths, supervised = [len(text.ids) for text in texts], sum(int(text.mask.sum()) for text in texts)
     flops = settings.batch_size / len(items) * training_flops(config, lengths, supervised)
-    of = "the data" if data else "--max-length" if stage != "rloo" else "--max-length, the answer included"
+    of = "the data" if data else "--max-length" if not stage.samples else "--max-length, the answer included"
     return "\n".join([
-        f"{stage} of {name}: {sum(p.numel() for p in model.parameters()):,} parameters on {ranks} ranks, {settings.dtype}, activation checkpointing {settings.activation_checkpointing}",
+        f"{command} of {name}: {sum(p.numel() for p in model.parameters()):,} parameters on {ranks} ranks, {settings.dtype}, activation checkpointing {settings.activation_checkpointing}",
         f"the largest of {share // size} micro-batches: {' x '.join(map(str, batch.mask.shape))} tokens, {int(batch.mask.sum()):,} supervised; lengths from {of}",
         "", "    GB  on each rank", *(f"{size / 1e9:6.2f}  {part}{later(part, size)}" for part, size in step.items() if size or watch.most[part]), *(f"{size / 1e9:6.2f}  {phase}" for phase, size in phases.items()),
         *([f"{on_cpu / 1e9:6.2f}  parameters, gradients, moments in the CPU's memory"] if on_cpu else []),

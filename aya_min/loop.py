@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from . import checkpoint, distributed
+from .command import progress
 from .config import Training
 from .data import in_step
 from .files import parse_json
@@ -192,110 +193,157 @@ def spread(model, settings, device):
     return distributed.shard(model.to("cpu" if settings.cpu_offload else device), getattr(torch, settings.dtype), settings.replicate, settings.cpu_offload)
 
 
-def train(model, num_steps, batches, loss_fn, settings, run, device, evaluation=None, state=None, check_first=None, title="train", stop=None, publish=None):
-    """Train in place, from the start or from a saved state (its folder).
-
-    batches(step) -> this rank's micro-batches; loss_fn(model, batch) -> (loss_sum, {name: (2, languages) sums and counts});
-    evaluation() -> {name: value} is called before the first step, every `eval_every` steps and after the last, and logged as eval/...;
-    check_first(metrics) may refuse the very first step. Raises ValueError, on all ranks together and before the optimizer
-    moves, when a loss or gradient norm is not finite; before anything is kept, when weights are not.
-    After SIGTERM or SIGINT, on any rank, all of them finish the step (an evaluation is
-    left, and made up for on resume), save, and raise distributed.Stopped. stop: the Signals to look at, for whom the caller asks too;
-    publish(model, step): called every `publish_every` steps.
-    """
-    run, stop = Path(run), stop or distributed.Signals()
+def made_ready(model, settings, device):
+    """The model where it trains, told how to compute."""
     model = spread(model, settings, device)
     model.model.packing = settings.packing
     model.model.activation_checkpointing = settings.activation_checkpointing
     if settings.compile or (settings.compile is None and device.type == "cuda"):
         for block in model.model.layers:
             block.compile(dynamic=True)
-    optimizer = make_optimizer(model, settings)
-    distributed.from_main(lambda: checkpoint.check_room(run / "state", checkpoint.state_bytes(model)))
-    first = saved = checkpoint.load_state(state, model, optimizer) if state else 0
-    sharded, ranks, peak = isinstance(model, FSDPModule), distributed.num_ranks(), peak_flops(device, settings.dtype)
+    return model
 
-    def check(done):
-        checkpoint.check_finite(dict(model.named_parameters()), done, run / "state")
 
-    def save(done):
-        nonlocal saved
-        if done > saved:
-            checkpoint.save_state(run / "state", model, optimizer, done)
-            saved = done
+def counted(model, micro_batches, stop, device):
+    """(units of the loss, tokens, operations, whether to stop) of a step, added over all ranks. A collective."""
+    flops = sum(training_flops(model.config, b.lengths.tolist(), int(b.mask.sum())) for b in micro_batches)
+    counts = [sum(b.count for b in micro_batches), sum(b.num_tokens for b in micro_batches), flops, stop.received]
+    counts = torch.tensor(counts, dtype=torch.float64, device=device)
+    return distributed.sum_over_ranks(counts).tolist()
 
-    def leave(done):
-        save(done)
-        number = stop.agreed()
-        raise distributed.Stopped(f"stopped by {signal.Signals(number).name} after {done} of {num_steps} steps. {checkpoint.newest_name(run / 'state')}; "
-                                  f"--resume {run} goes on (a recipe: the same command)", number)
 
-    def log_evaluation(done):
-        values = evaluation()
+def gradients(model, micro_batches, loss_fn, count, settings, stop, device):
+    """Forward and backward of a step. -> (loss, its losses one by one, the gradient norm, metrics, whether to
+    stop): the loss is the sum over all ranks divided by `count`, and p.grad its gradient."""
+    ranks, losses, total = distributed.num_ranks(), [], {}
+    for i, batch in enumerate(micro_batches):
+        if isinstance(model, FSDPModule):       # gradients go to their shards at once: whole ones may not fit;
+            model.set_requires_all_reduce(i == len(micro_batches) - 1)      # between HSDP's copies once a step
+        with autocast(model, settings, device):
+            loss_sum, logged = loss_fn(model, batch.to(device))
+        (loss_sum * (ranks / count)).backward()                             # FSDP averages over ranks: undo that
+        losses.append(loss_sum.detach())
+        add_metrics(total, logged)
+    stopping = torch.tensor(stop.received, dtype=torch.float64, device=device)
+    sums = torch.stack([sum(loss.double() for loss in losses), stopping])
+    loss, stopping = distributed.sum_over_ranks(sums).tolist()
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return loss / count, losses, norm, total, stopping
+
+
+def refuse_infinite(step, loss, grad_norm, model, losses, micro_batches, settings, folder):
+    """Raise ValueError, on all ranks together, for a loss or gradient norm that is not finite."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    first, last = step * settings.batch_size, (step + 1) * settings.batch_size - 1
+    raise ValueError(
+        f"step {step}: loss {loss}, gradient norm {grad_norm} ({origin(model, losses, micro_batches)}; "
+        f"positions {first} to {last} of the data order): stopped before the weights moved. "
+        f"{checkpoint.newest_name(folder / 'state')}; lower --learning-rate, or look at the data")
+
+
+class Keeper:
+    """What a training keeps on disk: its states, evaluations and published models; and how it leaves."""
+
+    def __init__(self, folder, model, optimizer, num_steps, settings, evaluation, publish, stop, saved):
+        self.folder, self.model, self.optimizer, self.num_steps = folder, model, optimizer, num_steps
+        self.settings, self.evaluation, self.publish = settings, evaluation, publish
+        self.stop, self.saved = stop, saved
+
+    def save(self, done):
+        if done > self.saved:
+            checkpoint.save_state(self.folder / "state", self.model, self.optimizer, done)
+            self.saved = done
+
+    def leave(self, done):
+        """Save, and end the run after a signal, on all ranks."""
+        self.save(done)
+        number = self.stop.agreed()
+        raise distributed.Stopped(
+            f"stopped by {signal.Signals(number).name} after {done} of {self.num_steps} steps. "
+            f"{checkpoint.newest_name(self.folder / 'state')}; --resume {self.folder} goes on (a recipe: the "
+            "same command)", number)
+
+    def evaluate(self, done):
+        """Log the evaluation after `done` steps as eval/..."""
+        values = self.evaluation()
         if values is None:
-            leave(done)
-        write_metrics(run / "metrics.jsonl", {"step": done, **{f"eval/{k}": v for k, v in values.items()}})
+            self.leave(done)
+        row = {"step": done, **{f"eval/{k}": v for k, v in values.items()}}
+        write_metrics(self.folder / "metrics.jsonl", row)
 
-    def is_due(done):
-        return evaluation and done < num_steps and (done == 0 or settings.eval_every and done % settings.eval_every == 0)
+    def is_due(self, done):
+        """Whether an evaluation belongs after `done` steps, before the last."""
+        every = self.settings.eval_every
+        return self.evaluation and done < self.num_steps and (done == 0 or every and done % every == 0)
 
-    if is_due(first) and not distributed.from_main(lambda: evaluated(run / "metrics.jsonl", first)):
-        log_evaluation(first)
+    def after(self, done, stopping):
+        """What is due after a step. The model is published before the state is saved: a run that is resumed
+        from the state has then published it."""
+        if self.settings.publish_every and done % self.settings.publish_every == 0:
+            checkpoint.check_finite(dict(self.model.named_parameters()), done, self.folder / "state")
+            self.publish(self.model, done)
+        if self.settings.save_every and done % self.settings.save_every == 0:
+            self.save(done)
+        if stopping:
+            self.leave(done)
+        if self.is_due(done):
+            self.evaluate(done)
+
+
+def train(model, num_steps, batches, loss_fn, settings, folder, device, evaluation=None, state=None,
+          check_first=None, title="train", stop=None, publish=None):
+    """Train in place, from the start or from a saved state (its folder).
+
+    batches(step) -> this rank's micro-batches. loss_fn(model, batch) -> (loss_sum, {name: (2, languages) sums
+    and counts}). evaluation() -> {name: value} is called before the first step, every `eval_every` steps and
+    after the last, and logged as eval/... check_first(metrics) may refuse the very first step.
+    publish(model, step) is called every `publish_every` steps. stop: the distributed.Signals to look at.
+
+    Raises ValueError, on all ranks together and before the optimizer moves, when a loss or gradient norm is
+    not finite; before anything is kept, when weights are not. After SIGTERM or SIGINT on any rank all ranks
+    finish the step, save and raise Stopped; an evaluation in progress is abandoned and redone on resume."""
+    folder, stop, model = Path(folder), stop or distributed.Signals(), made_ready(model, settings, device)
+    optimizer = make_optimizer(model, settings)
+    distributed.from_main(lambda: checkpoint.check_room(folder / "state", checkpoint.state_bytes(model)))
+    first = checkpoint.load_state(state, model, optimizer) if state else 0
+    keeper = Keeper(folder, model, optimizer, num_steps, settings, evaluation, publish, stop, first)
+    if keeper.is_due(first) and not distributed.from_main(lambda: evaluated(folder / "metrics.jsonl", first)):
+        keeper.evaluate(first)
     model.train()
-    bar = tqdm(range(first, num_steps), initial=first, total=num_steps, desc=title, unit="step", disable=not distributed.is_main(), leave=False, mininterval=1)
+    peak, is_main = peak_flops(device, settings.dtype), distributed.is_main()
+    bar = progress(range(first, num_steps), initial=first, total=num_steps, desc=title, unit="step",
+                   disable=not is_main)
     for step in bar:
-        profiler = start_profiler(device) if step == settings.profile and distributed.is_main() else None
+        profiler = start_profiler(device) if step == settings.profile and is_main else None
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, num_steps, settings)
         micro_batches = batches(step)
-        flops = sum(training_flops(model.config, b.lengths.tolist(), int(b.mask.sum())) for b in micro_batches)
-        counts = [sum(b.count for b in micro_batches), sum(b.num_tokens for b in micro_batches), flops, stop.received]
-        count, tokens, flops, stopping = distributed.sum_over_ranks(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
+        count, tokens, flops, stopping = counted(model, micro_batches, stop, device)
         if stopping:
-            leave(step)
-        losses, total = [], {}
-        for i, batch in enumerate(micro_batches):
-            if sharded:                                                        # gradients go to their shards at once: whole ones may not fit
-                model.set_requires_all_reduce(i == len(micro_batches) - 1)     # between the copies of HSDP once a step
-            with autocast(model, settings, device):
-                loss_sum, logged = loss_fn(model, batch.to(device))
-            (loss_sum * (ranks / count)).backward()                            # FSDP averages over ranks: undo that
-            losses.append(loss_sum.detach())
-            add_metrics(total, logged)
-        sums = torch.stack([sum(loss.double() for loss in losses), torch.tensor(stop.received, dtype=torch.float64, device=device)])
-        loss, stopping = distributed.sum_over_ranks(sums).tolist()
-        loss /= count
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            keeper.leave(step)
+        loss, losses, norm, total, stopping = gradients(model, micro_batches, loss_fn, count, settings, stop, device)
         grad_norm = distributed.full(norm).item()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            positions = f"positions {step * settings.batch_size} to {(step + 1) * settings.batch_size - 1} of the data order"
-            raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm} ({origin(model, losses, micro_batches)}; {positions}): stopped before the "
-                             f"weights moved. {checkpoint.newest_name(run / 'state')}; lower --learning-rate, or look at the data")
+        refuse_infinite(step, loss, grad_norm, model, losses, micro_batches, settings, folder)
         nn.utils.clip_grads_with_norm_(model.parameters(), settings.max_grad_norm, norm)
-        metrics = reduced(total, batch.slots)
+        metrics = reduced(total, micro_batches[0].slots)
         if step == 0 and check_first:
             check_first(metrics)
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - started
-        row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "tokens": int(tokens),
-               "seconds": seconds, "tokens_per_second": tokens / seconds, **({"mfu": flops / (seconds * ranks * peak)} if peak else {}), **metrics}
-        write_metrics(run / "metrics.jsonl", row)
-        bar.set_postfix(loss=f"{loss:.3f}", norm=f"{grad_norm:.2f}", tok_s=f"{tokens / seconds:.0f}", **({"mfu": f"{row['mfu']:.0%}"} if peak else {}), refresh=False)
+        row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"],
+               "tokens": int(tokens), "seconds": seconds, "tokens_per_second": tokens / seconds}
+        row |= {"mfu": flops / (seconds * distributed.num_ranks() * peak)} if peak else {}
+        write_metrics(folder / "metrics.jsonl", {"step": step, **metrics, **row})
+        shown = {"mfu": f"{row['mfu']:.0%}"} if peak else {}
+        bar.set_postfix(loss=f"{loss:.3f}", norm=f"{grad_norm:.2f}", tok_s=f"{tokens / seconds:.0f}", **shown,
+                        refresh=False)
         if profiler:
-            write_profile(profiler, run / "profile.json")
-        done = step + 1
-        if settings.publish_every and done % settings.publish_every == 0:      # before the state: a run that goes on from there has published it
-            check(done)
-            publish(model, done)
-        if settings.save_every and done % settings.save_every == 0:
-            save(done)
-        if stopping:
-            leave(done)
-        if is_due(done):
-            log_evaluation(done)
-    save(num_steps)
+            write_profile(profiler, folder / "profile.json")
+        keeper.after(step + 1, stopping)
+    keeper.save(num_steps)
     if evaluation:
-        log_evaluation(num_steps)
+        keeper.evaluate(num_steps)
     return model

@@ -1,5 +1,7 @@
-"""Losses as pure tensor functions: one value per token, pair or completion, never a mean; the stages sum, the loop divides once.
+"""Losses: first the papers' equations as pure tensor functions, then what each stage minimises.
 
+An equation gives one value per token, pair or completion, never a mean. A stage's loss adds them up: it is
+(model, batch) -> (sum over the batch's units, {name: (2, languages) sums and counts}), and the loop divides once.
 Log-probs are in nats, of natural logarithms, and computed in fp32.
 DPO: arXiv 2305.18290 eq. 7.  Bradley-Terry: eq. 2 there.  RLOO: arXiv 2402.14740, section 2.
 """
@@ -109,3 +111,72 @@ def rloo_advantages(rewards):
 def kl_shaped_rewards(rewards, policy_logps, ref_logps, beta):
     """R(x, y) = r(x, y) - beta * log(pi(y|x) / pi_ref(y|x)), the whole completion as one action (arXiv 2402.14740)."""
     return rewards - beta * (policy_logps - ref_logps)
+
+
+# ---- what each stage minimises -----------------------------------------------------------------------------
+
+def by_language(batch, sums, counts):
+    """(2, slots) sums and counts by language of one value a row, or one a pair: the languages are then those
+    of the chosen answers, which are the batch's first rows."""
+    dtype = torch.float64 if sums.device.type == "cpu" else torch.float32
+    out = torch.zeros(2, len(batch.slots), dtype=dtype, device=sums.device)
+    languages = batch.languages[:len(sums)]
+    out[0].index_add_(0, languages, sums.detach().to(out.dtype))
+    out[1].index_add_(0, languages, counts.to(out.dtype))
+    return out
+
+
+def supervised_logps(model, batch):
+    """log p of each supervised token of a batch, (N,) nats, in the order of batch.mask.nonzero()."""
+    return model(batch.input_ids, batch.mask, batch.lengths, batch.repeats)
+
+
+def sft_loss(model, batch):
+    """Next-token negative log-likelihood of the supervised tokens; also what pretraining minimises."""
+    logps = supervised_logps(model, batch)                                  # (N,)
+    nll, tokens = sum_by_row(-logps, batch.mask), batch.mask.sum(1)         # (B,)
+    return -logps.sum(), {"loss": by_language(batch, nll, tokens)}
+
+
+def reward_loss(lm_weight):
+    """Bradley-Terry on pairs, plus lm_weight times the mean next-token loss of each chosen answer."""
+    def loss_fn(model, batch):
+        P = batch.count
+        scores, logps = model(batch.input_ids, batch.lengths, batch.mask, batch.repeats)
+        nll = sum_by_row(-logps, batch.mask)[:P] / batch.mask.sum(1)[:P]    # (P,) nats per token, chosen answers
+        chosen, rejected = scores[:P], scores[P:]
+        bt = bradley_terry_loss(chosen, rejected)                           # (P,)
+        losses = bt + lm_weight * nll
+        log = {"loss": losses, "bt_loss": bt, "lm_loss": nll, "accuracy": (chosen > rejected).float(),
+               "margin": chosen - rejected, "mean_reward": (chosen + rejected) / 2}
+        return losses.sum(), means_by_language(batch, log)
+    return loss_fn
+
+
+def preference_loss(beta, nll_weight):
+    """DPO on pairs with stored reference log-probs, plus nll_weight times the chosen answer's nats per token."""
+    def loss_fn(model, batch):
+        P, tokens = batch.count, batch.mask.sum(1)
+        logps = sum_by_row(supervised_logps(model, batch), batch.mask).view(2, P)       # chosen, rejected
+        dpo, rewards = dpo_loss(logps, batch.ref_logps, beta)
+        losses = dpo + nll_weight * (-logps[0] / tokens[:P])                            # (P,)
+        log = {"loss": losses, "rewards/accuracies": (rewards[0] > rewards[1]).float(),
+               "rewards/margins": rewards[0] - rewards[1], "rewards/chosen": rewards[0],
+               "rewards/rejected": rewards[1], "logps/chosen": logps[0], "logps/rejected": logps[1],
+               "dpo_loss": dpo}
+        return losses.sum(), means_by_language(batch, log)
+    return loss_fn
+
+
+def policy_gradient_loss(model, batch):
+    """REINFORCE with given advantages: -A * log pi(completion), per completion (arXiv 2402.14740)."""
+    logps = sum_by_row(supervised_logps(model, batch), batch.mask)          # (B,)
+    # kl and entropy: nats per completion, estimated from the samples
+    log = {"reward": batch.rewards, "kl": logps - batch.ref_logps, "entropy": -logps}
+    log |= {} if batch.cut is None else {"cut": batch.cut}
+    return (-batch.advantages * logps).sum(), means_by_language(batch, log)
+
+
+def means_by_language(batch, values):
+    """{name: (2, slots) sums and counts} of values that each pair or completion has one of."""
+    return {name: by_language(batch, each, torch.ones_like(each)) for name, each in values.items()}

@@ -19,9 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from . import __version__, merge_methods, tensorfiles
+from . import __version__, command, merge_methods, tensorfiles
 from .alike import config_differences, different, files_along, meaning, remarks, shown, tokenizer_differences
 from .command import one_line
 from .files import Digests, new_folder, write_json
@@ -212,7 +211,7 @@ def merge_files(folder, files, headers, method, settings, values, device, progre
     passes = {"slerp": 2, "model-stock": 2, "ties": 2}.get(method, 1) + ("seed" in settings and settings["convention"] == "mergekit")
     size = passes * sum(num_bytes(*headers[0][name][1:]) for name in values)
     function, inputs, outputs = getattr(merge_methods, method.replace("-", "_")), [places(header) for header in headers], tensorfiles.create(folder, files)
-    bar = tqdm(total=size, desc="merge", unit="B", unit_scale=True, disable=not progress)
+    bar = command.progress(total=size, desc="merge", unit="B", unit_scale=True, disable=not progress)
     with bar, workers() as pool:
         limits = merge_methods.thresholds(over(list(values), inputs, pool, device, bar), settings["density"]) if paper_ties else None
         for name, place in outputs.items():
@@ -260,7 +259,7 @@ def compare_folders(first, second, base=None, device="cpu"):
     names = [name for name in float_names(headers[0]) if math.prod(headers[0][name][2])]
     inputs, found = [places(header) for header in headers], {}
     size = sum(num_bytes(*headers[0][name][1:]) for name in names)
-    with tqdm(total=size, desc="diff", unit="B", unit_scale=True) as bar, workers() as pool:
+    with command.progress(total=size, desc="diff", unit="B", unit_scale=True) as bar, workers() as pool:
         for name in names:
             sums, layer = merge_methods.total(over([name], inputs, pool, device, bar), sums_of), layer_of(name)
             if not sums.isfinite().all():

@@ -17,11 +17,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from . import cmaes
 from .alike import identity
-from .command import in_range, shortened
+from .command import in_range, progress, shortened
 from .config import Reading, settings_from
 from .files import own_file, read_json, sha256, write_json, write_jsonl
 from .merge_fitness import (by_command, by_loss, by_oracle, halves, loss_splits, of_folders, of_models,
@@ -149,7 +148,7 @@ def measure(folders, evaluate, journal, evaluations, seed, weights_of, leave_one
     generations = max(1, (evaluations - 1) // (popsize + 1))
     total = 2 * num + generations * (popsize + 1) + 1 + held_out * (num + 3) + leave_one_out * num                  # at most: some coincide
 
-    with tqdm(total=total, desc="search", unit="evaluation", smoothing=0.1) as bar:
+    with progress(total=total, desc="search", unit="evaluation", smoothing=0.1) as bar:
         def measured(kind, weights, split):
             key = json.dumps([split, weights])
             if key not in history:

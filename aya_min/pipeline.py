@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import distributed, stages, weights, world_data
+from . import distributed, weights, world_data
 from .arbitrage import candidates_from, read_answers, route
 from .report_charts import finite
 from .pipeline_checks import teacher_name
@@ -25,6 +25,7 @@ from .files import write_json, write_jsonl
 from .languages import LANGUAGES, SHARED, cluster_languages, home_language
 from .model import CohereForCausalLM, init_weights
 from .preferences import best_worst
+from .stages import train_stage
 from .report import write_report
 from .pipeline_results import evaluate_model, judge_arbiter, summarize_run
 from .merge_folders import merge_folders
@@ -45,7 +46,7 @@ def build_base(run):
         some = [q for q in rows if "prompt" in q][:20000]
         tokenizer = train_tokenizer([q["prompt"] for q in some] + [gold_answer(q) for q in some], r.vocab_size)
         model = init_weights(CohereForCausalLM(model_preset(r.model, tokenizer.vocab_size)), torch.Generator().manual_seed(r.seed))
-        stages.pretrain(model, tokenizer, [data], settings(run, Pretrain, learning_rate=r.base_learning_rate, warmup_steps=50, batch_size=r.batch_size),
+        train_stage("pretrain", model, tokenizer, [data], settings(run, Pretrain, learning_rate=r.base_learning_rate, warmup_steps=50, batch_size=r.batch_size),
                         folder, run.device, resume=resume)
     step(run, "base", f"pretraining a base on {r.corpus} rows of noisy text in 23 languages", make)
     return run.folder / "steps" / "base" / "model"
@@ -54,7 +55,7 @@ def build_base(run):
 def build_teachers(run, base):
     """The pool: one teacher per language cluster, strong at home and weak elsewhere. -> {name: model folder}"""
     r = run.recipe
-    return {name: train_step(run, f"teacher-{name}", f"the teacher of {name}", stages.sft, base,
+    return {name: train_step(run, f"teacher-{name}", f"the teacher of {name}", "sft", base,
                              lambda name=name: world_data.lessons(run.clusters, name, r.lessons, r.seed, r.level),
                              settings(run, SFT, learning_rate=r.teacher_learning_rate, epochs=1.0)) for name in run.clusters}
 
@@ -62,7 +63,7 @@ def build_teachers(run, base):
 def build_arbiter(run, base, teachers):
     """The reward model: first right answers read as language (it must know more than its pool), then Bradley-Terry on preference pairs."""
     r = run.recipe
-    reader = train_step(run, "arbiter-start", "the arbiter reads right answers", stages.sft, base, lambda: world_data.gold(r.arbiter_gold, r.seed, r.level),
+    reader = train_step(run, "arbiter-start", "the arbiter reads right answers", "sft", base, lambda: world_data.gold(r.arbiter_gold, r.seed, r.level),
                         settings(run, SFT, learning_rate=r.arbiter_gold_learning_rate, epochs=1.0))
 
     def pairs(split, count, flip):
@@ -78,7 +79,7 @@ def build_arbiter(run, base, teachers):
         held_out = pairs(r.eval_split, max(240, r.arbiter_pairs // 12), 0.0)
         model, tokenizer = weights.load(reader, run.device, trunk=True, sharded=True, compute_dtype=getattr(torch, r.dtype))
         its_settings = settings(run, Reward, learning_rate=r.arbiter_learning_rate, lm_weight=r.arbiter_lm_weight, epochs=1.0, warmup_steps=20)
-        reward_folder = stages.reward(model, tokenizer, [data], its_settings, folder, run.device, resume=resume)
+        reward_folder = train_stage("reward", model, tokenizer, [data], its_settings, folder, run.device, resume=resume)
         return {"reward_model": judge_arbiter(run, reward_folder, held_out)}
     record = step(run, "arbiter", "the arbiter: a reward model on preference pairs", make)
     return run.folder / "steps" / "arbiter" / "model", record["reward_model"]
@@ -221,7 +222,7 @@ def online_rounds(run, prefix, start, arbiter, same):
     for t in range(1, r.rounds + 1):
         name = f"{prefix}-{t}"
         pairs = online_pairs(run, name, t, current, arbiter, same)
-        current = train_clusters_and_merge(run, name, f"online DPO, round {t}", stages.dpo, current, pairs, dpo_settings(run, "online"), r.online_epochs)
+        current = train_clusters_and_merge(run, name, f"online DPO, round {t}", "dpo", current, pairs, dpo_settings(run, "online"), r.online_epochs)
         done.append((name, current))
     return done
 
@@ -269,15 +270,15 @@ def run_recipe(run):
             raise ValueError(f"{title}: {len(rows)} of {len(candidates)} prompts have an answer to train on, "
                              f"fewer than one batch of {r.batch_size}; give more prompts, raise "
                              "--max-new-tokens, or take cut answers with --keep-cut, and give another --out")
-        keep(name, title, "arm", train_step(run, name, title, stages.sft, base, rows, settings(run, **sft_settings(run), epochs=r.sft_epochs)), "base")
+        keep(name, title, "arm", train_step(run, name, title, "sft", base, rows, settings(run, **sft_settings(run), epochs=r.sft_epochs)), "base")
     sft = keep("sft", "SFT on the arbitrage, per cluster, merged", "stage",
-               train_clusters_and_merge(run, "sft", "SFT", stages.sft, base, reward_rows, sft_settings(run), r.sft_epochs), "base")
+               train_clusters_and_merge(run, "sft", "SFT", "sft", base, reward_rows, sft_settings(run), r.sft_epochs), "base")
 
     # Offline DPO: the pool's best against its worst
     pairs, offline_counts = best_worst(candidates, r.offline_margin, r.keep_cut, same)
     print_counts("offline pairs", offline_counts)
     offline = keep("offline", "Offline DPO, per cluster, merged", "stage",
-                   train_clusters_and_merge(run, "offline", "offline DPO", stages.dpo, sft, pairs, dpo_settings(run, "offline"), r.offline_epochs), "sft")
+                   train_clusters_and_merge(run, "offline", "offline DPO", "dpo", sft, pairs, dpo_settings(run, "offline"), r.offline_epochs), "sft")
 
     # Online DPO: three rounds
     previous = "offline"
@@ -310,9 +311,9 @@ def more_arms(run, keep, base, sft, reward_rows, arbiter, same):
     its_settings = settings(run, RLOO, learning_rate=r.rloo_learning_rate, beta=r.rloo_beta,
                             num_samples=r.rloo_samples, max_steps=r.rloo_steps, too_long=r.too_long,
                             max_new_tokens=r.max_new_tokens, keep_cut=False)
-    rloo = train_step(run, "rloo", "RLOO from the SFT model", stages.rloo, sft, prompts, its_settings,
+    rloo = train_step(run, "rloo", "RLOO from the SFT model", "rloo", sft, prompts, its_settings,
                       reward_model=reward_model)
     keep("rloo", "SFT + RLOO", "arm", rloo, "sft")
-    no_shared = train_clusters_and_merge(run, "no-shared", "SFT without shared languages", stages.sft, base,
+    no_shared = train_clusters_and_merge(run, "no-shared", "SFT without shared languages", "sft", base,
                                          reward_rows, sft_settings(run), r.sft_epochs, shared=[])
     keep("no-shared", "SFT per cluster without shared languages, merged", "arm", no_shared, "base")

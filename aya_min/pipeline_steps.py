@@ -12,12 +12,13 @@ from typing import Optional
 
 import torch
 
-from . import checkpoint, distributed, stages, weights
+from . import checkpoint, distributed, weights
 from .config import Recipe
 from .files import MARK, parse_json, read_bytes, read_json, write_json, write_jsonl
 from .model import RewardModel
 from .reward import score_texts
 from .sampling import answer_rows
+from .stages import STAGES, train_stage
 from .tokenizer import FILES
 
 
@@ -129,9 +130,9 @@ def train_step(run, name, title, stage, start, rows, its_settings, **more):
     """Train `stage` from the model folder `start` on rows (a list, or a function that makes it). -> the new model folder."""
     def make(folder, resume):
         data = data_file(run, name, rows() if callable(rows) else rows)
-        model, tokenizer = weights.load(start, run.device, trunk=stage is stages.reward, sharded=True,
+        model, tokenizer = weights.load(start, run.device, trunk=STAGES[stage].architecture is RewardModel, sharded=True,
                                         compute_dtype=getattr(torch, its_settings.dtype))
-        stage(model, tokenizer, [data], its_settings, folder, run.device, resume=resume, **more)
+        train_stage(stage, model, tokenizer, [data], its_settings, folder, run.device, resume=resume, **more)
     step(run, name, title, make)
     return run.folder / "steps" / name / "model"
 

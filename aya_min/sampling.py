@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from . import distributed
+from . import command, distributed
 from .lengths import cut_left as shorten
 from .linear import packed
 from .model import rotary, window_mask
@@ -442,8 +441,7 @@ def generate(model, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, 
     off = progress is None or not distributed.is_main()
     steps = run(engine, prompts, limits, num_samples, numbers, seed, set(stop_ids), stopped,
                 not_finite(model, name, places))
-    with tqdm(total=len(prompts), desc=progress, unit="prompt", mininterval=1, leave=False,
-              disable=off) as bar:
+    with command.progress(total=len(prompts), desc=progress, unit="prompt", disable=off) as bar:
         for _, ended in steps:
             for row in ended:
                 results[row.prompt][row.sample] = Completion(row.ids, row.logp, row.finish_reason)

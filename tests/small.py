@@ -9,7 +9,7 @@ import os
 import random
 import socket
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -21,7 +21,9 @@ sys.path.insert(0, str(ROOT))
 from aya_min import checkpoint, config, distributed, stages, tensorfiles, weights
 from aya_min.data import batches_in_order, collate, load_examples, load_prompts, make_batches, slots_of
 from aya_min.loop import evaluate, train
+from aya_min.losses import sft_loss
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights
+from aya_min.reference import answer_logps
 from aya_min.reward import score_texts
 from aya_min.sampling import answer_rows
 from aya_min.tokenizer import train_tokenizer
@@ -29,8 +31,11 @@ from aya_min.files import write_jsonl
 from aya_min.world import answer, gold_answer, questions
 
 CPU = torch.device("cpu")
-STAGES = {"sft": (stages.sft, config.SFT, "sft.jsonl"), "reward": (stages.reward, config.Reward, "pairs.jsonl"),
-          "dpo": (stages.dpo, config.DPO, "pairs.jsonl"), "rloo": (stages.rloo, config.RLOO, "prompts.jsonl")}
+FILES = {"pretrain": "sft.jsonl", "sft": "sft.jsonl", "reward": "pairs.jsonl", "dpo": "pairs.jsonl",
+         "rloo": "prompts.jsonl"}
+EVERY = {name: (partial(stages.train_stage, name), about.settings, FILES[name])
+         for name, about in stages.STAGES.items()}
+STAGES = {name: stage for name, stage in EVERY.items() if name != "pretrain"}       # sft does the same
 
 
 @cache
@@ -189,16 +194,16 @@ def on_these_ranks(world, out):
     five = load_examples([world / "sft.jsonl"], tokenizer(), 256, config.SFT())[:5]              # two batches of one rank, one of the other
 
     def nan_on_the_last_rank(model, batch):
-        loss, metrics = stages.sft_loss(model, batch)
+        loss, metrics = sft_loss(model, batch)
         return loss * (float("nan") if distributed.rank() == distributed.num_ranks() - 1 else 1), metrics
 
     settings, trained = config.SFT(batch_size=8, max_steps=1, learning_rate=1.0), language_model()
     num_steps, batches = make_batches(load_examples([world / "sft.jsonl"], tokenizer(), 256, config.SFT()), collate, settings)
     not_finite = refusal(train, trained, num_steps, batches, nan_on_the_last_rank, settings, out / "sft", CPU)
     moved = [name for name, p in language_model().named_parameters() if not torch.equal(p, distributed.full(dict(trained.named_parameters())[name].data))]
-    return {"loaded": loaded, "answers": answers, "scores": scores, "logps": stages.answer_logps(distributed.shard(language_model()), five, 0, CPU, config.SFT(), size=2).tolist(), "not_finite": not_finite, "moved": moved,
+    return {"loaded": loaded, "answers": answers, "scores": scores, "logps": answer_logps(distributed.shard(language_model()), five, 0, CPU, config.SFT(), size=2).tolist(), "not_finite": not_finite, "moved": moved,
             "too_long": refusal(answer_rows, model, tokenizer(), long, 1, 12), "main": refusal(distributed.from_main, lambda: int("x")),
-            "few_held_out": [evaluate(model, stages.sft_loss, batches_in_order(few[:n], lambda some: collate(some, slots=slots_of(few)), size=1), CPU) for n in (1, 3)]}
+            "few_held_out": [evaluate(model, sft_loss, batches_in_order(few[:n], lambda some: collate(some, slots=slots_of(few)), size=1), CPU) for n in (1, 3)]}
 
 
 def main():

@@ -5,13 +5,12 @@ import shutil
 
 import pytest
 import torch
-from small import CPU, STAGES, assert_close, language_model, logged, on_ranks, reward_model, run, write_world
+from small import CPU, EVERY, STAGES, assert_close, language_model, logged, on_ranks, reward_model, run, write_world
 from torch import nn
 from torch._inductor import config as inductor
 
-from aya_min import config, loop, stages
+from aya_min import config, loop
 
-EVERY = {**STAGES, "pretrain": (stages.pretrain, config.Pretrain, "sft.jsonl")}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,7 +16,9 @@ import torch
 from small import CPU, on_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
-from aya_min import distributed, estimate, stages
+from aya_min import distributed, estimate
+from aya_min.losses import sft_loss
+from aya_min.stages import STAGES, blank_example
 from aya_min.config import DPO, RLOO, SFT, ModelConfig, Pretrain, Reward
 from aya_min.data import collate
 from aya_min.loop import train, training_flops
@@ -31,7 +33,7 @@ def large(changes, ranks):
     """(settings, one micro-batch, how many a rank has) of a case: two rows of 256 tokens on each rank."""
     settings = SFT(batch_size=2 * ranks, max_length=256, max_steps=9, packing=False, **changes)            # the dry run is of a GPU's default
     size = settings.micro_batch_size or 2
-    return settings, collate([estimate.blank(256)] * size), 2 // size
+    return settings, collate([blank_example(None, 256, settings)] * size), 2 // size
 
 
 # ---- the process that is measured --------------------------------------------------------------------------------------------------
@@ -58,7 +60,7 @@ def bytes_taken(sizes, changes, folder):
     before = memory("VmRSS")
     model = init_weights(CohereForCausalLM(ModelConfig(**sizes)), torch.Generator().manual_seed(0))
     with suppress(Enough):
-        train(model, 9, batches, stages.sft_loss, settings, folder, CPU)
+        train(model, 9, batches, sft_loss, settings, folder, CPU)
     return memory("VmHWM") - before
 
 
@@ -89,14 +91,14 @@ def taken(tmp_path_factory):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_estimated_memory_is_within_a_tenth_of_what_the_kernel_counts_for_a_training_process(ranks, name, taken):
     settings, batch, num_micro_batches = large(CASES[name], ranks)
-    watch = estimate.simulate(CohereForCausalLM, ModelConfig(**LARGE), settings, stages.sft_loss, batch, ranks, num_micro_batches)
+    watch = estimate.simulate(CohereForCausalLM, ModelConfig(**LARGE), settings, sft_loss, batch, ranks, num_micro_batches)
     assert sum(watch.peak.values()) == pytest.approx(taken[f"{ranks} {name}"], rel=0.1)
     assert sum(watch.peak.values()) > 100e6                 # so that the interpreter's own comings and goings are small beside it
 
 
 def simulated(ranks=1, num_micro_batches=1, sizes=SMALL, tokens=64, **changes):
-    batch = collate([estimate.blank(tokens)] * 2)
-    return estimate.simulate(CohereForCausalLM, ModelConfig(**sizes), SFT(**changes), stages.sft_loss, batch, ranks, num_micro_batches)
+    batch = collate([blank_example(None, tokens, None)] * 2)
+    return estimate.simulate(CohereForCausalLM, ModelConfig(**sizes), SFT(**changes), sft_loss, batch, ranks, num_micro_batches)
 
 
 def test_weights_and_moments_by_hand_are_divided_over_the_ranks_of_one_copy():
@@ -171,7 +173,7 @@ def test_every_stage_says_what_it_needs_without_data_a_gpu_or_weights(stage):
 
 def test_the_kv_cache_by_hand():
     """16 rows of a rank (8 prompts x 4 samples over 2 ranks), 128 tokens, keys and values, 2 layers of 64 numbers, fp32."""
-    items = estimate.items_of("rloo", RLOO(max_length=128), None, None)
+    items = estimate.items_of(STAGES["rloo"], RLOO(max_length=128), None, None)
     assert estimate.cache_bytes(ModelConfig(**SMALL), RLOO(batch_size=8), items, 2) == 16 * 128 * 2 * 2 * 64 * 4
 
 

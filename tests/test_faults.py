@@ -21,16 +21,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import CPU, ROOT, STAGES, assert_close, language_model, logged, reward_model, run, state_of, tokenizer, write_world
+from small import CPU, ROOT, EVERY, STAGES, assert_close, language_model, logged, reward_model, run, state_of, tokenizer, write_world
 
 from aya_min import checkpoint, config, distributed, stages, weights
+from aya_min.losses import sft_loss
 from aya_min.data import Sampler, collate, load_examples, load_pairs, make_batches, read_jsonl
 from aya_min.loop import make_optimizer, train
 from aya_min.tokenizer import train_tokenizer
 from aya_min.files import write_jsonl
 
 LONG = os.environ.get("AYA_MIN_LONG") == "1"
-ALL = {**STAGES, "pretrain": (stages.pretrain, config.Pretrain, "sft.jsonl")}
 RUNNING, TRIED, SURVIVED, LOST = set(), Counter(), Counter(), Counter()
 SLOW = 10 if LONG else 1
 
@@ -45,7 +45,7 @@ def warm_and_count(world, tmp_path_factory, request):
     """Import what torch imports late, before anything is forked; print the counts at the end. One thread, as in the programs: two add up in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    STAGES.update(ALL)
+    STAGES.update(EVERY)
     run("sft", world, tmp_path_factory.mktemp("warm") / "run", max_steps=1)
     yield
     torch.set_num_threads(threads)
@@ -445,7 +445,7 @@ def test_an_evaluation_is_left_at_once_and_made_up_for_by_the_resumed_run(at, wo
     settings, batches = dict(max_steps=8, eval_every=4, held_out=True), []
 
     def program():
-        loss_fn = stages.sft_loss
+        loss_fn = sft_loss
 
         def signalled(model, batch):
             batches.append(model.training)
@@ -537,7 +537,7 @@ def test_a_rank_that_hangs_takes_the_run_down_after_the_collective_timeout(world
 
 # ---- F12-F15: going on -------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stage", ALL)
+@pytest.mark.parametrize("stage", EVERY)
 def test_a_run_stopped_twice_by_a_signal_is_one_never_stopped_bit_for_bit(stage, world, tmp_path):
     """F12. Steps, weights, moments, metrics; 36 examples in batches of 8, so the first epoch ends inside a batch."""
     TRIED["F12"] += 1
@@ -604,7 +604,7 @@ def test_resuming_with_other_data_model_tokenizer_or_seed_is_refused_by_name_and
     def with_another(what):
         model = language_model(seed=9) if what == "weights" else language_model()
         words = train_tokenizer(["one two three"] * 9, tokenizer().vocab_size) if what == "tokenizer" else tokenizer()
-        stages.dpo(model, words, [world / "pairs.jsonl"], config.DPO(batch_size=8, max_steps=4, learning_rate=1e-3, warmup_steps=2, max_length=256,
+        stages.train_stage("dpo", model, words, [world / "pairs.jsonl"], config.DPO(batch_size=8, max_steps=4, learning_rate=1e-3, warmup_steps=2, max_length=256,
                                                                         nll_weight=0.2, schedule="constant"), folder, CPU, resume=True)
     for attempt, says in ((lambda: run("dpo", world, folder, resume=True, max_steps=4, schedule="constant", seed=3), "that run had seed 0, not 3. Give the same"),
                           (lambda: run("dpo", other, folder, resume=True, max_steps=4, schedule="constant"), "that run had other data: .*other/pairs.jsonl. Give"),
@@ -636,7 +636,7 @@ def test_one_ranks_poisoned_step_stops_all_ranks_before_the_weights_move_and_is_
         calls = iter(range(1000))
 
         def poisoned(model, batch):
-            loss, metrics = stages.sft_loss(model, batch)
+            loss, metrics = sft_loss(model, batch)
             if next(calls) == 4 * 2 + 1 and distributed.rank() == 1:        # step 4, the second of two micro-batches
                 loss = loss * float("nan") if where == "loss" else loss + (0 * model.model.norm.weight.sum()).sqrt()
             return loss, metrics

@@ -13,22 +13,29 @@ PACKAGES = {"torch", "numpy", "tokenizers", "safetensors", "pytest", "tqdm"}
 
 FLOORS = [
     # 0: settings of a command line, plain files, pure functions on texts and tensors
-    {"cmaes", "command", "files", "iso639", "linear", "merge_methods", "report_charts", "template_expressions"},
+    {"cmaes", "command", "files", "iso639", "linear", "merge_methods", "report_charts",
+     "template_expressions"},
     # 1: settings, languages, ranks, losses, templates, tensors on disk
-    {"config", "distributed", "languages", "losses", "merge_config", "merge_front", "template", "tensorfiles"},
+    {"config", "distributed", "languages", "losses", "merge_config", "merge_front", "template",
+     "tensorfiles"},
     # 2: the decoder, the world, how to resume, what a line of JSONL means, whether two folders are alike
-    {"alike", "checkpoint", "control_tokens", "journal", "lengths", "model", "report", "rows", "template_turns", "world"},
+    {"alike", "checkpoint", "control_tokens", "journal", "lengths", "model", "report", "rows",
+     "template_turns", "world"},
     # 3: text to ids, rows to batches, the engine
     {"data", "preferences", "sampling", "tokenizer", "world_data"},
     # 4: what is done with a model or with folders
     {"arbitrage", "chat", "loop", "merge_folders", "reward", "weights"},
-    # 5: the stages, and what is done with answers
-    {"evaluate", "pipeline_checks", "stages"},
-    # 6: a recipe's run on disk; what a stage will need; what a search measures
+    # 5: run folders, log-probs under a fixed model, win rates, a recipe's checks
+    {"evaluate", "pipeline_checks", "reference", "runs"},
+    # 6: samples of the policy as batches
+    {"rollouts"},
+    # 7: the stages
+    {"stages"},
+    # 8: a recipe's run on disk; what a stage will need; what a search measures
     {"estimate", "merge_fitness", "pipeline_steps"},
-    # 7: what a run shows for itself; the search
+    # 9: what a run shows for itself; the search
     {"merge_search", "pipeline_results"},
-    # 8: the recipe; train.py, generate.py and merge.py stand on it
+    # 10: the recipe; train.py, generate.py and merge.py stand on it
     {"pipeline"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 from small import CPU, STAGES, assert_close, language_model, logged, run, state_of, tokenizer, write_world
 
-from aya_min import stages
+from aya_min import runs, stages
+from aya_min.losses import sft_loss
 from aya_min.config import SFT
-from aya_min.data import collate, load_examples, make_batches
-from aya_min.loop import json_line, learning_rate, make_optimizer, reduced, train
+from aya_min.data import batches_in_order, collate, load_examples, make_batches
+from aya_min.loop import evaluate, json_line, learning_rate, make_optimizer, reduced, train
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +155,7 @@ def spoiled(at, spoil):
     calls = iter(range(1000))
 
     def loss_fn(model, batch):
-        loss, metrics = stages.sft_loss(model, batch)
+        loss, metrics = sft_loss(model, batch)
         return (spoil(model, loss) if next(calls) == at else loss), metrics
     return loss_fn
 
@@ -169,7 +170,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_weights_
         train(spoiled_model, num_steps, batches, spoiled(5, spoil), settings, tmp_path, CPU)       # the second micro-batch of step 2
     assert [row["step"] for row in logged(tmp_path)] == [0, 1] and not (tmp_path / "state").exists()
     (tmp_path / "whole").mkdir()
-    train(whole_model, 2, batches, stages.sft_loss, settings, tmp_path / "whole", CPU)
+    train(whole_model, 2, batches, sft_loss, settings, tmp_path / "whole", CPU)
     for (name, p), q in zip(spoiled_model.named_parameters(), whole_model.parameters()):
         assert torch.equal(p, q), name
 
@@ -182,7 +183,7 @@ def test_a_first_step_that_its_stage_refuses_moves_nothing(world, tmp_path):
     def refuse(metrics):
         raise ValueError(f"refused at {metrics['loss']:.3f}")
     with pytest.raises(ValueError, match=r"refused at \d"):
-        train(model, num_steps, batches, stages.sft_loss, settings, tmp_path, CPU, check_first=refuse)
+        train(model, num_steps, batches, sft_loss, settings, tmp_path, CPU, check_first=refuse)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), untouched.parameters()))
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -217,8 +218,10 @@ def test_a_run_killed_between_saves_writes_the_metrics_of_one_never_killed(eval_
             if step == stop_at:
                 raise Stopped
             return batches(step)
-        with stages.open_run(folder, "sft", settings, [], resume, tokenizer(), None, {}, num_steps) as run:
-            stages.run_stage("sft", language_model(), tokenizer(), num_steps, stopping, stages.sft_loss, settings, run, CPU, held_out, collate)
+        with runs.open_run(folder, "sft", settings, [], resume, tokenizer(), None, {}, num_steps) as held:
+            model, in_order = language_model(), batches_in_order(held_out, collate)
+            stages.train_and_publish("sft", model, tokenizer(), num_steps, stopping, sft_loss, settings, held, CPU,
+                                     evaluation=lambda: evaluate(model, sft_loss, in_order, CPU))
 
     part(tmp_path / "whole")
     for stop_at, resume in ((5, False), (8, True)):                             # after the save at 3, after the one at 6

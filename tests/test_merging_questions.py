@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from small import CPU, language_model, tokenizer
 
-from aya_min import config, stages, weights
+from aya_min import config, weights
 from aya_min.pipeline import sft_settings, train_clusters_and_merge
 from aya_min.pipeline_steps import Run
 from aya_min.world import gold_answer, questions
@@ -46,7 +46,7 @@ def test_clusters_may_each_start_from_a_model_of_their_own(models, tmp_path):
     clusters = {"one": ["de"], "two": ["ru"]}
     run = Run(tmp_path, config.Recipe(batch_size=4, sft_learning_rate=1e-12), CPU, clusters)
     rows = [{**q, "completion": gold_answer(q)} for q in questions("train", 48, 0, level="tiny")]
-    merged = train_clusters_and_merge(run, "sft", "SFT", stages.sft, dict(zip(clusters, models)), rows, sft_settings(run), 0.1)
+    merged = train_clusters_and_merge(run, "sft", "SFT", "sft", dict(zip(clusters, models)), rows, sft_settings(run), 0.1)
     assert all(torch.allclose(x, state(models[2])[key], atol=1e-5) for key, x in state(merged).items())
 
 

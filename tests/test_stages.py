@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from small import CPU, STAGES, assert_close, language_model, logged, reward_model, run, state_of, tokenizer, write_world
 
-from aya_min import stages, weights
+from aya_min import reference, stages, weights
+from aya_min.losses import policy_gradient_loss, preference_loss, reward_loss, sft_loss
 from aya_min.config import DPO, RLOO, SFT
 from aya_min.data import collate, collate_pairs, load_examples, load_pairs, slots_of
 from aya_min.losses import rloo_advantages
@@ -26,7 +27,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pairs(world, tmp_path_factory):
     loaded = load_pairs([world / "pairs.jsonl"], tokenizer(), 256, SFT())[:6]
-    stages.store_reference(language_model(), loaded, 0, CPU, DPO(), tmp_path_factory.mktemp("reference") / "file", "")
+    reference.store_reference(language_model(), loaded, 0, CPU, DPO(), tmp_path_factory.mktemp("reference") / "file", "")
     return loaded
 
 
@@ -46,7 +47,7 @@ def overall(metric):
 def test_sft_is_the_summed_nats_of_the_supervised_tokens(world):
     examples, model = load_examples([world / "sft.jsonl"], tokenizer(), 256, SFT())[:5], language_model()
     slots = slots_of(examples)
-    loss, metrics = stages.sft_loss(model, collate(examples, slots=slots))
+    loss, metrics = sft_loss(model, collate(examples, slots=slots))
     torch.testing.assert_close(loss, -sum(full_logps(model, e) for e in examples), rtol=1e-5, atol=0)
     assert metrics["loss"][1].sum() == sum(e.mask.sum() for e in examples)
     same = [e for e in examples if e.language == examples[0].language]
@@ -55,7 +56,7 @@ def test_sft_is_the_summed_nats_of_the_supervised_tokens(world):
 
 def test_dpo_is_minus_log_sigmoid_of_beta_times_the_difference_of_log_ratios(pairs):
     policy, reference, beta = language_model(seed=5), language_model(), 0.3
-    loss, metrics = stages.preference_loss(beta, 0.0)(policy, collate_pairs(pairs))
+    loss, metrics = preference_loss(beta, 0.0)(policy, collate_pairs(pairs))
     ratio = torch.stack([torch.stack([full_logps(policy, side) - full_logps(reference, side) for side in (p.chosen, p.rejected)]) for p in pairs])
     expected = -F.logsigmoid(beta * (ratio[:, 0] - ratio[:, 1]))
     torch.testing.assert_close(loss, expected.sum(), rtol=1e-4, atol=1e-4)
@@ -67,7 +68,7 @@ def test_dpo_is_minus_log_sigmoid_of_beta_times_the_difference_of_log_ratios(pai
 
 def test_the_nll_beside_dpo_is_the_chosen_answers_nats_per_token(pairs):
     model, batch = language_model(seed=5), collate_pairs(pairs)
-    plain, with_nll = (stages.preference_loss(0.1, weight)(model, batch)[0] for weight in (0.0, 2.0))
+    plain, with_nll = (preference_loss(0.1, weight)(model, batch)[0] for weight in (0.0, 2.0))
     expected = sum(-full_logps(model, p.chosen) / int(p.chosen.mask.sum()) for p in pairs)
     torch.testing.assert_close((with_nll - plain) / 2, expected, rtol=1e-4, atol=1e-4)
 
@@ -75,7 +76,7 @@ def test_the_nll_beside_dpo_is_the_chosen_answers_nats_per_token(pairs):
 def test_the_reward_loss_is_bradley_terry_of_the_scores_and_the_chosen_answers_nats_per_token(pairs):
     model, batch = reward_model(), collate_pairs(pairs)
     scores, _ = model(batch.input_ids, batch.lengths, batch.mask)
-    loss, metrics = stages.reward_loss(0.5)(model, batch)
+    loss, metrics = reward_loss(0.5)(model, batch)
     preferred = -F.logsigmoid(scores[:6] - scores[6:])
     as_language_model = language_model()
     as_language_model.model = model.model
@@ -93,7 +94,7 @@ def test_the_policy_gradient_raises_what_did_better_than_its_siblings(pairs):
     for rewards, silent in ((batch.rewards, False), (torch.full((4,), 2.5), True)):
         batch.advantages = rloo_advantages(rewards.view(2, 2)).flatten()
         model.zero_grad()
-        stages.policy_gradient_loss(model, batch)[0].backward()
+        policy_gradient_loss(model, batch)[0].backward()
         got = [p.grad.clone() for p in model.parameters()]
         model.zero_grad()
         if silent:
@@ -108,7 +109,7 @@ def test_the_policy_gradient_raises_what_did_better_than_its_siblings(pairs):
 def test_the_kl_of_a_batch_is_log_policy_minus_log_reference_per_completion(pairs):
     model, batch = language_model(), collate([p.chosen for p in pairs])
     batch.ref_logps, batch.rewards, batch.advantages = torch.arange(6.0), torch.zeros(6), torch.zeros(6)
-    _, metrics = stages.policy_gradient_loss(model, batch)
+    _, metrics = policy_gradient_loss(model, batch)
     logps = torch.stack([full_logps(model, p.chosen) for p in pairs])
     assert overall(metrics["kl"]) == pytest.approx((logps - batch.ref_logps).mean().item(), rel=1e-5)
     assert overall(metrics["entropy"]) == pytest.approx(-logps.mean().item(), rel=1e-5)
@@ -118,7 +119,7 @@ def test_padding_changes_no_loss(pairs):
     model = language_model(seed=5)
     plain, padded = collate_pairs(pairs), collate_pairs(pairs)
     padded.input_ids, padded.mask = F.pad(plain.input_ids, (0, 37)), F.pad(plain.mask, (0, 37))
-    for loss_fn, net in ((stages.preference_loss(0.1, 0.2), model), (stages.reward_loss(0.3), reward_model()), (stages.sft_loss, model)):
+    for loss_fn, net in ((preference_loss(0.1, 0.2), model), (reward_loss(0.3), reward_model()), (sft_loss, model)):
         torch.testing.assert_close(loss_fn(net, padded)[0], loss_fn(net, plain)[0], rtol=1e-5, atol=1e-5)
 
 
@@ -137,7 +138,7 @@ def test_a_policy_that_differs_from_its_reference_at_the_start_is_refused_before
     model = language_model()
     model.model.norm.register_forward_hook(lambda module, inputs, output: output * 1.1 if module.training else output)
     with pytest.raises(ValueError, match=r"the first DPO loss is \d.*not ln 2 = 0.693147: policy and reference differ"):
-        stages.dpo(model, tokenizer(), [world / "pairs.jsonl"], DPO(batch_size=8, max_steps=2), tmp_path / "run", CPU)
+        stages.train_stage("dpo", model, tokenizer(), [world / "pairs.jsonl"], DPO(batch_size=8, max_steps=2), tmp_path / "run", CPU)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), language_model().parameters()))
 
 
@@ -154,7 +155,7 @@ def test_a_model_overfitted_on_one_answer_says_it_and_stops(tmp_path):
     write_jsonl(tmp_path / "one.jsonl", [{"prompt": "Name three colours.", "completion": "red, green, blue"}] * 8)
     model = language_model(initializer_range=0.08)
     settings = SFT(batch_size=8, max_steps=40, learning_rate=1e-2, warmup_steps=0)
-    stages.sft(model, tokenizer(), [tmp_path / "one.jsonl"], settings, tmp_path / "run", CPU)
+    stages.train_stage("sft", model, tokenizer(), [tmp_path / "one.jsonl"], settings, tmp_path / "run", CPU)
     [[completion]] = generate(model, [tokenizer().encode_prompt("Name three colours.")], max_new_tokens=40, temperature=0, stop_ids=[tokenizer().end_of_turn_id])
     assert tokenizer().decode(completion.ids) == "red, green, blue" and completion.finish_reason == "stop"
 
@@ -181,8 +182,8 @@ def test_a_larger_beta_keeps_rloo_nearer_to_where_it_started(world, tmp_path):
 
 def test_reference_log_probs_on_disk_spare_the_next_run_its_pass_and_are_refused_for_any_other(world, tmp_path, monkeypatch):
     """Of the same model, pairs and dtype they are taken to the last bit; of others, or damaged, they are named and left as they are."""
-    file, passes, of_model = tmp_path / "reference.safetensors", [], stages.answer_logps
-    monkeypatch.setattr(stages, "answer_logps", lambda *args: passes.append(args) or of_model(*args))
+    file, passes, of_model = tmp_path / "reference.safetensors", [], reference.answer_logps
+    monkeypatch.setattr(reference, "answer_logps", lambda *args: passes.append(args) or of_model(*args))
     dpo = lambda name, data=world, **changes: logged(run("dpo", data, tmp_path / name, reference_logps=file, **changes))
     assert dpo("first") == dpo("second") == logged(run("dpo", world, tmp_path / "own")) and len(passes) == 2
     assert dpo("another beta", beta=0.5)[0]["dpo_loss"] == pytest.approx(math.log(2), abs=1e-4) and len(passes) == 2
@@ -250,7 +251,7 @@ def test_the_run_is_described_before_its_first_step_and_nothing_is_left_if_that_
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
     with pytest.raises(ValueError, match="step 0: loss nan"):
-        stages.sft(model, tokenizer(), [world / "sft.jsonl"], SFT(batch_size=8), tmp_path / "run", CPU)
+        stages.train_stage("sft", model, tokenizer(), [world / "sft.jsonl"], SFT(batch_size=8), tmp_path / "run", CPU)
     assert seen == [{".lock", "config.json", "tokenizer.json", "tokenizer_config.json"}] and not (tmp_path / "run").exists()
 
 
@@ -281,7 +282,7 @@ def test_resuming_with_other_settings_or_other_data_is_refused(world, tmp_path):
     before = (folder / "metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match="that run had batch_size 8, not 4; seed 0, not 7"):
         run("sft", world, folder, resume=True, batch_size=4, seed=7)
-    with pytest.raises(ValueError, match="that run had stage sft, not dpo"):
+    with pytest.raises(ValueError, match="that is a run of 'sft', not 'dpo'"):
         run("dpo", world, folder, resume=True)
     (tmp_path / "copy").mkdir()
     run("sft", write_world(tmp_path / "copy"), folder, resume=True)             # the same content, elsewhere

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import CPU, ROOT, STAGES, language_model, logged, on_ranks, reward_model, run, tokenizer
+from small import CPU, ROOT, EVERY, STAGES, language_model, logged, on_ranks, reward_model, run, tokenizer
 from small import write_world
 
 import train
-from aya_min import checkpoint, config, distributed, estimate, files, loop, stages, weights
+from aya_min import checkpoint, config, distributed, estimate, files, loop, reference, stages, weights
+from aya_min.losses import sft_loss
 from aya_min.data import batches_in_order, collate, load_examples
 from aya_min.loop import make_optimizer
 
-ALL = {**STAGES, "pretrain": (stages.pretrain, config.Pretrain, "sft.jsonl")}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def command(monkeypatch, capfd):
 def line_of(stage, models, world, out):
     more = f" --reward-model {models}/RM --num-samples 2 --max-new-tokens 6" if stage == "rloo" else ""
     return (
-        f"{stage} --model {models}/A --data {world}/{ALL[stage][2]} --out {out} --batch-size 8 --max-steps"
+        f"{stage} --model {models}/A --data {world}/{EVERY[stage][2]} --out {out} --batch-size 8 --max-steps"
         f" 2{more}"
     )
 
@@ -72,7 +72,7 @@ def names(folder):
 # ---- not finite --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ALL)
+@pytest.mark.parametrize("stage", EVERY)
 def test_weights_that_became_nan_in_the_last_step_are_neither_kept_nor_published(
     stage, models, world, tmp_path, command
 ):
@@ -162,7 +162,8 @@ def test_a_reference_with_nan_is_named_with_its_row_before_anything_is_trained(w
     with pytest.raises(
         ValueError, match=r"pairs.jsonl:\d+: its log-prob under the reference is \[nan, nan\], not finite"
     ):
-        stages.dpo(
+        stages.train_stage(
+            "dpo",
             model, tokenizer(), [world / "pairs.jsonl"], config.DPO(batch_size=8), tmp_path / "run", CPU
         )
     assert not (tmp_path / "run").exists()
@@ -171,10 +172,10 @@ def test_a_reference_with_nan_is_named_with_its_row_before_anything_is_trained(w
 def test_a_kept_reference_with_nan_is_refused_by_file_and_row(world, tmp_path, monkeypatch):
     run("dpo", world, tmp_path / "run", reference_logps=tmp_path / "kept")
     logps = load_file(tmp_path / "kept")["ref_logps"]
-    with stages.safe_open(tmp_path / "kept", "pt") as file:
+    with reference.safe_open(tmp_path / "kept", "pt") as file:
         about = file.metadata()
     logps[3, 1] = math.inf
-    save_file({"ref_logps": logps}, tmp_path / "kept", {**about, "sha256": stages.sha256_of(logps)})
+    save_file({"ref_logps": logps}, tmp_path / "kept", {**about, "sha256": reference.sha256_of(logps)})
     with pytest.raises(
         ValueError, match=r"pairs.jsonl:\d+: its log-prob under the reference \(.*kept\) is .*inf"
     ):
@@ -197,7 +198,7 @@ def test_a_held_out_metric_that_is_not_finite_is_refused_by_name(spoiled, says, 
         item.where = item.where.rpartition("/")[2]
 
     def loss_fn(model, batch):
-        loss, metrics = stages.sft_loss(model, batch)
+        loss, metrics = sft_loss(model, batch)
         return spoiled(loss), {**metrics, "margin": metrics["loss"] * math.inf}
 
     with pytest.raises(ValueError, match=says):
@@ -309,10 +310,10 @@ class Watched:
         return type(settings_class.__name__, (settings_class,), {"__getattribute__": look})
 
 
-@pytest.mark.parametrize("stage", ALL)
+@pytest.mark.parametrize("stage", EVERY)
 def test_every_setting_of_a_stage_is_read_by_its_code(stage, world, tmp_path):
     """rloo took --max-length, --eval-every and --eval-data, recorded them, and did nothing with them."""
-    function, settings_class, file = ALL[stage]
+    function, settings_class, file = EVERY[stage]
     watched = Watched()
     values = dict(batch_size=8, max_steps=2, save_every=1, max_length=256, warmup_steps=0) | (
         dict(num_samples=2, max_new_tokens=8) if stage == "rloo" else {}
@@ -385,12 +386,12 @@ def test_every_flag_of_a_command_is_read_by_its_code(path):
     assert not (unread := flags_in(trees[0]) - read_in(trees)), unread
 
 
-@pytest.mark.parametrize("name", ["recipe", *ALL])
+@pytest.mark.parametrize("name", ["recipe", *EVERY])
 def test_every_flag_of_train_is_read_by_the_functions_of_its_command(name):
     """--eval-data of rloo was read by run_one_stage, for the other stages."""
     one = ["run_one_stage", "resumed_from", "check_flags", "load_model", "main"]
     functions = ["run_whole_recipe", "check_own", "main"] if name == "recipe" else one
-    settings = {f.name for f in fields(config.Recipe if name == "recipe" else ALL[name][1])}
+    settings = {f.name for f in fields(config.Recipe if name == "recipe" else EVERY[name][1])}
     parser = stage_parser(name)
     flags = {action.dest for action in parser._actions} - {"help"} - settings
     assert not (unread := flags - read_in(functions_of("train.py", functions))), unread
@@ -494,9 +495,9 @@ def test_a_number_out_of_its_range_is_refused_by_the_name_of_its_flag_before_any
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("stage", ALL)
+@pytest.mark.parametrize("stage", EVERY)
 def test_the_largest_seed_trains_every_stage(stage, world, tmp_path):
-    function, settings_class, file = ALL[stage]
+    function, settings_class, file = EVERY[stage]
     more = {"reward_model": reward_model()} if stage == "rloo" else {}
     settings = (
         settings_class(batch_size=8, max_steps=1, seed=2**63 - 1, max_length=256)
@@ -552,11 +553,12 @@ def test_a_variable_of_torchrun_that_is_no_number_of_its_range_is_refused_by_nam
 
 def test_an_unknown_stage_is_refused_by_the_estimate_which_knows_those_of_train():
     """It was given rloo's items and sft's loss."""
-    for ask in (estimate.loss_of, lambda stage, settings: estimate.items_of(stage, settings, None, None)):
-        with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo rloo"):
-            ask("dance", config.SFT())
-        for stage, (_, settings_class) in stages.STAGES.items():
-            assert ask(stage, settings_class())
+    with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo rloo"):
+        estimate.dry_run("dance", "M", language_model(), config.SFT(), None, None, None, 1)
+    with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo rloo"):
+        stages.train_stage("dance", language_model(), tokenizer(), [], config.SFT(), "out", CPU)
+    for stage in stages.STAGES.values():
+        assert estimate.items_of(stage, stage.settings(), None, None) and stage.loss(stage.settings())
 
 
 # ---- data --------------------------------------------------------------------------------------------------
@@ -568,11 +570,11 @@ def test_what_passes_the_models_positions_is_not_trained_whatever_max_length_say
     policy, stage, models, world, tmp_path, command
 ):
     """With --max-length 4000 a model of 512 positions was trained on examples of thousands of tokens."""
-    row = json.loads((world / ALL[stage][2]).read_text().splitlines()[0])
+    row = json.loads((world / EVERY[stage][2]).read_text().splitlines()[0])
     long = json.dumps({**row, "prompt": "word " * 600})
-    (tmp_path / "data.jsonl").write_text((world / ALL[stage][2]).read_text() + long + "\n")
+    (tmp_path / "data.jsonl").write_text((world / EVERY[stage][2]).read_text() + long + "\n")
     line = line_of(stage, models, world, tmp_path / "run")
-    line = line.replace(f"{world}/{ALL[stage][2]}", f"{tmp_path}/data.jsonl")
+    line = line.replace(f"{world}/{EVERY[stage][2]}", f"{tmp_path}/data.jsonl")
     code, _, err = command(f"{line} --max-length 4000 --too-long {policy} --max-steps 5")
     assert code == (2 if policy == "refuse" else 0), err
     assert policy == "cut-left" or any("512" in text and "data.jsonl:37" in text for text in err), err

@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from aya_min import config, distributed, stages, weights                                                        # noqa: E402
+from aya_min import config, distributed, weights                                                        # noqa: E402
 from aya_min.arbitrage import route                                                                             # noqa: E402
 from aya_min.evaluate import join, win_rates                                                                    # noqa: E402
 from aya_min.files import write_json                                                                        # noqa: E402
@@ -37,6 +37,8 @@ from aya_min.pipeline import dpo_settings, sft_settings, train_clusters_and_merg
 from aya_min.preferences import best_worst                                                                      # noqa: E402
 from aya_min.pipeline_results import evaluate_model                                                                      # noqa: E402
 from aya_min.merge_folders import merge_folders                                                                         # noqa: E402
+from aya_min.runs import versions                                                                                  # noqa: E402
+from aya_min.stages import train_stage                                                                            # noqa: E402
 from aya_min.pipeline_steps import Run, rows_of, settings, step, train_step                                # noqa: E402
 from aya_min.tokenizer import load_tokenizer                                                                    # noqa: E402
 
@@ -103,14 +105,14 @@ def methods(seed):
 def once(seed):
     run, starts = seed.variant("once"), {cluster: seed.theirs(f"sft-{cluster}") for cluster in seed.clusters}
     pairs, _ = best_worst(seed.candidates(), run.recipe.offline_margin)
-    train_clusters_and_merge(run, "offline", "offline DPO on each cluster's SFT model", stages.dpo, starts, pairs, dpo_settings(run, "offline"), run.recipe.offline_epochs)
+    train_clusters_and_merge(run, "offline", "offline DPO on each cluster's SFT model", "dpo", starts, pairs, dpo_settings(run, "offline"), run.recipe.offline_epochs)
     evaluated(run, "offline")
 
 
 def order(seed):
     run = seed.variant("order")
     pairs, _ = best_worst(seed.candidates(), run.recipe.offline_margin)
-    train_step(run, "offline", "offline DPO, one model", stages.dpo, seed.theirs("sft"), pairs, settings(run, **dpo_settings(run, "offline"), epochs=run.recipe.offline_epochs))
+    train_step(run, "offline", "offline DPO, one model", "dpo", seed.theirs("sft"), pairs, settings(run, **dpo_settings(run, "offline"), epochs=run.recipe.offline_epochs))
     evaluated(run, "offline")
 
 
@@ -129,7 +131,7 @@ def sizes(seed):
         run = seed.variant(f"heads-{heads}")
         base = base_with(run, heads, seed.source)
         rows, _ = route(seed.candidates(), "reward", run.recipe.seed)
-        train_step(run, "mix", "SFT, one model on the mix", stages.sft, base, rows, settings(run, **sft_settings(run), epochs=run.recipe.sft_epochs))
+        train_step(run, "mix", "SFT, one model on the mix", "sft", base, rows, settings(run, **sft_settings(run), epochs=run.recipe.sft_epochs))
         sft_by_cluster(run, seed, "sft", base, SHARED)
         for name in ("base", "mix"):
             evaluated(run, name)
@@ -141,7 +143,7 @@ VARIANTS = {"methods": (methods, "no-shared"), "once": (once, "offline"), "order
 
 def sft_by_cluster(run, seed, name, base, shared):
     rows, _ = route(seed.candidates(), "reward", run.recipe.seed)
-    train_clusters_and_merge(run, name, f"SFT, {run.folder.name}", stages.sft, base, rows, sft_settings(run), run.recipe.sft_epochs, shared=shared)
+    train_clusters_and_merge(run, name, f"SFT, {run.folder.name}", "sft", base, rows, sft_settings(run), run.recipe.sft_epochs, shared=shared)
     evaluated(run, name)
 
 
@@ -175,7 +177,7 @@ def base_with(run, heads, source):
         model = config.ModelConfig(**{**preset, **size, "vocab_size": tokenizer.vocab_size, "num_key_value_heads": None})
         model = init_weights(CohereForCausalLM(model), torch.Generator().manual_seed(r.seed))
         its_settings = settings(run, config.Pretrain, learning_rate=r.base_learning_rate, warmup_steps=50, save_every=500)
-        stages.pretrain(model, tokenizer, [source / "data" / "base.jsonl"], its_settings, folder, run.device, resume=resume)
+        train_stage("pretrain", model, tokenizer, [source / "data" / "base.jsonl"], its_settings, folder, run.device, resume=resume)
     step(run, "base", f"pretraining a base of {heads} heads", make)
     return run.folder / "steps" / "base" / "model"
 
@@ -191,7 +193,7 @@ def save(seed):
     parameters = {name: sum(p.numel() for p in weights.load(folder)[0].parameters()) for name, folder in bases.items()}
     answers = {f"recipe/{path.parent.name[5:]}": path.parent for path in seed.source.glob("steps/eval-*/done.json")}
     answers |= {f"{path.parts[-4]}/{path.parent.name[5:]}": path.parent for path in seed.out.glob("*/steps/eval-*/done.json")}
-    write_json(seed.out.with_name(seed.out.name + ".json"), {"seed": seed.recipe.seed, "versions": stages.versions(), "recipe": asdict(seed.recipe), "seconds": seconds,
+    write_json(seed.out.with_name(seed.out.name + ".json"), {"seed": seed.recipe.seed, "versions": versions(), "recipe": asdict(seed.recipe), "seconds": seconds,
                                                              "parameters": parameters, **numbers(answers, parameters)})
 
 

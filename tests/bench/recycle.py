@@ -42,7 +42,7 @@ def specialists(run, seed, out):
             write_jsonl(out / f"only-{task}.jsonl", rows)
             model, tokenizer = weights.load(run / "steps" / "sft" / "model")
             settings = SFT(batch_size=BATCH_SIZE, max_steps=STEPS, learning_rate=LEARNING_RATE, max_length=128, warmup_steps=STEPS // 10, seed=seed)
-            stages.sft(model, tokenizer, [out / f"only-{task}.jsonl"], settings, folder, torch.device("cpu"))
+            stages.train_stage("sft", model, tokenizer, [out / f"only-{task}.jsonl"], settings, folder, torch.device("cpu"))
         made[folder.name] = folder / "model"
     return made
 

@@ -58,7 +58,7 @@ def run_ours(stage, folder, out, compile):
     if stage == "rloo":
         settings |= dict(num_samples=4, max_new_tokens=64)
         more["reward_model"] = weights.load(folder / "reward")[0]
-    function, settings_class, data = {"sft": (stages.sft, config.SFT, "sft"), "dpo": (stages.dpo, config.DPO, "pairs"), "rloo": (stages.rloo, config.RLOO, "prompts")}[stage]
+    settings_class, data = stages.STAGES[stage].settings, {"sft": "sft", "dpo": "pairs", "rloo": "prompts"}[stage]
     if stage == "dpo":                                   # the reference pass over the pairs that the steps use, no more
         rows = (folder / "pairs.jsonl").read_text(encoding="utf-8").split("\n")[:16 * STEPS["dpo"]]
         (out.parent / "few.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -70,7 +70,7 @@ def run_ours(stage, folder, out, compile):
             reference(*args)
             more["reference"] = (time.perf_counter() - begin) / STEPS["dpo"]
         stages.store_reference = timed
-    function(model, tokenizer, [folder / f"{data}.jsonl"], settings_class(**settings), out, torch.device("cpu"), **{k: v for k, v in more.items() if k == "reward_model"})
+    stages.train_stage(stage, model, tokenizer, [folder / f"{data}.jsonl"], settings_class(**settings), out, torch.device("cpu"), **{k: v for k, v in more.items() if k == "reward_model"})
     seconds = [json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1] if '"seconds"' in line]
     return [s + more.get("reference", 0) for s in seconds]
 

@@ -1,0 +1,120 @@
+"""Log-probs under a model that does not change: DPO's reference, computed once and stored with the pairs, and
+RLOO's reference and policy before a step."""
+
+import hashlib
+import os
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from . import distributed
+from .data import Pair, batches_in_order, collate, collate_pairs, in_step
+from .files import publish_file, scratch
+from .loop import autocast
+from .losses import sum_by_row, supervised_logps
+from .model import CohereForCausalLM
+
+
+@torch.no_grad()
+def answer_logps(model, items, pad_id, device, settings, size=64, name="the reference"):
+    """Log-probs (nats, summed over supervised tokens) of each example, (N,), or of each pair's two answers, (N, 2), under a plain or sharded model,
+    on every rank; the work is split over ranks, `size` rows at a time.
+
+    In the training's own dtype: another one would put the rounding of every token into the ratio.
+    name: of the model, for the refusal of a log-prob that is not finite."""
+    was_training, done = model.training, []
+    model.eval()
+    model.model.packing = settings.packing
+    in_pairs = isinstance(items[0], Pair)
+    batches = batches_in_order(items, lambda some: (collate_pairs if in_pairs else collate)(some, pad_id), size // (1 + in_pairs))
+    for indices, batch in in_step(batches):
+        batch = batch.to(device)
+        with autocast(model, settings, device):
+            logps = supervised_logps(model, batch)                              # (tokens,)
+        sums = sum_by_row(logps, batch.mask)                                               # (rows,)
+        done += zip(indices, (sums.view(2, -1).T if in_pairs else sums).tolist())
+    model.train(was_training)
+    logps = dict(sum(distributed.gather_objects(done), []))
+    logps = torch.tensor([logps[i] for i in range(len(items))])
+    check_logps(logps, items, name)
+    return logps
+
+
+def check_logps(logps, items, name):
+    """Refuse log-probs of these items that are not finite, by model and row."""
+    bad = [i for i, fine in enumerate(logps.isfinite().view(len(items), -1).all(1).tolist()) if not fine]
+    if bad:
+        first = items[bad[0]].chosen if isinstance(items[bad[0]], Pair) else items[bad[0]]
+        raise ValueError(f"{first.where}: its log-prob under {name} is {logps[bad[0]].tolist()}, not finite "
+                         f"({len(bad)} of {len(items)} rows); look at the weights of {name} and at this row")
+
+
+def reference_rows(settings):
+    """Rows of a batch of DPO's reference pass: as nothing is kept for a backward, four times a micro-batch of pairs, 32 at most (64: slower on a CPU)."""
+    return min(32, 8 * (settings.micro_batch_size or 4))
+
+
+def store_reference(model, pairs, pad_id, device, settings, path, model_print):
+    """Keep the reference's log-probs with the pairs, so that one model is in memory while training; and in the file `path`, from which another
+    run takes them. Its key says of which model (model_print: its distributed.fingerprint), texts and compute dtype they are."""
+    texts = hashlib.sha256()
+    for side in (side for p in pairs for side in (p.chosen, p.rejected)):
+        texts.update(len(side.ids).to_bytes(8, "little") + side.ids.tobytes() + side.mask.tobytes())
+    key = f"{model_print} {texts.hexdigest()} {settings.dtype}"
+
+    def read():
+        if not os.path.lexists(path):
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                logps, about = file.get_tensor("ref_logps"), file.metadata() or {}
+        except (SafetensorError, OSError):
+            logps, about = torch.empty(0), {}
+        if (about.get("key"), about.get("sha256")) != (key, sha256_of(logps)):
+            raise ValueError(f"{path}: not the reference log-probs of this model, these pairs and {settings.dtype}; remove it, or give another file")
+        check_logps(logps, pairs, f"the reference ({path})")
+        return logps
+
+    def write(logps):
+        with scratch(path) as folder:
+            try:
+                save_file({"ref_logps": logps}, folder / "file", {"key": key, "sha256": sha256_of(logps)})
+            except SafetensorError as error:
+                raise ValueError(f"{path}: the reference log-probs cannot be written ({error}); make room, "
+                                 "or give another file") from None
+            if os.path.lexists(path):                   # another run was faster
+                read()
+            else:
+                publish_file(folder / "file", path)
+
+    logps = distributed.from_main(read)
+    if logps is None:
+        distributed.from_main(lambda: check_place(path))
+        logps = answer_logps(model, pairs, pad_id, device, settings, reference_rows(settings))           # (pairs, 2)
+        distributed.from_main(lambda: write(logps))
+    for pair, both in zip(pairs, logps):
+        pair.ref_logps = both.numpy()
+
+
+def check_place(path):
+    """Refuse, before the reference pass, a file that could not be written after it."""
+    if not path.parent.is_dir():
+        raise ValueError(f"--reference-logps {path}: there is no such folder; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--reference-logps {path}: its folder cannot be written; give another file")
+
+
+def sha256_of(tensor):
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
+def twin(model, settings, device):
+    """A second model of the same weights, sharded alike, to look back at."""
+    with torch.device("meta"):
+        other = CohereForCausalLM(model.config)
+    distributed.shard(other, getattr(torch, settings.dtype), settings.replicate, settings.cpu_offload)
+    other.to_empty(device="cpu" if settings.cpu_offload else device)
+    for own, theirs in zip(other.state_dict().values(), model.state_dict().values(), strict=True):
+        distributed.own_rows(own)[0].copy_(distributed.own_rows(theirs)[0])
+    return other
