@@ -120,8 +120,8 @@ zgh Standard Moroccan Tamazight; zun Zuni; zxx No linguistic content; zza Zaza
 """
 
 # Codes that stand for another code: bibliographic codes of ISO 639-2, withdrawn codes, and the member of a
-# macrolanguage that published data mean by its name (arb: Standard Arabic). Its remaining members are languages
-# of their own (ary).
+# macrolanguage that published data mean by its name (arb: Standard Arabic). Its remaining members are
+# languages of their own (ary).
 ALIASES = """
 alb sq; als sq; arb ar; arm hy; ayr ay; azj az; baq eu; bur my; chi zh; cmn zh; cnr sr-ME; cze cs; dik din;
 dut nl; ekk et; fat ak; fre fr; gaz om; geo ka; ger de; gre el; gug gn; hbs sr-Latn; ice is; ike iu; in id;

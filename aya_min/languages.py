@@ -1,4 +1,4 @@
-"""The 23 languages of Aya Expanse (section 1 of arXiv 2412.04261), Chinese in both scripts, and their clusters.
+"""The 23 languages of Aya Expanse (arXiv 2412.04261, section 1), Chinese in both scripts, and their clusters.
 
 The report trains one model per cluster of related languages and keeps English, Spanish and French in every
 cluster (launch blog, "Maximizing Performance through Model Merging"). It does not publish the clusters. These
@@ -60,7 +60,7 @@ CLUSTERS = {                    # ours; the shared languages are added by `clust
     "east-asia": ["zh", "zh-Hant", "ja", "ko", "vi", "id"],
 }
 
-# ---- the codes and names that files give a language ----------------------------------------------------------------------------
+# ---- the codes and names that files give a language --------------------------------------------------------
 
 # BCP 47, section 2.1: language, extended language, script, region, variants, extensions, private use.
 TAG = re.compile(r"([a-z]{2,3})(?:-([a-z]{3}))?(?:-([a-z]{4}))?(?:-([a-z]{2}|[0-9]{3}))?"
@@ -86,7 +86,7 @@ def entries(text):
 
 
 def read_table():
-    """The tables of iso639: (any code to the code used here, plain name to code, two-letter codes, scripts)."""
+    """The tables of iso639: (code to the code used here, plain name to code, two-letter codes, scripts)."""
     codes, names, two_letters = dict(entries(iso639.ALIASES)), {}, set()
     for code, *rest in entries(iso639.LANGUAGES) + entries(iso639.NAMES):
         if len(code) == 2 and len(rest[0]) == 3 and rest[0].islower():
@@ -168,7 +168,7 @@ def read_clusters(path):
             if code in (None, "other"):
                 raise ValueError(f"{path}: cluster {name!r} has unknown language {text!r:.40}; {SPELLINGS}")
             if code in seen:
-                raise ValueError(f"{path}: language {code!r} is in both {seen[code]!r} and {name!r}; leave it "
-                                 "in one")
+                raise ValueError(f"{path}: language {code!r} is in both {seen[code]!r} and {name!r}; leave "
+                                 "it in one")
             seen[code], codes[i] = name, code
     return clusters

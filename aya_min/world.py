@@ -310,11 +310,12 @@ def text_line(rng, language, level="full"):
 FOLD = str.maketrans({
     "ё": "е", "œ": "oe", "ş": "ș", "ţ": "ț", "أ": "ا", "إ": "ا", "ँ": "ं",
     "\u2019": "'", "\u02bc": "'", "\u05f3": "'",            # apostrophes of print, of Ukrainian, of Hebrew
-    "\u093c": None, "\u200c": None,                         # the nukta of Hindi, the narrow space of Persian
+    "\u093c": None,                                         # the nukta of Hindi, which many leave out
+    "\u200c": None,                                         # the zero-width non-joiner of Persian
     "\u0307": None,                                         # casefold makes İ an i with a dot of its own
     "–": "—", "，": ",", "、": ",", "،": ",", "；": ";", "؛": ";", "：": ":",
     "？": "?", "؟": "?", "！": "!", "。": ".", "।": "."})
-# Persian writes these with a narrow space, with a space or with none.
+# People write a space for the zero-width non-joiner after this prefix and before these endings of Persian.
 PERSIAN_SPACE = re.compile(r"(?<=\bمی) | (?=(?:ها|های|تر|ترین|اند|ای)\b)")
 
 

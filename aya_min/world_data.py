@@ -17,7 +17,7 @@ AWAY_MIX = (15, 50, 25, 10)         # a teacher on all other languages
 
 
 def corpus(count, seed, level):
-    """`count` rows for pretraining: one in twenty is a line of plain text, the rest are answered questions."""
+    """`count` rows for pretraining: one in twenty is a line of plain text, the rest answered questions."""
     rng, languages = random.Random(f"corpus/{seed}"), list(LANGUAGES)
     codes = [languages[i % len(languages)] for i in range(count // 20)]
     lines = [{"text": text_line(rng, code, level), "language": code} for code in codes]
@@ -42,7 +42,8 @@ def lessons(clusters, name, count, seed, level):
 
 def gold(count, seed, level):
     """`count` questions with their right answers in proper sentences."""
-    return [{**q, "completion": gold_answer(q)} for q in questions("train", count, f"gold/{seed}", level=level)]
+    asked = questions("train", count, f"gold/{seed}", level=level)
+    return [{**q, "completion": gold_answer(q)} for q in asked]
 
 
 def graded_pairs(question_rows, sampled, seed, flip=0.05):

@@ -31,6 +31,7 @@ def test_the_oracle_grades_hand_written_answers_as_their_writer_did(code):
 def test_the_oracle_gives_generated_answers_their_intended_grade():
     rng, wrong = random.Random(0), []
     for question in questions("train", 2400, 1):
+        assert grade(question, gold_answer(question)).grade == 3, question
         text, intended = answer(rng, question, (1, 1, 1, 1))
         if grade(question, text).grade != intended:
             wrong.append((question["language"], question["task"], text, intended, grade(question, text)))
@@ -87,6 +88,11 @@ def test_no_accepted_spelling_of_a_language_stands_for_two_words(code):
     assert {*w.get("also", {}), *w.get("unclear", [])} <= w["lookup"].keys()
     for concept in w.get("also", {}):
         assert len(accepted(code, concept)) == len(spellings(code, concept)), concept
+
+
+def test_no_animal_of_the_world_is_a_food_as_well():
+    """Of bread, milk, fish and cheese no word was the odd one out: fish stood for an animal."""
+    assert not {"fish", "chicken", "duck", "goose", "lamb", "shrimp"} & set(words("en")["words"]["animals"])
 
 
 def test_a_word_that_means_two_things_when_it_stands_alone_is_not_asked_to_be_translated():
