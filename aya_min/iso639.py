@@ -1,7 +1,7 @@
 """The facts of ISO 639 and CLDR (2026) that `languages.language_code` reads: codes, English names, scripts.
 
-The languages are those with a two-letter code, those that CLDR names in English, and those of FLORES-200 and
-the Aya data sets. A line has entries "code [ISO 639-3 code] name|name".
+It holds the languages with a two-letter code, those that CLDR names in English, and those of FLORES-200 and
+the Aya data sets. A line holds entries "code [ISO 639-3 code] name|name".
 """
 
 LANGUAGES = """
@@ -119,9 +119,9 @@ yue Yue Chinese|Cantonese; zap Zapotec; zbl Blissymbols; zea Zeeuws|Zeelandic; z
 zgh Standard Moroccan Tamazight; zun Zuni; zxx No linguistic content; zza Zaza
 """
 
-# What stands for another code: bibliographic codes of ISO 639-2, withdrawn ones, and the member of a
-# macrolanguage that published data mean by its name (arb: Standard Arabic). Other members stay languages of
-# their own (ary).
+# Codes that stand for another code: bibliographic codes of ISO 639-2, withdrawn codes, and the member of a
+# macrolanguage that published data mean by its name (arb: Standard Arabic). Its remaining members are
+# languages of their own (ary).
 ALIASES = """
 alb sq; als sq; arb ar; arm hy; ayr ay; azj az; baq eu; bur my; chi zh; cmn zh; cnr sr-ME; cze cs; dik din;
 dut nl; ekk et; fat ak; fre fr; gaz om; geo ka; ger de; gre el; gug gn; hbs sr-Latn; ice is; ike iu; in id;
@@ -130,7 +130,7 @@ npi ne; ojg oj; ory or; pbt ps; pbu ps; per fa; pes fa; plt mg; quz qu; rum ro; 
 slo sk; src sc; swh sw; tib bo; und other; uzn uz; wel cy; ydd yi; zsm ms; zyb za
 """
 
-# Other English names: of countries' varieties, and of languages that have several.
+# Further English names: of the varieties of countries, and of languages that have several names.
 NAMES = """
 pt-BR Brazilian Portuguese; pt-PT European Portuguese; en-US American English; en-GB British English;
 en-AU Australian English; en-CA Canadian English; fr-CA Canadian French; fr-CH Swiss French;

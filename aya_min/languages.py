@@ -1,8 +1,9 @@
-"""The 23 languages of Aya Expanse (section 1 of arXiv 2412.04261), Chinese in both scripts, and how the recipe groups them.
+"""The 23 languages of Aya Expanse (arXiv 2412.04261, section 1), Chinese in both scripts, and their clusters.
 
-The report trains one model per cluster of related languages and keeps English, Spanish and French in every cluster
-(launch blog, "Maximizing Performance through Model Merging"). It does not publish the clusters: these four are ours, by
-family first and by region where a family has one member. A user's own grouping comes as a JSON file {name: [codes]}.
+The report trains one model per cluster of related languages and keeps English, Spanish and French in every
+cluster (launch blog, "Maximizing Performance through Model Merging"). It does not publish the clusters. These
+four are ours: by family first, and by region where a family has one member. A user's own clusters come as a
+JSON file {name: [codes]}.
 """
 
 import re
@@ -59,14 +60,14 @@ CLUSTERS = {                    # ours; the shared languages are added by `clust
     "east-asia": ["zh", "zh-Hant", "ja", "ko", "vi", "id"],
 }
 
-# ---- how files spell a language ----------------------------------------------------------------------------
+# ---- the codes and names that files give a language --------------------------------------------------------
 
 # BCP 47, section 2.1: language, extended language, script, region, variants, extensions, private use.
 TAG = re.compile(r"([a-z]{2,3})(?:-([a-z]{3}))?(?:-([a-z]{4}))?(?:-([a-z]{2}|[0-9]{3}))?"
                  r"((?:-(?:[a-z0-9]{5,8}|[0-9][a-z0-9]{3}))*(?:-[0-9a-wyz](?:-[a-z0-9]{2,8})+)*"
                  r"(?:-x(?:-[a-z0-9]{1,8})+)?)")
 PRIVATE = re.compile("x(?:-[a-z0-9]{1,8})+")
-EXTENDED = ("ar", "kok", "lv", "ms", "sgn", "sw", "uz", "zh")       # they have extended ones: zh-yue is yue
+EXTENDED = ("ar", "kok", "lv", "ms", "sgn", "sw", "uz", "zh")       # may stand before a code: zh-yue is yue
 GRANDFATHERED = {"art-lojban": "jbo", "i-hak": "hak", "i-klingon": "tlh", "i-lux": "lb", "i-navajo": "nv",
                  "no-bok": "nb", "no-nyn": "nn", "zh-guoyu": "zh", "zh-hakka": "hak", "zh-min-nan": "nan",
                  "zh-xiang": "hsn"}
@@ -74,7 +75,7 @@ CHINESE = {"cn": "hans", "sg": "hans", "my": "hans", "tw": "hant", "hk": "hant",
 
 
 def plain_name(text):
-    """A name without case, accents, apostrophes and what ISO 639 adds in brackets: Malay (macrolanguage)."""
+    """A name without case, accents, apostrophes and the brackets of ISO 639, as in Malay (macrolanguage)."""
     text = re.sub(r"\((macrolanguage|individual language|[^()]*[0-9][^()]*)\)", "", text)
     text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return " ".join(re.sub("[-_]", " ", re.sub("['`\u2019\u02bc]", "", text)).casefold().split())
@@ -85,7 +86,7 @@ def entries(text):
 
 
 def read_table():
-    """What iso639 knows: (codes to the codes used here, plain names to codes, two-letter codes, scripts)."""
+    """The tables of iso639: (code to the code used here, plain name to code, two-letter codes, scripts)."""
     codes, names, two_letters = dict(entries(iso639.ALIASES)), {}, set()
     for code, *rest in entries(iso639.LANGUAGES) + entries(iso639.NAMES):
         if len(code) == 2 and len(rest[0]) == 3 and rest[0].islower():
@@ -105,8 +106,9 @@ CODES, NAMES, TWO_LETTERS, SCRIPTS = read_table()
 def language_code(text):
     """The code used here for a language as a file spells it, or None: 'fra', 'French', 'fr_Latn' -> 'fr'.
 
-    Any BCP 47 tag, ISO 639 code or English name. Two-letter codes must exist; three letters are taken as they
-    come. A region stays (pt-BR) but for Chinese, where it tells the script. A script stays if it is unusual.
+    The text may be any BCP 47 tag, ISO 639 code or English name. A two-letter code must exist; a three-letter
+    code is taken as it is. A region is kept (pt-BR), except for Chinese, where it only tells the script. A
+    script is kept if the language is usually written in another.
     """
     tag = text.strip().replace("_", "-").lower()
     if PRIVATE.fullmatch(tag):
@@ -120,7 +122,7 @@ def language_code(text):
         return NAMES.get(plain_name(text))
     code = extended or language
     code = CODES.get(code, code)
-    code, _, more = code.partition("-")                         # sh is sr-Latn, cnr is sr-ME
+    code, _, more = code.partition("-")                         # sh became sr-Latn, cnr sr-ME
     script = script or (more.lower() if len(more) == 4 else None)
     region = region or (more.lower() if len(more) == 2 else None)
     if code == "zh" and region in CHINESE:
@@ -131,7 +133,7 @@ def language_code(text):
 
 
 def home_language(code, known):
-    """The language of `known` that a code belongs to: itself, or without last parts (pt-BR: pt); or None."""
+    """The code itself or, without its last parts, the one that is in `known` (pt-BR: pt), else None."""
     while code and code not in known and "-" in code:
         code = code.rpartition("-")[0]
     return code if code and code in known else None
@@ -140,17 +142,17 @@ def home_language(code, known):
 # ---- clusters ----------------------------------------------------------------------------------------------
 
 def cluster_languages(clusters, name, shared=SHARED):
-    """The languages that the cluster's model trains on: its own, then the shared ones."""
+    """The languages that the cluster's model trains on: its own come first, then the shared ones."""
     return clusters[name] + [code for code in shared if code not in clusters[name]]
 
 
 def home_clusters(clusters):
-    """{language: the cluster that it is of}, "shared" for those of all clusters."""
+    """{language: its cluster}; the shared languages have "shared"."""
     return {code: "shared" for code in SHARED} | {code: name for name in clusters for code in clusters[name]}
 
 
 def read_clusters(path):
-    """{cluster: [language codes]} from a user's JSON file. A language, by any name, is in one of them."""
+    """{cluster: [language codes]} from a user's JSON file. No language may be in two clusters."""
     clusters = read_json(Path(path))
     if not all(isinstance(codes, list) and codes for codes in clusters.values()):
         raise ValueError(f"{path}: clusters must be a JSON object of name -> non-empty list of languages")
@@ -159,12 +161,14 @@ def read_clusters(path):
     seen = {}
     for name, codes in clusters.items():
         if not name or "/" in name or name.startswith("."):
-            raise ValueError(f"{path}: cluster name {name!r} cannot name a folder; use letters, digits and dashes")
+            raise ValueError(f"{path}: cluster name {name!r} cannot name a folder; use letters, digits and "
+                             "dashes")
         for i, text in enumerate(codes):
             code = language_code(text) if isinstance(text, str) else None
             if code in (None, "other"):
                 raise ValueError(f"{path}: cluster {name!r} has unknown language {text!r:.40}; {SPELLINGS}")
             if code in seen:
-                raise ValueError(f"{path}: language {code!r} is in both {seen[code]!r} and {name!r}; leave it in one")
+                raise ValueError(f"{path}: language {code!r} is in both {seen[code]!r} and {name!r}; leave "
+                                 "it in one")
             seen[code], codes[i] = name, code
     return clusters

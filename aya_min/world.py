@@ -1,11 +1,19 @@
-"""The embedded multilingual world: seeded questions in 23 languages with answers that can be checked, and the oracle that grades them.
+"""The embedded world and its oracle, which stand in for what the report (arXiv 2412.04261) keeps private.
 
-Stands in for the prompts, the teachers' knowledge and the human judge of the Aya Expanse report (arXiv 2412.04261), so that the whole
-recipe can be run and measured on a laptop. Words and sentences are data that a speaker can read and mend: words/<code>.json.
-A question is a plain dict, one line of JSONL: {"question_id", "language", "task", "args", "prompt"}; args are the English words.
-Grades: 0 wrong language or garbage, 1 right language but wrong answer, 2 right but bare or clumsy, 3 right, in a proper sentence.
+The world: seeded questions in 23 languages (Chinese in both scripts) whose answers can be checked, such as
+"Which of these numbers is the largest: two, nine, five?". It stands in for the report's prompts and for what
+its teachers know, so that the whole recipe can be run and measured on a laptop.
+The oracle: `grade`, the program that checks an answer. It stands in for the human judge. Its grades are
+0 wrong language or garbage, 1 right language but wrong answer, 2 right but bare or clumsy, and
+3 right, in a proper sentence.
+
+A question is a plain dict, one line of JSONL: {"question_id", "language", "task", "args", "prompt"}; args
+are English words. Words and sentences are data that a speaker can read and mend: words/<code>.json. Its
+"also" holds what the oracle takes as right beside the word of the world (synonyms and other spellings). Its
+"unclear" holds words that mean two things when they stand alone; the world asks no translation of them.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -20,15 +28,17 @@ from .command import WHOLE, Parser, guarded, is_spare_rank, number
 from .files import new_folder, write_jsonl
 from .languages import LANGUAGES, SHARED
 
-TASKS = ["largest", "reverse", "odd", "opposite", "translate", "sort", "count", "capital", "sum", "day"]    # easy to hard
+TASKS = ["largest", "reverse", "odd", "opposite", "translate",
+         "sort", "count", "capital", "sum", "day"]              # from easy to hard
 TINY_TASKS = TASKS[:5]                      # what a model under a million parameters learns within minutes
-SPLITS = {"train": 0.50, "preference": 0.20, "validation": 0.15, "test": 0.15}      # shares of the argument combinations
-CATEGORIES = {"tiny": ["days", "colours", "animals"], "full": ["days", "months", "colours", "animals", "foods", "family"]}
+SPLITS = {"train": 0.50, "preference": 0.20, "validation": 0.15, "test": 0.15}      # of the combinations
+CATEGORIES = {"tiny": ["days", "colours", "animals"],
+              "full": ["days", "months", "colours", "animals", "foods", "family"]}
 
 Grade = namedtuple("Grade", "grade language why")      # language: the code that the oracle saw, or None
 
 
-# ---- words -----------------------------------------------------------------------------------------------------------------------
+# ---- words -------------------------------------------------------------------------------------------------
 
 @cache
 def words(code):
@@ -36,31 +46,41 @@ def words(code):
     if code not in LANGUAGES:
         raise ValueError(f"the world has no words in {code!r}; its languages: {' '.join(LANGUAGES)}")
     folder = Path(__file__).parent / "words"
-    data, english = (json.loads(unicodedata.normalize("NFC", (folder / f"{c}.json").read_text(encoding="utf-8"))) for c in (code, "en"))
-    flat = lambda d: [w for entries in d["words"].values() for e in entries for w in (e if isinstance(e, list) else [e])]
-    data["lookup"] = dict(zip(flat(english), flat(data), strict=True))
+
+    def read(code):
+        text = (folder / f"{code}.json").read_text(encoding="utf-8")
+        return json.loads(unicodedata.normalize("NFC", text))
+
+    def flat(data):
+        entries = [entry for items in data["words"].values() for entry in items]
+        return [word for entry in entries for word in (entry if isinstance(entry, list) else [entry])]
+
+    data = read(code)
+    data["lookup"] = dict(zip(flat(read("en")), flat(data), strict=True))
     return data
 
 
 def say(code, concepts):
-    """The listed concepts (English words) as words of the language."""
+    """The concepts (English words) as words of the language."""
     return [words(code)["lookup"][c] for c in concepts]
 
 
-def join(code, items):
+def listed(code, items):
+    """The items as one text, separated as the language separates the items of a list."""
     return words(code)["list_separator"].join(items)
 
 
-# ---- questions -------------------------------------------------------------------------------------------------------------------
+# ---- questions ---------------------------------------------------------------------------------------------
 
 def _draw_args(rng, task, language, level):
     """Random arguments of a task, as English words."""
     w = words("en")["words"]
     pool = {c: w[c] if level == "full" else w[c][:7] for c in CATEGORIES[level]}
+    everything = [x for items in pool.values() for x in items]
     if task in ("largest", "sort"):
         return rng.sample(w["numbers"], 3)
     if task == "reverse":
-        return rng.sample([x for items in pool.values() for x in items], 3)
+        return rng.sample(everything, 3)
     if task == "odd":
         home, away = rng.sample(list(pool), 2)
         items = rng.sample(pool[home], 3) + [rng.choice(pool[away])]
@@ -69,10 +89,11 @@ def _draw_args(rng, task, language, level):
         return [rng.choice(pair) for pair in rng.sample(w["opposites"], 2)]
     if task == "translate":
         targets = SHARED if level == "tiny" else list(LANGUAGES)
-        items = w["numbers"] + [x for group in pool.values() for x in group]
+        unclear = words(language).get("unclear", [])
+        items = [x for x in w["numbers"] + everything if x not in unclear]
         return [rng.choice(items), rng.choice([code for code in targets if code != language])]
     if task == "count":
-        target, *others = rng.sample([x for items in pool.values() for x in items], 3)
+        target, *others = rng.sample(everything, 3)
         times = rng.randint(1, 3)
         return [target] + rng.sample([target] * times + (others * 2)[:4 - times], 4)
     if task == "capital":
@@ -84,7 +105,7 @@ def _draw_args(rng, task, language, level):
 
 
 def solve(task, args):
-    """The right answer as English concepts (translate: the word itself, to be said in the target language)."""
+    """The right answer as English concepts (translate: the word itself)."""
     w = words("en")["words"]
     value = w["numbers"].index
     if task == "largest":
@@ -98,8 +119,8 @@ def solve(task, args):
         kinds = [home[a] for a in args]
         return [a for a, kind in zip(args, kinds) if kinds.count(kind) == 1]
     if task == "opposite":
-        other = {a: b for pair in w["opposites"] for a, b in (pair, pair[::-1])}
-        return [other[a] for a in args]
+        opposite = {a: b for pair in w["opposites"] for a, b in (pair, pair[::-1])}
+        return [opposite[a] for a in args]
     if task == "translate":
         return args[:1]
     if task == "count":
@@ -112,13 +133,17 @@ def solve(task, args):
 
 
 def question_id(task, args, language):
-    """The same for one combination of arguments in any order, wording and (but for translation) language: what splits and intervals go by."""
+    """What splits and intervals go by: one name for a combination of arguments, in any order and wording.
+
+    Only for translation does it depend on the language.
+    """
     return f"{task}/{'-'.join(sorted(args))}" + (f"/{language}" if task == "translate" else "")
 
 
 def split_of(task, args, language):
-    """train, preference, validation or test: by the argument COMBINATION, whatever its order, wording or (but for translation) language."""
-    u = int.from_bytes(hashlib.sha256(question_id(task, args, language).encode()).digest()[:8], "big") / 2 ** 64
+    """The split of a question: train, preference, validation or test. It depends on the question_id alone."""
+    digest = hashlib.sha256(question_id(task, args, language).encode()).digest()
+    u = int.from_bytes(digest[:8], "big") / 2 ** 64
     for name, share in SPLITS.items():
         u -= share
         if u < 0:
@@ -127,26 +152,33 @@ def split_of(task, args, language):
 
 
 def make_question(task, args, language, phrasing=0):
-    w = words(language)
-    slots = {"list": join(language, say(language, args[1:] if task == "count" else args)) if task not in ("translate", "day") else ""}
-    if task == "translate":
-        slots |= {"word": say(language, args[:1])[0], "language": w["language_names"][args[1]]}
-    if task == "count":
-        slots |= {"word": say(language, args[:1])[0]}
+    """The question with these arguments (English words) in the language, in one of its phrasings."""
+    w, slots = words(language), {}
     if task == "day":
-        slots |= dict(zip(("day", "number"), say(language, args)))
+        slots = dict(zip(("day", "number"), say(language, args)))
+    elif task == "translate":
+        slots = {"word": say(language, args[:1])[0], "language": w["language_names"][args[1]]}
+    elif task == "count":
+        word, *items = say(language, args)
+        slots = {"word": word, "list": listed(language, items)}
+    else:
+        slots = {"list": listed(language, say(language, args))}
     prompts = w["tasks"][task]["prompts"]
-    return {"question_id": question_id(task, args, language), "language": language, "task": task, "args": list(args), "prompt": prompts[phrasing % len(prompts)].format(**slots)}
+    return {"question_id": question_id(task, args, language), "language": language, "task": task,
+            "args": list(args), "prompt": prompts[phrasing % len(prompts)].format(**slots)}
 
 
 def questions(split, count, seed, languages=tuple(LANGUAGES), level="full", unique=False):
-    """`count` seeded questions of one split, languages and tasks in turn. `unique`: no (question_id, language) twice."""
+    """`count` seeded questions of one split; languages and tasks take turns.
+
+    unique: no (question_id, language) occurs twice.
+    """
     rng, rows, seen = random.Random(f"{split}/{seed}"), [], set()
     tasks = TINY_TASKS if level == "tiny" else TASKS
     turn, misses, used_up = 0, 0, set()
     while len(rows) < count:
         language, task = languages[turn % len(languages)], tasks[turn // len(languages) % len(tasks)]
-        if (language, task) in used_up:                                     # its turns go to the others
+        if (language, task) in used_up:
             turn += 1
             continue
         args = _draw_args(rng, task, language, level)
@@ -157,7 +189,8 @@ def questions(split, count, seed, languages=tuple(LANGUAGES), level="full", uniq
                 used_up.add((language, task))
                 misses = 0
                 if len(used_up) == len(languages) * len(tasks):
-                    raise ValueError(f"the world has only {len(rows)} different {split} questions at level {level}; ask for fewer than {count}")
+                    raise ValueError(f"the world has only {len(rows)} different {split} questions at level "
+                                     f"{level}; ask for fewer than {count}")
             continue
         turn, misses = turn + 1, 0
         seen.add(key)
@@ -166,8 +199,7 @@ def questions(split, count, seed, languages=tuple(LANGUAGES), level="full", uniq
 
 
 def check_question(row):
-    """Refuse a question from elsewhere that the oracle cannot answer: its task, its language, each word of
-    its args."""
+    """Refuse a question that the oracle cannot answer, for its language, its task or a word of its args."""
     task, args, language = row["task"], row["args"], row["language"]
     if language not in LANGUAGES:
         raise ValueError(f"the oracle knows no language {language!r}, only {' '.join(LANGUAGES)}")
@@ -182,8 +214,10 @@ def check_question(row):
     known = {"largest": numbers, "sort": numbers, "sum": numbers, "odd": things, "opposite": pairs,
              "capital": dict(w["capitals"])}.get(task, lookup)
     kinds = [known] * max(1, len(args))                     # the words that may stand at each place
-    if task in ("translate", "day"):
-        kinds = [lookup, LANGUAGES] if task == "translate" else [w["days"], numbers]
+    if task == "day":
+        kinds = [w["days"], numbers]
+    if task == "translate":         # pairs are opposites in each language, not translations of each other
+        kinds = [[word for word in lookup if word not in pairs], LANGUAGES]
     if len(args) != len(kinds) or task == "count" and len(args) < 2:
         raise ValueError(f"the task {task} takes {'2 args' if len(kinds) == 2 else 'more args'}, not "
                          f"{len(args)}")
@@ -197,18 +231,18 @@ def check_question(row):
         raise ValueError("none of the args of the task odd is of a kind of its own")
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------------------------
-
-def _sentence(question, answer_words, language=None, task=None):
-    """The answer sentence of the question's task (or another task) in the question's language (or another)."""
-    language, task = language or question["language"], task or question["task"]
-    w = words(language)
-    target = question["args"][1] if question["task"] == "translate" else question["language"]
-    return w["tasks"][task]["answer"].format(answer=join(language, answer_words), language=w["language_names"][target])
-
+# ---- answers -----------------------------------------------------------------------------------------------
 
 def _answer_language(question):
     return question["args"][1] if question["task"] == "translate" else question["language"]
+
+
+def _sentence(question, answer_words, language=None, task=None):
+    """The answer sentence of the question's task and language, or of those that are given instead."""
+    language, task = language or question["language"], task or question["task"]
+    w = words(language)
+    return w["tasks"][task]["answer"].format(answer=listed(language, answer_words),
+                                             language=w["language_names"][_answer_language(question)])
 
 
 def gold_answer(question):
@@ -216,7 +250,7 @@ def gold_answer(question):
 
 
 def _wrong_concepts(rng, question):
-    """A plausible mistake: right kind of words, wrong answer."""
+    """A plausible mistake: words of the right kind that are a wrong answer."""
     task, args = question["task"], question["args"]
     right, w = solve(task, args), words("en")["words"]
     if task in ("reverse", "sort"):
@@ -237,14 +271,17 @@ def _wrong_concepts(rng, question):
 
 
 def answer(rng, question, mix):
-    """A completion of chosen quality. mix: weights of (3 gold, 2 bare, 1 wrong, 0 foreign) -> (text, intended grade)."""
+    """A completion of random quality -> (text, intended grade).
+
+    mix: the weights of (3 right in a sentence, 2 right but bare, 1 wrong, 0 in a foreign language).
+    """
     grade = rng.choices((3, 2, 1, 0), mix)[0]
     code, right = _answer_language(question), solve(question["task"], question["args"])
     if grade == 3:
         return gold_answer(question), 3
     if grade == 2:
         if rng.random() < 0.8:
-            return join(question["language"], say(code, right)), 2
+            return listed(question["language"], say(code, right)), 2
         others = [t for t in TINY_TASKS if t not in (question["task"], "translate")]
         return _sentence(question, say(code, right), task=rng.choice(others)), 2
     if grade == 1:
@@ -255,35 +292,72 @@ def answer(rng, question, mix):
 
 
 def text_line(rng, language, level="full"):
-    """A line of plain text: a few words of one kind, in their natural order (numbers, days) or any."""
+    """A line of plain text: some words of one kind. Days and months stand in their natural order."""
     w = words(language)["words"]
     kinds = ["numbers", "opposites"] + CATEGORIES[level]
     kind = rng.choice(kinds)
     if kind == "opposites":
-        return join(language, [x for pair in rng.sample(w[kind], 3) for x in pair])
+        return listed(language, [x for pair in rng.sample(w[kind], 3) for x in pair])
     start, items = rng.randrange(len(w[kind])), w[kind]
-    return join(language, (items + items)[start:start + 5] if kind in ("days", "months") else items[start:start + 6])
+    if kind in ("days", "months"):
+        return listed(language, (items + items)[start:start + 5])
+    return listed(language, items[start:start + 6])
 
 
-# ---- the oracle ------------------------------------------------------------------------------------------------------------------
+# ---- the oracle --------------------------------------------------------------------------------------------
+
+# Characters that people write for each other. No two words of a language become one by this.
+FOLD = str.maketrans({
+    "ё": "е", "œ": "oe", "ş": "ș", "ţ": "ț", "أ": "ا", "إ": "ا", "ँ": "ं",
+    "\u2019": "'", "\u02bc": "'", "\u05f3": "'",            # apostrophes of print, of Ukrainian, of Hebrew
+    "\u093c": None,                                         # the nukta of Hindi, which many leave out
+    "\u200c": None,                                         # the zero-width non-joiner of Persian
+    "\u0307": None,                                         # casefold makes İ an i with a dot of its own
+    "–": "—", "，": ",", "、": ",", "،": ",", "；": ";", "؛": ";", "：": ":",
+    "？": "?", "؟": "?", "！": "!", "。": ".", "।": "."})
+# People write a space for the zero-width non-joiner after this prefix and before these endings of Persian.
+PERSIAN_SPACE = re.compile(r"(?<=\bمی) | (?=(?:ها|های|تر|ترین|اند|ای)\b)")
+
 
 def _normal(text):
-    text = re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip().casefold()
-    return text.rstrip(".。।!！ ")
+    """The text without what a reader overlooks: case, spaces, the look of a mark, the mark at the end."""
+    text = unicodedata.normalize("NFC", text).casefold().translate(FOLD)
+    text = " ".join(text.split()).replace(" - ", " — ").replace(" :", ":")
+    return PERSIAN_SPACE.sub("", text).rstrip(".!? ")
 
 
 def _chunks(text):
-    return [c for c in re.split(r"[\s,،、;:：.?!。？！।()«»\"“”「」—–{}]+", text) if c]
+    return [c for c in re.split(r"[\s,;:.?!¿¡()«»\"“”„「」—{}]+", text) if c]
+
+
+@cache
+def accepted(code, concept, digits=False):
+    """What the oracle takes for a concept, normalized: the word, those under "also", the digits if asked."""
+    numbers = words("en")["words"]["numbers"]
+    spellings = say(code, [concept]) + words(code).get("also", {}).get(concept, [])
+    if digits and concept in numbers:
+        spellings.append(str(numbers.index(concept)))
+    return frozenset(map(_normal, spellings))
+
+
+@cache
+def vocabulary(code):
+    """All words that the oracle accepts in a language, normalized."""
+    return frozenset().union(*(accepted(code, concept) for concept in words(code)["lookup"]))
 
 
 @cache
 def lexicon(code):
-    """Every word form that the language's file uses, casefolded; for languages written without spaces, whole phrases."""
+    """Every word form that the language's file uses, and the digits of its numbers, normalized.
+
+    For languages written without spaces these are whole phrases.
+    """
     w = words(code)
-    texts = list(w["lookup"].values()) + list(w["language_names"].values())
+    texts = list(w["language_names"].values())
     for task in w["tasks"].values():
         texts += [re.sub(r"{\w+}", " ", t) for t in task["prompts"] + [task["answer"]]]
-    return {c for text in texts for c in _chunks(_normal(text))}
+    texts = [*map(_normal, texts), *vocabulary(code), *map(str, range(len(w["words"]["numbers"])))]
+    return {c for text in texts for c in _chunks(text)}
 
 
 @cache
@@ -292,7 +366,7 @@ def _phrase_pattern(code):
 
 
 def coverage(code, text):
-    """Share (0-1) of the text's letters that are words of the language."""
+    """Share (0-1) of the letters of a normalized text that are in words of the language."""
     chunks = _chunks(text)
     letters = sum(map(len, chunks))
     if not letters:
@@ -302,54 +376,86 @@ def coverage(code, text):
     return sum(len(c) for c in chunks if c in lexicon(code)) / letters
 
 
+ENOUGH = 0.6        # the share of its letters that makes a text one of a language
+
+
 def see_language(text, prefer=None):
-    """(code or None, share): the language that explains most letters; `prefer` wins ties; None below 60%."""
+    """(code, share) of the language that explains most letters; `prefer` wins ties; no code below ENOUGH."""
     shares = {code: coverage(code, text) for code in LANGUAGES}
     best = max(shares, key=lambda code: (shares[code], code == prefer))
-    return (best, shares[best]) if shares[best] >= 0.6 else (None, shares[best])
+    return (best, shares[best]) if shares[best] >= ENOUGH else (None, shares[best])
+
+
+@cache
+def _frames(language, target):
+    """{task: (head, tail)}: what stands before and after the answer in each sentence, normalized."""
+    frames, name = {}, words(language)["language_names"][target]
+    for task in TASKS:
+        sentence = words(language)["tasks"][task]["answer"].replace("{language}", name)
+        frames[task] = tuple(map(_normal, sentence.split("{answer}")))
+    return frames
+
+
+def _unframed(question, text):
+    """(task, answer) where the text is the sentence of a task with an answer in it, else (None, text)."""
+    frames = _frames(question["language"], _answer_language(question))
+    for task in (question["task"], *TASKS):
+        head, tail = frames[task]
+        if text.startswith(head) and text.endswith(tail) and len(text) > len(head) + len(tail):
+            return task, text[len(head):len(text) - len(tail)].strip()
+    return None, text
+
+
+def _is_right(question, text):
+    """Whether a normalized text is the right answer and nothing else, each of its words as accepted."""
+    task, code = question["task"], _answer_language(question)
+    concepts, items = solve(task, question["args"]), [item.strip() for item in text.split(",")]
+    return len(items) == len(concepts) and all(
+        item in accepted(code, c, digits=task != "translate") for item, c in zip(items, concepts))
+
+
+def _without_translation(question, text):
+    """The text without the translated word, which says nothing about the language of the sentence."""
+    spellings = sorted(accepted(_answer_language(question), question["args"][0]), key=len, reverse=True)
+    rest = re.sub(rf"(?<!\w)(?:{'|'.join(map(re.escape, spellings))})(?!\w)", " ", text)
+    return rest if _chunks(rest) else text
 
 
 def grade(question, completion):
-    """Grade a completion 0-3, say the language seen and why."""
-    language, task, text = question["language"], question["task"], _normal(completion)
-    if text == _normal(gold_answer(question)):
-        return Grade(3, language, "right, in a proper sentence")
-    target = _answer_language(question)
-    right = _normal(join(language, say(target, solve(task, question["args"]))))
-    if text == right:
+    """Grade a completion 0-3, and say which language the oracle saw, and why."""
+    language, target, text = question["language"], _answer_language(question), _normal(completion)
+    if _is_right(question, text):
         return Grade(2, language, "right but bare")
-    body, sentence_of = text, None
-    for name in TASKS:
-        head, tail = (_normal(x) if x.strip() else "" for x in _sentence(question, ["\0"], task=name).split("\0"))
-        if text.startswith(head) and text.endswith(tail) and len(text) > len(head) + len(tail):
-            body, sentence_of = text[len(head):len(text) - len(tail)].strip(), name
-            break
-    if sentence_of:
-        if body == right:
-            return Grade(2, language, f"right but clumsy: the sentence of {sentence_of}")
-        seen, _ = see_language(body, prefer=target)
-        return Grade(1, language, f"wrong answer: {body!r}, not {right!r}") if seen else Grade(0, None, "garbage inside the sentence")
-    rest = text
-    if target != language:                                     # the translated word itself says nothing about the sentence
-        rest = re.sub(r"(?<!\w)" + re.escape(right) + r"(?!\w)", " ", text) if right in text else text
-        if not _chunks(rest):
-            rest = text
+    task, body = _unframed(question, text)
+    if task and _is_right(question, body):
+        if task == question["task"]:
+            return Grade(3, language, "right, in a proper sentence")
+        return Grade(2, language, f"right but clumsy: the sentence of {task}")
+    if task:
+        unknown = len(body) * (1 - coverage(target, body))      # letters; the sentence is the language's own
+        if see_language(body, prefer=target)[0] or unknown <= len(text) * (1 - ENOUGH):
+            right = _normal(listed(language, say(target, solve(question["task"], question["args"]))))
+            return Grade(1, language, f"wrong answer: {body!r}, not {right!r}")
+        return Grade(0, None, "garbage inside the sentence")
+    rest = text if target == language else _without_translation(question, text)
     seen, share = see_language(rest, prefer=language)
     if seen is None:
         return Grade(0, None, f"garbage: no language explains more than {share:.0%} of it")
     if seen != language and coverage(language, rest) < share:
-        if target != language and seen == target and text in {_normal(x) for x in words(target)["lookup"].values()}:
-            return Grade(1, language, f"wrong word: {text!r}, not {right!r}")
+        if target != language and seen == target and text in vocabulary(target):
+            return Grade(1, language, f"wrong word: {text!r}, not {say(target, question['args'][:1])[0]!r}")
         return Grade(0, seen, f"wrong language: {LANGUAGES[seen].name}")
-    return Grade(1, language, "wrong answer")
+    return Grade(1, language, "a wrong answer, or a sentence that the oracle does not know")
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 def write_world(out, count, seed, level):
-    """The world as JSONL files in the new folder `out`, which appears whole or not at all. -> {file: its
-    rows}"""
-    # the splits that can be too small come first
+    """Write the world as JSONL files into the new folder `out`, which appears whole or not at all.
+
+    Returns {file: its rows}.
+    """
+    # The splits that can be too small come first.
     order = ("test", "validation", "preference", "train")
     data = {name: questions(name, count, seed, level=level, unique=name in order[:2]) for name in order}
     rng = random.Random(seed)
@@ -365,14 +471,29 @@ def write_world(out, count, seed, level):
     return {out / f"{name}.jsonl": rows for name, rows in sorted(data.items())}
 
 
+DESCRIPTION = """\
+Write the embedded world as JSONL files.
+
+The world is a set of seeded questions in 23 languages whose answers can be checked, such as "Which of these
+numbers is the largest: two, nine, five?". The oracle is the program that checks them: it grades an answer
+0 (wrong language or garbage), 1 (right language, wrong answer), 2 (right, but not in a proper sentence) or
+3 (right, in a proper sentence). python -m aya_min.evaluate arena --judge oracle uses it.
+
+Files: train, preference, validation and test (questions; no question is in two of them), sft (the questions
+of train with right answers), pairs (those of preference with a right and a worse answer), text (word lists).
+"""
+
+
 def main(argv=None):
-    parser = Parser(prog="python -m aya_min.world", description="Write the embedded world as JSONL.")
+    parser = Parser(prog="python -m aya_min.world", description=DESCRIPTION,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder to write into; must not exist")
     parser.add_argument("--count", type=number(int, "[1, inf)"), default=2400, metavar="N",
                         help="questions per split (default 2400)")
-    parser.add_argument("--seed", type=number(int, WHOLE), default=0, metavar="N")
+    parser.add_argument("--seed", type=number(int, WHOLE), default=0, metavar="N",
+                        help="the same seed writes the same files (default 0)")
     parser.add_argument("--level", choices=["tiny", "full"], default="full",
-                        help="tiny: five task families and fewer words")
+                        help="tiny: five tasks and fewer words, for the smallest models (default full)")
     args = parser.parse_args(argv)
     if is_spare_rank():
         return

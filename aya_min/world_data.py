@@ -1,7 +1,9 @@
-"""What the embedded world gives the recipe in place of the report's private data: a noisy corpus for the base, uneven lessons for the
-teachers, graded preference pairs for the reward model. All seeded, all as JSONL rows.
+"""What the embedded world (world.py) gives the recipe in place of the report's private data, as JSONL rows.
 
-A mix is the weights of an answer's quality: (right in a sentence, right but bare, wrong, in a foreign language).
+The base trains on a noisy corpus, the teachers on lessons of uneven quality, the reward model on graded
+preference pairs. Every function takes a seed.
+A mix holds the weights of an answer's quality: (right in a sentence, right but bare, wrong, in a foreign
+language).
 """
 
 import random
@@ -9,25 +11,30 @@ import random
 from .languages import LANGUAGES, SHARED, cluster_languages
 from .world import answer, gold_answer, grade, questions, text_line
 
-CORPUS_MIX = (20, 66, 8, 6)         # the base knows the answers but mostly blurts them out: room for post-training
-HOME_MIX = (30, 60, 10, 0)          # a teacher on its own cluster and the shared languages
-AWAY_MIX = (15, 50, 25, 10)         # a teacher elsewhere
+CORPUS_MIX = (20, 66, 8, 6)         # mostly right but bare, which leaves room for post-training
+HOME_MIX = (30, 60, 10, 0)          # a teacher on the languages of its cluster and the shared ones
+AWAY_MIX = (15, 50, 25, 10)         # a teacher on all other languages
 
 
 def corpus(count, seed, level):
-    """`count` rows for pretraining: one in twenty a line of plain text, the rest questions with answers of mixed quality."""
-    rng, codes = random.Random(f"corpus/{seed}"), list(LANGUAGES)
-    lines = [{"text": text_line(rng, codes[i % len(codes)], level), "language": codes[i % len(codes)]} for i in range(count // 20)]
-    return lines + [{**q, "completion": answer(rng, q, CORPUS_MIX)[0]} for q in questions("train", count - len(lines), seed, level=level)]
+    """`count` rows for pretraining: one in twenty is a line of plain text, the rest answered questions."""
+    rng, languages = random.Random(f"corpus/{seed}"), list(LANGUAGES)
+    codes = [languages[i % len(languages)] for i in range(count // 20)]
+    lines = [{"text": text_line(rng, code, level), "language": code} for code in codes]
+    asked = questions("train", count - len(lines), seed, level=level)
+    return lines + [{**q, "completion": answer(rng, q, CORPUS_MIX)[0]} for q in asked]
 
 
 def lessons(clusters, name, count, seed, level):
-    """`count` rows for the teacher of a cluster: 60% in its own languages, 20% shared, 20% elsewhere and of poorer quality."""
+    """`count` rows for the teacher of a cluster, by language: 60% its own, 20% shared, 20% other.
+
+    The answers in the other languages are of poorer quality.
+    """
     rng, own = random.Random(f"lessons/{name}/{seed}"), clusters[name]
     away = [code for code in LANGUAGES if code not in cluster_languages(clusters, name)]
     rows = []
     for codes, share, mix in ((own, 0.6, HOME_MIX), (SHARED, 0.2, HOME_MIX), (away, 0.2, AWAY_MIX)):
-        num = int(count * share) if codes else 0                # a cluster may leave no language elsewhere
+        num = int(count * share) if codes else 0            # a cluster may hold all languages
         for q in questions("train", num, f"{name}/{seed}", tuple(codes), level):
             rows.append({**q, "completion": answer(rng, q, mix)[0]})
     return rows
@@ -35,15 +42,18 @@ def lessons(clusters, name, count, seed, level):
 
 def gold(count, seed, level):
     """`count` questions with their right answers in proper sentences."""
-    return [{**q, "completion": gold_answer(q)} for q in questions("train", count, f"gold/{seed}", level=level)]
+    asked = questions("train", count, f"gold/{seed}", level=level)
+    return [{**q, "completion": gold_answer(q)} for q in asked]
 
 
 def graded_pairs(question_rows, sampled, seed, flip=0.05):
-    """Preference pairs labelled by the oracle, at most one per question; a share `flip` of the labels is wrong, as people's are.
+    """Preference pairs labelled by the oracle, at most one per question.
 
-    sampled: for each question a list of teachers' answers, or None. With samples it is mostly teacher against teacher, what the arbiter will
-    have to judge; the rest is right against wrong in the same style (a sentence, or bare), so that form alone does not decide.
-    Each row says what it is, "kind": "3 vs 1".
+    A share `flip` of the labels is wrong, as people's are.
+    sampled: for each question a list of teachers' answers, or None. With samples, half of the pairs hold two
+    teachers' answers, which is what the arbiter will have to judge. Most of the rest hold a right and a wrong
+    answer in the same style (a sentence, or bare), so that form alone does not decide.
+    Each row names the grades of its pair, for example "kind": "3 vs 1".
     """
     rng, rows = random.Random(f"pairs/{seed}"), []
     for q, samples in zip(question_rows, sampled):

@@ -63,7 +63,7 @@ def test_two_ranks_publish_the_weights_of_one(stage, folder):
     one, two = (load_file(folder / name / stage / "model" / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-5, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("what", ["language model", "reward model", "trunk"])

@@ -1,4 +1,4 @@
-"""Any language, by any of its usual names; metrics by the languages of the data at hand."""
+"""Any language is known by any of its usual names; metrics are by the languages of the data at hand."""
 
 import json
 
@@ -10,7 +10,7 @@ from aya_min.data import Example, collate, slots_of
 from aya_min.languages import CLUSTERS, LANGUAGES, home_language, language_code, read_clusters
 from aya_min.files import write_jsonl
 
-ALIASES = {    # what this project's language_code knew before any language was let in
+ALIASES = {    # what language_code knew when only the languages of the report were let in
     "arb": "ar", "ara": "ar", "zho": "zh", "cmn": "zh", "zh-Hans": "zh", "zh-CN": "zh", "zh-TW": "zh-Hant",
     "ces": "cs", "nld": "nl", "eng": "en", "fra": "fr", "deu": "de", "ell": "el", "heb": "he", "iw": "he",
     "hin": "hi", "ind": "id", "ita": "it", "jpn": "ja", "kor": "ko", "pes": "fa", "fas": "fa", "pol": "pl",
@@ -125,7 +125,7 @@ def test_a_batch_tells_apart_the_languages_that_it_is_given():
 
 
 def test_metrics_and_evaluation_are_by_the_languages_of_the_data_however_the_batch_is_cut(tmp_path):
-    """Rows in Swahili and Quechua were refused, and there were 25 fixed columns."""
+    """Rows in Swahili and Quechua were refused, and the metrics had 25 fixed columns."""
     rows = [
         json.loads(line)
         for line in (write_world(tmp_path) / "sft.jsonl").read_text(encoding="utf-8").splitlines()

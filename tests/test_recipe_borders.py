@@ -37,7 +37,7 @@ def refusal(tmp_path, monkeypatch, capfd):
 # ---- flags -------------------------------------------------------------------------------------------------
 
 WRONG_FLAGS = [
-    ("--eval-count", "100000", "only 10090 different"), ("--eval-count", "0", "at least 1"),
+    ("--eval-count", "100000", "different test questions"), ("--eval-count", "0", "at least 1"),
     ("--max-new-tokens", "0", "at least 1"), ("--max-new-tokens", "5000", "1024 positions"),
     ("--max-length", "5", "fewer than one in ten fit"), ("--batch-size", "0", "at least 1"),
     ("--batch-size", "100000", "--corpus 960"), ("--model", "nope", "invalid choice"),

@@ -62,7 +62,8 @@ def test_dpo_is_minus_log_sigmoid_of_beta_times_the_difference_of_log_ratios(pai
     torch.testing.assert_close(loss, expected.sum(), rtol=1e-4, atol=1e-4)
     assert overall(metrics["rewards/chosen"]) == pytest.approx((beta * ratio[:, 0].mean()).item(), rel=1e-4, abs=1e-4)
     assert overall(metrics["rewards/margins"]) == pytest.approx((beta * (ratio[:, 0] - ratio[:, 1]).mean()).item(), rel=1e-4, abs=1e-4)
-    assert overall(metrics["rewards/accuracies"]) == float((ratio[:, 0] > ratio[:, 1]).float().mean())
+    accuracy = (ratio[:, 0] > ratio[:, 1]).double().mean().item()
+    assert overall(metrics["rewards/accuracies"]) == pytest.approx(accuracy)
     assert overall(metrics["logps/rejected"]) == pytest.approx(sum(full_logps(policy, p.rejected).item() for p in pairs) / 6, rel=1e-5)
 
 
