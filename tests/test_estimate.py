@@ -6,14 +6,13 @@ This file is also what the tests start, alone and under torchrun, to be measured
 import gc
 import json
 import os
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from small import CPU, on_ranks
+from small import CPU, on_ranks, program
 from torch.utils.flop_counter import FlopCounterMode
 
 from aya_min import distributed, estimate, stages
@@ -78,8 +77,8 @@ def main():
 @pytest.fixture(scope="module")
 def taken(tmp_path_factory):
     """{"2 recomputed": bytes, ...}. Large blocks go back to the kernel when they are freed, so that it counts what is alive."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, __file__, tmp_path_factory.mktemp("run")], env=environment, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = program(__file__, tmp_path_factory.mktemp("run"), env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 

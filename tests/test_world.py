@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from small import ROOT, program
 
 from aya_min.command import guarded
 from aya_min.languages import CLUSTERS, LANGUAGES, SHARED
@@ -71,12 +72,12 @@ def test_every_language_is_in_one_cluster_or_shared():
 def test_the_command_writes_every_split_and_asks_no_test_question_twice(tmp_path):
     """The arena refused answers to a test file in which some questions stood twice."""
     out = tmp_path / "world"
-    subprocess.run([sys.executable, "-m", "aya_min.world", "--out", out, "--count", "480", "--level", "tiny"], check=True, cwd=CASES.parent.parent, capture_output=True)
+    program("-m", "aya_min.world", "--out", out, "--count", "480", "--level", "tiny", check=True)
     rows = {path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in out.glob("*.jsonl")}
     assert set(SPLITS) | {"sft", "pairs", "text"} == set(rows) and all(len(rows[name]) == 480 for name in SPLITS)
     for name in ("validation", "test"):
         assert len({(q["question_id"], q["language"]) for q in rows[name]}) == 480
-    again = subprocess.run([sys.executable, "-m", "aya_min.world", "--out", out], cwd=CASES.parent.parent, capture_output=True, text=True)
+    again = program("-m", "aya_min.world", "--out", out)
     assert again.returncode == 2 and len(again.stderr.strip().splitlines()) == 1
 
 
@@ -115,12 +116,12 @@ def test_what_stands_where_the_world_is_to_go_stays_and_is_refused_in_one_line(t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link"]
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.02, 0.05])
+@pytest.mark.parametrize("delay", [pytest.param(0.0, marks=pytest.mark.long), 0.02, pytest.param(0.05, marks=pytest.mark.long)])
 def test_a_killed_world_leaves_no_folder_of_that_name_and_the_next_run_makes_it(delay, tmp_path, capsys):
     """14 of 15 kills left half a folder, which the next run refused."""
     command = [sys.executable, "-m", "aya_min.world", "--out", tmp_path / "world", "--count", "2400",
                "--level", "tiny"]
-    process = subprocess.Popen(command, cwd=CASES.parent.parent, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while process.poll() is None and not list(tmp_path.glob(".world.*/world")):
         time.sleep(0.002)
     time.sleep(delay)
@@ -133,11 +134,11 @@ def test_a_killed_world_leaves_no_folder_of_that_name_and_the_next_run_makes_it(
 
 
 def test_under_torchrun_rank_0_alone_writes_the_world_and_the_others_end_well(tmp_path):
-    world = [sys.executable, "-m", "aya_min.world", "--out", tmp_path / "world", "--count", "24"]
+    world = ["-m", "aya_min.world", "--out", tmp_path / "world", "--count", "24"]
     for rank in "10":
         environment = os.environ | {"TORCHELASTIC_RUN_ID": "none", "RANK": rank, "WORLD_SIZE": "2",
                                     "LOCAL_RANK": rank}
-        done = subprocess.run(world, cwd=CASES.parent.parent, capture_output=True, text=True, env=environment)
+        done = program(*world, env=environment)
         assert done.returncode == 0 and not done.stderr and bool(done.stdout) == (rank == "0")
 
 
