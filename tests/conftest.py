@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_terminal_summary(terminalreporter):
     skipped = terminalreporter.stats.get("skipped", [])
-    if num_long := sum("long" in report.keywords for report in skipped):
+    if num_long := sum("long" in getattr(report, "keywords", ()) for report in skipped):
         terminalreporter.write_line(f"{num_long} long tests were skipped; --long runs them")
 
 

@@ -385,6 +385,7 @@ def test_a_mistake_in_a_process_of_its_own_is_exit_code_2_and_one_line_and_no_tr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.long
 def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_once_for_all_ranks(folder):
     done = program(*TORCHRUN, "train.py", *words("sft --model A --data sft.jsonl --out new --batch-size 7", folder))
     assert done.returncode != 0 and "error: --batch-size 7 does not divide over 2 ranks; use a multiple of 2" in done.stderr

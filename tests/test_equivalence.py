@@ -70,6 +70,7 @@ def test_activation_checkpointing_n_recomputes_every_nth_block(every, recomputed
     assert [i for i, n in enumerate(calls) if n == 2] == recomputed and {1, 2}.issuperset(calls)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_blocks_have_the_loss_and_norm_of_eager_ones(world, tmp_path):
     with inductor.patch(compile_threads=1):                                     # no pool of compilers for one small block

@@ -96,7 +96,7 @@ def run_command(*args, code=0, capsys=None):
     ("--count", "9" * 400, "whole number"), ("--seed", "-1", "of at least 0"),
     ("--seed", "0.5", "whole number"),
     ("--level", "huge", "invalid choice"), ("--out", "a\udcffb", "not UTF-8"),
-    ("--count", "60000", "has only")])
+    pytest.param("--count", "60000", "has only", marks=pytest.mark.long)])
 def test_a_wrong_flag_of_the_world_is_one_line_and_leaves_nothing(flag, value, says, tmp_path, capsys,
                                                                   monkeypatch):
     monkeypatch.chdir(tmp_path)
