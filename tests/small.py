@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import socket
+import subprocess
 import sys
 from functools import cache, partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from aya_min.files import write_jsonl
 from aya_min.world import answer, gold_answer, questions
 
 CPU = torch.device("cpu")
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FILES = {"pretrain": "sft.jsonl", "sft": "sft.jsonl", "reward": "pairs.jsonl", "dpo": "pairs.jsonl",
          "rloo": "prompts.jsonl"}
 EVERY = {name: (partial(stages.train_stage, name), about.settings, FILES[name])
@@ -68,6 +70,12 @@ def write_world(folder, count=36):
         write_jsonl(folder / f"{name}pairs.jsonl", [{**q, "chosen": text, "rejected": answer(rng, q, (0, 1, 1, 1))[0]} for q, text in zip(rows, gold)])
         write_jsonl(folder / f"{name}prompts.jsonl", rows)
     return folder
+
+
+def program(*words, **options):
+    """Run Python with these words in a process of its own, to its end. -> what subprocess.run returns"""
+    options = dict(cwd=ROOT, capture_output=True, text=True, timeout=300) | options
+    return subprocess.run([sys.executable, *map(str, words)], **options)
 
 
 def on_ranks(ranks, function, *args):

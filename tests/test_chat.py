@@ -17,7 +17,7 @@ import time
 
 import pytest
 import torch
-from small import ROOT, language_model, tokenizer, write_world
+from small import ROOT, language_model, tokenizer
 
 from aya_min.chat import HELP, MARKS, SHOWN, Conversation, chat, columns_of, wrap
 from aya_min.config import SFT
@@ -361,7 +361,7 @@ def test_in_a_real_terminal_ctrl_c_stops_an_endless_answer_and_ctrl_d_leaves():
     ours, theirs = pty.openpty()
     child = subprocess.Popen([sys.executable, "-c", script], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
                              preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), cwd=ROOT / "tests",
-                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}", "TERM": "dumb"})
+                             env={**os.environ, "PYTHONPATH": f"{ROOT}", "TERM": "dumb"})
     os.close(theirs)
     seen = bytearray()
 

@@ -4,7 +4,6 @@ Most calls run `main` in this process, to save its start; the last ones are real
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import ROOT, language_model, logged, reward_model, tokenizer, write_world
+from small import ROOT, TORCHRUN, language_model, logged, program, reward_model, tokenizer, write_world
 
 import generate
 import train
@@ -22,9 +21,6 @@ from aya_min import weights
 from aya_min.journal import Journal
 from aya_min.tokenizer import train_tokenizer
 from aya_min.files import write_jsonl
-
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -74,19 +70,8 @@ def snapshot(folder):
 
 
 @pytest.fixture
-def call(folder, monkeypatch, capfd):
-    def call(program, line):
-        """(exit code, standard output, lines of standard error) of a command, run in this process."""
-        monkeypatch.setattr(sys, "argv", [program.__name__ + ".py", *words(line, folder)])
-        capfd.readouterr()
-        try:
-            program.main()
-            code = 0
-        except SystemExit as error:
-            code = error.code
-        out, err = capfd.readouterr()
-        return code, out, err.splitlines()
-    return call
+def call(folder, in_process):
+    return lambda program, line: in_process(program, *words(line, folder))
 
 
 def read(path):
@@ -97,6 +82,7 @@ def read(path):
 
 SFT = "sft --model A --out new --batch-size 2"
 TRAIN_MISTAKES = {
+    "--frobnicate": "unrecognized arguments: --frobnicate",
     "sft --frobnicate 3": "unrecognized arguments: --frobnicate 3",
     "dance": "invalid choice: 'dance'",
     "sft": "sft needs --model --data --out",
@@ -391,19 +377,17 @@ def test_a_killed_run_goes_on_without_redoing_finished_prompts(call, folder, tmp
 
 # real processes
 
-def process(*arguments):
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.parametrize("program, line", [("train.py", "--frobnicate"), ("train.py", f"{SFT} --data malformed.jsonl"), ("generate.py", "--model lacking --prompt hello")])
-def test_a_mistake_in_a_process_of_its_own_is_exit_code_2_and_one_line_and_no_traceback(program, line, folder):
-    done = process(program, *words(line, folder))
+@pytest.mark.parametrize("file, line", [("train.py", f"{SFT} --data malformed.jsonl"),
+                                        ("generate.py", "--model lacking --prompt hello")])
+def test_a_mistake_in_a_process_of_its_own_is_exit_code_2_and_one_line_and_no_traceback(file, line, folder):
+    done = program(file, *words(line, folder))
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.long
 def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_once_for_all_ranks(folder):
-    done = process(*TORCHRUN, "train.py", *words("sft --model A --data sft.jsonl --out new --batch-size 7", folder))
+    done = program(*TORCHRUN, "train.py", *words("sft --model A --data sft.jsonl --out new --batch-size 7", folder))
     assert done.returncode != 0 and "error: --batch-size 7 does not divide over 2 ranks; use a multiple of 2" in done.stderr
     assert done.stderr.count("error: ") == 1
     assert not (folder / "new").exists()
@@ -415,21 +399,24 @@ def test_torchrun_writes_the_file_of_one_process_to_the_last_byte(call, folder, 
     assert call(generate, f"{line} --out {tmp_path}/one")[0] == 0
     assert call(generate, f"{line} --out {tmp_path}/two --batch-size 2")[0] == 0        # to learn where its journal lies
     (tmp_path / "two").unlink()
-    started = subprocess.Popen([sys.executable, "generate.py", *words(f"{line} --out {tmp_path}/two --batch-size 1", folder)], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "generate.py", *words(f"{line} --out {tmp_path}/two --batch-size 1", folder)]
+    started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.time() + 60
     while time.time() < deadline and started.poll() is None and not any(path.stat().st_size for path in (tmp_path / "two.partial").glob("*.jsonl")):
         time.sleep(0.002)
     started.send_signal(signal.SIGKILL)
     started.wait()
-    done = process(*TORCHRUN, "generate.py", *words(f"{line} --out {tmp_path}/two", folder))
+    done = program(*TORCHRUN, "generate.py", *words(f"{line} --out {tmp_path}/two", folder))
     assert done.returncode == 0 and "goes on: " in done.stderr, done.stderr[-3000:]
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+@pytest.mark.long
 def test_torchrun_generates_what_one_process_generates(call, folder, tmp_path):
     line = "--models A B --arbiter RM --prompts prompts.jsonl --max-new-tokens 8 --temperature 0.7 --keep-cut"
     assert call(generate, f"{line} --out {tmp_path}/one --pairs {tmp_path}/one-pairs")[0] == 0
-    done = process(*TORCHRUN, "generate.py", *words(f"{line} --out {tmp_path}/two --pairs {tmp_path}/two-pairs", folder))
+    done = program(*TORCHRUN, "generate.py",
+                   *words(f"{line} --out {tmp_path}/two --pairs {tmp_path}/two-pairs", folder))
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("", "-pairs"):
         one, two = ([{k: v for k, v in row.items() if "reward" not in k and k != "scores"} for row in read(tmp_path / f"{ranks}{name}")] for ranks in ("one", "two"))

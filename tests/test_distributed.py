@@ -1,19 +1,14 @@
 """Two ranks (gloo, FSDP2) against one: the same numbers, the same weights, the same answers, the same refusals. One launch for all tests."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import ROOT, STAGES, VARIANTS, assert_close, language_model, logged, on_these_ranks, run, state_of, write_world
+from small import (STAGES, TORCHRUN, VARIANTS, assert_close, language_model, logged, on_these_ranks, program, run,
+                   state_of, write_world)
 
 from aya_min import distributed
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +18,7 @@ def folder(tmp_path_factory):
     (folder / "world").mkdir()
     world, resumed = write_world(folder / "world"), dict(schedule="constant", held_out=True, eval_every=4)
     run("sft", world, folder / "resumed", max_steps=4, **resumed)
-    done = subprocess.run([*TORCHRUN, "tests/small.py", world, folder / "two"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    done = program(*TORCHRUN, "tests/small.py", world, folder / "two")
     assert done.returncode == 0, done.stderr[-4000:]
     run("sft", world, folder / "resumed", resume=True, max_steps=12, **resumed)
     run("sft", world, folder / "whole", max_steps=12, **resumed)

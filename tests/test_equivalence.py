@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from small import CPU, EVERY, STAGES, assert_close, language_model, logged, on_ranks, reward_model, run, write_world
+from small import CPU, EVERY, STAGES, assert_close, language_model, logged, on_ranks, reward_model, run
 from torch import nn
 from torch._inductor import config as inductor
 
@@ -18,11 +18,6 @@ def every_stage():
     STAGES.update(EVERY)
     yield
     STAGES.pop("pretrain")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +39,11 @@ def same_steps(rows, others, tolerance):
 
 # one step, however it is computed
 
-@pytest.mark.parametrize("stage, ranks, changes", [("pretrain", 1, dict(micro_batch_size=1)), ("pretrain", 2, dict(micro_batch_size=2)), ("sft", 2, dict(replicate=2)),
-                                                   ("sft", 4, dict(replicate=2, micro_batch_size=1)), ("dpo", 4, dict(replicate=2, micro_batch_size=2))])
+@pytest.mark.parametrize("stage, ranks, changes", [
+    ("pretrain", 1, dict(micro_batch_size=1)), ("sft", 2, dict(replicate=2)),
+    pytest.param("pretrain", 2, dict(micro_batch_size=2), marks=pytest.mark.long),
+    pytest.param("sft", 4, dict(replicate=2, micro_batch_size=1), marks=pytest.mark.long),
+    pytest.param("dpo", 4, dict(replicate=2, micro_batch_size=2), marks=pytest.mark.long)])
 def test_cutting_a_batch_over_micro_batches_ranks_and_copies_changes_neither_loss_nor_norm(stage, ranks, changes, world, plain, tmp_path):
     """Answers have 2 to 100 supervised tokens. For the other stages see test_loop.py and test_distributed.py."""
     if ranks > 1:
@@ -71,6 +69,7 @@ def test_activation_checkpointing_n_recomputes_every_nth_block(every, recomputed
     assert [i for i, n in enumerate(calls) if n == 2] == recomputed and {1, 2}.issuperset(calls)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_blocks_have_the_loss_and_norm_of_eager_ones(world, tmp_path):
     with inductor.patch(compile_threads=1):                                     # no pool of compilers for one small block

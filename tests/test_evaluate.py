@@ -1,15 +1,13 @@
 import json
-import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small import program
 
 from aya_min.command import guarded
 from aya_min.config import model_preset
@@ -251,8 +249,8 @@ def test_equal_answers_tie_under_a_reward_model_though_their_batches_differ(tmp_
 
 def test_the_arena_runs_as_a_module(tmp_path):
     _, (a, b) = world_answers(tmp_path)
-    command = [sys.executable, "-m", "aya_min.evaluate", "arena", "--answers", a, "--baseline", b, "--judge", "oracle", "--out", str(tmp_path / "e.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = program("-m", "aya_min.evaluate", "arena", "--answers", a, "--baseline", b, "--judge", "oracle",
+                   "--out", tmp_path / "e.json")
     assert done.returncode == 0 and done.stderr == "" and "83.3" in done.stdout, done
 
 

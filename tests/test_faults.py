@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import CPU, ROOT, EVERY, STAGES, assert_close, language_model, logged, reward_model, run, state_of, tokenizer, write_world
+from small import CPU, ROOT, EVERY, STAGES, TORCHRUN, assert_close, language_model, logged, run, state_of, tokenizer, write_world
 
 from aya_min import checkpoint, config, distributed, stages, weights
 from aya_min.losses import sft_loss
@@ -33,11 +33,6 @@ from aya_min.files import write_jsonl
 LONG = os.environ.get("AYA_MIN_LONG") == "1"
 RUNNING, TRIED, SURVIVED, LOST = set(), Counter(), Counter(), Counter()
 SLOW = 10 if LONG else 1
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -246,7 +241,9 @@ def test_kill_9_at_each_point_of_a_save_leaves_two_whole_states(world, tmp_path)
     assert newest == sorted(newest) and set(newest) == {2, 3} and points >= 12 and LOST["F2"] == 0
 
 
-def test_kill_9_at_any_point_of_a_resume_from_its_last_step_to_the_end_is_made_up_for_by_the_same_resume(world, tmp_path):
+@pytest.mark.parametrize("every", [13, pytest.param(1 if LONG else 5, marks=pytest.mark.long)])
+def test_kill_9_at_any_point_of_a_resume_from_its_last_step_to_the_end_is_made_up_for_by_the_same_resume(
+        every, world, tmp_path):
     """F2. The evaluation, eval.json, the model beside an older one, the renames: the same command finishes."""
     settings = dict(max_steps=2, schedule="constant", warmup_steps=0, held_out=True, eval_every=1)
     first = run("sft", world, tmp_path / "first", **settings)
@@ -267,7 +264,7 @@ def test_kill_9_at_any_point_of_a_resume_from_its_last_step_to_the_end_is_made_u
         shutil.rmtree(folder)
         if code == 0:
             break
-        point += 1 if LONG else 5
+        point += every
 
 
 # ---- F3, F4: damaged files ---------------------------------------------------------------------------------------------------------
@@ -410,8 +407,9 @@ MOMENTS = {"first step": ("sft", lambda folder: (folder / "tokenizer_config.json
            "save": ("sft", saving), "evaluation": ("sft", in_an_evaluation), "generation": ("rloo", lambda folder: steps_logged(folder) >= 2)}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment, number", [
+    *((moment, signal.SIGTERM) for moment in MOMENTS), ("step", signal.SIGINT),
+    *(pytest.param(moment, signal.SIGINT, marks=pytest.mark.long) for moment in MOMENTS if moment != "step")])
 def test_a_signal_ends_the_run_after_a_save_with_a_code_that_says_so_and_it_can_go_on(moment, number, world, tmp_path):
     """F9."""
     stage, reached = MOMENTS[moment]
@@ -435,7 +433,7 @@ def test_a_signal_ends_the_run_after_a_save_with_a_code_that_says_so_and_it_can_
         SURVIVED["F9"] += 1
 
 
-@pytest.mark.parametrize("at", [0, 4, 8])
+@pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.long), 4, pytest.param(8, marks=pytest.mark.long)])
 def test_an_evaluation_is_left_at_once_and_made_up_for_by_the_resumed_run(at, world, tmp_path):
     """F9. The signal comes in the second of three batches; the weights are saved as they are. Before the first step there is nothing to save."""
     TRIED["F9"] += 1
@@ -500,7 +498,8 @@ def test_a_signal_to_one_rank_of_four_stops_all_at_the_same_step_with_one_state(
 
 # ---- F11: a rank dies --------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stage, moment", [("sft", "step"), ("sft", "save"), ("rloo", "generation")])
+@pytest.mark.parametrize("stage, moment", [("sft", "step"), *(pytest.param(*each, marks=pytest.mark.long)
+                                                              for each in (("sft", "save"), ("rloo", "generation")))])
 def test_when_a_rank_is_killed_the_others_end_and_the_run_goes_on_from_the_last_state(stage, moment, world, tmp_path):
     """F11, without torchrun, which would only end the others sooner."""
     settings = dict(max_steps=8, save_every=2, micro_batch_size=1)
@@ -537,7 +536,8 @@ def test_a_rank_that_hangs_takes_the_run_down_after_the_collective_timeout(world
 
 # ---- F12-F15: going on -------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stage", EVERY)
+@pytest.mark.parametrize("stage", ["sft", "rloo", *(pytest.param(stage, marks=pytest.mark.long)
+                                                    for stage in EVERY if stage not in ("sft", "rloo"))])
 def test_a_run_stopped_twice_by_a_signal_is_one_never_stopped_bit_for_bit(stage, world, tmp_path):
     """F12. Steps, weights, moments, metrics; 36 examples in batches of 8, so the first epoch ends inside a batch."""
     TRIED["F12"] += 1
@@ -567,6 +567,7 @@ def load_and_compare(folder):
     assert all(float(optimizer.state[p]["step"]) == step for p in model.parameters())
 
 
+@pytest.mark.long
 def test_one_rank_two_four_and_one_again_are_one_rank(world, tmp_path):
     """F13."""
     TRIED["F13"] += 1
@@ -582,6 +583,7 @@ def test_one_rank_two_four_and_one_again_are_one_rank(world, tmp_path):
     SURVIVED["F13"] += 1
 
 
+@pytest.mark.long
 def test_a_batch_of_8_is_the_same_however_it_is_cut_over_micro_batches_and_ranks(world, tmp_path):
     """F14."""
     rows = []
@@ -625,7 +627,7 @@ def test_resuming_with_other_data_model_tokenizer_or_seed_is_refused_by_name_and
 
 # ---- F16: numbers that are not finite ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["loss", pytest.param("gradient", marks=pytest.mark.long)])
 def test_one_ranks_poisoned_step_stops_all_ranks_before_the_weights_move_and_is_named(where, world, tmp_path):
     """F16."""
     TRIED["F16"] += 1
@@ -719,19 +721,21 @@ def test_pairs_of_equal_answers_are_counted_named_and_left_out_and_many_are_refu
     SURVIVED["F19"] += 1
 
 
-def test_fewer_examples_than_a_batch_are_refused_on_four_ranks_and_a_rest_is_used_once_an_epoch(world, tmp_path):
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_fewer_examples_than_a_batch_are_refused_on_all_ranks_and_a_rest_is_used_once_an_epoch(
+        ranks, world, tmp_path):
     """F20."""
     TRIED["F20"] += 2
     lines = (world / "sft.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     small = tmp_path / "small"
     small.mkdir()
     (small / "sft.jsonl").write_text("".join(lines[:3]), encoding="utf-8")
-    assert [finish(pid) for pid in start_ranks(4, go_on("sft", small, tmp_path / "refused", batch_size=4), tmp_path / "log")] == [2] * 4
+    assert [finish(pid) for pid in start_ranks(ranks, go_on("sft", small, tmp_path / "refused", batch_size=4), tmp_path / "log")] == [2] * ranks
     assert "error: 3 examples are fewer than one batch of 4" in (tmp_path / "log0").read_text() and not (tmp_path / "refused").exists()
     SURVIVED["F20"] += 1
     (small / "sft.jsonl").write_text("".join(lines[:11]), encoding="utf-8")
     each = [len(e.ids) for e in load_examples([small / "sft.jsonl"], tokenizer(), 256, config.SFT())]
-    assert [finish(pid) for pid in start_ranks(4, go_on("sft", small, tmp_path / "run", batch_size=4, max_steps=11), tmp_path / "log")] == [0] * 4
+    assert [finish(pid) for pid in start_ranks(ranks, go_on("sft", small, tmp_path / "run", batch_size=4, max_steps=11), tmp_path / "log")] == [0] * ranks
     assert sum(row["tokens"] for row in logged(tmp_path / "run")) == 4 * sum(each)          # 11 steps of 4 are four epochs of 11
     assert sorted(Sampler(range(1001), 8, 0).take(1001, 1001).tolist()) == list(range(1001))
     SURVIVED["F20"] += 1
@@ -762,16 +766,13 @@ def command(world, tmp_path_factory):
     return folder, line.split()
 
 
-def torchrun(*flags):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *flags]
-
-
 def process_of_rank(rank, pid):
     """The process of a rank, among the children of torchrun's."""
     children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
     return next(child for child in children if f"\0LOCAL_RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes())
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks' processes in /proc")
 def test_torchrun_with_a_restart_goes_on_from_the_last_state_after_kill_9_of_a_rank_to_the_weights_of_no_fault(command, world, tmp_path):
     """F11. The first start dies, the second is the same command, which finds its own unfinished run in --out.
@@ -780,9 +781,8 @@ def test_torchrun_with_a_restart_goes_on_from_the_last_state_after_kill_9_of_a_r
     The rank that was left alone may fail too (connection closed), before torchrun ends it or even before torchrun has seen the other's end."""
     TRIED["F11"] += 1
     folder, line = command
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w") as log:
-        job = subprocess.Popen([*torchrun("--max-restarts", "1"), *line, "--out", str(tmp_path / "run")], cwd=ROOT, env=environment, stdout=log, stderr=log)
+        job = subprocess.Popen([sys.executable, *TORCHRUN, "--max-restarts", "1", *line, "--out", str(tmp_path / "run")], cwd=ROOT, stdout=log, stderr=log)
     try:
         until(lambda: steps_logged(tmp_path / "run") >= 8, job.pid, 300)
         os.kill(process_of_rank(1, job.pid), signal.SIGKILL)

@@ -49,19 +49,9 @@ def here(tmp_path, models, monkeypatch):
 
 
 @pytest.fixture
-def call(here, monkeypatch, capfd):
-    def call(*words):
-        """(exit code, standard output, lines of standard error); the first text is split at its spaces."""
-        monkeypatch.setattr(sys, "argv", ["generate.py", *words[0].split(), *words[1:]])
-        capfd.readouterr()
-        try:
-            generate.main()
-            code = 0
-        except SystemExit as error:
-            code = error.code
-        out, err = capfd.readouterr()
-        return code, out, err.splitlines()
-    return call
+def call(here, in_process):
+    """The first text is split at its spaces."""
+    return lambda *words: in_process(generate, *words[0].split(), *words[1:])
 
 
 def write(path, rows):
@@ -263,7 +253,8 @@ def test_an_output_that_appears_meanwhile_is_kept_and_no_answer_is_lost(name, ca
     assert len(read("out.jsonl")) == 6 and read("pairs.jsonl") and not (here / "out.jsonl.partial").exists()
 
 
-def test_a_kill_at_any_step_of_the_end_is_finished_by_the_same_command(call, here, monkeypatch):
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.long)])
+def test_a_kill_at_any_step_of_the_end_is_finished_by_the_same_command(every, call, here, monkeypatch):
     """After a kill between publication and clean-up the command said that the output exists; after one
     between --out and --pairs the pairs were lost."""
     line = f"{POOL} --pairs pairs.jsonl --keep-cut"
@@ -291,7 +282,7 @@ def test_a_kill_at_any_step_of_the_end_is_finished_by_the_same_command(call, her
         process.start()
         process.join()
         return process.exitcode
-    for steps in range(1, 60):
+    for steps in range(1, 60, every):
         for name in ("out.jsonl", "pairs.jsonl"):
             os.remove(here / name)
         if killed_at(steps) == 0:

@@ -6,18 +6,13 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import CPU, STAGES, assert_close, language_model, logged, run, state_of, tokenizer, write_world
+from small import CPU, STAGES, assert_close, language_model, logged, run, state_of, tokenizer
 
 from aya_min import runs, stages
 from aya_min.losses import sft_loss
 from aya_min.config import SFT
 from aya_min.data import batches_in_order, collate, load_examples, make_batches
 from aya_min.loop import evaluate, json_line, learning_rate, make_optimizer, reduced, train
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def weights_of(run_folder):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from small import language_model, reward_model, tokenizer
+from small import ROOT, language_model, program, reward_model, tokenizer
 
 from aya_min import merge_methods, tensorfiles, weights
 from aya_min.command import guarded
@@ -27,14 +27,11 @@ from aya_min.merge_config import METHODS, from_config, number_at
 from aya_min.merge_folders import compare_folders, merge_folders
 from merge import main, weight_files
 
-ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 import make_mergekit                                                # noqa: E402
 import make_transformers                                            # noqa: E402
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-KILLS = int(os.environ.get("MERGE_KILLS", 3))                       # 20 in the long version of the test
 WEIGHED = [method for method in METHODS if "weights" in METHODS[method]]
 
 
@@ -73,7 +70,7 @@ def base(tmp_path):
 
 
 def run(*arguments, **options):
-    return subprocess.run([sys.executable, "merge.py", *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, **options)
+    return program("merge.py", *arguments, **options)
 
 
 def state_of(folder):
@@ -379,7 +376,7 @@ def test_the_settings_are_read_and_the_models_hashed_before_torch_is_there(folde
     """Importing torch takes as long as hashing a gigabyte or more: merge.py does both at once."""
     code = ("import merge, sys; from aya_min.files import Digests; merge.main(sys.argv[1:]); digests = Digests(); files = merge.weight_files(sys.argv[2:4]); "
             "digests.begin(files); print([digests[file] for file in files], 'torch' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code, "linear", *map(str, folders[:2]), "--print-config"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = program("-c", code, "linear", *folders[:2], "--print-config", check=True)
     expected = [hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() for folder in folders[:2]]
     assert done.stdout.splitlines()[-1] == f"{expected} False"
 
@@ -769,15 +766,16 @@ def test_what_is_written_cannot_be_read_before_all_of_it_is(folders, tmp_path):
     assert {name: tensor.tolist() for name, tensor in load_file(tmp_path / "model.safetensors").items()} == {"w": [1, 2, 3], "v": [0, 5]}
 
 
-def test_a_merge_killed_at_any_moment_leaves_no_folder_or_a_whole_one(tmp_path):
-    """F25 of the fault list: MERGE_KILLS=20 for all of it."""
+@pytest.mark.parametrize("num_kills", [2, pytest.param(20, marks=pytest.mark.long)])
+def test_a_merge_killed_at_any_moment_leaves_no_folder_or_a_whole_one(num_kills, tmp_path):
+    """F25."""
     state = {f"layers.{i}": torch.randn(1500, 1000, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(8)}
     folder, out = write(tmp_path / "A", state), tmp_path / "out"
     inputs = {path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in folder.iterdir()}
     command = [sys.executable, "merge.py", "dare-ties", *[folder] * 3, "--base", folder, "--out", out]
-    draws, killed = random.Random(0), 0
-    for _ in range(KILLS):
-        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    draws, killed = random.Random(3), 0
+    for _ in range(num_kills):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not list(tmp_path.glob(".out*")) and process.poll() is None:
             time.sleep(0.001)
         time.sleep(draws.uniform(0, 0.5))
@@ -846,21 +844,23 @@ def test_a_merge_that_fails_in_the_middle_takes_the_folders_above_its_output_wit
 def peak(commands):
     """Bytes of resident memory at most, mapped pages included, of a process that runs merge.py with these arguments one after the other."""
     code = "import json, merge, sys, aya_min.merge_folders; [merge.main(command) for command in json.loads(sys.argv[1])]; print(open('/proc/self/status').read())"
-    done = subprocess.run([sys.executable, "-c", code, json.dumps([list(map(str, command)) for command in commands])], cwd=ROOT, env=ENVIRONMENT | {"OMP_NUM_THREADS": "2"},
-                          capture_output=True, text=True, check=True)
+    words = json.dumps([list(map(str, command)) for command in commands])
+    done = program("-c", code, words, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True)
     assert done.stdout.count(" of ") == sum("--out" in command for command in commands), done.stderr
     return next(int(line.split()[1]) * 1024 for line in done.stdout.splitlines() if line.startswith("VmHWM"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
-def test_memory_does_not_grow_with_the_model_or_its_largest_tensor(tmp_path):
-    """F24 of the fault list, 3 models of 8 shards: far below (N + 2) x largest tensor + 300 MB. One tensor of one model is 240 MB in fp32."""
+@pytest.mark.parametrize("method_names", [["linear", "ties"], pytest.param([*METHODS], marks=pytest.mark.long)],
+                         ids=["two methods", "all methods"])
+def test_memory_does_not_grow_with_the_model_or_its_largest_tensor(method_names, tmp_path):
+    """F24, 3 models of 8 shards: far below (N + 2) x largest tensor + 300 MB. One tensor of one model is 240 MB in fp32."""
     rows = {"large": 60_000} | {f"small.{i}": 1_000 for i in range(20)}
     for name, seed in zip("ABC", range(3)):
         draws = torch.Generator().manual_seed(seed)
         write(tmp_path / name, {part: (torch.ones(1000) + 0.01 * torch.randn(num, 1, generator=draws)).bfloat16() for part, num in rows.items()}, num_shards=8)
     a, b, c = (tmp_path / name for name in "ABC")
-    methods = [[method, *([b, c] if method == "slerp" else [a, b, c]), *(["--base", a] if "base" in METHODS[method] else []), "--out", tmp_path / method] for method in METHODS]
+    methods = [[method, *([b, c] if method == "slerp" else [a, b, c]), *(["--base", a] if "base" in METHODS[method] else []), "--out", tmp_path / method] for method in method_names]
     imports, used = peak([]), peak([*methods, ["diff", b, c, "--base", a]])
     assert used < (3 + 2) * 120e6 + 300e6 and used - imports < 600e6, (used, imports)
 

@@ -1,44 +1,47 @@
 """The whole recipe at the smoke preset, once; then what a rerun, a killed run and a user's own models do with it."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from small import CPU, ROOT, program
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from small import CPU
-
+import train
 from aya_min import config, pipeline_steps
-from train import main
+from aya_min.files import write_jsonl
+from aya_min.world import gold_answer, questions
 
 
-def train(*args, check=True, **kwargs):
-    done = subprocess.run([sys.executable, "train.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
-    assert not check or done.returncode == 0, done.stderr[-2000:]
-    return done
+def recipe(*words):
+    """What the recipe at the smoke preset prints, run to its end in a process of its own."""
+    done = program("train.py", "--preset", "smoke", *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
+    """(folder, what was printed) of a whole run that was killed after a teacher and then went on."""
     run = tmp_path_factory.mktemp("recipe") / "smoke"
-    done = train("--preset", "smoke", "--arms", "all", "--out", run)
-    return run, done.stdout
+    process = subprocess.Popen([sys.executable, "train.py", "--preset", "smoke", "--out", run], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (run / "steps" / "teacher-slavic" / "done.json").is_file():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return run, recipe("--out", run)
 
 
-def test_the_recipe_leaves_every_stage_a_table_and_a_page(smoke):
-    run, printed = smoke
+def assert_whole(run, printed, arms):
+    """The run has every stage and these arms, a table and a page."""
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     names = [m["name"] for m in summary["models"]]
     stages = ["base", "sft", "offline", "online-1", "online-2", "online-3"]
-    arms = ["single", "random", "family", "mix", "online-only-3", "rloo", "no-shared"]
     assert set(stages + arms) <= set(names)
     for model in summary["models"]:
         for decoding in ("greedy", "sampled"):
@@ -52,6 +55,10 @@ def test_the_recipe_leaves_every_stage_a_table_and_a_page(smoke):
     assert "| model" in printed
     shares = summary["teacher_wins"]["ar"]
     assert abs(sum(shares.values()) - 1) < 1e-6
+
+
+def test_the_recipe_leaves_every_stage_a_table_and_a_page(smoke):
+    assert_whole(*smoke, ["single", "random", "family", "mix"])
 
 
 def test_offline_dpo_starts_at_ln_2_in_the_recipe_too(smoke):
@@ -70,39 +77,34 @@ def test_a_merged_stage_is_the_plain_average_of_its_clusters(smoke):
         torch.testing.assert_close(tensor, sum(p[name] for p in parts) / 4)
 
 
-def test_a_rerun_skips_what_is_whole(smoke):
+def test_a_rerun_skips_what_is_whole(smoke, in_process):
     run, _ = smoke
     before = {p: p.stat().st_mtime_ns for p in run.glob("steps/*/done.json")}
-    again = train("--preset", "smoke", "--arms", "all", "--out", run)
-    assert "pretraining" not in again.stdout
+    code, printed, _ = in_process(train, "--preset", "smoke", "--out", run)
+    assert code == 0 and "pretraining" not in printed
     assert before == {p: p.stat().st_mtime_ns for p in run.glob("steps/*/done.json")}
 
 
-def test_a_killed_run_goes_on_where_it_stopped_and_ends_the_same(smoke, tmp_path):
-    run = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "train.py", "--preset", "smoke", "--out", str(run)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (run / "steps" / "teacher-slavic" / "done.json").is_file():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    train("--preset", "smoke", "--out", run)
-    whole, killed = ({m["name"]: (m["greedy"]["grade"], m["sampled"]["reward"]) for m in json.loads((r / "summary.json").read_text(encoding="utf-8"))["models"]}
-                     for r in (smoke[0], run))
-    assert len(killed) == 14 and killed.items() <= whole.items()            # those of the main arms
+@pytest.mark.long
+def test_a_killed_run_ends_like_one_of_all_arms_that_was_never_killed(smoke, tmp_path):
+    printed = recipe("--arms", "all", "--out", tmp_path / "whole")
+    assert_whole(tmp_path / "whole", printed, ["family", "mix", "online-only-3", "rloo", "no-shared"])
+    killed, whole = ({m["name"]: (m["greedy"]["grade"], m["sampled"]["reward"])
+                      for m in json.loads((run / "summary.json").read_text(encoding="utf-8"))["models"]}
+                     for run in (smoke[0], tmp_path / "whole"))
+    assert len(killed) == 14 and killed.items() < whole.items()
 
 
-def test_other_settings_in_the_same_folder_are_refused_in_one_line(smoke):
+def test_other_settings_in_the_same_folder_are_refused_in_one_line(smoke, in_process):
     before = (smoke[0] / "config.json").read_bytes()
-    done = train("--preset", "smoke", "--out", smoke[0], "--seed", "5", check=False)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "seed" in done.stderr
+    code, _, err = in_process(train, "--preset", "smoke", "--out", smoke[0], "--seed", "5")
+    assert code == 2 and len(err) == 1 and "seed" in err[0]
     assert (smoke[0] / "config.json").read_bytes() == before
 
 
-def test_the_pipeline_takes_a_users_own_models_prompts_and_completions(smoke, tmp_path):
-    from aya_min.files import write_jsonl
-    from aya_min.world import gold_answer, questions
+@pytest.fixture
+def own(smoke, tmp_path):
+    """The flags of a recipe on a user's own models, prompts, completions and clusters."""
     steps = smoke[0] / "steps"
     rows = questions("train", 240, 11, level="tiny")
     theirs = [{"question": q["prompt"], "lang": "pt-BR" if q["language"] == "pt" else q["language"]}
@@ -116,10 +118,13 @@ def test_the_pipeline_takes_a_users_own_models_prompts_and_completions(smoke, tm
     columns = ["--columns", "prompt=question", "language=lang"]
     (tmp_path / "clusters.json").write_text(json.dumps({"west": ["it", "pt", "ro", "de", "nl", "el", "cs", "pl", "ru", "uk"],
                                                         "east": ["ar", "he", "fa", "tr", "hi", "zh", "zh-Hant", "ja", "ko", "vi", "id"]}))
-    done = train("--preset", "smoke", "--out", tmp_path / "own", "--base", steps / "base" / "model", "--prompts", tmp_path / "prompts.jsonl", "--teachers",
-                 steps / "teacher-slavic" / "model", tmp_path / "elsewhere.jsonl", "--arbiter", steps / "arbiter" / "model", "--clusters",
-                 tmp_path / "clusters.json", "--rounds", "1", *columns)
-    assert "not a win rate" in done.stdout
+    return ["--base", steps / "base" / "model", "--prompts", tmp_path / "prompts.jsonl", "--teachers",
+            steps / "teacher-slavic" / "model", tmp_path / "elsewhere.jsonl", "--arbiter",
+            steps / "arbiter" / "model", "--clusters", tmp_path / "clusters.json", "--rounds", "1", *columns]
+
+
+def test_the_pipeline_takes_a_users_own_models_prompts_and_completions(own, tmp_path):
+    assert "not a win rate" in recipe("--out", tmp_path / "own", *own)
     summary = json.loads((tmp_path / "own" / "summary.json").read_text(encoding="utf-8"))
     assert not any("grade" in m[d] or "right_language" in m[d] for m in summary["models"]
                    for d in ("greedy", "sampled"))
@@ -128,16 +133,18 @@ def test_the_pipeline_takes_a_users_own_models_prompts_and_completions(smoke, tm
     base = summary["models"][0]["greedy"]
     assert "pt-BR" in base["by_language"] and base["cut"] > 0
     assert [m["name"] for m in summary["models"]] == ["base", "single", "random", "mix", "sft", "offline", "online-1"]
-    shutil.copytree(steps / "arbiter" / "model", tmp_path / "judge")
-    judged = train("--preset", "smoke", "--out", tmp_path / "judged", "--base", steps / "base" / "model", "--prompts", tmp_path / "prompts.jsonl", "--teachers",
-                   steps / "teacher-slavic" / "model", tmp_path / "elsewhere.jsonl", "--arbiter", steps / "arbiter" / "model", "--clusters",
-                   tmp_path / "clusters.json", "--rounds", "1", "--judge", tmp_path / "judge", *columns)
-    assert "reward model" in judged.stdout.lower()
+
+
+@pytest.mark.long
+def test_a_users_own_judge_grades_the_users_models(own, smoke, tmp_path):
+    shutil.copytree(smoke[0] / "steps" / "arbiter" / "model", tmp_path / "judge")
+    printed = recipe("--out", tmp_path / "judged", *own, "--judge", tmp_path / "judge")
+    assert "reward model" in printed.lower()
     summary = json.loads((tmp_path / "judged" / "summary.json").read_text(encoding="utf-8"))
     assert all(isinstance(m["greedy"]["grade"], float) for m in summary["models"])
 
 
-def test_what_a_user_brings_is_looked_at_before_any_work(smoke, tmp_path, monkeypatch, capsys):
+def test_what_a_user_brings_is_looked_at_before_any_work(smoke, tmp_path, in_process):
     steps, run = smoke[0] / "steps", tmp_path / "own"
     good = {"--base": steps / "base" / "model", "--prompts": tmp_path / "p.jsonl", "--teachers": steps / "base" / "model", "--arbiter": steps / "arbiter" / "model"}
     (tmp_path / "p.jsonl").write_text('{"prompt": "eins", "language": "de"}\n{"prompt": "zwei", "language": "de"}\n', encoding="utf-8")
@@ -147,11 +154,9 @@ def test_what_a_user_brings_is_looked_at_before_any_work(smoke, tmp_path, monkey
              "not a language model": {"--base": steps / "arbiter" / "model"}, "in no cluster": {"--clusters": tmp_path / "clusters.json"},
              "p.jsonl.missing": {"--prompts": tmp_path / "p.jsonl.missing"}, "must not be the arbiter": {"--judge": good["--arbiter"]}}
     for message, change in wrong.items():
-        monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(run), *(str(x) for pair in {**good, **change}.items() for x in pair)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        err = capsys.readouterr().err
-        assert ended.value.code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+        words = (word for pair in {**good, **change}.items() for word in pair)
+        code, _, err = in_process(train, "--out", run, *words)
+        assert code == 2 and len(err) == 1 and message in err[0], err
         assert not run.exists()
 
 

@@ -1,12 +1,9 @@
 """`train.py recipe`: what is asked for and what a user brings are looked at before anything is made."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from small import ROOT, language_model, reward_model, tokenizer
+from small import TORCHRUN, language_model, program, reward_model, tokenizer
 
 import train
 from aya_min import pipeline_checks, config, pipeline, report, pipeline_results, pipeline_steps, weights
@@ -18,19 +15,14 @@ from aya_min.world import questions
 
 
 @pytest.fixture
-def refusal(tmp_path, monkeypatch, capfd):
+def refusal(tmp_path, in_process):
     """refusal(*flags): the one line with which the recipe is refused, exit code 2, nothing left behind."""
     def refused(*flags):
         out = tmp_path / "new" / "run"
-        monkeypatch.setattr(sys, "argv", ["train.py", "recipe", "--preset", "smoke", "--out", str(out),
-                                          *map(str, flags)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            train.main()
-        printed, error = capfd.readouterr()
-        assert ended.value.code == 2 and printed == "" and error.count("\n") == 1, (ended.value.code, error)
+        code, printed, err = in_process(train, "recipe", "--preset", "smoke", "--out", out, *flags)
+        assert code == 2 and printed == "" and len(err) == 1, (code, err)
         assert not out.parent.exists()
-        return error
+        return err[0]
     return refused
 
 
@@ -317,11 +309,9 @@ def test_the_page_of_a_recipe_that_has_scored_nothing_is_drawn(tmp_path):
     assert report.write_report(tmp_path).is_file()
 
 
+@pytest.mark.long
 def test_a_refused_recipe_of_two_ranks_is_refused_by_both_and_leaves_nothing(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "train.py", "recipe",
-               "--preset", "smoke", "--out", tmp_path / "run", "--batch-size", "33"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = program(*TORCHRUN, "train.py", "recipe", "--preset", "smoke", "--out", tmp_path / "run",
+                   "--batch-size", "33")
     assert done.returncode and "--batch-size 33 does not divide over 2 ranks" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -20,11 +20,6 @@ from aya_min.files import write_jsonl
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
 def pairs(world, tmp_path_factory):
     loaded = load_pairs([world / "pairs.jsonl"], tokenizer(), 256, SFT())[:6]
     reference.store_reference(language_model(), loaded, 0, CPU, DPO(), tmp_path_factory.mktemp("reference") / "file", "")

@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import CPU, ROOT, EVERY, STAGES, language_model, logged, on_ranks, reward_model, run, tokenizer
-from small import write_world
+from small import CPU, EVERY, ROOT, STAGES, language_model, logged, on_ranks, reward_model, run, tokenizer
 
 import train
 from aya_min import checkpoint, config, distributed, estimate, files, loop, reference, stages, weights
@@ -25,11 +24,6 @@ from aya_min.losses import sft_loss
 from aya_min.data import batches_in_order, collate, load_examples
 from aya_min.loop import make_optimizer
 
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +35,8 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def command(monkeypatch, capfd):
-    def command(line):
-        """(exit code, standard output, lines of standard error) of train.py, run in this process."""
-        monkeypatch.setattr(sys, "argv", ["train.py", *line.split()])
-        capfd.readouterr()
-        try:
-            train.main()
-            code = 0
-        except SystemExit as error:
-            code = error.code
-        out, err = capfd.readouterr()
-        return code, out, err.splitlines()
-
-    return command
+def command(in_process):
+    return lambda line: in_process(train, *line.split())
 
 
 def line_of(stage, models, world, out):
@@ -558,7 +540,8 @@ def test_an_unknown_stage_is_refused_by_the_estimate_which_knows_those_of_train(
     with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo rloo"):
         stages.train_stage("dance", language_model(), tokenizer(), [], config.SFT(), "out", CPU)
     for stage in stages.STAGES.values():
-        assert estimate.items_of(stage, stage.settings(), None, None) and stage.loss(stage.settings())
+        settings = stage.settings(max_length=256)
+        assert estimate.items_of(stage, settings, None, None) and stage.loss(settings)
 
 
 # ---- data --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from small import ROOT, program
 
 from aya_min.command import guarded
 from aya_min.languages import CLUSTERS, LANGUAGES, SHARED
@@ -146,15 +147,15 @@ def test_every_language_is_in_one_cluster_or_shared():
 def test_the_command_writes_every_split_and_asks_no_test_question_twice(tmp_path):
     """The arena refused answers to a test file in which some questions stood twice."""
     out = tmp_path / "world"
-    command = [sys.executable, "-m", "aya_min.world", "--out", out, "--count", "480", "--level", "tiny"]
-    subprocess.run(command, check=True, cwd=CASES.parent.parent, capture_output=True)
+    command = ["-m", "aya_min.world", "--out", out, "--count", "480", "--level", "tiny"]
+    program(*command, check=True)
     rows = {path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for path in out.glob("*.jsonl")}
     assert set(SPLITS) | {"sft", "pairs", "text"} == set(rows)
     assert all(len(rows[name]) == 480 for name in SPLITS)
     for name in ("validation", "test"):
         assert len({(q["question_id"], q["language"]) for q in rows[name]}) == 480
-    again = subprocess.run(command, cwd=CASES.parent.parent, capture_output=True, text=True)
+    again = program(*command)
     assert again.returncode == 2 and len(again.stderr.strip().splitlines()) == 1
 
 
@@ -172,7 +173,7 @@ def run_command(*args, code=0, capsys=None):
     ("--count", "9" * 400, "whole number"), ("--seed", "-1", "of at least 0"),
     ("--seed", "0.5", "whole number"),
     ("--level", "huge", "invalid choice"), ("--out", "a\udcffb", "not UTF-8"),
-    ("--count", "60000", "has only")])
+    pytest.param("--count", "60000", "has only", marks=pytest.mark.long)])
 def test_a_wrong_flag_of_the_world_is_one_line_and_leaves_nothing(flag, value, says, tmp_path, capsys,
                                                                   monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -192,12 +193,12 @@ def test_a_path_that_is_taken_is_refused_in_one_line_and_stays_as_it_is(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link"]
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.02, 0.05])
+@pytest.mark.parametrize("delay", [pytest.param(0.0, marks=pytest.mark.long), 0.02, pytest.param(0.05, marks=pytest.mark.long)])
 def test_a_killed_world_leaves_no_folder_of_that_name_and_the_next_run_makes_it(delay, tmp_path, capsys):
     """14 of 15 kills left a folder with half of the files, and the next run refused it."""
     command = [sys.executable, "-m", "aya_min.world", "--out", tmp_path / "world", "--count", "2400",
                "--level", "tiny"]
-    process = subprocess.Popen(command, cwd=CASES.parent.parent, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while process.poll() is None and not list(tmp_path.glob(".world.*/world")):
         time.sleep(0.002)
     time.sleep(delay)
@@ -209,12 +210,12 @@ def test_a_killed_world_leaves_no_folder_of_that_name_and_the_next_run_makes_it(
     assert len(list((tmp_path / "world").iterdir())) == 7
 
 
-def test_under_torchrun_only_rank_0_writes_the_world_and_every_rank_ends_well(tmp_path):
-    world = [sys.executable, "-m", "aya_min.world", "--out", tmp_path / "world", "--count", "24"]
+def test_under_torchrun_rank_0_alone_writes_the_world_and_the_others_end_well(tmp_path):
+    world = ["-m", "aya_min.world", "--out", tmp_path / "world", "--count", "24"]
     for rank in "10":
         environment = os.environ | {"TORCHELASTIC_RUN_ID": "none", "RANK": rank, "WORLD_SIZE": "2",
                                     "LOCAL_RANK": rank}
-        done = subprocess.run(world, cwd=CASES.parent.parent, capture_output=True, text=True, env=environment)
+        done = program(*world, env=environment)
         assert done.returncode == 0 and not done.stderr and bool(done.stdout) == (rank == "0")
 
 
