@@ -261,7 +261,7 @@ def compare_folders(first, second, base=None, device="cpu"):
     size = sum(num_bytes(*headers[0][name][1:]) for name in names)
     with command.progress(total=size, desc="diff", unit="B", unit_scale=True) as bar, workers() as pool:
         for name in names:
-            sums, layer = merge_methods.total(over([name], inputs, pool, device, bar), sums_of), layer_of(name)
+            sums, layer = merge_methods.sum_over(over([name], inputs, pool, device, bar), sums_of), layer_of(name)
             if not sums.isfinite().all():
                 refuse_infinite(name, inputs, f"the difference of {name}")
             rows = [(0, 0, name), (3, 0, "all")]
