@@ -104,7 +104,7 @@ def parse(arguments):
     for method, command in zip(METHODS, methods):
         command.add_argument("folders", nargs="+", metavar="MODEL", help="model folders: config.json and model.safetensors or shards")
         command.add_argument("--dtype", choices=OUTPUT_DTYPES, help="of the output; default: that of the first model")
-        for setting, default in METHODS[method].items():
+        for setting, default in METHODS[method].settings.items():
             flag, *interval = RANGES.get(setting, [f"--{setting}"])
             more = {"type": number(*interval)} if interval else {}
             command.add_argument(flag, dest=setting, default=default, **FLAGS[setting], **more)
@@ -153,7 +153,7 @@ def main(arguments=None):
                                                          if options.get("allow_config_differences") else {})
         method, folders, dtype = (options.get(key) for key in ("method", "folders", "dtype"))
         if method != "diff":                # before anything is read
-            given = {key: options[key] for key in METHODS[method]}
+            given = {key: options[key] for key in METHODS[method].settings}
             settings = check_settings(method, given, len(folders), dtype)
         if only_print:
             allow = options.get("allow_config_differences", False)
@@ -162,10 +162,10 @@ def main(arguments=None):
         with Digests() as digests:
             if options.get("hashes", method != "diff"):
                 digests.begin(weight_files([*folders, options["base"]] if "base" in options else folders))      # while torch is imported
-            from aya_min.merge_folders import compare_folders, merge_folders, table
+            from aya_min.merge_folders import compare_folders, difference_table, merge_folders
             if method == "diff":
                 rows = compare_folders(*folders, options["base"], options.get("device", "cpu"))
-                print(json.dumps(rows, indent=1) if is_json else table(rows))
+                print(json.dumps(rows, indent=1) if is_json else difference_table(rows))
                 return 0
             out = merge_folders(**options, digests=digests)
     except KeyboardInterrupt:

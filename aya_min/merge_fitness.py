@@ -22,7 +22,7 @@ from .loop import evaluate as held_out_metrics
 from .merge_config import OUTPUT_DTYPES
 from .model import RewardModel
 from .sampling import answer_rows
-from .merge_folders import is_finite, look_into, merge_folders, over, refuse_infinite, workers
+from .merge_folders import is_finite, merge_folders, over, read_sources, refuse_infinite, workers
 from .stages import sft_loss
 from .tensorfiles import DTYPES, places
 from .world import check_question
@@ -37,7 +37,7 @@ def of_models(folders, measure, dtype=None, device="cpu", allow_config_differenc
     The folders are read piece by piece each time: memory holds one fp32 model and, in the system's file cache as far as there is room, the pool.
     The numbers are those of the folder that merge_folders writes: same sums, rounded to the same dtype.
     """
-    headers = look_into([Path(folder) for folder in folders], allow_config_differences)[1]
+    headers = read_sources([Path(folder) for folder in folders], allow_config_differences)[1]
     if any(isinstance(model_folders.look_into(folder)[0], RewardModel) for folder in folders):
         raise ValueError("a reward model is among the models; a search by --prompts or --eval-data takes language models only")
     model, tokenizer = model_folders.load(folders[0], device)

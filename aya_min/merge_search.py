@@ -29,7 +29,7 @@ from .merge_front import macro
 from .journal import Journal
 from .merge_config import check_settings
 from .report import write_report
-from .merge_folders import in_the_way, look_into, merge_folders, output_folder, tell
+from .merge_folders import already_exists, merge_folders, output_folder, print_tolerated, read_sources
 
 SIGMA = 0.5                 # the first step of CMA-ES, ours (LOG.md)
 
@@ -126,7 +126,7 @@ def search(folders, out, evaluate, *, evaluations=200, seed=0, allow_negative=Fa
         return published(out, given, search_id)
     out.parent.mkdir(parents=True, exist_ok=True)
     with Journal(partial_of(out), given) as journal:
-        tell(said)
+        print_tolerated(said)
         history, result = measure(folders, evaluate, journal, evaluations, seed,
                                   affine if allow_negative else softmax, leave_one_out, held_out)
         result = {"search": search_id, **result, "what is measured": about}
@@ -192,7 +192,7 @@ def published(out, given, search_id):
             return result
     except ValueError:                          # an OUT.partial that is not ours, or another search's
         pass
-    raise in_the_way(out)
+    raise already_exists(out)
 
 
 def check(folders, out, evaluations, dtype, allow_config_differences=False):
@@ -203,9 +203,9 @@ def check(folders, out, evaluations, dtype, allow_config_differences=False):
     if evaluations < 1:
         raise ValueError(f"--evaluations {evaluations} must be at least 1")
     if os.path.lexists(out) and not partial_of(out).is_dir():
-        raise in_the_way(out)
+        raise already_exists(out)
     check_settings("linear", {}, len(folders), dtype)
-    return look_into(folders, allow_config_differences)[1:]
+    return read_sources(folders, allow_config_differences)[1:]
 
 
 def checked(tasks, history):
