@@ -145,7 +145,7 @@ def main(arguments=None):
             flags = {field.name: options.pop(field.name) for field in fields(Reading)}
             options["reading"] = {name: value for name, value in flags.items() if value is not None}
             result = search_folders(**{key: value for key, value in options.items() if key != "method"})
-            print(printable(merge_front.table(result)))
+            print(printable(merge_front.search_table(result)))
             print(printable(f"{options['out']}: model, search.json, evaluations.jsonl, report.html"))
             return 0
         if config:
