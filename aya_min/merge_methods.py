@@ -74,7 +74,7 @@ def linear(over, weights, normalize=True):
 
 
 def task_arithmetic(over, weights, lam=1.0, normalize=False):
-    """theta = base + lambda * sum_i w_i tau_i (arXiv 2212.04089, section 2). Negative weights negate tasks."""
+    """theta = base + lambda * sum_i w_i tau_i (arXiv 2212.04089, section 2). A negative w_i negates."""
     scale = lam / (sum(weights) if normalize else 1.0)
     scaled = [scale * weight for weight in weights]
     base_weight = 1 - scale * sum(weights)
