@@ -11,8 +11,8 @@ the mean of each generation.
 
 Every measurement is on disk (OUT.partial) before the next one begins. The search is a function of the seed
 and the measurements, so a killed search that is started again visits the same points, finds them measured,
-and ends with the same bytes. search.json holds an id of the search, so that one killed after OUT was published
-recognises its own result.
+and ends with the same bytes. search.json holds an id of the search, so that one killed after OUT was
+published recognises its own result.
 """
 
 import hashlib

@@ -724,6 +724,14 @@ def test_settings_without_a_meaning_are_refused(arguments, words, folders, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["A", "B", "C"]
 
 
+def test_flags_of_a_merge_before_diff_or_search_are_refused(folders, tmp_path, capsys):
+    """--print-config diff was a fault of ours, a NameError; so was --no-hashes search."""
+    refusal = "takes neither --print-config nor --no-hashes"
+    assert refusal in refused(capsys, "--print-config", "diff", *folders[:2])
+    assert refusal in refused(capsys, "--no-hashes", "search", *folders[:2], "--command", "true {model}",
+                              "--out", tmp_path / "out")
+
+
 def test_settings_that_a_method_does_not_take_and_an_output_left_out_are_refused(folders, base, tmp_path, capsys):
     with pytest.raises(ValueError, match="slerp takes no base, weights; it takes t, convention"):
         merge_folders(folders[:2], tmp_path / "out", "slerp", base=base, weights=[1, 1])
