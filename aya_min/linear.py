@@ -1,12 +1,14 @@
-"""x W^T and its two gradients. On a CPU in fp32 torch has two libraries for them: its default (MKL on x86) and oneDNN.
+"""x W^T and its two gradients. On a CPU in fp32 torch has two libraries for them: its default (MKL on x86)
+and oneDNN.
 
-Which one is faster depends on the processor: on one kind oneDNN took two fifths of MKL's time, on others MKL is
-faster by a tenth to two fifths (LOG.md). Neither the vendor nor AVX-512 decides it, so both are raced once in a
-process, at its first product. Everywhere else (GPUs, half precision, torch.compile) this is F.linear.
+Which one is faster depends on the processor: on one kind oneDNN took two fifths of MKL's time, on others
+MKL is faster by a tenth to two fifths (LOG.md). Neither the vendor nor AVX-512 decides it, so both are
+raced once in a process, at its first product. Everywhere else (GPUs, half precision, torch.compile) this is
+F.linear.
 
-The two round differently. A run is therefore the same to the last bit only under one choice: a stage records
-chosen() in its config.json, a resume and the other ranks take that one by choose(). Two commands on one machine
-choose alike unless both libraries are within a few hundredths of LEAD there.
+The two round differently. A run is therefore the same to the last bit only under one choice: a stage
+records chosen() in its config.json, a resume and the other ranks take that one by choose(). Two commands on
+one machine choose alike unless both libraries are within a few hundredths of LEAD there.
 """
 
 import time
@@ -16,10 +18,13 @@ import torch.nn.functional as F
 from torch import nn
 
 LIBRARIES = ("default", "onednn")
-LEAD = 0.9          # oneDNN is chosen when it takes less than this share of the default's time
-RACES = [(512, 96, 256), (512, 256, 768), (64, 96, 6144)]   # rows, in, out: MLPs of 1M and 6M parameters, a head
+# oneDNN is chosen when it takes less than this share of the default's time.
+LEAD = 0.9
+# Rows, in, out: the MLPs of models of 1M and 6M parameters, and a head.
+RACES = [(512, 96, 256), (512, 256, 768), (64, 96, 6144)]
 ROUNDS = 4
-_chosen = None      # the one state of this module: every layer asks for it, and within a run it must not change
+# The one state of this module: every layer asks for it, and within a run it must not change.
+_chosen = None
 
 
 def choose(library):
@@ -42,10 +47,10 @@ def chosen():
 
 @torch.no_grad()
 def race():
-    """{library: seconds} of forward and backward of all RACES, each product at its fastest of ROUNDS, in turn.
+    """{library: seconds} of forward and backward of all RACES, each product at its fastest of ROUNDS.
 
-    On one thread, and by the fastest, because other processes can then hardly change the result: beside a busy
-    one, two threads at times took three times as long. Draws no random numbers.
+    One thread and the fastest time, because other processes can then hardly change the result. Draws no
+    random numbers.
     """
     products = {"default": (F.linear, outer_by_default), "onednn": (by_onednn, outer_by_onednn)}
     seconds = dict.fromkeys(LIBRARIES, 0.0)
@@ -53,7 +58,8 @@ def race():
     torch.set_num_threads(1)
     try:
         for M, K, N in RACES:
-            x, weight, dy = (torch.ones(shape, device="cpu", dtype=torch.float32) for shape in ((M, K), (N, K), (M, N)))
+            shapes = (M, K), (N, K), (M, N)
+            x, weight, dy = (torch.ones(shape, device="cpu", dtype=torch.float32) for shape in shapes)
             for which, *arguments in ((0, x, weight), (0, dy, weight.t()), (1, dy, x)):
                 fastest = dict.fromkeys(LIBRARIES, float("inf"))
                 for _ in range(ROUNDS):
@@ -84,7 +90,7 @@ def outer_by_onednn(dy, x):
 
 
 def is_onednn(x, weight):
-    """Whether oneDNN computes this product. A fake tensor of the dry run is not a plain Tensor: nothing is raced for it."""
+    """Whether oneDNN computes this product. The dry run's fake tensors start no race."""
     if type(x) is not torch.Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return x.dtype == weight.dtype == torch.float32 and x.numel() > 0 and chosen() == "onednn"
@@ -132,6 +138,9 @@ class Linear(nn.Linear):
 
 
 def packed(weight):
-    """x -> x W^T for a weight that does not change, kept once more in oneDNN's own layout. Each row's result does not depend on how many there are."""
+    """x -> x W^T for a weight that does not change, kept once more in oneDNN's own layout.
+
+    Decoding uses it whatever is chosen(): each row's result does not depend on how many rows there are.
+    """
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, blocked, None, "none", [], "")

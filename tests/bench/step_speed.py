@@ -1,14 +1,16 @@
 """Milliseconds of a training step of the recipe's base (preset tiny) and of a plain loop of the same model.
 
-    python tests/bench/step_speed.py [--rounds 5] [--steps 40] [--loaded] [--packing yes no] [--library default onednn]
+    python tests/bench/step_speed.py [--rounds 5] [--steps 40] [--loaded]
+                                     [--packing yes no] [--library default onednn]
 
-PlainModel and plain_loop are the Cohere decoder and its training in ordinary torch, as short as they can be written.
-Both sides train from the same weights on the same batches, in turn in one process, and must have the same losses.
-What aya_min does more in a step is in its time: metrics per language, checks for values that are not finite,
-metrics.jsonl. Batches have different widths: a figure is the mean over the steps of each one's fastest (and median)
-time over the rounds, without the first steps.
---loaded: another process keeps a core busy meanwhile. --packing: whether padding is computed. --library: what
-linear.py computes products with; its own choice unless given. Several values are measured in turn.
+PlainModel and plain_loop are the Cohere decoder and its training in ordinary torch, as short as they can be
+written. Both sides train from the same weights on the same batches, in turn in one process, and must have
+the same losses. What aya_min does more in a step is in its time: metrics per language, checks for values
+that are not finite, metrics.jsonl. Batches have different widths: a figure is the mean over the steps of
+each one's fastest (and median) time over the rounds, without the first steps.
+--loaded: another process keeps a core busy meanwhile; the plain loop then waits as patiently as we do, once
+we have found out. --packing: whether padding is left out. --library: what linear.py computes products with;
+its own choice unless given. Several values are measured in turn.
 """
 
 import argparse
@@ -59,7 +61,7 @@ class PlainBlock(nn.Module):
         return x + self.o(y.transpose(1, 2).flatten(2)) + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
-def rotate(x, cos, sin):                                                    # x (B, H, T, D); cos, sin (T, D/2)
+def rotate(x, cos, sin):                                            # x (B, H, T, D); cos, sin (T, D/2)
     a, b = x[..., ::2], x[..., 1::2]
     return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
 
@@ -67,11 +69,12 @@ def rotate(x, cos, sin):                                                    # x 
 class PlainModel(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.embed, self.norm = nn.Embedding(c.vocab_size, c.hidden_size), nn.LayerNorm(c.hidden_size, bias=False)
+        self.embed = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.norm = nn.LayerNorm(c.hidden_size, bias=False)
         self.blocks = nn.ModuleList(PlainBlock(c.hidden_size, c.intermediate_size, c.num_attention_heads)
                                     for _ in range(c.num_hidden_layers))
         angles = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
-        self.angles = torch.arange(c.max_position_embeddings)[:, None] * angles                 # (positions, D/2)
+        self.angles = torch.arange(c.max_position_embeddings)[:, None] * angles     # (positions, D/2)
 
     def forward(self, ids):                                                 # (B, T) -> (B, T, hidden)
         x, angles = self.embed(ids), self.angles[:ids.shape[1]]
@@ -82,7 +85,8 @@ class PlainModel(nn.Module):
 
 def plain_loop(model, batches, num_steps, learning_rate):
     """Losses (nats per token) and the times at which steps begin."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0,
+                                  fused=True)
     losses, times = [], []
     for step in range(num_steps):
         times.append(time.perf_counter())
@@ -99,8 +103,8 @@ def plain_loop(model, batches, num_steps, learning_rate):
 
 # ---- the same by aya_min -----------------------------------------------------------------------------------
 
-NAMES = {"embed_tokens": "embed", "layers": "blocks", "input_layernorm": "norm", "self_attn.": "", "mlp.": "", "_proj": "",
-         "model.": ""}
+NAMES = {"embed_tokens": "embed", "layers": "blocks", "input_layernorm": "norm", "self_attn.": "", "mlp.": "",
+         "_proj": "", "model.": ""}
 
 
 def as_plain(model):
@@ -123,7 +127,8 @@ def our_loop(model, batches, num_steps, settings):
         return batches(step)
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
         train(model, num_steps, timed, sft_loss, settings, Path(folder), torch.device("cpu"))
-        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()]
     return [row["loss"] for row in rows], times
 
 
@@ -142,8 +147,8 @@ def busy_process(wanted):
 def base_batches(settings, recipe, num_rows=4000):
     """(model configuration, batches) of the recipe's first stage, on fewer rows of its data."""
     rows = world_data.corpus(num_rows, 0, recipe.level)
-    tokenizer = train_tokenizer([text for row in rows if "prompt" in row for text in (row["prompt"], row["completion"])],
-                                recipe.vocab_size)
+    texts = [text for row in rows if "prompt" in row for text in (row["prompt"], row["completion"])]
+    tokenizer = train_tokenizer(texts, recipe.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         write_jsonl(Path(folder) / "base.jsonl", rows)
         examples = load_examples([Path(folder) / "base.jsonl"], tokenizer, settings.max_length, settings)
@@ -161,8 +166,9 @@ def main():
     parser.add_argument("--library", nargs="+", choices=linear.LIBRARIES)
     args = parser.parse_args()
     recipe = config.Recipe()
-    settings = config.Pretrain(batch_size=recipe.batch_size, max_length=recipe.max_length, max_steps=args.steps,
-                               learning_rate=recipe.base_learning_rate, warmup_steps=0, schedule="constant")
+    settings = config.Pretrain(batch_size=recipe.batch_size, max_length=recipe.max_length,
+                               max_steps=args.steps, learning_rate=recipe.base_learning_rate, warmup_steps=0,
+                               schedule="constant")
     model_config, batches = base_batches(settings, recipe)
     start = init_weights(CohereForCausalLM(model_config), torch.Generator().manual_seed(0))
 
@@ -175,16 +181,17 @@ def main():
     for library in args.library or [linear.chosen()]:
         for packing in args.packing:
             sides[f"aya_min, {library}, packing {packing}"] = partial(ours, library, packing)
-    shares = [b.lengths.sum().item() / b.input_ids.numel() for step in range(args.steps) for b in batches(step)]
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"{sum(p.numel() for p in start.parameters()):,} parameters, batch {settings.batch_size}, "
-          f"{1 - mean(shares):.0%} padding{', beside a busy process' if args.loaded else ''}")
+    some = [batch for step in range(args.steps) for batch in batches(step)]
+    shares = [batch.lengths.sum().item() / batch.input_ids.numel() for batch in some]
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}, {sum(p.numel() for p in start.parameters()):,} parameters, "
+          f"batch {settings.batch_size}, {1 - mean(shares):.0%} padding{', beside a busy process' if args.loaded else ''}")
     seconds, losses = {name: [] for name in sides}, {}                      # seconds: rounds x steps
     with busy_process(args.loaded):
         for _ in range(args.rounds):
             for name, side in sides.items():
                 losses[name], times = side()
-                seconds[name].append([after - before for before, after in zip(times[WARM_UP:], times[WARM_UP + 1:])])
+                seconds[name].append([b - a for a, b in zip(times[WARM_UP:], times[WARM_UP + 1:])])
     plain = losses["plain loop"]
     fastest = {name: 1e3 * mean(map(min, zip(*rounds))) for name, rounds in seconds.items()}    # ms
     middle = {name: 1e3 * mean(map(median, zip(*rounds))) for name, rounds in seconds.items()}
