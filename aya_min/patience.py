@@ -33,6 +33,8 @@ class Patience:
         self.num_threads = torch.get_num_threads() if device.type == "cpu" else 1
         self.pause, self.sleeper = PAUSES[0], None
         self.wall = self.cpu = 0.0                      # seconds of this window
+        # The first window says nothing: libraries prepare code, on one thread.
+        self.is_first = True
 
     def begin(self):
         if self.num_threads > 1:
@@ -49,7 +51,9 @@ class Patience:
         self.cpu += time.process_time() - self.started[1]
         if self.wall < WINDOW:
             return
-        if self.cpu < self.wall * (self.num_threads - MISSING):
+        if self.is_first:
+            self.is_first = False
+        elif self.cpu < self.wall * (self.num_threads - MISSING):
             work = {"target": have_more_threads_than_cores, "args": (self.pause,)}
             self.sleeper = threading.Thread(**work, daemon=True)
             self.sleeper.start()

@@ -57,6 +57,8 @@ def test_threads_that_get_their_cores_spin_and_what_is_between_the_steps_does_no
 
 def test_beside_a_busy_process_threads_sleep_for_longer_and_longer_until_spinning_pays_again(clock):
     patience = patient()
+    work(clock, patience, 1.0, steps=3)                 # the first window
+    assert clock.pauses == []
     for _ in range(6):
         work(clock, patience, 1.5)
         assert clock.alive

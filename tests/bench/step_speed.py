@@ -185,7 +185,8 @@ def main():
     shares = [batch.lengths.sum().item() / batch.input_ids.numel() for batch in some]
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}, {sum(p.numel() for p in start.parameters()):,} parameters, "
-          f"batch {settings.batch_size}, {1 - mean(shares):.0%} padding{', beside a busy process' if args.loaded else ''}")
+          f"batch {settings.batch_size}, {1 - mean(shares):.0%} padding"
+          f"{', beside a busy process' if args.loaded else ''}")
     seconds, losses = {name: [] for name in sides}, {}                      # seconds: rounds x steps
     with busy_process(args.loaded):
         for _ in range(args.rounds):
