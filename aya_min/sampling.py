@@ -17,6 +17,7 @@ from . import command, distributed
 from .lengths import cut_left as shorten
 from .linear import packed
 from .model import rotary, window_mask
+from .patience import Patience
 
 Completion = namedtuple("Completion", "ids logp finish_reason")     # ids end with the stop token if finish_reason is "stop"; logp: nats, of all ids
 BLOCK = 32                  # keys: attention kernels sum in vectors and blocks; over whole ones, masked keys change nothing
@@ -103,6 +104,7 @@ class Fused:
         self.config, self.device, self.dtype = model.config, parameters[0].device, parameters[0].dtype
         pack = self.device.type == "cpu" and sum(p.nbytes for p in parameters) <= PACK_BYTES and torch.backends.mkldnn.is_available() and (
             self.dtype == torch.float32 or self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        self.patience = Patience(self.device)
         self.layers = []
         for block in model.model.layers:
             a, m = block.self_attn, block.mlp
@@ -232,9 +234,11 @@ class Engine:
             tokens, logps = (t[:n] for t in self.output)
         else:
             T = min(round_up(longest), self.max_tokens)
+            self.fused.patience.begin()
             with torch.inference_mode():                                                        # lighter than no_grad, but not for torch.compile
                 self.look_at(n, T)
                 tokens, logps = self.decode(n, T)
+            self.fused.patience.end()
         return tokens.tolist(), logps.tolist()
 
     def place(self, slot, row, kept, p):
