@@ -123,6 +123,7 @@ def own(smoke, tmp_path):
             steps / "arbiter" / "model", "--clusters", tmp_path / "clusters.json", "--rounds", "1", *columns]
 
 
+@pytest.mark.long
 def test_the_pipeline_takes_a_users_own_models_prompts_and_completions(own, tmp_path):
     assert "not a win rate" in recipe("--out", tmp_path / "own", *own)
     summary = json.loads((tmp_path / "own" / "summary.json").read_text(encoding="utf-8"))
