@@ -393,6 +393,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_once_for_all_ran
     assert not (folder / "new").exists()
 
 
+@pytest.mark.long
 def test_torchrun_writes_the_file_of_one_process_to_the_last_byte(call, folder, tmp_path):
     """Also where a run of one process was killed; on the CPU in fp32 even the log-probs are the same."""
     line = "--model A --prompts prompts.jsonl --num-samples 3 --max-new-tokens 40 --temperature 0.7"
@@ -411,7 +412,6 @@ def test_torchrun_writes_the_file_of_one_process_to_the_last_byte(call, folder, 
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-@pytest.mark.long
 def test_torchrun_generates_what_one_process_generates(call, folder, tmp_path):
     line = "--models A B --arbiter RM --prompts prompts.jsonl --max-new-tokens 8 --temperature 0.7 --keep-cut"
     assert call(generate, f"{line} --out {tmp_path}/one --pairs {tmp_path}/one-pairs")[0] == 0

@@ -187,7 +187,7 @@ def test_greedy_alone_is_greedy_in_a_batch_with_prompts_of_1_to_300_tokens(model
         assert completion.ids == model(torch.tensor([prompt + completion.ids]))[0, len(prompt) - 1:-1].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 5, 1000])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.long), 3, pytest.param(5, marks=pytest.mark.long), 1000])
 @pytest.mark.parametrize("changes", [{}, {"model_type": "cohere2", "sliding_window": 16, "num_hidden_layers": 4}], ids=["cohere", "cohere2"])
 def test_what_a_request_samples_does_not_depend_on_the_batch_to_the_last_bit(changes, batch_size, prompts):
     """On the CPU in fp32 with packed weights: attention runs over whole blocks of keys, so that even the log-probs are equal."""
