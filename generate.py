@@ -392,7 +392,7 @@ def work(rows, lengths, looked, arbiter, table, args, device, reading):
     choice = {"table of languages": table and {str(k): v for k, v in table.items()},
               **{name: getattr(args, name) for name in OF_POOL}}
     with open_journal(rows, looked, args, reading) as journal:
-        if journal.published(outputs, choice):
+        if journal.finish_publishing(outputs, choice):
             distributed.say(f"{' and '.join(outputs)} had been finished before; what was left in "
                             f"{args.out}.partial is removed")
             journal.remove()

@@ -155,7 +155,7 @@ def is_spare_rank():
     return int(rank) > 0 and "TORCHELASTIC_RUN_ID" in os.environ
 
 
-# ---- progress -----------------------------------------------------------------------------------------------
+# ---- progress ----------------------------------------------------------------------------------------------
 
 QUIET = 30          # seconds between two lines of progress if standard error is not a terminal
 

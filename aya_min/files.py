@@ -289,7 +289,7 @@ def taken(path):
 
 
 def publish_folder(made, path):
-    """Give a finished folder its name in one step; only an empty folder is replaced. ValueError if it is taken."""
+    """Give a finished folder its name in one step. Only an empty folder is replaced, else ValueError."""
     try:
         Path(made).rename(path)
     except OSError as error:
