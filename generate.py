@@ -150,11 +150,11 @@ def check_pool(args):
 
 def look_at_models(args):
     """({folder: (model without weights, tokenizer, header)} of the models, the same of the arbiter)."""
-    looked = {folder: weights.look_into(folder) for folder in args.models or [args.model]}
+    looked = {folder: weights.load_meta(folder) for folder in args.models or [args.model]}
     for folder, (model, *_) in looked.items():
         if isinstance(model, weights.RewardModel):
             raise ValueError(f"{folder}: a reward model cannot generate; give a language model")
-    arbiter = weights.look_into(args.arbiter) if args.arbiter else None
+    arbiter = weights.load_meta(args.arbiter) if args.arbiter else None
     if arbiter and not isinstance(arbiter[0], weights.RewardModel):
         raise ValueError(f"--arbiter {args.arbiter}: a language model, not a reward model; give a folder "
                          "that the reward stage wrote")

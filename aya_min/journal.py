@@ -224,7 +224,7 @@ class Journal:
 
 
 def differences(now, before):
-    """The names of the settings that differ; of a setting that is a dict, the first three keys that differ."""
+    """The names of the settings that differ; of a dict, the first three keys that differ."""
     found = []
     for name in sorted(now.keys() | before.keys()):
         one, other = now.get(name), before.get(name)
