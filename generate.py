@@ -150,11 +150,11 @@ def check_pool(args):
 
 def look_at_models(args):
     """({folder: (model without weights, tokenizer, header)} of the models, the same of the arbiter)."""
-    looked = {folder: weights.look_into(folder) for folder in args.models or [args.model]}
+    looked = {folder: weights.load_meta(folder) for folder in args.models or [args.model]}
     for folder, (model, *_) in looked.items():
         if isinstance(model, weights.RewardModel):
             raise ValueError(f"{folder}: a reward model cannot generate; give a language model")
-    arbiter = weights.look_into(args.arbiter) if args.arbiter else None
+    arbiter = weights.load_meta(args.arbiter) if args.arbiter else None
     if arbiter and not isinstance(arbiter[0], weights.RewardModel):
         raise ValueError(f"--arbiter {args.arbiter}: a language model, not a reward model; give a folder "
                          "that the reward stage wrote")
@@ -392,7 +392,7 @@ def work(rows, lengths, looked, arbiter, table, args, device, reading):
     choice = {"table of languages": table and {str(k): v for k, v in table.items()},
               **{name: getattr(args, name) for name in OF_POOL}}
     with open_journal(rows, looked, args, reading) as journal:
-        if journal.published(outputs, choice):
+        if journal.finish_publishing(outputs, choice):
             distributed.say(f"{' and '.join(outputs)} had been finished before; what was left in "
                             f"{args.out}.partial is removed")
             journal.remove()

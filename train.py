@@ -104,7 +104,7 @@ def load_model(args, device, settings):
     if not trunk and weights.read_config(args.model)[1] is weights.RewardModel:
         raise ValueError(f"--model {args.model}: a reward model; {args.command} trains language models")
     if args.dry_run:
-        return weights.look_into(args.model, trunk)[:2]
+        return weights.load_meta(args.model, trunk)[:2]
     return weights.load(args.model, "cpu" if settings.cpu_offload else device, trunk=trunk, sharded=True,
                         compute_dtype=getattr(torch, settings.dtype), replicate=settings.replicate, cpu_offload=settings.cpu_offload)
 
@@ -112,7 +112,7 @@ def load_model(args, device, settings):
 def load_reward_model(args, device, settings, tokenizer):
     """The model of --reward-model, on the meta device for a dry run. ValueError if it does not go with --model."""
     if args.dry_run:
-        model, its_tokenizer = weights.look_into(args.reward_model)[:2]
+        model, its_tokenizer = weights.load_meta(args.reward_model)[:2]
     else:
         place = "cpu" if settings.cpu_offload else device
         model, its_tokenizer = weights.load(args.reward_model, place, sharded=True, replicate=settings.replicate,

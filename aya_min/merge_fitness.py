@@ -38,7 +38,7 @@ def of_models(folders, measure, dtype=None, device="cpu", allow_config_differenc
     The numbers are those of the folder that merge_folders writes: same sums, rounded to the same dtype.
     """
     headers = look_into([Path(folder) for folder in folders], allow_config_differences)[1]
-    if any(isinstance(model_folders.look_into(folder)[0], RewardModel) for folder in folders):
+    if any(isinstance(model_folders.load_meta(folder)[0], RewardModel) for folder in folders):
         raise ValueError("a reward model is among the models; a search by --prompts or --eval-data takes language models only")
     model, tokenizer = model_folders.load(folders[0], device)
     inputs = [places(header) for header in headers]
@@ -169,7 +169,7 @@ def refuse_shared(what, fitness, held_out, places):
 
 def read_questions(paths, reading, folder):
     """The questions in files, read as `reading` (a config.Reading) says, for the model in a folder."""
-    rows = load_prompts(paths, reading, model_folders.look_into(folder)[1])
+    rows = load_prompts(paths, reading, model_folders.load_meta(folder)[1])
     for row in rows:
         try:
             if not isinstance(row.get("question_id"), str) or not {"task", "args", "language"} <= row.keys():
@@ -200,6 +200,6 @@ def loss_splits(folder, eval_data, held_out, max_length, seed, reading=None):
 
 def examples_of(path, reading, folder, max_length):
     """The examples of a file, read as `reading` (a config.Reading) says, for the model in a folder."""
-    model, tokenizer, _ = model_folders.look_into(folder)
+    model, tokenizer, _ = model_folders.load_meta(folder)
     limit = min(max_length, model.config.max_position_embeddings)
     return load_examples([path], tokenizer, limit, reading or Reading(too_long="skip"))

@@ -52,7 +52,7 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
     configs, headers, said = look_into(inputs, allow_config_differences)
     values = settings_by_tensor(method, settings, float_names(headers[0]))
     specs = {name: (OUTPUT_DTYPES[dtype] if dtype and is_float(code) else code, shape) for name, (_, code, shape) in headers[0].items()}
-    files, along = tensorfiles.plan(specs, shard_bytes), files_along(folders[0])
+    files, along = tensorfiles.assign_files(specs, shard_bytes), files_along(folders[0])
     size = sum(num_bytes(*spec) for spec in specs.values())
     size += sum((folders[0] / name).stat().st_size for name in along)
 

@@ -367,7 +367,7 @@ def test_a_killed_run_goes_on_without_redoing_finished_prompts(call, folder, tmp
         assert code == 130 and err[-1] == f"stopped; what is finished is in {tmp_path}/killed.partial, and the same command goes on from there"
         assert len(set(made)) == len(made) == finished and not (tmp_path / "killed").exists()
     code, _, err = call(generate, line + "killed --seed 1")
-    assert code == 2 and err == [f"error: {tmp_path}/killed.partial holds an unfinished run with other seed; give the same settings to go on with it, or remove it"]
+    assert code == 2 and err == [f"error: {tmp_path}/killed.partial holds an unfinished run with other seed; give the same settings to resume it, or remove it"]
     code, _, err = call(generate, line + "killed")
     assert code == 0 and err[0] == "goes on: 12 of 36 prompts were finished before" and len(set(made)) == len(made) == 36
     assert not (tmp_path / "killed.partial").exists()

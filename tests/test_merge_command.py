@@ -756,7 +756,7 @@ def test_a_file_that_may_not_grow_is_one_line_and_leaves_nothing(folders, tmp_pa
 
 
 def test_what_is_written_cannot_be_read_before_all_of_it_is(folders, tmp_path):
-    files = tensorfiles.plan({"w": ("F32", (3,)), "v": ("F32", (2,))})
+    files = tensorfiles.assign_files({"w": ("F32", (3,)), "v": ("F32", (2,))})
     places = tensorfiles.create(tmp_path, files)
     tensorfiles.write_piece(places["w"], 0, torch.tensor([1.0, 2.0, 3.0]))
     with pytest.raises(SafetensorError):
