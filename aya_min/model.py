@@ -117,11 +117,11 @@ class Line:
         q (N, H, D), k and v (N, K, D) -> (N, H, D).
         """
         from torch.nn.attention.varlen import varlen_attn
-        ends = F.pad(self.lengths.cumsum(0), (1, 0)).int()                  # (B + 1,) where rows begin and end
+        ends = F.pad(self.lengths.cumsum(0), (1, 0)).int()                  # (B + 1,) borders of the rows
         longest = self.shape[1]
         if self.has_repeats:
             q, k, v = q[self.rows], k[self.rows], v[self.rows]              # (M, H or K, D)
-        before = window - 1 if window else -1                               # keys seen before the query; -1: all
+        before = window - 1 if window else -1                               # keys before the query, -1: all
         y = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(before, 0),
                         enable_gqa=k.shape[1] != q.shape[1])
         return y[self.is_first] if self.has_repeats else y
