@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from aya_min import config, distributed, pipeline, pipeline_checks, pipeline_steps, reference, runs, stages, weights
+from aya_min import config, distributed, linear, pipeline, pipeline_checks, pipeline_steps, reference, runs, stages, weights
 from aya_min.command import Parser, number, printable
 from aya_min.data import read_jsonl
 from aya_min.estimate import dry_run
 from aya_min.files import read_json, refuse_pipe, write_json
 from aya_min.languages import CLUSTERS, read_clusters
-from aya_min.model import CohereForCausalLM, init_weights
+from aya_min.model import init_weights
 from aya_min.report import table
 from aya_min.rows import texts_in
 from aya_min.tokenizer import load_tokenizer, train_tokenizer
@@ -237,11 +237,14 @@ def run_whole_recipe(args, device):
     def open_folder():
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(runs.lock(out))
-        about = {**record, "versions": runs.versions(), "command": " ".join(sys.argv)}
-        write_json(out / "config.json", about)
+        before = out / "config.json"
+        products = runs.products_before(read_json(before)) if before.is_file() else linear.chosen()
+        about = {**record, "products": products, "versions": runs.versions(), "command": " ".join(sys.argv)}
+        write_json(before, about)
+        return products
     own |= {k: Path(own[k]) for k in ("base", "arbiter", "judge") if own[k]}
     with ExitStack() as held:
-        distributed.from_main(open_folder)
+        linear.choose(distributed.from_main(open_folder))
         summary = pipeline.run_recipe(pipeline_steps.Run(out, recipe, device, clusters, args.arms, **own))
     if distributed.is_main():
         print(printable(f"\n{table(summary)}\n\n{out / 'report.html'}"))
@@ -271,7 +274,7 @@ def check_run_folder(out, record, preset):
         begun = (step for start, steps in LATE.items() if name.startswith(start)
                  for step in [*out.glob(f"steps/{steps}/done.json"), *out.glob(f"steps/{steps}/state")])
         return name.startswith(tuple(LATE)) and not any(begun)
-    skipped = {"versions", "command", "arms"}
+    skipped = {"versions", "command", "arms", "products"}
     changed = [k for k in sorted((now.keys() | before.keys()) - skipped) if now.get(k) != before.get(k)]
     changed += [f"{config.flag_of(k)} ({theirs.get(k)!r})" for k in sorted(theirs.keys() | recipes[0].keys())
                 if theirs.get(k) != recipes[0].get(k) and not may_change(k)]

@@ -25,6 +25,7 @@ from .command import progress
 from .config import Training
 from .data import in_step
 from .files import parse_json
+from .patience import Patience
 
 # Metrics that are logged for each language too.
 PER_LANGUAGE = ("loss", "accuracy", "rewards/accuracies", "reward", "cut")
@@ -354,10 +355,12 @@ def train(model, num_steps, batches, loss_fn, settings, folder, device, evaluati
         keeper.evaluate(first)
     model.train()
     peak, is_main = peak_flops(device, settings.dtype), distributed.is_main()
+    patience = Patience(device)
     bar = progress(range(first, num_steps), initial=first, total=num_steps, desc=title, unit="step",
                    disable=not is_main)
     for step in bar:
         profiler = start_profiler(device) if step == settings.profile and is_main else None
+        patience.begin()
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, num_steps, settings)
@@ -376,6 +379,7 @@ def train(model, num_steps, batches, loss_fn, settings, folder, device, evaluati
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - started
+        patience.end()
         row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"],
                "tokens": int(tokens), "seconds": seconds, "tokens_per_second": tokens / seconds}
         row |= {"mfu": flops / (seconds * distributed.num_ranks() * peak)} if peak else {}

@@ -22,8 +22,8 @@ def check_clusters(clusters, own):
     """Clusters whose names can be those of folders and of rows in a table; without a user's own teachers two
     or more, as each has its teacher."""
     if len(clusters) < 2 and not own:
-        raise ValueError(f"--clusters: {len(clusters)} clusters; the embedded world has a teacher for each, give "
-                         "two or more")
+        raise ValueError(f"--clusters: {len(clusters)} clusters; the embedded world has a teacher for each, "
+                         "give two or more")
     for name in clusters:
         if name in RESERVED or not name.isprintable() or len(name.encode()) > 100:
             raise ValueError(f"--clusters: {name[:100]!r} cannot be a cluster's name; give another (not "

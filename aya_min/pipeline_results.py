@@ -1,6 +1,6 @@
 """What a run of the recipe shows for itself: every model answers the same questions, greedy and sampled, a
-judge grades the answers, and win rates are taken against the stage before, the base and the arms. The judge is
-the oracle of the embedded world or a user's second reward model, never the arbiter.
+judge grades the answers, and win rates are taken against the stage before, the base and the arms. The judge
+is the oracle of the embedded world or a user's second reward model, never the arbiter.
 """
 
 import time
@@ -52,8 +52,8 @@ def eval_rows(run):
 
 
 def evaluate_model(run, name, folder):
-    """A model's answers to the evaluation's questions, graded by the oracle or the judge, in steps/eval-<name>.
-    Returns {decoding: rows}."""
+    """A model's answers to the evaluation's questions, graded by the oracle or the judge, in
+    steps/eval-<name>. Returns {decoding: rows}."""
     def make(own, resume):
         rows = eval_rows(run)
         for decoding, temperature in DECODINGS.items():
@@ -160,7 +160,8 @@ class Results:
         """What the report draws of one model."""
         name, judged = model["name"], self.run.embedded or self.run.judge or self.arbiter
         against = {other: other for other in OPPONENTS} | {"previous": model["previous"]}
-        against = {label: other for label, other in against.items() if other in self.answers and other != name}
+        against = {label: other for label, other in against.items()
+                   if other in self.answers and other != name}
         found = {decoding: {**summarize(rows), "reward": mean_reward(rows),
                             "versus": {label: self.compared(name, other, decoding)
                                        for label, other in against.items()} if judged else {}}
@@ -213,7 +214,8 @@ def examples(answers, codes=("en", "ar", "zh", "hi", "ru", "el", "he", "ko")):
             continue
         rows = {name: answers[name]["greedy"][index] for name in names}
         prompt = rows["base"]["prompt"]
-        shown.append({"language": code, "prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"],
+        prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        shown.append({"language": code, "prompt": prompt,
                       "answers": [{"model": name, "completion": row["completion"], "grade": row.get("grade")}
                                   for name, row in rows.items()]})
     return shown

@@ -62,15 +62,16 @@ def step(run, name, title, make):
         if distributed.is_main():
             write_json(folder / "done.json", record)
             _drop_states(folder / "state")
-            write_report(run.folder)
+            if (run.folder / "config.json").is_file():
+                write_report(run.folder)
         distributed.barrier()
     return read_json(folder / "done.json")
 
 
 # What steps leave in their folders.
 OWN = {"config.json", "metrics.jsonl", "eval.json", "tokenizer.json", "tokenizer_config.json", "state",
-       "model", "checkpoints", "reference.safetensors", "profile.json", ".lock", "candidates.jsonl", "pairs.jsonl",
-       "greedy.jsonl", "sampled.jsonl", "done.json", *FILES}
+       "model", "checkpoints", "reference.safetensors", "profile.json", ".lock", "candidates.jsonl",
+       "pairs.jsonl", "greedy.jsonl", "sampled.jsonl", "done.json", *FILES}
 
 
 def _clear(folder):
@@ -120,7 +121,8 @@ def data_file(run, name, rows):
 
 
 def saved_rows(path):
-    """The rows of a step's own file. Earlier versions wrote a model's NUL as it came: it is read as U+FFFD."""
+    """The rows of a step's own file. Earlier versions wrote a model's NUL as it came; it is read as
+    U+FFFD."""
     lines = re.sub(rb"(?<!\\)((?:\\\\)*)\\u0000", rb"\1\\ufffd", read_bytes(path)).split(b"\n")
     return [parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
@@ -134,10 +136,12 @@ def stage_settings(run, kind, **values):
 
 
 def train_step(run, name, title, stage, start, rows, its_settings, **more):
-    """Train `stage` from the model folder `start` on rows (a list, or a function that makes it). -> the new model folder."""
+    """Train `stage` from the model folder `start` on rows (a list, or a function that makes it). -> the new
+    model folder"""
     def make(folder, resume):
         data = data_file(run, name, rows() if callable(rows) else rows)
-        model, tokenizer = weights.load(start, run.device, trunk=STAGES[stage].architecture is RewardModel, sharded=True,
+        trunk = STAGES[stage].architecture is RewardModel
+        model, tokenizer = weights.load(start, run.device, trunk=trunk, sharded=True,
                                         compute_dtype=getattr(torch, its_settings.dtype))
         train_stage(stage, model, tokenizer, [data], its_settings, folder, run.device, resume=resume, **more)
     step(run, name, title, make)

@@ -20,7 +20,7 @@ from typing import Optional
 
 import torch
 
-from . import __version__, checkpoint, config, distributed
+from . import __version__, checkpoint, config, distributed, linear
 from .command import shortened
 from .config import check_training
 from .data import count_steps
@@ -117,7 +117,7 @@ def read_run(folder, stage, settings_class):
     right = {"stage": text, "data": texts,
              "settings": lambda value: isinstance(value, dict),
              "sha256": lambda value: isinstance(value, dict) and texts(value.get("data", []))}
-    optional = {"model": text, "reward_model": text, "eval_data": texts,
+    optional = {"model": text, "reward_model": text, "products": lambda value: value in linear.LIBRARIES, "eval_data": texts,
                 "resumed": lambda value: isinstance(value, list)}
     wrong = [key for key, fits in right.items() if not fits(about.get(key))]
     wrong += [key for key, fits in optional.items() if about.get(key) is not None and not fits(about[key])]
@@ -135,6 +135,14 @@ def read_run(folder, stage, settings_class):
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return about
+
+
+def products_before(about):
+    """The library of a run's matrix products (linear.chosen). Versions that did not record it took oneDNN
+    where the processor was not Intel's."""
+    cpu = Path("/proc/cpuinfo")
+    intel = cpu.is_file() and "GenuineIntel" in cpu.read_text()
+    return about.get("products") or ("default" if intel else "onednn")
 
 
 # A setting that is younger than a run takes the value that does what the run's version did, where that is
@@ -234,7 +242,7 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
                      "resumed": (before.get("resumed") or []) + [{"step": done, **this}]}
             forget_after(folder / "metrics.jsonl", done, num_steps)
         else:
-            about = {**now, **this}
+            about = {**now, "products": linear.chosen(), **this}
             made.extend(folder / name for name in ("config.json", *TOKENIZER))
         write_json(folder / "config.json", about)
         try:
@@ -245,6 +253,8 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
     with ExitStack() as held:
         try:
             before, now, changes = distributed.from_main(take)
+            if resume:
+                linear.choose(products_before(before))
             state = checkpoint.newest_state(folder / "state") if resume else None
             distributed.from_main(write)
             yield RunFolder(folder, state, prints)

@@ -192,4 +192,4 @@ def test_what_a_user_put_into_a_step_is_refused_and_kept_and_a_killed_steps_own_
 
 def test_a_nul_that_an_earlier_version_wrote_into_a_step_is_read(tmp_path):
     (tmp_path / "candidates.jsonl").write_text('{"a": "x\\u0000y", "b": "\\\\u0000"}\n')
-    assert pipeline_steps.rows_of(tmp_path / "candidates.jsonl") == [{"a": "x\ufffdy", "b": "\\u0000"}]
+    assert pipeline_steps.saved_rows(tmp_path / "candidates.jsonl") == [{"a": "x\ufffdy", "b": "\\u0000"}]
