@@ -159,7 +159,7 @@ def evaluate(model, loss_fn, batches, device, stop=None, settings=Training()):
 
 
 def json_line(row):
-    """One line of metrics.jsonl. Floats have seven digits; NaN and infinities, which JSON lacks, are strings."""
+    """One line of metrics.jsonl. Floats have seven digits; NaN and infinity, not JSON, become strings."""
     def clean(value):
         if not isinstance(value, float):
             return value
@@ -239,8 +239,8 @@ def made_ready(model, settings, device):
 
 
 def counted(model, micro_batches, stop, device):
-    """A step's [units of the loss, tokens, floating-point operations, ranks that got a signal], added over
-    all ranks. A collective."""
+    """A step's [units of the loss, tokens, floating-point operations, a number that is not 0 after a signal],
+    added over all ranks. A collective."""
     flops = sum(training_flops(model.config, b.lengths.tolist(), int(b.mask.sum())) for b in micro_batches)
     units, tokens = sum(b.count for b in micro_batches), sum(b.num_tokens for b in micro_batches)
     counts = torch.tensor([units, tokens, flops, stop.received], dtype=torch.float64, device=device)
@@ -251,7 +251,8 @@ def gradients(model, micro_batches, loss_fn, count, settings, stop, device):
     """Forward and backward of a step. p.grad becomes the gradient of the loss, which is the sum over all
     ranks divided by `count`.
 
-    Returns (loss, this rank's sums by micro-batch, gradient norm, metrics, whether any rank got a signal)."""
+    Returns (loss, this rank's sums by micro-batch, gradient norm, metrics, a number that is not 0 after a
+    signal on any rank)."""
     ranks, losses, total = distributed.num_ranks(), [], {}
     for i, batch in enumerate(micro_batches):
         if isinstance(model, FSDPModule):
@@ -342,11 +343,10 @@ def train(model, num_steps, batches, loss_fn, settings, folder, device, evaluati
     after the last, and logged as eval/... check_first(metrics) may refuse the very first step.
     publish(model, step) is called every `publish_every` steps. stop: the distributed.Signals to poll.
 
-    Raises ValueError, on all ranks together, if a loss or gradient norm is not finite (before the optimizer's
-    step) or a weight is not (before anything is saved). After SIGTERM or SIGINT on any rank, all ranks finish
-    the step, save and raise Stopped; an evaluation in progress is abandoned and redone on resume."""
-    folder, stop = Path(folder), stop or distributed.Signals()
-    model = made_ready(model, settings, device)
+    Raises ValueError, on all ranks together, before a step whose loss or gradient norm is not finite and
+    before a save whose weights are not. After SIGTERM or SIGINT on any rank, all ranks finish the step, save
+    and raise Stopped; an evaluation in progress is abandoned and redone on resume."""
+    folder, stop, model = Path(folder), stop or distributed.Signals(), made_ready(model, settings, device)
     optimizer = make_optimizer(model, settings)
     distributed.from_main(lambda: checkpoint.check_room(folder / "state", checkpoint.state_bytes(model)))
     first = checkpoint.load_state(state, model, optimizer) if state else 0

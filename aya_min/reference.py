@@ -58,8 +58,8 @@ def reference_rows(settings):
 
 
 def store_reference(model, pairs, pad_id, device, settings, path, model_print):
-    """Store the reference's log-probs in the pairs, so that training holds one model in memory, and in the file
-    `path`, which later runs read instead. The file's key names the model (model_print: its
+    """Store the reference's log-probs in the pairs, so that training holds one model in memory, and in the
+    file `path`, which later runs read instead. The file's key names the model (model_print: its
     distributed.fingerprint), the texts and the compute dtype.
 
     Raises ValueError for a file with another key, a damaged one, and one that cannot be written."""

@@ -1,5 +1,5 @@
-"""On-policy training (RLOO, arXiv 2402.14740): sample k answers to each prompt of a batch, score them, and turn
-them into a batch with advantages.
+"""On-policy training (RLOO, arXiv 2402.14740): sample k answers to each prompt of a batch, score them, and
+turn them into a batch with advantages.
 
 A plain fp32 copy of the policy, whole on each rank, samples the answers. Policy, reference and reward model
 are sharded.
@@ -100,11 +100,13 @@ class Rollouts:
         return means
 
     def sample(self, rows, k, seed):
-        """Sample k answers to each of N rows, all samples of a row in succession. Returns lists and tensors of
-        N k values: rows, answers, examples, rewards, the policy's and the reference's log-probs in nats, summed
-        over the answer. None after a signal."""
+        """Sample k answers to each of N rows, all samples of a row in succession.
+
+        Returns lists and tensors of N k values: rows, answers, examples, rewards, the policy's and the
+        reference's log-probs in nats, summed over the answer. None after a signal."""
         s = self.settings
-        for own, theirs in zip(self.copy.state_dict().values(), self.model.state_dict().values(), strict=True):
+        copies, shards = self.copy.state_dict().values(), self.model.state_dict().values()
+        for own, theirs in zip(copies, shards, strict=True):
             own.copy_(distributed.full(theirs))                             # gathers one tensor at a time
         cuts = s.too_long == "cut-left"
         groups = answer_rows(self.copy, self.tokenizer, rows, k, s.max_new_tokens, seed=seed, cut_left=cuts)
