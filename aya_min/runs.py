@@ -229,7 +229,7 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
     made = []
 
     def take():
-        """Lock the folder. Returns (config.json before, what is given now, {changed setting: its old value})."""
+        """Lock the folder. Returns (config.json before, what is given now, {changed setting: old value})."""
         before = read_run(folder, stage, type(settings)) if resume else {}
         digests = {**prints, "tokenizer": hashlib.sha256(tokenizer.bpe.to_str().encode()).hexdigest(),
                    "data": [sha256(path) for path in data]}
