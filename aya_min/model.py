@@ -262,8 +262,9 @@ class CohereForCausalLM(nn.Module):
         """
         x = self.model(input_ids, lengths, repeats)
         if mask is not None:
-            before = x[:, :-1][mask[:, 1:]]                                 # (N, hidden_size)
-            return token_logps(before, self.head_weight, input_ids[mask], self.config.logit_scale)
+            # The selected states have no name here, so that they are freed once token_logps has padded them.
+            return token_logps(x[:, :-1][mask[:, 1:]], self.head_weight, input_ids[mask],
+                               self.config.logit_scale)
         return linear(x, self.head_weight) * self.config.logit_scale
 
 
