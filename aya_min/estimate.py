@@ -26,10 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import distributed, stages
 from .data import Pair, batches_in_order, collate, collate_pairs, length_of
+from .engine import cache_sizes, round_up
 from .loop import make_optimizer, training_flops
 from .losses import sft_loss
 from .reference import answer_logps, reference_rows
-from .sampling import answer_rows, cache_sizes, round_up
+from .sampling import answer_rows
 
 # GB of an A100 or H100, and of an H200.
 CARDS = (80, 141)
