@@ -26,13 +26,14 @@ from aya_min.chat import chat
 from aya_min.command import WHOLE, Parser, is_text, number, printable
 from aya_min.config import TEMPERATURE, Reading, add_flags, settings_from
 from aya_min.data import load_prompts, plain
+from aya_min.engine import LEAST_TEMPERATURE, Fused, check_sampling
 from aya_min.files import dumps, jsonl, marked, read_json, taken
 from aya_min.journal import PURPOSE, Journal
 from aya_min.languages import language_code
 from aya_min.lengths import cut_left, fit_prompts
 from aya_min.preferences import ANSWER, best_worst, cut_line
 from aya_min.reward import score_texts
-from aya_min.sampling import LEAST_TEMPERATURE, Fused, answer_rows, check_sampling, plan, stream
+from aya_min.sampling import answer_rows, engine_size, stream
 
 gc.freeze()
 gc.enable()
@@ -194,7 +195,7 @@ def plan_cache(model, lengths, args, device):
     """(slots, tokens of a slot, bytes) of the KV cache that this rank needs; too large a one is refused."""
     mine = lengths[distributed.rank()::distributed.num_ranks()]
     limits, dtype = [args.max_new_tokens] * len(mine), getattr(torch, args.dtype)
-    return plan(model.config, mine, limits, args.num_samples, args.batch_size, device, dtype)
+    return engine_size(model.config, mine, limits, args.num_samples, args.batch_size, device, dtype)
 
 
 def read_table(path, rows, models):

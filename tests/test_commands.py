@@ -136,7 +136,7 @@ TRAIN_MISTAKES = {
     "rloo --model A --data prompts.jsonl --out new --reward-model B": "B: a language model; give a folder that the reward stage wrote",
     "rloo --model A --data prompts.jsonl --out new --reward-model other-RM": "another tokenizer than --model",
     "rloo --model A --data long.jsonl --out new --reward-model RM --batch-size 2": "long.jsonl:2: ",
-    "sft --resume nowhere": "no config.json there",
+    "sft --resume nowhere": "no config.json in it",
     "dpo --resume old": "that is a run of 'sft', not 'dpo'",
     "sft --resume old --model B": "that run had another model",
     "sft --resume old --data held-out-sft.jsonl": "that run had other data: ",

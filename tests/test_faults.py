@@ -557,7 +557,7 @@ def test_a_run_stopped_twice_by_a_signal_is_one_never_stopped_bit_for_bit(stage,
         os.kill(pid, signal.SIGTERM)
         assert finish(pid) == 143, (tmp_path / "log").read_text()
     assert finish(start(go_on(stage, world, folder, **settings), tmp_path / "log")) == 0
-    assert (tmp_path / "log").read_text().count("goes on after step") == 2
+    assert (tmp_path / "log").read_text().count("resumes after step") == 2
     assert_same_run(folder, tmp_path / "whole")
     SURVIVED["F12"] += 1
 
@@ -626,7 +626,7 @@ def test_resuming_with_other_data_model_tokenizer_or_seed_is_refused_by_name_and
         SURVIVED["F15"] += 1
     capsys.readouterr()
     run("dpo", world, folder, resume=True, max_steps=4, schedule="constant", learning_rate=5e-4)
-    assert f"{folder}: goes on after step 2 with max_steps 4 (was 2), learning_rate 0.0005 (was 0.001)" in capsys.readouterr().err
+    assert f"{folder}: resumes after step 2 with max_steps 4 (was 2), learning_rate 0.0005 (was 0.001)" in capsys.readouterr().err
     about = json.loads((folder / "config.json").read_text())
     assert about["settings"]["learning_rate"] == 5e-4 and [resumed["step"] for resumed in about["resumed"]] == [2]      # a later resume goes on from there
     assert [row["lr"] for row in logged(folder) if "lr" in row][2:] == [5e-4, 5e-4]
@@ -761,7 +761,7 @@ def test_a_second_run_in_a_folder_is_refused_with_the_firsts_process_and_host_bu
     os.kill(first, signal.SIGKILL)
     finish(first)
     assert finish(start(go_on("sft", world, folder, max_steps=20, save_every=5, schedule="constant"), log)) in (0, 2)
-    assert "goes on after step" in log.read_text() or "raise --max-steps" in log.read_text()
+    assert "resumes after step" in log.read_text() or "raise --max-steps" in log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -797,7 +797,7 @@ def test_torchrun_with_a_restart_goes_on_from_the_last_state_after_kill_9_of_a_r
     finally:
         job.terminate()                             # and torchrun its ranks, should they still be there
     text = (tmp_path / "log").read_text()
-    assert "failed (exitcode: " in text and f"{tmp_path / 'run'}: goes on after step " in text
+    assert "failed (exitcode: " in text and f"{tmp_path / 'run'}: resumes after step " in text
     settings = dict(max_steps=60, save_every=5, warmup_steps=10)
     for pid in start_ranks(2, lambda: run("sft", world, tmp_path / "whole", **settings), tmp_path / "log-"):
         assert finish(pid) == 0

@@ -22,11 +22,11 @@ FLOORS = [
     {"alike", "checkpoint", "control_tokens", "journal", "lengths", "model", "report", "rows",
      "template_turns", "world"},
     # 3: text to ids, rows to batches, the engine
-    {"data", "preferences", "sampling", "tokenizer", "world_data"},
+    {"data", "engine", "preferences", "tokenizer", "world_data"},
     # 4: what is done with a model or with folders
-    {"arbitrage", "chat", "loop", "merge_folders", "reward", "weights"},
-    # 5: run folders, log-probs under a fixed model, win rates, a recipe's checks
-    {"evaluate", "pipeline_checks", "reference", "runs"},
+    {"arbitrage", "loop", "merge_folders", "reward", "sampling", "weights"},
+    # 5: run folders, conversations, log-probs under a fixed model, win rates, a recipe's checks
+    {"chat", "evaluate", "pipeline_checks", "reference", "runs"},
     # 6: samples of the policy as batches
     {"rollouts"},
     # 7: the stages

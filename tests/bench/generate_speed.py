@@ -22,7 +22,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from aya_min.config import ModelConfig                              # noqa: E402
 from aya_min.model import CohereForCausalLM, init_weights           # noqa: E402
-from aya_min.sampling import Fused, generate, product               # noqa: E402
+from aya_min.engine import Fused, multiplier                         # noqa: E402
+from aya_min.sampling import generate                               # noqa: E402
 from tests.bench.step_speed import busy_process                     # noqa: E402
 
 CONFIG = dict(vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=1024,
@@ -45,7 +46,7 @@ def matmul_seconds(model, rows, pack):
     c, p = model.config, next(model.parameters())
     heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     shapes = [(heads + 2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.num_attention_heads * c.head_dim + c.intermediate_size)] * c.num_hidden_layers
-    products = [(product(p.new_zeros(s).normal_(), pack), p.new_zeros(rows, s[1])) for s in shapes + [(c.vocab_size, c.hidden_size)]]
+    products = [(multiplier(p.new_zeros(s).normal_(), pack), p.new_zeros(rows, s[1])) for s in shapes + [(c.vocab_size, c.hidden_size)]]
     return sorted(timed(lambda: [f(x) for f, x in products], p.device.type)[0] for _ in range(30))[15]
 
 
