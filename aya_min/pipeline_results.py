@@ -4,7 +4,7 @@ taken against the stage before, the base and the arms. The judge is the world's 
 import time
 
 from . import distributed
-from .data import plain
+from .data import without_added_keys
 from .evaluate import compare, grade_answers, summarize
 from .files import read_json, write_jsonl
 from .languages import cluster_languages
@@ -55,7 +55,7 @@ def evaluate_model(run, model, arbiter):
                           for row, score in zip(judged, scores)]
             if distributed.is_main():
                 folder.mkdir(parents=True, exist_ok=True)
-                write_jsonl(folder / f"{decoding}.jsonl", map(plain, judged))
+                write_jsonl(folder / f"{decoding}.jsonl", map(without_added_keys, judged))
     step(run, f"eval-{name}", f"{name} answers {'the ' + run.recipe.eval_split + ' questions' if run.embedded else 'the evaluation prompts'}", make)
 
 

@@ -13,7 +13,7 @@ PACKAGES = {"torch", "numpy", "tokenizers", "safetensors", "pytest", "tqdm"}
 
 FLOORS = [
     # 0: settings of a command line, plain files, pure functions on texts and tensors
-    {"cmaes", "command", "files", "iso639", "linear", "merge_methods", "report_charts",
+    {"cmaes", "command", "files", "iso639", "linear", "merge_methods", "report_charts", "rows_keys",
      "template_expressions"},
     # 1: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "languages", "losses", "merge_config", "merge_front", "template",
