@@ -21,10 +21,10 @@ FLOORS = [
     # 2: the decoder, the world, how to resume, what a line of JSONL means, whether two folders are alike
     {"alike", "checkpoint", "control_tokens", "journal", "lengths", "model", "report", "rows",
      "template_turns", "world"},
-    # 3: text to ids, rows to batches, the engine
-    {"data", "preferences", "sampling", "tokenizer", "world_data"},
-    # 4: what is done with a model or with folders
-    {"arbitrage", "chat", "loop", "merge_folders", "reward", "weights"},
+    # 3: text to ids, rows to batches, the engine, the oracle
+    {"data", "preferences", "sampling", "tokenizer", "world_oracle"},
+    # 4: what is done with a model or with folders; the data of the world
+    {"arbitrage", "chat", "loop", "merge_folders", "reward", "weights", "world_data"},
     # 5: run folders, log-probs under a fixed model, win rates, a recipe's checks
     {"evaluate", "pipeline_checks", "reference", "runs"},
     # 6: samples of the policy as batches
