@@ -1,11 +1,11 @@
-"""Texts that spell the names of control tokens: what went through a template must not go again."""
+"""Texts that spell the names of control tokens. They went through a chat template once and must not again."""
 
 import re
 from collections import Counter
 
 from . import distributed
 
-# Names of turn tokens. A text that spells one went through a chat template before, ours or another family's.
+# Names of turn tokens, by family of models. A text that spells one went through a chat template.
 TURN_TOKENS = {
     "Cohere": ["<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>",
                "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>",
@@ -29,17 +29,20 @@ class Spelled:
         self.tokenizer, self.found, self.first = tokenizer, Counter(), None
 
     def look(self, texts, where):
+        """Count a row if one of its texts spells a name: a turn token's, or a token's of the tokenizer."""
         for text in texts:
             if "<" in text or "[" in text:
                 match = TEMPLATED.search(text)
-                name = match[0] if match else self.tokenizer.spelled(text) if self.tokenizer else None
+                name = match[0] if match else None
+                if not match and self.tokenizer:
+                    name = self.tokenizer.spelled(text)
                 if name:
                     self.first = self.first or where
                     self.found[name] += 1
                     return
 
     def report(self, paths, total, reading):
-        """Refuse what was found, or say it where it may be."""
+        """ValueError if such rows were found, or a printed line if --allow-control-tokens allows them."""
         if not self.found:
             return
         names = " ".join(name for name, _ in self.found.most_common(4))
