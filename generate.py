@@ -25,7 +25,7 @@ from aya_min.arbitrage import candidates_from, route, wins_table
 from aya_min.chat import chat
 from aya_min.command import WHOLE, Parser, is_text, number, printable
 from aya_min.config import TEMPERATURE, Reading, add_flags, settings_from
-from aya_min.data import load_prompts, plain
+from aya_min.data import load_prompts, without_added_keys
 from aya_min.engine import LEAST_TEMPERATURE, Fused, check_sampling
 from aya_min.files import dumps, jsonl, marked, read_json, taken
 from aya_min.journal import PURPOSE, Journal
@@ -308,7 +308,7 @@ def talk(args, device):
 
 def of_prompt(row):
     """The keys of a row that are its prompt's."""
-    return {k: v for k, v in plain(row).items() if k not in ANSWER}
+    return {k: v for k, v in without_added_keys(row).items() if k not in ANSWER}
 
 
 def answers_of(rows, lengths, args, device, reading, journal):
@@ -340,11 +340,12 @@ def arbitrage(rows, lengths, args, device, reading, journal, table, same):
     rewards = {}                                        # by the messages' id: a file may be given twice
     for row in candidates:
         rewards[id(row["prompt_messages"])] = {c["teacher"]: c["reward"] for c in row["candidates"]}
-    outputs = {args.out: [{**plain(row), "scores": rewards[id(row["prompt_messages"])]} for row in chosen]}
+    outputs = {args.out: [{**without_added_keys(row), "scores": rewards[id(row["prompt_messages"])]}
+                          for row in chosen]}
     lines = [wins_table(counts["wins"], args.models), counted(counts), cut_line(candidates)]
     if args.pairs:
         pairs, pair_counts = best_worst(candidates, args.margin or 0.0, reading.keep_cut, same)
-        outputs[args.pairs] = [plain(pair) for pair in pairs]
+        outputs[args.pairs] = [without_added_keys(pair) for pair in pairs]
         lines.append("pairs  " + counted(pair_counts))
     for path, made in outputs.items():
         if not made:

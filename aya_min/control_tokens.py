@@ -35,7 +35,9 @@ class Spelled:
         for text in texts:
             if "<" in text or "[" in text:
                 match = TEMPLATED.search(text)
-                name = match[0] if match else self.tokenizer.spelled(text) if self.tokenizer else None
+                name = match[0] if match else None
+                if not match and self.tokenizer:
+                    name = self.tokenizer.spelled(text)
                 if name:
                     self.first = self.first or where
                     self.found[name] += 1

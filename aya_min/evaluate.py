@@ -29,7 +29,7 @@ from .model import RewardModel
 from .reward import score_texts
 from .rows import finish_reason, is_cut, prompt_of, read_jsonl
 from .weights import load, load_meta, read_config
-from .world import check_question, grade
+from .world_oracle import check_question, grade
 
 VERDICT = ["grade", "seen_language", "why", "score", "reward"]          # what a judge adds to a row
 

@@ -25,7 +25,7 @@ from .sampling import answer_rows
 from .merge_folders import is_finite, look_into, merge_folders, over, refuse_infinite, workers
 from .stages import sft_loss
 from .tensorfiles import DTYPES, places
-from .world import check_question
+from .world_oracle import check_question
 
 HOME = home_clusters(CLUSTERS)
 BY = {"task": lambda row: row["task"], "language": lambda row: row["language"], "cluster": lambda row: HOME[row["language"]]}

@@ -35,18 +35,11 @@ from aya_min.world import answer, gold_answer, questions
 
 CPU = torch.device("cpu")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-<<<<<<< HEAD
 FILES = {"pretrain": "sft.jsonl", "sft": "sft.jsonl", "reward": "pairs.jsonl", "dpo": "pairs.jsonl",
          "rloo": "prompts.jsonl"}
 EVERY = {name: (partial(stages.train_stage, name), about.settings, FILES[name])
          for name, about in stages.STAGES.items()}
 STAGES = {name: stage for name, stage in EVERY.items() if name != "pretrain"}       # sft does the same
-=======
-STAGES = {"sft": (stages.sft, config.SFT, "sft.jsonl"),
-          "reward": (stages.reward, config.Reward, "pairs.jsonl"),
-          "dpo": (stages.dpo, config.DPO, "pairs.jsonl"),
-          "rloo": (stages.rloo, config.RLOO, "prompts.jsonl")}
->>>>>>> quick
 
 
 @cache
@@ -241,40 +234,28 @@ def on_these_ranks(world, out):
 
     def held_out(n):
         batches = batches_in_order(few[:n], lambda some: collate(some, slots=slots_of(few)), size=1)
-        return evaluate(model, stages.sft_loss, batches, CPU)
+        return evaluate(model, sft_loss, batches, CPU)
 
     few = load_examples([world / "held-out-sft.jsonl"], tokenizer(), 256, config.SFT())[:3]
     examples = load_examples([world / "sft.jsonl"], tokenizer(), 256, config.SFT())
     five = examples[:5]                                 # two batches of one rank, one of the other
     sharded = distributed.shard(language_model())
-    logps = stages.answer_logps(sharded, five, 0, CPU, config.SFT(), size=2).tolist()
+    logps = answer_logps(sharded, five, 0, CPU, config.SFT(), size=2).tolist()
 
     def nan_on_the_last_rank(model, batch):
-<<<<<<< HEAD
         loss, metrics = sft_loss(model, batch)
-        return loss * (float("nan") if distributed.rank() == distributed.num_ranks() - 1 else 1), metrics
-=======
-        loss, metrics = stages.sft_loss(model, batch)
         last = distributed.rank() == distributed.num_ranks() - 1
         return loss * (float("nan") if last else 1), metrics
->>>>>>> quick
 
     settings, trained = config.SFT(batch_size=8, max_steps=1, learning_rate=1.0), language_model()
     num_steps, batches = make_batches(examples, collate, settings)
     not_finite = refusal(train, trained, num_steps, batches, nan_on_the_last_rank, settings, out / "sft", CPU)
-<<<<<<< HEAD
-    moved = [name for name, p in language_model().named_parameters() if not torch.equal(p, distributed.full(dict(trained.named_parameters())[name].data))]
-    return {"loaded": loaded, "answers": answers, "scores": scores, "logps": answer_logps(distributed.shard(language_model()), five, 0, CPU, config.SFT(), size=2).tolist(), "not_finite": not_finite, "moved": moved,
-            "too_long": refusal(answer_rows, model, tokenizer(), long, 1, 12), "main": refusal(distributed.from_main, lambda: int("x")),
-            "few_held_out": [evaluate(model, sft_loss, batches_in_order(few[:n], lambda some: collate(some, slots=slots_of(few)), size=1), CPU) for n in (1, 3)]}
-=======
     after = {name: distributed.full(p.data) for name, p in trained.named_parameters()}
     moved = [name for name, p in language_model().named_parameters() if not torch.equal(p, after[name])]
     return {"loaded": loaded, "answers": answers, "scores": scores, "logps": logps, "not_finite": not_finite,
             "moved": moved, "too_long": refusal(answer_rows, model, tokenizer(), long, 1, 12),
             "main": refusal(distributed.from_main, lambda: int("x")),
             "few_held_out": [held_out(1), held_out(3)]}
->>>>>>> quick
 
 
 def main():

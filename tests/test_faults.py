@@ -538,13 +538,8 @@ def test_a_rank_that_hangs_takes_the_run_down_after_the_collective_timeout(world
 
 # ---- F12-F15: going on -------------------------------------------------------------------------------------------------------------
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("stage", ["sft", "rloo", *(pytest.param(stage, marks=pytest.mark.long)
-                                                    for stage in EVERY if stage not in ("sft", "rloo"))])
-=======
 @pytest.mark.parametrize("stage", ["dpo", *(pytest.param(stage, marks=pytest.mark.long)
-                                            for stage in ALL if stage != "dpo")])
->>>>>>> quick
+                                            for stage in EVERY if stage != "dpo")])
 def test_a_run_stopped_twice_by_a_signal_is_one_never_stopped_bit_for_bit(stage, world, tmp_path):
     """F12. Steps, weights, moments, metrics; 36 examples in batches of 8, so the first epoch ends inside a batch."""
     TRIED["F12"] += 1
