@@ -26,7 +26,7 @@ from .sampling import answer_rows
 from .merge_folders import is_finite, merge_folders, over, read_sources, refuse_infinite, workers
 from .stages import sft_loss
 from .tensorfiles import DTYPES, places
-from .world import check_question
+from .world_oracle import check_question
 
 HOME = home_clusters(CLUSTERS)
 BY = {"task": lambda row: row["task"], "language": lambda row: row["language"],
@@ -41,7 +41,7 @@ def of_models(folders, measure, dtype=None, device="cpu", allow_config_differenc
     rounded to the same dtype. Raises ValueError if the models do not match or one is a reward model.
     """
     headers = read_sources([Path(folder) for folder in folders], allow_config_differences)[1]
-    if any(isinstance(model_folders.look_into(folder)[0], RewardModel) for folder in folders):
+    if any(isinstance(model_folders.load_meta(folder)[0], RewardModel) for folder in folders):
         raise ValueError("a reward model is among the models; a search by --prompts or --eval-data takes "
                          "language models only")
     model, tokenizer = model_folders.load(folders[0], device)
@@ -200,7 +200,7 @@ def read_questions(paths, reading, folder):
 
     Raises ValueError for a row that the oracle cannot grade.
     """
-    rows = load_prompts(paths, reading, model_folders.look_into(folder)[1])
+    rows = load_prompts(paths, reading, model_folders.load_meta(folder)[1])
     for row in rows:
         try:
             if not isinstance(row.get("question_id"), str) or not {"task", "args", "language"} <= row.keys():
@@ -233,6 +233,6 @@ def loss_splits(folder, eval_data, held_out, max_length, seed, reading=None):
 
 def examples_of(path, reading, folder, max_length):
     """The examples of a file, read as `reading` (a config.Reading) says, for the model in a folder."""
-    model, tokenizer, _ = model_folders.look_into(folder)
+    model, tokenizer, _ = model_folders.load_meta(folder)
     limit = min(max_length, model.config.max_position_embeddings)
     return load_examples([path], tokenizer, limit, reading or Reading(too_long="skip"))

@@ -59,7 +59,7 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
     values = settings_by_tensor(method, settings, float_names(headers[0]))
     specs = {name: (OUTPUT_DTYPES[dtype] if dtype and is_float(code) else code, shape)
              for name, (_, code, shape) in headers[0].items()}
-    files = tensorfiles.plan(specs, shard_bytes)
+    files = tensorfiles.assign_files(specs, shard_bytes)
     along = files_along(folders[0])
     size = sum(num_bytes(*spec) for spec in specs.values())
     size += sum((folders[0] / name).stat().st_size for name in along)
@@ -250,7 +250,7 @@ def over(names, inputs, pool, device, bar):
 
 
 def merge_files(folder, files, headers, method, settings, values, device, progress):
-    """Merge all tensors into the files that tensorfiles.plan returned.
+    """Merge all tensors into the files that tensorfiles.assign_files returned.
 
     settings: checked, of the whole merge. values: {name of a floating tensor: the settings that it has}.
     """
