@@ -127,7 +127,7 @@ def logged(run_folder):
 
 def state_of(run_folder, step=None):
     """{name: whole tensor} of a run's saved state, the newest unless a step is given, put together from the ranks' files without the code under test."""
-    folder, pieces = checkpoint.published(run_folder / "state")[-1] if step is None else run_folder / "state" / f"step-{step}", {}
+    folder, pieces = checkpoint.saved_states(run_folder / "state")[-1] if step is None else run_folder / "state" / f"step-{step}", {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             places = json.loads(file.metadata()["DCP_SHARDING_INFO"])
