@@ -160,7 +160,7 @@ def lost_bytes(folder):
     """Of what was published: the bytes of states that are not whole."""
     return sum(
         file.stat().st_size
-        for path in checkpoint.published(folder / "state")
+        for path in checkpoint.saved_states(folder / "state")
         if checkpoint.damage(path)
         for file in path.iterdir()
     )
@@ -215,7 +215,7 @@ def test_kill_9_at_random_moments_and_inside_saves_loses_no_more_than_the_steps_
         os.kill(pid, signal.SIGKILL)
         assert finish(pid) == -signal.SIGKILL, (tmp_path / "log").read_text()
         in_a_save += saving(folder)
-        saved = [checkpoint.step_of(path) for path in checkpoint.published(folder / "state")]
+        saved = [checkpoint.step_of(path) for path in checkpoint.saved_states(folder / "state")]
         assert (
             steps_logged(folder) - max(saved, default=0) <= every + 1
         ), "the step that is logged before its save comes on top"
@@ -291,7 +291,7 @@ def test_kill_9_at_each_point_of_a_save_leaves_two_whole_states(world, tmp_path)
         LOST["F2"] += lost_bytes(folder)
         state = checkpoint.newest_state(folder / "state")
         newest.append(checkpoint.step_of(state))
-        assert len(checkpoint.published(folder / "state")) >= 2
+        assert len(checkpoint.saved_states(folder / "state")) >= 2
         checkpoint.load_state(state, language_model(), make_optimizer(language_model(), config.SFT()))
         if newest[-1] == 2:
             checkpoint.save_state(folder / "state", model, optimizer, 3)
@@ -317,7 +317,7 @@ def test_kill_9_at_any_point_of_a_resume_from_its_last_step_to_the_end_is_made_u
         TRIED["F2"] += 1
         assert finish(start(again, tmp_path / "log2")) == 0, (tmp_path / "log2").read_text()
         assert_same_run(folder, whole) if code else None
-        assert lost_bytes(folder) == 0 and len(checkpoint.published(folder / "state")) == 2
+        assert lost_bytes(folder) == 0 and len(checkpoint.saved_states(folder / "state")) == 2
         assert (folder / "eval.json").read_text() == (whole / "eval.json").read_text()
         SURVIVED["F2"] += 1
         shutil.rmtree(folder)
@@ -350,7 +350,7 @@ def falls_back(newest, capsys):
         state.name == "step-1"
         and err.count("\n") == 1
         and err.startswith(f"{newest} is damaged (")
-        and err.endswith("going on from the state before it\n")
+        and err.endswith("resuming from the state before it\n")
     ), err
     assert time.time() - started < 5
     return err
@@ -410,7 +410,7 @@ def test_where_no_state_is_whole_one_line_says_so_each_time_and_a_damaged_one_is
     os.truncate(newest / "manifest.json", 5)
     falls_back(newest, capsys)
     assert newest.with_name("step-2.damaged").is_dir()
-    for path in checkpoint.published(newest.parent):
+    for path in checkpoint.saved_states(newest.parent):
         os.truncate(next(path.glob("*.safetensors")), 100)
     for _ in range(2):
         with pytest.raises(
@@ -532,7 +532,7 @@ def test_a_signal_ends_the_run_after_a_save_with_a_code_that_says_so_and_it_can_
                 f"stopped by {number.name} after {steps_logged(folder)} of {settings['max_steps']} steps."
                 in log.read_text()
             )
-            assert [checkpoint.step_of(path) for path in checkpoint.published(folder / "state")][-1:] == [
+            assert [checkpoint.step_of(path) for path in checkpoint.saved_states(folder / "state")][-1:] == [
                 steps_logged(folder)
             ][: steps_logged(folder)]
         LOST["F9"] += lost_bytes(folder)
@@ -566,7 +566,7 @@ def test_an_evaluation_is_left_at_once_and_made_up_for_by_the_resumed_run(at, wo
         go_on("sft", tmp_path / "world", tmp_path / "run", **settings)()
 
     assert finish(start(program, tmp_path / "log")) == 143, (tmp_path / "log").read_text()
-    assert [path.name for path in checkpoint.published(tmp_path / "run" / "state")] == [f"step-{at}"][
+    assert [path.name for path in checkpoint.saved_states(tmp_path / "run" / "state")] == [f"step-{at}"][
         :at
     ] and not (tmp_path / "run" / "model").exists()
     assert not at or [row["step"] for row in logged(tmp_path / "run") if "lr" not in row] == [0, 4][:at // 4]
@@ -636,14 +636,14 @@ def test_when_a_rank_is_killed_the_others_end_and_the_run_goes_on_from_the_last_
         TRIED["F11"] += 1
         folder, log = tmp_path / f"run{trial}", str(tmp_path / f"log{trial}-")
         pids = start_ranks(4 if LONG else 2, go_on(stage, world, folder, **settings), log)
-        until(lambda: checkpoint.published(folder / "state") and MOMENTS[moment][1](folder), pids[0])
+        until(lambda: checkpoint.saved_states(folder / "state") and MOMENTS[moment][1](folder), pids[0])
         os.kill(pids[1], signal.SIGKILL)
         started = time.time()
         codes = [finish(pid) for pid in pids]
         assert codes[1] == -signal.SIGKILL and all(codes) and time.time() - started < 60, codes
         assert "Traceback" in Path(log + "0").read_text()
         LOST["F11"] += lost_bytes(folder)
-        assert checkpoint.published(folder / "state")
+        assert checkpoint.saved_states(folder / "state")
         assert [finish(pid) for pid in start_ranks(2, go_on(stage, world, folder, **settings), log)] == [
             0,
             0,

@@ -121,7 +121,7 @@ def test_a_state_that_an_older_version_saved_with_nan_is_left_for_the_one_before
     run("sft", world, folder, resume=True, max_steps=3, **always)
     assert (
         "step-3 is damaged (" in (err := capsys.readouterr().err)
-        and "is not finite); going on from the state before it" in err
+        and "is not finite); resuming from the state before it" in err
     )
     assert "resumes after step 2" in err and names(folder / "state") == ["step-2", "step-3"]
 
