@@ -22,14 +22,18 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint.api import CheckpointException
 
 from . import distributed
 from .files import MARK, dumps, publish_folder, read_json, scratch, sha256, write_and_sync
 
 FILE_BYTES = 1 << 30            # about the largest file; DCP copies a file in memory while it writes
+
+
+def distributed_checkpoint():
+    """torch.distributed.checkpoint, imported where a state is written or read: that takes a second."""
+    import torch.distributed.checkpoint
+    return torch.distributed.checkpoint
 
 
 def state_tensors(model, optimizer):
@@ -100,6 +104,7 @@ def save_state(folder, model, optimizer, step):
         for i, old in enumerate(left_over(folder)):
             old.rename(aside / f"old-{i}")              # a kill must not leave a part of it as step-N
 
+    dcp = distributed_checkpoint()
     with ExitStack() as held:
         try:
             aside = distributed.from_main(begin)
@@ -110,8 +115,8 @@ def save_state(folder, model, optimizer, step):
             names = distributed.from_main(lambda: sorted(path.name for path in made.iterdir()))
             files = read_back(made, names)
             distributed.from_main(lambda: seal(files))
-        except (CheckpointException, OSError) as error:
-            parts = error.failures.values() if isinstance(error, CheckpointException) else [[error]]
+        except (dcp.api.CheckpointException, OSError) as error:
+            parts = [[error]] if isinstance(error, OSError) else error.failures.values()
             free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
             raise ValueError(f"{folder}: the state of step {step} could not be written "
                              f"({next(iter(parts))[0]}); it needs {needed:,} bytes and {free:,} are free. "
@@ -340,11 +345,12 @@ def load_state(path, model, optimizer):
     for p in model.parameters():
         step = torch.tensor(float(step_of(path)), device=p.device)
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    dcp = distributed_checkpoint()
     try:
         with warnings.catch_warnings(action="ignore"):
             dcp.load(state_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(path),
                      no_dist=distributed.num_ranks() == 1)
-    except CheckpointException as error:
+    except dcp.api.CheckpointException as error:
         cause = " ".join(str(next(iter(error.failures.values()))[0]).split())
         raise ValueError(f"{path}: not a state of this model ({cause[:300]}); start anew") from None
     return step_of(path)

@@ -19,10 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy,
-                                    fully_shard)
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, Shard
 
 from . import linear
 from .command import OUR_FAULT, number, one_line
@@ -214,6 +211,16 @@ def make_mesh(replicate=1, device_type=None):
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
+def is_sharded(thing):
+    """Whether a model or a tensor is in shards.
+
+    FSDP and DTensor take 0.7 s to import (sympy is among what they import), so that they are imported only
+    where something is sharded."""
+    kinds = {"torch.distributed.fsdp": "FSDPModule", "torch.distributed.tensor": "DTensor"}
+    return any(isinstance(thing, getattr(sys.modules[name], kind))
+               for name, kind in kinds.items() if name in sys.modules)
+
+
 def shard(model, dtype=torch.float32, replicate=1, cpu_offload=False, mesh=None):
     """Shard parameters, gradients and optimizer state over the ranks, in place: each block, then the rest.
 
@@ -221,8 +228,9 @@ def shard(model, dtype=torch.float32, replicate=1, cpu_offload=False, mesh=None)
     in fp32. A model that is sharded already is left alone. replicate: the number of copies, each sharded over
     its part of the ranks. cpu_offload: the shards stay in the CPU's memory, where the model must be.
     """
-    if (num_ranks() == 1 and not cpu_offload and not mesh) or isinstance(model, FSDPModule):
+    if (num_ranks() == 1 and not cpu_offload and not mesh) or is_sharded(model):
         return model
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
     precision = MixedPrecisionPolicy()
     if dtype != torch.float32:
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
@@ -237,10 +245,10 @@ def shard(model, dtype=torch.float32, replicate=1, cpu_offload=False, mesh=None)
 
 def own_rows(tensor):
     """(this rank's part of a parameter, the slice of its rows); a plain tensor with all its rows."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return tensor, slice(0, len(tensor))
     placements = tensor.placements
-    assert placements[-1] == Shard(0) and all(p.is_replicate() for p in placements[:-1]), placements
+    assert placements[-1].is_shard(0) and all(p.is_replicate() for p in placements[:-1]), placements
     mesh = tensor.device_mesh
     part, parts = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
     local = tensor.to_local()
@@ -253,7 +261,7 @@ def own_rows(tensor):
 
 def full(tensor):
     """The whole tensor of a sharded one; a plain tensor as it is. A collective: every rank must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def full_state(model):
@@ -278,7 +286,7 @@ def fingerprint(model):
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
     about, sums, copies = [], [], []        # copies: how many ranks hold the same rows
     for name, tensor in model.state_dict().items():
-        sharded = isinstance(tensor, DTensor)
+        sharded = is_sharded(tensor)
         if sharded:
             places = zip(tensor.device_mesh.shape, tensor.placements)
             copies.append(prod(size for size, placement in places if placement.is_replicate()))
