@@ -130,7 +130,7 @@ def load_model(args, device, settings):
     if not trunk and weights.read_config(args.model)[1] is weights.RewardModel:
         raise ValueError(f"--model {args.model}: a reward model; {args.command} trains language models")
     if args.dry_run:
-        return weights.look_into(args.model, trunk)[:2]
+        return weights.load_meta(args.model, trunk)[:2]
     place = "cpu" if settings.cpu_offload else device
     return weights.load(args.model, place, trunk=trunk, sharded=True, replicate=settings.replicate,
                         compute_dtype=getattr(torch, settings.dtype), cpu_offload=settings.cpu_offload)
@@ -140,7 +140,7 @@ def load_reward_model(args, device, settings, tokenizer):
     """The model of --reward-model, on the meta device for a dry run. Raises ValueError if it does not fit
     --model."""
     if args.dry_run:
-        model, its_tokenizer = weights.look_into(args.reward_model)[:2]
+        model, its_tokenizer = weights.load_meta(args.reward_model)[:2]
     else:
         place = "cpu" if settings.cpu_offload else device
         model, its_tokenizer = weights.load(args.reward_model, place, sharded=True,

@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 
 from . import linear
-from .command import OURS, number, one_line
+from .command import OUR_FAULT, number, one_line
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}        # by device; with --cpu-offload gradients are normed on the CPU
 
@@ -97,7 +97,7 @@ def launch(command, timeout=1800):
             leave(2, group=False)           # the other ranks may still wait in a collective of the group
         except Exception:
             first = f"rank {rank()} failed; if no other did so before it, " if num_ranks() > 1 else ""
-            print(f"error: {first}{OURS}", file=sys.stderr)
+            print(f"error: {first}{OUR_FAULT}", file=sys.stderr)
             raise
         leave(0)
     run()

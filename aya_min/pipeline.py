@@ -22,7 +22,7 @@ from .report_charts import finite
 from .pipeline_checks import teacher_name
 from .command import printable
 from .config import DPO, RLOO, SFT, Pretrain, Reward, model_preset
-from .data import plain
+from .data import without_added_keys
 from .files import write_jsonl
 from .languages import LANGUAGES, SHARED, cluster_languages, home_language
 from .model import CohereForCausalLM, init_weights
@@ -126,7 +126,7 @@ def arbitrage(run, teachers, arbiter):
 
 def scored(row):
     """A row of candidates without those that the arbiter could not score, as it goes to a file."""
-    return {**plain(row), "candidates": [c for c in row["candidates"] if c["reward"] is not None]}
+    return {**without_added_keys(row), "candidates": [c for c in row["candidates"] if c["reward"] is not None]}
 
 
 def best_teacher(rows):
@@ -343,7 +343,7 @@ def more_arms(run, results, base, sft, reward_rows, same):
     if run.embedded:
         prompts = questions("preference", r.rloo_steps * r.batch_size, f"rloo/{r.seed}", level=r.level)
     else:
-        prompts = list(map(plain, run.prompts))
+        prompts = list(map(without_added_keys, run.prompts))
     its_settings = stage_settings(run, RLOO, learning_rate=r.rloo_learning_rate, beta=r.rloo_beta,
                                   num_samples=r.rloo_samples, max_steps=r.rloo_steps, too_long=r.too_long,
                                   max_new_tokens=r.max_new_tokens, keep_cut=False)

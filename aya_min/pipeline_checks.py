@@ -91,7 +91,7 @@ def check_own(recipe, clusters, arms, base, prompts, teachers, arbiter, judge=No
     models |= {("--judge", judge): True} if judge else {}
     looked = {}
     for (flag, folder), wanted in models.items():
-        looked[flag, folder] = model, tokenizer, _ = weights.look_into(folder)
+        looked[flag, folder] = model, tokenizer, _ = weights.load_meta(folder)
         if isinstance(model, RewardModel) != wanted:
             kinds = ("a language model, not a reward model", "a reward model, not a language model")
             raise ValueError(f"{flag} {folder}: {kinds[not wanted]}; give the other kind")

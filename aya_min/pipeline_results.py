@@ -7,7 +7,7 @@ import time
 
 from . import distributed
 from .command import printable
-from .data import plain
+from .data import without_added_keys
 from .evaluate import compare, grade_answers, summarize
 from .files import read_json, write_json, write_jsonl
 from .languages import cluster_languages
@@ -67,7 +67,7 @@ def evaluate_model(run, name, folder):
                           for row, score in zip(judged, scores)]
             if distributed.is_main():
                 own.mkdir(parents=True, exist_ok=True)
-                write_jsonl(own / f"{decoding}.jsonl", map(plain, judged))
+                write_jsonl(own / f"{decoding}.jsonl", map(without_added_keys, judged))
 
     asked = f"the {run.recipe.eval_split} questions" if run.embedded else "the evaluation prompts"
     step(run, f"eval-{name}", f"{name} answers {asked}", make)

@@ -142,4 +142,4 @@ def sampled_example(answer, row):
     ids = row["prompt_ids"]
     mask = [False] * len(ids) + [True] * len(answer["ids"])
     return Example(np.array(ids + answer["ids"], np.int32), np.array(mask), row.get("language") or "other",
-                   row["prompt_where"])
+                   row["prompt_where"], prompt_key=row["prompt_where"])

@@ -14,17 +14,17 @@ PACKAGES = {"torch", "numpy", "tokenizers", "safetensors", "pytest", "tqdm"}
 FLOORS = [
     # 0: settings of a command line, plain files, pure functions on texts and tensors
     {"cmaes", "command", "files", "iso639", "linear", "merge_methods", "patience", "report_charts",
-     "template_expressions"},
+     "rows_keys", "template_expressions"},
     # 1: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "languages", "losses", "merge_config", "merge_front", "template",
      "tensorfiles"},
     # 2: the decoder, the world, how to resume, what a line of JSONL means, whether two folders are alike
     {"alike", "checkpoint", "control_tokens", "journal", "lengths", "model", "report", "rows",
      "template_turns", "world"},
-    # 3: text to ids, rows to batches, the engine
-    {"data", "engine", "preferences", "tokenizer", "world_data"},
+    # 3: text to ids, rows to batches, the engine's tensors, the oracle
+    {"data", "engine", "preferences", "tokenizer", "world_oracle"},
     # 4: what is done with a model or with folders
-    {"arbitrage", "loop", "merge_folders", "reward", "sampling", "weights"},
+    {"arbitrage", "loop", "merge_folders", "reward", "sampling", "weights", "world_data"},
     # 5: run folders, conversations, log-probs under a fixed model, win rates, a recipe's checks
     {"chat", "evaluate", "pipeline_checks", "reference", "runs"},
     # 6: samples of the policy as batches
@@ -72,7 +72,15 @@ def test_a_module_imports_only_from_lower_floors(module):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_only_the_six_packages_are_imported(path):
-    of_this_repository = set() if path.parent.name == "aya_min" else {other.stem for other in [*SOURCES, *ROOT.glob("tests/golden/*.py")] if other.parent in (path.parent, path.parent / "golden", ROOT)}
+    of_this_repository = (
+        set()
+        if path.parent.name == "aya_min"
+        else {
+            other.stem
+            for other in [*SOURCES, *ROOT.glob("tests/golden/*.py")]
+            if other.parent in (path.parent, path.parent / "golden", ROOT)
+        }
+    )
     _, others = imports(path)
     assert others <= PACKAGES | set(sys.stdlib_module_names) | of_this_repository
 
@@ -89,7 +97,18 @@ def test_no_file_is_read_with_pickle(path):
 
 
 def test_the_reader_of_imports_sees_every_way_to_write_one(tmp_path):
-    lines = ["import os, torch.nn as nn", "from numpy import array", "from . import data, __version__", "from .losses import dpo_loss", "import aya_min.model",
-             "from aya_min import loop", "def f():", "    from .report import page"]
+    lines = [
+        "import os, torch.nn as nn",
+        "from numpy import array",
+        "from . import data, __version__",
+        "from .losses import dpo_loss",
+        "import aya_min.model",
+        "from aya_min import loop",
+        "def f():",
+        "    from .report import page",
+    ]
     (tmp_path / "a.py").write_text("\n".join(lines))
-    assert imports(tmp_path / "a.py") == ({"data", "losses", "model", "loop", "report"}, {"os", "torch", "numpy"})
+    assert imports(tmp_path / "a.py") == (
+        {"data", "losses", "model", "loop", "report"},
+        {"os", "torch", "numpy"},
+    )

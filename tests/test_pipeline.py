@@ -25,23 +25,27 @@ def recipe(*words):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """(folder, what was printed) of a whole run that was killed after a teacher and then went on."""
+    """(folder, what was printed) of a run of one round that was killed after a teacher and then went on."""
     run = tmp_path_factory.mktemp("recipe") / "smoke"
-    process = subprocess.Popen([sys.executable, "train.py", "--preset", "smoke", "--out", run], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--preset", "smoke", "--rounds", "1", "--out", run],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not (run / "steps" / "teacher-slavic" / "done.json").is_file():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    return run, recipe("--out", run)
+    return run, recipe("--rounds", "1", "--out", run)
 
 
-def assert_whole(run, printed, arms):
-    """The run has every stage and these arms, a table and a page."""
+def assert_whole(run, printed, rounds, arms):
+    """The run has every stage, these rounds and arms, a table and a page."""
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     names = [m["name"] for m in summary["models"]]
-    stages = ["base", "sft", "offline", "online-1", "online-2", "online-3"]
+    stages = ["base", "sft", "offline", *rounds]
     assert set(stages + arms) <= set(names)
     for model in summary["models"]:
         for decoding in ("greedy", "sampled"):
@@ -50,7 +54,7 @@ def assert_whole(run, printed, arms):
             for versus in part["versus"].values():
                 assert versus["win"] + versus["tie"] + versus["loss"] == 120
     assert "arbitrage of 4 teachers: prompts 240" in printed and "cut by language" in printed
-    assert set(summary["pairs"]) >= {"offline", "online-1", "online-3"} and summary["arbitrage"]["cut"] > 0
+    assert set(summary["pairs"]) >= {"offline", *rounds} and summary["arbitrage"]["cut"] > 0
     assert printed.strip().endswith(str(run / "report.html")) and (run / "report.html").is_file()
     assert "| model" in printed
     shares = summary["teacher_wins"]["ar"]
@@ -58,11 +62,13 @@ def assert_whole(run, printed, arms):
 
 
 def test_the_recipe_leaves_every_stage_a_table_and_a_page(smoke):
-    assert_whole(*smoke, ["single", "random", "family", "mix"])
+    assert_whole(*smoke, ["online-1"], ["single", "random", "family", "mix"])
 
 
 def test_offline_dpo_starts_at_ln_2_in_the_recipe_too(smoke):
-    first = json.loads((smoke[0] / "steps" / "offline-slavic" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    first = json.loads(
+        (smoke[0] / "steps" / "offline-slavic" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    )
     assert abs(first["dpo_loss"] - 0.693147) < 1e-4
 
 
@@ -80,7 +86,7 @@ def test_a_merged_stage_is_the_plain_average_of_its_clusters(smoke):
 def test_a_rerun_skips_what_is_whole(smoke, in_process):
     run, _ = smoke
     before = {p: p.stat().st_mtime_ns for p in run.glob("steps/*/done.json")}
-    code, printed, _ = in_process(train, "--preset", "smoke", "--out", run)
+    code, printed, _ = in_process(train, "--preset", "smoke", "--rounds", "1", "--out", run)
     assert code == 0 and "pretraining" not in printed
     assert before == {p: p.stat().st_mtime_ns for p in run.glob("steps/*/done.json")}
 
@@ -88,16 +94,17 @@ def test_a_rerun_skips_what_is_whole(smoke, in_process):
 @pytest.mark.long
 def test_a_killed_run_ends_like_one_of_all_arms_that_was_never_killed(smoke, tmp_path):
     printed = recipe("--arms", "all", "--out", tmp_path / "whole")
-    assert_whole(tmp_path / "whole", printed, ["family", "mix", "online-only-3", "rloo", "no-shared"])
+    assert_whole(tmp_path / "whole", printed, ["online-1", "online-2", "online-3"],
+                 ["single", "random", "family", "mix", "online-only-3", "rloo", "no-shared"])
     killed, whole = ({m["name"]: (m["greedy"]["grade"], m["sampled"]["reward"])
                       for m in json.loads((run / "summary.json").read_text(encoding="utf-8"))["models"]}
                      for run in (smoke[0], tmp_path / "whole"))
-    assert len(killed) == 14 and killed.items() < whole.items()
+    assert len(killed) == 12 and killed.items() < whole.items()
 
 
 def test_other_settings_in_the_same_folder_are_refused_in_one_line(smoke, in_process):
     before = (smoke[0] / "config.json").read_bytes()
-    code, _, err = in_process(train, "--preset", "smoke", "--out", smoke[0], "--seed", "5")
+    code, _, err = in_process(train, "--preset", "smoke", "--rounds", "1", "--out", smoke[0], "--seed", "5")
     assert code == 2 and len(err) == 1 and "seed" in err[0]
     assert (smoke[0] / "config.json").read_bytes() == before
 
@@ -116,13 +123,20 @@ def own(smoke, tmp_path):
     write_jsonl(tmp_path / "elsewhere.jsonl", [{**row, "completion": gold_answer(q), **reason}
                                                for q, row, reason in zip(rows, theirs, reasons)])
     columns = ["--columns", "prompt=question", "language=lang"]
-    (tmp_path / "clusters.json").write_text(json.dumps({"west": ["it", "pt", "ro", "de", "nl", "el", "cs", "pl", "ru", "uk"],
-                                                        "east": ["ar", "he", "fa", "tr", "hi", "zh", "zh-Hant", "ja", "ko", "vi", "id"]}))
+    (tmp_path / "clusters.json").write_text(
+        json.dumps(
+            {
+                "west": ["it", "pt", "ro", "de", "nl", "el", "cs", "pl", "ru", "uk"],
+                "east": ["ar", "he", "fa", "tr", "hi", "zh", "zh-Hant", "ja", "ko", "vi", "id"],
+            }
+        )
+    )
     return ["--base", steps / "base" / "model", "--prompts", tmp_path / "prompts.jsonl", "--teachers",
             steps / "teacher-slavic" / "model", tmp_path / "elsewhere.jsonl", "--arbiter",
             steps / "arbiter" / "model", "--clusters", tmp_path / "clusters.json", "--rounds", "1", *columns]
 
 
+@pytest.mark.long
 def test_the_pipeline_takes_a_users_own_models_prompts_and_completions(own, tmp_path):
     assert "not a win rate" in recipe("--out", tmp_path / "own", *own)
     summary = json.loads((tmp_path / "own" / "summary.json").read_text(encoding="utf-8"))
@@ -132,7 +146,15 @@ def test_the_pipeline_takes_a_users_own_models_prompts_and_completions(own, tmp_
     assert summary["arbitrage"]["cut"] >= 30 and "pt-BR" in summary["arbitrage"]["cut_by_language"]
     base = summary["models"][0]["greedy"]
     assert "pt-BR" in base["by_language"] and base["cut"] > 0
-    assert [m["name"] for m in summary["models"]] == ["base", "single", "random", "mix", "sft", "offline", "online-1"]
+    assert [m["name"] for m in summary["models"]] == [
+        "base",
+        "single",
+        "random",
+        "mix",
+        "sft",
+        "offline",
+        "online-1",
+    ]
 
 
 @pytest.mark.long
@@ -146,13 +168,25 @@ def test_a_users_own_judge_grades_the_users_models(own, smoke, tmp_path):
 
 def test_what_a_user_brings_is_looked_at_before_any_work(smoke, tmp_path, in_process):
     steps, run = smoke[0] / "steps", tmp_path / "own"
-    good = {"--base": steps / "base" / "model", "--prompts": tmp_path / "p.jsonl", "--teachers": steps / "base" / "model", "--arbiter": steps / "arbiter" / "model"}
-    (tmp_path / "p.jsonl").write_text('{"prompt": "eins", "language": "de"}\n{"prompt": "zwei", "language": "de"}\n', encoding="utf-8")
+    good = {
+        "--base": steps / "base" / "model",
+        "--prompts": tmp_path / "p.jsonl",
+        "--teachers": steps / "base" / "model",
+        "--arbiter": steps / "arbiter" / "model",
+    }
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "eins", "language": "de"}\n{"prompt": "zwei", "language": "de"}\n', encoding="utf-8"
+    )
     (tmp_path / "short.jsonl").write_text('{"prompt": "eins", "completion": "1"}\n', encoding="utf-8")
     (tmp_path / "clusters.json").write_text('{"east": ["ja"], "west": ["nl"]}')
-    wrong = {"no answer for 1 of 2": {"--teachers": tmp_path / "short.jsonl"}, "not a reward model": {"--arbiter": steps / "base" / "model"},
-             "not a language model": {"--base": steps / "arbiter" / "model"}, "in no cluster": {"--clusters": tmp_path / "clusters.json"},
-             "p.jsonl.missing": {"--prompts": tmp_path / "p.jsonl.missing"}, "must not be the arbiter": {"--judge": good["--arbiter"]}}
+    wrong = {
+        "no answer for 1 of 2": {"--teachers": tmp_path / "short.jsonl"},
+        "not a reward model": {"--arbiter": steps / "base" / "model"},
+        "not a language model": {"--base": steps / "arbiter" / "model"},
+        "in no cluster": {"--clusters": tmp_path / "clusters.json"},
+        "p.jsonl.missing": {"--prompts": tmp_path / "p.jsonl.missing"},
+        "must not be the arbiter": {"--judge": good["--arbiter"]},
+    }
     for message, change in wrong.items():
         words = (word for pair in {**good, **change}.items() for word in pair)
         code, _, err = in_process(train, "--out", run, *words)

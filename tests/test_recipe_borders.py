@@ -29,7 +29,8 @@ def refusal(tmp_path, in_process):
 # ---- flags -------------------------------------------------------------------------------------------------
 
 WRONG_FLAGS = [
-    ("--eval-count", "100000", "different test questions"), ("--eval-count", "0", "at least 1"),
+    pytest.param("--eval-count", "100000", "different test questions", marks=pytest.mark.long),
+    ("--eval-count", "0", "at least 1"),
     ("--max-new-tokens", "0", "at least 1"), ("--max-new-tokens", "5000", "1024 positions"),
     ("--max-length", "5", "fewer than one in ten fit"), ("--batch-size", "0", "at least 1"),
     ("--batch-size", "100000", "--corpus 960"), ("--model", "nope", "invalid choice"),
@@ -272,8 +273,10 @@ def test_candidates_that_the_arbiter_could_not_score_are_left_out():
     row = {"prompt": "p", "prompt_where": "f:1", "candidates": [{"teacher": "a", "reward": None},
                                                                 {"teacher": "b", "reward": 0.0}]}
     assert pipeline.scored(row) == {"prompt": "p", "candidates": [{"teacher": "b", "reward": 0.0}]}
-    assert pipeline_results.mean_reward([{"reward": None},
-                                {"reward": 2.0}]) == 2.0 and pipeline_results.mean_reward([{"reward": None}]) is None
+    assert (
+        pipeline_results.mean_reward([{"reward": None}, {"reward": 2.0}]) == 2.0
+        and pipeline_results.mean_reward([{"reward": None}]) is None
+    )
 
 
 def test_cut_answers_are_counted_for_each_language():

@@ -344,7 +344,9 @@ def functions_of(path, names=None):
 def read_in(trees):
     """The attributes that some code reads, and the texts in it, of which lists of names of arguments are made."""
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    attributes = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)]
+    attributes = [
+        node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    ]
     texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     return texts | {node.attr for node in attributes}
 
@@ -415,7 +417,9 @@ def test_flags_that_would_be_ignored_are_refused_by_name(flags, says, models, wo
         ("--final-learning-rate 0.1 --schedule constant", "--final-learning-rate has no effect beside"),
     ],
 )
-def test_flags_that_another_outdoes_are_said_and_the_run_goes_on(flags, says, models, world, tmp_path, command):
+def test_flags_that_another_outdoes_are_said_and_the_run_goes_on(
+    flags, says, models, world, tmp_path, command
+):
     code, _, err = command(line_of("sft", models, world, tmp_path / "run") + " " + flags)
     assert code == 0 and any(line.startswith(says) for line in err), err
 
