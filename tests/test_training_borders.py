@@ -754,9 +754,9 @@ def test_a_manifest_that_no_stage_wrote_makes_the_state_damaged_and_the_one_befo
     ), err
 
 
-def test_resume_goes_on_in_its_own_folder_only(done, tmp_path, command):
+def test_resume_continues_in_its_own_folder_only(done, tmp_path, command):
     code, _, err = command(f"sft --resume {done} --out {tmp_path}/other --max-steps 3")
-    assert code == 2 and "leave --out out" in err[0] and not (tmp_path / "other").exists()
+    assert code == 2 and "remove --out" in err[0] and not (tmp_path / "other").exists()
     assert command(f"sft --resume {done} --out {done} --max-steps 2")[0] == 0
 
 
