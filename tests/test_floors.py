@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -112,3 +113,11 @@ def test_the_reader_of_imports_sees_every_way_to_write_one(tmp_path):
         {"data", "losses", "model", "loop", "report"},
         {"os", "torch", "numpy"},
     )
+
+
+def test_the_commands_start_without_sympy_and_fsdp():
+    """They took 0.7 s of every start; only ranks that share a model need them."""
+    names = "sympy", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint"
+    code = f"import sys, train, generate, aya_min.evaluate; print([n for n in {names} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
