@@ -1,9 +1,8 @@
-"""Whether model folders belong together, by what their files mean: config.json, the tokenizer, and what else
-a folder holds.
+"""Whether model folders belong together, judged by the meaning of config.json, the tokenizer and other files.
 
-Nothing here knows how a model computes. Of a config.json every key counts that may change the computation:
-all but a list of those that do not. Files of one meaning are written in many ways (rope_theta moved,
-layer_types was a pattern, merges were strings), and count as equal.
+Nothing here knows how a model computes. Every key of a config.json is compared, except those of a list that
+change nothing in the computation. Older and newer files write one meaning in several ways (rope_theta moved,
+layer_types was a pattern, merges were strings); such files count as equal.
 """
 
 import os
@@ -14,8 +13,8 @@ from .files import own_file, parse_json, parse_object, read_bytes, read_json, sh
 
 # ---- config.json -------------------------------------------------------------------------------------------
 
-# Names, versions, dtypes, defaults of sampling, and what acts in training only. Keys that begin with _ are
-# private to a library.
+# Names, versions, dtypes, sampling defaults, and settings of training only. `is_neutral` adds the keys that
+# begin with _, which are private to a library.
 CHANGE_NOTHING = set("""
     name_or_path transformers_version torch_dtype dtype use_cache initializer_range initializer_factor
     auto_map custom_pipelines problem_type finetuning_task task_specific_params torchscript use_bfloat16
@@ -27,16 +26,17 @@ CHANGE_NOTHING = set("""
     begin_suppress_tokens suppress_tokens remove_invalid_values exponential_decay_length_penalty
     forced_bos_token_id forced_eos_token_id router_aux_loss_coef output_router_logits router_jitter_noise
     peft_type model_name bos_token tf_legacy_loss""".split())
-# Off where they are absent.
+# An absent one is off.
 FLAGS_OFF = {"use_mrope", "is_decoder", "is_encoder_decoder", "add_cross_attention", "rope_interleaved",
              "use_sliding_window", "attention_bias", "mlp_bias", "qkv_bias"}
-TRAINING_ONLY = ("dropout", "dropout_prob", "dropout_p", "pdrop", "layerdrop")         # how such keys end
-# What is said and not refused. Without scaled rope, max_position_embeddings is a limit and computes nothing.
-SAID = {"eos_token_id", "bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"}
-# Compared where both have it: the tensors show it, or older files leave it out.
+TRAINING_ONLY = ("dropout", "dropout_prob", "dropout_p", "pdrop", "layerdrop")         # endings of their keys
+# Differences in these are reported, not refused. So are those of max_position_embeddings without scaled rope,
+# where it is only a limit.
+REPORTED = {"eos_token_id", "bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"}
+# Compared only if both files have the key: the tensors show the value, or older files leave it out.
 IF_BOTH = {"architectures", "layer_types", "model_type", "tie_word_embeddings", "vocab_size",
            "num_attention_heads", "num_key_value_heads"}
-# Of cohere and cohere2, what ModelConfig may refuse.
+# Keys of cohere and cohere2 that ModelConfig may refuse.
 NOT_OURS = ("attention_bias", "attention_dropout", "hidden_act", "rope_parameters", "rope_scaling")
 OLD_NAMES = {"CohereForSequenceClassification": "CohereRewardModel",
              "Cohere2ForSequenceClassification": "Cohere2RewardModel"}
@@ -45,27 +45,29 @@ MOST_LAYERS = 10_000
 
 
 def config_differences(folder, config, first, first_config):
-    """What changes the computation and differs: "B: logit_scale is 0.5, in A 0.0625", one text for each
-    key."""
+    """The differences that change the computation, one text per key: "B: logit_scale is 0.5, in A 0.0625"."""
     one, two = meaning(first_config), meaning(config)
     return [f"{folder}: {key} is {shown(two.get(key))}, in {first} {shown(one.get(key))}"
             for key in different(one, two)]
 
 
 def different(one, two):
-    """The keys whose values differ, of two results of `meaning`."""
+    """The keys in which two results of `meaning` differ."""
     return [key for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key) and not (
         key.rpartition(".")[2] in IF_BOTH and (key not in one or key not in two))]
 
 
 def shown(value):
+    """A value for a message, at most 80 characters."""
     text = "absent" if value is None else str(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def meaning(config):
-    """{key: value} of what changes the computation; keys of inner objects are joined with points. Absent and
-    null are the same."""
+    """{key: value} of a config.json, of the keys that change the computation, with known defaults filled in.
+
+    Keys of inner objects are joined with points. null counts as absent.
+    """
     found = flat(config)
     if config.get("model_type") not in list(ROPE_THETA) or not few_layers(config):
         return found
@@ -73,21 +75,22 @@ def meaning(config):
              if key not in NOT_OURS} | {"rope_theta": found.get("rope_theta")}
     try:
         ours = vars(ModelConfig.from_published(plain))
-    except ValueError:                  # what our own model cannot compute merges all the same
+    except ValueError:                  # a model that our own class does not support can still be merged
         return found
     ours = {key: value for key, value in ours.items()
-            if key not in CHANGE_NOTHING | SAID | {"max_position_embeddings"}}
+            if key not in CHANGE_NOTHING | REPORTED | {"max_position_embeddings"}}
     found = {key: value for key, value in found.items() if key not in ours}
     return {"hidden_act": "silu"} | found | {key: value for key, value in ours.items() if value is not None}
 
 
 def few_layers(config):
+    """Whether num_hidden_layers is absent or a whole number of at most MOST_LAYERS."""
     num = config.get("num_hidden_layers")
     return num is None or type(num) is int and 0 < num <= MOST_LAYERS
 
 
 def flat(config, before=""):
-    """`meaning` without the defaults of the model types that we know."""
+    """`meaning` without the defaults of the model types that ModelConfig knows."""
     if config.get("use_sliding_window") is False:
         config = {key: value for key, value in config.items() if key not in ("sliding_window", "layer_types")}
     config = {key: value for key, value in config.items() if value is not None and not is_neutral(key, value)}
@@ -115,7 +118,7 @@ def flat(config, before=""):
         config["layer_types"] = pattern
     kinds = config.get("layer_types") or []
     if not config.get("sliding_window") and all(kind == "full_attention" for kind in kinds):
-        config.pop("layer_types", None)                     # all that there is without a window
+        config.pop("layer_types", None)                     # the default without a window
     found = {}
     for key, value in config.items():
         found |= flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
@@ -123,17 +126,20 @@ def flat(config, before=""):
 
 
 def is_neutral(key, value):
+    """Whether a key of config.json changes nothing in the computation."""
     private = key.startswith("_") and key != "_sliding_window_pattern"
-    return (private or key in CHANGE_NOTHING | SAID or key.endswith(TRAINING_ONLY)
+    return (private or key in CHANGE_NOTHING | REPORTED or key.endswith(TRAINING_ONLY)
             or key in FLAGS_OFF and value in (False, 0))
 
 
 def plain_rope(rope):
-    """rope_scaling or rope_parameters without rope_theta; the plain kind is nothing, and "type" is the older
-    name of "rope_type"."""
+    """rope_scaling or rope_parameters without rope_theta; {} if rope is not scaled.
+
+    The older key "type" becomes "rope_type".
+    """
     found = {}
     for key, value in rope.items():
-        if isinstance(value, dict):                         # for each type of layer its own
+        if isinstance(value, dict):                         # one per layer type
             value = plain_rope(value) | {"rope_theta": value.get("rope_theta")}
         if value is not None and key != "rope_theta" and (key, value) not in PLAIN_ROPE:
             found["rope_type" if key == "type" else key] = value
@@ -142,56 +148,61 @@ def plain_rope(rope):
 
 # ---- the tokenizer -----------------------------------------------------------------------------------------
 
-TABLES = ("vocab.json", "added_tokens.json")                # JSON {token: id}
-TEXTS = ("merges.txt", "vocab.txt")
-MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
-VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", *MODELS)
+ID_FILES = ("vocab.json", "added_tokens.json")              # JSON {token: id}
+LINE_FILES = ("merges.txt", "vocab.txt")
+BINARY_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", *BINARY_FILES)
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-# Of tokenizer_config.json.
+# Keys of tokenizer_config.json that change ids.
 CHANGE_IDS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
-# Of tokenizer.json: what is added around a plain text is said (`remarks`), as turns are written out anyhow.
+# Keys of tokenizer.json that are not compared. What post_processor adds around a plain text is only reported
+# (`remarks`), as turns are written out here anyway.
 NOT_OF_MEANING = ("version", "padding", "truncation", "post_processor")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")        # of an added token
 
 
 def tokenizer_differences(folder, first):
-    """What makes two tokenizers give other ids: "B: tokenizer.json is not that of A (3 tokens only in A,
-    such as 'x')"."""
+    """The differences by which two tokenizers give other ids, one text per file.
+
+    For example "B: tokenizer.json is not that of A (3 tokens only in A, such as 'x')".
+    """
     have = [{name for name in VOCABULARIES if own_file(place, name)} for place in (first, folder)]
     if any(have) and not have[0] & have[1]:
         lacking, other = (folder, first) if have[0] else (first, folder)
         return [f"{lacking} has no {' or '.join(sorted(have[0] or have[1]))}, which {other} has; copy it "
-                f"there if the two share it"]
-    found = {name: how for name in ("tokenizer.json", *TABLES, *TEXTS, *MODELS, SETTINGS[0])
+                "if both models use it"]
+    found = {name: how for name in ("tokenizer.json", *ID_FILES, *LINE_FILES, *BINARY_FILES, SETTINGS[0])
              if (how := file_difference(folder, first, name))}
     return [f"{folder}: {name} is not that of {first} ({how})" for name, how in found.items()]
 
 
 def file_difference(folder, first, name):
-    """How a tokenizer's file of one folder differs from the other's, in words; None where it means the same
-    or one lacks it."""
+    """How a tokenizer's file differs in two folders, in words.
+
+    None if both files mean the same, or if a folder has none.
+    """
     paths = [own_file(place, name) for place in (first, folder)]
     if None in paths:
         return None
     a, b = map(read_bytes, paths)
     if a == b:
         return None
-    if name in MODELS:
+    if name in BINARY_FILES:
         return "the bytes differ"
-    if name in TEXTS:
+    if name in LINE_FILES:
         return lines_differ(*(lines_of(text) for text in (a, b)), first)
     if name == "tokenizer.json":
         return how_they_differ(*(tokenizer_of(text, path) for text, path in zip((a, b), paths)), first,
                                folder)
     one, two = (parse_object(text, path) for text, path in zip((a, b), paths))
-    if name in TABLES:
+    if name in ID_FILES:
         return ids_differ(one, two, first, folder)
-    keys = [f"{key} is {two[key]}, there {one[key]}" for key in CHANGE_IDS if key in one and key in two
+    keys = [f"{key} is {two[key]}, in {first} {one[key]}" for key in CHANGE_IDS if key in one and key in two
             and one[key] != two[key]]
     both = [{part.get("content"): number for number, part in decoder.items() if isinstance(part, dict)}
             for about in (one, two) if isinstance(decoder := about.get("added_tokens_decoder"), dict)]
-    if len(both) == 2:                  # who saved last lists more of them; tokenizer.json has them all
+    if len(both) == 2:      # a program that saves again may list more of them; tokenizer.json has them all
         shared = both[0].keys() & both[1].keys()
         both = [{token: part[token] for token in shared} for part in both]
     how = ids_differ(*both, first, folder) if len(both) == 2 else None
@@ -199,10 +210,12 @@ def file_difference(folder, first, name):
 
 
 def tokenizer_of(text, path):
-    """tokenizer.json as the tokenizers library reads and writes it, without padding and truncation, which
-    `encode` of one text does not need."""
+    """tokenizer.json (a dict) as the tokenizers library reads and writes it, without NOT_OF_MEANING.
+
+    A file that the library cannot read is returned as it is, and compared as JSON.
+    """
     raw = parse_object(text, path)
-    from tokenizers import Tokenizer    # a tenth of a second that equal files do not need
+    from tokenizers import Tokenizer    # takes 0.1 s, which equal files do not need
     try:
         read = Tokenizer.from_str(text.decode("utf-8-sig"))
         read.no_padding()
@@ -211,14 +224,14 @@ def tokenizer_of(text, path):
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:
-        pass                # bare Exception, or Rust's PanicException, which is none: compared as JSON
-    if isinstance(model := raw.get("model"), dict):             # no prefix is written as null or as ""
+        pass                # a bare Exception, or Rust's PanicException, which is not an Exception
+    if isinstance(model := raw.get("model"), dict):             # an absent affix is written as null or ""
         raw["model"] = {key: value for key, value in model.items() if key not in AFFIXES or value}
     return {key: value for key, value in raw.items() if key not in NOT_OF_MEANING}
 
 
 def how_they_differ(a, b, first, folder):
-    """How two tokenizers differ, in words; None if they do not."""
+    """How two results of `tokenizer_of` differ, in words; None if they do not."""
     if a == b:
         return None
     models = [each.get("model") if isinstance(each.get("model"), dict) else {} for each in (a, b)]
@@ -246,6 +259,7 @@ def how_they_differ(a, b, first, folder):
 
 
 def vocabulary(model):
+    """{token: id} of the "model" of a tokenizer.json."""
     vocab = model.get("vocab")
     if isinstance(vocab, list):         # Unigram: [token, score]
         return {part[0]: number for number, part in enumerate(vocab) if isinstance(part, list) and part
@@ -254,7 +268,7 @@ def vocabulary(model):
 
 
 def ids_differ(one, two, first, folder):
-    """How two {token: id} differ, in words; None if they do not."""
+    """How two dicts {token: id} differ, in words; None if they do not."""
     how = []
     for place, mine, other in ((first, one, two), (folder, two, one)):
         if only := sorted((str(token) for token in mine.keys() - other.keys()),
@@ -264,27 +278,32 @@ def ids_differ(one, two, first, folder):
                    if str(one[token]) != str(two[token]))
     if moved:
         token = moved[0][1]
-        how.append(f"ids of {len(moved)} tokens differ, the first is {token!r}, {two.get(token)} and there "
-                   f"{one.get(token)}")
+        how.append(f"ids of {len(moved)} tokens differ; the first is {token!r}, with {two.get(token)} and in "
+                   f"{first} {one.get(token)}")
     return "; ".join(how) or None
 
 
 def lines_of(text):
+    """The lines of a vocabulary's or merges' file, without its version."""
     return [line for line in text.decode("utf-8", "replace").splitlines() if not line.startswith("#version")]
 
 
 def lines_differ(one, two, first, what="line"):
+    """How two lists differ, in words; None if they do not. what: the name of an item."""
     if one == two:
         return None
     at = next((i for i, pair in enumerate(zip(one, two)) if pair[0] != pair[1]), min(len(one), len(two)))
-    return f"{len(two)} {what}s, there {len(one)}; {what} {at + 1} is the first that differs"
+    return f"{len(two)} {what}s, in {first} {len(one)}; {what} {at + 1} is the first that differs"
 
 
-# ---- what is said and not refused --------------------------------------------------------------------------
+# ---- differences that are reported, not refused ------------------------------------------------------------
 
 def remarks(folder, config, first, first_config):
-    """What differs and leaves the computation as it is, one text each: the first folder's is taken."""
-    said = [key for key in sorted(SAID | {"max_position_embeddings"})
+    """The differences that leave the computation as it is, as a list of at most one text.
+
+    The output of a merge takes all of this from the first folder.
+    """
+    said = [key for key in sorted(REPORTED | {"max_position_embeddings"})
             if ids_of(config.get(key)) != ids_of(first_config.get(key))]
     said += ["layer_types"] * (("layer_types" in config) != ("layer_types" in first_config))
     said = [f"{key} of config.json" for key in said]
@@ -307,6 +326,7 @@ def remarks(folder, config, first, first_config):
 
 
 def ids_of(value):
+    """A token id or a list of them as a sorted list; any other value as it is."""
     try:
         return stop_ids(value)
     except ValueError:
@@ -314,13 +334,14 @@ def ids_of(value):
 
 
 def json_of(folder, name, without=()):
+    """The JSON object of a folder's file, without nulls and the given keys; {} if the file does not exist."""
     path = own_file(folder, name)
     found = read_json(path) if path else {}
     return {key: value for key, value in found.items() if key not in without and value is not None}
 
 
 def chat_template(folder):
-    """The chat template of a folder, from the first of the places where there is one; None without."""
+    """The chat template of a folder: chat_template.jinja's, else that of a JSON file; None without."""
     if path := own_file(folder, "chat_template.jinja"):
         return read_bytes(path).decode("utf-8", "replace").strip()
     names = ("chat_template.json", "tokenizer_config.json")
@@ -332,33 +353,39 @@ def chat_template(folder):
     return template.strip() if isinstance(template, str) else template
 
 
-# ---- what makes the answers --------------------------------------------------------------------------------
+# ---- which model answers -----------------------------------------------------------------------------------
 
 def identity(folder, header):
-    """{path: what changes with it} of the files that decide what a model answers: size and time of those of
-    its weights (header: see tensorfiles.read_header), the SHA-256 of the small ones."""
+    """{path: a value that changes with the file} of the files that decide what a model answers.
+
+    For files with weights it is [size in bytes, mtime in ns], for the small ones the SHA-256. header: see
+    tensorfiles.read_header.
+    """
     weights = sorted({file for file, _, _ in header.values()})
-    names = ("config.json", "generation_config.json", "chat_template.jinja", *VOCABULARIES, *TABLES, *TEXTS,
-             *SETTINGS)
+    names = ("config.json", "generation_config.json", "chat_template.jinja", *VOCABULARIES, *ID_FILES,
+             *LINE_FILES, *SETTINGS)
     found = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in weights}
     return found | {str(path): sha256(path) for name in dict.fromkeys(names)
                     if (path := own_file(folder, name))}
 
 
-# ---- what goes along ---------------------------------------------------------------------------------------
+# ---- files that are copied along ---------------------------------------------------------------------------
 
 WEIGHTS = tuple("""
     .safetensors .bin .pt .pth .ckpt .h5 .hdf5 .msgpack .gguf .ggml .onnx .onnx_data .npz .npy .pkl .pickle
     .tflite .mlmodel .ot .distcp .nemo .llamafile .index.json""".split())
-# Written anew, or about other weights, another run, another merge.
+# Files that are written anew, or that describe other weights, another run or another merge.
 NOT_ALONG = {"config.json", "adapter_config.json", "merge.json", "search.json", "evaluations.jsonl",
              "metrics.jsonl", "eval.json", "done.json", "summary.json", "profile.json", "report.html",
              "report.md", "trainer_state.json"}
 
 
 def files_along(folder):
-    """The names of all files of a model folder that are not weights, "sub/name" in subfolders. ValueError
-    for links out of the folder."""
+    """The relative paths of the files of a model folder that are copied along with its weights.
+
+    Files with weights, hidden ones, NOT_ALONG and subfolders that are models are left out. ValueError for a
+    link out of the folder.
+    """
     folder, found = Path(folder), []
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders
@@ -366,7 +393,7 @@ def files_along(folder):
         for name in folders:
             if (Path(place) / name).is_symlink():
                 raise ValueError(f"{Path(place) / name}: a link to a folder; if you trust it, put the folder "
-                                 f"itself there")
+                                 "itself there")
         for name in sorted(names):
             path = (Path(place) / name).relative_to(folder)
             if not name.startswith(".") and not name.lower().endswith(WEIGHTS) and str(path) not in NOT_ALONG:
@@ -376,6 +403,6 @@ def files_along(folder):
 
 
 def is_model(folder):
-    """Whether a subfolder is a model of its own, such as a trainer's checkpoint-500."""
+    """Whether a subfolder is a model of its own, for example a trainer's checkpoint-500."""
     return (folder / "config.json").exists() and any(path.name.lower().endswith(WEIGHTS)
                                                      for path in folder.iterdir())

@@ -1,6 +1,7 @@
-"""Settings: the model's (field names of the published config.json) and each stage's; command-line flags are made from the fields.
+"""Settings: those of the model, named as in the published config.json, and those of each stage.
 
-Precedence: defaults and presets, then `--config FILE.json`, then flags.
+Command-line flags are made from the fields of the dataclasses. Later ones win: defaults, a preset,
+`--config FILE.json`, flags.
 """
 
 import argparse
@@ -11,25 +12,26 @@ from typing import Optional, Union
 from .command import WHOLE, describe, in_range, number
 from .files import read_json
 
-ROPE_THETA = {"cohere": 500000.0, "cohere2": 10000.0}       # the model types there are, and what a config.json without rope_theta means
+ROPE_THETA = {"cohere": 500000.0, "cohere2": 10000.0}       # {model type: rope_theta if config.json has none}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
          "head_dim", "max_position_embeddings")
 INTERVALS = {**dict.fromkeys(SIZES, (int, "[1, 2147483648)")), "num_hidden_layers": (int, "[1, 100000)"),
              "layer_norm_eps": (float, "(0, inf)"), "rope_theta": (float, "(0, inf)"),
              "logit_scale": (float, "(0, inf)"), "initializer_range": (float, "(0, inf)")}
 BOOLEANS = ("use_qk_norm", "tie_word_embeddings")
-# What transformers heeds and this program does not: the one value, beside null, that means nothing.
-MEANINGLESS = {"attention_bias": False, "attention_dropout": 0, "hidden_act": "silu",
-               "partial_rotary_factor": 1, "rotary_pct": 1, "quantization_config": None,
-               "compression_config": None}
+# Keys that transformers reads and this program does not, with the only value, beside null, that is accepted.
+IGNORED = {"attention_bias": False, "attention_dropout": 0, "hidden_act": "silu",
+           "partial_rotary_factor": 1, "rotary_pct": 1, "quantization_config": None,
+           "compression_config": None}
 
 
 @dataclass
 class ModelConfig:
-    """A Cohere decoder as its config.json describes it. Defaults are those of transformers' CohereConfig and Cohere2Config (5.23).
+    """A Cohere decoder as its config.json describes it.
 
-    model_type cohere: Aya Expanse, Aya 23, Command R. cohere2: Command R7B, Command A, Tiny Aya, where only the layers of type
-    "sliding_attention" rotate queries and keys, and look back no further than sliding_window.
+    Defaults are those of transformers' CohereConfig and Cohere2Config (5.23). model_type cohere: Aya Expanse,
+    Aya 23, Command R. cohere2: Command R7B, Command A, Tiny Aya; there only the layers of type
+    "sliding_attention" rotate queries and keys, and they attend to the last sliding_window tokens.
     """
     model_type: str = "cohere"
     vocab_size: int = 256000
@@ -37,13 +39,13 @@ class ModelConfig:
     intermediate_size: int = 22528
     num_hidden_layers: int = 40
     num_attention_heads: int = 64
-    num_key_value_heads: Optional[int] = None   # num_attention_heads unless given
-    head_dim: Optional[int] = None              # hidden_size / num_attention_heads unless given
+    num_key_value_heads: Optional[int] = None   # default num_attention_heads
+    head_dim: Optional[int] = None              # default hidden_size / num_attention_heads
     max_position_embeddings: int = 8192
     layer_norm_eps: float = 1e-5
-    rope_theta: Optional[float] = None          # ROPE_THETA unless given
-    sliding_window: Optional[int] = 4096        # tokens, its own included, that a token sees in a sliding layer; None in cohere
-    layer_types: Optional[list] = None          # cohere2, for each layer: "sliding_attention" or "full_attention"
+    rope_theta: Optional[float] = None          # default ROPE_THETA
+    sliding_window: Optional[int] = 4096        # tokens that a sliding layer sees, or None in cohere
+    layer_types: Optional[list] = None          # cohere2: "sliding_attention" or "full_attention" per layer
     logit_scale: float = 0.0625
     initializer_range: float = 0.02
     use_qk_norm: bool = False
@@ -51,32 +53,16 @@ class ModelConfig:
     pad_token_id: int = 0
     bos_token_id: int = 5
     eos_token_id: Union[int, list] = 255001     # a sorted list if there are several
-    sliding_window_pattern: InitVar[int] = 4    # the older way to say layer_types: every so many layers one is full
+    sliding_window_pattern: InitVar[int] = 4    # older form of layer_types: every n-th layer is full
 
     def __post_init__(self, sliding_window_pattern):
-        given = {name: getattr(self, name) for name in INTERVALS if getattr(self, name) is not None}
-        wrong = [name for name, value in given.items() if not (
-            type(value) in (int, INTERVALS[name][0]) and in_range(value, INTERVALS[name][1]))]
-        if wrong:
-            named = ", ".join(f"{name} {given[name]!r:.80}" for name in wrong)
-            raise ValueError(f"{named}: must be {', '.join(describe(*INTERVALS[name]) for name in wrong)}")
-        for name, value in given.items():
-            setattr(self, name, INTERVALS[name][0](value))          # transformers takes no 1 for 1.0
-        for name in BOOLEANS:
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} {getattr(self, name)!r:.80} must be true or false")
-        for name in ("pad_token_id", "bos_token_id"):
-            if type(getattr(self, name)) is not int:
-                raise ValueError(f"{name} {getattr(self, name)!r:.80} must be a token's number")
-        if not isinstance(self.model_type, str):
-            raise ValueError(f"model_type {self.model_type!r:.80} must be a name")
-        if self.model_type not in ROPE_THETA:
-            raise ValueError(f"model_type {self.model_type!r} is not supported; supported: {' '.join(ROPE_THETA)}")
+        self.check_types()
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.rope_theta = self.rope_theta or ROPE_THETA[self.model_type]
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads {self.num_key_value_heads}")
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} must be a multiple of "
+                             f"num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: rotary embeddings turn pairs")
         ids = stop_ids(self.eos_token_id)
@@ -88,17 +74,45 @@ class ModelConfig:
             raise ValueError("use_qk_norm is not known in cohere2, only in cohere")
         if self.layer_types is None:
             self.layer_types = layer_pattern(self.num_hidden_layers, sliding_window_pattern)
+        self.check_layers()
+
+    def check_types(self):
+        """Refuse a field of a wrong type or outside its interval; ints for floats become floats."""
+        given = {name: getattr(self, name) for name in INTERVALS if getattr(self, name) is not None}
+        wrong = [name for name, value in given.items() if not (
+            type(value) in (int, INTERVALS[name][0]) and in_range(value, INTERVALS[name][1]))]
+        if wrong:
+            named = ", ".join(f"{name} {given[name]!r:.80}" for name in wrong)
+            raise ValueError(f"{named}: must be {', '.join(describe(*INTERVALS[name]) for name in wrong)}")
+        for name, value in given.items():
+            setattr(self, name, INTERVALS[name][0](value))          # transformers refuses 1 for 1.0
+        for name in BOOLEANS:
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} {getattr(self, name)!r:.80} must be true or false")
+        for name in ("pad_token_id", "bos_token_id"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} {getattr(self, name)!r:.80} must be a token's number")
+        if not isinstance(self.model_type, str):
+            raise ValueError(f"model_type {self.model_type!r:.80} must be a name")
+        if self.model_type not in ROPE_THETA:
+            raise ValueError(f"model_type {self.model_type!r} is not supported; supported: "
+                             f"{' '.join(ROPE_THETA)}")
+
+    def check_layers(self):
+        """Refuse a wrong layer_types or sliding_window of cohere2."""
         kinds = self.layer_types
         if not (isinstance(kinds, list) and len(kinds) == self.num_hidden_layers
                 and all(kind in ("sliding_attention", "full_attention") for kind in kinds)):
             raise ValueError(f"layer_types {kinds!r:.80} must be sliding_attention or full_attention for "
                              f"each of {self.num_hidden_layers} layers")
-        if "sliding_attention" in self.layer_types and (type(self.sliding_window) is not int or self.sliding_window < 1):
+        whole = type(self.sliding_window) is int and self.sliding_window > 0
+        if "sliding_attention" in kinds and not whole:
             raise ValueError(f"sliding_window {self.sliding_window!r} must be a whole number above 0")
 
     def window(self, i):
-        """How many tokens, its own included, a token sees in layer i; None: all before it."""
-        return self.sliding_window if self.layer_types and self.layer_types[i] == "sliding_attention" else None
+        """The number of tokens that a token attends to in layer i, itself included; None: all before it."""
+        slides = self.layer_types and self.layer_types[i] == "sliding_attention"
+        return self.sliding_window if slides else None
 
     def has_rope(self, i):
         """Whether layer i rotates its queries and keys."""
@@ -106,8 +120,11 @@ class ModelConfig:
 
     @classmethod
     def from_published(cls, raw, where="config.json"):
-        """From a published config.json (a dict). rope_theta is read from all places where it was kept."""
-        for name, value in MEANINGLESS.items():
+        """A ModelConfig from a published config.json (a dict), whichever key holds rope_theta.
+
+        ValueError, with `where` as the file's name, for a value that is wrong or not supported.
+        """
+        for name, value in IGNORED.items():
             if raw.get(name) is None and name != "hidden_act" or raw.get(name, value) == value:
                 continue
             raise ValueError(f"{where}: {name} {raw[name]!r:.80} is not supported; supported: {value}")
@@ -119,24 +136,26 @@ class ModelConfig:
             raise ValueError(f"{where}: {error}") from None
 
     def published(self, task="ForCausalLM", dtype="float32"):
-        """The config.json to publish: the fields, plus what loaders of both old and new transformers look for."""
+        """The config.json to publish (a dict): the fields, and keys that old or new transformers read."""
         own = {k: v for k, v in asdict(self).items() if v is not None}
-        patterns = [p for p in range(1, self.num_hidden_layers + 2) if layer_pattern(self.num_hidden_layers, p) == self.layer_types]
+        patterns = [p for p in range(1, self.num_hidden_layers + 2)
+                    if layer_pattern(self.num_hidden_layers, p) == self.layer_types]
         if patterns:
-            own["sliding_window_pattern"] = patterns[0]         # all that transformers 4.48-4.52 look at
-        return {"architectures": [self.model_type.capitalize() + task], **own, "attention_bias": False, "attention_dropout": 0.0,
-                "hidden_act": "silu", "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"}, "use_cache": True,
+            own["sliding_window_pattern"] = patterns[0]         # all that transformers 4.48-4.52 read
+        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        return {"architectures": [self.model_type.capitalize() + task], **own, "attention_bias": False,
+                "attention_dropout": 0.0, "hidden_act": "silu", "rope_parameters": rope, "use_cache": True,
                 "dtype": dtype, "torch_dtype": dtype}
 
 
 def rope_theta_of(raw):
     """The rope_theta of a config.json, which newer files keep in rope_parameters or rope_scaling, or None.
 
-    Rope that is scaled or partial is refused, and so are other numbers for the layer types that rotate.
+    ValueError for rope that is scaled, partial, or set for each layer type.
     """
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if isinstance(rope, dict) and rope and all(isinstance(part, dict) for part in rope.values()):
-        raise ValueError("rope_parameters for each type of layer, like scaled rope, are not supported")
+        raise ValueError("rope_parameters for each layer type are not supported, nor is scaled rope")
     plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
     if not isinstance(rope, dict) or any(value not in (None, plain.get(name))
                                          for name, value in rope.items() if name != "rope_theta"):
@@ -145,71 +164,80 @@ def rope_theta_of(raw):
 
 
 def layer_pattern(num_layers, every):
-    """The layer_types in which every so many layers one is full."""
+    """The layer_types of num_layers layers in which every `every`-th is full."""
     if type(every) is not int or every < 1:
         raise ValueError(f"sliding_window_pattern {every!r} must be a whole number above 0")
     return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)]
 
 
 def stop_ids(eos_token_id, name="eos_token_id"):
-    """The ids that end an answer, sorted, of an eos_token_id as config.json has it: one, or a list."""
+    """The ids that end an answer, as a sorted list, from the eos_token_id of config.json: an id or a list."""
     ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
     if not ids or not all(type(i) is int and i >= 0 for i in ids):
         raise ValueError(f"{name} {eos_token_id!r:.80} must be a token's number or a list of them")
     return sorted(set(ids))
 
 
-# Sizes, those of the published config.json. Not read there but in independent ports: of command-r7b and tiny-aya rope_theta, logit_scale and
-# max_position_embeddings, and tiny-aya's token ids. The small ones are ours, for the embedded world.
-_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
-_SMALL = dict(rope_theta=1e4, logit_scale=1.0, max_position_embeddings=1024, eos_token_id=9)      # eos = <|END_OF_TURN_TOKEN|> of our own tokenizers
+# Presets have the sizes of the published config.json. Some values were read in independent ports instead: of
+# command-r7b and tiny-aya rope_theta, logit_scale and max_position_embeddings, and tiny-aya's token ids.
+# smoke, tiny and small are our own, for the embedded world.
+_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+           num_key_value_heads=8)
+# eos_token_id is <|END_OF_TURN_TOKEN|> of our own tokenizers
+_SMALL = dict(rope_theta=1e4, logit_scale=1.0, max_position_embeddings=1024, eos_token_id=9)
 MODEL_PRESETS = {
-    "smoke": dict(_SMALL, initializer_range=0.08, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=1024),
-    "tiny": dict(_SMALL, initializer_range=0.08, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, vocab_size=6144),
-    "small": dict(_SMALL, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4, vocab_size=16384),
+    "smoke": dict(_SMALL, initializer_range=0.08, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                  num_attention_heads=2, vocab_size=1024),
+    "tiny": dict(_SMALL, initializer_range=0.08, hidden_size=96, intermediate_size=256, num_hidden_layers=3,
+                 num_attention_heads=3, vocab_size=6144),
+    "small": dict(_SMALL, hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
+                  num_attention_heads=12, num_key_value_heads=4, vocab_size=16384),
     "aya-expanse-8b": dict(_8B, rope_theta=1e4, logit_scale=0.125),
     "aya-expanse-32b": dict(intermediate_size=24576, num_key_value_heads=8, rope_theta=4e6),
     "aya-23-8b": dict(_8B, rope_theta=1e4),
-    "aya-23-35b": dict(rope_theta=8e6),         # also Command R v01: the defaults are its sizes
-    "command-r7b": dict(_8B, model_type="cohere2", rope_theta=5e4, logit_scale=0.25, max_position_embeddings=132096),
-    "tiny-aya": dict(model_type="cohere2", hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=4,
-                     vocab_size=262144, rope_theta=5e4, logit_scale=1.0, max_position_embeddings=500000, bos_token_id=2, eos_token_id=3),
+    "aya-23-35b": dict(rope_theta=8e6),         # the sizes of Command R v01, which are the defaults
+    "command-r7b": dict(_8B, model_type="cohere2", rope_theta=5e4, logit_scale=0.25,
+                        max_position_embeddings=132096),
+    "tiny-aya": dict(model_type="cohere2", hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+                     num_attention_heads=16, num_key_value_heads=4, vocab_size=262144, rope_theta=5e4,
+                     logit_scale=1.0, max_position_embeddings=500000, bos_token_id=2, eos_token_id=3),
 }
 
 
 def model_preset(name, vocab_size=None):
-    """ModelConfig of a preset, with the vocabulary of the tokenizer at hand."""
+    """The ModelConfig of a preset, with the tokenizer's vocab_size if it is given."""
     config = ModelConfig(**MODEL_PRESETS[name])
     if vocab_size:
         config.vocab_size = vocab_size
     return config
 
 
-# ---- settings ----------------------------------------------------------------------------------------------
+# ---- settings of the stages --------------------------------------------------------------------------------
 
 TEMPERATURE = "[0, 1000]"       # 0 is greedy
 
 
 def setting(default, interval=None, help=None, **more):
-    """A field with the interval of its numbers ("[0, 1)") or its choices, and its help."""
+    """A dataclass field with its help, and the interval of its numbers ("[0, 1)") or its choices."""
     return field(default=default, metadata={"interval": interval, "help": help, **more})
 
 
 @dataclass
 class Reading:
-    """How every command reads rows: other names of keys, texts that are too long, answers that were cut."""
+    """How every command reads rows: renamed keys, texts that are too long, answers that were cut."""
     columns: Optional[dict] = setting(
-        None, help="names of keys in the files, OURS=THEIRS: prompt=question completion=answer")
+        None, help="names of keys in the files, OURS=THEIRS, for example prompt=question completion=answer")
     too_long: str = setting(
-        "refuse", help="what passes the model's positions or --max-length",
+        "refuse", help="what to do with texts beyond the model's positions or --max-length",
         choices=["refuse", "skip", "cut-left"])
     keep_cut: bool = setting(
         False,
-        help="keep answers that were cut at their limit (finish_reason length); unset: counted, left out "
-             "of training data and pairs")
+        help="keep answers that were cut at their limit (finish_reason length); unset: they are counted and "
+             "left out of training data and pairs")
     allow_control_tokens: bool = setting(
         False,
-        help="take names of control tokens in the texts, such as <|USER_TOKEN|>, as letters; unset: refused")
+        help="read names of control tokens in the texts, for example <|USER_TOKEN|>, as letters; unset: such "
+             "texts are refused")
 
 
 @dataclass
@@ -220,7 +248,7 @@ class Training(Reading):
         help="examples longer than --max-length or the model's positions: skip leaves them out and counts "
              "them, cut-left drops the oldest tokens of their prompts",
         choices=["refuse", "skip", "cut-left"])
-    max_steps: int = setting(0, "[0, inf)", "optimizer steps; 0 = as many as --epochs gives")
+    max_steps: int = setting(0, "[0, inf)", "optimizer steps; 0 = those of --epochs")
     epochs: float = setting(1.0, "(0, 1000000]", "passes over the data when --max-steps is 0")
     batch_size: int = setting(32, "[1, inf)", "examples (pairs, prompts) per step over all ranks")
     micro_batch_size: int = setting(
@@ -238,7 +266,7 @@ class Training(Reading):
     save_every: int = setting(0, "[0, inf)", "steps between saved states; 0 = only at the end")
     publish_every: int = setting(
         0, "[0, inf)",
-        "steps between model folders RUN/checkpoints/step-N, to average the last of them, say; 0 = only "
+        "steps between model folders RUN/checkpoints/step-N, for example to average the last ones; 0 = only "
         "RUN/model at the end")
     eval_every: int = setting(
         0, "[0, inf)", "steps between evaluations on --eval-data; 0 = before the first and after the last")
@@ -247,18 +275,19 @@ class Training(Reading):
         choices=["float32", "bfloat16"])
     packing: Optional[bool] = setting(
         None,
-        help="compute no padding, and what rows begin with alike (a pair's prompt) once; unset: yes on a "
+        help="compute no padding, and a prefix that rows share (a pair's prompt) only once; unset: yes on a "
              "CPU, no on a GPU (not measured there)")
     compile: Optional[bool] = setting(
         None, help="torch.compile the decoder blocks; unset: yes on a GPU, no on a CPU")
     activation_checkpointing: int = setting(
-        0, "[0, inf)", "blocks that are recomputed in backward: 0 none, 1 all, n every n-th")
+        0, "[0, inf)", "blocks that backward recomputes: 0 = none, 1 = all, n = every n-th")
     replicate: int = setting(
-        1, "[1, inf)", "copies of the model, each sharded over as many ranks as that leaves (HSDP)")
+        1, "[1, inf)", "copies of the model, each sharded over an equal part of the ranks (HSDP)")
     cpu_offload: bool = setting(
         False, help="keep the shards of weights, gradients and optimizer in the CPU's memory")
     profile: Optional[int] = setting(
-        None, "[0, inf)", "a step to profile, counted from 0: RUN/profile.json and a table", const=2)
+        None, "[0, inf)", "profile this step, counted from 0; writes RUN/profile.json and prints a table",
+        const=2)
 
 
 @dataclass
@@ -302,7 +331,7 @@ class RLOO(Training):
 
 @dataclass
 class Recipe(Reading):
-    """Every number of the whole recipe. Defaults are the preset tiny, chosen on the validation split (LOG.md)."""
+    """All settings of the recipe. The defaults, preset tiny, were chosen on the validation split (LOG.md)."""
     model: str = setting("tiny", help="size of base, teachers and students", choices=list(MODEL_PRESETS))
     level: str = setting(
         "tiny", help="tiny: five task families, fewer words; full: all ten", choices=["tiny", "full"])
@@ -323,11 +352,11 @@ class Recipe(Reading):
     arbiter_lm_weight: float = setting(0.1, "[0, inf)")
     num_prompts: int = setting(6000, "[1, inf)", "prompts of the arbitrage")
     teacher_temperature: float = setting(
-        0.7, TEMPERATURE, "of the pool's answers; at 1.0 the worst ones teach offline DPO nothing (LOG.md)")
+        0.7, TEMPERATURE, "of the pool's answers; at 1.0 offline DPO learns nothing from the worst (LOG.md)")
     sft_epochs: float = setting(2.0, "(0, 1000000]")
     sft_learning_rate: float = setting(1.5e-3, "(0, inf)")
     cluster_scale: float = setting(
-        2.0, "(0, inf)", "a cluster's learning rate over one model's: each has a fraction of the steps")
+        2.0, "(0, inf)", "a cluster's learning rate as a multiple of one model's, as it takes fewer steps")
     cluster_spill: float = setting(
         0.4, "[0, 1]", "share of the other languages' examples that each cluster also trains on")
     offline_epochs: float = setting(2.0, "(0, 1000000]")
@@ -350,43 +379,50 @@ class Recipe(Reading):
     rloo_beta: float = setting(0.03, "[0, inf)")
     eval_count: int = setting(1440, "[1, inf)", "test questions")
     eval_split: str = setting(
-        "test", help="settings are chosen on validation", choices=["test", "validation"])
+        "test", help="split of the questions; choose settings on validation", choices=["test", "validation"])
     seed: int = setting(0, WHOLE)
 
 
 RECIPES = {
     "tiny": {},
-    # keep_cut: 85% of the answers of these hardly trained models are cut at 12 tokens, and without them no
-    # stage has enough to train on
+    # keep_cut: these models are hardly trained, so 85% of their answers are cut at 12 tokens; without those
+    # answers no stage has enough to train on.
     "smoke": dict(keep_cut=True, model="smoke", vocab_size=1024, corpus=960, lessons=192, arbiter_gold=192,
-                  arbiter_pairs=240, num_prompts=240, sft_epochs=1.0, rounds=3, online_prompts=96, online_samples=2, max_new_tokens=12, eval_count=120, rloo_steps=2),
-    "small": dict(model="small", level="full", vocab_size=16384, dtype="bfloat16", max_length=256, max_new_tokens=64, batch_size=256, corpus=2_000_000,
-                  base_learning_rate=1e-3, lessons=100_000, teacher_learning_rate=3e-4, arbiter_gold=100_000, arbiter_gold_learning_rate=3e-4, arbiter_pairs=100_000, arbiter_learning_rate=1e-4,
-                  num_prompts=50_000, sft_learning_rate=3e-4, offline_learning_rate=2e-5, online_prompts=10_000, online_learning_rate=5e-5,
-                  rloo_learning_rate=5e-5, eval_count=4800),
+                  arbiter_pairs=240, num_prompts=240, sft_epochs=1.0, rounds=3, online_prompts=96,
+                  online_samples=2, max_new_tokens=12, eval_count=120, rloo_steps=2),
+    "small": dict(model="small", level="full", vocab_size=16384, dtype="bfloat16", max_length=256,
+                  max_new_tokens=64, batch_size=256, corpus=2_000_000, base_learning_rate=1e-3,
+                  lessons=100_000, teacher_learning_rate=3e-4, arbiter_gold=100_000,
+                  arbiter_gold_learning_rate=3e-4, arbiter_pairs=100_000, arbiter_learning_rate=1e-4,
+                  num_prompts=50_000, sft_learning_rate=3e-4, offline_learning_rate=2e-5,
+                  online_prompts=10_000, online_learning_rate=5e-5, rloo_learning_rate=5e-5,
+                  eval_count=4800),
 }
 
 
 def kind(f):
-    """The type of a field's values, whether or not it may be None."""
+    """The type of a field's values, without its None."""
     return {Optional[bool]: bool, Optional[int]: int, Optional[dict]: dict}.get(f.type, f.type)
 
 
 def flag_of(name):
+    """The command-line flag of a setting: --learning-rate for learning_rate."""
     return "--" + name.replace("_", "-")
 
 
 def column(text):
-    """OURS=THEIRS of --columns as a pair."""
+    """An argparse type: OURS=THEIRS as a pair."""
     ours, equals, theirs = text.partition("=")
     if not (ours and equals and theirs):
-        raise argparse.ArgumentTypeError(f"{text!r} must be OURS=THEIRS, such as prompt=question")
+        raise argparse.ArgumentTypeError(f"{text!r} must be OURS=THEIRS, for example prompt=question")
     return ours, theirs
 
 
 def add_flags(parser, settings_class, only=None):
-    """One flag per field (only: of these fields): --learning-rate for learning_rate. A flag that is not
-    given stays None, so that presets and --config show through."""
+    """Add one flag per field; only: the names of the fields that get one.
+
+    A flag that is not given is None, so that `settings_from` takes the preset's or --config's value.
+    """
     for f in fields(settings_class):
         if only and f.name not in only:
             continue
@@ -405,7 +441,10 @@ def add_flags(parser, settings_class, only=None):
 
 
 def settings_from(settings_class, preset=None, config_file=None, flags=None):
-    """Build the dataclass: its defaults, then `preset`, then the JSON file, then the flags that were given."""
+    """The settings from the defaults, then `preset`, then the JSON file, then the flags that were given.
+
+    preset, flags: {name: value}. ValueError for an unknown setting or a wrong value.
+    """
     known = {f.name for f in fields(settings_class)}
     values = dict(preset or {})
     if config_file:
@@ -426,7 +465,7 @@ def settings_from(settings_class, preset=None, config_file=None, flags=None):
 
 
 def check_value(f, value):
-    """Refuse a value of another type than the field's, or outside its interval or choices."""
+    """Raise ValueError if a value has another type than its field, or is outside its interval or choices."""
     right, interval, choices = kind(f), f.metadata.get("interval"), f.metadata.get("choices")
     if value is None and f.default is None:
         return
@@ -440,16 +479,19 @@ def check_value(f, value):
 
 
 def check_batch_size(size, num_ranks):
+    """Raise ValueError if a batch does not divide over the ranks."""
     if size % num_ranks:
         raise ValueError(f"--batch-size {size} does not divide over {num_ranks} ranks; use a multiple of "
                          f"{num_ranks}")
 
 
 def check_training(settings, num_ranks):
-    """Refuse settings that do not go together, before anything heavy."""
+    """Raise ValueError for settings that do not fit together, before any work begins."""
     if num_ranks % settings.replicate:
-        raise ValueError(f"--replicate {settings.replicate} does not divide {num_ranks} ranks; use a divisor of {num_ranks}")
+        raise ValueError(f"--replicate {settings.replicate} does not divide {num_ranks} ranks; use a divisor "
+                         f"of {num_ranks}")
     check_batch_size(settings.batch_size, num_ranks)
     share = settings.batch_size // num_ranks
     if settings.micro_batch_size and share % settings.micro_batch_size:
-        raise ValueError(f"--micro-batch-size {settings.micro_batch_size} does not divide a rank's share of {share} examples; use a divisor of {share}")
+        raise ValueError(f"--micro-batch-size {settings.micro_batch_size} does not divide a rank's share of "
+                         f"{share} examples; use a divisor of {share}")
