@@ -19,12 +19,12 @@ FLOORS = [
     {"config", "distributed", "languages", "losses", "merge_config", "merge_front", "template",
      "tensorfiles"},
     # 2: the decoder, the world, how to resume, what a line of JSONL means, whether two folders are alike
-    {"alike", "checkpoint", "control_tokens", "journal", "lengths", "model", "report", "rows",
+    {"alike", "checkpoint", "control_tokens", "journal", "lengths", "model", "report_data", "rows",
      "template_turns", "world"},
     # 3: text to ids, rows to batches, the engine
-    {"data", "preferences", "sampling", "tokenizer", "world_data"},
+    {"data", "preferences", "report_table", "sampling", "tokenizer", "world_data"},
     # 4: what is done with a model or with folders
-    {"arbitrage", "chat", "loop", "merge_folders", "reward", "weights"},
+    {"arbitrage", "chat", "loop", "merge_folders", "report", "reward", "weights"},
     # 5: run folders, log-probs under a fixed model, win rates, a recipe's checks
     {"evaluate", "pipeline_checks", "reference", "runs"},
     # 6: samples of the policy as batches
