@@ -40,7 +40,7 @@ VERDICT = ["grade", "seen_language", "why", "score", "reward"]          # keys t
 
 
 def bootstrap_mean(values, question_ids, num_resamples=2000, seed=0):
-    """(mean of values (N,), its 95% interval [lo, hi]): the bootstrap resamples questions with all their rows.
+    """(mean of values (N,), its 95% interval [lo, hi]): the bootstrap resamples questions, with all rows.
 
     Known gap: N equal values (for example 60 wins of 60) give an interval of width 0, which is not certainty.
     """
