@@ -124,8 +124,8 @@ def ask(conversation, question, out, max_new_tokens, **sampling):
         ids, room, dropped = conversation.prompt(i, question, max_new_tokens)
         if dropped:
             positions = model.config.max_position_embeddings
-            print(f"[{name}: its {positions} positions are full; forgot the oldest turns, {len(dropped) // 2}, "
-                  f"from {dropped[0]['content'][:40]!r} on]", file=out)
+            print(f"[{name}: its {positions} positions are full; forgot the oldest turns, "
+                  f"{len(dropped) // 2}, from {dropped[0]['content'][:40]!r} on]", file=out)
         chosen = stream(model, ids, max_new_tokens=room, stop_ids=stop_ids, name=name, **sampling)
         answers.append(Answer(name, tokenizer, chosen, stop_ids))
     show(answers, out)
