@@ -25,14 +25,15 @@ from aya_min.arbitrage import candidates_from, route, wins_table
 from aya_min.chat import chat
 from aya_min.command import WHOLE, Parser, is_text, number, printable
 from aya_min.config import TEMPERATURE, Reading, add_flags, settings_from
-from aya_min.data import load_prompts, plain
+from aya_min.data import load_prompts, without_added_keys
+from aya_min.engine import LEAST_TEMPERATURE, Fused, check_sampling
 from aya_min.files import dumps, jsonl, marked, read_json, taken
 from aya_min.journal import PURPOSE, Journal
 from aya_min.languages import language_code
 from aya_min.lengths import cut_left, fit_prompts
 from aya_min.preferences import ANSWER, best_worst, cut_line
 from aya_min.reward import score_texts
-from aya_min.sampling import LEAST_TEMPERATURE, Fused, answer_rows, check_sampling, plan, stream
+from aya_min.sampling import answer_rows, engine_size, stream
 
 gc.freeze()
 gc.enable()
@@ -150,11 +151,11 @@ def check_pool(args):
 
 def look_at_models(args):
     """({folder: (model without weights, tokenizer, header)} of the models, the same of the arbiter)."""
-    looked = {folder: weights.look_into(folder) for folder in args.models or [args.model]}
+    looked = {folder: weights.load_meta(folder) for folder in args.models or [args.model]}
     for folder, (model, *_) in looked.items():
         if isinstance(model, weights.RewardModel):
             raise ValueError(f"{folder}: a reward model cannot generate; give a language model")
-    arbiter = weights.look_into(args.arbiter) if args.arbiter else None
+    arbiter = weights.load_meta(args.arbiter) if args.arbiter else None
     if arbiter and not isinstance(arbiter[0], weights.RewardModel):
         raise ValueError(f"--arbiter {args.arbiter}: a language model, not a reward model; give a folder "
                          "that the reward stage wrote")
@@ -194,7 +195,7 @@ def plan_cache(model, lengths, args, device):
     """(slots, tokens of a slot, bytes) of the KV cache that this rank needs; too large a one is refused."""
     mine = lengths[distributed.rank()::distributed.num_ranks()]
     limits, dtype = [args.max_new_tokens] * len(mine), getattr(torch, args.dtype)
-    return plan(model.config, mine, limits, args.num_samples, args.batch_size, device, dtype)
+    return engine_size(model.config, mine, limits, args.num_samples, args.batch_size, device, dtype)
 
 
 def read_table(path, rows, models):
@@ -307,7 +308,7 @@ def talk(args, device):
 
 def of_prompt(row):
     """The keys of a row that are its prompt's."""
-    return {k: v for k, v in plain(row).items() if k not in ANSWER}
+    return {k: v for k, v in without_added_keys(row).items() if k not in ANSWER}
 
 
 def answers_of(rows, lengths, args, device, reading, journal):
@@ -339,11 +340,12 @@ def arbitrage(rows, lengths, args, device, reading, journal, table, same):
     rewards = {}                                        # by the messages' id: a file may be given twice
     for row in candidates:
         rewards[id(row["prompt_messages"])] = {c["teacher"]: c["reward"] for c in row["candidates"]}
-    outputs = {args.out: [{**plain(row), "scores": rewards[id(row["prompt_messages"])]} for row in chosen]}
+    outputs = {args.out: [{**without_added_keys(row), "scores": rewards[id(row["prompt_messages"])]}
+                          for row in chosen]}
     lines = [wins_table(counts["wins"], args.models), counted(counts), cut_line(candidates)]
     if args.pairs:
         pairs, pair_counts = best_worst(candidates, args.margin or 0.0, reading.keep_cut, same)
-        outputs[args.pairs] = [plain(pair) for pair in pairs]
+        outputs[args.pairs] = [without_added_keys(pair) for pair in pairs]
         lines.append("pairs  " + counted(pair_counts))
     for path, made in outputs.items():
         if not made:
@@ -392,7 +394,7 @@ def work(rows, lengths, looked, arbiter, table, args, device, reading):
     choice = {"table of languages": table and {str(k): v for k, v in table.items()},
               **{name: getattr(args, name) for name in OF_POOL}}
     with open_journal(rows, looked, args, reading) as journal:
-        if journal.published(outputs, choice):
+        if journal.finish_publishing(outputs, choice):
             distributed.say(f"{' and '.join(outputs)} had been finished before; what was left in "
                             f"{args.out}.partial is removed")
             journal.remove()

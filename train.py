@@ -1,14 +1,16 @@
 """Train: the whole recipe, or one stage on your own files.
 
-    torchrun train.py                                              the recipe on the embedded world (preset tiny, runs/tiny)
-    torchrun train.py recipe --preset smoke --out runs/smoke       smaller, under a minute
-    torchrun train.py sft --model DIR --data F.jsonl --out RUN     one stage: pretrain, sft, reward, dpo, rloo
-    torchrun train.py sft --resume RUN                             go on with a stage that was stopped
+    torchrun train.py                                            the recipe on the embedded world, runs/tiny
+    torchrun train.py recipe --preset smoke --out runs/smoke     a smaller recipe, under a minute
+    torchrun train.py sft --model DIR --data F.jsonl --out RUN   one stage: pretrain, sft, reward, dpo, rloo
+    torchrun train.py sft --resume RUN                           continue a stage that was stopped
 """
 
 import gc
 
-gc.disable()                # importing torch makes many objects that all stay: they are not looked through as they come, nor at the end, 1.1 s less
+# Garbage collection is disabled while torch is imported, because its objects are permanent: start-up takes
+# 1.1 s less.
+gc.disable()
 
 import argparse
 import json
@@ -19,13 +21,14 @@ from pathlib import Path
 
 import torch
 
-from aya_min import config, distributed, pipeline, pipeline_checks, pipeline_steps, reference, runs, stages, weights
+from aya_min import (config, distributed, linear, pipeline, pipeline_checks, pipeline_steps, reference, runs,
+                     stages, weights)
 from aya_min.command import Parser, number, printable
 from aya_min.data import read_jsonl
 from aya_min.estimate import dry_run
 from aya_min.files import read_json, refuse_pipe, write_json
 from aya_min.languages import CLUSTERS, read_clusters
-from aya_min.model import CohereForCausalLM, init_weights
+from aya_min.model import init_weights
 from aya_min.report_table import results_table
 from aya_min.rows import texts_in
 from aya_min.tokenizer import load_tokenizer, train_tokenizer
@@ -33,69 +36,92 @@ from aya_min.tokenizer import load_tokenizer, train_tokenizer
 gc.freeze()
 gc.enable()
 
-SECONDS = number(float, "[0.001, 31536000]")        # of a wait: up to a year
+# A timeout of up to a year.
+SECONDS = number(float, "[0.001, 31536000]")
 
 
 def make_parser():
     parser = Parser(prog="train.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    recipe = commands.add_parser("recipe", help="the whole recipe (the default)")
-    recipe.add_argument("--preset", choices=list(config.RECIPES), default="tiny")
-    recipe.add_argument("--out", help="run folder (default runs/PRESET); the same command goes on with what is there")
-    recipe.add_argument("--arms", choices=["main", "all"], default="main", help="all: also online only, RLOO, no shared languages")
-    recipe.add_argument("--base", help="your own model folder, instead of the embedded world's base")
-    recipe.add_argument("--prompts", nargs="+", help="your own prompt files (JSONL with language)")
-    recipe.add_argument("--teachers", nargs="+", help="model folders, or JSONL files of completions made elsewhere")
-    recipe.add_argument("--arbiter", help="reward model folder")
-    recipe.add_argument("--judge", help="a second reward model folder that judges the results, never the arbiter")
-    recipe.add_argument("--eval-prompts", nargs="+", help="prompts to be judged on (default: --prompts)")
-    recipe.add_argument("--clusters", help="JSON file {cluster: [languages]}")
-    recipe.add_argument("--config", help="JSON file of recipe settings")
-    waits = "how long a rank waits for the others before it takes them for dead"
-    recipe.add_argument("--collective-timeout", type=SECONDS, default=1800, metavar="SECONDS",
-                        help=f"{waits} (default 1800)")
-    config.add_flags(recipe, config.Recipe)
-    for name, about in stages.STAGES.items():
-        stage = commands.add_parser(name, help=about.about)
-        stage.add_argument("--model", help=f"model folder, or a preset's name for random weights ({' '.join(config.MODEL_PRESETS)})")
-        stage.add_argument("--tokenizer", help="folder with tokenizer.json, for a preset; without it one is trained on the data")
-        stage.add_argument("--data", nargs="+", help="JSONL files")
-        stage.add_argument("--eval-data", nargs="+", default=[],
-                           help="held-out JSONL files; reported per language (rloo: prompts, answered once)")
-        stage.add_argument("--out", help="run folder; must be new")
-        stage.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-        stage.add_argument("--config", help="JSON file of settings")
-        stage.add_argument("--collective-timeout", type=SECONDS, default=600, metavar="SECONDS",
-                           help=f"{waits} (default 600)")
-        stage.add_argument("--dry-run", action="store_true", help="check everything, print what it needs (memory, communication, operations), train nothing")
-        stage.add_argument("--gpus", type=number(int, "[1, 16384]"), metavar="N",
-                           help="with --dry-run: the number of GPUs (default: the ranks at hand)")
-        for beside, text in about.beside.items():
-            stage.add_argument(config.flag_of(beside), metavar="PATH", help=text)
-        used = [f.name for f in fields(about.settings) if not (about.samples and f.name == "keep_cut")]
-        config.add_flags(stage, about.settings, used)
+    add_recipe(commands)
+    for name, stage in stages.STAGES.items():
+        add_stage(commands, name, stage)
     return parser
 
 
+def add_timeout(parser, seconds):
+    parser.add_argument("--collective-timeout", type=SECONDS, default=seconds, metavar="SECONDS",
+                        help="how long a rank waits for another before it takes it for dead "
+                             f"(default {seconds})")
+
+
+def add_recipe(commands):
+    recipe = commands.add_parser("recipe", help="the whole recipe (the default)")
+    recipe.add_argument("--preset", choices=list(config.RECIPES), default="tiny")
+    recipe.add_argument("--out", help="run folder (default runs/PRESET); the same command continues its run")
+    recipe.add_argument("--arms", choices=["main", "all"], default="main",
+                        help="all: also online only, RLOO, no shared languages")
+    recipe.add_argument("--base", help="your own model folder, instead of the embedded world's base")
+    recipe.add_argument("--prompts", nargs="+", help="your own prompt files (JSONL with language)")
+    recipe.add_argument("--teachers", nargs="+",
+                        help="model folders, or JSONL files of completions made elsewhere")
+    recipe.add_argument("--arbiter", help="reward model folder")
+    recipe.add_argument("--judge", help="another reward model folder, which judges the results")
+    recipe.add_argument("--eval-prompts", nargs="+",
+                        help="prompts whose answers are judged (default: --prompts)")
+    recipe.add_argument("--clusters", help="JSON file {cluster: [languages]}")
+    recipe.add_argument("--config", help="JSON file of recipe settings")
+    add_timeout(recipe, 1800)
+    config.add_flags(recipe, config.Recipe)
+
+
+def add_stage(commands, name, stage):
+    """The command of a stage of stages.STAGES."""
+    parser = commands.add_parser(name, help=stage.about)
+    presets = " ".join(config.MODEL_PRESETS)
+    parser.add_argument("--model", help=f"model folder, or a preset's name for random weights ({presets})")
+    parser.add_argument("--tokenizer", help="for a preset: folder with tokenizer.json (default: train one on "
+                                            "the data)")
+    parser.add_argument("--data", nargs="+", help="JSONL files")
+    parser.add_argument("--eval-data", nargs="+", default=[],
+                        help="held-out JSONL files; reported per language (rloo: prompts, answered once)")
+    parser.add_argument("--out", help="run folder; must be new")
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.add_argument("--config", help="JSON file of settings")
+    add_timeout(parser, 600)
+    parser.add_argument("--dry-run", action="store_true",
+                        help="check everything, print the memory, communication and operations it needs, and "
+                             "train nothing")
+    parser.add_argument("--gpus", type=number(int, "[1, 16384]"), metavar="N",
+                        help="with --dry-run: the number of GPUs (default: the ranks of this command)")
+    for beside, text in stage.beside.items():
+        parser.add_argument(config.flag_of(beside), metavar="PATH", help=text)
+    used = [f.name for f in fields(stage.settings) if not (stage.samples and f.name == "keep_cut")]
+    config.add_flags(parser, stage.settings, used)
+
+
 def texts_of(paths, reading):
-    """Every text in the files, for training a tokenizer."""
+    """Yield every text in the files, to train a tokenizer."""
     for path in paths:
         for where, row in read_jsonl(path, reading):
             yield from texts_in(row, where)
 
 
 def load_model(args, device, settings):
-    """(model, tokenizer) of --model: a folder, or a preset with random weights and a given or newly trained tokenizer.
+    """(model, tokenizer) of --model: a folder, or a preset with random weights and a given or newly trained
+    tokenizer. A dry run gets a model on the meta device, and no tokenizer if it has a preset and no data.
 
-    A folder is read into the ranks' shards at once, unless the stage needs the plain model first."""
+    A folder is read directly into the ranks' shards."""
     if is_preset(args.model):
         preset = config.model_preset(args.model)
         architecture = stages.STAGES[args.command].architecture
         if args.dry_run and not args.tokenizer and not args.data:
             return on_meta(architecture, preset), None
-        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else \
-            train_tokenizer(texts_of(args.data, settings), preset.vocab_size)
+        if args.tokenizer:
+            tokenizer = load_tokenizer(args.tokenizer)
+        else:
+            tokenizer = train_tokenizer(texts_of(args.data, settings), preset.vocab_size)
         preset.vocab_size, preset.eos_token_id = tokenizer.vocab_size, tokenizer.end_of_turn_id
         if args.dry_run:
             return on_meta(architecture, preset), tokenizer
@@ -104,25 +130,27 @@ def load_model(args, device, settings):
     if not trunk and weights.read_config(args.model)[1] is weights.RewardModel:
         raise ValueError(f"--model {args.model}: a reward model; {args.command} trains language models")
     if args.dry_run:
-        return weights.look_into(args.model, trunk)[:2]
-    return weights.load(args.model, "cpu" if settings.cpu_offload else device, trunk=trunk, sharded=True,
-                        compute_dtype=getattr(torch, settings.dtype), replicate=settings.replicate, cpu_offload=settings.cpu_offload)
+        return weights.load_meta(args.model, trunk)[:2]
+    place = "cpu" if settings.cpu_offload else device
+    return weights.load(args.model, place, trunk=trunk, sharded=True, replicate=settings.replicate,
+                        compute_dtype=getattr(torch, settings.dtype), cpu_offload=settings.cpu_offload)
 
 
 def load_reward_model(args, device, settings, tokenizer):
-    """The model of --reward-model, on the meta device for a dry run. ValueError if it does not go with --model."""
+    """The model of --reward-model, on the meta device for a dry run. Raises ValueError if it does not fit
+    --model."""
     if args.dry_run:
-        model, its_tokenizer = weights.look_into(args.reward_model)[:2]
+        model, its_tokenizer = weights.load_meta(args.reward_model)[:2]
     else:
         place = "cpu" if settings.cpu_offload else device
-        model, its_tokenizer = weights.load(args.reward_model, place, sharded=True, replicate=settings.replicate,
-                                            cpu_offload=settings.cpu_offload)
+        model, its_tokenizer = weights.load(args.reward_model, place, sharded=True,
+                                            replicate=settings.replicate, cpu_offload=settings.cpu_offload)
     if not isinstance(model, weights.RewardModel):
-        raise ValueError(f"--reward-model {args.reward_model}: a language model; give a folder that the reward "
-                         "stage wrote")
+        raise ValueError(f"--reward-model {args.reward_model}: a language model; give a folder that the "
+                         "reward stage wrote")
     if tokenizer and its_tokenizer.meaning != tokenizer.meaning:
-        raise ValueError(f"--reward-model {args.reward_model}: another tokenizer than --model; both must be the "
-                         "same")
+        raise ValueError(f"--reward-model {args.reward_model}: another tokenizer than --model; both must be "
+                         "the same")
     return model
 
 
@@ -136,13 +164,15 @@ def is_preset(name):
 
 
 def resumed_from(args):
-    """The config.json of the run that --resume names ({} without), after args has been filled up from it."""
+    """The config.json of the run that --resume names, {} without --resume. Flags that are not given are set
+    from it, in args."""
     if not args.resume:
         return {}
     kind = stages.STAGES[args.command].settings
     before = distributed.from_main(lambda: runs.read_run(Path(args.resume), args.command, kind))
     if args.out and Path(args.out).resolve() != Path(args.resume).resolve():
-        raise ValueError(f"--out {args.out}: --resume {args.resume} goes on in its own; leave --out out")
+        raise ValueError(f"--out {args.out}: --resume {args.resume} continues in its own folder; remove "
+                         "--out")
     args.out, args.data = args.resume, args.data or before["data"]
     args.model = args.model or before.get("model")
     args.eval_data = args.eval_data or before.get("eval_data") or []
@@ -154,12 +184,13 @@ def resumed_from(args):
 
 
 def check_flags(args, settings, device, ranks):
-    """Refuse, before anything heavy, flags that do not go together, and files that are none."""
+    """Raise ValueError, before heavy work, for flags that exclude each other and for paths that are no files.
+    Flags without effect are named on standard error."""
     config.check_training(settings, ranks)
     if args.gpus and not args.dry_run:
-        raise ValueError("--gpus goes with --dry-run; torchrun --nproc-per-node says how many ranks train")
+        raise ValueError("--gpus goes with --dry-run; torchrun --nproc-per-node sets the number of ranks")
     if settings.cpu_offload and device.type == "cpu" and not args.dry_run:
-        raise ValueError("--cpu-offload needs a GPU to offload from; on a CPU leave it out")
+        raise ValueError("--cpu-offload needs a GPU to offload from; remove it on a CPU")
     if args.eval_every and not args.eval_data:
         distributed.say("--eval-every has no effect without --eval-data")
     if args.epochs and settings.max_steps:
@@ -176,14 +207,17 @@ def check_flags(args, settings, device, ranks):
 
 def run_one_stage(args, device):
     stage = stages.STAGES[args.command]
-    if args.out and not args.resume and distributed.restart_count() and (Path(args.out) / "config.json").is_file():
-        args.resume = args.out              # torchrun --max-restarts started the same command again
+    restarted = args.out and not args.resume and distributed.restart_count()
+    if restarted and (Path(args.out) / "config.json").is_file():
+        # torchrun --max-restarts started the same command again.
+        args.resume = args.out
     before = resumed_from(args)
     needed = ["model"] if args.dry_run else ["model", "data", "out", *stage.needs]
     missing = ["--" + name.replace("_", "-") for name in needed if not getattr(args, name)]
     if missing:
         raise ValueError(f"{args.command} needs {' '.join(missing)}")
-    settings = config.settings_from(stage.settings, before.get("settings") and {**runs.AS_BEFORE, **before["settings"]}, args.config, vars(args))
+    old = {**runs.AS_BEFORE, **before["settings"]} if before else None
+    settings = config.settings_from(stage.settings, old, args.config, vars(args))
     ranks = args.gpus or distributed.num_ranks()
     distributed.from_main(lambda: check_flags(args, settings, device, ranks))
     if not args.resume and args.out:
@@ -196,13 +230,17 @@ def run_one_stage(args, device):
         beside["reward_model"] = load_reward_model(args, device, settings, tokenizer)
     if args.dry_run:
         is_main = distributed.is_main()
-        distributed.close()                 # a process group of ranks that are not there takes its place
+        # The dry run makes a process group of simulated ranks, so the real one must end.
+        distributed.close()
         if is_main:
-            print(dry_run(args.command, args.model, model, settings, args.data, args.eval_data, tokenizer, ranks, beside.get("reward_model")))
+            print(dry_run(args.command, args.model, model, settings, args.data, args.eval_data, tokenizer,
+                          ranks, beside.get("reward_model")))
         return
-    folder = stages.train_stage(args.command, model, tokenizer, args.data, settings, args.out, device, args.eval_data, bool(args.resume), source, **beside)
+    folder = stages.train_stage(args.command, model, tokenizer, args.data, settings, args.out, device,
+                                args.eval_data, bool(args.resume), source, **beside)
     if stage.architecture is weights.RewardModel:
-        distributed.say("transformers loads the language model in it; the score: head of aya_min/weights.py", [folder])
+        distributed.say("transformers loads the language model in it; the score: head of aya_min/weights.py",
+                        [folder])
     if distributed.is_main():
         print(folder)
 
@@ -210,12 +248,14 @@ def run_one_stage(args, device):
 def run_whole_recipe(args, device):
     preset = dict(config.RECIPES[args.preset])
     if args.base:
-        preset.pop("keep_cut", None)        # for the embedded world's models, not for a user's own
+        # This setting is for the models of the embedded world, not for a user's own.
+        preset.pop("keep_cut", None)
     recipe = config.settings_from(config.Recipe, preset, args.config, vars(args))
     own = {"base": args.base, "prompts": args.prompts, "teachers": args.teachers, "arbiter": args.arbiter}
-    if any(own.values()) and not all(own.values()):
-        raise ValueError(f"your own pipeline also needs {' '.join('--' + k for k, v in own.items() if not v)}")
-    if not all(own.values()) and (args.judge or args.eval_prompts or args.columns):
+    missing = ["--" + name for name, value in own.items() if not value]
+    if any(own.values()) and missing:
+        raise ValueError(f"your own pipeline also needs {' '.join(missing)}")
+    if missing and (args.judge or args.eval_prompts or args.columns):
         raise ValueError("--judge, --eval-prompts and --columns go with --base, --prompts, --teachers and "
                          "--arbiter")
     if args.judge and Path(args.judge).resolve() == Path(args.arbiter).resolve():
@@ -237,24 +277,28 @@ def run_whole_recipe(args, device):
     def open_folder():
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(runs.lock(out))
-        about = {**record, "versions": runs.versions(), "command": " ".join(sys.argv)}
-        write_json(out / "config.json", about)
+        before = out / "config.json"
+        products = runs.products_before(read_json(before)) if before.is_file() else linear.chosen()
+        about = {**record, "products": products, "versions": runs.versions(), "command": " ".join(sys.argv)}
+        write_json(before, about)
+        return products
     own |= {k: Path(own[k]) for k in ("base", "arbiter", "judge") if own[k]}
     with ExitStack() as held:
-        distributed.from_main(open_folder)
+        linear.choose(distributed.from_main(open_folder))
         summary = pipeline.run_recipe(pipeline_steps.Run(out, recipe, device, clusters, args.arms, **own))
     if distributed.is_main():
         print(printable(f"\n{results_table(summary)}\n\n{out / 'report.html'}"))
 
 
+# {start of a setting's name: the steps that read it}. Such a setting may change until one of them begins.
 LATE = {"offline_": "offline*", "rounds": "online*", "online_": "online*", "rloo_": "rloo*",
         "eval_count": "eval-*"}
 
 
 def check_run_folder(out, record, preset):
-    """Refuse a folder that holds another run of the recipe, or anything else. A setting that an older run
-    does not know has the preset's value; what only steps read that are not begun (LATE) may change, after one
-    of them failed."""
+    """Raise ValueError if the folder holds anything but this run of the recipe. A setting that an older run's
+    config.json lacks takes the preset's value. Settings of LATE may change while none of their steps has
+    begun, for example after one failed."""
     path = out / "config.json"
     if not path.is_file():
         if out.exists() and {path.name for path in out.iterdir()} - {".lock"}:
@@ -271,13 +315,13 @@ def check_run_folder(out, record, preset):
         begun = (step for start, steps in LATE.items() if name.startswith(start)
                  for step in [*out.glob(f"steps/{steps}/done.json"), *out.glob(f"steps/{steps}/state")])
         return name.startswith(tuple(LATE)) and not any(begun)
-    skipped = {"versions", "command", "arms"}
+    skipped = {"versions", "command", "arms", "products"}
     changed = [k for k in sorted((now.keys() | before.keys()) - skipped) if now.get(k) != before.get(k)]
     changed += [f"{config.flag_of(k)} ({theirs.get(k)!r})" for k in sorted(theirs.keys() | recipes[0].keys())
                 if theirs.get(k) != recipes[0].get(k) and not may_change(k)]
     if changed:
         raise ValueError(f"{out} holds a run with other {' '.join(changed)}; give another --out, or the same "
-                         "settings to go on with it")
+                         "settings to continue it")
 
 
 def main():
@@ -285,8 +329,9 @@ def main():
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["recipe"] + argv
     args = make_parser().parse_args(argv)
+    work = run_whole_recipe if args.command == "recipe" else run_one_stage
     try:
-        distributed.launch(lambda device: (run_whole_recipe if args.command == "recipe" else run_one_stage)(args, device), args.collective_timeout)
+        distributed.launch(lambda device: work(args, device), args.collective_timeout)
     except KeyboardInterrupt:
         print("stopped; what was saved before is kept", file=sys.stderr)
         sys.exit(130)

@@ -1,7 +1,8 @@
-"""What every command line shares, without torch: the parser, numbers with a range, how a mistake is told.
+"""What every command line shares, without torch: the parser, numbers with a range, how errors are reported.
 
-A user's mistake is a ValueError or an OSError: one line on standard error that says what, where and what to
-do, and exit code 2. Anything else that ends a command is a fault of ours: it says so and shows its traceback.
+A user's mistake is a ValueError or an OSError. The command prints one line on standard error, which says
+what is wrong, where, and what to do, and ends with exit code 2. Any other exception is a fault of this
+program: the command says so, shows the traceback and ends with exit code 1.
 """
 
 import argparse
@@ -12,8 +13,9 @@ import traceback
 
 from tqdm import tqdm
 
-CONTROLS = {i: None for i in (*range(32), *range(127, 160))}
+CONTROLS = {i: None for i in (*range(32), *range(127, 160))}        # for str.translate: removed
 SHOWN = CONTROLS | {ord("\n"): "\n", ord("\t"): "    "}
+OUR_FAULT = "this is a fault of aya_min, not of yours; please report it with the lines above"
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,7 +38,8 @@ class Parser(argparse.ArgumentParser):
 
 
 class Several(argparse.Action):
-    """The values of a flag that takes several. Given twice, the flag would drop its earlier ones: refused."""
+    """Stores the values of a flag that takes several; refuses the flag's second use, which argparse would let
+    replace the first."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if getattr(self, "namespace", None) is namespace:
@@ -46,7 +49,7 @@ class Several(argparse.Action):
 
 
 def is_text(text):
-    """Whether a text is whole characters without NUL. The command line's bytes that are not UTF-8 are not."""
+    """Whether a text encodes as UTF-8 and has no NUL. Bytes of the command line that are not UTF-8 do not."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -62,17 +65,17 @@ def in_range(value, interval):
     try:
         if not math.isfinite(value):
             return False
-    except OverflowError:                           # a whole number of hundreds of digits
+    except OverflowError:                           # an int of hundreds of digits
         return False
     above = value >= low if interval[0] == "[" else value > low
     return above and (value <= high if interval[-1] == "]" else value < high)
 
 
-WHOLE = "[0, 9223372036854775808)"          # a seed: what fits into 63 bits
+WHOLE = "[0, 9223372036854775808)"          # seeds: 63 bits
 
 
 def number(kind, interval):
-    """An argparse type: an int or a float within an interval. Its error names flag, interval and value."""
+    """An argparse type: an int or float within an interval. Its error names flag, value and interval."""
     def read(text):
         try:
             value = kind(text)
@@ -85,7 +88,7 @@ def number(kind, interval):
 
 
 def describe(kind, interval):
-    """An interval in words: "a whole number of at least 1", "a number above 0 and at most 1"."""
+    """An interval in words, for example "a finite number above 0 and at most 1"."""
     low, high = (part.strip() for part in interval[1:-1].split(","))
     bounds = [] if low == "-inf" else [f"{'of at least' if interval[0] == '[' else 'above'} {low}"]
     bounds += [] if high == "inf" else [f"{'at most' if interval[-1] == ']' else 'below'} {high}"]
@@ -95,21 +98,24 @@ def describe(kind, interval):
 # ---- how a command ends ------------------------------------------------------------------------------------
 
 def printable(text):
-    """A text as a terminal may show it: no model or file may steer the terminal. Line ends and tabs stay."""
+    """A text without control characters, so that no model or file can steer the terminal.
+
+    Line ends stay, a tab becomes four spaces.
+    """
     return str(text).translate(SHOWN)
 
 
 def shortened(value):
-    """The beginning of a value, for a message."""
+    """The first 60 characters of a value's repr, for a message."""
     try:
         text = repr(value)
-    except ValueError:                  # a whole number of thousands of digits
+    except ValueError:                  # Python refuses to print an int of thousands of digits
         text = "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def one_line(error):
-    """What a mistake says, in one line: an OSError names its file."""
+    """The message of an error in one line. That of an OSError names its file."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -117,42 +123,45 @@ def one_line(error):
 
 
 def guarded(main, name):
-    """Run main() as a program does, and end with its exit code; 130 after Ctrl-C."""
+    """Run main() and end the process: with its exit code, 2 or 1 after an error, 130 after Ctrl-C."""
     try:
         code = main()
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # so that leaving writes nothing
+        # Python flushes standard output at exit, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 2
     except (ValueError, OSError) as error:
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         code = 2
     except Exception:
         traceback.print_exc()
-        print(f"{name}: {OURS}", file=sys.stderr)
+        print(f"{name}: {OUR_FAULT}", file=sys.stderr)
         code = 1
     sys.exit(code)
 
 
 def is_spare_rank():
-    """Whether torchrun started this process beside a rank 0 that does all the work of the command. A RANK
-    from elsewhere, a scheduler's, says nothing of that."""
+    """Whether torchrun started this process beside a rank 0 that does all the work of the command.
+
+    A RANK that something else set, for example a scheduler, does not count.
+    """
     rank = os.environ.get("RANK", "0")
     if not rank.isdecimal():
-        raise ValueError(f"RANK is {rank!r} in the environment, no whole number; leave it to torchrun, or "
+        raise ValueError(f"RANK is {rank!r} in the environment, not a whole number; leave it to torchrun, or "
                          "unset it")
     return int(rank) > 0 and "TORCHELASTIC_RUN_ID" in os.environ
 
 
-# ---- progress -----------------------------------------------------------------------------------------------
+# ---- progress ----------------------------------------------------------------------------------------------
 
-QUIET = 30          # seconds between two lines of progress where standard error is no terminal
+QUIET = 30          # seconds between two lines of progress if standard error is not a terminal
 
 
 class Lines:
-    """A file for tqdm, which draws a bar anew in its place, where each drawing must be a line of its own."""
+    """A file for tqdm that prints each state of the bar as a line of its own."""
 
     def write(self, text):
         if text := text.strip():
@@ -163,11 +172,8 @@ class Lines:
 
 
 def progress(*items, **more):
-    """A tqdm bar that vanishes when it is done; where standard error is no terminal, a line now and then."""
+    """A tqdm bar that vanishes at its end; without a terminal, a line every QUIET seconds."""
     if sys.stderr.isatty():
         return tqdm(*items, leave=False, mininterval=1, **more)
     return tqdm(*items, file=Lines(), leave=False, mininterval=QUIET, maxinterval=2 * QUIET, delay=QUIET,
                 ncols=110, ascii=True, **more)
-
-
-OURS = "this is a fault of aya_min, not of yours; please report it with the lines above"

@@ -1,11 +1,11 @@
-"""Texts that spell the names of control tokens: what went through a template must not go again."""
+"""Texts that spell names of control tokens: a template was applied to them, and must not be a second time."""
 
 import re
 from collections import Counter
 
 from . import distributed
 
-# Names of turn tokens. A text that spells one went through a chat template before, ours or another family's.
+# Names of turn tokens. A text that spells one has a chat template applied to it, ours or another family's.
 TURN_TOKENS = {
     "Cohere": ["<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>",
                "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>",
@@ -23,23 +23,31 @@ TEMPLATED = re.compile("|".join(re.escape(name) for names in TURN_TOKENS.values(
 
 
 class Spelled:
-    """Counts the rows whose texts spell names of control tokens."""
+    """Counts the rows whose texts spell names of control tokens: those above, and those of `tokenizer`."""
 
     def __init__(self, tokenizer=None):
-        self.tokenizer, self.found, self.first = tokenizer, Counter(), None
+        self.tokenizer = tokenizer
+        self.found = Counter()      # {name of a control token: number of rows}
+        self.first = None           # where the first of them is, "FILE:LINE"
 
     def look(self, texts, where):
+        """Count a row's texts, at most one name per row. where: the row's "FILE:LINE"."""
         for text in texts:
             if "<" in text or "[" in text:
                 match = TEMPLATED.search(text)
-                name = match[0] if match else self.tokenizer.spelled(text) if self.tokenizer else None
+                name = match[0] if match else None
+                if not match and self.tokenizer:
+                    name = self.tokenizer.spelled(text)
                 if name:
                     self.first = self.first or where
                     self.found[name] += 1
                     return
 
     def report(self, paths, total, reading):
-        """Refuse what was found, or say it where it may be."""
+        """Raise ValueError if a row was found, or only print it if `reading` allows control tokens.
+
+        paths: the files, of `total` rows. reading: config.Reading or None.
+        """
         if not self.found:
             return
         names = " ".join(name for name, _ in self.found.most_common(4))

@@ -22,7 +22,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 
-from .command import OURS, number, one_line
+from . import linear
+from .command import OUR_FAULT, number, one_line
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}        # by device; with --cpu-offload gradients are normed on the CPU
 
@@ -54,6 +55,8 @@ def setup(timeout=1800):
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ValueError(f"rank {rank} of {ranks}: no way to the others over MASTER_ADDR:MASTER_PORT "
                              f"{place} ({str(error).splitlines()[0]}); start with torchrun") from None
+        if not cuda:
+            linear.choose(from_main(linear.chosen))         # so that all ranks round alike
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 
@@ -94,7 +97,7 @@ def launch(command, timeout=1800):
             leave(2, group=False)           # the other ranks may still wait in a collective of the group
         except Exception:
             first = f"rank {rank()} failed; if no other did so before it, " if num_ranks() > 1 else ""
-            print(f"error: {first}{OURS}", file=sys.stderr)
+            print(f"error: {first}{OUR_FAULT}", file=sys.stderr)
             raise
         leave(0)
     run()

@@ -30,8 +30,8 @@ from .languages import CLUSTERS, LANGUAGES, home_clusters, home_language
 from .model import RewardModel
 from .reward import score_texts
 from .rows import finish_reason, is_cut, prompt_of, read_jsonl
-from .weights import load, look_into, read_config
-from .world import check_question, grade
+from .weights import load, load_meta, read_config
+from .world_oracle import check_question, grade
 
 VERDICT = ["grade", "seen_language", "why", "score", "reward"]          # keys that a judge adds to a row
 
@@ -273,7 +273,7 @@ def check_texts(rows, folder, reading):
     if read_config(folder)[1] is not RewardModel:
         raise ValueError(f"--judge {folder}: a language model, not a reward model; give 'oracle' or a folder "
                          "that the reward stage wrote")
-    model, tokenizer, _ = look_into(folder)
+    model, tokenizer, _ = load_meta(folder)
     room = model.config.max_position_embeddings
     for row in rows:
         texts = [message["content"] for message in row["prompt_messages"]] + [row["completion"]]

@@ -1,9 +1,10 @@
-"""Plain files, without torch: strict JSON, the files of a folder, whole and exclusive writing, SHA-256.
+"""Plain files, without torch: strict JSON, files of a folder, writing whole and without overwriting, SHA-256.
 
-What this program makes only to remove it again stands in a folder that carries a mark: the host, the process,
-and what it is for. Nothing without such a mark is removed, and no finished file replaces one that is there.
+Temporary files lie in folders that carry a mark, which names the host, the process and the purpose. Only
+marked folders are ever removed, and no finished output replaces an existing file.
 
-Importing torch takes one core some seconds. merge.py reads its settings and begins to hash the models before.
+Importing torch takes one core some seconds, so merge.py reads its settings and begins to hash the models
+before it does.
 """
 
 import errno
@@ -19,19 +20,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-# Bytes read at a time. Each read and each hash takes Python's lock once: long ones seldom wait for it.
+# Bytes per read. Each read and each hash takes Python's lock once, so large ones seldom wait for it.
 CHUNK = 1 << 22
-MARK = ".aya_min"           # the name of the mark
+MARK = ".aya_min"           # the mark's file name
 
 
 # ---- JSON --------------------------------------------------------------------------------------------------
 
 def unique(items):
+    """The dict of an object's items. ValueError if a key occurs twice."""
     made = dict(items)
     if len(made) < len(items):
         keys = [key for key, _ in items]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice[:40]!r} stands twice in one object; keep one")
+        raise ValueError(f"the key {twice[:40]!r} occurs twice in one object; keep one")
     return made
 
 
@@ -42,23 +44,24 @@ def finite(text):
 
 
 def no_constant(name):
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, parse_constant=no_constant)
-BAD = re.compile(rb"\\u(?:[dD][89a-fA-F]|0000)")      # what may be half a surrogate pair, or a NUL
+BAD = re.compile(rb"\\u(?:[dD][89a-fA-F]|0000)")      # may be half a surrogate pair, or is a NUL
 
 
 def parse_json(data, where, remedy=None):
-    """The JSON value of bytes, checked as a whole. ValueError names `where` and the key of the first fault.
+    """The JSON value of bytes. ValueError names `where` and the key of the first fault.
 
-    Refused: what is not UTF-8 or not JSON (NaN, 1e999, numbers of thousands of digits, a thousand levels), a
-    key that an object has twice, and texts that cannot be written again as they came (half of a surrogate
-    pair, a NUL). A byte-order mark is taken off. remedy: what to do where it is not JSON.
+    Refused: bytes that are not UTF-8 or not JSON (NaN, 1e999, numbers of thousands of digits, a thousand
+    levels), an object with a key that occurs twice, and texts that cannot be written again as they came (half
+    a surrogate pair, a NUL). A byte-order mark is removed. remedy: what to do if the bytes are not JSON.
     """
     try:
         value = DECODER.decode(data.decode("utf-8-sig"))
-        fault = bad_text(value) if BAD.search(data) else None       # no other spelling passes UTF-8 and JSON
+        # UTF-8 and JSON refuse every spelling of a bad text other than the escapes that BAD finds.
+        fault = bad_text(value) if BAD.search(data) else None
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -70,19 +73,21 @@ def parse_json(data, where, remedy=None):
 
 
 def in_key(data):
-    """Which key of a JSON value holds a number that is not finite, in words; "" if none does."""
+    """The beginning of a message that names the first key with a number that is not finite; "" if none is."""
     try:
         for key, value in leaves(json.loads(data)):
             if isinstance(value, float) and not math.isfinite(value):
-                return f"{key} is no finite number: "
+                return f"{key} is not a finite number: "
     except (ValueError, RecursionError):
         pass
     return ""
 
 
 def bad_text(value, key=""):
-    """Which text of a JSON value holds half of a surrogate pair or a NUL, in words; None if none does. key:
-    what the value is called."""
+    """A message that names the first text of a JSON value with half a surrogate pair or a NUL, or None.
+
+    key: the name of the value itself.
+    """
     for place, text in leaves(value, key):
         if isinstance(text, str):
             try:
@@ -95,7 +100,7 @@ def bad_text(value, key=""):
 
 
 def leaves(value, key=""):
-    """(what its place is called, text or number) of all that a JSON value holds, the keys of objects too."""
+    """Yield (name of its place, text or number) for each leaf of a JSON value and each key of an object."""
     if not isinstance(value, (dict, list)):
         yield key or "the value", value
         return
@@ -106,7 +111,7 @@ def leaves(value, key=""):
 
 
 def parse_object(data, where, remedy=None):
-    """`parse_json` of what must be an object."""
+    """The JSON object of bytes: `parse_json`, which also refuses every value that is not an object."""
     value = parse_json(data, where, remedy)
     if not isinstance(value, dict):
         remedy = remedy or "copy or download it again"
@@ -115,12 +120,12 @@ def parse_object(data, where, remedy=None):
 
 
 def read_json(path):
-    """The JSON object in a file. ValueError with the file's name for all else: a pipe, no JSON, a list."""
+    """The JSON object in a file. ValueError with the file's name for anything else: a pipe, text, a list."""
     return parse_object(read_bytes(path), path)
 
 
 def depth(value):
-    """How many lists and objects lie within one another, without a call for each level."""
+    """How deep lists and objects are nested; a loop, as recursion could overflow the stack."""
     levels, parts = 0, [value]
     while parts := [part for part in parts if isinstance(part, (list, dict))]:
         levels += 1
@@ -129,7 +134,7 @@ def depth(value):
 
 
 def read_bytes(path):
-    """A plain file's bytes."""
+    """The bytes of a plain file. ValueError if it is another kind of file or cannot be read."""
     refuse_pipe(path)
     try:
         return Path(path).read_bytes()
@@ -138,26 +143,27 @@ def read_bytes(path):
 
 
 def refuse_pipe(path):
-    """Refuse what is there and no plain file: a pipe or a device could wait for ever, or never end."""
+    """Refuse an existing path that is not a plain file: reading a pipe or a device might never end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: not a plain file (a folder, a pipe or a device); give a file")
 
 
 def dumps(value, **more):
-    """JSON text that `parse_json` takes: a number that is not finite is refused."""
+    """JSON text that `parse_json` reads. ValueError for a number that is not finite."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, **more)
 
 
 # ---- the files of a folder that came from elsewhere --------------------------------------------------------
 
 def own_file(folder, name):
-    """Path of folder/name if it is a plain file of the folder itself, None if nothing has that name.
+    """The path folder/name if it is a plain file of the folder itself, None if nothing has that name.
 
-    ValueError for what is not a plain file, and for a link that leaves the folder. Only the hub's cache keeps
-    its files elsewhere: snapshots/REVISION/name -> ../../blobs/HASH.
+    ValueError if it is not a plain file, or is a link out of the folder. One kind of link is allowed, that of
+    the Hugging Face hub's cache: snapshots/REVISION/name -> ../../blobs/HASH.
     """
     folder = Path(folder)
-    path, place = folder / name, folder.resolve()
+    path = folder / name
+    place = folder.resolve()
     if not os.path.lexists(path):
         return None
     real = path.resolve()
@@ -168,10 +174,10 @@ def own_file(folder, name):
     return path
 
 
-# ---- what is made to be removed again ----------------------------------------------------------------------
+# ---- temporary folders -------------------------------------------------------------------------------------
 
 def boot():
-    """A text that changes when the machine starts anew; "" where the system has none."""
+    """An id that changes each time the machine starts; "" where the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -179,14 +185,14 @@ def boot():
 
 
 def mark(folder, purpose):
-    """Say in a folder who made it: this program, on this host, in this process, for `purpose`."""
+    """Write the mark of a folder: this program made it, on this host, in this process, for `purpose`."""
     about = {"made by": "aya_min", "host": socket.gethostname(), "boot": boot(), "process": os.getpid(),
              "for": purpose}
     (Path(folder) / MARK).write_text(dumps(about) + "\n", encoding="utf-8")
 
 
 def marked(folder, purpose):
-    """What the mark of a folder says, if it is ours and for `purpose`; None if it is not."""
+    """The content (a dict) of a folder's mark if this program wrote it for `purpose`, else None."""
     path = Path(folder) / MARK
     if Path(folder).is_symlink() or path.is_symlink() or not path.is_file():
         return None
@@ -198,7 +204,7 @@ def marked(folder, purpose):
 
 
 def is_left(folder, purpose):
-    """Whether a marked folder is what a process of this host, which is no more, left behind."""
+    """Whether a marked folder was left behind by a process of this host that no longer runs."""
     about = marked(folder, purpose)
     if about is None or about.get("host") != socket.gethostname() or type(about.get("process")) is not int:
         return False
@@ -214,7 +220,7 @@ def is_left(folder, purpose):
 
 
 def remove_marked(folder):
-    """Remove a folder that carries our mark, the mark last: after a kill it is still known as ours."""
+    """Remove a marked folder. The mark goes last, so that after a kill the folder still counts as ours."""
     for path in Path(folder).iterdir():
         if path.name != MARK:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -224,10 +230,9 @@ def remove_marked(folder):
 
 @contextmanager
 def scratch(path):
-    """A new marked folder beside `path`, on the same disk, for what is to become `path`; removed at the end.
+    """A new marked folder beside `path`, on the same disk, in which `path` is made; it is removed at the end.
 
-    Those that killed processes of this host left for the same path are removed first; so are empty ones,
-    which a kill leaves after their mark went.
+    Folders that killed processes of this host left for the same path are removed first.
     """
     path = Path(path)
     prefix, purpose = f".{path.name[:60]}.", f"to make {path.name}"
@@ -235,8 +240,9 @@ def scratch(path):
         if left.name.startswith(prefix):
             if is_left(left, purpose):
                 remove_marked(left)
+            # An empty folder is left if a kill hit before the mark was written or after it was removed.
             with suppress(OSError):
-                left.rmdir()                        # an empty one: a kill came before the mark, or after it
+                left.rmdir()
     folder = marked_folder(path.parent, prefix, purpose)
     try:
         yield folder
@@ -246,7 +252,7 @@ def scratch(path):
 
 
 def marked_folder(parent, prefix, purpose):
-    """A new folder with our mark. Another process may take an unmarked one for a left one: then again."""
+    """A new folder with our mark. It is made anew if another process removes it before it has the mark."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=MARK, dir=parent))
         with suppress(FileNotFoundError):
@@ -257,7 +263,7 @@ def marked_folder(parent, prefix, purpose):
 # ---- writing -----------------------------------------------------------------------------------------------
 
 def publish_file(made, path):
-    """Give a finished file its name in one step. ValueError if anything has that name already."""
+    """Give a finished file its name in one step. ValueError if the name is taken."""
     try:
         os.link(made, path)
     except FileExistsError:
@@ -265,10 +271,11 @@ def publish_file(made, path):
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             raise
-        publish_copy(made, path)                    # a file system without links
+        publish_copy(made, path)                    # the file system has no links
 
 
 def publish_copy(made, path):
+    """Copy a finished file to its name. ValueError if the name is taken."""
     try:
         with open(path, "xb") as target:
             target.write(Path(made).read_bytes())
@@ -277,12 +284,12 @@ def publish_copy(made, path):
 
 
 def taken(path):
-    """The error for an output whose name a file has already."""
+    """The error for an output whose name is taken."""
     return ValueError(f"{path} exists; give a new file, nothing is overwritten")
 
 
 def publish_folder(made, path):
-    """Give a finished folder its name in one step. ValueError if anything but an empty folder has it."""
+    """Give a finished folder its name in one step. Only an empty folder is replaced, else ValueError."""
     try:
         Path(made).rename(path)
     except OSError as error:
@@ -293,7 +300,10 @@ def publish_folder(made, path):
 
 @contextmanager
 def new_folder(path, publish=None):
-    """A folder to fill, on the disk of `path`, which it becomes at the end; after an error it goes away."""
+    """A new folder to fill, which becomes `path` at the end and is removed after an error.
+
+    publish(made, path): gives it its name (default publish_folder).
+    """
     with scratch(path) as place:
         made = place / Path(path).name
         made.mkdir()
@@ -302,7 +312,7 @@ def new_folder(path, publish=None):
 
 
 def write_new(texts):
-    """Write {path: text}: all of the files appear, in this order, or none. ValueError if one exists."""
+    """Write {path: text}: all files appear, in this order, or none does. ValueError if one exists."""
     made, done = {}, []
     with ExitStack() as stack:
         for path, text in texts.items():
@@ -318,18 +328,22 @@ def write_new(texts):
 
 
 def write_whole(path, text):
-    """Write a file of our own: it is the old one or the new one, wherever a kill hits. Follows no link."""
+    """Write or replace a file of our own. A kill at any time leaves the old file or the new one, whole.
+
+    A link of that name is replaced, not followed.
+    """
     with scratch(path) as folder:
         write_and_sync(folder / "file", text).replace(path)
 
 
 def write_and_sync(path, text):
+    """Write a text to a file and fsync it. Returns the path; an OSError names it."""
     try:
         with open(path, "w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:                        # a full disk does not say which file it was
+    except OSError as error:                        # the error of a full disk does not name the file
         raise OSError(error.errno, error.strerror, str(path)) from None
     return path
 
@@ -339,12 +353,12 @@ def write_json(path, value):
 
 
 def jsonl(rows):
-    """The text of rows, one object a line."""
+    """The text of a JSONL file: one object per line."""
     return "".join(dumps(row) + "\n" for row in rows)
 
 
 def write_jsonl(path, rows):
-    """One object a line; a file that is there is whole, and an older one of ours is replaced."""
+    """Write or replace a JSONL file of our own, whole at any time (`write_whole`)."""
     write_whole(Path(path), jsonl(rows))
 
 
@@ -358,19 +372,23 @@ def sha256(path):
 
 
 class Digests:
-    """{path: sha256(path)}, each file read in a thread of its own from `begin` on. Leaving stops what runs.
+    """{path: sha256(path)}. Four threads hash the files in the background; leaving the `with` stops them.
 
-    A tree of hashes would not be faster: one core hashes one file, and there are as many files as models.
+    A tree of hashes would not be faster: one core hashes one file, and several models have several files.
     """
 
     def __init__(self):
-        self.found, self.pool, self.stopped = {}, ThreadPoolExecutor(4), False
+        self.found = {}             # {path: future of its digest}
+        self.pool = ThreadPoolExecutor(4)
+        self.stopped = False
 
     def begin(self, paths):
+        """Start to hash those of the files that were not begun before."""
         new = [path for path in dict.fromkeys(paths) if path not in self.found]
         self.found |= {path: self.pool.submit(self.of, path) for path in new}
 
     def of(self, path):
+        """The SHA-256 of a file, in a thread of the pool."""
         digest, chunk = hashlib.sha256(), memoryview(bytearray(CHUNK))
         with open(path, "rb", buffering=0) as file:
             while not self.stopped and (size := file.readinto(chunk)):

@@ -1,8 +1,8 @@
-"""Finished work on disk, so that a killed run goes on: a folder of JSONL files, one for each rank and start.
+"""Finished work on disk, from which a killed run resumes: a folder of JSONL files, one per rank and start.
 
 The folder carries our mark (files.mark), and one process works on it at a time. A line that a kill cut short
-has no end and is read as if it were not there. When the output is in place, what we made is removed, the
-settings and the mark last: answers without the settings that made them are never taken.
+has no line end and is ignored. When the output is in place, the journal's files are removed, the settings and
+the mark last: answers without the settings that made them are never used.
 """
 
 import errno
@@ -21,16 +21,17 @@ from .files import (MARK, dumps, mark, marked, own_file, parse_json, publish_fol
 
 PURPOSE = "unfinished work"
 ANSWERS = re.compile(r"\d{4,}-\d{4,}\.jsonl")
-OURS = re.compile(ANSWERS.pattern + r"|output-\d+|new")
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)      # a file system without
+WORK = re.compile(ANSWERS.pattern + r"|output-\d+|new")         # the files beside the settings and the mark
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)      # the file system has no locks
 
 
 class Journal:
-    """What is finished, {key: value}, and a file of this rank to which more is added. `with` closes it.
+    """The finished pieces of work, `done` = {key: value}, and a file of this rank for more. `with` closes it.
 
-    key: a text made of what was answered. settings: a dict of JSON values; a folder left by a run with others
-    is refused. fits(value): whether a value has the shape that the caller adds; others are refused. finished:
-    what `finishing` was told by a process that was killed before it had cleaned up, or None.
+    key: a text made from the question that was answered. settings: a dict of JSON values; a folder that a run
+    with other settings left is refused. fits(value): whether a value has the shape that the caller adds; a
+    value that has not is refused. finished: the value that a process passed to `finishing` before it was
+    killed, or None.
     """
 
     def __init__(self, folder, settings, fits=lambda value: True):
@@ -42,7 +43,7 @@ class Journal:
             self.finished = self.about.get("finishing") if self.about.get("settings") == self.digest else None
             names = sorted(filter(ANSWERS.fullmatch, os.listdir(self.folder)))
             self.done = dict(entry for name in names for entry in self.read(name, fits))
-            distributed.barrier()                               # all have looked before anyone adds a file
+            distributed.barrier()                               # all ranks list the files before one is added
             start = 1 + max((int(name.split("-")[0]) for name in names), default=-1)
             self.path = self.folder / f"{start:04d}-{distributed.rank():04d}.jsonl"
             self.file = open(self.path, "x", encoding="utf-8")
@@ -53,13 +54,16 @@ class Journal:
     # ---- on the main rank ----------------------------------------------------------------------------------
 
     def open(self, settings):
-        """Make the folder, or take up the one that is there: ours, free, of these settings. -> its mark"""
+        """Make the folder, or open an existing one. Returns the content of its mark.
+
+        ValueError if the folder is not ours, is held by another process, or is of other settings.
+        """
         if not os.path.lexists(self.folder):
             try:
                 with scratch(self.folder) as made:
                     write_json(made / "settings.json", settings)
                     mark(made, PURPOSE)
-                    with suppress(ValueError):              # another process was quicker, see `hold`
+                    with suppress(ValueError):              # another process was first, see `hold`
                         publish_folder(made, self.folder)
             except OSError as error:
                 raise ValueError(f"{self.folder}: cannot be made ({error.strerror}); give another name for "
@@ -71,7 +75,7 @@ class Journal:
         path = own_file(self.folder, "settings.json")
         if path is None and self.holds_work():
             raise ValueError(f"{self.folder} holds answers but not the settings that made them; remove it")
-        if path is None:                                        # a kill left the bare mark
+        if path is None:                                        # a kill left only the mark
             self.put("settings.json", settings)
         try:
             before = read_json(self.folder / "settings.json")
@@ -79,16 +83,16 @@ class Journal:
             raise ValueError(f"{error}; or remove {self.folder} to start anew") from None
         if changed := differences(settings, before):
             raise ValueError(f"{self.folder} holds an unfinished run with other {', '.join(changed)}; give "
-                             "the same settings to go on with it, or remove it")
+                             "the same settings to resume it, or remove it")
         return marked(self.folder, PURPOSE)
 
     def hold(self):
-        """Lock the folder for this process; the lock ends with it."""
+        """Lock the folder until this process closes it or ends."""
         self.lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{self.folder}: another process is at work on it; wait for its end, or give "
+            raise ValueError(f"{self.folder}: another process is at work on it; wait until it ends, or give "
                              "another name for the output") from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -98,12 +102,12 @@ class Journal:
             raise ValueError(f"{self.folder}: another process has just finished it; give the command again")
 
     def put(self, name, value):
-        """Write a file in one step. Nobody else is at work here, so its name until then may be fixed."""
+        """Write a file in one step. As the folder is locked, the temporary name can be a fixed one."""
         write_and_sync(self.folder / "new", dumps(value, indent=2) + "\n").replace(self.folder / name)
 
     def clear(self):
-        """Remove what we made; files of others stay, and that is said."""
-        for name in [*filter(OURS.fullmatch, os.listdir(self.folder)), "settings.json", MARK]:
+        """Remove the journal's own files and the folder. Other files stay, which is printed."""
+        for name in [*filter(WORK.fullmatch, os.listdir(self.folder)), "settings.json", MARK]:
             (self.folder / name).unlink(missing_ok=True)
         try:
             self.folder.rmdir()
@@ -115,9 +119,10 @@ class Journal:
     # ---- on every rank -------------------------------------------------------------------------------------
 
     def read(self, name, fits):
-        """[(key, value), ...] of the whole lines of a file."""
+        """Yield (key, value) of each whole line of a file."""
         path = own_file(self.folder, name)
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):  # an answer may hold U+2028
+        # splitlines would also split at a U+2028 inside an answer
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             where = f"{path}:{number}"
             try:
                 entry = parse_json(line, where)
@@ -130,26 +135,26 @@ class Journal:
             yield tuple(entry)
 
     def add(self, key, value):
-        """One finished piece of work; on disk, as far as the system goes, when this returns."""
+        """Append one finished piece of work. When this returns, it survives a kill of the process."""
         line = dumps([key, value]) + "\n"
         self.done[key] = value
         try:
             self.file.write(line)
             self.file.flush()
-        except OSError as error:                                # a full disk does not say which file it was
+        except OSError as error:                                # the error of a full disk does not name it
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def finishing(self, value):
-        """Keep a JSON value in the mark, which goes last: what the output is, told before it is published."""
+        """Keep a JSON value, which describes the output to be published, in the mark (removed last)."""
         about = {**self.about, "settings": self.digest, "finishing": value}
         distributed.from_main(lambda: self.put(MARK, about))
         self.about, self.finished = about, value
 
     def publish(self, texts, about):
-        """Write {path: text}: all of the files appear or none, and none is overwritten.
+        """Write {path: text}: all files appear or none does, and none is overwritten. A collective.
 
-        A process that is killed meanwhile leaves them here, and `published` completes them. about: a JSON
-        value, what they were made by beside the settings.
+        If the process is killed meanwhile, `finish_publishing` of the next one completes this. about: a JSON
+        value that says, beside the settings, what the files were made from.
         """
         def lay_down():
             for i, text in enumerate(texts.values()):
@@ -157,17 +162,20 @@ class Journal:
         distributed.from_main(lay_down)
         digests = [hashlib.sha256(text.encode("utf-8")).hexdigest() for text in texts.values()]
         self.finishing({"about": about, "sha256": digests})
-        self.published(list(texts), about)
+        self.finish_publishing(list(texts), about)
 
-    def published(self, paths, about):
-        """Whether `publish` was begun before for these; what it had not put in place is put there now."""
+    def finish_publishing(self, paths, about):
+        """Put in place what an earlier `publish` of these files left undone. A collective.
+
+        Returns False if it was not begun, or if a file that was in place was removed again.
+        """
         if self.finished is None or self.finished.get("about") != json.loads(dumps(about)):
             return False
 
         def complete():
             missing = {}
             for i, (path, digest) in enumerate(zip(paths, self.finished["sha256"], strict=True)):
-                with scratch(path):                         # removes what the killed process left beside it
+                with scratch(path):             # removes the folders that the killed process left beside it
                     pass
                 laid = own_file(self.folder, f"output-{i}")
                 if os.path.lexists(path):
@@ -175,14 +183,14 @@ class Journal:
                         raise taken(path)
                 elif laid:
                     missing[path] = read_bytes(laid).decode("utf-8")
-                else:                                           # it was in place, and was taken away again
+                else:                                           # it was in place and was removed again
                     return False
             write_new(missing)
             return True
         return distributed.from_main(complete)
 
     def remove(self):
-        """Close and clean up: the output is in place. A collective."""
+        """Close and remove the journal, once the output is in place. A collective."""
         self.file.close()
         distributed.barrier()
         if distributed.is_main():
@@ -191,7 +199,7 @@ class Journal:
 
     def close(self):
         if self.file:
-            with suppress(OSError):                 # a full disk was told with the file's name by `add`
+            with suppress(OSError):                 # `add` has reported a full disk
                 self.file.close()
         if self.lock:
             os.close(self.lock)
@@ -201,7 +209,7 @@ class Journal:
         return self
 
     def __exit__(self, kind, *_):
-        """A refusal leaves nothing behind if nothing was finished."""
+        """Close; a refused command (ValueError, OSError) with nothing finished removes the folder too."""
         try:
             refused = kind and issubclass(kind, (ValueError, OSError))
             if refused and distributed.is_main() and self.lock and not self.holds_work():
@@ -210,13 +218,13 @@ class Journal:
             self.close()
 
     def holds_work(self):
-        """Whether anything was finished: answers of some start, or outputs."""
-        names = [name for name in os.listdir(self.folder) if OURS.fullmatch(name) and name != "new"]
+        """Whether the folder holds finished work: answers or outputs."""
+        names = [name for name in os.listdir(self.folder) if WORK.fullmatch(name) and name != "new"]
         return any((self.folder / name).stat().st_size for name in names)
 
 
 def differences(now, before):
-    """The names of settings that differ, the first few parts of a setting that has parts."""
+    """The names of the settings that differ; of a dict, the first three keys that differ."""
     found = []
     for name in sorted(now.keys() | before.keys()):
         one, other = now.get(name), before.get(name)

@@ -1,41 +1,113 @@
-"""x W^T. On the CPU in fp32 torch's default is MKL, whose path for processors that are not Intel's is 2.5 times as slow as oneDNN, which torch brings too;
-on Intel's own it is the faster one (LOG.md). Everywhere but on those others this is F.linear."""
+"""x W^T and its two gradients. On a CPU in fp32 torch has two libraries for them: its default (MKL on x86)
+and oneDNN.
 
-from functools import cache
-from pathlib import Path
+Which one is faster depends on the processor: on one kind oneDNN took two fifths of MKL's time, on others
+MKL is faster by a tenth to two fifths (LOG.md). Neither the vendor nor AVX-512 decides it, so both are
+raced once in a process, at its first product. Everywhere else (GPUs, half precision, torch.compile) this is
+F.linear.
+
+The two round differently. A run is therefore the same to the last bit only under one choice: a stage
+records chosen() in its config.json, a resume and the other ranks take that one by choose(). Two commands on
+one machine choose alike unless both libraries are within a few hundredths of LEAD there.
+"""
+
+import time
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+LIBRARIES = ("default", "onednn")
+# oneDNN is chosen when it takes less than this share of the default's time.
+LEAD = 0.9
+# Rows, in, out: the MLPs of models of 1M and 6M parameters, and a head.
+RACES = [(512, 96, 256), (512, 256, 768), (64, 96, 6144)]
+ROUNDS = 4
+# The one state of this module: every layer asks for it, and within a run it must not change.
+_chosen = None
 
-def product(x, weight):
-    """x W^T without a derivative. x (..., K), weight (N, K) -> (..., N)."""
-    if not by_onednn(x, weight):
-        return F.linear(x, weight)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+def choose(library):
+    """Take this library from here on: what chosen() was in an earlier process, or on rank 0."""
+    global _chosen
+    if library not in LIBRARIES:
+        raise ValueError(f"matrix products by {library!r:.80} are not known; known: {' '.join(LIBRARIES)}")
+    _chosen = library
+    # To set the number of threads, as race() does, also tells MKL to use them all for small products too.
+    torch.set_num_threads(torch.get_num_threads())
+
+
+def chosen():
+    """The library of this process's products. The first call races both, in a tenth of a second."""
+    if _chosen is None:
+        seconds = race() if torch.backends.mkldnn.is_available() else dict.fromkeys(LIBRARIES, 0.0)
+        choose("onednn" if seconds["onednn"] < LEAD * seconds["default"] else "default")
+    return _chosen
+
+
+@torch.no_grad()
+def race():
+    """{library: seconds} of forward and backward of all RACES, each product at its fastest of ROUNDS.
+
+    One thread and the fastest time, because other processes can then hardly change the result. Draws no
+    random numbers.
+    """
+    products = {"default": (F.linear, outer_by_default), "onednn": (by_onednn, outer_by_onednn)}
+    seconds = dict.fromkeys(LIBRARIES, 0.0)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for M, K, N in RACES:
+            shapes = (M, K), (N, K), (M, N)
+            x, weight, dy = (torch.ones(shape, device="cpu", dtype=torch.float32) for shape in shapes)
+            for which, *arguments in ((0, x, weight), (0, dy, weight.t()), (1, dy, x)):
+                fastest = dict.fromkeys(LIBRARIES, float("inf"))
+                for _ in range(ROUNDS):
+                    for library in LIBRARIES:
+                        start = time.perf_counter()
+                        products[library][which](*arguments)
+                        fastest[library] = min(fastest[library], time.perf_counter() - start)
+                for library in LIBRARIES:
+                    seconds[library] += fastest[library]
+    finally:
+        torch.set_num_threads(num_threads)
+    return seconds
 
 
 def by_onednn(x, weight):
-    plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
-    return not plain and not torch.compiler.is_compiling() and not is_intel() and torch.backends.mkldnn.is_available() and x.numel() > 0
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-@cache
-def is_intel():
-    about = Path("/proc/cpuinfo")
-    return about.is_file() and "GenuineIntel" in about.read_text()
+def outer_by_default(dy, x):
+    return F.linear(dy.t(), x.t())
+
+
+def outer_by_onednn(dy, x):
+    """oneDNN copies its first argument when it is transposed, so that is the narrower one."""
+    if x.shape[1] < dy.shape[1]:
+        return by_onednn(x.t(), dy.t()).t().contiguous()
+    return by_onednn(dy.t(), x.t())
+
+
+def is_onednn(x, weight):
+    """Whether oneDNN computes this product. The dry run's fake tensors start no race."""
+    if type(x) is not torch.Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return x.dtype == weight.dtype == torch.float32 and x.numel() > 0 and chosen() == "onednn"
+
+
+def product(x, weight):
+    """x W^T without a derivative. x (..., K), weight (N, K) -> (..., N)."""
+    return by_onednn(x, weight) if is_onednn(x, weight) else F.linear(x, weight)
 
 
 def outer(dy, x):
-    """dy^T x: the gradient of W. dy (M, N), x (M, K) -> (N, K). oneDNN copies its first argument when it is transposed, so that is the narrower one."""
-    if x.shape[1] < dy.shape[1] and by_onednn(x, dy):
-        return product(x.t(), dy.t()).t().contiguous()
-    return product(dy.t(), x.t())
+    """dy^T x: the gradient of W. dy (M, N), x (M, K) -> (N, K)."""
+    return outer_by_onednn(dy, x) if is_onednn(dy, x) else outer_by_default(dy, x)
 
 
 class Product(torch.autograd.Function):
-    """y = x W^T, with dx = dy W and dW = dy^T x by the same product."""
+    """y = x W^T, with dx = dy W and dW = dy^T x by the same library."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -55,7 +127,7 @@ class Product(torch.autograd.Function):
 
 def linear(x, weight):
     """x W^T. x (..., K), weight (N, K) -> (..., N)."""
-    if torch.is_autocast_enabled("cpu") or not by_onednn(x, weight):
+    if torch.is_autocast_enabled("cpu") or not is_onednn(x, weight):
         return F.linear(x, weight)
     return Product.apply(x, weight)
 
@@ -66,6 +138,9 @@ class Linear(nn.Linear):
 
 
 def packed(weight):
-    """x -> x W^T for a weight that does not change, kept once more in oneDNN's own layout. Each row's result does not depend on how many there are."""
+    """x -> x W^T for a weight that does not change, kept once more in oneDNN's own layout.
+
+    Decoding uses it whatever is chosen(): each row's result does not depend on how many rows there are.
+    """
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, blocked, None, "none", [], "")

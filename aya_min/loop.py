@@ -1,8 +1,9 @@
-"""The one training loop. A stage is (model, batches, loss function); everything else about training is here, once.
+"""The one training loop: optimizer, schedule, metrics, evaluation, saving and stopping, for every stage.
 
-The contract that keeps gradients right: a loss function returns a SUM over its units and a batch says how many units it has. The
-counts of all micro-batches on all ranks are added up before the first backward, so the same global batch gives the same loss and
-gradient norm however it is cut into micro-batches or ranks.
+The contract with a stage: its loss function returns a SUM over units (tokens, pairs, completions) and its
+batch says how many units it has. The counts of all micro-batches on all ranks are added before the first
+backward, so the same global batch gives the same loss and gradient norm however it is cut into micro-batches
+or ranks.
 """
 
 import json
@@ -24,14 +25,18 @@ from .command import progress
 from .config import Training
 from .data import in_step
 from .files import parse_json
+from .patience import Patience
 
-PER_LANGUAGE = ("loss", "accuracy", "rewards/accuracies", "reward", "cut")     # logged for each language too
+# Metrics that are logged for each language too.
+PER_LANGUAGE = ("loss", "accuracy", "rewards/accuracies", "reward", "cut")
 
-PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}     # bf16, dense, of NVIDIA's data sheets
+# Dense bf16 peak, TFLOP/s, from NVIDIA's data sheets. The first name that the card's name contains counts.
+PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}
 
 
 def learning_rate(step, num_steps, settings):
-    """Linear warm-up, then constant, or a cosine down to `final_learning_rate` of the peak at the last step."""
+    """Linear warm-up, then constant or a cosine, which reaches `final_learning_rate` (a share of the peak) at
+    the last step."""
     peak, warmup = settings.learning_rate, min(settings.warmup_steps, num_steps)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -43,28 +48,33 @@ def learning_rate(step, num_steps, settings):
 
 
 def make_optimizer(model, settings):
-    """AdamW; weight decay on matrices only. Tied weights are one parameter."""
+    """torch's fused AdamW, with weight decay on matrices only. Tied weights are one parameter."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.adam_beta2), fused=True)
 
 
 def training_flops(config, lengths, num_supervised):
-    """Floating-point operations of forward and backward over texts of these lengths (tokens), recomputation not counted: 6 for each weight
-    and token that meets it, and 12 head_dim for each head, query and key that it sees, in every layer.
+    """Floating-point operations of forward and backward over texts of these lengths (tokens), without
+    recomputation.
 
-    The embedding's lookup is free, and the head meets the supervised tokens only; where all are, the first term is the usual 6 N a token.
+    Each weight costs 6 operations per token that it multiplies, and each layer 12 head_dim per head and pair
+    of a query and a key that it sees. The embedding's lookup is free, and the head multiplies supervised
+    tokens only; if all are supervised, the first term is the usual 6 N per token.
     """
-    H, K, D, hidden = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
-    block = hidden * (2 * (H + K) * D + 3 * config.intermediate_size)                              # q, k, v, o; gate, up, down
+    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    hidden = config.hidden_size
+    block = hidden * (2 * (H + K) * D + 3 * config.intermediate_size)       # q, k, v, o; gate, up, down
     windows = [config.window(i) or max(lengths) for i in range(config.num_hidden_layers)]
     pairs = sum(min(T, w) * (min(T, w) + 1) // 2 + max(T - w, 0) * w for w in windows for T in lengths)
-    return 6 * (config.num_hidden_layers * block * sum(lengths) + hidden * config.vocab_size * num_supervised) + 12 * H * D * pairs
+    products = config.num_hidden_layers * block * sum(lengths) + hidden * config.vocab_size * num_supervised
+    return 6 * products + 12 * H * D * pairs
 
 
 def peak_flops(device, dtype):
-    """What the device can do in bf16 without sparsity, operations a second; None where this is not known, or the computation is in fp32."""
+    """The device's dense bf16 peak in operations per second. None for an unknown device, and in fp32."""
     if device.type != "cuda" or dtype != "bfloat16":
         return None
     name = torch.cuda.get_device_name(device)
@@ -72,34 +82,41 @@ def peak_flops(device, dtype):
 
 
 def start_profiler(device):
-    profiler = profile(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else []))
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    profiler = profile(activities=activities)
     profiler.start()
     return profiler
 
 
 def write_profile(profiler, path):
-    """End a profile: a Chrome trace, and on standard error the ten operations that take the most time of their own (on a GPU, its time)."""
+    """Stop the profiler and write a Chrome trace to `path`. Print the ten operations with the most time of
+    their own (on a GPU: of the GPU's time) on standard error."""
     profiler.stop()
     profiler.export_chrome_trace(str(path))
     events = list(profiler.key_averages())
     on_device = sum(e.self_device_time_total for e in events)
-    own = [e.self_device_time_total if on_device else e.self_cpu_time_total for e in events]       # microseconds
+    own = [e.self_device_time_total if on_device else e.self_cpu_time_total for e in events]    # microseconds
     first = sorted(zip(own, events), key=lambda pair: -pair[0])[:10]
     lines = [f"{t / 1000:10.1f} ms {t / sum(own):6.1%} {e.count:7} x  {e.key[:80]}" for t, e in first]
-    tqdm.write("\n".join([f"{path}: open it in ui.perfetto.dev or chrome://tracing", *lines]), file=sys.stderr)
+    lines.insert(0, f"{path}: open it in ui.perfetto.dev or chrome://tracing")
+    tqdm.write("\n".join(lines), file=sys.stderr)
 
 
 def add_metrics(total, metrics):
-    """Add {name: (2, languages) sums and counts} into `total`."""
+    """Add {name: (2, languages) sums and counts} to `total`, in place."""
     for name, value in metrics.items():
         total[name] = total[name] + value if name in total else value
     return total
 
 
 def reduced(metrics, slots):
-    """Sum {name: (2, slots)} over ranks and divide: {"loss": mean, "loss/fr": mean, ...} as plain floats."""
+    """Sum {name: (2, slots)} over ranks and divide: {"loss": mean, "loss/fr": mean, ...} as plain floats.
+    A collective."""
     names = list(metrics)
-    table = distributed.sum_over_ranks(torch.stack([metrics[name] for name in names]))             # (M, 2, languages)
+    table = torch.stack([metrics[name] for name in names])                  # (metrics, 2, slots)
+    table = distributed.sum_over_ranks(table)
     row = {}
     for name, (sums, counts) in zip(names, table.tolist()):
         row[name] = sum(sums) / max(sum(counts), 1e-12)
@@ -110,17 +127,17 @@ def reduced(metrics, slots):
 
 
 def autocast(model, settings, device):
-    """The context in which a model computes in --dtype; a sharded one casts for itself."""
+    """The context in which a model computes in --dtype. FSDP casts a sharded model by itself."""
     enabled = settings.dtype == "bfloat16" and not isinstance(model, FSDPModule)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @torch.no_grad()
 def evaluate(model, loss_fn, batches, device, stop=None, settings=Training()):
-    """Held-out metrics, overall and per language: {"loss": ..., "loss/fr": ...}; None after a signal.
+    """Held-out metrics, overall and per language: {"loss": ..., "loss/fr": ...}. None after a signal.
 
-    batches: this rank's [(indices, batch)]; stop: distributed.Signals; settings: of the training, in whose
-    dtype it computes. A metric that is not finite is refused."""
+    batches: this rank's [(indices, batch)]. stop: distributed.Signals. settings: those of the training, whose
+    dtype is used. Raises ValueError for a metric that is not finite."""
     model.eval()
     total, bad = {}, []
     for indices, batch in in_step(batches):
@@ -135,34 +152,38 @@ def evaluate(model, loss_fn, batches, device, stop=None, settings=Training()):
     values, bad = reduced(total, batch.slots), sum(distributed.gather_objects(bad), [])
     wrong = ["loss"] if bad else [name for name, value in values.items() if not math.isfinite(value)]
     if wrong:
-        rows = f" in a batch with {' '.join(bad[:8])}{' ...' if len(bad) > 8 else ''}" if bad else ""
+        rows = f" in a batch with {first_names(bad)}" if bad else ""
         raise ValueError(f"the held-out {' '.join(wrong)} of this model is not finite{rows}; "
                          "lower --learning-rate, or look at these rows and at the model")
     return values
 
 
 def json_line(row):
-    """One line of metrics.jsonl: floats to seven digits, never a bare NaN (it is not JSON)."""
-    clean = {k: (float(f"{v:.7g}") if math.isfinite(v) else str(v)) if isinstance(v, float) else v for k, v in row.items()}
-    return json.dumps(clean, ensure_ascii=False) + "\n"
+    """One line of metrics.jsonl. Floats have seven digits; NaN and infinity, not JSON, become strings."""
+    def clean(value):
+        if not isinstance(value, float):
+            return value
+        return float(f"{value:.7g}") if math.isfinite(value) else str(value)
+    return json.dumps({key: clean(value) for key, value in row.items()}, ensure_ascii=False) + "\n"
 
 
 def write_metrics(path, row):
-    """Add a line to metrics.jsonl, which is never a link to elsewhere."""
+    """Append a line to metrics.jsonl. A symbolic link is not followed."""
     if distributed.is_main():
         try:
             number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             with open(number, "w", encoding="utf-8") as f:
                 f.write(json_line(row))
-        except OSError as error:                        # a full disk does not say which file it was
+        except OSError as error:
+            # The error of a full disk does not name the file.
             about = f"{error.strerror}; the line of step {row['step']} is not logged, make room and --resume"
             raise OSError(error.errno, about, str(path)) from None
 
 
 def read_metrics(path):
-    """[(line, row), ...] of metrics.jsonl, without a last line that a kill cut short.
+    """[(line, row), ...] of metrics.jsonl, without a last line that a kill cut short. [] without the file.
 
-    ValueError with file and line for what is no row of ours."""
+    Raises ValueError with file and line for a line that the loop did not write."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     rows = [parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
     for number, row in enumerate(rows, 1):
@@ -172,29 +193,42 @@ def read_metrics(path):
 
 
 def evaluated(path, step):
-    """Whether the evaluation before `step` is logged: it is then the last line."""
+    """Whether the evaluation before `step` is already logged, in which case it is the last line."""
     last = [row for _, row in read_metrics(path)][-1:]
     return bool(last) and last[0]["step"] == step and "loss" not in last[0]
 
 
 def origin(model, losses, micro_batches):
-    """Where a loss or gradient that is not finite comes from, in words: ranks and their examples, or else the first parameter. A collective."""
-    mine = [name for loss, batch in zip(losses, micro_batches) if not loss.isfinite() for name in dict.fromkeys(batch.where)]
+    """A text that says where a loss or gradient that is not finite comes from: ranks and their examples, or
+    else the first parameter. A collective."""
+    mine = [name for loss, batch in zip(losses, micro_batches) if not loss.isfinite()
+            for name in dict.fromkeys(batch.where)]
     by_rank = distributed.gather_objects(mine)
     if any(by_rank):
-        return "; ".join(f"rank {rank}, examples {' '.join(names[:8])}{' ...' if len(names) > 8 else ''}" for rank, names in enumerate(by_rank) if names)
-    bad = {name for name, p in model.named_parameters() if p.grad is not None and not distributed.own_rows(p.grad)[0].isfinite().all()}
+        return "; ".join(f"rank {rank}, examples {first_names(names)}"
+                         for rank, names in enumerate(by_rank) if names)
+    bad = {name for name, p in model.named_parameters()
+           if p.grad is not None and not distributed.own_rows(p.grad)[0].isfinite().all()}
     bad = set.union(*distributed.gather_objects(bad))
-    return f"the losses are finite, the gradient of {next((name for name, _ in model.named_parameters() if name in bad), 'each parameter too, their norm')} is not"
+    for name, _ in model.named_parameters():
+        if name in bad:
+            return f"the losses are finite, the gradient of {name} is not"
+    return "the losses and each parameter's gradient are finite, the norm of all gradients is not"
+
+
+def first_names(names):
+    return f"{' '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
 
 
 def spread(model, settings, device):
-    """The model where it trains: on its device, and sharded if there are ranks to share it; as it is if that was done before."""
-    return distributed.shard(model.to("cpu" if settings.cpu_offload else device), getattr(torch, settings.dtype), settings.replicate, settings.cpu_offload)
+    """The model on the device where it trains, and sharded if several ranks share it. A model that already is
+    stays as it is."""
+    model = model.to("cpu" if settings.cpu_offload else device)
+    return distributed.shard(model, getattr(torch, settings.dtype), settings.replicate, settings.cpu_offload)
 
 
 def made_ready(model, settings, device):
-    """The model where it trains, told how to compute."""
+    """The model spread for training, with packing, activation checkpointing and torch.compile set."""
     model = spread(model, settings, device)
     model.model.packing = settings.packing
     model.model.activation_checkpointing = settings.activation_checkpointing
@@ -205,23 +239,30 @@ def made_ready(model, settings, device):
 
 
 def counted(model, micro_batches, stop, device):
-    """(units of the loss, tokens, operations, whether to stop) of a step, added over all ranks. A collective."""
+    """A step's [units of the loss, tokens, floating-point operations, a number that is not 0 after a signal],
+    added over all ranks. A collective."""
     flops = sum(training_flops(model.config, b.lengths.tolist(), int(b.mask.sum())) for b in micro_batches)
-    counts = [sum(b.count for b in micro_batches), sum(b.num_tokens for b in micro_batches), flops, stop.received]
-    counts = torch.tensor(counts, dtype=torch.float64, device=device)
+    units, tokens = sum(b.count for b in micro_batches), sum(b.num_tokens for b in micro_batches)
+    counts = torch.tensor([units, tokens, flops, stop.received], dtype=torch.float64, device=device)
     return distributed.sum_over_ranks(counts).tolist()
 
 
 def gradients(model, micro_batches, loss_fn, count, settings, stop, device):
-    """Forward and backward of a step. -> (loss, its losses one by one, the gradient norm, metrics, whether to
-    stop): the loss is the sum over all ranks divided by `count`, and p.grad its gradient."""
+    """Forward and backward of a step. p.grad becomes the gradient of the loss, which is the sum over all
+    ranks divided by `count`.
+
+    Returns (loss, this rank's sums by micro-batch, gradient norm, metrics, a number that is not 0 after a
+    signal on any rank)."""
     ranks, losses, total = distributed.num_ranks(), [], {}
     for i, batch in enumerate(micro_batches):
-        if isinstance(model, FSDPModule):       # gradients go to their shards at once: whole ones may not fit;
-            model.set_requires_all_reduce(i == len(micro_batches) - 1)      # between HSDP's copies once a step
+        if isinstance(model, FSDPModule):
+            # Every micro-batch's gradients are reduced to shards at once, because whole ones may not fit in
+            # memory. HSDP's copies exchange theirs only after the last micro-batch.
+            model.set_requires_all_reduce(i == len(micro_batches) - 1)
         with autocast(model, settings, device):
             loss_sum, logged = loss_fn(model, batch.to(device))
-        (loss_sum * (ranks / count)).backward()                             # FSDP averages over ranks: undo that
+        # FSDP averages gradients over ranks; the factor `ranks` makes that a sum.
+        (loss_sum * (ranks / count)).backward()
         losses.append(loss_sum.detach())
         add_metrics(total, logged)
     stopping = torch.tensor(stop.received, dtype=torch.float64, device=device)
@@ -232,7 +273,7 @@ def gradients(model, micro_batches, loss_fn, count, settings, stop, device):
 
 
 def refuse_infinite(step, loss, grad_norm, model, losses, micro_batches, settings, folder):
-    """Raise ValueError, on all ranks together, for a loss or gradient norm that is not finite."""
+    """Raise ValueError, on all ranks together, if the loss or the gradient norm is not finite."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     first, last = step * settings.batch_size, (step + 1) * settings.batch_size - 1
@@ -243,7 +284,9 @@ def refuse_infinite(step, loss, grad_norm, model, losses, micro_batches, setting
 
 
 class Keeper:
-    """What a training keeps on disk: its states, evaluations and published models; and how it leaves."""
+    """Writes what a training keeps (states, evaluations, published models), and ends it after a signal.
+
+    saved: the number of steps after which a state was last saved."""
 
     def __init__(self, folder, model, optimizer, num_steps, settings, evaluation, publish, stop, saved):
         self.folder, self.model, self.optimizer, self.num_steps = folder, model, optimizer, num_steps
@@ -256,16 +299,16 @@ class Keeper:
             self.saved = done
 
     def leave(self, done):
-        """Save, and end the run after a signal, on all ranks."""
+        """Save and raise Stopped, on all ranks together, after a signal."""
         self.save(done)
         number = self.stop.agreed()
         raise distributed.Stopped(
             f"stopped by {signal.Signals(number).name} after {done} of {self.num_steps} steps. "
-            f"{checkpoint.newest_name(self.folder / 'state')}; --resume {self.folder} goes on (a recipe: the "
-            "same command)", number)
+            f"{checkpoint.newest_name(self.folder / 'state')}; --resume {self.folder} continues (a recipe: "
+            "the same command)", number)
 
     def evaluate(self, done):
-        """Log the evaluation after `done` steps as eval/..."""
+        """Evaluate after `done` steps and log the metrics as eval/..."""
         values = self.evaluation()
         if values is None:
             self.leave(done)
@@ -273,13 +316,13 @@ class Keeper:
         write_metrics(self.folder / "metrics.jsonl", row)
 
     def is_due(self, done):
-        """Whether an evaluation belongs after `done` steps, before the last."""
+        """Whether to evaluate after `done` steps. The evaluation after the last step is not decided here."""
         every = self.settings.eval_every
         return self.evaluation and done < self.num_steps and (done == 0 or every and done % every == 0)
 
     def after(self, done, stopping):
-        """What is due after a step. The model is published before the state is saved: a run that is resumed
-        from the state has then published it."""
+        """Publish, save, stop and evaluate as is due after `done` steps. The model is published before the
+        state is saved, so that a run resumed from the state has published it."""
         if self.settings.publish_every and done % self.settings.publish_every == 0:
             checkpoint.check_finite(dict(self.model.named_parameters()), done, self.folder / "state")
             self.publish(self.model, done)
@@ -293,16 +336,16 @@ class Keeper:
 
 def train(model, num_steps, batches, loss_fn, settings, folder, device, evaluation=None, state=None,
           check_first=None, title="train", stop=None, publish=None):
-    """Train in place, from the start or from a saved state (its folder).
+    """Train the model in place, from the start or from a saved state (the path of its folder). Returns it.
 
     batches(step) -> this rank's micro-batches. loss_fn(model, batch) -> (loss_sum, {name: (2, languages) sums
     and counts}). evaluation() -> {name: value} is called before the first step, every `eval_every` steps and
     after the last, and logged as eval/... check_first(metrics) may refuse the very first step.
-    publish(model, step) is called every `publish_every` steps. stop: the distributed.Signals to look at.
+    publish(model, step) is called every `publish_every` steps. stop: the distributed.Signals to poll.
 
-    Raises ValueError, on all ranks together and before the optimizer moves, when a loss or gradient norm is
-    not finite; before anything is kept, when weights are not. After SIGTERM or SIGINT on any rank all ranks
-    finish the step, save and raise Stopped; an evaluation in progress is abandoned and redone on resume."""
+    Raises ValueError, on all ranks together, before a step whose loss or gradient norm is not finite and
+    before a save whose weights are not. After SIGTERM or SIGINT on any rank, all ranks finish the step, save
+    and raise Stopped; an evaluation in progress is abandoned and redone on resume."""
     folder, stop, model = Path(folder), stop or distributed.Signals(), made_ready(model, settings, device)
     optimizer = make_optimizer(model, settings)
     distributed.from_main(lambda: checkpoint.check_room(folder / "state", checkpoint.state_bytes(model)))
@@ -312,10 +355,12 @@ def train(model, num_steps, batches, loss_fn, settings, folder, device, evaluati
         keeper.evaluate(first)
     model.train()
     peak, is_main = peak_flops(device, settings.dtype), distributed.is_main()
+    patience = Patience(device)
     bar = progress(range(first, num_steps), initial=first, total=num_steps, desc=title, unit="step",
                    disable=not is_main)
     for step in bar:
         profiler = start_profiler(device) if step == settings.profile and is_main else None
+        patience.begin()
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, num_steps, settings)
@@ -323,7 +368,8 @@ def train(model, num_steps, batches, loss_fn, settings, folder, device, evaluati
         count, tokens, flops, stopping = counted(model, micro_batches, stop, device)
         if stopping:
             keeper.leave(step)
-        loss, losses, norm, total, stopping = gradients(model, micro_batches, loss_fn, count, settings, stop, device)
+        loss, losses, norm, total, stopping = gradients(model, micro_batches, loss_fn, count, settings, stop,
+                                                        device)
         grad_norm = distributed.full(norm).item()
         refuse_infinite(step, loss, grad_norm, model, losses, micro_batches, settings, folder)
         nn.utils.clip_grads_with_norm_(model.parameters(), settings.max_grad_norm, norm)
@@ -333,6 +379,7 @@ def train(model, num_steps, batches, loss_fn, settings, folder, device, evaluati
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - started
+        patience.end()
         row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"],
                "tokens": int(tokens), "seconds": seconds, "tokens_per_second": tokens / seconds}
         row |= {"mfu": flops / (seconds * distributed.num_ranks() * peak)} if peak else {}

@@ -1,43 +1,92 @@
-"""What a merge is told: the methods' settings and defaults, their values for each tensor, and mergekit's configuration of the same."""
+"""What a merge is told: the methods with their settings and needs, the settings' values for each tensor, and
+mergekit's configuration of the same merge.
+
+METHODS declares what merge_folders.py and this module must know of a method; neither asks for one by name.
+"""
 
 import re
+from dataclasses import dataclass, field
 
 from .command import WHOLE, describe, in_range, shortened
 from .files import depth
 
-METHODS = {    # method: the settings it takes and their defaults, from the papers (DARE has none: ours); weights None: 1 each
-    "linear": {"weights": None, "normalize": True},
-    "slerp": {"t": 0.5, "convention": "paper"},
-    "task-arithmetic": {"base": None, "weights": None, "lam": 1.0, "normalize": False},
-    "model-stock": {"base": None, "convention": "paper"},
-    "ties": {"base": None, "weights": None, "density": 0.2, "lam": 1.0, "normalize": True, "convention": "paper"},
-    "dare-linear": {"base": None, "weights": None, "density": 0.5, "lam": 1.0, "normalize": False, "seed": 0, "convention": "paper"},
-    "dare-ties": {"base": None, "weights": None, "density": 0.5, "lam": 1.0, "normalize": True, "seed": 0, "convention": "paper"},
+BOTH = ("paper", "mergekit")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method; its function in merge_methods.py has the same name, with _ in place of -.
+
+    A method without a setting `convention` declares its scans for "paper".
+    """
+    # {setting: default}, from the papers (DARE's gives none: ours); weights None: 1 each
+    # (a method with a seed is also given the name of the tensor)
+    settings: dict
+    # the conventions in which it scans each tensor with `over` before it merges it
+    tensor_scans: tuple = ()
+    # {convention: function of merge_methods.py}: it takes `over` and the checked settings, scans all tensors
+    # once, and returns keyword arguments for the method
+    model_scans: dict = field(default_factory=dict)
+    # it elects signs, so its weights must not be negative
+    elects_signs: bool = False
+    # it merges exactly two models; the first is mergekit's base_model
+    between_two: bool = False
+    # mergekit's default of normalize
+    mergekit_normalizes: bool = False
+
+    def passes(self, convention):
+        """How often a merge reads every tensor."""
+        return 1 + (convention in self.tensor_scans) + (convention in self.model_scans)
+
+
+METHODS = {
+    "linear": Method({"weights": None, "normalize": True}, mergekit_normalizes=True),
+    "slerp": Method({"t": 0.5, "convention": "paper"}, tensor_scans=BOTH, between_two=True),
+    "task-arithmetic": Method({"base": None, "weights": None, "lam": 1.0, "normalize": False}),
+    "model-stock": Method({"base": None, "convention": "paper"}, tensor_scans=BOTH),
+    "ties": Method({"base": None, "weights": None, "density": 0.2, "lam": 1.0, "normalize": True,
+                    "convention": "paper"},
+                   tensor_scans=("mergekit",), model_scans={"paper": "ties_limits"}, elects_signs=True,
+                   mergekit_normalizes=True),
+    "dare-linear": Method({"base": None, "weights": None, "density": 0.5, "lam": 1.0, "normalize": False,
+                           "seed": 0, "convention": "paper"}, tensor_scans=("mergekit",)),
+    "dare-ties": Method({"base": None, "weights": None, "density": 0.5, "lam": 1.0, "normalize": True,
+                         "seed": 0, "convention": "paper"}, tensor_scans=("mergekit",), elects_signs=True),
 }
 OUTPUT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-OF_EACH_MODEL, OF_EACH_TENSOR = ("weights", "density"), ("t", "lam")                 # their values may be gradients or filters
+# settings whose values may be gradients or filters
+OF_EACH_MODEL = ("weights", "density")
+OF_EACH_TENSOR = ("t", "lam")
 # What flags, configurations and Python callers may give: (flag, type, interval). Products of the largest
-# stay within fp32.
+# values stay within fp32.
 RANGES = {"weights": ("--weights", float, "[-1e20, 1e20]"), "density": ("--density", float, "(0, 1]"),
           "t": ("--t", float, "[0, 1]"),
           "lam": ("--lambda", float, "[-1e10, 1e10]"), "seed": ("--seed", int, WHOLE)}
-MOST_LEVELS = 12            # of lists and objects within one another: a gradient under a filter has 8
+MOST_LEVELS = 12            # of nested lists and objects: a gradient under a filter has 8
 
 
 def check_settings(method, given, num_models, dtype):
-    """{setting: value} of all that the method takes, weights and density as a list of one for each model; ValueError for what has no meaning."""
+    """{setting: value} of all settings of the method; weights and density as lists with one value per model.
+
+    Raises ValueError for an unknown method, setting or dtype, a value out of range, or a wrong number of
+    models or values.
+    """
     if method not in METHODS:
         raise ValueError(f"unknown merge method {method!r}; choose one of {', '.join(METHODS)}")
-    if unknown := given.keys() - METHODS[method].keys():
-        raise ValueError(f"{method} takes no {', '.join(sorted(unknown))}; it takes {', '.join(METHODS[method])}")
+    takes = METHODS[method].settings
+    if unknown := given.keys() - takes.keys():
+        raise ValueError(f"{method} takes no {', '.join(sorted(unknown))}; it takes {', '.join(takes)}")
     if dtype not in [None, *OUTPUT_DTYPES]:
         raise ValueError(f"unknown dtype {shortened(dtype)}; choose one of {', '.join(OUTPUT_DTYPES)}")
-    if num_models < 1 or (method == "slerp" and num_models != 2):
-        raise ValueError(f"{method} merges {'exactly two models' if method == 'slerp' else 'one model or more'}, not {num_models}")
-    settings = {name: default if given.get(name) is None else given[name] for name, default in METHODS[method].items()}
+    if METHODS[method].between_two and num_models != 2:
+        raise ValueError(f"{method} merges exactly two models, not {num_models}")
+    if num_models < 1:
+        raise ValueError(f"{method} merges one model or more, not {num_models}")
+    settings = {name: default if given.get(name) is None else given[name] for name, default in takes.items()}
     if "base" in settings and settings["base"] is None:
-        raise ValueError(f"{method} needs the model that the others were trained from; give it with --base DIR")
-    for name, allowed in {"convention": ["paper", "mergekit"], "normalize": [True, False]}.items():
+        raise ValueError(f"{method} needs the model that the others were trained from; give it with "
+                         "--base DIR")
+    for name, allowed in {"convention": [*BOTH], "normalize": [True, False]}.items():
         if settings.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{name} is {shortened(settings[name])}; choose one of "
                              f"{', '.join(map(str, allowed))}")
@@ -52,13 +101,14 @@ def check_settings(method, given, num_models, dtype):
             raise ValueError(f"{name} must be a list, one for each model, got {shortened(settings[name])}")
         settings[name] = list(settings[name] or [1.0]) * (num_models if one_for_all else 1)
         if len(settings[name]) != num_models:
-            raise ValueError(f"{len(settings[name])} {name} for {num_models} models; give one for each model, in the same order")
+            raise ValueError(f"{len(settings[name])} {name} for {num_models} models; give one for each "
+                             "model, in the same order")
     return settings
 
 
 def check_numbers(name, value):
-    """Refuse a number outside the setting's range, wherever it stands: alone, for a model, in a gradient,
-    under a filter."""
+    """Refuse a number outside the setting's range wherever it stands: alone, in a list of one for each model,
+    in a gradient or under a filter."""
     flag, kind, interval = RANGES[name]
     if isinstance(value, (list, tuple)) and kind is float:
         for part in value:
@@ -76,40 +126,59 @@ def check_numbers(name, value):
 
 
 def settings_by_tensor(method, settings, names):
-    """{tensor name: the settings as merge_methods.py takes them}, numbers in the place of gradients and filters. settings: checked."""
+    """{tensor name: keyword arguments of the method's function}; gradients and filters become numbers.
+
+    settings: as check_settings returns them. Raises ValueError where the numbers of a tensor mean nothing.
+    """
     last = max([1, *(layer_of(name) or 0 for name in names)])
     return {name: settings_of(name, (layer_of(name) or 0) / last, method, settings) for name in names}
 
 
 def settings_of(name, depth, method, settings):
-    values = {key: value for key, value in settings.items() if key != "base"} | ({"name": name} if "seed" in settings else {})
-    values |= {key: [number_at(value, name, depth) for value in values[key]] for key in OF_EACH_MODEL if key in values}
-    values |= {key: number_at(values[key], name, depth) for key in OF_EACH_TENSOR if key in values}
-    weights, density = values.get("weights", [1.0]), values.get("density", [])
-    if method in ("ties", "dare-ties") and (min(weights) < 0 or max(weights) == 0):
-        problem = f"weights {weights} of {method} must not be negative nor all 0; for negation use task-arithmetic or dare-linear"
+    """`settings_by_tensor` for one tensor at this depth, 0 the first layer, 1 the last."""
+    values = {key: value for key, value in settings.items() if key != "base"}
+    if "seed" in settings:
+        values["name"] = name
+    for key in values:
+        if key in OF_EACH_MODEL:
+            values[key] = [number_at(value, name, depth) for value in values[key]]
+        elif key in OF_EACH_TENSOR:
+            values[key] = number_at(values[key], name, depth)
+    weights = values.get("weights", [1.0])
+    scanned_whole = settings.get("convention", "paper") in METHODS[method].model_scans
+    if METHODS[method].elects_signs and (min(weights) < 0 or max(weights) == 0):
+        problem = (f"weights {weights} of {method} must not be negative nor all 0; for negation use "
+                   "task-arithmetic or dare-linear")
     elif values.get("normalize") and abs(sum(weights)) < 1e-6:
-        problem = f"weights {weights} sum to 0, so they cannot be normalised; for differences of models use task-arithmetic"
-    elif method == "ties" and settings["convention"] == "paper" and density != settings["density"]:
-        problem = "density by layer or name needs tensors that are trimmed one by one; choose the convention mergekit, or one number for each model"
+        problem = (f"weights {weights} sum to 0, so they cannot be normalised; for differences of models use "
+                   "task-arithmetic")
+    elif scanned_whole and values.get("density") != settings.get("density"):
+        problem = ("density by layer or name needs tensors that are trimmed one by one; choose the "
+                   "convention mergekit, or one number for each model")
     else:
         return values
     raise ValueError(f"{problem} (at {name})")
 
 
 def layer_of(name):
-    """The number of a tensor's layer, None outside the layers."""
+    """The number of a tensor's layer; None outside the layers."""
     found = re.search(r"\.(\d+)\.", name)
     return int(found[1]) if found else None
 
 
 def number_at(value, name, depth):
-    """A number; or that of a gradient at this depth, 0 the first layer, 1 the last (0 for tensors outside the layers, as in mergekit);
-    or that of the first {"filter", "value"} whose filter is in the tensor's name, or is absent."""
+    """The number that a setting has for the tensor `name`. value is one of
+
+    a number; a gradient, interpolated at this depth (0 the first layer, 1 the last; 0 for tensors outside the
+    layers, as in mergekit); or a list of {"filter", "value"}, of which the first counts whose filter is part
+    of the name or is absent.
+    """
     if isinstance(value, (int, float)):
         return float(value)
-    if not isinstance(value, (list, tuple)) or not value or len({isinstance(part, dict) for part in value}) > 1:
-        raise ValueError(f"{value!r} is not a number, a list of numbers over the layers, or a list of filters")
+    is_list = isinstance(value, (list, tuple)) and value
+    if not is_list or len({isinstance(part, dict) for part in value}) > 1:
+        raise ValueError(f"{value!r} is not a number, a list of numbers over the layers, or a list of "
+                         "filters")
     if isinstance(value[0], dict):
         for part in value:
             if part.get("filter") is None or part["filter"] in name:
@@ -120,60 +189,102 @@ def number_at(value, name, depth):
     return points[low] + (depth * (len(value) - 1) - low) * (points[low + 1] - points[low])
 
 
-# ---- mergekit's configuration ------------------------------------------------------------------------------------------------------
+# ---- mergekit's configuration ------------------------------------------------------------------------------
 
 KEYS = {"merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
         "allow_config_differences"}
-THEIR = {"weights": "weight", "lam": "lambda"}                                       # mergekit's name of a setting, where it is another
+THEIRS = {"weights": "weight", "lam": "lambda"}         # settings that have another name in mergekit
+IGNORED = {"int8_mask"}                                 # saves mergekit memory and changes no number
 
 
 def from_config(config):
-    """mergekit's configuration (a dict) -> the arguments of merge_folders but `out`. Its defaults, and its convention where none is given."""
+    """mergekit's configuration (a dict) as the arguments of merge_folders, without `out`.
+
+    A value that is absent is mergekit's default, its convention included. Raises ValueError for wrong types
+    and for everything that cannot be honoured.
+    """
+    method, models, common, base = check_types(config)
+    entry = METHODS[method]
+    takes = entry.settings.keys() - {"base"}
+    check_known(config, method, models, common, takes)
+    if (base is None) == (entry.between_two or "base" in entry.settings):
+        raise ValueError(f"{method} {'needs a' if base is None else 'takes no'} base_model")
+    if entry.between_two:                               # mergekit's t = 0 is the base
+        models = sorted(models, key=lambda model: model["model"] != base)
+    else:
+        models = [model for model in models if model["model"] != base]
+
+    defaults = {"convention": "mergekit", "normalize": entry.mergekit_normalizes, "density": 1.0}
+    settings = {key: common.get(THEIRS.get(key, key), defaults.get(key)) for key in takes}
+    for key in takes & set(OF_EACH_MODEL):
+        settings[key] = [(model.get("parameters") or {}).get(THEIRS.get(key, key), settings[key])
+                         for model in models]
+    if None in settings.get("weights", []):
+        raise ValueError(f"{method} needs a weight for each model in its parameters")
+    if settings.get("t", 0) is None:
+        raise ValueError(f"{method} needs a t in its parameters")
+    if "base" in entry.settings:
+        settings["base"] = base
+    if config.get("allow_config_differences"):
+        settings["allow_config_differences"] = True
+    return {"folders": [model["model"] for model in models], "method": method,
+            "dtype": config.get("out_dtype") or config.get("dtype"), **settings}
+
+
+def check_types(config):
+    """(method, models, parameters, base_model) of a configuration; ValueError for a wrong type or method."""
     if depth(config) > MOST_LEVELS:
-        raise ValueError(f"lists and objects within one another, more than {MOST_LEVELS} levels; give "
-                         f"numbers, gradients or filters")
+        raise ValueError(f"lists and objects are nested in more than {MOST_LEVELS} levels; give numbers, "
+                         "gradients or filters")
     keys = ("merge_method", "models", "parameters", "base_model")
     method, models, common, base = map(config.get, keys)
-    method, common = str(method).replace("_", "-"), {} if common is None else common
+    method = str(method).replace("_", "-")
+    common = {} if common is None else common
     if method not in METHODS:
         raise ValueError(f"merge_method {shortened(config.get('merge_method'))} is not supported; supported: "
                          f"{', '.join(METHODS).replace('-', '_')}")
-    if not (isinstance(models, list) and models and all(isinstance(model, dict) and isinstance(model.get("model"), str) for model in models)):
+    if not (isinstance(models, list) and models
+            and all(isinstance(model, dict) and isinstance(model.get("model"), str) for model in models)):
         raise ValueError('models is not a list of {"model": FOLDER, "parameters": {...}}')
     if not isinstance(base, (str, type(None))):
         raise ValueError(f"base_model is {shortened(base)}, not the name of a folder")
     if type(allow := config.get("allow_config_differences", False)) is not bool:
         raise ValueError(f"allow_config_differences is {shortened(allow)}; give true or false")
-    parameters = [model.get("parameters") or {} for model in models]
-    if not all(isinstance(one, dict) for one in [common, *parameters]):
+    parameters = [common, *(model.get("parameters") or {} for model in models)]
+    if not all(isinstance(one, dict) for one in parameters):
         raise ValueError("parameters is not an object of names and values")
-    takes = METHODS[method].keys() - {"base"}
-    known = {THEIR.get(key, key) for key in takes} | {"int8_mask"}                   # which saves mergekit memory and changes nothing
-    unknown = config.keys() - KEYS | {f"models.{key}" for model in models for key in model.keys() - {"model", "parameters"}}
-    unknown |= {f"parameters.{key}" for one in [common, *parameters] for key in one.keys() - known}
+    return method, models, common, base
+
+
+def check_known(config, method, models, common, takes):
+    """Refuse a configuration with a key that this method cannot honour; takes: the settings that it has."""
+    known = {THEIRS.get(key, key) for key in takes} | IGNORED
+    unknown = config.keys() - KEYS
+    for model in models:
+        unknown |= {f"models.{key}" for key in model.keys() - {"model", "parameters"}}
+    for parameters in [common, *(model.get("parameters") or {} for model in models)]:
+        unknown |= {f"parameters.{key}" for key in parameters.keys() - known}
     if unknown or config.get("tokenizer_source", "base") != "base":
-        raise ValueError(f"{method} cannot honour {', '.join(sorted(unknown)) or 'a tokenizer_source other than base'}; remove it")
-    if (base is None) == (method == "slerp" or "base" in METHODS[method]):
-        raise ValueError(f"{method} {'needs a' if base is None else 'takes no'} base_model")
-    if method == "slerp":                                                            # t = 0 is the base
-        models = sorted(models, key=lambda model: model["model"] != base)
-    models = [model for model in models if model["model"] != base or method == "slerp"]
-    defaults = {"convention": "mergekit", "normalize": method in ("linear", "ties"), "density": 1.0}
-    settings = {key: common.get(THEIR.get(key, key), defaults.get(key)) for key in takes}
-    settings |= {key: [(model.get("parameters") or {}).get(THEIR.get(key, key), settings[key]) for model in models] for key in OF_EACH_MODEL if key in takes}
-    if None in [*settings.get("weights", []), settings.get("t", 0)]:
-        raise ValueError(f"{method} needs a {'t' if method == 'slerp' else 'weight for each model'} in its parameters")
-    return {"folders": [model["model"] for model in models], "method": method, "dtype": config.get("out_dtype") or config.get("dtype"),
-            **settings, **({"base": base} if "base" in METHODS[method] else {}),
-            **({"allow_config_differences": True} if allow else {})}
+        what = ", ".join(sorted(unknown)) or "a tokenizer_source other than base"
+        raise ValueError(f"{method} cannot honour {what}; remove it")
 
 
 def to_config(folders, method, settings, dtype, allow_config_differences=False):
-    """mergekit's configuration of a merge (checked settings), JSON and so YAML. It passes over the parameters seed and convention, which it does not know."""
-    models = [{"model": str(folder), "parameters": {THEIR.get(key, key): settings[key][i] for key in OF_EACH_MODEL if key in settings}}
-              for i, folder in enumerate(folders)]
-    parameters = {THEIR.get(key, key): value for key, value in settings.items() if key not in ("base", *OF_EACH_MODEL)}
-    base = {"base_model": str(settings.get("base", folders[0]))} if method == "slerp" or "base" in settings else {}
-    return {"merge_method": method.replace("-", "_"), "models": models, **base, "parameters": parameters,
-            **({"dtype": "float32", "out_dtype": dtype} if dtype else {}),
-            **({"allow_config_differences": True} if allow_config_differences else {})}
+    """mergekit's configuration of a merge as a dict for JSON, which is YAML too. settings: checked.
+
+    mergekit does not know the parameters seed and convention, and ignores them.
+    """
+    models = [{"model": str(folder), "parameters": {}} for folder in folders]
+    for key in OF_EACH_MODEL:
+        for model, value in zip(models, settings.get(key, [])):
+            model["parameters"][THEIRS.get(key, key)] = value
+    config = {"merge_method": method.replace("-", "_"), "models": models}
+    if "base" in settings or METHODS[method].between_two:
+        config["base_model"] = str(settings.get("base", folders[0]))
+    config["parameters"] = {THEIRS.get(key, key): value for key, value in settings.items()
+                            if key not in ("base", *OF_EACH_MODEL)}
+    if dtype:
+        config |= {"dtype": "float32", "out_dtype": dtype}
+    if allow_config_differences:
+        config["allow_config_differences"] = True
+    return config

@@ -1,8 +1,10 @@
-"""The Cohere decoder, as in transformers' modeling_cohere (Aya Expanse, Aya 23, Command R) and modeling_cohere2 (Command R7B, Tiny Aya).
+"""The Cohere decoder, as in transformers' modeling_cohere (Aya Expanse, Aya 23, Command R) and
+modeling_cohere2 (Command R7B, Tiny Aya).
 
-What sets it apart: one bias-free LayerNorm per block feeding attention and MLP in PARALLEL, interleaved rotary pairs (GPT-J style),
-logits scaled by `logit_scale`, head tied to the embedding. In cohere2 most layers look back over a window only, and only they have
-rotary embeddings. Parameter names are those of the published safetensors.
+It differs from other decoders in four points: one bias-free LayerNorm per block feeds attention and MLP in
+PARALLEL, rotary pairs are interleaved (GPT-J style), logits are scaled by `logit_scale`, and the head is
+tied to the embedding. In cohere2 most layers attend within a sliding window, and only those have rotary
+embeddings. Parameter names are those of the published safetensors.
 B batch, T tokens, H heads, K key-value heads, D head width, V vocabulary.
 """
 
@@ -16,7 +18,11 @@ from .losses import sum_by_row, token_logps
 
 
 class LayerNorm(nn.Module):
-    """Mean-centred, scaled, without bias; fp32 inside. weight: (D,), or (H, D) for the optional query-key norm."""
+    """LayerNorm without bias, in fp32 inside.
+
+    The weight is (D,), or (H, D) for the optional query-key norm, which nn.LayerNorm cannot have: it would
+    normalise over both dimensions.
+    """
 
     def __init__(self, shape, eps):
         super().__init__()
@@ -30,73 +36,100 @@ class LayerNorm(nn.Module):
 
 
 def rotary(config, positions):
-    """cos and sin of the rotary angles of the pairs, in fp32. positions (B, T) -> 2 x (B, T, 1, D/2)."""
+    """cos and sin of the rotary angles, in fp32. positions (B, T) -> 2 x (B, T, 1, D/2)."""
     D = config.head_dim
-    frequencies = config.rope_theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)      # (D/2,)
-    angles = (positions[..., None].float() * frequencies)[:, :, None]                                                  # (B, T, 1, D/2)
+    exponents = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)
+    frequencies = config.rope_theta ** (-exponents / D)                     # (D/2,)
+    angles = (positions[..., None].float() * frequencies)[:, :, None]       # (B, T, 1, D/2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Rotate the interleaved pairs: x0 + i x1 -> (x0 + i x1)(cos + i sin). x (B, T, H, D); cos, sin (B, T, 1, D/2)."""
-    pairs = x.float().unflatten(-1, (-1, 2))                                               # (B, T, H, D/2, 2)
-    if torch.compiler.is_compiling():                                                      # it fuses the products, and knows no complex numbers
+    """Rotate the interleaved pairs: x0 + i x1 -> (x0 + i x1)(cos + i sin).
+
+    x (B, T, H, D); cos, sin (B, T, 1, D/2).
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))                                # (B, T, H, D/2, 2)
+    if torch.compiler.is_compiling():
+        # Inductor fuses real products but does not support complex numbers.
         x0, x1 = pairs.unbind(-1)
-        turned = torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), -1)
-    else:                                                                                  # eager on a CPU in a fifth of the time
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
-    return turned.flatten(-2).to(x.dtype)
+        rotated = torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), -1)
+    else:
+        # Complex numbers take a fifth of the time in eager mode on a CPU.
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def window_mask(config, num_tokens, device):
-    """Who sees whom (True) in a sliding layer: the sliding_window tokens up to itself. (T, T), or None where plain causal attention is the same."""
+    """The attention mask (T, T) of a sliding layer: True where a query sees a key, which are the last
+    `sliding_window` tokens up to its own. None where plain causal attention is the same."""
     if config.sliding_window is None or num_tokens <= config.sliding_window:
         return None
-    places = torch.arange(num_tokens, device=device)
-    back = places[:, None] - places                                                        # (T, T)
-    return (back >= 0) & (back < config.sliding_window)
+    positions = torch.arange(num_tokens, device=device)
+    distance = positions[:, None] - positions                               # (T, T)
+    return (distance >= 0) & (distance < config.sliding_window)
 
 
 class Line:
-    """Where the tokens of a micro-batch stand when it is packed: all documents in one line (N,), without padding, positions counted in each.
+    """A micro-batch without its padding: the tokens of all rows one after the other, (N,).
 
-    Attention alone sees them as rows: each token attends within its own document. lengths (B,), right-padded rows of T tokens.
-    repeats (2, B), see data.Batch: what a row has in common with an earlier one, a pair's prompt, stands in the line, and is computed, once.
+    Only attention sees the tokens as rows, so each token attends within its own row; positions are counted
+    within each row. A prefix that a row shares with an earlier row (a pair's prompt) is stored and computed
+    once.
+
+    lengths (B,): of right-padded rows of `num_tokens` tokens. repeats (2, B): see data.Batch.
+    torch's nested tensors hold rows without padding too, but cannot share a prefix.
     """
 
     def __init__(self, lengths, num_tokens, repeats=None):
-        places = torch.arange(num_tokens, device=lengths.device)
-        there = places < lengths[:, None]                                                  # (B, T)
-        own = there & (places >= repeats[1][:, None]) if repeats is not None else there
-        self.shape, self.lengths, self.once = (len(lengths), num_tokens), lengths, repeats is None
-        self.own = own.flatten().nonzero()[:, 0]                                           # (N,) where in the rows each token stands
+        positions = torch.arange(num_tokens, device=lengths.device)
+        is_token = positions < lengths[:, None]                             # (B, T)
+        is_own = is_token
+        if repeats is not None:
+            is_own = is_token & (positions >= repeats[1][:, None])
+        self.shape, self.lengths = (len(lengths), num_tokens), lengths
+        self.has_repeats = repeats is not None
+        self.own = is_own.flatten().nonzero()[:, 0]                         # (N,) index in the flattened rows
         self.positions = self.own % num_tokens
-        if not self.once:
-            at = torch.zeros_like(there, dtype=torch.long).masked_scatter(own, torch.arange(len(self.own), device=lengths.device))
-            self.at = torch.where(own, at, at[repeats[0]])                                 # (B, T) where in the line each token stands
-            self.documents, self.first = self.at[there], own[there]                        # (M,) the rows one after the other; which of them are own
+        if self.has_repeats:
+            indices = torch.arange(len(self.own), device=lengths.device)
+            at = torch.zeros_like(is_token, dtype=torch.long).masked_scatter(is_own, indices)
+            self.at = torch.where(is_own, at, at[repeats[0]])               # (B, T) index in the line
+            # M tokens of all rows, repeated prefixes included.
+            self.rows = self.at[is_token]                                   # (M,) index in the line
+            self.is_first = is_own[is_token]                                # (M,) True once for each of the N
 
     def unpack(self, x):
-        """(N, ...) -> (B, T, ...); what stands in the padding is not to be looked at."""
-        if self.once:
-            return x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, self.own, x).unflatten(0, self.shape)
-        return x.index_select(0, self.at.flatten()).unflatten(0, self.shape)
+        """(N, ...) -> (B, T, ...). The values in the padding have no meaning."""
+        if self.has_repeats:
+            return x.index_select(0, self.at.flatten()).unflatten(0, self.shape)
+        rows = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
+        return rows.index_copy(0, self.own, x).unflatten(0, self.shape)
 
     def pack(self, x):
         """(B, T, ...) -> (N, ...)"""
-        return x.flatten(0, 1).index_select(0, self.own)                                   # x[rows, places] is 4x as slow in its backward on a CPU
+        # The backward of x[rows, positions] takes four times as long on a CPU.
+        return x.flatten(0, 1).index_select(0, self.own)
 
     def attend(self, q, k, v, window):
-        """torch's variable-length attention, on GPUs in half precision. q (N, H, D), k, v (N, K, D) -> (N, H, D)."""
+        """torch's variable-length attention, which exists on GPUs in half precision only.
+
+        q (N, H, D), k and v (N, K, D) -> (N, H, D).
+        """
         from torch.nn.attention.varlen import varlen_attn
-        ends = F.pad(self.lengths.cumsum(0), (1, 0)).int()                                 # (B + 1,) where documents begin and end
-        if not self.once:
-            q, k, v = q[self.documents], k[self.documents], v[self.documents]              # (M, H or K, D)
-        y = varlen_attn(q, k, v, ends, ends, self.shape[1], self.shape[1], window_size=(window - 1 if window else -1, 0), enable_gqa=k.shape[1] != q.shape[1])
-        return y if self.once else y[self.first]
+        ends = F.pad(self.lengths.cumsum(0), (1, 0)).int()                  # (B + 1,) borders of the rows
+        longest = self.shape[1]
+        if self.has_repeats:
+            q, k, v = q[self.rows], k[self.rows], v[self.rows]              # (M, H or K, D)
+        before = window - 1 if window else -1                               # keys before the query, -1: all
+        y = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(before, 0),
+                        enable_gqa=k.shape[1] != q.shape[1])
+        return y[self.is_first] if self.has_repeats else y
 
 
 class Attention(nn.Module):
+    """Grouped-query attention, causal, within a window if one is given."""
+
     def __init__(self, config, window=None):
         super().__init__()
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -111,7 +144,11 @@ class Attention(nn.Module):
         self.use_qk_norm = config.use_qk_norm
 
     def forward(self, x, cos=None, sin=None, mask=None, line=None):
-        """x (B, T, hidden_size), or (N, hidden_size) along a Line; cos, sin: rotary(), None in a layer without; mask: (T, T) or None, causal."""
+        """x (B, T, hidden_size), or (N, hidden_size) with a Line -> the same shape.
+
+        cos, sin: of rotary(), None in a layer without rotary embeddings.
+        mask: (T, T) of window_mask(), or None for plain causal attention.
+        """
         q = self.q_proj(x).unflatten(-1, (self.H, self.D))
         k = self.k_proj(x).unflatten(-1, (self.K, self.D))
         v = self.v_proj(x).unflatten(-1, (self.K, self.D))
@@ -123,8 +160,10 @@ class Attention(nn.Module):
             return self.o_proj(line.attend(q, k, v, self.window).flatten(-2))
         if line:
             q, k, v = line.unpack(q), line.unpack(k), line.unpack(v)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                  # (B, H, T, D), (B, K, T, D) twice
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.K != self.H).transpose(1, 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H or K, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=self.K != self.H)
+        y = y.transpose(1, 2)                                               # (B, T, H, D)
         return self.o_proj((line.pack(y) if line else y).flatten(-2))
 
 
@@ -142,7 +181,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(LN(x)) + mlp(LN(x)): the parallel block, one norm."""
+    """x + attention(LN(x)) + mlp(LN(x)): the parallel block with one norm."""
 
     def __init__(self, config, window=None):
         super().__init__()
@@ -156,7 +195,12 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm: the `model.` part of the published names."""
+    """Embedding, blocks and final norm: the `model.` part of the published names.
+
+    packing: whether padding is left out of the computation, and shared prefixes are computed once (see
+    Line), when the lengths are given. None: on a CPU only.
+    activation_checkpointing: which blocks are recomputed in the backward: 0 none, 1 all, n every n-th.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -164,21 +208,27 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, config.window(i)) for i in range(config.num_hidden_layers))
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.packing = None                         # compute no padding, and common prompts once, where lengths are given; None: on a CPU
-        self.activation_checkpointing = 0           # blocks that are recomputed in backward: 0 none, 1 all, n every n-th
+        self.packing = None
+        self.activation_checkpointing = 0
 
     def forward(self, input_ids, lengths=None, repeats=None):
-        """input_ids (B, T), right-padded: under the causal mask no real token sees the padding. -> (B, T, hidden_size)"""
+        """input_ids (B, T) -> hidden states (B, T, hidden_size).
+
+        Rows are padded on the right, so the causal mask hides the padding from every real token.
+        """
+        T = input_ids.shape[1]
         x, config = self.embed_tokens(input_ids), self.config
         packing = x.device.type == "cpu" if self.packing is None else self.packing
-        line = Line(lengths, input_ids.shape[1], repeats) if packing and lengths is not None else None
-        turn = rotary(config, torch.arange(input_ids.shape[1], device=x.device)[None])     # (1, T, 1, D/2) twice
+        line = Line(lengths, T, repeats) if packing and lengths is not None else None
+        angles = rotary(config, torch.arange(T, device=x.device)[None])     # 2 x (1, T, 1, D/2)
         if line:
-            x, turn = line.pack(x), [each[0, line.positions] for each in turn]             # (N, hidden_size), (N, 1, D/2) twice
-        band = window_mask(config, input_ids.shape[1], x.device)
+            x = line.pack(x)                                                # (N, hidden_size)
+            angles = [each[0, line.positions] for each in angles]           # 2 x (N, 1, D/2)
+        mask = window_mask(config, T, x.device)
         every = self.activation_checkpointing if self.training else 0
         for i, block in enumerate(self.layers):
-            inputs = (*(turn if config.has_rope(i) else (None, None)), band if config.window(i) else None, line)
+            cos, sin = angles if config.has_rope(i) else (None, None)
+            inputs = (cos, sin, mask if config.window(i) else None, line)
             if every and i % every == 0:
                 x = checkpoint(block, x, *inputs, use_reentrant=False)
             else:
@@ -188,7 +238,8 @@ class Decoder(nn.Module):
 
 
 class CohereForCausalLM(nn.Module):
-    """The decoder with the language model's head; config.model_type says whether it is CohereForCausalLM or Cohere2ForCausalLM."""
+    """The decoder with the language model's head. config.model_type says whether the published class is
+    CohereForCausalLM or Cohere2ForCausalLM."""
     task = "ForCausalLM"
 
     def __init__(self, config):
@@ -203,24 +254,28 @@ class CohereForCausalLM(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, input_ids, mask=None, lengths=None, repeats=None):
-        """Logits (B, T, V); with `mask` (B, T) instead the log-probs of the masked tokens, (N,) in the order of mask.nonzero(),
-        each given the tokens before it. lengths (B,) of the rows, repeats (2, B): for packing.
+        """Logits (B, T, V). With `mask` (B, T) instead the log-probs (N,) of the masked tokens, each given
+        the tokens before it, in nats and in the order of mask.nonzero().
 
-        Everything goes through this one call, because FSDP gathers the weights around a forward.
+        lengths (B,) and repeats (2, B) are for packing. FSDP gathers the weights around a forward only, so
+        log-probs too come from this call; losses.supervised_logps names it.
         """
         x = self.model(input_ids, lengths, repeats)
         if mask is not None:
-            return token_logps(x[:, :-1][mask[:, 1:]], self.head_weight, input_ids[mask], self.config.logit_scale)
+            # The selected states have no name here, so that they are freed once token_logps has padded them.
+            return token_logps(x[:, :-1][mask[:, 1:]], self.head_weight, input_ids[mask],
+                               self.config.logit_scale)
         return linear(x, self.head_weight) * self.config.logit_scale
 
 
 class RewardModel(nn.Module):
-    """The decoder with a scalar head: the last token's hidden state, and how likely the model itself finds the answer.
+    """The decoder with a scalar head on the last token's hidden state and on the answer's log-probs:
 
         r(x, y) = w . h_end + v . (mean_t, min_t) log p(y_t | x, y_<t)
 
-    The second term is the departure from the usual last-token head. At a million parameters a last-token head learns form and language
-    but not correctness (LOG.md); the least likely token is where a wrong word shows. Without `score_logps` in the folder it is the usual head.
+    The second term departs from the usual last-token head, which is what remains without `score_logps` in
+    the folder. At a million parameters a last-token head learns form and language but not correctness
+    (LOG.md), and the least likely token is where a wrong word shows.
     """
     task = "RewardModel"
 
@@ -232,20 +287,30 @@ class RewardModel(nn.Module):
         self.score_logps = Linear(2, 1, bias=False)
 
     def forward(self, input_ids, lengths, mask, repeats=None):
-        """Scores (B,) in fp32, read at position lengths - 1, and the log-probs of the masked (answer) tokens, (N,) in the order of mask.nonzero()."""
+        """Scores (B,) in fp32, read at position lengths - 1, and the log-probs (N,) of the masked (answer)
+        tokens, in nats and in the order of mask.nonzero()."""
         x = self.model(input_ids, lengths, repeats)
-        ends = x[torch.arange(len(x), device=x.device), lengths - 1]                        # (B, hidden_size)
-        logps = token_logps(x[:, :-1][mask[:, 1:]], self.model.embed_tokens.weight, input_ids[mask], self.config.logit_scale)
-        rows = mask.nonzero()[:, 0]
-        mean = sum_by_row(logps, mask) / mask.sum(1)                                        # (B,) nats
-        least = logps.new_zeros(len(x)).scatter_reduce(0, rows, logps, "amin")              # (B,) nats, at most 0
-        scores = F.linear(ends.float(), self.score.weight.float()) + F.linear(torch.stack((mean, least), 1), self.score_logps.weight.float())
-        return scores[:, 0].clone(), logps      # under FSDP an output that is a view warns
+        ends = x[torch.arange(len(x), device=x.device), lengths - 1]        # (B, hidden_size)
+        head = self.model.embed_tokens.weight
+        logps = token_logps(x[:, :-1][mask[:, 1:]], head, input_ids[mask], self.config.logit_scale)
+        rows = mask.nonzero()[:, 0]                                         # (N,)
+        mean = sum_by_row(logps, mask) / mask.sum(1)                        # (B,)
+        # An answer's minimum starts at 0, which no log-prob exceeds.
+        least = logps.new_zeros(len(x)).scatter_reduce(0, rows, logps, "amin")      # (B,)
+        features = torch.stack((mean, least), 1)                            # (B, 2)
+        scores = F.linear(ends.float(), self.score.weight.float())          # (B, 1)
+        scores = scores + F.linear(features, self.score_logps.weight.float())
+        # FSDP warns when an output is a view.
+        return scores[:, 0].clone(), logps
 
 
 def initial_value(config, name, shape, generator):
-    """Normal(0, initializer_range) for matrices, ones for norms; output projections scaled by 1/sqrt(2 layers) (GPT-2);
-    reward head 1/sqrt(hidden + 1) (arXiv 2009.01325, appendix)."""
+    """The initial value of the parameter `name`.
+
+    Matrices: Normal(0, initializer_range), output projections scaled by 1/sqrt(2 layers) (GPT-2).
+    Norms: ones. Reward head: Normal with deviation 1/sqrt(hidden_size + 1) (arXiv 2009.01325, appendix);
+    its weights for log-probs: 0.5.
+    """
     std = config.initializer_range
     if len(shape) == 1 or "norm" in name:
         return torch.ones(shape)
@@ -260,7 +325,7 @@ def initial_value(config, name, shape, generator):
 
 @torch.no_grad()
 def init_weights(model, generator):
-    """Fill every parameter with its initial_value. Deterministic in `generator`, on any device."""
+    """Fill every parameter with its initial_value, which depends on `generator` only, not on the device."""
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_value(model.config, name, parameter.shape, generator))
     return model

@@ -22,8 +22,8 @@ def check_clusters(clusters, own):
     """Clusters whose names can be those of folders and of rows in a table; without a user's own teachers two
     or more, as each has its teacher."""
     if len(clusters) < 2 and not own:
-        raise ValueError(f"--clusters: {len(clusters)} clusters; the embedded world has a teacher for each, give "
-                         "two or more")
+        raise ValueError(f"--clusters: {len(clusters)} clusters; the embedded world has a teacher for each, "
+                         "give two or more")
     for name in clusters:
         if name in RESERVED or not name.isprintable() or len(name.encode()) > 100:
             raise ValueError(f"--clusters: {name[:100]!r} cannot be a cluster's name; give another (not "
@@ -91,7 +91,7 @@ def check_own(recipe, clusters, arms, base, prompts, teachers, arbiter, judge=No
     models |= {("--judge", judge): True} if judge else {}
     looked = {}
     for (flag, folder), wanted in models.items():
-        looked[flag, folder] = model, tokenizer, _ = weights.look_into(folder)
+        looked[flag, folder] = model, tokenizer, _ = weights.load_meta(folder)
         if isinstance(model, RewardModel) != wanted:
             kinds = ("a language model, not a reward model", "a reward model, not a language model")
             raise ValueError(f"{flag} {folder}: {kinds[not wanted]}; give the other kind")

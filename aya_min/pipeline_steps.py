@@ -1,6 +1,8 @@
-"""A recipe's run on disk: every step is a folder RUN/steps/<name>, done once. A rerun skips what is whole, a killed run goes on where it stopped.
+"""A recipe's run on disk: every step is a folder RUN/steps/<name> and is done once. A rerun skips the steps
+that are whole; a killed run resumes at the step where it stopped.
 
-Also the three things that most steps do: train a stage from a model folder, have a model folder answer prompts, have a reward model score answers.
+Also what most steps do: train a stage from a model folder, let a model folder answer prompts, let a reward
+model score answers.
 """
 
 import re
@@ -16,6 +18,7 @@ from . import checkpoint, distributed, weights
 from .config import Recipe
 from .files import MARK, parse_json, read_bytes, read_json, write_json, write_jsonl
 from .model import RewardModel
+from .report import write_report
 from .reward import score_texts
 from .sampling import answer_rows
 from .stages import STAGES, train_stage
@@ -24,7 +27,8 @@ from .tokenizer import FILES
 
 @dataclass
 class Run:
-    """One run of the recipe: where it lives, its settings, and what a user brought instead of the embedded world."""
+    """One run of the recipe: its folder, its settings, and what a user brought instead of the embedded
+    world."""
     folder: Path
     recipe: Recipe
     device: torch.device
@@ -43,7 +47,8 @@ class Run:
 
 
 def step(run, name, title, make):
-    """Do a step once. make(folder, resume) fills steps/<name> and returns a JSON object; a later run finds it in done.json."""
+    """Do a step once. make(folder, resume) fills steps/<name> and returns a JSON object or None; a later run
+    finds it in done.json. The page is written anew, so that the run can be watched."""
     folder = run.folder / "steps" / name
     if not distributed.from_main(lambda: (folder / "done.json").is_file()):
         resume = distributed.from_main(lambda: _clear(folder))
@@ -52,18 +57,21 @@ def step(run, name, title, make):
         started = time.perf_counter()
         result = make(folder, resume) or {}
         steps, tokens = distributed.from_main(lambda: _training_totals(folder))
-        record = {"name": name, "title": title, "seconds": time.perf_counter() - started, "training_steps": steps, "tokens": tokens, **result}
+        record = {"name": name, "title": title, "seconds": time.perf_counter() - started,
+                  "training_steps": steps, "tokens": tokens, **result}
         if distributed.is_main():
             write_json(folder / "done.json", record)
             _drop_states(folder / "state")
+            if (run.folder / "config.json").is_file():
+                write_report(run.folder)
         distributed.barrier()
     return read_json(folder / "done.json")
 
 
 # What steps leave in their folders.
 OWN = {"config.json", "metrics.jsonl", "eval.json", "tokenizer.json", "tokenizer_config.json", "state",
-       "model", "checkpoints", "reference.safetensors", "profile.json", ".lock", "candidates.jsonl", "pairs.jsonl",
-       "greedy.jsonl", "sampled.jsonl", "done.json", *FILES}
+       "model", "checkpoints", "reference.safetensors", "profile.json", ".lock", "candidates.jsonl",
+       "pairs.jsonl", "greedy.jsonl", "sampled.jsonl", "done.json", *FILES}
 
 
 def _clear(folder):
@@ -112,13 +120,14 @@ def data_file(run, name, rows):
     return path
 
 
-def rows_of(path):
-    """The rows of a step's own file. Earlier versions wrote a model's NUL as it came: it is read as U+FFFD."""
+def saved_rows(path):
+    """The rows of a step's own file. Earlier versions wrote a model's NUL as it came; it is read as
+    U+FFFD."""
     lines = re.sub(rb"(?<!\\)((?:\\\\)*)\\u0000", rb"\1\\ufffd", read_bytes(path)).split(b"\n")
     return [parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def settings(run, kind, **values):
+def stage_settings(run, kind, **values):
     """A stage's settings from the recipe's. What the rows may hold was decided when they were made."""
     r = run.recipe
     return kind(**{"batch_size": r.batch_size, "max_length": r.max_length, "dtype": r.dtype, "seed": r.seed,
@@ -127,10 +136,12 @@ def settings(run, kind, **values):
 
 
 def train_step(run, name, title, stage, start, rows, its_settings, **more):
-    """Train `stage` from the model folder `start` on rows (a list, or a function that makes it). -> the new model folder."""
+    """Train `stage` from the model folder `start` on rows (a list, or a function that makes it). -> the new
+    model folder"""
     def make(folder, resume):
         data = data_file(run, name, rows() if callable(rows) else rows)
-        model, tokenizer = weights.load(start, run.device, trunk=STAGES[stage].architecture is RewardModel, sharded=True,
+        trunk = STAGES[stage].architecture is RewardModel
+        model, tokenizer = weights.load(start, run.device, trunk=trunk, sharded=True,
                                         compute_dtype=getattr(torch, its_settings.dtype))
         train_stage(stage, model, tokenizer, [data], its_settings, folder, run.device, resume=resume, **more)
     step(run, name, title, make)
@@ -152,5 +163,6 @@ def scores_of(run, reward_folder, rows):
     out."""
     model, tokenizer = weights.load(reward_folder, run.device)
     if not isinstance(model, RewardModel):
-        raise ValueError(f"{reward_folder}: a language model, not a reward model; give a folder that the reward stage wrote")
+        raise ValueError(f"{reward_folder}: a language model, not a reward model; give a folder that the "
+                         "reward stage wrote")
     return score_texts(model, tokenizer, rows, name=str(reward_folder), too_long=run.recipe.too_long)

@@ -1,5 +1,5 @@
-"""Log-probs under a model that does not change: DPO's reference, computed once and stored with the pairs, and
-RLOO's reference and policy before a step."""
+"""Log-probs without gradients: DPO's reference, computed once and stored with the pairs, and RLOO's reference
+and policy before a step."""
 
 import hashlib
 import os
@@ -18,21 +18,22 @@ from .model import CohereForCausalLM
 
 @torch.no_grad()
 def answer_logps(model, items, pad_id, device, settings, size=64, name="the reference"):
-    """Log-probs (nats, summed over supervised tokens) of each example, (N,), or of each pair's two answers, (N, 2), under a plain or sharded model,
-    on every rank; the work is split over ranks, `size` rows at a time.
+    """Log-probs (nats, summed over supervised tokens) of each example, (N,), or of each pair's two answers,
+    (N, 2), under a plain or sharded model, on every rank. The ranks share the work, `size` rows at a time.
 
-    In the training's own dtype: another one would put the rounding of every token into the ratio.
-    name: of the model, for the refusal of a log-prob that is not finite."""
+    The dtype is that of the training: another one would put the rounding of every token into the ratio.
+    Raises ValueError for a log-prob that is not finite; `name` names the model in it."""
     was_training, done = model.training, []
     model.eval()
     model.model.packing = settings.packing
     in_pairs = isinstance(items[0], Pair)
-    batches = batches_in_order(items, lambda some: (collate_pairs if in_pairs else collate)(some, pad_id), size // (1 + in_pairs))
+    to_batch = collate_pairs if in_pairs else collate
+    batches = batches_in_order(items, lambda some: to_batch(some, pad_id), size // (1 + in_pairs))
     for indices, batch in in_step(batches):
         batch = batch.to(device)
         with autocast(model, settings, device):
-            logps = supervised_logps(model, batch)                              # (tokens,)
-        sums = sum_by_row(logps, batch.mask)                                               # (rows,)
+            logps = supervised_logps(model, batch)                          # (tokens,)
+        sums = sum_by_row(logps, batch.mask)                                # (rows,)
         done += zip(indices, (sums.view(2, -1).T if in_pairs else sums).tolist())
     model.train(was_training)
     logps = dict(sum(distributed.gather_objects(done), []))
@@ -42,7 +43,7 @@ def answer_logps(model, items, pad_id, device, settings, size=64, name="the refe
 
 
 def check_logps(logps, items, name):
-    """Refuse log-probs of these items that are not finite, by model and row."""
+    """Raise ValueError, with model and row, if a log-prob of these items is not finite."""
     bad = [i for i, fine in enumerate(logps.isfinite().view(len(items), -1).all(1).tolist()) if not fine]
     if bad:
         first = items[bad[0]].chosen if isinstance(items[bad[0]], Pair) else items[bad[0]]
@@ -51,16 +52,21 @@ def check_logps(logps, items, name):
 
 
 def reference_rows(settings):
-    """Rows of a batch of DPO's reference pass: as nothing is kept for a backward, four times a micro-batch of pairs, 32 at most (64: slower on a CPU)."""
+    """Rows of a batch in DPO's reference pass: four times those of a micro-batch of pairs, because nothing is
+    kept for a backward, but at most 32 (64 were slower on a CPU)."""
     return min(32, 8 * (settings.micro_batch_size or 4))
 
 
 def store_reference(model, pairs, pad_id, device, settings, path, model_print):
-    """Keep the reference's log-probs with the pairs, so that one model is in memory while training; and in the file `path`, from which another
-    run takes them. Its key says of which model (model_print: its distributed.fingerprint), texts and compute dtype they are."""
+    """Store the reference's log-probs in the pairs, so that training holds one model in memory, and in the
+    file `path`, which later runs read instead. The file's key names the model (model_print: its
+    distributed.fingerprint), the texts and the compute dtype.
+
+    Raises ValueError for a file with another key, a damaged one, and one that cannot be written."""
     texts = hashlib.sha256()
-    for side in (side for p in pairs for side in (p.chosen, p.rejected)):
-        texts.update(len(side.ids).to_bytes(8, "little") + side.ids.tobytes() + side.mask.tobytes())
+    for pair in pairs:
+        for side in (pair.chosen, pair.rejected):
+            texts.update(len(side.ids).to_bytes(8, "little") + side.ids.tobytes() + side.mask.tobytes())
     key = f"{model_print} {texts.hexdigest()} {settings.dtype}"
 
     def read():
@@ -72,7 +78,8 @@ def store_reference(model, pairs, pad_id, device, settings, path, model_print):
         except (SafetensorError, OSError):
             logps, about = torch.empty(0), {}
         if (about.get("key"), about.get("sha256")) != (key, sha256_of(logps)):
-            raise ValueError(f"{path}: not the reference log-probs of this model, these pairs and {settings.dtype}; remove it, or give another file")
+            raise ValueError(f"{path}: not the reference log-probs of this model, these pairs and "
+                             f"{settings.dtype}; remove it, or give another file")
         check_logps(logps, pairs, f"the reference ({path})")
         return logps
 
@@ -83,7 +90,8 @@ def store_reference(model, pairs, pad_id, device, settings, path, model_print):
             except SafetensorError as error:
                 raise ValueError(f"{path}: the reference log-probs cannot be written ({error}); make room, "
                                  "or give another file") from None
-            if os.path.lexists(path):                   # another run was faster
+            if os.path.lexists(path):
+                # Another run wrote the file in the meantime.
                 read()
             else:
                 publish_file(folder / "file", path)
@@ -91,16 +99,16 @@ def store_reference(model, pairs, pad_id, device, settings, path, model_print):
     logps = distributed.from_main(read)
     if logps is None:
         distributed.from_main(lambda: check_place(path))
-        logps = answer_logps(model, pairs, pad_id, device, settings, reference_rows(settings))           # (pairs, 2)
+        logps = answer_logps(model, pairs, pad_id, device, settings, reference_rows(settings))  # (pairs, 2)
         distributed.from_main(lambda: write(logps))
     for pair, both in zip(pairs, logps):
         pair.ref_logps = both.numpy()
 
 
 def check_place(path):
-    """Refuse, before the reference pass, a file that could not be written after it."""
+    """Raise ValueError, before the reference pass, for a path that could not be written after it."""
     if not path.parent.is_dir():
-        raise ValueError(f"--reference-logps {path}: there is no such folder; make it first")
+        raise ValueError(f"--reference-logps {path}: its folder does not exist; make it first")
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"--reference-logps {path}: its folder cannot be written; give another file")
 
@@ -110,7 +118,7 @@ def sha256_of(tensor):
 
 
 def twin(model, settings, device):
-    """A second model of the same weights, sharded alike, to look back at."""
+    """A copy of the model, sharded in the same way. RLOO's reference is the policy's copy at the start."""
     with torch.device("meta"):
         other = CohereForCausalLM(model.config)
     distributed.shard(other, getattr(torch, settings.dtype), settings.replicate, settings.cpu_offload)

@@ -45,9 +45,8 @@ def score_texts(model, tokenizer, rows, batch_size=64, name="the reward model", 
 
 def example_of(tokenizer, row):
     messages = row.get("prompt_messages") or [{"role": "user", "content": row["prompt"]}]
-    # A text of its own as `where` says that rows of one prompt begin alike, see data.repeats_of.
     return encode_example(tokenizer, messages + [{"role": "assistant", "content": row["completion"]}], {},
-                          where=str(messages))
+                          prompt_key=str(messages))
 
 
 def fitted(examples, long, positions, too_long, name, places):

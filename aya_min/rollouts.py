@@ -1,7 +1,7 @@
-"""On-policy training: sample k answers to each prompt of a batch, score them, and make of them a batch with
-advantages (RLOO, arXiv 2402.14740).
+"""On-policy training (RLOO, arXiv 2402.14740): sample k answers to each prompt of a batch, score them, and
+turn them into a batch with advantages.
 
-The answers come from a plain fp32 copy of the policy, whole on each rank; policy, reference and reward model
+A plain fp32 copy of the policy, whole on each rank, samples the answers. Policy, reference and reward model
 are sharded.
 """
 
@@ -24,8 +24,8 @@ from .sampling import answer_rows
 
 
 def load_fitting_prompts(paths, tokenizer, limit, settings):
-    """The rows of load_prompts with their "prompt_ids". Those that are longer than `limit` tokens with
-    --max-new-tokens are treated as --too-long says."""
+    """The rows of load_prompts with their "prompt_ids". Prompts that exceed `limit` tokens together with
+    --max-new-tokens are refused, skipped or cut, as --too-long says."""
     new, room = settings.max_new_tokens, limit - settings.max_new_tokens
     what = f"the {limit} tokens (--max-length, or a model's positions) less --max-new-tokens {new}"
     rows = [{**row, "prompt_ids": tokenizer.encode_prompt(row["prompt_messages"])}
@@ -36,10 +36,11 @@ def load_fitting_prompts(paths, tokenizer, limit, settings):
 
 @dataclass
 class Rollouts:
-    """Samples of a policy as training batches.
+    """Training batches of answers that the policy samples.
 
-    limit: tokens of the longest prompt with its answer. stop: distributed.Signals to look at after sampling."""
-    model: torch.nn.Module                  # the policy that is trained
+    limit: the most tokens that a prompt and its answer have together.
+    stop: the distributed.Signals to poll after sampling."""
+    model: torch.nn.Module              # the policy that is trained
     reward_model: torch.nn.Module
     tokenizer: object
     prompts: list
@@ -48,7 +49,7 @@ class Rollouts:
     settings: object
     device: torch.device
     stop: distributed.Signals
-    told: bool = field(default=False, init=False)       # whether a cut answer was spoken of
+    told: bool = field(default=False, init=False)       # whether the user was told of a cut answer
 
     def __post_init__(self):
         s = self.settings
@@ -64,11 +65,11 @@ class Rollouts:
     def batches(self, step):
         """This rank's micro-batches of a step; [] after a signal."""
         s, k = self.settings, self.settings.num_samples
-        chosen = self.sampler.take(step * s.batch_size, s.batch_size)          # the same on every rank
+        chosen = self.sampler.take(step * s.batch_size, s.batch_size)       # the same on every rank
         sampled = self.sample([self.prompts[i] for i in chosen], k, s.seed * 1_000_003 + step)
         if sampled is None:
             return []
-        _, answers, examples, rewards, now, ref = sampled                       # (P k,)
+        _, answers, examples, rewards, now, ref = sampled                   # (P k,) each
         cut = torch.tensor([float(answer["finish_reason"] == "length") for answer in answers])
         shaped = kl_shaped_rewards(rewards.view(-1, k), now.view(-1, k), ref.view(-1, k), s.beta)
         advantages = rloo_advantages(shaped).flatten()
@@ -82,8 +83,8 @@ class Rollouts:
         return made
 
     def evaluation(self):
-        """Means over one answer to each held-out prompt, with the same random numbers each time; None after a
-        signal."""
+        """{name: mean} over one answer to each held-out prompt, sampled with the same random numbers each
+        time. None after a signal."""
         sampled = self.sample(self.held_out, 1, self.settings.seed)
         if sampled is None:
             return None
@@ -99,11 +100,14 @@ class Rollouts:
         return means
 
     def sample(self, rows, k, seed):
-        """(rows, answers, examples, rewards, the policy's and the reference's log-probs in nats) of k answers
-        to each row, one after the other; None after a signal."""
+        """Sample k answers to each of N rows, all samples of a row in succession.
+
+        Returns lists and tensors of N k values: rows, answers, examples, rewards, the policy's and the
+        reference's log-probs in nats, summed over the answer. None after a signal."""
         s = self.settings
-        for own, theirs in zip(self.copy.state_dict().values(), self.model.state_dict().values(), strict=True):
-            own.copy_(distributed.full(theirs))                         # one whole tensor at a time
+        copies, shards = self.copy.state_dict().values(), self.model.state_dict().values()
+        for own, theirs in zip(copies, shards, strict=True):
+            own.copy_(distributed.full(theirs))                             # gathers one tensor at a time
         cuts = s.too_long == "cut-left"
         groups = answer_rows(self.copy, self.tokenizer, rows, k, s.max_new_tokens, seed=seed, cut_left=cuts)
         if self.stop.any_rank(self.device):
@@ -117,7 +121,8 @@ class Rollouts:
         ref = self.logps_of(self.reference, "the reference", examples)
         now = torch.tensor([answer["logp"] for answer in answers])
         if s.dtype != "float32":
-            now = self.logps_of(self.model, "the policy", examples)     # so that both are rounded alike
+            # The sampler computes in fp32; the ratio needs both log-probs with the same rounding.
+            now = self.logps_of(self.model, "the policy", examples)
         return rows, answers, examples, torch.tensor(scores), now, ref
 
     def logps_of(self, model, name, examples):
@@ -128,13 +133,13 @@ class Rollouts:
         if num_cut and not self.told and distributed.is_main():
             tqdm.write(f"{num_cut} of {len(answers)} answers were cut at --max-new-tokens "
                        f"{self.settings.max_new_tokens}: they are kept and scored as they are; metrics.jsonl "
-                       "has their share of each step (cut)", file=sys.stderr)
+                       "gives their share of each step (cut)", file=sys.stderr)
         self.told = self.told or num_cut > 0
 
 
 def sampled_example(answer, row):
-    """A sampled answer as an example: what was sampled is supervised, the stop token included."""
+    """A sampled answer as an example. All sampled tokens are supervised, the stop token included."""
     ids = row["prompt_ids"]
     mask = [False] * len(ids) + [True] * len(answer["ids"])
     return Example(np.array(ids + answer["ids"], np.int32), np.array(mask), row.get("language") or "other",
-                   row["prompt_where"])
+                   row["prompt_where"], prompt_key=row["prompt_where"])

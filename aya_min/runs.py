@@ -1,6 +1,6 @@
-"""A run's folder: who holds it, what is in its config.json, and whether it may go on.
+"""A run's folder: its lock, its config.json, and whether a resume fits it.
 
-    config.json (settings, versions, commit, SHA-256 of what went in), metrics.jsonl, eval.json,
+    config.json (settings, versions, commit, SHA-256 of model, tokenizer and data), metrics.jsonl, eval.json,
     state/ (to resume from), model/ (to publish)
 """
 
@@ -20,14 +20,15 @@ from typing import Optional
 
 import torch
 
-from . import __version__, checkpoint, config, distributed
+from . import __version__, checkpoint, config, distributed, linear
 from .command import shortened
 from .config import check_training
 from .data import count_steps
 from .files import own_file, read_json, sha256, write_json, write_whole
 from .loop import learning_rate, read_metrics
 
-# on resume: what chooses neither examples nor their loss; for the schedule see check_schedule
+# The settings that a resume may change: they choose neither the examples nor the loss. check_schedule checks
+# those of the schedule.
 MAY_CHANGE = ("learning_rate", "max_steps", "epochs", "warmup_steps", "schedule", "final_learning_rate",
               "save_every", "publish_every", "eval_every", "micro_batch_size", "packing", "compile",
               "activation_checkpointing", "replicate", "cpu_offload", "profile")
@@ -37,9 +38,10 @@ OURS = ("config.json", "metrics.jsonl", "eval.json", "reference.safetensors", "p
 
 @dataclass
 class RunFolder:
-    """A run's folder that this process holds.
+    """A run folder whose lock this process holds.
 
-    state: the folder of the state to start from, or None. prints: {name: distributed.fingerprint of the model}.
+    state: the folder of the state to start from, or None.
+    prints: {name: distributed.fingerprint of the model}.
     """
     path: Path
     state: Optional[Path]
@@ -48,24 +50,29 @@ class RunFolder:
 
 def versions():
     root = Path(__file__).resolve().parent.parent
+    command = ["git", "rev-parse", "--short", "HEAD"]
     try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip() or None
+        commit = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or None
     except OSError:
         commit = None
-    return {"aya_min": __version__, "commit": commit, "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
+    return {"aya_min": __version__, "commit": commit, "python": platform.python_version(),
+            "torch": torch.__version__, "machine": platform.machine()}
 
 
 def lock(folder):
-    """Hold a run folder until the file that this returns is closed, or the process ends, by kill -9 too. The file says who holds it."""
+    """Lock a run folder. Returns the file .lock, which names this process; the lock ends when it is closed or
+    the process ends, even by kill -9. Raises ValueError if another process holds it."""
     path = own_file(folder, ".lock") or folder / ".lock"
     number = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     file = open(number, "r+", encoding="utf-8", errors="replace")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{folder}: another run is writing here ({file.read()}); wait for it or stop it, or give another folder") from None
+        raise ValueError(f"{folder}: another run is writing here ({file.read()}); wait for it or stop it, or "
+                         "give another folder") from None
     except OSError as error:
-        print(f"{folder}: no locks on this file system ({error.strerror}): two runs in one folder will not be noticed", file=sys.stderr)
+        print(f"{folder}: this file system has no locks ({error.strerror}): two runs in one folder will not "
+              "be noticed", file=sys.stderr)
     if (text := file.read(1000)) and not re.fullmatch(r"process \d+ on .*", text):
         raise ValueError(f"{path}: not the lock of a run; move it elsewhere, or give another folder")
     file.truncate(0)
@@ -75,20 +82,21 @@ def lock(folder):
 
 
 def check_new(folder):
-    """Refuse a folder that a run is writing, or that holds anything."""
+    """Raise ValueError unless `folder` is an empty folder or can be made as one, and no run holds it."""
     if (folder / ".lock").is_file():
         lock(folder).close()
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f"{folder} exists and is no folder; give a new folder")
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise ValueError(f"{folder}: {there} is no folder that can be written; give another --out")
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise ValueError(f"{folder}: {nearest} is no folder that can be written; give another --out")
     if folder.exists() and {path.name for path in folder.iterdir()} - {".lock"}:
-        raise ValueError(f"{folder} exists and is not empty; give a new folder, or --resume {folder} to go on with it")
+        raise ValueError(f"{folder} exists and is not empty; give a new folder, or --resume {folder} to "
+                         "continue its run")
 
 
 def refuse_links(folder):
-    """Refuse a run folder whose files or folders are links to elsewhere, which would be read or replaced."""
+    """Raise ValueError if a file or folder of the run is a link: its target would be read or replaced."""
     for name in OURS:
         own_file(folder, name)
     for path in [*map(folder.joinpath, ("state", "model", "checkpoints")), *folder.glob("state/step-*")]:
@@ -97,16 +105,16 @@ def refuse_links(folder):
 
 
 def read_run(folder, stage, settings_class):
-    """The config.json of this stage's run folder, its types checked. ValueError names the file and the key at
-    fault."""
+    """The config.json of this stage's run folder, with its types checked. Raises ValueError with the file and
+    the wrong key."""
     path = own_file(folder, "config.json") if Path(folder).is_dir() else None
     if not path:
-        raise ValueError(f"--resume {folder}: no config.json there; give the run folder of a stage, or start "
+        raise ValueError(f"--resume {folder}: no config.json in it; give the run folder of a stage, or start "
                          "one with --out")
     about = read_json(path)
     if "recipe" in about:
-        raise ValueError(f"--resume {folder}: a run of the recipe, which goes on by the same command with "
-                         "--out; give the run folder of a stage")
+        raise ValueError(f"--resume {folder}: a run of the recipe, which the same command with --out "
+                         "continues; give the run folder of a stage")
 
     def text(value):
         return isinstance(value, str)
@@ -118,6 +126,7 @@ def read_run(folder, stage, settings_class):
              "settings": lambda value: isinstance(value, dict),
              "sha256": lambda value: isinstance(value, dict) and texts(value.get("data", []))}
     optional = {"model": text, "reward_model": text, "eval_data": texts,
+                "products": lambda value: value in linear.LIBRARIES,
                 "resumed": lambda value: isinstance(value, list)}
     wrong = [key for key, fits in right.items() if not fits(about.get(key))]
     wrong += [key for key, fits in optional.items() if about.get(key) is not None and not fits(about[key])]
@@ -137,25 +146,34 @@ def read_run(folder, stage, settings_class):
     return about
 
 
-# A setting that is younger than a run takes the value that does what the run's version did, where that is
-# not the default of today: {setting: value}.
+def products_before(about):
+    """The library of a run's matrix products (linear.chosen). Versions that did not record it took oneDNN
+    where the processor was not Intel's."""
+    cpu = Path("/proc/cpuinfo")
+    intel = cpu.is_file() and "GenuineIntel" in cpu.read_text()
+    return about.get("products") or ("default" if intel else "onednn")
+
+
+# {setting: value} of settings that an older run's config.json lacks, where the value that reproduces the old
+# behaviour is not today's default.
 AS_BEFORE = {}
 
 
 def settings_before(about, settings_class):
-    """The settings of a config.json, of an older version too, as the stage's object."""
+    """The settings of a config.json as an object of the stage's class. It may be of an older version."""
     return config.settings_from(settings_class, {**AS_BEFORE, **about["settings"]})
 
 
 def differences(before, now, settings_class):
-    """({setting: its value before} that a resume may change, [what it may not]) between the config.json of a
-    run and what is given now."""
+    """Compare a run's config.json with what is given now. Returns ({setting: its value before} of changes
+    that a resume may make, [a text for each change that it may not make])."""
     was = asdict(settings_before(before, settings_class))
     changed = {name: was[name] for name, value in now["settings"].items() if was[name] != value}
     wrong = [f"{name} {value}, not {now['settings'][name]}" for name, value in changed.items()
              if name not in MAY_CHANGE]
     old, new = before["sha256"], now["sha256"]
-    wrong += [f"another {name.replace('_', ' ')}" for name in new.keys() - {"data"} if old.get(name) != new[name]]
+    wrong += [f"another {name.replace('_', ' ')}" for name in new.keys() - {"data"}
+              if old.get(name) != new[name]]
     if old.get("data") != new["data"]:
         other = [path for path, a, b in zip(now["data"], old.get("data", []), new["data"]) if a != b]
         wrong.append(f"other data: {' '.join(other) or 'another number of files'}")
@@ -163,9 +181,10 @@ def differences(before, now, settings_class):
 
 
 def check_schedule(folder, old, settings, num_items, done):
-    """Refuse settings whose schedule differs from the run's in a step that is done: the rate would go back.
+    """Raise ValueError if these settings give a finished step another learning rate than the run had: the
+    rate would jump.
 
-    Rates are compared as shares of the peak: another --learning-rate from here on is the user's choice."""
+    Rates are compared as shares of the peak, because another --learning-rate is the user's choice."""
     def share(step, each):
         return learning_rate(step, count_steps(num_items, each), each) / each.learning_rate
 
@@ -175,41 +194,42 @@ def check_schedule(folder, old, settings, num_items, done):
     for step in range(done):
         was, now = share(step, old), share(step, settings)
         if not math.isclose(was, now, rel_tol=1e-9):
-            raise ValueError(f"--resume {folder}: the schedule of these settings ({told(settings)}) is another "
-                             f"than the run had ({told(old)}): step {step} of {done} was at {was:.3g} of the "
-                             f"peak, not {now:.3g}. Start anew from {folder / 'model'}; "
-                             "a run with --schedule constant can be made longer once it is warm")
+            raise ValueError(f"--resume {folder}: the schedule of these settings ({told(settings)}) is not "
+                             f"that of the run ({told(old)}): step {step} of {done} was at {was:.3g} of the "
+                             f"peak, not {now:.3g}. Start anew from {folder / 'model'}; only a run with "
+                             "--schedule constant can be made longer, once its warm-up is over")
 
 
 def forget_after(metrics, step, num_steps):
-    """Drop the lines of metrics.jsonl that a run resumed at `step` writes again: all from there on, but not
-    the evaluation made just after the state was saved. A line that a kill cut short has no end."""
+    """Drop the lines of metrics.jsonl that a run resumed at `step` writes again: those from `step` on, except
+    the evaluation just after the state was saved, and a line that a kill cut short."""
     if metrics.exists():
         kept = [line for line, row in read_metrics(metrics)
                 if row["step"] < step or (row["step"] == step < num_steps and "loss" not in row)]
         write_whole(metrics, "".join(kept))
 
 
-# ---- holding a folder while its stage runs -----------------------------------------------------------------
+# ---- the folder while its stage runs -----------------------------------------------------------------------
 
 @contextmanager
 def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_items):
     """Hold a run folder (a RunFolder) while its stage runs. A new one gets config.json and the tokenizer
-    before step 0; one to resume must be of the same run.
+    before step 0; a resumed one must be of the same run.
 
-    source: what else a resume needs to start from the same place ("model", "eval_data", "reward_model").
-    models: {name: model as it is at the start}. num_items: how many examples, pairs or prompts there are.
-    A new folder in which nothing was done when a mistake ended the stage is removed."""
+    source: the paths that a resume needs besides the data ("model", "eval_data", "reward_model").
+    models: {name: the model before training}. num_items: the number of examples, pairs or prompts.
+    A new folder is removed if the stage fails before it has written anything else."""
     check_training(settings, distributed.num_ranks())
     num_steps = count_steps(num_items, settings)
     if settings.profile is not None and settings.profile >= num_steps:
         raise ValueError(f"--profile {settings.profile}: steps are counted from 0, and there are "
                          f"{num_steps}; profile an earlier one")
     folder, prints = Path(out), {name: distributed.fingerprint(model) for name, model in models.items()}
-    made = []                                           # what a refused command must not leave behind
+    # Paths that a refused command must not leave behind.
+    made = []
 
     def take():
-        """(config.json as it was, what is given now, {setting: its value before}); holds the folder."""
+        """Lock the folder. Returns (config.json before, what is given now, {changed setting: old value})."""
         before = read_run(folder, stage, type(settings)) if resume else {}
         digests = {**prints, "tokenizer": hashlib.sha256(tokenizer.bpe.to_str().encode()).hexdigest(),
                    "data": [sha256(path) for path in data]}
@@ -234,17 +254,16 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
                      "resumed": (before.get("resumed") or []) + [{"step": done, **this}]}
             forget_after(folder / "metrics.jsonl", done, num_steps)
         else:
-            about = {**now, **this}
+            about = {**now, "products": linear.chosen(), **this}
             made.extend(folder / name for name in ("config.json", *TOKENIZER))
         write_json(folder / "config.json", about)
-        try:
-            tokenizer.save(folder)
-        except OSError as error:                        # a full disk does not say which file it was
-            raise OSError(error.errno, error.strerror, str(folder / "tokenizer.json")) from None
+        save_tokenizer(folder, tokenizer)
 
     with ExitStack() as held:
         try:
             before, now, changes = distributed.from_main(take)
+            if resume:
+                linear.choose(products_before(before))
             state = checkpoint.newest_state(folder / "state") if resume else None
             distributed.from_main(write)
             yield RunFolder(folder, state, prints)
@@ -254,8 +273,17 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
             raise
 
 
+def save_tokenizer(folder, tokenizer):
+    try:
+        tokenizer.save(folder)
+    except OSError as error:
+        # The error of a full disk does not name the file.
+        raise OSError(error.errno, error.strerror, str(folder / "tokenizer.json")) from None
+
+
 def check_same_run(folder, before, now, settings_class):
-    """Refuse to go on with another run. Returns {setting: its value before} of what has changed."""
+    """Raise ValueError if what is given now is not the run of `before`. Returns {changed setting: its value
+    before}."""
     changes, wrong = differences(before, now, settings_class)
     if wrong:
         raise ValueError(f"--resume {folder}: that run had {'; '.join(wrong)}. Give the same, or start anew "
@@ -266,7 +294,8 @@ def check_same_run(folder, before, now, settings_class):
 
 
 def make_new(folder, model):
-    """Make a folder for a new run, with room for the model's states. Returns [the folder] if it was made."""
+    """Make a folder for a new run, after a check that the model's states fit the disk. Returns [the folder],
+    or [] if it existed."""
     check_new(folder)
     if model is not None:
         checkpoint.check_room(folder / "state", checkpoint.state_bytes(model))
@@ -277,6 +306,7 @@ def make_new(folder, model):
 
 
 def check_steps(folder, old, settings, num_items, done):
+    """Raise ValueError if a resume asks for fewer steps than are done, or for another schedule of those."""
     num_steps = count_steps(num_items, settings)
     if done > num_steps:
         raise ValueError(f"--resume {folder}: that run has done {done} steps, more than the {num_steps} that "
@@ -287,11 +317,11 @@ def check_steps(folder, old, settings, num_items, done):
 def tell_resumed(folder, state, done, changes, now):
     after = f"after step {done}" if state else "from the start, no state was saved"
     new = [f"{name} {now['settings'][name]} (was {value})" for name, value in changes.items()]
-    print(f"{folder}: goes on {after}{' with ' if new else ''}{', '.join(new)}", file=sys.stderr)
+    print(f"{folder}: resumes {after}{' with ' if new else ''}{', '.join(new)}", file=sys.stderr)
 
 
 def remove_new(folder, made):
-    """Remove a new folder in which nothing was done, so that it is not in the way of the next attempt."""
+    """Remove what a new run made, if nothing else is in its folder, so that the next attempt can use it."""
     files = [path for path in made if path != folder]
     if made and set(folder.iterdir()) <= set(files):
         for path in files:

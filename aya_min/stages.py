@@ -1,8 +1,9 @@
-"""The training stages, side by side in one table: pretrain, sft, reward, dpo, rloo.
+"""The training stages in one table: pretrain, sft, reward, dpo, rloo.
 
-A stage is its settings, its items, how they become a batch, its loss, and what it needs beside the model;
-loop.train does the rest. Each takes a model (with its tokenizer), JSONL files, settings and a run folder,
-leaves config.json, metrics.jsonl, eval.json, state/ and model/ there, and returns the path of model/.
+An entry says what differs between stages: settings, items, how they become a batch, the loss, and what the
+stage needs besides the model. loop.train does the rest. Each stage takes a model with its tokenizer, JSONL
+files, settings and a run folder, writes config.json, metrics.jsonl, eval.json, state/ and model/ into the
+folder, and returns the path of model/.
 """
 
 import math
@@ -26,22 +27,34 @@ from .runs import open_run
 
 @dataclass(frozen=True)
 class Stage:
-    about: str                  # the help of its command
-    settings: type              # the class of its settings
-    load: Callable              # (paths, tokenizer, limit, settings) -> items: examples, pairs or prompts
-    blank: Callable             # (an item or None, limit, settings) -> the example or pair that a dry run takes
-    collate: Callable           # (examples or pairs, pad_id, slots) -> Batch
-    loss: Callable              # settings -> loss_fn(model, batch) -> (sum, metrics)
-    start: Optional[Callable] = None        # (model, items, ...) before the first step: see store_reference
-    check_first: Optional[Callable] = None  # (metrics of the first step, settings), may refuse them
+    """What differs between stages.
+
+    about: the help of its command. settings: the class of its settings.
+    load: (paths, tokenizer, limit in tokens, settings) -> items: examples, pairs or prompts.
+    blank: (an item or None, limit, settings) -> the example or pair that stands for it in a dry run.
+    collate: (examples or pairs, pad_id, slots) -> Batch.
+    loss: settings -> loss_fn(model, batch) -> (sum, metrics).
+    start: called before the first step, see keep_reference.
+    check_first: (metrics of the first step, settings); may raise ValueError.
+    beside: {what the stage takes besides the model: the help of its flag}. needs: those that are required.
+    samples: whether it trains on the policy's own samples (rollouts.py).
+    """
+    about: str
+    settings: type
+    load: Callable
+    blank: Callable
+    collate: Callable
+    loss: Callable
+    start: Optional[Callable] = None
+    check_first: Optional[Callable] = None
     architecture: type = CohereForCausalLM
-    beside: dict = field(default_factory=dict)      # {what it takes beside the model: the help of its flag}
-    needs: tuple = ()           # those of them that must be given
-    samples: bool = False       # whether it trains on its own samples, by rollouts.py
+    beside: dict = field(default_factory=dict)
+    needs: tuple = ()
+    samples: bool = False
 
 
 def fitting(settings, *models):
-    """Tokens that an example may have: --max-length, or a model's positions if fewer."""
+    """The most tokens that an example may have: --max-length, or the models' positions if they are fewer."""
     return min(settings.max_length, *(model.config.max_position_embeddings for model in models))
 
 
@@ -49,9 +62,10 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
                 **beside):
     """Train a stage of STAGES on JSONL files in the run folder `out`. Returns the path of its model folder.
 
-    eval_data: held-out files, reported by language; of a stage that samples, prompts that are answered once.
-    source: what else a resume needs to start from the same place. beside: what the stage takes beside the
-    model (Stage.beside): reward_model, a model; reference_logps, a path."""
+    eval_data: held-out files, reported by language; for a stage that samples, prompts that are answered once.
+    source: the paths that a resume needs besides the data. beside: what the stage takes besides the model
+    (Stage.beside): reward_model, a model; reference_logps, a path.
+    Raises ValueError for what a user can mend, and distributed.Stopped after a signal."""
     stage = stage_named(name)
     reward_model = beside.pop("reward_model", None)
     models = {"model": model} | ({"reward_model": reward_model} if reward_model else {})
@@ -73,19 +87,21 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
             model = spread(model, settings, device)
             stage.start(model, items + held_out, tokenizer.pad_id, device, settings, folder, **beside)
         if stage.samples:
-            rollouts = Rollouts(model, reward_model, tokenizer, items, held_out, limit, settings, device, stop)
+            rollouts = Rollouts(model, reward_model, tokenizer, items, held_out, limit, settings, device,
+                                stop)
             model, batches, evaluation = rollouts.model, rollouts.batches, rollouts.evaluation
         else:
             in_order = batches_in_order(held_out, pad) if held_out else []
             evaluation = lambda: evaluate(model, loss_fn, in_order, device, stop, settings)
         check = (lambda metrics: stage.check_first(metrics, settings)) if stage.check_first else None
-        return train_and_publish(name, model, tokenizer, num_steps, batches, loss_fn, settings, folder, device,
-                                 stop, evaluation if held_out else None, check)
+        return train_and_publish(name, model, tokenizer, num_steps, batches, loss_fn, settings, folder,
+                                 device, stop, evaluation if held_out else None, check)
 
 
-def train_and_publish(name, model, tokenizer, num_steps, batches, loss_fn, settings, folder, device, stop=None,
-                      evaluation=None, check_first=None):
-    """Train in a RunFolder, keep the last evaluation in eval.json, publish the model. Returns its folder."""
+def train_and_publish(name, model, tokenizer, num_steps, batches, loss_fn, settings, folder, device,
+                      stop=None, evaluation=None, check_first=None):
+    """Train in a RunFolder, write the last evaluation to eval.json and the model to model/, whose path is
+    returned."""
     path, stop = folder.path, stop or distributed.Signals()
     distributed.from_main(lambda: weights.check_place(path / "model", model, tokenizer))
     with stop:
@@ -104,7 +120,7 @@ def train_and_publish(name, model, tokenizer, num_steps, batches, loss_fn, setti
 
 
 def save_model(folder, model, tokenizer):
-    """Publish a model. What the system refuses is told with the folder's name and the way on."""
+    """Write a model folder. An OSError becomes a ValueError that names the folder and the remedy."""
     try:
         weights.save(folder, model, tokenizer)
     except OSError as error:
@@ -112,17 +128,18 @@ def save_model(folder, model, tokenizer):
         raise ValueError(about) from None
 
 
-# ---- what the table refers to ------------------------------------------------------------------------------
+# ---- functions of the table --------------------------------------------------------------------------------
 
 def keep_reference(model, pairs, pad_id, device, settings, folder, reference_logps=None):
-    """DPO's reference is the model at the start. Its log-probs are computed once and kept in
-    RUN/reference.safetensors, or in a file that runs with other settings can share."""
+    """DPO's reference is the model before training. Its log-probs are computed once and stored in
+    RUN/reference.safetensors, or in the file `reference_logps`, which several runs can share."""
     path = Path(reference_logps or folder.path / "reference.safetensors")
     store_reference(model, pairs, pad_id, device, settings, path, folder.prints["model"])
 
 
 def loss_is_ln2(metrics, settings):
-    """At the start policy and reference are one model, so the margin is 0 and the loss ln 2."""
+    """Raise ValueError unless the first DPO loss is ln 2: policy and reference are still the same model, so
+    the margin is 0."""
     tolerance = 1e-4 if settings.dtype == "float32" else 1e-2
     if abs(metrics["dpo_loss"] - math.log(2)) > tolerance:
         raise ValueError(f"the first DPO loss is {metrics['dpo_loss']:.6f}, not ln 2 = {math.log(2):.6f}: "
@@ -130,17 +147,18 @@ def loss_is_ln2(metrics, settings):
 
 
 def blank_example(item, limit, settings):
-    """The item, or an example of `limit` tokens, of which every one but the first is supervised."""
+    """The item, or an example of `limit` tokens, all supervised except the first."""
     return item or Example(np.zeros(limit, np.int32), np.arange(limit) > 0, "other")
 
 
 def blank_pair(item, limit, settings):
+    """The item, or a pair of two blank examples, with reference log-probs of 0."""
     pair = item or Pair(blank_example(None, limit, settings), blank_example(None, limit, settings))
     return replace(pair, ref_logps=np.zeros(2))
 
 
 def blank_rollout(item, limit, settings):
-    """A prompt with the longest answer that it may get."""
+    """The prompt with an answer of --max-new-tokens, or an example of `limit` tokens that ends with one."""
     length = len(item["prompt_ids"]) + settings.max_new_tokens if item else limit
     return Example(np.zeros(length, np.int32), np.arange(length) >= length - settings.max_new_tokens, "other")
 
@@ -161,10 +179,10 @@ STAGES = {
         config.DPO, load_pairs, blank_pair, collate_pairs,
         lambda settings: preference_loss(settings.beta, settings.nll_weight),
         start=keep_reference, check_first=loss_is_ln2,
-        beside={"reference_logps": "where the reference's log-probs are kept, to share them between runs "
+        beside={"reference_logps": "file of the reference's log-probs, which several runs can share "
                                    "(default RUN/reference.safetensors)"}),
     "rloo": Stage(
-        "Online RLOO: sample answers of fresh prompts, score them, take one policy-gradient step.",
+        "Online RLOO: sample answers to a batch of prompts, score them, take one policy-gradient step.",
         config.RLOO, load_fitting_prompts, blank_rollout, collate, lambda settings: policy_gradient_loss,
         beside={"reward_model": "reward model folder with the same tokenizer"}, needs=("reward_model",),
         samples=True)}

@@ -1,17 +1,18 @@
-"""Chat templates rendered without Jinja: `Template(source).render(variables)`; see also template_expressions.py.
+"""Chat templates rendered without Jinja: `Template(source).render(variables)`; see template_expressions.py.
 
-White space is trimmed as in transformers (trim_blocks, lstrip_blocks). Only what templates in Cohere's format
-need of Jinja is known here. The rest is refused when it is executed, not when it is read: a branch for tools
-does not matter to a plain conversation. Steps and sizes are bounded, so a foreign template can neither hang
-nor fill memory.
+White space is trimmed as in transformers (trim_blocks, lstrip_blocks). Of Jinja only what templates in
+Cohere's format need is known here. The rest is refused when it is executed, not when it is read, because a
+branch for tools does not matter to a conversation without them. Steps and sizes are bounded, so that a
+foreign template can neither hang nor fill memory.
 """
 
 import re
 from types import SimpleNamespace
 
-from .template_expressions import GLOBALS, LONGEST, Loop, applied, constant, expression, later, refuse, text_of
+from .template_expressions import (GLOBALS, LONGEST, Loop, applied, constant, expression, later, printed,
+                                   refuse)
 
-MOST_STEPS = 200_000            # of all renderings of a template
+MOST_STEPS = 200_000            # for all renderings of a template together
 OPEN = re.compile(r"\{([{%#])(-?)")
 CLOSE = {"%": re.compile(r"-%\}\s*|%\}\n?"), "{": re.compile(r"-\}\}\s*|\}\}"),
          "#": re.compile(r"-#\}\s*|#\}\n?")}
@@ -22,7 +23,7 @@ TOKEN = re.compile(r"""(?P<space>\s+)|(?P<number>[0-9]+)|(?P<name>[A-Za-z_][A-Za
 
 
 def pieces(source):
-    """("text", str), ("{", tokens) and ("%", tokens) of a template, white space trimmed as Jinja trims it."""
+    """Yields a template's ("text", str), ("{", tokens) and ("%", tokens), white space trimmed as in Jinja."""
     source = re.sub(r"\r\n?", "\n", source).removesuffix("\n")
     at, line_start = 0, True
     while match := OPEN.search(source, at):
@@ -31,7 +32,7 @@ def pieces(source):
         if sign:
             text = text.rstrip()
         elif kind != "{" and (start or line_start) and text[start:].isspace():
-            text = text[:start]                                 # a tag's own indentation
+            text = text[:start]                 # the tag's indentation is trimmed
         yield "text", text
         tokens, end = lex(source, match.end(), kind)
         if not end:
@@ -49,7 +50,8 @@ def lex(source, at, kind):
         if not depth and (end := close.match(source, at)):
             return tokens, end
         match = TOKEN.match(source, at)
-        if not match:                                   # not known here; refused if it is executed
+        # An unknown character is refused only if its tag is executed.
+        if not match:
             tokens.append(("bad", source[at]))
             break
         kind, text, at = match.lastgroup, match[0], match.end()
@@ -63,8 +65,11 @@ def lex(source, at, kind):
 
 
 class Template:
-    """A body is a list of (steps, node). A node is a function of the scope that writes; it returns "break" or
-    "continue" where a loop is to stop or go on."""
+    """A chat template that was parsed.
+
+    A body is a list of (steps, node). A node is a function of the scope that writes text; it returns "break"
+    or "continue" if the loop around it should do so.
+    """
 
     def __init__(self, source):
         if len(source) > LONGEST:
@@ -78,32 +83,34 @@ class Template:
             raise ValueError("its blocks are nested too deeply") from None
 
     def render(self, variables):
-        """The text for these variables."""
+        """The text for these variables, {name: value}. ValueError if the template cannot be followed."""
         self.written = []
         try:
-            self.run(self.body, {**GLOBALS, **variables})
+            self.execute(self.body, {**GLOBALS, **variables})
         except (RecursionError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"it fails ({type(error).__name__}: {str(error)[:100]})") from None
         return "".join(self.written)
 
-    def run(self, body, scope):
+    def execute(self, body, scope):
+        """Run the nodes of a body until one returns a signal ("break", "continue"), and return that."""
         for steps, node in body:
             self.count(steps)
             if signal := node(scope):
                 return signal
 
     def count(self, steps):
+        """Count steps. ValueError after too many."""
         self.steps_left -= steps
         if self.steps_left < 0:
             raise ValueError(f"it takes more than {MOST_STEPS:,} steps")
 
     def write(self, value):
-        text = text_of(value)
+        text = printed(value)
         self.count(len(text) // 16)
         self.written.append(text)
 
     def block(self, *ends):
-        """The body up to a tag whose name is in `ends`, which is then `self.tag`."""
+        """The body up to a tag whose name is in `ends`; this tag is then `self.tag`."""
         body = []
         for kind, value in self.pieces:
             name = value[0][1] if kind == "%" and value and value[0][0] == "name" else ""
@@ -128,7 +135,7 @@ class Template:
             branches.append((expression(self.tag[1:]), self.block("elif", "else", "endif")))
         if self.tag[0][1] == "else":
             branches.append((constant(True), self.block("endif")))
-        return lambda scope: self.run(next((body for test, body in branches if test(scope)), []), scope)
+        return lambda scope: self.execute(next((body for test, body in branches if test(scope)), []), scope)
 
     def make_for(self, tokens):
         rounds, body = expression(tokens, "[0 for {}]"), self.block("else", "endfor")
@@ -140,9 +147,9 @@ class Template:
             self.count(num * len(scope) // 8)
             for i, inner in enumerate(scopes):
                 inner["loop"] = Loop(index=i + 1, index0=i, first=i == 0, last=i == num - 1, length=num)
-                if self.run(body, inner) == "break":
+                if self.execute(body, inner) == "break":
                     break
-            return None if scopes else self.run(otherwise, dict(scope))
+            return None if scopes else self.execute(otherwise, dict(scope))
         return node
 
     def make_set(self, tokens):
@@ -167,4 +174,4 @@ class Template:
 
     def make_generation(self, tokens):
         body = self.block("endgeneration")
-        return lambda scope: self.run(body, dict(scope))
+        return lambda scope: self.execute(body, dict(scope))

@@ -1,10 +1,11 @@
-"""Expressions of Jinja as functions of a scope, a dict of variables. Nothing is run as Python.
+"""Expressions of Jinja as functions of a scope, which is a dict of variables. None is run as Python.
 
-They are written in Python's syntax, parsed by `ast`, and built of the operations below. What is not known
-here is refused when it is executed.
+An expression is rewritten in Python's syntax, parsed by `ast`, and built of the operations below. Anything
+else is refused when it is executed.
 
-The text of a turn is a `Said`, which may only be stripped, joined, printed and asked whether it is there. A
-template that looks into it can treat some texts otherwise than others, which no few examples would show.
+The text of a turn is a `Said`, which may only be stripped, joined, printed and compared with the empty text.
+A template that reads its letters could treat some texts differently from others, and the few conversations
+that we try (template_turns.PROBES) would not show it.
 """
 
 import ast
@@ -13,13 +14,14 @@ from functools import partial
 from types import SimpleNamespace
 
 LONGEST = 200_000               # characters of a template, and of a text that it makes
-WORDS = {"and", "or", "not", "in", "if", "else"}        # those that Jinja and Python share
-FARTHEST = 20                   # the largest number: no rule may begin after the probes, which have 24 turns
-UNDEFINED = ()                                          # it is false and empty, and no list of a template's
+WORDS = {"and", "or", "not", "in", "if", "else"}        # the keywords that Jinja and Python share
+# The largest number that is known. The probes, which have 24 turns, would not show a rule for later turns.
+FARTHEST = 20
+UNDEFINED = ()                  # it is false and empty; the lists of a template are never tuples
 
 
 class Said:
-    """The text of a turn. Its letters must not decide anything: as it is no str, few operations take it."""
+    """The text of a turn. Its letters must not decide anything: it is no str, and few operations take it."""
 
     def __init__(self, text):
         self.text = text
@@ -29,7 +31,7 @@ class Said:
 
 
 class Loop(SimpleNamespace):
-    """The variable `loop` of a `for`."""
+    """The variable `loop` in a `for`."""
 
 
 TEXTS, SIMPLE = (str, Said), (str, int, type(None), tuple)
@@ -45,35 +47,36 @@ def later(what):
 
 
 def known(value, types, what):
-    """The value, if `what` is known for its type."""
+    """The value. ValueError if it is of none of the types, for which the operation `what` is known."""
     if not isinstance(value, types):
         refuse(f"{what} of {'the text of a turn' if isinstance(value, Said) else type(value).__name__}")
     return value
 
 
-def text_of(value):
-    """What is printed of a value."""
+def printed(value):
+    """The text that a template prints for a value."""
     if isinstance(value, Said):
         return value.text
     return "" if value is UNDEFINED else str(known(value, SIMPLE, "the text"))
 
 
 def joined(left, right):
-    text = text_of(left) + text_of(right)
+    """left ~ right"""
+    text = printed(left) + printed(right)
     if len(text) > LONGEST:
         raise ValueError(f"it makes a text of more than {LONGEST:,} characters")
     return Said(text) if isinstance(left, Said) or isinstance(right, Said) else text
 
 
 def calculated(function, left, right):
-    """Sums of texts or whole numbers; anything else of whole numbers only."""
+    """function(left, right) of whole numbers; a sum of texts joins them."""
     if function is operator.add and isinstance(left, TEXTS) and isinstance(right, TEXTS):
         return joined(left, right)
     return function(known(left, int, function.__name__), known(right, int, function.__name__))
 
 
 def equal(left, right):
-    """left == right. The text of a turn may be compared with the empty text, and with what is no text."""
+    """left == right. Of texts only the empty one may be compared with the text of a turn."""
     said, other = (left, right) if isinstance(left, Said) else (right, left)
     if isinstance(said, Said) and isinstance(other, TEXTS):
         return not said if other == "" else refuse("a comparison of the text of a turn")
@@ -84,14 +87,15 @@ def contains(left, right):
     """left in right"""
     if isinstance(right, str):
         return known(left, str, "in") in right
-    if len(known(right, (list, dict, tuple), "in")) > 100:                  # it could take long
+    # A longer search could take long.
+    if len(known(right, (list, dict, tuple), "in")) > 100:
         refuse("in of more than 100 parts")
     parts = [known(part, SIMPLE, "in") for part in right]
     return known(left, SIMPLE, "in") in parts
 
 
 def part_of(value, key):
-    """value[key] or value.key, as Jinja finds it: undefined if there is none."""
+    """value[key] or value.key as in Jinja, UNDEFINED if the value has no such part."""
     if isinstance(value, SimpleNamespace):
         value = vars(value) if key in vars(value) else refuse(f"what was not set, {key!r:.40}")
     if isinstance(known(value, (list, dict), "a part"), list) and type(key) is int:
@@ -102,19 +106,20 @@ def part_of(value, key):
 
 
 def stripped(value):
-    text = text_of(known(value, TEXTS, "strip")).strip()
+    """value.strip()"""
+    text = printed(known(value, TEXTS, "strip")).strip()
     return Said(text) if isinstance(value, Said) else text
 
 
 GLOBALS = {
     "true": True, "false": False, "none": None, "True": True, "False": False, "None": None,
-    "raise_exception": lambda message="": refuse(f"raise_exception: {text_of(message)[:100]}"),
+    "raise_exception": lambda message="": refuse(f"raise_exception: {printed(message)[:100]}"),
     "namespace": SimpleNamespace, **{name: later(name + "()") for name in (
         "range", "dict", "lipsum", "cycler", "joiner", "strftime_now", "self")}}
 ATTRIBUTES = {
     "j_strip": stripped, "f_trim": stripped,
-    "f_upper": lambda value: text_of(known(value, SIMPLE, "the filter upper")).upper(),
-    "f_lower": lambda value: text_of(known(value, SIMPLE, "the filter lower")).lower(),
+    "f_upper": lambda value: printed(known(value, SIMPLE, "the filter upper")).upper(),
+    "f_lower": lambda value: printed(known(value, SIMPLE, "the filter lower")).lower(),
     "f_length": lambda value: len(known(value, (str, list), "the filter length")),
     "t_defined": lambda value: value is not UNDEFINED, "t_undefined": lambda value: value is UNDEFINED,
     "t_none": lambda value: value is None, "t_string": lambda value: isinstance(value, TEXTS),
@@ -128,7 +133,10 @@ OPERATIONS = {
 
 
 def expression(tokens, form="({})"):
-    """The function of the scope that tokens stand for. What it does not know it refuses when it is called."""
+    """The tokens of an expression as a function of the scope. What is not known is refused when it is called.
+
+    form: Python's syntax around the expression.
+    """
     try:
         return built(ast.parse(form.format(python(tokens)), mode="eval").body)
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
@@ -136,10 +144,10 @@ def expression(tokens, form="({})"):
 
 
 def python(tokens):
-    """An expression in Python's syntax, to be parsed and never run.
+    """The tokens of an expression in Python's syntax, to be parsed and never run.
 
-    A name becomes j_NAME; filters and tests become attributes, f_NAME and t_NAME, which bind as tightly as in
-    Jinja; ~ becomes @, which like ~ binds more tightly than +.
+    A name becomes j_NAME. Filters and tests become the attributes f_NAME and t_NAME, which bind as tightly as
+    in Jinja. ~ becomes @, which binds more tightly than + as well.
     """
     out, tokens = [], iter(tokens)
     for kind, text in tokens:
@@ -157,7 +165,7 @@ def python(tokens):
 
 
 def built(tree):
-    """The function of the scope that a syntax tree stands for."""
+    """A syntax tree as a function of the scope."""
     match tree:
         case (ast.Constant(value=int(number))
               | ast.UnaryOp(operand=ast.Constant(value=int(number)))) if number > FARTHEST:
@@ -197,12 +205,13 @@ def built(tree):
         case ast.IfExp(test=test, body=value, orelse=other):
             test, value, other = built(test), built(value), built(other)
             return lambda scope: value(scope) if test(scope) else other(scope)
-        case ast.List(elts=parts) | ast.Tuple(elts=parts):      # they are alike in what is known here
+        case ast.List(elts=parts) | ast.Tuple(elts=parts):      # no known operation tells them apart
             return applied(lambda *parts: [*parts], *map(built, parts))
         case ast.ListComp(generators=[ast.comprehension(target=ast.Name(id=name), iter=items, ifs=tests)]):
             items, tests = built(items), [*map(built, tests)]
 
-            def rounds(scope):                                  # the scopes of the rounds of a for
+            def rounds(scope):
+                """The scopes of the rounds of a for."""
                 scopes = [{**scope, name[2:]: item} for item in known(items(scope), (list, tuple), "for")]
                 return [inner for inner in scopes if all(test(inner) for test in tests)]
             return rounds
@@ -210,14 +219,16 @@ def built(tree):
 
 
 def constant(value):
+    """A function of the scope that always returns the value."""
     return lambda scope: value
 
 
 def applied(function, *parts):
-    """A function of the scope: `function` of what its arguments are worth."""
+    """A function of the scope, which calls `function` with the values of the parts in this scope."""
     return lambda scope: function(*[part(scope) for part in parts])
 
 
 def attribute(name):
+    """The operation of a method, filter or test (j_NAME, f_NAME, t_NAME), or one that refuses it."""
     kind = {"j": "method", "f": "filter", "t": "test"}[name[0]]
     return ATTRIBUTES.get(name, later(f"the {kind} {name[2:]}"))

@@ -1,12 +1,11 @@
-"""How a chat template writes turns: read off what it renders, and checked against what it renders.
+"""Reads from a chat template how it writes turns, by rendering conversations with it.
 
-A template is followed if every conversation of PROBES is exactly
+A template is followed if it renders every conversation of PROBES as exactly
 
     bos, for each turn opening[role] + text + closing[role], and, to ask for an answer, opening["assistant"]
 
-where openings and closings are control tokens, texts keep or lose their outer white space, and the system
-turn may have a text of its own without a given one, and words around a given one. Any other template is
-refused.
+where openings and closings are control tokens and texts keep or lose their outer white space. The template
+may add a default system turn, and words around a given system text. Any other template is refused.
 """
 
 import re
@@ -15,47 +14,49 @@ from functools import lru_cache
 from itertools import takewhile
 from os.path import commonprefix
 
-from .template_expressions import Said
 from .template import Template
+from .template_expressions import Said
 
 BOS = "<BOS_TOKEN>"
 USER, ANSWER, AGAIN, SYSTEM = "Zq1", "Zq2", "Zq3", "Zq0"
 
 
-def conversation(*texts, system=None):
+def as_messages(*texts, system=None):
     """Messages: an optional system turn, then user and assistant in turn."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
 _TEXTS = ["hi", "  two\n lines \n", "\n\tनमस्ते 世界 \u200b ", "4 < 5 & {{ x }} 'it's'\n", " a", "b\n\n"]
-PROBES = [(conversation(*texts, system=system), prompt)
+PROBES = [(as_messages(*texts, system=system), prompt)
           for texts in (_TEXTS[:1], _TEXTS[1:2], _TEXTS[:2], _TEXTS[2:5], _TEXTS[1:5], _TEXTS[::-1] * 4)
           for system in (None, "Be kind.", " Two\n\nlines\t\n", "", " \n") for prompt in (False, True)]
 
 
 @dataclass(frozen=True)
 class Turns:
-    """A turn format in text."""
+    """The texts with which a template writes turns."""
     bos: str
-    opening: dict               # by role, as closing and strips
-    closing: dict
-    strips: dict
-    no_system: str | None       # the system turn's text where none is given; None: there is no turn then
-    before: str                 # words around a given one
-    after: str
+    opening: dict               # {role: control tokens before the text}
+    closing: dict               # {role: control tokens after it}
+    strips: dict                # {role: whether the text loses its outer white space}
+    no_system: str | None       # the default system turn's text; None: it has no such turn
+    before: str                 # the template's words before a given system text
+    after: str                  # and after it
     empty: bool                 # whether a system turn "" counts as given
     blank: bool                 # whether " " does
 
     def texts(self, messages):
-        """(role, text as it stands in the turn) of each turn."""
+        """[(role, text), ...] of the turns, with each text as the template writes it."""
         given = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
         turns = [(m["role"], self.text(m["role"], m["content"])) for m in messages[given is not None:]]
-        if given is None or not given and not self.empty or given and not given.strip() and not self.blank:
+        unset = given is None or (not given and not self.empty)
+        if unset or (given and not given.strip() and not self.blank):
             return turns if self.no_system is None else [("system", self.no_system), *turns]
         return [("system", self.before + self.text("system", given) + self.after), *turns]
 
     def text(self, role, content):
+        """The content of a turn as the template writes it."""
         return content.strip() if self.strips[role] else content
 
     def written(self, messages, generation_prompt=False):
@@ -66,8 +67,9 @@ class Turns:
 
 @lru_cache(32)
 def read_turns(source, tokens, control):
-    """The Turns of a template; ValueError, as a clause about it, if it cannot be followed exactly.
+    """The Turns of a template. ValueError if they do not render the PROBES as it does.
 
+    The error says what "it", the template, does.
     tokens: ((name, text), ...) such as bos_token. control: the names of control tokens.
     """
     template = Template(source)
@@ -82,24 +84,24 @@ def read_turns(source, tokens, control):
         wanted, got = render(messages, prompt), found.written(messages, prompt)
         if wanted != got:
             at = max(0, len(commonprefix([wanted, got])) - 20)
-            raise unknown(f"it writes {wanted[at:at + 60]!r}, where turns as it writes others give "
+            raise unknown(f"it writes {wanted[at:at + 60]!r}, where its turns in other conversations give "
                           f"{got[at:at + 60]!r}")
     return found
 
 
 def derive(render, control):
-    """Turns as a few plain conversations show them."""
-    first, two = render(conversation(USER)), render(conversation(USER, ANSWER))
+    """The Turns that a few short conversations show."""
+    first, two = render(as_messages(USER)), render(as_messages(USER, ANSWER))
     opening, closing = {}, {}
     opening["assistant"], closing["assistant"] = around(ANSWER, within(two, first))
-    opening["user"], closing["user"] = around(AGAIN, within(render(conversation(USER, ANSWER, AGAIN)), two))
-    asked = within(render(conversation(USER), True), first)
+    opening["user"], closing["user"] = around(AGAIN, within(render(as_messages(USER, ANSWER, AGAIN)), two))
+    asked = within(render(as_messages(USER), True), first)
     if asked != opening["assistant"]:
         raise unknown(f"it asks for an answer with {asked!r:.80}, and opens answers with "
                       f"{opening['assistant']!r:.80}")
     user_turn = opening["user"] + USER + closing["user"]
     head = within(first, end=user_turn)
-    before, after = around(SYSTEM, within(render(conversation(USER, system=SYSTEM)), end=user_turn))
+    before, after = around(SYSTEM, within(render(as_messages(USER, system=SYSTEM)), end=user_turn))
     bos = BOS if head.startswith(BOS) else ""
     head, before = head.removeprefix(bos), before.removeprefix(bos)
 
@@ -117,10 +119,10 @@ def derive(render, control):
         if not opening[role] or role == "assistant" and not closing[role]:
             raise unknown(f"a turn of the {role} has no control token that opens or ends it")
 
-    loose = render(conversation(f"\n {USER} \n", f"\n {ANSWER} \n", system=f"\n {SYSTEM} \n"))
+    loose = render(as_messages(f"\n {USER} \n", f"\n {ANSWER} \n", system=f"\n {SYSTEM} \n"))
     strips = {role: f"\n {text} \n" not in loose
               for role, text in (("user", USER), ("assistant", ANSWER), ("system", SYSTEM))}
-    empty, blank = (render(conversation(USER, system=text)) != first for text in ("", " "))
+    empty, blank = (render(as_messages(USER, system=text)) != first for text in ("", " "))
     return Turns(bos, opening, closing, strips, no_system, before, after, empty, blank)
 
 
@@ -130,14 +132,15 @@ def unknown(why):
 
 
 def within(text, start="", end=""):
-    """What a text has between its start and its end."""
+    """The part of a text between its start and its end. ValueError if it does not begin and end with them."""
     if not (text.startswith(start) and text.endswith(end) and len(text) >= len(start + end)):
-        raise unknown(f"it writes {text!r:.80}, not what starts with {start!r:.80}, ends with {end!r:.80}")
+        raise unknown(f"it writes {text!r:.80}, not a text that starts with {start!r:.80} and ends with "
+                      f"{end!r:.80}")
     return text[len(start):len(text) - len(end)]
 
 
 def around(word, text):
-    """What a text has before and after a word that it must hold once."""
+    """(before, after) a word in a text. ValueError if the text does not contain it exactly once."""
     before, found, after = text.partition(word)
     if not found or word in after:
         raise unknown(f"it writes {text!r:.80}, which does not hold the turn's text ({word}) once")

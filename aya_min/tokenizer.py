@@ -1,14 +1,14 @@
-"""Byte-level BPE and a chat template's turns. A conversation becomes ids AND loss mask in one walk.
+"""Byte-level BPE and the turns of a chat template. One walk over a conversation makes its ids AND loss mask.
 
     <BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>hello<|END_OF_TURN_TOKEN|>
         <|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>hi<|END_OF_TURN_TOKEN|>
                                                 `-- supervised -------'
 
-Text is encoded turn by turn, with special tokens never read out of it, so the boundaries are exact and user
-text cannot forge a turn. Aya Expanse, Aya 23 and Command R write turns like this. Command R7B, Command A and
-Tiny Aya put an answer between <|START_RESPONSE|> (which ends the prompt) and <|END_RESPONSE|> (which the
-model says before it ends the turn). What a folder's chat template writes is followed exactly, or the folder
-is refused: see template_turns.py.
+Text is encoded turn by turn, and special tokens are never read out of it, so that boundaries are exact and
+user text cannot forge a turn. Aya Expanse, Aya 23 and Command R write turns like this. Command R7B, Command A
+and Tiny Aya put an answer between <|START_RESPONSE|>, which ends the prompt, and <|END_RESPONSE|>, which the
+model writes before it ends the turn. A model folder's chat template is followed exactly, or the folder is
+refused: see template_turns.py.
 """
 
 import json
@@ -30,18 +30,18 @@ NEEDED = ["<PAD>", "<BOS_TOKEN>", *SPECIALS[8:]]
 RESPONSE = ["<|START_RESPONSE|>", "<|END_RESPONSE|>"]
 CONTROL = re.compile(r"<\|\w+\|>|<[A-Z0-9_]+>")          # names of tokens that are not text
 
-# The files of a model folder that belong to its tokenizer, beside tokenizer.json and tokenizer_config.json.
+# The files of a model folder's tokenizer, beside tokenizer.json and tokenizer_config.json.
 FILES = ["chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
          "tokenizer.model"]
 OURS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<BOS_TOKEN>",
         "eos_token": "<|END_OF_TURN_TOKEN|>", "pad_token": "<PAD>", "unk_token": "<UNK>",
         "padding_side": "left", "add_bos_token": True, "add_eos_token": False,
         "clean_up_tokenization_spaces": False}
-# What transformers' CohereTokenizer takes for a special token that tokenizer_config.json does not name.
+# The special tokens of transformers' CohereTokenizer, where tokenizer_config.json does not name them.
 COHERES = {"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "unk_token": "<UNK>",
            "pad_token": "<PAD>", "cls_token": "<CLS>", "sep_token": "<SEP>", "mask_token": "<MASK_TOKEN>"}
 
-# The same format for tools that read tokenizer_config.json (transformers, vLLM).
+# The same turns in Jinja, for tools that read tokenizer_config.json (transformers, vLLM).
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|START_OF_TURN_TOKEN|>' }}"
     "{% if message['role'] == 'user' %}"
@@ -57,19 +57,21 @@ RESPONSE_TEMPLATE = CHAT_TEMPLATE.replace("<|CHATBOT_TOKEN|>", "<|CHATBOT_TOKEN|
 
 
 def default_template(config):
-    """The chat template of a tokenizer_config.json: a text, or that named "default" of a list, or None."""
+    """The chat template of a tokenizer_config.json, or None. Of a list it is the one named "default"."""
     template = config.get("chat_template")
     if isinstance(template, list):
         if not all(isinstance(each, dict) and {"name", "template"} <= each.keys() for each in template):
-            raise ValueError("chat_template is a list of other things than names and templates")
+            raise ValueError("chat_template is a list, but not of names and templates; copy or download it "
+                             "again")
         named = {str(each["name"]): each["template"] for each in template}
         if "default" not in named:
             raise ValueError(f"the chat templates are {' '.join(named)}; one must be named default")
         template = named["default"]
-    return checked(template, (str, type(None)), "chat_template")
+    return of_type(template, (str, type(None)), "chat_template")
 
 
-def checked(value, types, what):
+def of_type(value, types, what):
+    """The value. ValueError, with `what` it is, if it is of none of the types."""
     if not isinstance(value, types):
         raise ValueError(f"{what} cannot be a {type(value).__name__}; copy or download it again")
     return value
@@ -78,26 +80,27 @@ def checked(value, types, what):
 def special_tokens(config, files=()):
     """((name, text), ...) of the special tokens that transformers gives to a template, such as bos_token.
 
-    special_tokens_map.json counts only where tokenizer_config.json has no added_tokens_decoder, as there.
+    As in transformers, special_tokens_map.json is read only if tokenizer_config.json has no
+    added_tokens_decoder.
     """
-    named = COHERES if is_coheres(config) else {}
-    name = "special_tokens_map.json"
-    more = {} if "added_tokens_decoder" in config or name not in files else parse_json(files[name], name)
-    given = {**named, **config, **checked(more, dict, name)}
+    defaults = COHERES if is_coheres(config) else {}
+    path = "special_tokens_map.json"
+    more = {} if "added_tokens_decoder" in config or path not in files else parse_json(files[path], path)
+    given = {**defaults, **config, **of_type(more, dict, path)}
     found = [(name, given[name]) for name in COHERES if given.get(name) is not None]
     found = [(name, token.get("content") if isinstance(token, dict) else token) for name, token in found]
-    return tuple((name, checked(token, str, name)) for name, token in found)
+    return tuple((name, of_type(token, str, name)) for name, token in found)
 
 
 def is_coheres(config):
-    """Whether transformers takes its CohereTokenizer, as it does for Cohere's models if no class is named."""
+    """True if transformers takes its CohereTokenizer. It does so for Cohere's models that name no class."""
     return (config.get("tokenizer_class") or "CohereTokenizer").startswith("CohereTokenizer")
 
 
 def is_rebuilt_alike(bpe, config):
-    """Whether a tokenizer does what CohereTokenizer of transformers does, which takes its tokens and merges.
+    """True if transformers' CohereTokenizer, which keeps only a file's tokens and merges, encodes like `bpe`.
 
-    Its added tokens are those of the settings' added_tokens_decoder, if there is one.
+    It takes the added tokens from the added_tokens_decoder of tokenizer_config.json, if that has one.
     """
     if config.get("add_prefix_space"):
         return False
@@ -124,12 +127,12 @@ def is_rebuilt_alike(bpe, config):
 
 
 def as_it_is(config):
-    """Settings of another class, for a tokenizer.json that transformers must take as it is, not rebuild."""
+    """The config with a class for which transformers reads tokenizer.json as it is, without rebuilding it."""
     return {**OURS, **config, "tokenizer_class": OURS["tokenizer_class"]}
 
 
 def added_elsewhere(config, files):
-    """(token, id) pairs that transformers adds to a tokenizer.json from other files."""
+    """[(token, id), ...] that transformers adds to a tokenizer.json from other files."""
     listed = config.get("added_tokens_decoder") or {}
     more = parse_json(files.get("added_tokens.json", b"{}"), "added_tokens.json")
     if not isinstance(listed, dict) or not isinstance(more, dict) or not all(
@@ -144,7 +147,7 @@ class Tokenizer:
     """A tokenizer.json of the `tokenizers` library plus the ids of its turns.
 
     files: {name: bytes} of tokenizer.json, tokenizer_config.json and FILES as they were read; `save` writes
-    them again. config: the settings of tokenizer_config.json.
+    them again. config: tokenizer_config.json as a dict.
     """
 
     def __init__(self, bpe, config=None, files=None):
@@ -155,11 +158,11 @@ class Tokenizer:
         control = {token.content for token in added if token.special or CONTROL.fullmatch(token.content)}
         self.check_tokens(NEEDED)
         jinja = self.files.get("chat_template.jinja")
-        template = default_template(self.config) if jinja is None else text_of(jinja, "chat_template.jinja")
+        template = default_template(self.config) if jinja is None else decoded(jinja, "chat_template.jinja")
         if template is None:
             marked = all(bpe.token_to_id(name) is not None for name in RESPONSE)
             template = self.config["chat_template"] = RESPONSE_TEMPLATE if marked else CHAT_TEMPLATE
-            self.files.pop("tokenizer_config.json", None)               # what was read has no template
+            self.files.pop("tokenizer_config.json", None)       # save then writes self.config
         self.check_tokens([name for name in RESPONSE if name in template])
         for name, number in added_elsewhere(self.config, self.files):
             if self.bpe.token_to_id(name) != number:
@@ -176,8 +179,8 @@ class Tokenizer:
         written = [self.turns.written(*probe) for probe in PROBES]
         wanted = [self.bpe.encode(text, add_special_tokens=False).ids for text in written]
         self.bpe.encode_special_tokens = True       # "<BOS_TOKEN>" typed by a user is letters, not a token
-        # Published files call <|USER_TOKEN|> and others not special, and then they are read out of a user's
-        # text and printed in answers.
+        # In published files <|USER_TOKEN|> and others are not special. Such tokens would be read out of a
+        # user's text and printed in answers.
         self.bpe.add_special_tokens([token.content for token in added if token.content in control])
         self.pad_id, self.bos_id = bpe.token_to_id("<PAD>"), bpe.token_to_id("<BOS_TOKEN>")
         self.start_of_turn_id, self.end_of_turn_id = map(bpe.token_to_id, SPECIALS[8:10])
@@ -186,13 +189,14 @@ class Tokenizer:
                                        for role, text in texts.items()}
                                       for texts in (self.turns.opening, self.turns.closing))
         self.begin = [self.bos_id] if self.turns.bos else []
-        self.stop_ids = sorted(set(self.closing["assistant"]))      # an answer is over at the first of these
+        self.stop_ids = sorted(set(self.closing["assistant"]))      # an answer ends at the first of these
         for probe, text, ids in zip(PROBES, written, wanted):
             if ids != self.encode_chat(*probe)[0]:
                 raise ValueError("the chat template cannot be followed: the tokens around turns take white "
                                  f"space or letters of the text, in {text!r:.80}")
 
     def check_tokens(self, names):
+        """ValueError if the vocabulary lacks one of the names."""
         if missing := [name for name in names if self.bpe.token_to_id(name) is None]:
             raise ValueError(f"tokenizer.json lacks {' '.join(missing)}; it must be a Cohere tokenizer (Aya, "
                              "Command R) or one trained here")
@@ -203,34 +207,36 @@ class Tokenizer:
 
     @property
     def largest_id(self):
+        """The largest id of a token, which is above vocab_size - 1 if ids are left out."""
         return max(self.bpe.get_vocab(with_added_tokens=True).values())
 
     @property
     def meaning(self):
-        """A text that is equal for tokenizers that do the same, however their files are written."""
+        """A text that is equal for tokenizers that encode alike, however their files are written."""
         return meaning_of(self.files.get("tokenizer.json") or self.bpe.to_str())
 
     def key(self, text):
-        """What makes two answers the same: their ids, after the normalizer and the template's strip."""
+        """The ids of an answer, after the normalizer and the template's strip: equal for equal answers."""
         return tuple(self.encode(self.turns.text("assistant", text)))
 
     def spelled(self, text):
-        """The first name of a control token that a text spells, or None. `encode` takes it as letters."""
+        """The first name of a control token in a text, or None. `encode` reads it as letters."""
         if "<" not in text:
             return None
         names = (found[0] for found in CONTROL.finditer(text))
         return next((name for name in names if self.bpe.token_to_id(name) is not None), None)
 
     def encode(self, text):
-        """Ids of plain text: no BOS, no special tokens, whatever the text contains."""
+        """The ids of a text, without BOS. Names of special tokens in it are letters."""
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
+        """The text of ids, without special tokens."""
         return self.bpe.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def stream(self, ids):
-        """The text of ids that arrive one by one: for each id a piece, "" while a character is incomplete,
-        then what is left (bytes that are no text, as U+FFFD). Together they are `decode` of all ids."""
+        """Yields a piece of text for each id that arrives, "" while a character is incomplete, and at the end
+        the rest: incomplete bytes as U+FFFD. The pieces together are `decode` of all ids."""
         decoder, seen, length = decoders.DecodeStream(skip_special_tokens=True), [], 0
         for i in ids:
             seen.append(int(i))
@@ -240,38 +246,40 @@ class Tokenizer:
         yield self.decode(seen)[length:]
 
     def encode_answer(self, text):
-        """Ids of what a model says after the generation prompt: its text and the end."""
+        """The ids of an answer, which follow the generation prompt: its text and the end."""
         return self.encode(self.turns.text("assistant", text)) + self.closing["assistant"]
 
     def encode_chat(self, messages, generation_prompt=False, supervised=None):
-        """(ids, mask) of [{"role", "content"}, ...]; mask is True on text and end of supervised turns.
+        """(ids, mask) of [{"role", "content"}, ...], two lists of equal length.
 
-        Roles: an optional system turn first, then user and assistant in turn. With `generation_prompt` the
-        ids end where the assistant is to speak. supervised: a bool for each message, of which those of
-        assistant turns count; None: all assistant turns.
+        mask is True on the text and the end of supervised turns. Roles: an optional system turn, then user
+        and assistant in turn. With `generation_prompt` the ids end where the assistant's answer begins.
+        supervised: a bool for each message, read for assistant turns only; None: all assistant turns.
         """
         ids, mask = list(self.begin), [False] * len(self.begin)
-        turns = self.turns.texts(messages)
-        heeded = [role == "assistant" for role, _ in turns]
+        texts = self.turns.texts(messages)
+        learnt = [role == "assistant" for role, _ in texts]
         if supervised is not None:
             given = [bool(b) for m, b in zip(messages, supervised, strict=True) if m["role"] != "system"]
-            heeded = [a and b for a, b in zip(heeded, [False] * (len(turns) - len(given)) + given)]
-        for (role, text), wanted in zip(turns, heeded):
+            # The template may add a system turn, which is not learnt.
+            given = [False] * (len(texts) - len(given)) + given
+            learnt = [a and b for a, b in zip(learnt, given)]
+        for (role, text), is_learnt in zip(texts, learnt):
             said = self.encode(text) + self.closing[role]
             ids += self.opening[role] + said
-            mask += [False] * len(self.opening[role]) + [wanted] * len(said)
+            mask += [False] * len(self.opening[role]) + [is_learnt] * len(said)
         if generation_prompt:
             ids += self.opening["assistant"]
             mask += [False] * len(self.opening["assistant"])
         return ids, mask
 
     def encode_prompt(self, prompt):
-        """Ids of a user's prompt (a string, or messages), ready for the assistant to answer."""
+        """The ids of a user's prompt (a string, or messages), which end where the answer begins."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return self.encode_chat(messages, generation_prompt=True)[0]
 
     def save(self, folder):
-        """Write tokenizer.json, tokenizer_config.json and what else came with them, as they came."""
+        """Write tokenizer.json, tokenizer_config.json and the files that came with them, unchanged."""
         config = self.config if self.config.keys() > {"chat_template"} else {**OURS, **self.config}
         made = {"tokenizer.json": self.bpe.to_str(pretty=True).encode(),
                 "tokenizer_config.json": dumps(config, indent=2).encode()}
@@ -280,22 +288,22 @@ class Tokenizer:
 
 
 def read_bpe(data, where):
-    """The BPE of a tokenizer.json's bytes or text. ValueError names `where`."""
+    """The BPE of the bytes or text of a tokenizer.json. where: its path, for errors."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         return BPE.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:      # the library raises Exception, and PanicException, which is none
+    except BaseException as error:      # the library raises PanicException too, which is no Exception
         raise ValueError(f"{where}: not a readable tokenizer.json ({one_line(error)}); copy or download it "
                          "again") from None
 
 
 def meaning_of(source):
-    """A text that is equal for tokenizer.json files that do the same. source: its path, text or bytes.
+    """A text that is equal for tokenizer.json files that encode alike. source: a path, text or bytes.
 
-    Indentation, order of keys, merges as strings or pairs, and padding or truncation left on make no
-    difference, nor does what is added around a plain text (post_processor): the turns say that.
+    These make no difference: indentation, order of keys, merges as strings or pairs, padding or truncation,
+    and the post_processor, which adds tokens around a text (here the turns do that).
     """
     where = "tokenizer.json"
     if isinstance(source, Path):
@@ -306,7 +314,8 @@ def meaning_of(source):
     return dumps({key: value for key, value in json.loads(bpe.to_str()).items() if key != "post_processor"})
 
 
-def text_of(data, where):
+def decoded(data, where):
+    """The text of UTF-8 bytes."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -314,31 +323,31 @@ def text_of(data, where):
 
 
 def read_files(folder):
-    """{name: bytes} of the files of a folder's tokenizer, as they are."""
+    """{name: bytes} of the tokenizer's files in a folder."""
     paths = {name: own_file(folder, name) for name in ["tokenizer.json", "tokenizer_config.json", *FILES]}
     return {name: read_bytes(path) for name, path in paths.items() if path}
 
 
-def read_settings(folder, files):
-    """The settings of tokenizer_config.json."""
+def read_config(folder, files):
+    """tokenizer_config.json as a dict, {} without one. ValueError if its settings cannot be followed."""
     path = Path(folder) / "tokenizer_config.json"
     config = parse_json(files.get(path.name, b"{}"), path)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a JSON {type(config).__name__}, not an object; copy or download it again")
-    checked(config.get("tokenizer_class"), (str, type(None)), f"{path}: tokenizer_class")
+    of_type(config.get("tokenizer_class"), (str, type(None)), f"{path}: tokenizer_class")
     if config.get("split_special_tokens"):
-        raise ValueError(f"{path}: split_special_tokens, which cuts control tokens into letters elsewhere; "
+        raise ValueError(f"{path}: split_special_tokens makes other tools cut control tokens into letters; "
                          "set it to false")
     return config
 
 
 def files_to_publish(folder):
-    """{name: bytes} of a tokenizer's files, of whatever family, for a folder that is made from its folder.
+    """{name: bytes} of a folder's tokenizer, of any family, to write into a folder that is made from it.
 
-    Of one that says it is Cohere's, but is not as transformers rebuilds those, the class is put right.
+    If its class is CohereTokenizer but transformers would rebuild it differently, the class is corrected.
     """
     files = read_files(folder)
-    config = read_settings(folder, files)
+    config = read_config(folder, files)
     if "tokenizer.json" in files and config.get("tokenizer_class") and is_coheres(config):
         added_elsewhere(config, files)                  # checks their types
         if not is_rebuilt_alike(read_bpe(files["tokenizer.json"], Path(folder) / "tokenizer.json"), config):
@@ -347,12 +356,12 @@ def files_to_publish(folder):
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a model folder, with the turn format of its chat template."""
+    """The Tokenizer of a model folder, with the turns of its chat template. ValueError names the folder."""
     files = read_files(folder)
     if "tokenizer.json" not in files:
         raise ValueError(f"{folder}: no tokenizer.json; give a model folder, or --tokenizer DIR")
     bpe = read_bpe(files["tokenizer.json"], Path(folder) / "tokenizer.json")
-    config = read_settings(folder, files)
+    config = read_config(folder, files)
     if not config.get("chat_template") and "chat_template.jinja" not in files:
         if own_file(folder, "additional_chat_templates/default.jinja"):
             raise ValueError(f"{folder}: its chat template is additional_chat_templates/default.jinja; move "
@@ -364,8 +373,8 @@ def load_tokenizer(folder):
 
 
 def train_tokenizer(texts, vocab_size):
-    """Byte-level BPE as Cohere's: NFC, digits one by one, no prefix space; here also one Han character at a
-    time, which keeps a small vocabulary shared between Chinese and Japanese."""
+    """A byte-level BPE like Cohere's: NFC, single digits, no prefix space. Unlike Cohere's it also keeps Han
+    characters single, so that Chinese and Japanese share a small vocabulary."""
     bpe = BPE(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -377,6 +386,7 @@ def train_tokenizer(texts, vocab_size):
         vocab_size=vocab_size, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False)
     bpe.train_from_iterator((unicodedata.normalize("NFC", text) for text in texts), trainer)
-    bpe.post_processor = processors.TemplateProcessing(             # for transformers' plain texts
+    # transformers adds BOS to a text by this.
+    bpe.post_processor = processors.TemplateProcessing(
         "<BOS_TOKEN> $A", "<BOS_TOKEN> $A $B:1", [("<BOS_TOKEN>", SPECIALS.index("<BOS_TOKEN>"))])
     return Tokenizer(bpe)

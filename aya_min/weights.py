@@ -1,18 +1,17 @@
-"""What I publish: a model folder as transformers and vLLM read it. config.json, generation_config.json,
-tokenizer.json, tokenizer_config.json and model.safetensors (or shards with model.safetensors.index.json). No
-pickle; nothing outside the folder is opened. A source folder's other files that are not weights go along.
+"""Model folders as transformers and vLLM read them: config.json, generation_config.json, tokenizer.json,
+tokenizer_config.json and model.safetensors (or shards with model.safetensors.index.json).
 
-A folder is written under a temporary name and renamed, so one that exists is whole. Parameter names need no
-map.
+No pickle is read and nothing outside the folder is opened. A source folder's other files that are not weights
+are copied along. A folder is written under a temporary name and renamed, so an existing one is whole.
+Parameters have the published names.
 
-transformers has no class for a reward model of this family, so config.json names one of ours. What it loads
-is the language model within, AutoModelForCausalLM.from_pretrained(FOLDER); the two heads are tensors of the
-same files:
+transformers has no class for a reward model of this family, so config.json names one of ours. transformers
+loads the language model inside it by AutoModelForCausalLM.from_pretrained(FOLDER); the two heads are tensors
+of the same files (tests/test_transformers.py computes the score this way):
 
     score = h_end @ score.weight[0] + score_logps.weight[0] @ (mean, min of the answer's log-probs)
 
-where h_end is the last hidden state (after the norm) of the last token (tests/test_transformers.py does
-this).
+where h_end is the last hidden state (after the norm) of the last token.
 """
 
 import re
@@ -32,21 +31,22 @@ ARCHITECTURES = {"CohereForCausalLM": CohereForCausalLM, "Cohere2ForCausalLM": C
                  "CohereRewardModel": RewardModel, "Cohere2RewardModel": RewardModel,
                  "CohereForSequenceClassification": RewardModel,
                  "Cohere2ForSequenceClassification": RewardModel}
-USUAL_HEAD_LACKS = "score_logps.weight"         # a head that reads the last token only: as if this were 0
+USUAL_HEAD_LACKS = "score_logps.weight"         # a head on the last token only computes as if this were 0
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
-# What `save` writes anew.
+# The files that `save` writes anew instead of copying them.
 WRITTEN = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", *FILES}
 
 
 def read_config(folder):
-    """(ModelConfig, class of the model) of a model folder."""
-    raw, path = tensorfiles.read_config(folder), Path(folder) / "config.json"
+    """(ModelConfig, class of the model) of a model folder. ValueError if either is not supported."""
+    raw = tensorfiles.read_config(folder)
+    path = Path(folder) / "config.json"
     named = raw.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise ValueError(f"{path}: architectures {named!r:.80} is not a list of names; download the model "
                          "again")
-    plain = str(raw.get("model_type")).capitalize() + "ForCausalLM"         # what transformers takes it for
+    plain = str(raw.get("model_type")).capitalize() + "ForCausalLM"         # transformers' default
     architecture = (named or [plain])[0]
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture!r:.80} is not supported; supported: "
@@ -72,7 +72,7 @@ def read_generation(folder):
 
 
 def read_stop_ids(folder):
-    """The ids that end an answer by generation_config.json and by config.json: those of both, sorted."""
+    """The ids that end an answer according to generation_config.json or config.json, sorted."""
     named = read_generation(folder), tensorfiles.read_config(folder)
     config, _ = read_config(folder)                 # checks what config.json says
     found = [stop_ids(each["eos_token_id"]) for each in named if each.get("eos_token_id") is not None]
@@ -80,28 +80,28 @@ def read_stop_ids(folder):
 
 
 def read_others(folder):
-    """{path within: bytes} of the files of a model folder that go along with its weights."""
+    """{relative path: bytes} of the files of a model folder that are copied along with its weights."""
     return {path: read_bytes(Path(folder) / path) for path in files_along(folder) if str(path) not in WRITTEN}
 
 
-def look_into(folder, trunk=False):
-    """(model without weights, tokenizer, header) of a model folder whose files fit together, see
-    tensorfiles.read_header; no weights are read (but of a head that a tied model repeats).
+def load_meta(folder, trunk=False):
+    """(model on the meta device, tokenizer, header of tensorfiles.read_header) of a model folder.
 
-    trunk: a reward model whatever the folder holds; if it is a language model, the decoder is there and the
-    head is missing.
+    No weights are read, except a head that a tied model stores beside its embeddings. ValueError if the
+    folder's files do not fit together. trunk: the model is a reward model even if the folder holds a language
+    model, whose header then lacks the head.
     """
     config, model_class = read_config(folder)
     header = tensorfiles.read_header(folder)
     num_layers = 1 + max((int(match[1]) for match in map(LAYER.match, header) if match), default=-1)
-    if config.num_hidden_layers > max(num_layers, 1):       # before a model of that many is built
+    if config.num_hidden_layers > max(num_layers, 1):       # checked before that many layers are built
         raise ValueError(f"{folder}: the tensors do not fit config.json: they are of {num_layers} layers, "
                          f"num_hidden_layers is {config.num_hidden_layers}")
     tokenizer = load_tokenizer(folder)
     if max(tokenizer.vocab_size - 1, tokenizer.largest_id) >= config.vocab_size:
-        raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the largest id "
-                         f"{tokenizer.largest_id}, config.json a vocabulary of {config.vocab_size}; they are "
-                         "of different models")
+        raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the largest id is "
+                         f"{tokenizer.largest_id}, config.json has a vocabulary of {config.vocab_size}; "
+                         "they belong to different models")
     tokenizer.stop_ids = sorted({*tokenizer.stop_ids, *read_stop_ids(folder)})
     with torch.device("meta"):
         found, model = model_class(config), (RewardModel if trunk else model_class)(config)
@@ -114,7 +114,7 @@ def look_into(folder, trunk=False):
     for name in sorted(header.keys() & own.keys()):
         _, code, shape = header[name]
         if shape != tuple(own[name].shape):
-            problems.append(f"{name} has shape {shape}, config.json wants {tuple(own[name].shape)}")
+            problems.append(f"{name} has shape {shape}, config.json says {tuple(own[name].shape)}")
         elif code not in ("F32", "BF16", "F16", "F64"):
             problems.append(f"{name} is {code}, quantized weights are not read")
     if problems:
@@ -128,12 +128,12 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
          replicate=1, cpu_offload=False):
     """(model, tokenizer) of a model folder, read tensor by tensor into the module that its config.json names.
 
-    Its generation_config.json and its other files ride on the model, for `save`. sharded:
-    distributed.shard(model, compute_dtype, replicate, cpu_offload) before anything is read: each rank reads
-    and holds its rows only. trunk: a reward model on the folder's decoder; its head is drawn anew (seed 0) if
-    the folder has none.
+    model.came_with keeps the folder's generation_config.json and other files for `save`. sharded: the model
+    is sharded first, by distributed.shard(model, compute_dtype, replicate, cpu_offload), and each rank reads
+    and holds only its rows. trunk: a reward model on the folder's decoder; if the folder has no head, one is
+    drawn with seed 0.
     """
-    model, tokenizer, header = look_into(folder, trunk)
+    model, tokenizer, header = load_meta(folder, trunk)
     model = model.to(dtype)
     model.came_with = read_generation(folder), read_others(folder)
     if sharded:
@@ -151,13 +151,13 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
 
 
 def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.SHARD_BYTES):
-    """Publish a plain or sharded model, tensor by tensor, with what came with it and its tokenizer.
+    """Publish a plain or sharded model, tensor by tensor, with its tokenizer and what came with it.
 
-    A collective: every rank calls it, rank 0 writes. An older folder of that name is replaced.
+    A collective: every rank calls it, rank 0 writes. An older version of the folder is replaced.
     """
     state = model.state_dict()
     specs = {name: (tensorfiles.CODES[dtype], tuple(tensor.shape)) for name, tensor in state.items()}
-    files = tensorfiles.plan(specs, shard_bytes)
+    files = tensorfiles.assign_files(specs, shard_bytes)
     tensors = (distributed.full(state[name]).to("cpu", dtype) for specs in files.values() for name in specs)
     if distributed.is_main():
         folder = Path(folder)
@@ -166,15 +166,15 @@ def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.
             tensorfiles.write(made, files, tensors)
             write_descriptions(made, model, tokenizer, dtype)
     else:
-        for _ in tensors:                       # gathering each is a collective
+        for _ in tensors:                       # gathering a tensor is a collective
             pass
     distributed.barrier()
 
 
 def check_place(folder, model, tokenizer):
-    """Refuse, before any work, a place where `save` will not put the model: one with other files."""
+    """Refuse, before any work, a folder with other files, which `save` would refuse at the end."""
     specs = {name: ("F32", tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-    names = {*tensorfiles.plan(specs), "model.safetensors.index.json", "config.json", *WRITTEN,
+    names = {*tensorfiles.assign_files(specs), "model.safetensors.index.json", "config.json", *WRITTEN,
              *map(str, getattr(model, "came_with", ({}, {}))[1])}
     if others := others_in(Path(folder), names):
         raise ValueError(f"{others[0]} is in the way of the model that is published at the end; move it "
@@ -182,10 +182,10 @@ def check_place(folder, model, tokenizer):
 
 
 def write_descriptions(folder, model, tokenizer, dtype):
-    """All of a model folder but the weights: what describes the model, its tokenizer, and what came along."""
+    """Write all of a model folder but its weights: the configs, the tokenizer, the files of came_with."""
     config = model.config.published(model.task, str(dtype).removeprefix("torch."))
     if isinstance(model, RewardModel):
-        config["tie_word_embeddings"] = True        # its log-probs are those of the embeddings
+        config["tie_word_embeddings"] = True        # its log-probs are computed with the embeddings
     generation, others = getattr(model, "came_with", ({}, {}))
     eos = generation.get("eos_token_id")
     stops = stop_ids([*tokenizer.stop_ids, *(stop_ids(eos) if eos is not None else [])])

@@ -1,16 +1,13 @@
-"""The embedded world and its oracle, which stand in for what the report (arXiv 2412.04261) keeps private.
+"""The embedded world: questions in 23 languages (Chinese in both scripts) whose answers a program can check.
 
-The world: seeded questions in 23 languages (Chinese in both scripts) whose answers can be checked, such as
-"Which of these numbers is the largest: two, nine, five?". It stands in for the report's prompts and for what
-its teachers know, so that the whole recipe can be run and measured on a laptop.
-The oracle: `grade`, the program that checks an answer. It stands in for the human judge. Its grades are
-0 wrong language or garbage, 1 right language but wrong answer, 2 right but bare or clumsy, and
-3 right, in a proper sentence.
+For example: "Which of these numbers is the largest: two, nine, five?". The world stands in for the prompts of
+the report (arXiv 2412.04261) and for what its teachers know, which are private, so that the whole recipe can
+be run and measured on a laptop. world_oracle.py grades the answers.
 
-A question is a plain dict, one line of JSONL: {"question_id", "language", "task", "args", "prompt"}; args
-are English words. Words and sentences are data that a speaker can read and mend: words/<code>.json. Its
-"also" holds what the oracle takes as right beside the word of the world (synonyms and other spellings). Its
-"unclear" holds words that mean two things when they stand alone; the world asks no translation of them.
+A question is a dict, one line of JSONL: {"question_id", "language", "task", "args", "prompt"}; args are
+English words. Words and sentences are data that a speaker can read and correct: words/<code>.json. Its "also"
+holds what the oracle accepts beside the word of the world (synonyms and other spellings). Its "unclear" holds
+words that mean two things when they stand alone; the world does not ask for translations of them.
 """
 
 import argparse
@@ -18,9 +15,7 @@ import hashlib
 import json
 import os
 import random
-import re
 import unicodedata
-from collections import namedtuple
 from functools import cache
 from pathlib import Path
 
@@ -30,19 +25,18 @@ from .languages import LANGUAGES, SHARED
 
 TASKS = ["largest", "reverse", "odd", "opposite", "translate",
          "sort", "count", "capital", "sum", "day"]              # from easy to hard
-TINY_TASKS = TASKS[:5]                      # what a model under a million parameters learns within minutes
-SPLITS = {"train": 0.50, "preference": 0.20, "validation": 0.15, "test": 0.15}      # of the combinations
+TINY_TASKS = TASKS[:5]                      # a model under a million parameters learns these within minutes
+# The share of each split in the combinations of task and arguments.
+SPLITS = {"train": 0.50, "preference": 0.20, "validation": 0.15, "test": 0.15}
 CATEGORIES = {"tiny": ["days", "colours", "animals"],
               "full": ["days", "months", "colours", "animals", "foods", "family"]}
-
-Grade = namedtuple("Grade", "grade language why")      # language: the code that the oracle saw, or None
 
 
 # ---- words -------------------------------------------------------------------------------------------------
 
 @cache
 def words(code):
-    """The word file of a language, NFC, with `lookup`: English word -> word in this language."""
+    """The word file of a language, in NFC. Its added "lookup" maps English words to words of the language."""
     if code not in LANGUAGES:
         raise ValueError(f"the world has no words in {code!r}; its languages: {' '.join(LANGUAGES)}")
     folder = Path(__file__).parent / "words"
@@ -61,19 +55,19 @@ def words(code):
 
 
 def say(code, concepts):
-    """The concepts (English words) as words of the language."""
+    """The words of the language for concepts, which are English words."""
     return [words(code)["lookup"][c] for c in concepts]
 
 
 def listed(code, items):
-    """The items as one text, separated as the language separates the items of a list."""
+    """The items as one text, with the language's separator between them."""
     return words(code)["list_separator"].join(items)
 
 
 # ---- questions ---------------------------------------------------------------------------------------------
 
 def _draw_args(rng, task, language, level):
-    """Random arguments of a task, as English words."""
+    """Random arguments of a task, as English words. level: tiny or full, see CATEGORIES."""
     w = words("en")["words"]
     pool = {c: w[c] if level == "full" else w[c][:7] for c in CATEGORIES[level]}
     everything = [x for items in pool.values() for x in items]
@@ -105,7 +99,7 @@ def _draw_args(rng, task, language, level):
 
 
 def solve(task, args):
-    """The right answer as English concepts (translate: the word itself)."""
+    """The right answer as concepts, which are English words. Of translate it is the word itself."""
     w = words("en")["words"]
     value = w["numbers"].index
     if task == "largest":
@@ -133,15 +127,15 @@ def solve(task, args):
 
 
 def question_id(task, args, language):
-    """What splits and intervals go by: one name for a combination of arguments, in any order and wording.
+    """One name for a combination of arguments, in any order and wording. Splits and intervals are made by it.
 
-    Only for translation does it depend on the language.
+    It is the same in all languages, except for translation.
     """
     return f"{task}/{'-'.join(sorted(args))}" + (f"/{language}" if task == "translate" else "")
 
 
 def split_of(task, args, language):
-    """The split of a question: train, preference, validation or test. It depends on the question_id alone."""
+    """The split of a question (a key of SPLITS), which depends on its question_id alone."""
     digest = hashlib.sha256(question_id(task, args, language).encode()).digest()
     u = int.from_bytes(digest[:8], "big") / 2 ** 64
     for name, share in SPLITS.items():
@@ -152,8 +146,8 @@ def split_of(task, args, language):
 
 
 def make_question(task, args, language, phrasing=0):
-    """The question with these arguments (English words) in the language, in one of its phrasings."""
-    w, slots = words(language), {}
+    """The question with these arguments (English words), in one of the language's phrasings."""
+    w = words(language)
     if task == "day":
         slots = dict(zip(("day", "number"), say(language, args)))
     elif task == "translate":
@@ -169,9 +163,9 @@ def make_question(task, args, language, phrasing=0):
 
 
 def questions(split, count, seed, languages=tuple(LANGUAGES), level="full", unique=False):
-    """`count` seeded questions of one split; languages and tasks take turns.
+    """`count` seeded questions of one split, in which languages and tasks take turns.
 
-    unique: no (question_id, language) occurs twice.
+    unique: no (question_id, language) occurs twice. ValueError if the world has too few such questions.
     """
     rng, rows, seen = random.Random(f"{split}/{seed}"), [], set()
     tasks = TINY_TASKS if level == "tiny" else TASKS
@@ -198,59 +192,28 @@ def questions(split, count, seed, languages=tuple(LANGUAGES), level="full", uniq
     return rows
 
 
-def check_question(row):
-    """Refuse a question that the oracle cannot answer, for its language, its task or a word of its args."""
-    task, args, language = row["task"], row["args"], row["language"]
-    if language not in LANGUAGES:
-        raise ValueError(f"the oracle knows no language {language!r}, only {' '.join(LANGUAGES)}")
-    if task not in TASKS:
-        raise ValueError(f"the oracle knows no task {task!r}, only {' '.join(TASKS)}")
-    if not isinstance(args, list) or not all(isinstance(word, str) for word in args):
-        raise ValueError("'args' must be a list of English words")
-    w = words("en")["words"]
-    numbers, pairs = w["numbers"], [x for pair in w["opposites"] for x in pair]
-    things = [x for items in w.values() for x in items if isinstance(x, str)]
-    lookup = words("en")["lookup"]
-    known = {"largest": numbers, "sort": numbers, "sum": numbers, "odd": things, "opposite": pairs,
-             "capital": dict(w["capitals"])}.get(task, lookup)
-    kinds = [known] * max(1, len(args))                     # the words that may stand at each place
-    if task == "day":
-        kinds = [w["days"], numbers]
-    if task == "translate":         # pairs are opposites in each language, not translations of each other
-        kinds = [[word for word in lookup if word not in pairs], LANGUAGES]
-    if len(args) != len(kinds) or task == "count" and len(args) < 2:
-        raise ValueError(f"the task {task} takes {'2 args' if len(kinds) == 2 else 'more args'}, not "
-                         f"{len(args)}")
-    if unknown := [word for word, words_there in zip(args, kinds) if word not in words_there]:
-        raise ValueError(f"the oracle does not know {unknown[0]!r} in the args of the task {task}")
-    largest = {"sum": sum(map(numbers.index, args)) if task == "sum" else 0, "count": args[1:].count(args[0])}
-    if largest.get(task, 0) >= len(numbers):
-        raise ValueError(f"the answer to the task {task} is above {numbers[-1]}, the largest number of the "
-                         "world")
-    if task == "odd" and not solve(task, args):
-        raise ValueError("none of the args of the task odd is of a kind of its own")
-
-
 # ---- answers -----------------------------------------------------------------------------------------------
 
-def _answer_language(question):
+def answer_language(question):
+    """The language of the answer's words, which for translate is not that of the question."""
     return question["args"][1] if question["task"] == "translate" else question["language"]
 
 
 def _sentence(question, answer_words, language=None, task=None):
-    """The answer sentence of the question's task and language, or of those that are given instead."""
+    """The answer in a sentence. language, task: of another sentence than the question's own."""
     language, task = language or question["language"], task or question["task"]
     w = words(language)
     return w["tasks"][task]["answer"].format(answer=listed(language, answer_words),
-                                             language=w["language_names"][_answer_language(question)])
+                                             language=w["language_names"][answer_language(question)])
 
 
 def gold_answer(question):
-    return _sentence(question, say(_answer_language(question), solve(question["task"], question["args"])))
+    """The right answer in the proper sentence, which the oracle grades 3."""
+    return _sentence(question, say(answer_language(question), solve(question["task"], question["args"])))
 
 
 def _wrong_concepts(rng, question):
-    """A plausible mistake: words of the right kind that are a wrong answer."""
+    """A plausible wrong answer as concepts: words of the right kind."""
     task, args = question["task"], question["args"]
     right, w = solve(task, args), words("en")["words"]
     if task in ("reverse", "sort"):
@@ -271,12 +234,12 @@ def _wrong_concepts(rng, question):
 
 
 def answer(rng, question, mix):
-    """A completion of random quality -> (text, intended grade).
+    """(text, the grade that it should get) of an answer of random quality.
 
     mix: the weights of (3 right in a sentence, 2 right but bare, 1 wrong, 0 in a foreign language).
     """
     grade = rng.choices((3, 2, 1, 0), mix)[0]
-    code, right = _answer_language(question), solve(question["task"], question["args"])
+    code, right = answer_language(question), solve(question["task"], question["args"])
     if grade == 3:
         return gold_answer(question), 3
     if grade == 2:
@@ -292,7 +255,7 @@ def answer(rng, question, mix):
 
 
 def text_line(rng, language, level="full"):
-    """A line of plain text: some words of one kind. Days and months stand in their natural order."""
+    """A line of text: some words of one kind. Days and months stand in their natural order."""
     w = words(language)["words"]
     kinds = ["numbers", "opposites"] + CATEGORIES[level]
     kind = rng.choice(kinds)
@@ -304,158 +267,14 @@ def text_line(rng, language, level="full"):
     return listed(language, items[start:start + 6])
 
 
-# ---- the oracle --------------------------------------------------------------------------------------------
-
-# Characters that people write for each other. No two words of a language become one by this.
-FOLD = str.maketrans({
-    "ё": "е", "œ": "oe", "ş": "ș", "ţ": "ț", "أ": "ا", "إ": "ا", "ँ": "ं",
-    "\u2019": "'", "\u02bc": "'", "\u05f3": "'",            # apostrophes of print, of Ukrainian, of Hebrew
-    "\u093c": None,                                         # the nukta of Hindi, which many leave out
-    "\u200c": None,                                         # the zero-width non-joiner of Persian
-    "\u0307": None,                                         # casefold makes İ an i with a dot of its own
-    "–": "—", "，": ",", "、": ",", "،": ",", "；": ";", "؛": ";", "：": ":",
-    "？": "?", "؟": "?", "！": "!", "。": ".", "।": "."})
-# People write a space for the zero-width non-joiner after this prefix and before these endings of Persian.
-PERSIAN_SPACE = re.compile(r"(?<=\bمی) | (?=(?:ها|های|تر|ترین|اند|ای)\b)")
-
-
-def _normal(text):
-    """The text without what a reader overlooks: case, spaces, the look of a mark, the mark at the end."""
-    text = unicodedata.normalize("NFC", text).casefold().translate(FOLD)
-    text = " ".join(text.split()).replace(" - ", " — ").replace(" :", ":")
-    return PERSIAN_SPACE.sub("", text).rstrip(".!? ")
-
-
-def _chunks(text):
-    return [c for c in re.split(r"[\s,;:.?!¿¡()«»\"“”„「」—{}]+", text) if c]
-
-
-@cache
-def accepted(code, concept, digits=False):
-    """What the oracle takes for a concept, normalized: the word, those under "also", the digits if asked."""
-    numbers = words("en")["words"]["numbers"]
-    spellings = say(code, [concept]) + words(code).get("also", {}).get(concept, [])
-    if digits and concept in numbers:
-        spellings.append(str(numbers.index(concept)))
-    return frozenset(map(_normal, spellings))
-
-
-@cache
-def vocabulary(code):
-    """All words that the oracle accepts in a language, normalized."""
-    return frozenset().union(*(accepted(code, concept) for concept in words(code)["lookup"]))
-
-
-@cache
-def lexicon(code):
-    """Every word form that the language's file uses, and the digits of its numbers, normalized.
-
-    For languages written without spaces these are whole phrases.
-    """
-    w = words(code)
-    texts = list(w["language_names"].values())
-    for task in w["tasks"].values():
-        texts += [re.sub(r"{\w+}", " ", t) for t in task["prompts"] + [task["answer"]]]
-    texts = [*map(_normal, texts), *vocabulary(code), *map(str, range(len(w["words"]["numbers"])))]
-    return {c for text in texts for c in _chunks(text)}
-
-
-@cache
-def _phrase_pattern(code):
-    return re.compile("|".join(re.escape(c) for c in sorted(lexicon(code), key=len, reverse=True)))
-
-
-def coverage(code, text):
-    """Share (0-1) of the letters of a normalized text that are in words of the language."""
-    chunks = _chunks(text)
-    letters = sum(map(len, chunks))
-    if not letters:
-        return 0.0
-    if words(code)["word_separator"] == "" or code == "ko":      # Korean endings are written onto the word
-        return sum(len(m.group()) for c in chunks for m in _phrase_pattern(code).finditer(c)) / letters
-    return sum(len(c) for c in chunks if c in lexicon(code)) / letters
-
-
-ENOUGH = 0.6        # the share of its letters that makes a text one of a language
-
-
-def see_language(text, prefer=None):
-    """(code, share) of the language that explains most letters; `prefer` wins ties; no code below ENOUGH."""
-    shares = {code: coverage(code, text) for code in LANGUAGES}
-    best = max(shares, key=lambda code: (shares[code], code == prefer))
-    return (best, shares[best]) if shares[best] >= ENOUGH else (None, shares[best])
-
-
-@cache
-def _frames(language, target):
-    """{task: (head, tail)}: what stands before and after the answer in each sentence, normalized."""
-    frames, name = {}, words(language)["language_names"][target]
-    for task in TASKS:
-        sentence = words(language)["tasks"][task]["answer"].replace("{language}", name)
-        frames[task] = tuple(map(_normal, sentence.split("{answer}")))
-    return frames
-
-
-def _unframed(question, text):
-    """(task, answer) where the text is the sentence of a task with an answer in it, else (None, text)."""
-    frames = _frames(question["language"], _answer_language(question))
-    for task in (question["task"], *TASKS):
-        head, tail = frames[task]
-        if text.startswith(head) and text.endswith(tail) and len(text) > len(head) + len(tail):
-            return task, text[len(head):len(text) - len(tail)].strip()
-    return None, text
-
-
-def _is_right(question, text):
-    """Whether a normalized text is the right answer and nothing else, each of its words as accepted."""
-    task, code = question["task"], _answer_language(question)
-    concepts, items = solve(task, question["args"]), [item.strip() for item in text.split(",")]
-    return len(items) == len(concepts) and all(
-        item in accepted(code, c, digits=task != "translate") for item, c in zip(items, concepts))
-
-
-def _without_translation(question, text):
-    """The text without the translated word, which says nothing about the language of the sentence."""
-    spellings = sorted(accepted(_answer_language(question), question["args"][0]), key=len, reverse=True)
-    rest = re.sub(rf"(?<!\w)(?:{'|'.join(map(re.escape, spellings))})(?!\w)", " ", text)
-    return rest if _chunks(rest) else text
-
-
-def grade(question, completion):
-    """Grade a completion 0-3, and say which language the oracle saw, and why."""
-    language, target, text = question["language"], _answer_language(question), _normal(completion)
-    if _is_right(question, text):
-        return Grade(2, language, "right but bare")
-    task, body = _unframed(question, text)
-    if task and _is_right(question, body):
-        if task == question["task"]:
-            return Grade(3, language, "right, in a proper sentence")
-        return Grade(2, language, f"right but clumsy: the sentence of {task}")
-    if task:
-        unknown = len(body) * (1 - coverage(target, body))      # letters; the sentence is the language's own
-        if see_language(body, prefer=target)[0] or unknown <= len(text) * (1 - ENOUGH):
-            right = _normal(listed(language, say(target, solve(question["task"], question["args"]))))
-            return Grade(1, language, f"wrong answer: {body!r}, not {right!r}")
-        return Grade(0, None, "garbage inside the sentence")
-    rest = text if target == language else _without_translation(question, text)
-    seen, share = see_language(rest, prefer=language)
-    if seen is None:
-        return Grade(0, None, f"garbage: no language explains more than {share:.0%} of it")
-    if seen != language and coverage(language, rest) < share:
-        if target != language and seen == target and text in vocabulary(target):
-            return Grade(1, language, f"wrong word: {text!r}, not {say(target, question['args'][:1])[0]!r}")
-        return Grade(0, seen, f"wrong language: {LANGUAGES[seen].name}")
-    return Grade(1, language, "a wrong answer, or a sentence that the oracle does not know")
-
-
 # ---- files -------------------------------------------------------------------------------------------------
 
 def write_world(out, count, seed, level):
     """Write the world as JSONL files into the new folder `out`, which appears whole or not at all.
 
-    Returns {file: its rows}.
+    Returns {path: rows}.
     """
-    # The splits that can be too small come first.
+    # Test and validation can have too few questions; they are made first, so that this is refused at once.
     order = ("test", "validation", "preference", "train")
     data = {name: questions(name, count, seed, level=level, unique=name in order[:2]) for name in order}
     rng = random.Random(seed)

@@ -15,7 +15,7 @@ from aya_min import weights
 from aya_min.alike import config_differences, files_along, meaning, tokenizer_differences
 from aya_min.command import guarded
 from aya_min.merge_config import from_config
-from aya_min.merge_folders import compare_folders, merge_folders, table
+from aya_min.merge_folders import compare_folders, difference_table, merge_folders
 from merge import main
 
 COHERE = {"model_type": "cohere", "architectures": ["CohereForCausalLM"], "vocab_size": 400,
@@ -168,7 +168,7 @@ def test_diff_shows_the_configurations_that_differ(pair, tmp_path, capsys):
     rows = compare_folders(*pair)
     assert rows[0] == {"what": "config.json: logit_scale", "first": "1.0",
                        "second": "0.5"} and rows[1]["what"] == "config.json: rope_theta"
-    assert table(rows).splitlines()[0] == "config.json: logit_scale is 1.0 in the first, 0.5 in the second"
+    assert difference_table(rows).splitlines()[0] == "config.json: logit_scale is 1.0 in the first, 0.5 in the second"
     assert main(["diff", *map(str, pair), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == rows
     assert {"base": "1.0"}.items() <= compare_folders(*pair, pair[0])[0].items()

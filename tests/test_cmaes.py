@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from aya_min.cmaes import State, ask, default_popsize, settings, start, tell
+from aya_min.cmaes import State, ask, constants, default_popsize, start, tell
 
 
 def minimise(loss, n, begin, sigma, target, most=20000, seed=0):
@@ -79,7 +79,7 @@ def test_path_c_and_the_rank_one_update_follow_a_step_of_usual_length():
     points = ask(start([0.0] * n, 1.0), 0, popsize)
     before = State(np.zeros(n), 1.0, np.eye(n), np.zeros(n), np.array([0.3, 0.0, 0.0]), generation=50)
     after = tell(before, points, -(points ** 2).sum(1))
-    weights, mu, mu_eff, _, _, c_c, c_1, c_mu = settings(n, popsize)
+    weights, mu, mu_eff, _, _, c_c, c_1, c_mu = constants(n, popsize)
     y = points[np.argsort((points ** 2).sum(1))]
     path = (1 - c_c) * before.path_c + math.sqrt(c_c * (2 - c_c) * mu_eff) * sum(w * row for w, row in zip(weights[:mu], y))
     scaled = [w if w >= 0 else w * n / (row @ row) for w, row in zip(weights, y)]
@@ -90,7 +90,7 @@ def test_path_c_and_the_rank_one_update_follow_a_step_of_usual_length():
 
 @pytest.mark.parametrize("n, popsize", [(1, 4), (2, 6), (16, 12), (40, 15)])
 def test_the_weights_are_one_together_fall_and_keep_the_covariance_positive(n, popsize):
-    weights, mu, *_, c_1, c_mu = settings(n, popsize)
+    weights, mu, *_, c_1, c_mu = constants(n, popsize)
     assert popsize == default_popsize(n) and weights[:mu].sum() == pytest.approx(1) and (np.diff(weights) < 0).all() and (weights[mu:] <= 0).all()
     assert 1 - c_1 - c_mu * weights.sum() > 0 and 1 - c_1 - c_mu + n * c_mu * weights[mu:].sum() >= -1e-12        # Hansen's bound on the negative ones
 

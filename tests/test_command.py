@@ -120,7 +120,7 @@ command.guarded(main, "prog")
         ("value", 2, "prog: bad[31m thing"),
         ("file", 2, "prog: /a/b: No space left on device"),
         ("stop", 130, "prog: stopped"),
-        ("key", 1, f"prog: {command.OURS}"),
+        ("key", 1, f"prog: {command.OUR_FAULT}"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_fault_of_ours_says_so_with_its_traceback(what, code, last):

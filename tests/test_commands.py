@@ -136,7 +136,7 @@ TRAIN_MISTAKES = {
     "rloo --model A --data prompts.jsonl --out new --reward-model B": "B: a language model; give a folder that the reward stage wrote",
     "rloo --model A --data prompts.jsonl --out new --reward-model other-RM": "another tokenizer than --model",
     "rloo --model A --data long.jsonl --out new --reward-model RM --batch-size 2": "long.jsonl:2: ",
-    "sft --resume nowhere": "no config.json there",
+    "sft --resume nowhere": "no config.json in it",
     "dpo --resume old": "that is a run of 'sft', not 'dpo'",
     "sft --resume old --model B": "that run had another model",
     "sft --resume old --data held-out-sft.jsonl": "that run had other data: ",
@@ -367,7 +367,7 @@ def test_a_killed_run_goes_on_without_redoing_finished_prompts(call, folder, tmp
         assert code == 130 and err[-1] == f"stopped; what is finished is in {tmp_path}/killed.partial, and the same command goes on from there"
         assert len(set(made)) == len(made) == finished and not (tmp_path / "killed").exists()
     code, _, err = call(generate, line + "killed --seed 1")
-    assert code == 2 and err == [f"error: {tmp_path}/killed.partial holds an unfinished run with other seed; give the same settings to go on with it, or remove it"]
+    assert code == 2 and err == [f"error: {tmp_path}/killed.partial holds an unfinished run with other seed; give the same settings to resume it, or remove it"]
     code, _, err = call(generate, line + "killed")
     assert code == 0 and err[0] == "goes on: 12 of 36 prompts were finished before" and len(set(made)) == len(made) == 36
     assert not (tmp_path / "killed.partial").exists()
@@ -393,6 +393,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_once_for_all_ran
     assert not (folder / "new").exists()
 
 
+@pytest.mark.long
 def test_torchrun_writes_the_file_of_one_process_to_the_last_byte(call, folder, tmp_path):
     """Also where a run of one process was killed; on the CPU in fp32 even the log-probs are the same."""
     line = "--model A --prompts prompts.jsonl --num-samples 3 --max-new-tokens 40 --temperature 0.7"
@@ -411,7 +412,6 @@ def test_torchrun_writes_the_file_of_one_process_to_the_last_byte(call, folder, 
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-@pytest.mark.long
 def test_torchrun_generates_what_one_process_generates(call, folder, tmp_path):
     line = "--models A B --arbiter RM --prompts prompts.jsonl --max-new-tokens 8 --temperature 0.7 --keep-cut"
     assert call(generate, f"{line} --out {tmp_path}/one --pairs {tmp_path}/one-pairs")[0] == 0

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from aya_min.config import SFT
-from aya_min.data import (Example, Pair, Sampler, batches_in_order, by_language, collate, collate_pairs,
-                          encode_example, load_examples, load_pairs, load_prompts, make_batches, read_jsonl, slots_of)
+from aya_min.data import (Example, Pair, Sampler, batches_in_order, collate, collate_pairs, encode_example,
+                          load_examples, load_pairs, load_prompts, make_batches, read_jsonl, slots_of)
+from aya_min.losses import by_language
 from aya_min.rows import conversation, preference
 from aya_min.tokenizer import train_tokenizer
 
@@ -422,11 +423,21 @@ def test_prompts_of_every_shape_can_be_trained_on_once_answered(tmp_path):
 
 
 def test_a_batch_says_which_rows_begin_alike_and_for_how_long():
-    """A pair's answers after their prompt, and where they begin with the same words; an example drawn twice; rows of other lines never."""
-    def example(ids, where):
-        return Example(np.array(ids, np.int32), np.arange(len(ids)) > 2, "other", where)
+    """Only examples with one prompt_key are compared: a pair's two sides, an example that was drawn twice."""
+    def example(ids, key):
+        return Example(np.array(ids, np.int32), np.arange(len(ids)) > 2, "other", prompt_key=key)
     pairs = [Pair(example([1, 2, 3, 4], "a:1"), example([1, 2, 3, 5, 6], "a:1")), Pair(example([1, 2, 3, 7, 8], "a:2"), example([1, 2, 3, 7], "a:2"))]
     assert collate_pairs(pairs).repeats.tolist() == [[0, 1, 0, 1], [0, 0, 3, 4]]
     assert collate([pairs[0].chosen, pairs[1].chosen]).repeats is None
     assert collate([pairs[0].chosen, pairs[1].chosen, pairs[0].chosen]).repeats.tolist() == [[0, 1, 0], [0, 0, 4]]
     assert collate([example([1, 2], ""), example([1, 2], "")]).repeats is None
+
+
+def test_examples_of_one_line_with_different_keys_share_no_prompt(tokenizer, write):
+    """The line of the file, which messages name, was the key as well."""
+    twins = [Example(np.array([1, 2, 3, 4]), np.arange(4) > 2, "other", "a:1", prompt_key=key) for key in "xy"]
+    assert collate(twins).repeats is None and collate(twins).where == ("a:1", "a:1")
+    twins[1].prompt_key = "x"
+    assert collate(twins).repeats.tolist() == [[0, 0], [0, 4]]
+    [pair] = load_pairs([write({"prompt": "hi", "chosen": "hi", "rejected": "!"})], tokenizer, 64, SFT())
+    assert collate_pairs([pair]).repeats.tolist() == [[0, 0], [0, len(tokenizer.encode_prompt("hi"))]]

@@ -16,10 +16,10 @@ from aya_min import files
 @pytest.mark.parametrize(
     "text, says",
     [
-        (b'{"a": 1, "a": 2}', "the key 'a' stands twice"),
-        (b'{"b": {"a": 1, "a": 1}}', "the key 'a' stands twice"),
-        (b'{"a": NaN}', "NaN is no JSON"),
-        (b'{"a": -Infinity}', "-Infinity is no JSON"),
+        (b'{"a": 1, "a": 2}', "the key 'a' occurs twice"),
+        (b'{"b": {"a": 1, "a": 1}}', "the key 'a' occurs twice"),
+        (b'{"a": NaN}', "NaN is not JSON"),
+        (b'{"a": -Infinity}', "-Infinity is not JSON"),
         (b'{"a": [1, 1e999]}', "1e999 is beyond the range"),
         (b'{"a": -1e400}', "-1e400 is beyond the range"),
         (b'{"a": "cut \\ud83d"}', "'a' holds half a surrogate pair"),

@@ -13,20 +13,20 @@ PACKAGES = {"torch", "numpy", "tokenizers", "safetensors", "pytest", "tqdm"}
 
 FLOORS = [
     # 0: settings of a command line, plain files, pure functions on texts and tensors
-    {"cmaes", "command", "files", "iso639", "linear", "merge_methods", "report_charts",
-     "template_expressions"},
+    {"cmaes", "command", "files", "iso639", "linear", "merge_methods", "patience", "report_charts",
+     "rows_keys", "template_expressions"},
     # 1: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "languages", "losses", "merge_config", "merge_front", "template",
      "tensorfiles"},
     # 2: the decoder, the world, how to resume, what a line of JSONL means, whether two folders are alike
     {"alike", "checkpoint", "control_tokens", "journal", "lengths", "model", "report_data", "rows",
      "template_turns", "world"},
-    # 3: text to ids, rows to batches, the engine
-    {"data", "preferences", "report_table", "sampling", "tokenizer", "world_data"},
+    # 3: text to ids, rows to batches, the engine's tensors, the oracle
+    {"data", "engine", "preferences", "report_table", "tokenizer", "world_oracle"},
     # 4: what is done with a model or with folders
-    {"arbitrage", "chat", "loop", "merge_folders", "report", "reward", "weights"},
-    # 5: run folders, log-probs under a fixed model, win rates, a recipe's checks
-    {"evaluate", "pipeline_checks", "reference", "runs"},
+    {"arbitrage", "loop", "merge_folders", "report", "reward", "sampling", "weights", "world_data"},
+    # 5: run folders, conversations, log-probs under a fixed model, win rates, a recipe's checks
+    {"chat", "evaluate", "pipeline_checks", "reference", "runs"},
     # 6: samples of the policy as batches
     {"rollouts"},
     # 7: the stages

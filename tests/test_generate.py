@@ -163,7 +163,7 @@ def test_a_stop_text_may_be_white_space_or_any_script(call):
     ("[]", "a JSON list"), ("[" * 100000, "not JSON"), ("5", "a JSON int"),
     ('{"en": "A", "de": "B"}', "names none of --models for fr"), ('{"en": 1e999}', "table.json"),
     ('{"en": "A", "eng": "B"}', "'eng' is en, which has another model already"),
-    ('{"en": "A", "en": "B"}', "stands twice"), ('{"xx-nope": "A"}', "unknown language"),
+    ('{"en": "A", "en": "B"}', "occurs twice"), ('{"xx-nope": "A"}', "unknown language"),
     ('{"en": ["A"], "de": "A", "fr": "A"}', "names none of --models for en")])
 def test_a_table_that_cannot_be_used_is_one_line_with_its_name(text, says, call, here):
     (here / "table.json").write_text(text)

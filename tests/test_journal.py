@@ -243,8 +243,8 @@ def test_outputs_appear_together_and_the_next_start_completes_them(folder, tmp_p
     process.join()
     assert process.exitcode == 9 and (tmp_path / "one").exists() and not (tmp_path / "two").exists()
     with Journal(folder, {"seed": 1}) as again:
-        assert not again.published(list(texts), "about something else")
-        assert again.published(list(texts), "about")
+        assert not again.finish_publishing(list(texts), "about something else")
+        assert again.finish_publishing(list(texts), "about")
         again.remove()
     assert {path: open(path, newline="").read() for path in texts} == texts and not folder.exists()
 
@@ -258,7 +258,7 @@ def test_an_output_that_appeared_meanwhile_is_not_overwritten_and_the_other_not_
     assert not (tmp_path / "one").exists() and (tmp_path / "two").read_text() == "mine"
     (tmp_path / "two").unlink()
     with Journal(folder, {"seed": 1}) as again:
-        assert again.done == {"a": 1} and again.published(paths, None)
+        assert again.done == {"a": 1} and again.finish_publishing(paths, None)
     assert (tmp_path / "two").read_text() == "ours"
 
 
@@ -268,7 +268,7 @@ def test_a_value_told_before_the_end_is_there_at_the_next_start(folder):
         made.add("a", 1)
         made.finishing({"sha256": "x"})
     with Journal(folder, {"seed": 1}) as again:
-        assert again.finished == {"sha256": "x"} and not again.published([], "generate's")
+        assert again.finished == {"sha256": "x"} and not again.finish_publishing([], "generate's")
     for name in ("0000-0000.jsonl", "settings.json"):
         (folder / name).unlink()
     with Journal(folder, {"seed": 2}) as other:                 # after a kill in the clean-up, of another run
@@ -282,7 +282,7 @@ def test_an_output_that_was_taken_away_after_a_kill_in_the_clean_up_is_made_agai
     (tmp_path / "one").unlink()
     (folder / "output-0").unlink()
     with Journal(folder, {"seed": 1}) as again:
-        assert not again.published([str(tmp_path / "one")], None) and again.done == {"a": 1}
+        assert not again.finish_publishing([str(tmp_path / "one")], None) and again.done == {"a": 1}
 
 
 def test_a_full_disk_names_the_file(folder):

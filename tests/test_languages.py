@@ -100,7 +100,7 @@ def test_clusters_name_any_language_by_any_name(tmp_path):
                           ('{"a": ["xx"]}', "cluster 'a' has unknown language 'xx'; give a BCP 47 tag"),
                           ('{"a": [["en"]]}', "unknown language"), ('{"a": [5]}', "unknown language 5"),
                           ('{"a": []}', "non-empty list"), ("[]", "not an object"), ("{}", "no cluster"),
-                          ('{"a": ["en"], "a": ["fr"]}', "'a' stands twice"), ("[" * 3000, "not JSON"),
+                          ('{"a": ["en"], "a": ["fr"]}', "'a' occurs twice"), ("[" * 3000, "not JSON"),
                           ('{"../a": ["en"]}', "cannot name a folder"),
                           ('{"a": ["other"]}', "unknown language")])
 def test_wrong_clusters_are_refused_with_the_files_name(text, says, tmp_path):

@@ -3,21 +3,63 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aya_min import linear as module
 from aya_min.linear import Linear, linear, outer, packed, product
 
 
-@pytest.fixture(params=[False, True], ids=["oneDNN", "intel"], autouse=True)
-def processor(request, monkeypatch):
-    """Whatever processor the tests run on, both ways."""
-    monkeypatch.setattr(module, "is_intel", lambda: request.param)
+@pytest.fixture(params=module.LIBRARIES, autouse=True)
+def library(request, monkeypatch):
+    """Whatever is faster where the tests run, both ways."""
+    monkeypatch.setattr(module, "_chosen", None)
+    module.choose(request.param)
 
 
-def test_intels_processors_take_torchs_own_product_and_others_onednn():
+def test_the_chosen_library_computes_the_product():
     x, weight = torch.randn(4, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
-    by_onednn = not module.is_intel() and torch.backends.mkldnn.is_available()
-    assert ("Product" in linear(x, weight).grad_fn.name()) == by_onednn
+    assert ("Product" in linear(x, weight).grad_fn.name()) == (module.chosen() == "onednn")
+
+
+CLEARLY = [(0.5, "onednn"), (0.89, "onednn"), (0.91, "default"), (2.0, "default")]
+
+
+@pytest.mark.parametrize("seconds, expected", CLEARLY)
+def test_onednn_is_chosen_where_it_is_clearly_faster(monkeypatch, seconds, expected):
+    races = []
+    monkeypatch.setattr(module, "_chosen", None)
+    monkeypatch.setattr(module, "race", lambda: races.append(1) or {"default": 1.0, "onednn": seconds})
+    assert [module.chosen(), module.chosen()] == [expected] * 2 and len(races) == 1
+
+
+def test_a_recorded_choice_is_taken_without_a_race_and_an_unknown_one_refused(monkeypatch, library):
+    monkeypatch.setattr(module, "_chosen", None)
+    monkeypatch.setattr(module, "race", None)
+    module.choose("onednn")
+    assert module.chosen() == "onednn"
+    with pytest.raises(ValueError, match="'mkl' are not known; known: default onednn"):
+        module.choose("mkl")
+
+
+def test_the_race_times_both_libraries_and_leaves_threads_and_random_numbers_alone(monkeypatch):
+    monkeypatch.setattr(module, "RACES", [(8, 4, 6)])
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    try:
+        torch.set_num_threads(2)
+        seconds = module.race()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert set(seconds) == set(module.LIBRARIES) and all(0 < s < 10 for s in seconds.values())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_nothing_is_raced_for_the_dry_runs_fake_tensors_and_half_precision(monkeypatch):
+    monkeypatch.setattr(module, "_chosen", None)
+    monkeypatch.setattr(module, "race", None)
+    with FakeTensorMode():
+        assert linear(torch.randn(4, 5), torch.randn(3, 5)).shape == (4, 3)
+    assert linear(torch.randn(4, 5).bfloat16(), torch.randn(3, 5).bfloat16()).shape == (4, 3)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5), (1, 5), (4, 1, 5)])
@@ -26,7 +68,8 @@ def test_product_and_gradients_are_those_of_torch_for_wide_and_narrow_weights_an
     torch.manual_seed(0)
     x, weight = torch.randn(*shape[:-1], 9)[..., :5].requires_grad_(), torch.randn(out, 5, requires_grad=True)
     upstream = torch.randn(*shape[:-1], out)
-    results = [(y := function(x, weight), *torch.autograd.grad((y * upstream).sum(), (x, weight))) for function in (linear, F.linear)]
+    results = [(y := function(x, weight), *torch.autograd.grad((y * upstream).sum(), (x, weight)))
+               for function in (linear, F.linear)]
     for ours, theirs in zip(*results):
         assert ours.shape == theirs.shape
         torch.testing.assert_close(ours, theirs)
@@ -78,6 +121,6 @@ def test_the_layer_is_torchs_layer_in_name_shape_and_value():
 def test_it_is_used_in_training_on_the_cpu(monkeypatch):
     """A change of torch that takes the operator away must be noticed, not slow everything down in silence."""
     calls = []
-    monkeypatch.setattr(module, "product", lambda x, weight: calls.append(1) or F.linear(x, weight))
+    monkeypatch.setattr(module, "by_onednn", lambda x, weight: calls.append(1) or F.linear(x, weight))
     linear(torch.randn(4, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)).sum().backward()
-    assert len(calls) == (0 if module.is_intel() else 3)                              # forward, input, weight
+    assert len(calls) == (3 if module.chosen() == "onednn" else 0)      # forward, input, weight

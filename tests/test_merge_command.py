@@ -19,11 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from small import ROOT, language_model, program, reward_model, tokenizer
+from tqdm import tqdm
 
 from aya_min import merge_methods, tensorfiles, weights
 from aya_min.command import guarded
 from aya_min.files import Digests, mark
-from aya_min.merge_config import METHODS, from_config, number_at
+from aya_min.merge_config import METHODS, Method, from_config, number_at
 from aya_min.merge_folders import compare_folders, merge_folders
 from merge import main, weight_files
 
@@ -32,7 +33,7 @@ sys.path.insert(0, str(GOLDEN))
 import make_mergekit                                                # noqa: E402
 import make_transformers                                            # noqa: E402
 
-WEIGHED = [method for method in METHODS if "weights" in METHODS[method]]
+WEIGHED = [method for method in METHODS if "weights" in METHODS[method].settings]
 
 
 def tensors(seed, dtype=torch.bfloat16):
@@ -79,12 +80,12 @@ def state_of(folder):
 
 def given(method, **settings):
     """Those of the given settings that the method takes."""
-    return {key: value for key, value in settings.items() if key in METHODS[method]}
+    return {key: value for key, value in settings.items() if key in METHODS[method].settings}
 
 
 def in_memory(method, name, seeds=(1, 2, 3), **settings):
     """One tensor of the models of these seeds, merged whole, fp32."""
-    more = ({"base": tensors(9)[name]} if "base" in METHODS[method] else {}) | ({"name": name} if "seed" in METHODS[method] else {})
+    more = ({"base": tensors(9)[name]} if "base" in METHODS[method].settings else {}) | ({"name": name} if "seed" in METHODS[method].settings else {})
     return merge_methods.merge(getattr(merge_methods, method.replace("-", "_")), [tensors(seed)[name] for seed in seeds], **more, **settings)
 
 
@@ -176,8 +177,8 @@ FLAGS = {"weights": ("1 0.5 0.25", [1.0, 0.5, 0.25]), "density": ("0.3", [0.3] *
 @pytest.mark.parametrize("method", METHODS)
 def test_every_flag_reaches_the_method_and_changes_the_result(method, folders, base, tmp_path):
     name, num = "body.embed.weight", 2 if method == "slerp" else 3
-    takes = {{"lam": "lambda"}.get(setting, setting) for setting in METHODS[method]} & FLAGS.keys()
-    common = [method, *folders[:num], "--dtype", "float32", *(["--base", base] if "base" in METHODS[method] else [])]
+    takes = {{"lam": "lambda"}.get(setting, setting) for setting in METHODS[method].settings} & FLAGS.keys()
+    common = [method, *folders[:num], "--dtype", "float32", *(["--base", base] if "base" in METHODS[method].settings else [])]
 
     def result(out, *flags):
         assert main([*map(str, common), *flags, "--out", str(tmp_path / out)]) == 0
@@ -189,8 +190,8 @@ def test_every_flag_reaches_the_method_and_changes_the_result(method, folders, b
     plain = result("plain", *(["--weights", "1", "0.5", "0.25"] if "weights" in takes else []))
     for flag in takes - {"weights", "convention"}:
         assert not torch.equal(result(flag, *(["--weights", "1", "0.5", "0.25"] if "weights" in takes else []), f"--{flag}", *FLAGS[flag][0].split()), plain), flag
-    if "normalize" in METHODS[method]:
-        other = "--no-normalize" if METHODS[method]["normalize"] else "--normalize"
+    if "normalize" in METHODS[method].settings:
+        other = "--no-normalize" if METHODS[method].settings["normalize"] else "--normalize"
         assert not torch.equal(result("normalize", "--weights", "1", "0.5", "0.25", other), plain)
 
 
@@ -298,10 +299,38 @@ def test_zeros_and_task_vectors_that_are_equal_or_opposite_have_a_merge(method, 
 
 @pytest.mark.parametrize("convention", ["paper", "mergekit"])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_bar_ends_at_all_bytes_of_all_passes(method, convention, folders, base, tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
+def test_the_bar_ends_at_all_bytes_of_all_passes(method, convention, folders, base, tmp_path, monkeypatch):
+    """The scans that a method declares in METHODS are those that it makes."""
+    ends = []
+
+    class Bar(tqdm):
+        def close(self):
+            ends.append((self.n, self.total))
+            super().close()
+    monkeypatch.setattr("aya_min.command.tqdm", Bar)
     merge_folders(folders[:2], tmp_path / "out", method, **given(method, base=base, convention=convention))
-    assert "merge: 100%" in capsys.readouterr().err.splitlines()[-1].rpartition("\r")[2]
+    done, total = ends[0]
+    assert done == total > 0
+
+
+def test_a_new_method_is_a_function_and_an_entry(folders, base, tmp_path, monkeypatch):
+    """A method whose scan of the whole model gives it the largest move of all, which it adds to the base."""
+    def largest_move(over, seed, **others):
+        largest = max(over(lambda start, tensors: (tensors[0].float() - tensors[1].float()).abs().max().item()))
+        return {"move": largest + seed}
+
+    def shift(over, move, seed, name):
+        return lambda start, tensors: tensors[1].float() + move
+    monkeypatch.setattr(merge_methods, "largest_move", largest_move, raising=False)
+    monkeypatch.setattr(merge_methods, "shift_all", shift, raising=False)
+    entry = Method({"base": None, "seed": 0}, model_scans={"paper": "largest_move"})
+    monkeypatch.setitem(METHODS, "shift-all", entry)
+    out = merge_folders(folders[:1], tmp_path / "out", "shift-all", base=base, seed=2, dtype="float32")
+    moved, started, merged = state_of(folders[0]), state_of(base), state_of(out)
+    floats = [name for name in started if started[name].is_floating_point() and started[name].numel()]
+    move = max((moved[name].float() - started[name].float()).abs().max().item() for name in floats) + 2
+    assert_equal({name: merged[name] for name in floats}, {name: started[name].float() + move for name in floats})
+    assert from_config(json.loads((out / "merge.json").read_text())["config"])["method"] == "shift-all"
 
 
 def test_torch_has_its_threads_back_after_a_merge(folders, tmp_path):
@@ -410,7 +439,7 @@ def test_mergekit_s_configuration_gives_mergekit_s_result(name, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_configuration_that_is_printed_makes_the_same_merge(method, folders, base, tmp_path, capsys):
-    command = [method, *folders[:2], "--dtype", "float16", *(["--base", base] if "base" in METHODS[method] else []), *(["--density", 0.3, 0.6] if "density" in METHODS[method] else []),
+    command = [method, *folders[:2], "--dtype", "float16", *(["--base", base] if "base" in METHODS[method].settings else []), *(["--density", 0.3, 0.6] if "density" in METHODS[method].settings else []),
                *(["--weights", 3, 1, "--normalize"] if method in WEIGHED else ["--convention", "paper"])]
     command = list(map(str, command))
     assert main([*command, "--print-config"]) == 0 and not (tmp_path / "one").exists()
@@ -695,6 +724,14 @@ def test_settings_without_a_meaning_are_refused(arguments, words, folders, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["A", "B", "C"]
 
 
+def test_flags_of_a_merge_before_diff_or_search_are_refused(folders, tmp_path, capsys):
+    """--print-config diff was a fault of ours, a NameError; so was --no-hashes search."""
+    refusal = "takes neither --print-config nor --no-hashes"
+    assert refusal in refused(capsys, "--print-config", "diff", *folders[:2])
+    assert refusal in refused(capsys, "--no-hashes", "search", *folders[:2], "--command", "true {model}",
+                              "--out", tmp_path / "out")
+
+
 def test_settings_that_a_method_does_not_take_and_an_output_left_out_are_refused(folders, base, tmp_path, capsys):
     with pytest.raises(ValueError, match="slerp takes no base, weights; it takes t, convention"):
         merge_folders(folders[:2], tmp_path / "out", "slerp", base=base, weights=[1, 1])
@@ -756,7 +793,7 @@ def test_a_file_that_may_not_grow_is_one_line_and_leaves_nothing(folders, tmp_pa
 
 
 def test_what_is_written_cannot_be_read_before_all_of_it_is(folders, tmp_path):
-    files = tensorfiles.plan({"w": ("F32", (3,)), "v": ("F32", (2,))})
+    files = tensorfiles.assign_files({"w": ("F32", (3,)), "v": ("F32", (2,))})
     places = tensorfiles.create(tmp_path, files)
     tensorfiles.write_piece(places["w"], 0, torch.tensor([1.0, 2.0, 3.0]))
     with pytest.raises(SafetensorError):
@@ -851,8 +888,8 @@ def peak(commands):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
-@pytest.mark.parametrize("method_names", [["linear", "ties"], pytest.param([*METHODS], marks=pytest.mark.long)],
-                         ids=["two methods", "all methods"])
+@pytest.mark.parametrize("method_names", [["linear"], pytest.param([*METHODS], marks=pytest.mark.long)],
+                         ids=["linear", "all methods and diff"])
 def test_memory_does_not_grow_with_the_model_or_its_largest_tensor(method_names, tmp_path):
     """F24, 3 models of 8 shards: far below (N + 2) x largest tensor + 300 MB. One tensor of one model is 240 MB in fp32."""
     rows = {"large": 60_000} | {f"small.{i}": 1_000 for i in range(20)}
@@ -860,8 +897,9 @@ def test_memory_does_not_grow_with_the_model_or_its_largest_tensor(method_names,
         draws = torch.Generator().manual_seed(seed)
         write(tmp_path / name, {part: (torch.ones(1000) + 0.01 * torch.randn(num, 1, generator=draws)).bfloat16() for part, num in rows.items()}, num_shards=8)
     a, b, c = (tmp_path / name for name in "ABC")
-    methods = [[method, *([b, c] if method == "slerp" else [a, b, c]), *(["--base", a] if "base" in METHODS[method] else []), "--out", tmp_path / method] for method in method_names]
-    imports, used = peak([]), peak([*methods, ["diff", b, c, "--base", a]])
+    methods = [[method, *([b, c] if method == "slerp" else [a, b, c]), *(["--base", a] if "base" in METHODS[method].settings else []), "--out", tmp_path / method] for method in method_names]
+    diff = [["diff", b, c, "--base", a]] if len(methods) > 1 else []
+    imports, used = peak([]), peak(methods + diff)
     assert used < (3 + 2) * 120e6 + 300e6 and used - imports < 600e6, (used, imports)
 
 
@@ -886,10 +924,10 @@ def test_diff_gives_distance_cosine_and_agreement_worked_by_hand(tmp_path, capsy
     assert rows["n"] == {"what": "n", "distance": 0.0, "cosine": 1.0, "task_cosine": None, "same_sign": None} and rows["all"]["same_sign"] == 0.25
 
 
-def test_diff_prints_a_table(folders, base, tmp_path):
-    done = run("diff", *folders[:2], "--base", base)
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0 and lines[0].split() == ["distance", "cosine", "task", "cosine", "same", "sign"] and lines[-1].split()[-1] == "all" and len(lines) == 10
+def test_diff_prints_a_table(folders, base, tmp_path, capsys):
+    assert main(["diff", *map(str, folders[:2]), "--base", str(base)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["distance", "cosine", "task", "cosine", "same", "sign"] and lines[-1].split()[-1] == "all" and len(lines) == 10
     row = next(row for row in compare_folders(*folders[:2], base) if row["what"] == "body.embed.weight")
     assert next(line for line in lines if "embed" in line).split() == [f"{row[key]:.6f}" for key in ("distance", "cosine", "task_cosine", "same_sign")] + ["body.embed.weight"]
     a, b, start = (tensors(seed)["body.embed.weight"].double().flatten() for seed in (1, 2, 9))

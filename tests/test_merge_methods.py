@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aya_min import merge_methods
-from aya_min.merge_methods import (BINS, DRAWS, SAMPLED, bernoulli, count_magnitudes, dare_linear, dare_ties, drop, gram, linear, merge, model_stock, place_of,
+from aya_min.merge_methods import (BINS, DRAWS, SAMPLED, bernoulli, count_magnitudes, dare_linear, dare_ties, drop, gram, linear, merge, model_stock, bin_of,
                              slerp, task_arithmetic, thresholds, ties, trim)
 
 SPARSE = [ties, dare_linear, dare_ties]
@@ -209,7 +209,7 @@ def test_the_counting_of_magnitudes_worked_by_hand():
     coarse = count_magnitudes(delta)
     one, two = (127 << 8) + 1, (128 << 8) + 1                                   # the exponent, then 8 bits of the fraction; bin 0 is what is below
     assert {bin: coarse[bin].item() for bin in coarse.nonzero().flatten().tolist()} == {1: 1, one: 3, two: 1}
-    assert [place_of(coarse, rank) for rank in range(5)] == [1, one, one, one, two]
+    assert [bin_of(coarse, rank) for rank in range(5)] == [1, one, one, one, two]
     fine = count_magnitudes(delta, 127 << 23, 0)
     assert fine[:4].tolist() == [1, 2, 1, 0] and fine[-1] == 1 and fine.sum() == 5 and len(fine) == BINS + 2
 

@@ -346,7 +346,7 @@ def test_the_page_and_the_table_show_every_row_and_run_nothing(pool, tmp_path):
     hostile = tmp_path / "<script>alert(1)" / "model"
     shutil.copytree(pool[0], hostile)
     result = search([hostile, *pool[1:]], tmp_path / "out", toy, evaluations=16, leave_one_out=True)
-    page, text = (tmp_path / "out" / "report.html").read_text(), merge_front.table(result)
+    page, text = (tmp_path / "out" / "report.html").read_text(), merge_front.search_table(result)
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page and page.count("<polyline") == 2
     for name in ("uniform soup", "greedy soup", "CMA-ES", "run-1", "without it", "left", "right"):
         assert name in page and name in text

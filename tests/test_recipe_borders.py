@@ -29,7 +29,8 @@ def refusal(tmp_path, in_process):
 # ---- flags -------------------------------------------------------------------------------------------------
 
 WRONG_FLAGS = [
-    ("--eval-count", "100000", "different test questions"), ("--eval-count", "0", "at least 1"),
+    pytest.param("--eval-count", "100000", "different test questions", marks=pytest.mark.long),
+    ("--eval-count", "0", "at least 1"),
     ("--max-new-tokens", "0", "at least 1"), ("--max-new-tokens", "5000", "1024 positions"),
     ("--max-length", "5", "fewer than one in ten fit"), ("--batch-size", "0", "at least 1"),
     ("--batch-size", "100000", "--corpus 960"), ("--model", "nope", "invalid choice"),

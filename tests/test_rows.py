@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aya_min.config import SFT, Reading
-from aya_min.data import load_examples, load_pairs, load_prompts, plain, read_jsonl
+from aya_min.data import load_examples, load_pairs, load_prompts, read_jsonl, without_added_keys
 from aya_min.lengths import cut_left, fit_prompts
 from aya_min.rows import conversation, texts_in
 from aya_min.tokenizer import train_tokenizer
@@ -350,7 +350,7 @@ def test_columns_rename_other_peoples_keys_and_a_whole_number_is_its_text(write,
     [prompt] = load_prompts([write(row)], Reading(columns=columns))
     assert prompt["prompt"] == "How many?" and prompt["language"] == "sw" and prompt[
         "solution"] == "because" and "answer" not in prompt
-    assert plain(prompt) == {"solution": "because", "language": "sw", "prompt": "How many?"}
+    assert without_added_keys(prompt) == {"solution": "because", "language": "sw", "prompt": "How many?"}
     row = {"q": "a", "good": "b", "bad": "c", "sys": "s", "lang": "fra_Latn"}
     columns = {"prompt": "q", "chosen": "good", "rejected": "bad", "system": "sys", "language": "lang"}
     [pair] = load_pairs([write(row)], tokenizer, 64, SFT(columns=columns))
@@ -386,14 +386,14 @@ def test_a_column_that_cannot_be_renamed_is_refused_with_its_place(columns, row,
 @pytest.mark.parametrize("line, says",
                          [(b'{"prompt": "a", "note": "cut \\ud83d"}', "'note' holds half a surrogate pair"),
                           (b'{"prompt": "a", "\\udc00": 1}', "a key holds half a surrogate pair"),
-                          (b'{"prompt": "a", "score": 1e999}', "'score' is no finite number: not JSON (1e999"),
-                          (b'{"prompt": "a", "x": {"y": [-1e400]}}', "'x'['y'][0] is no finite number: not JSON"),
-                          (b'{"prompt": "a", "score": NaN}', "'score' is no finite number: not JSON (NaN"),
-                          (b'{"prompt": "a", "score": -Infinity}', "-Infinity is no JSON"),
+                          (b'{"prompt": "a", "score": 1e999}', "'score' is not a finite number: not JSON (1e999"),
+                          (b'{"prompt": "a", "x": {"y": [-1e400]}}', "'x'['y'][0] is not a finite number: not JSON"),
+                          (b'{"prompt": "a", "score": NaN}', "'score' is not a finite number: not JSON (NaN"),
+                          (b'{"prompt": "a", "score": -Infinity}', "-Infinity is not JSON"),
                           (b'{"prompt": "a\\u0000b"}', "'prompt' holds a NUL"),
                           (b'{"prompt": "a", "meta": {"x": ["\\u0000"]}}', "holds a NUL character"),
-                          (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' stands twice"),
-                          (b'{"prompt": "a", "m": {"b": 1, "b": 1}}', "the key 'b' stands twice"),
+                          (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' occurs twice"),
+                          (b'{"prompt": "a", "m": {"b": 1, "b": 1}}', "the key 'b' occurs twice"),
                           (b'{"prompt": "a", "id": 1' + b"0" * 5000 + b"}", "not JSON"),
                           (b"[" * 5000, "not JSON"),
                           (b'"prompt"', "a JSON str, not an object")])
@@ -541,10 +541,10 @@ def test_a_pair_of_answers_with_equal_ids_is_named_and_left_out(chosen, rejected
 def test_prompts_forget_the_answers_that_their_rows_had(write):
     row = {**PAIR, "chosen_finish_reason": "length", "question_id": "q", "label": False, "weight": 0}
     [prompt] = load_prompts([write(row)])
-    assert plain(prompt) == {"prompt": "red or blue?", "question_id": "q"
+    assert without_added_keys(prompt) == {"prompt": "red or blue?", "question_id": "q"
                              } and prompt["prompt_where"].endswith("data.jsonl:1")
     [prompt] = load_prompts([write({"prompt": "a", "label": "geography"})])
-    assert plain(prompt) == {"prompt": "a", "label": "geography"}
+    assert without_added_keys(prompt) == {"prompt": "a", "label": "geography"}
 
 
 def test_a_tokenizer_is_trained_on_all_texts_of_every_shape(write):

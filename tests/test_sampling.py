@@ -11,7 +11,8 @@ from small import language_model, on_ranks, reward_model, tokenizer
 
 from aya_min.reward import score_texts
 from aya_min import config, sampling
-from aya_min.sampling import Engine, Fused, answer_rows, choose, filtered, generate, plan, run, stream
+from aya_min.engine import Engine, Fused, choose, filtered
+from aya_min.sampling import answer_rows, complete, engine_size, generate, stream
 from aya_min.world import questions
 
 VOCABULARY = tokenizer().vocab_size
@@ -141,7 +142,7 @@ def test_a_layer_with_a_sliding_window_keeps_only_its_window():
     engine = Engine(Fused(model), 2, 100, 10)
     assert [keys.shape[2] for keys, _ in engine.cache] == [8, 8, 8, 128]
     per_token = 2 * 2 * 8 * 4                            # keys and values, 2 key heads of 8 numbers, fp32
-    assert plan(model.config, [90], [10], 1, 2) == (1, 128, (3 * 8 + 128) * per_token)
+    assert engine_size(model.config, [90], [10], 1, 2) == (1, 128, (3 * 8 + 128) * per_token)
 
 
 def test_bfloat16_log_probs_are_those_of_the_bfloat16_forward_to_its_rounding(prompts):
@@ -153,7 +154,7 @@ def test_bfloat16_log_probs_are_those_of_the_bfloat16_forward_to_its_rounding(pr
 def test_unpacked_joined_weights_answer_alike_and_are_the_parameters_themselves(model, prompts, monkeypatch):
     """Large models are not held twice: their parameters become views of the joined matrices, with the same values, and can be trained on."""
     packed, before = generate(model, prompts, max_new_tokens=12, temperature=0), {name: p.clone() for name, p in model.state_dict().items()}
-    monkeypatch.setattr(sampling, "PACK_BYTES", 0)
+    monkeypatch.setattr("aya_min.engine.PACK_BYTES", 0)
     fresh = language_model()
     plain = generate(fresh, prompts, max_new_tokens=12, temperature=0)
     assert [g[0].ids for g in plain] == [g[0].ids for g in packed]
@@ -187,7 +188,7 @@ def test_greedy_alone_is_greedy_in_a_batch_with_prompts_of_1_to_300_tokens(model
         assert completion.ids == model(torch.tensor([prompt + completion.ids]))[0, len(prompt) - 1:-1].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 5, 1000])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.long), 3, pytest.param(5, marks=pytest.mark.long), 1000])
 @pytest.mark.parametrize("changes", [{}, {"model_type": "cohere2", "sliding_window": 16, "num_hidden_layers": 4}], ids=["cohere", "cohere2"])
 def test_what_a_request_samples_does_not_depend_on_the_batch_to_the_last_bit(changes, batch_size, prompts):
     """On the CPU in fp32 with packed weights: attention runs over whole blocks of keys, so that even the log-probs are equal."""
@@ -223,7 +224,7 @@ def test_the_compiled_step_of_a_cuda_graph_gives_the_same_answers(model, prompts
         def __init__(self, *args):
             super().__init__(*args)
             self.decode = torch.compile(self.decode, dynamic=False)
-    monkeypatch.setattr(sampling, "PACK_BYTES", 0)
+    monkeypatch.setattr("aya_min.engine.PACK_BYTES", 0)
     settings = dict(max_new_tokens=8, temperature=0.7, stop_ids=[20, 30, 40], batch_size=5)
     expected = generate(language_model(num_hidden_layers=1), prompts, **settings)
     monkeypatch.setattr(sampling, "Engine", Compiled)
@@ -251,7 +252,7 @@ def test_a_finished_row_is_replaced_by_a_waiting_prompt_at_once(model):
     """One answer of 10 tokens and four of 3 on two rows: the long one takes 9 steps after its prefill, the others 2 each, one after the other."""
     engine, limits = Counting(Fused(model), 2, 32, 10, 0.0), [3, 3, 10, 3, 3]
     prompts = [[20 + i] for i in range(5)]
-    rows = [row for _, ended in run(engine, prompts, limits, 1, range(5), 0, set(), None) for row in ended]
+    rows = [row for _, ended in complete(engine, prompts, limits, 1, range(5), 0, set(), None) for row in ended]
     assert engine.rows_of_steps == [2] * 8 + [1]
     assert [len(row.ids) for row in sorted(rows, key=lambda row: row.prompt)] == limits
     assert [row.ids for row in sorted(rows, key=lambda row: row.prompt)] == [g[0].ids for g in generate(model, prompts, max_new_tokens=limits, temperature=0)]
@@ -259,7 +260,7 @@ def test_a_finished_row_is_replaced_by_a_waiting_prompt_at_once(model):
 
 def test_k_samples_share_the_prefill_of_their_prompt_even_with_fewer_rows_than_samples(model, prompts):
     engine = Counting(Fused(model), 3, 320, 9, 1.0)
-    rows = [row for _, ended in run(engine, prompts[:2] + prompts[4:5], [9] * 3, 8, range(3), 0, set(), None) for row in ended]
+    rows = [row for _, ended in complete(engine, prompts[:2] + prompts[4:5], [9] * 3, 8, range(3), 0, set(), None) for row in ended]
     assert sorted(map(len, engine.prefilled)) == [5, 7, 300]
     assert len(rows) == 24 and max(engine.rows_of_steps) == 3
 
@@ -481,8 +482,8 @@ def test_on_done_hears_of_each_prompt_once_with_all_its_samples(model, prompts):
 def test_a_cache_that_does_not_fit_is_refused_with_the_batch_size_that_does():
     model = config.model_preset("aya-expanse-32b")
     with pytest.raises(ValueError, match=r"the KV cache of 1000000 rows of 8192 tokens needs 1342178.6 GB, .* GB are free; (lower --batch-size to \d+ or less|shorten the prompts)"):
-        plan(model, [8000] * 1_000_000, [192] * 1_000_000, 1, 1_000_000, dtype=torch.bfloat16)
-    assert plan(config.model_preset("smoke"), [10, 20], [5, 5], 2, 3) == (3, 32, 3 * 32 * 2 * 2 * 32 * 4)
+        engine_size(model, [8000] * 1_000_000, [192] * 1_000_000, 1, 1_000_000, dtype=torch.bfloat16)
+    assert engine_size(config.model_preset("smoke"), [10, 20], [5, 5], 2, 3) == (3, 32, 3 * 32 * 2 * 2 * 32 * 4)
 
 
 # rows of text

@@ -298,7 +298,7 @@ def test_resuming_with_fewer_steps_than_were_done_is_refused(world, tmp_path):
 
 
 def test_resuming_what_was_never_started_is_refused(world, tmp_path):
-    with pytest.raises(ValueError, match="no config.json there"):
+    with pytest.raises(ValueError, match="no config.json in it"):
         run("sft", world, tmp_path / "run", resume=True)
 
 

@@ -123,7 +123,7 @@ def test_a_state_that_an_older_version_saved_with_nan_is_left_for_the_one_before
         "step-3 is damaged (" in (err := capsys.readouterr().err)
         and "is not finite); going on from the state before it" in err
     )
-    assert "goes on after step 2" in err and names(folder / "state") == ["step-2", "step-3"]
+    assert "resumes after step 2" in err and names(folder / "state") == ["step-2", "step-3"]
 
 
 def spoil(state, value):
@@ -393,7 +393,7 @@ def test_every_setting_of_the_recipe_is_read_by_its_code():
         ("--gpus 2", "--gpus goes with --dry-run"),
         ("--profile 2", "--profile 2: steps are counted from 0, and there are 2"),
         ("--tokenizer {models}/RM", "--tokenizer goes with a preset"),
-        ("--resume {models} --out {tmp}/run", "no config.json there"),
+        ("--resume {models} --out {tmp}/run", "no config.json in it"),
     ],
 )
 def test_flags_that_would_be_ignored_are_refused_by_name(flags, says, models, world, tmp_path, command):
@@ -596,7 +596,7 @@ def test_a_place_for_the_reference_that_is_not_there_is_refused_before_the_model
     assert (
         code == 2
         and len(err) == 1
-        and f"--reference-logps {tmp_path}/{path}: there is no such folder" in err[0]
+        and f"--reference-logps {tmp_path}/{path}: its folder does not exist" in err[0]
     ), err
     assert names(tmp_path) == ["pairs.jsonl"]
 
@@ -625,7 +625,7 @@ def test_a_run_resumed_with_another_schedule_for_the_steps_that_are_done_is_refu
     with pytest.raises(
         ValueError,
         match=(
-            f"--resume {folder}: the schedule of these settings .* is another than the run had .*Start anew"
+            f"--resume {folder}: the schedule of these settings .* is not that of the run .*Start anew"
             f" from {folder}/model; .*--schedule constant"
         ),
     ):
@@ -746,7 +746,7 @@ def test_a_manifest_that_no_stage_wrote_makes_the_state_damaged_and_the_one_befo
     (tmp_path / "run" / "state" / "step-2" / "manifest.json").write_text(text)
     code, _, err = command(f"sft --resume {tmp_path}/run --max-steps 3")
     assert (
-        code == 0 and "step-2 is damaged (manifest.json" in err[0] and "goes on after step 1" in err[1]
+        code == 0 and "step-2 is damaged (manifest.json" in err[0] and "resumes after step 1" in err[1]
     ), err
 
 

@@ -163,7 +163,7 @@ def test_the_stop_ids_are_those_of_generation_config_and_config_and_the_template
         transformers_version="4.44.0")
     model, words = weights.load(folder)
     # 9: the end of turn
-    assert words.stop_ids == weights.look_into(folder)[1].stop_ids == [6, 8, 9, 12]
+    assert words.stop_ids == weights.load_meta(folder)[1].stop_ids == [6, 8, 9, 12]
     weights.save(tmp_path / "saved", model, words)
     assert json.loads((tmp_path / "saved" / "generation_config.json").read_text()) == {
         "bos_token_id": 5, "pad_token_id": 0, "eos_token_id": [6, 8, 9, 12], "temperature": 0.3, "top_p": 0.9,
@@ -233,15 +233,15 @@ def test_a_tied_head_that_is_written_all_the_same_loads_if_it_is_the_embedding_a
     assert "lm_head.weight is not model.embed_tokens.weight, to which config.json ties it" in refused(folder)
 
 
-@pytest.mark.parametrize("function", [weights.load, weights.look_into])
+@pytest.mark.parametrize("function", [weights.load, weights.load_meta])
 def test_all_that_does_not_fit_config_json_is_named_before_any_weight_is_read(function, folder):
     changed = {"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 16), "model.layers.2.mlp.up_proj.weight": torch.zeros(2), "lm_head.weight": torch.zeros(3),
                "model.layers.1.mlp.up_proj.weight": torch.zeros(32, 64)}                             # as many numbers, but transposed
     rewrite(folder, lambda state: [state.pop("model.layers.1.self_attn.o_proj.weight"), state.pop("model.norm.weight"), state.update(changed)])
     line = refused(folder, function)
     for words in ("model.layers.1.self_attn.o_proj.weight is missing", "model.norm.weight is missing", "lm_head.weight is not model.embed_tokens.weight, to which",
-                  "model.layers.2.mlp.up_proj.weight is extra", "model.layers.0.mlp.up_proj.weight has shape (64, 16), config.json wants (64, 32)",
-                  "model.layers.1.mlp.up_proj.weight has shape (32, 64), config.json wants (64, 32)"):
+                  "model.layers.2.mlp.up_proj.weight is extra", "model.layers.0.mlp.up_proj.weight has shape (64, 16), config.json says (64, 32)",
+                  "model.layers.1.mlp.up_proj.weight has shape (32, 64), config.json says (64, 32)"):
         assert words in line
 
 
@@ -397,8 +397,8 @@ def test_a_single_file_beside_an_index_is_refused(folder):
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tmp_path):
     weights.save(tmp_path / "model", language_model(vocab_size=300), tokenizer())
-    with pytest.raises(ValueError, match="tokenizer.json has 400 tokens, the largest id 399, config.json a "
-            "vocabulary of 300"):
+    with pytest.raises(ValueError, match="tokenizer.json has 400 tokens, the largest id is 399, config.json has "
+                                         "a vocabulary of 300"):
         weights.load(tmp_path / "model")
 
 
@@ -446,7 +446,7 @@ COHERE2_NAMES = {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"
 def test_a_value_of_config_json_of_another_type_or_size_is_refused_with_its_file_at_once(changes, folder):
     edit_json(folder / "config.json", **changes)
     started = time.perf_counter()
-    assert str(folder / "config.json") in refused(folder, weights.look_into)
+    assert str(folder / "config.json") in refused(folder, weights.load_meta)
     assert time.perf_counter() - started < 1
 
 
@@ -483,7 +483,7 @@ def test_more_layers_than_the_file_has_are_refused_before_they_are_made(folder):
     """num_hidden_layers 10^12 built modules until memory was full."""
     edit_json(folder / "config.json", num_hidden_layers=99_999)
     started = time.perf_counter()
-    assert "they are of 2 layers, num_hidden_layers is 99999" in refused(folder, weights.look_into)
+    assert "they are of 2 layers, num_hidden_layers is 99999" in refused(folder, weights.load_meta)
     assert time.perf_counter() - started < 1
 
 
@@ -528,7 +528,7 @@ def test_the_largest_id_of_the_tokenizer_is_compared_with_the_vocabulary_not_the
     text = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     change(text["model"])
     (folder / "tokenizer.json").write_text(json.dumps(text))
-    assert "tokens, the largest id" in refused(folder, weights.look_into)
+    assert "tokens, the largest id" in refused(folder, weights.load_meta)
 
 
 @pytest.mark.parametrize("changes", [{"continuing_subword_prefix": "##"}, {"vocab": {"a": -1}}, {"merges": 5},

@@ -1,9 +1,10 @@
 """Tokens a second of aya_min's engine and of transformers' generate: same weights, fp32, greedy, in turn in one run.
 
-    pip install transformers && OMP_NUM_THREADS=2 python tests/bench/generate_speed.py [--rounds 5] [--device cuda --dtype bfloat16]
+    pip install transformers && OMP_NUM_THREADS=2 python tests/bench/generate_speed.py [--rounds 5] [--loaded] [--device cuda --dtype bfloat16]
 
 A 5.6M-parameter Cohere model; prompts of 32 tokens and 64 new ones at batch 1, 16 and 64; then 256 requests with prompts of 8-128 and answers of 8-128
 tokens, which transformers takes by 64 in the given order, each batch to its longest answer. Each figure is the median over the rounds, with minimum and maximum.
+--loaded: another process keeps a core busy meanwhile.
 "matmuls" is the time of the two large products of each layer and the head alone, at the same numbers of rows, with torch's F.linear and as the engine packs them.
 """
 
@@ -21,7 +22,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from aya_min.config import ModelConfig                              # noqa: E402
 from aya_min.model import CohereForCausalLM, init_weights           # noqa: E402
-from aya_min.sampling import Fused, generate, product                       # noqa: E402
+from aya_min.engine import Fused, multiplier                         # noqa: E402
+from aya_min.sampling import generate                               # noqa: E402
+from tests.bench.step_speed import busy_process                     # noqa: E402
 
 CONFIG = dict(vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=1024,
               initializer_range=0.1)         # wide enough that no two tokens are almost equally likely
@@ -43,7 +46,7 @@ def matmul_seconds(model, rows, pack):
     c, p = model.config, next(model.parameters())
     heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     shapes = [(heads + 2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.num_attention_heads * c.head_dim + c.intermediate_size)] * c.num_hidden_layers
-    products = [(product(p.new_zeros(s).normal_(), pack), p.new_zeros(rows, s[1])) for s in shapes + [(c.vocab_size, c.hidden_size)]]
+    products = [(multiplier(p.new_zeros(s).normal_(), pack), p.new_zeros(rows, s[1])) for s in shapes + [(c.vocab_size, c.hidden_size)]]
     return sorted(timed(lambda: [f(x) for f, x in products], p.device.type)[0] for _ in range(30))[15]
 
 
@@ -52,6 +55,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--loaded", action="store_true")
     args = parser.parse_args()
     import transformers
     dtype = getattr(torch, args.dtype)
@@ -60,7 +64,8 @@ def main():
     theirs.load_state_dict({**model.state_dict(), "lm_head.weight": model.head_weight})
     theirs = theirs.to(args.device, dtype).eval()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}, {args.device} {args.dtype}, {sum(p.numel() for p in model.parameters()):,} parameters")
+          f"transformers {transformers.__version__}, {args.device} {args.dtype}, {'beside a busy process, ' if args.loaded else ''}"
+          f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(13, CONFIG["vocab_size"], size=n).tolist()
@@ -86,10 +91,11 @@ def main():
     print(f"{'':10} {'transformers':>26} {'aya_min':>26} {'ratio':>6} {'same tokens':>12} {'matmuls: F.linear':>18} {'packed':>8} {'share of packed':>16}")
     for name, prompts, limits, batch in cases:
         times = {by_transformers: [], ours: []}
-        for _ in range(args.rounds + 1):
-            for function in times:
-                seconds, result = timed(lambda: function(prompts, limits, batch), args.device)
-                times[function].append((seconds, result))
+        with busy_process(args.loaded):
+            for _ in range(args.rounds + 1):
+                for function in times:
+                    seconds, result = timed(lambda: function(prompts, limits, batch), args.device)
+                    times[function].append((seconds, result))
         new = sum(limits)
         rates = {f: sorted(new / s for s, _ in t[1:]) for f, t in times.items()}             # the first round warms up
         middle = {f: r[len(r) // 2] for f, r in rates.items()}

@@ -32,7 +32,7 @@ def make(folder, num_layers, shard_bytes):
     config = ModelConfig(vocab_size=65536, hidden_size=2048, intermediate_size=8192, num_hidden_layers=num_layers, num_attention_heads=16, num_key_value_heads=4)
     with torch.device("meta"):
         specs = {name: ("BF16", tuple(t.shape)) for name, t in CohereForCausalLM(config).state_dict().items()}
-    files = tensorfiles.plan(specs, shard_bytes)
+    files = tensorfiles.assign_files(specs, shard_bytes)
     folder.mkdir()
     tensorfiles.write(folder, files, (torch.randn(shape).bfloat16() for part in files.values() for _, shape in part.values()))
     tensorfiles.write_json(folder / "config.json", config.published(dtype="bfloat16"))

@@ -42,7 +42,7 @@ def make(folder, seed, num_layers):
                          use_qk_norm=True)
     with torch.device("meta"):
         specs = {name: ("BF16", tuple(t.shape)) for name, t in CohereForCausalLM(config).state_dict().items()}
-    files = tensorfiles.plan(specs)
+    files = tensorfiles.assign_files(specs)
     common, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     folder.mkdir()
     tensorfiles.write(folder, files, (((0.02 * torch.randn(shape, generator=common)) + 0.001 * torch.randn(shape, generator=own)).bfloat16()

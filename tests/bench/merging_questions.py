@@ -39,7 +39,7 @@ from aya_min.pipeline_results import evaluate_model                             
 from aya_min.merge_folders import merge_folders                                                                         # noqa: E402
 from aya_min.runs import versions                                                                                  # noqa: E402
 from aya_min.stages import train_stage                                                                            # noqa: E402
-from aya_min.pipeline_steps import Run, rows_of, settings, step, train_step                                # noqa: E402
+from aya_min.pipeline_steps import Run, saved_rows, stage_settings, step, train_step                                # noqa: E402
 from aya_min.tokenizer import load_tokenizer                                                                    # noqa: E402
 
 STARTS = {"sft": "base", "no-shared": "base", "offline": "sft", "online-1": "offline"}      # merged stage of the recipe -> what its clusters started from
@@ -86,12 +86,12 @@ class Seed:
         return Run(self.out / name, replace(self.recipe, **changes), self.device, clusters or self.clusters)
 
     def candidates(self):
-        return rows_of(self.source / "steps" / "arbitrage" / "candidates.jsonl")
+        return saved_rows(self.source / "steps" / "arbitrage" / "candidates.jsonl")
 
 
 def evaluated(run, name):
     """The model of a step answers the recipe's test questions, without the arbiter's scores."""
-    evaluate_model(run, {"name": name, "folder": run.folder / "steps" / name / "model"}, None)
+    evaluate_model(run, name, run.folder / "steps" / name / "model")
 
 
 def methods(seed):
@@ -112,7 +112,7 @@ def once(seed):
 def order(seed):
     run = seed.variant("order")
     pairs, _ = best_worst(seed.candidates(), run.recipe.offline_margin)
-    train_step(run, "offline", "offline DPO, one model", "dpo", seed.theirs("sft"), pairs, settings(run, **dpo_settings(run, "offline"), epochs=run.recipe.offline_epochs))
+    train_step(run, "offline", "offline DPO, one model", "dpo", seed.theirs("sft"), pairs, stage_settings(run, **dpo_settings(run, "offline"), epochs=run.recipe.offline_epochs))
     evaluated(run, "offline")
 
 
@@ -131,7 +131,7 @@ def sizes(seed):
         run = seed.variant(f"heads-{heads}")
         base = base_with(run, heads, seed.source)
         rows, _ = route(seed.candidates(), "reward", run.recipe.seed)
-        train_step(run, "mix", "SFT, one model on the mix", "sft", base, rows, settings(run, **sft_settings(run), epochs=run.recipe.sft_epochs))
+        train_step(run, "mix", "SFT, one model on the mix", "sft", base, rows, stage_settings(run, **sft_settings(run), epochs=run.recipe.sft_epochs))
         sft_by_cluster(run, seed, "sft", base, SHARED)
         for name in ("base", "mix"):
             evaluated(run, name)
@@ -176,7 +176,7 @@ def base_with(run, heads, source):
         size = {key: preset[key] * heads // preset["num_attention_heads"] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
         model = config.ModelConfig(**{**preset, **size, "vocab_size": tokenizer.vocab_size, "num_key_value_heads": None})
         model = init_weights(CohereForCausalLM(model), torch.Generator().manual_seed(r.seed))
-        its_settings = settings(run, config.Pretrain, learning_rate=r.base_learning_rate, warmup_steps=50, save_every=500)
+        its_settings = stage_settings(run, config.Pretrain, learning_rate=r.base_learning_rate, warmup_steps=50, save_every=500)
         train_stage("pretrain", model, tokenizer, [source / "data" / "base.jsonl"], its_settings, folder, run.device, resume=resume)
     step(run, "base", f"pretraining a base of {heads} heads", make)
     return run.folder / "steps" / "base" / "model"
@@ -205,7 +205,7 @@ def numbers(answers, sizes):
         names = [f"recipe/{stage}"] + [f"methods/{stage}-{method}" for method in METHODS]
         pairs += [(name, f"recipe/{start}") for name in names] + [(name, names[0]) for name in names[1:]]
     pairs = [(a, b) for a, b in dict.fromkeys(pairs) if a in answers and b in answers]
-    rows = {name: {d: rows_of(answers[name] / f"{d}.jsonl") for d in DECODINGS} for name in dict.fromkeys(sum(pairs, ()))}
+    rows = {name: {d: saved_rows(answers[name] / f"{d}.jsonl") for d in DECODINGS} for name in dict.fromkeys(sum(pairs, ()))}
 
     def rates(a, b, decoding):
         joined = join(rows[a][decoding], rows[b][decoding])

@@ -75,7 +75,7 @@ def search_one(run, out, args):
                        allow_negative=args.allow_negative, leave_one_out=True)
     searched = time.perf_counter()
     result = json.loads((out / "search" / "search.json").read_text(encoding="utf-8"))
-    print(f"\n{run}\n{merge_front.table(result)}\n", flush=True)
+    print(f"\n{run}\n{merge_front.search_table(result)}\n", flush=True)
     rows = questions("test", args.held_out, f"recycle/{seed}", level="tiny", unique=True)
     ids, grades = [row["question_id"] for row in rows], answers_of(result, folders, rows, 32)
 

@@ -1,10 +1,10 @@
 """Seconds a step and peak memory of aya_min and of TRL: same weights, same data, fp32, each run a process of its own, in turn.
 
-    pip install trl && OMP_NUM_THREADS=2 python tests/bench/train_speed.py [--rounds 3] [--stages sft dpo rloo]
+    pip install trl && OMP_NUM_THREADS=2 python tests/bench/train_speed.py [--rounds 3] [--stages sft dpo rloo] [--loaded]
 
 The 5.6M-parameter Cohere model; prompts of 32 words, answers of 32-96 words; SFT with 16 examples a step, DPO with 16 pairs (reference pass counted), RLOO
 with 4 prompts x 4 completions of 64 tokens. TRL runs without gradient checkpointing, without dropout, AdamW. Figures: median seconds of the steps after the
-third, over the rounds the median [least, most]; peak resident memory of the process. "matmuls" is the time of one step's large matmuls alone
+third, over the rounds the median [least, most]; peak resident memory of the process. --loaded: another process keeps a core busy meanwhile. "matmuls" is the time of one step's large matmuls alone
 (forward and both halves of the backward, the tokens of a step without padding) by torch's F.linear.
 """
 
@@ -28,6 +28,7 @@ from aya_min import config, stages, weights                                     
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights                  # noqa: E402
 from aya_min.tokenizer import load_tokenizer, train_tokenizer                           # noqa: E402
 from aya_min.files import write_jsonl                                                   # noqa: E402
+from tests.bench.step_speed import busy_process                                         # noqa: E402
 
 SIZES = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=1024)
 STEPS = {"sft": 16, "dpo": 10, "rloo": 10}
@@ -133,12 +134,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stages", nargs="+", default=list(STEPS))
     parser.add_argument("--child", nargs=5)
+    parser.add_argument("--loaded", action="store_true")
     args = parser.parse_args()
     if args.child:
         return child(*args.child)
     import trl
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, TRL {trl.__version__}, fp32")
-    with tempfile.TemporaryDirectory() as folder:
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, TRL {trl.__version__}, fp32"
+          f"{', beside a busy process' if args.loaded else ''}")
+    with tempfile.TemporaryDirectory() as folder, busy_process(args.loaded):
         folder = Path(folder)
         make(folder)
         tokenizer = load_tokenizer(folder / "model")

@@ -1,0 +1,332 @@
+"""The engine of sampling: logits to token, the model's weights as decoding reads them, and prefill and decode
+on a static KV cache. sampling.py keeps its rows full.
+
+The mathematics is that of model.py without padding: the tokens of all rows stand one after the other,
+(N, ...), and only attention sees them as rows. Attention always runs over a multiple of BLOCK keys, so that
+on the CPU in fp32 not even the last bit of a log-prob depends on the other rows (tests/test_sampling.py).
+B rows, N tokens, H heads, K key-value heads, D head width, V vocabulary.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .linear import packed
+from .model import rotary, window_mask
+from .patience import Patience
+
+# Keys. Attention kernels add in vectors and blocks; over whole ones masked keys change no bit.
+BLOCK = 32
+# Logits are some thousands at most; divided by this they are far from the end of fp32.
+LEAST_TEMPERATURE = 1e-6
+# Models of up to this size are kept a second time on the CPU, in oneDNN's layout (linear.packed).
+PACK_BYTES = 4e9
+
+
+# ---- logits to token ---------------------------------------------------------------------------------------
+
+def filtered(logits, top_k, top_p, min_p):
+    """Logits (B, V) in which the tokens that top-k, top-p (nucleus) or min-p exclude are -inf. The values 0,
+    1.0 and 0.0 switch them off."""
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    if top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        excluded = probs.cumsum(-1) - probs >= top_p                        # (B, V) in sorted order
+        logits = logits.masked_fill(excluded.scatter(1, order, excluded), float("-inf"))
+    if min_p > 0.0:
+        probs = logits.softmax(-1)
+        logits = logits.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), float("-inf"))
+    return logits
+
+
+def choose(logits, uniforms, temperature, top_k=0, top_p=1.0, min_p=0.0):
+    """Next tokens (B,) and their log-probs (B,) in nats, at this temperature and before any filter.
+    Temperature 0 is greedy, with log-probs at temperature 1.
+
+    logits (B, V) in fp32 may be overwritten. uniforms (B,) in [0, 1): the inverse of the cumulative
+    distribution turns each into a token, so that one number per row decides. (torch.multinomial draws from
+    one generator for all rows, so a row's token would depend on the other rows.)
+    """
+    if temperature == 0:
+        top, tokens = logits.max(-1)                                        # (B,) twice
+        return tokens, -logits.sub_(top[:, None]).exp_().sum(-1).log()
+    if temperature != 1:
+        logits /= temperature
+    probs = kept = logits.softmax(-1)                                       # (B, V)
+    if (top_k, top_p, min_p) != (0, 1.0, 0.0):
+        kept = filtered(logits, top_k, top_p, min_p).softmax(-1)
+    cumulative = kept.cumsum(-1)
+    drawn = uniforms[:, None].to(cumulative) * cumulative[:, -1:]           # (B, 1)
+    tokens = torch.searchsorted(cumulative, drawn, right=True).clamp(max=logits.shape[-1] - 1)
+    return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
+
+
+def check_sampling(temperature, top_k, top_p, min_p):
+    """Raise ValueError for a value outside its range."""
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < float("inf"):
+        raise ValueError(f"temperature {temperature} must be 0 (greedy) or at least {LEAST_TEMPERATURE}: "
+                         "logits divided by less leave the range of fp32")
+    if not top_k >= 0:
+        raise ValueError(f"top-k {top_k} must be at least 0")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top-p {top_p} must be above 0 and at most 1")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min-p {min_p} must be at least 0 and at most 1")
+
+
+# ---- the engine --------------------------------------------------------------------------------------------
+
+def round_up(n, multiple=BLOCK):
+    return -(-n // multiple) * multiple
+
+
+def cache_sizes(config, max_tokens):
+    """Positions that each layer keeps: all of them, or those of its sliding window."""
+    return [min(max_tokens, config.window(i) or max_tokens) for i in range(config.num_hidden_layers)]
+
+
+def multiplier(weight, pack):
+    """The function x -> x W^T. pack: with a copy of the weight in oneDNN's layout (linear.packed)."""
+    return packed(weight) if pack else lambda x: F.linear(x, weight)
+
+
+def fuse(projections, dim, pack):
+    """One multiplier for projections that read the same input (dim 0), or whose outputs are added (dim 1).
+    Without `pack` the parameters become views of the joined matrix, so that nothing is held twice."""
+    joined = torch.cat([p.weight.detach() for p in projections], dim)
+    if not pack:
+        for p, part in zip(projections, joined.split([p.weight.shape[dim] for p in projections], dim)):
+            p.weight.data = part
+    return multiplier(joined, pack)
+
+
+class Fused:
+    """The weights of a plain model as the engine reads them: two matmuls per layer. In the parallel block
+    q, k, v, gate and up read the same normed input, and the outputs of o and down are added.
+
+    It can serve many calls, but must be made again when the weights have changed.
+    """
+
+    def __init__(self, model):
+        parameters = list(model.parameters())
+        self.config, self.device, self.dtype = model.config, parameters[0].device, parameters[0].dtype
+        pack = self.can_pack(sum(p.nbytes for p in parameters))
+        self.patience = Patience(self.device)
+        self.layers = []
+        for block in model.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            norms = [attention.q_norm, attention.k_norm] if self.config.use_qk_norm else []
+            inputs = [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
+            outputs = [attention.o_proj, mlp.down_proj]
+            self.layers.append((block.input_layernorm.weight.detach(), [n.weight.detach() for n in norms],
+                                fuse(inputs, 0, pack), fuse(outputs, 1, pack)))
+        self.embedding = model.model.embed_tokens.weight.detach()
+        self.norm = model.model.norm.weight.detach()
+        self.head = multiplier(model.head_weight.detach(), pack)
+
+    def can_pack(self, nbytes):
+        """Whether weights of this size are kept a second time, in oneDNN's layout."""
+        if self.device.type != "cpu" or nbytes > PACK_BYTES or not torch.backends.mkldnn.is_available():
+            return False
+        is_bf16 = self.dtype == torch.bfloat16
+        return self.dtype == torch.float32 or is_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class Engine:
+    """A static KV cache of `slots` rows of `max_tokens` tokens each, and the two forwards on it: prefill,
+    which fills it, and decode, which appends a token.
+
+    Rows 0 .. n-1 are in use. A layer with a sliding window keeps a ring of that many positions: position p is
+    stored at p mod window. filters: top-k, top-p, min-p.
+    """
+
+    def __init__(self, fused, slots, max_tokens, max_new_tokens, temperature=1.0, filters=(0, 1.0, 0.0)):
+        config, self.device, dtype = fused.config, fused.device, fused.dtype
+        self.fused, self.config, self.slots, self.max_tokens = fused, config, slots, round_up(max_tokens)
+        self.temperature, self.filters = temperature, filters
+        cos, sin = rotary(config, torch.arange(self.max_tokens, device=self.device)[None])
+        # Complex numbers, one for each interleaved pair.
+        self.turns = torch.complex(cos[0], sin[0])                          # (max_tokens, 1, D/2)
+        self.by_hand = self.device.type == "cpu" and dtype == torch.float32
+        K, D = config.num_key_value_heads, config.head_dim
+
+        def zeros(*shape, dtype=torch.long):
+            return torch.zeros(shape, device=self.device, dtype=dtype)
+
+        # Keys and values of each layer, (slots, K, size, D). By hand the keys are stored transposed.
+        self.sizes, self.cache = cache_sizes(config, self.max_tokens), []
+        for size in self.sizes:
+            keys = zeros(slots, K, D, size, dtype=dtype).transpose(2, 3) if self.by_hand else \
+                zeros(slots, K, size, D, dtype=dtype)
+            self.cache.append((keys, zeros(slots, K, size, D, dtype=dtype)))
+        # Views of them, (slots, size, K, D).
+        self.by_position = [(keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in self.cache]
+        # Of each slot: its last token, its tokens in the cache, and the tokens sampled.
+        self.tokens, self.lengths, self.counts = zeros(slots), zeros(slots), zeros(slots)
+        self.uniforms = zeros(slots, max_new_tokens if temperature else 1, dtype=torch.float32)
+        self.rows = torch.arange(slots, device=self.device)
+        self.keys = torch.arange(self.max_tokens, device=self.device)
+        self.looking_at = self.graph = None
+        if self.device.type == "cuda":
+            self.capture()
+
+    def forward(self, ids, positions, attend, last=None):
+        """Logits (N, V) in fp32 of tokens ids (N,) at positions (N,), or only those at the indices `last`.
+
+        attend: (layer, q (N, H, D), k and v (N, K, D)) -> (N, H D).
+        """
+        c = self.config
+        H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        x = F.embedding(ids, self.fused.embedding)                          # (N, hidden_size)
+        turns = self.turns[positions]                                       # (N, 1, D/2)
+        sizes = [(H + 2 * K) * D, c.intermediate_size, c.intermediate_size]
+        for i, (norm, qk_norms, project_in, project_out) in enumerate(self.fused.layers):
+            h = F.layer_norm(x, x.shape[-1:], norm, None, c.layer_norm_eps)
+            heads, gate, up = project_in(h).split_with_sizes(sizes, -1)
+            heads = heads.view(-1, H + 2 * K, D)                            # queries, keys, values
+            qk = heads[:, :H + K]
+            if qk_norms:
+                qk.copy_(F.layer_norm(qk.float(), (D,), eps=c.layer_norm_eps) * torch.cat(qk_norms).float())
+            if c.has_rope(i):
+                # In place if qk is fp32, because float() is then no copy.
+                pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))            # (N, H + K, D/2)
+                pairs.mul_(turns)
+                if qk.dtype != torch.float32:
+                    qk.copy_(torch.view_as_real(pairs).flatten(-2))
+            q, k, v = heads.split_with_sizes((H, K, K), 1)
+            x = x + project_out(torch.cat((attend(i, q, k, v), F.silu(gate).mul_(up)), 1))
+        x = x if last is None else x[last]
+        x = F.layer_norm(x, x.shape[-1:], self.fused.norm, None, c.layer_norm_eps)
+        return self.fused.head(x).float().mul_(c.logit_scale)
+
+    @torch.inference_mode()
+    def prefill(self, prompts):
+        """Logits (P, V) after each prompt (a list of ids), and each layer's keys and values, (P, K, T, D)."""
+        H, K = self.config.num_attention_heads, self.config.num_key_value_heads
+        lengths = [len(prompt) for prompt in prompts]
+        P, T = len(prompts), round_up(max(lengths))
+
+        def on_device(array):
+            return torch.from_numpy(array).to(self.device)
+
+        ids = on_device(np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts]))       # (N,)
+        rows = on_device(np.repeat(np.arange(P), lengths))                  # (N,)
+        positions = on_device(np.concatenate([np.arange(n) for n in lengths]))                      # (N,)
+        last = on_device(np.cumsum(lengths) - 1)                            # (P,)
+        kept, band = [], window_mask(self.config, T, self.device)
+
+        def as_rows(x):
+            """(N, H or K, D) -> (P, H or K, T, D)"""
+            return x.new_zeros(P, T, *x.shape[1:]).index_put_((rows, positions), x).transpose(1, 2)
+
+        def attend(i, q, k, v):
+            q, k, v = as_rows(q), as_rows(k), as_rows(v)
+            kept.append((k, v))
+            mask = band if self.config.window(i) else None
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                               enable_gqa=K != H)
+            return y.transpose(1, 2)[rows, positions].flatten(1)
+        return self.forward(ids, positions, attend, last), kept
+
+    def look_at(self, n, T):
+        """Make views of the first T positions of rows 0 .. n-1, unless the last step had the same."""
+        if self.looking_at == (n, T):
+            return
+        self.looking_at, self.views = (n, T), []
+        for keys, values in self.cache:
+            keys, values = keys[:n, :, :T], values[:n, :, :T]               # (n, K, T or size, D)
+            if self.by_hand:
+                keys, values = keys.transpose(2, 3).flatten(0, 1), values.flatten(0, 1)     # (n K, ...)
+            self.views.append((keys, values))
+
+    def decode(self, n, T):
+        """Append one token to rows 0 .. n-1, which attend to the first T positions of the cache. look_at(n,
+        T) must come before. Returns tokens (n,) and log-probs (n,) in nats."""
+        K, D, rows = self.config.num_key_value_heads, self.config.head_dim, self.rows[:n]
+        positions = self.lengths[:n].clamp(max=self.max_tokens - 1)         # (n,)
+        hidden = self.keys[:T] > positions[:, None]                         # (n, T) keys not yet written
+        mask = self.uniforms.new_zeros(n, T).masked_fill_(hidden, float("-inf"))
+        mask = mask.to(self.fused.dtype)[:, None]                           # (n, 1, T)
+        by_key_head = mask.repeat_interleave(K, 0) if self.by_hand else None        # (n K, 1, T)
+
+        def attend(i, q, k, v):
+            """The H/K queries that share a key head become its rows: (n, K, H/K, D)."""
+            size = self.sizes[i]
+            place = positions if size == self.max_tokens else positions % size
+            self.by_position[i][0].index_put_((rows, place), k)
+            self.by_position[i][1].index_put_((rows, place), v)
+            keys, values = self.views[i]
+            if self.by_hand:
+                # Two batched products take two fifths of the fused kernel's time on two CPU cores (LOG.md).
+                masked = by_key_head if T <= size else by_key_head[..., :size]
+                scores = torch.baddbmm(masked, q.reshape(n * K, -1, D), keys, alpha=D ** -0.5)
+                return torch.bmm(scores.softmax(-1), values).view(n, -1)
+            q, masked = q.unflatten(1, (K, -1)), mask[:, None, :, :size]
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=masked).flatten(1)
+        logits = self.forward(self.tokens[:n], positions, attend)
+        uniforms = None
+        if self.temperature:
+            column = self.counts[:n, None].clamp(max=self.uniforms.shape[1] - 1)
+            uniforms = self.uniforms[:n].gather(1, column)[:, 0]            # (n,)
+        tokens, logps = choose(logits, uniforms, self.temperature, *self.filters)
+        self.tokens[:n] = tokens
+        self.lengths[:n] += 1
+        self.counts[:n] += 1
+        return tokens, logps
+
+    def capture(self):
+        """Record one step of all slots over the whole cache as a CUDA graph. Its shapes never change, so
+        nothing is compiled or recorded again."""
+        self.look_at(self.slots, self.max_tokens)
+        step = torch.compile(self.decode, dynamic=False)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(self.slots, self.max_tokens)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.output = step(self.slots, self.max_tokens)
+        self.graph = graph
+
+    def step(self, n, longest):
+        """Decode one token of rows 0 .. n-1. Returns lists of n tokens and n log-probs in nats.
+
+        longest: the tokens of the longest row, the new one included."""
+        if self.graph:
+            self.graph.replay()
+            tokens, logps = (t[:n] for t in self.output)
+        else:
+            T = min(round_up(longest), self.max_tokens)
+            self.fused.patience.begin()
+            # Lighter than no_grad, but torch.compile refuses it.
+            with torch.inference_mode():
+                self.look_at(n, T)
+                tokens, logps = self.decode(n, T)
+            self.fused.patience.end()
+        return tokens.tolist(), logps.tolist()
+
+    def place(self, slot, row, kept, p):
+        """Copy a prefilled row into a slot. Its keys and values are row p of `kept`."""
+        length = row.length - 1
+        for layer, new in zip(self.cache, kept):
+            for cache, tensor in zip(layer, new):
+                size = cache.shape[2]
+                if length <= size:
+                    cache[slot, :, :length] = tensor[p, :, :length]
+                else:
+                    # The last `size` positions, each at its place in the ring.
+                    positions = torch.arange(length - size, length, device=self.device)
+                    cache[slot, :, positions % size] = tensor[p, :, positions]
+        self.tokens[slot] = row.ids[-1]
+        self.lengths[slot], self.counts[slot] = length, len(row.ids)
+        if self.temperature:
+            self.uniforms[slot, :len(row.uniforms)] = torch.from_numpy(row.uniforms)
+
+    def move(self, source, target):
+        """Copy a slot over another one."""
+        for tensor in (*sum(self.cache, ()), self.tokens, self.lengths, self.counts, self.uniforms):
+            tensor[target] = tensor[source]
