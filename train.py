@@ -25,7 +25,6 @@ from aya_min import (config, distributed, linear, pipeline, pipeline_checks, pip
                      stages, weights)
 from aya_min.command import Parser, number, printable
 from aya_min.data import read_jsonl
-from aya_min.estimate import dry_run
 from aya_min.files import read_json, refuse_pipe, write_json
 from aya_min.languages import CLUSTERS, read_clusters
 from aya_min.model import init_weights
@@ -233,6 +232,7 @@ def run_one_stage(args, device):
         # The dry run makes a process group of simulated ranks, so the real one must end.
         distributed.close()
         if is_main:
+            from aya_min.estimate import dry_run            # torch's fake tensors and groups take a while
             print(dry_run(args.command, args.model, model, settings, args.data, args.eval_data, tokenizer,
                           ranks, beside.get("reward_model")))
         return

@@ -1,11 +1,13 @@
-"""How I resume: model, optimizer and position of a run in RUN/state/step-N, the last two kept. safetensors and JSON, no pickle anywhere.
+"""Saved states: model, optimizer and step of a run in RUN/state/step-N, of which the last two are kept.
 
-torch.distributed.checkpoint does the sharding, through its safetensors storage: every rank writes and reads its own rows, nothing is gathered,
-and what is on disk is one logical state at any number of ranks. (DCP's own storage keeps a pickle, .metadata, which a user's folder could bring.)
+torch.distributed.checkpoint (DCP) shards the state, through its safetensors storage: every rank writes and
+reads its own rows, nothing is gathered, and the files are one logical state at any number of ranks. (DCP's
+default storage keeps a pickle, .metadata, which a folder from elsewhere could bring; no pickle is read here.)
+
 The rest is done here. A state is written in a marked scratch folder, fsynced, read back, sealed by a manifest
-of the files' SHA-256, published by a rename, and only then is an older one removed: a step-N that is there is
-whole unless the disk harmed it, which the hashes tell. All ranks must see the folder. A state that holds a
-NaN or an infinity is not written. What is no state of ours in RUN/state is never removed.
+of the files' SHA-256 and published by a rename; only then is an older one removed. So an existing step-N is
+whole unless the disk damaged it, which the hashes show. All ranks must see the folder. A state with a NaN or
+an infinity is not written. Whatever in RUN/state is not a state of ours is never removed.
 
 The data order needs no state beyond the step (data.Sampler), and training draws no random numbers.
 """
@@ -20,18 +22,25 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint.api import CheckpointException
 
 from . import distributed
 from .files import MARK, dumps, publish_folder, read_json, scratch, sha256, write_and_sync
 
-FILE_BYTES = 1 << 30            # about the largest file: DCP holds a copy of one in memory while it writes
+FILE_BYTES = 1 << 30            # about the largest file; DCP copies a file in memory while it writes
+
+
+def distributed_checkpoint():
+    """torch.distributed.checkpoint, imported where a state is written or read: that takes a second."""
+    import torch.distributed.checkpoint
+    return torch.distributed.checkpoint
 
 
 def state_tensors(model, optimizer):
-    """{name: parameter, name|exp_avg, name|exp_avg_sq: its moments}: the tensors themselves, sharded or plain. AdamW's step is the state's own."""
+    """{name: parameter, name|exp_avg and name|exp_avg_sq: its moments}, sharded or plain, not copied.
+
+    AdamW's step is not among them: it is the state's step.
+    """
     tensors = dict(model.state_dict())
     for name, p in model.named_parameters():
         tensors |= {f"{name}|{key}": value for key, value in optimizer.state[p].items() if key != "step"}
@@ -39,16 +48,17 @@ def state_tensors(model, optimizer):
 
 
 def state_bytes(model):
-    """What a state takes on disk: each parameter and its two moments."""
+    """The size of a state in bytes: each parameter and its two moments."""
     return 3 * sum(p.numel() * p.itemsize for p in model.parameters())
 
 
-# ---- out ---------------------------------------------------------------------------------------------------------------------------
+# ---- saving ------------------------------------------------------------------------------------------------
 
 def not_finite(tensors):
     """The name of the first of {name: tensor} that holds a NaN or an infinity on any rank, or None.
 
-    A collective. A sum that is finite has finite terms; only where it is not, every element is looked at.
+    A collective. The sum is checked first; if it is not finite it may only have overflowed, so then every
+    element is checked.
     """
     own = {name: distributed.own_rows(tensor)[0] for name, tensor in tensors.items()}
     sums = torch.stack([tensor.sum() for tensor in own.values()]).isfinite().tolist()
@@ -60,15 +70,20 @@ def not_finite(tensors):
 def save_state(folder, model, optimizer, step):
     """Publish the state after `step` optimizer steps as folder/step-N. A collective: all ranks write.
 
-    If it fails, those before are as they were. A state that is not finite is refused."""
-    folder, tensors, needed = Path(folder), state_tensors(model, optimizer), state_bytes(model)
+    ValueError if it cannot be written or is not finite; earlier states then stay as they were.
+    """
+    folder = Path(folder)
+    tensors = state_tensors(model, optimizer)
+    needed = state_bytes(model)
     check_finite(tensors, step, folder)
     ends = accumulate(t.numel() * t.itemsize for t in tensors.values())
-    places = {name: 1 + end // (FILE_BYTES * distributed.num_ranks()) for name, end in zip(tensors, ends)}     # which of a rank's files
+    per_file = FILE_BYTES * distributed.num_ranks()
+    file_of = {name: 1 + end // per_file for name, end in zip(tensors, ends)}       # which of a rank's files
 
     def begin():
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(f".state.*{MARK}"):     # of a kill before there was a mark; the run is locked
+        # A kill before the mark was written leaves these; no other process is at work, as the run is locked.
+        for path in folder.glob(f".state.*{MARK}"):
             remove_unmarked(path)
         aside = held.enter_context(scratch(folder / "state"))       # the next save removes what a kill leaves
         check_room(folder, needed)
@@ -78,28 +93,30 @@ def save_state(folder, model, optimizer, step):
     def seal(files):
         if unread := [f"{name}: {size}" for name, (size, digest) in files.items() if not digest]:
             raise OSError(unread[0])
-        there = sum(size - 8 - int.from_bytes(open(made / name, "rb").read(8), "little")
-                    for name, (size, _) in files.items())
-        assert there == needed, f"{made}: {there} bytes of tensors were written instead of {needed}"
+        written = sum(size - 8 - int.from_bytes(open(made / name, "rb").read(8), "little")
+                      for name, (size, _) in files.items())         # without the headers
+        assert written == needed, f"{made}: {written} bytes of tensors were written instead of {needed}"
         write_and_sync(made / "manifest.json", dumps({"step": step, "files": files}))
         target = folder / f"step-{step}"
         if is_state(target):
             target.rename(aside / "replaced")
         publish(made, target)
         for i, old in enumerate(left_over(folder)):
-            old.rename(aside / f"old-{i}")              # half of a state must not look like one
+            old.rename(aside / f"old-{i}")              # a kill must not leave a part of it as step-N
 
+    dcp = distributed_checkpoint()
     with ExitStack() as held:
         try:
             aside = distributed.from_main(begin)
             made = aside / f"step-{step}"
-            writer = dcp.HuggingFaceStorageWriter(made, places, save_distributed=True)
-            with warnings.catch_warnings(action="ignore"):              # that one process is one process
+            writer = dcp.HuggingFaceStorageWriter(made, file_of, save_distributed=True)
+            with warnings.catch_warnings(action="ignore"):              # about a save by a single process
                 dcp.save(tensors, storage_writer=writer, no_dist=distributed.num_ranks() == 1)
-            files = look(made, distributed.from_main(lambda: sorted(path.name for path in made.iterdir())))
+            names = distributed.from_main(lambda: sorted(path.name for path in made.iterdir()))
+            files = read_back(made, names)
             distributed.from_main(lambda: seal(files))
-        except (CheckpointException, OSError) as error:
-            parts = error.failures.values() if isinstance(error, CheckpointException) else [[error]]
+        except (dcp.api.CheckpointException, OSError) as error:
+            parts = [[error]] if isinstance(error, OSError) else error.failures.values()
             free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free
             raise ValueError(f"{folder}: the state of step {step} could not be written "
                              f"({next(iter(parts))[0]}); it needs {needed:,} bytes and {free:,} are free. "
@@ -107,42 +124,46 @@ def save_state(folder, model, optimizer, step):
 
 
 def check_finite(tensors, step, folder):
-    """Refuse {name: tensor} after `step` steps if one is not finite, before it is kept. A collective."""
+    """Raise ValueError if one of {name: tensor} after `step` steps is not finite. A collective."""
     if name := not_finite(tensors):
         raise ValueError(f"after step {step - 1}: {name.replace('|', ', ')} is not finite (NaN or infinity): "
                          f"nothing of it was saved. {newest_name(folder)}; lower --learning-rate")
 
 
-def look(folder, names):
-    """{name: (bytes, SHA-256)} of the files as they are on disk, (why it cannot be read, None) of one. A collective: the ranks share the reading."""
+def read_back(folder, names):
+    """{name: (bytes, SHA-256)} of the files on disk, or {name: (reason, None)} of one that cannot be read.
+
+    A collective: the ranks share the reading.
+    """
     def one(path):
         try:
             return path.stat().st_size, sha256(path)
         except OSError as error:
             return error.strerror, None
-    seen = {name: one(folder / name) for name in part_of(names)}
-    return {name: seen for part in distributed.gather_objects(seen) for name, seen in part.items()}
+    own = {name: one(folder / name) for name in part_of(names)}
+    return {name: found for part in distributed.gather_objects(own) for name, found in part.items()}
 
 
 def part_of(names):
-    """This rank's share of a list of files: about those that it wrote."""
+    """This rank's share of a list of files, which are about those that it wrote."""
     rank, ranks = distributed.rank(), distributed.num_ranks()
     return names[rank * len(names) // ranks:(rank + 1) * len(names) // ranks]
 
 
 def check_room(folder, needed):
-    """Refuse to begin what the disk has no room for."""
-    there = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
-    free = shutil.disk_usage(there).free
+    """Raise ValueError if the disk has no room for `needed` bytes."""
+    path = Path(folder).absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
-        begun = (Path(folder).parent / "config.json").exists() or published(folder)
+        begun = (path.parent / "config.json").exists() or saved_states(folder)
         way = "--resume" if begun else "give the same command again"
         raise ValueError(f"{folder}: a state needs {needed:,} bytes and {free:,} are free. "
                          f"{newest_name(folder)}; make room and {way}")
 
 
 def remove_unmarked(folder):
-    """Remove a scratch folder that holds nothing but an empty mark, or not even that."""
+    """Remove a scratch folder that is empty or holds only an empty mark."""
     if folder.is_symlink() or not folder.is_dir():
         return
     inside = [*folder.iterdir()]
@@ -153,7 +174,7 @@ def remove_unmarked(folder):
 
 
 def publish(made, folder):
-    """Give a finished folder its name, on disk before it is seen. Whatever has that name is refused."""
+    """Fsync a finished folder, then give it its name. ValueError if the name is taken."""
     for path in (*made.rglob("*"), made):
         sync(path)
     publish_folder(made, folder)
@@ -163,7 +184,8 @@ def publish(made, folder):
 def replace_folder(made, folder):
     """Publish a finished model folder under its name.
 
-    An older version of it goes into a scratch folder, and with that; anything else in the way is refused."""
+    An older version is removed, by way of a scratch folder. ValueError if anything else has the name.
+    """
     if os.path.lexists(folder) and not is_older(folder, made):
         raise ValueError(f"{folder} is in the way: not what this run wrote before; move it elsewhere")
     with ExitStack() as held:
@@ -175,7 +197,8 @@ def replace_folder(made, folder):
 def is_older(folder, made):
     """Whether a folder is an older version of the model folder `made`, or empty.
 
-    It has no other files than that, no links, and weights of the same size."""
+    An older version has no files that `made` has not, no links, and weights of the same size.
+    """
     sizes = {str(path.relative_to(made)): path.stat().st_size for path in made.rglob("*") if path.is_file()}
     weights = [name for name in sizes if name.endswith(".safetensors") and (folder / name).is_file()]
     same_sizes = all((folder / name).stat().st_size == sizes[name] for name in weights)
@@ -183,7 +206,7 @@ def is_older(folder, made):
 
 
 def others_in(folder, names):
-    """What lies in a folder beside the files of these names: paths, links and other folders among them."""
+    """The paths in a folder that are not files of these names, links and other folders included."""
     known = {*names, *(str(part) for name in names for part in Path(name).parents)}
     if not folder.is_dir() or folder.is_symlink():
         return [folder] if os.path.lexists(folder) else []
@@ -192,16 +215,16 @@ def others_in(folder, names):
 
 
 def sync(path):
-    """A file, or a folder's list of names, is on disk when this returns."""
-    number = os.open(path, os.O_RDONLY)
+    """Fsync a file, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def is_state(folder):
-    """Whether a folder is a state that save_state wrote, whole or damaged: its manifest names its files."""
+    """Whether save_state wrote this folder, be it whole or damaged: its manifest names all its files."""
     try:
         known = {"manifest.json", *read_manifest(folder)["files"]}
         return not folder.is_symlink() and {path.name for path in folder.iterdir()} <= known
@@ -210,51 +233,58 @@ def is_state(folder):
 
 
 def left_over(folder):
-    """The states of ours that a new one makes needless: all but the newest two, and damaged ones."""
-    whole, damaged = published(folder), folder.glob("step-*.damaged*")
-    return [path for path in whole if is_state(path)][:-2] + [path for path in damaged if is_state(path)]
+    """The states that may be removed: all but the newest two, and those set aside as damaged."""
+    whole = [path for path in saved_states(folder) if is_state(path)]
+    damaged = [path for path in folder.glob("step-*.damaged*") if is_state(path)]
+    return whole[:-2] + damaged
 
 
-# ---- in ----------------------------------------------------------------------------------------------------------------------------
+# ---- resuming ----------------------------------------------------------------------------------------------
 
-def published(folder):
-    """The states in a run's state/ folder, oldest first. A link or a file of such a name is none."""
+def saved_states(folder):
+    """The folders step-N in a run's state/ folder, oldest first, without links and files of such a name."""
     found = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=step_of)
 
 
 def step_of(state):
+    """N of a folder step-N."""
     return int(state.name.removeprefix("step-"))
 
 
 def newest_name(folder):
-    names = [path.name for path in published(folder)]
+    """A sentence for messages that names the newest state."""
+    names = [path.name for path in saved_states(folder)]
     return f"The last saved state is {names[-1]}" if names else "No state was saved before"
 
 
 def newest_state(folder):
-    """The newest whole state in a run's state/ folder, or None if there never was one. A damaged one is named and set aside. A collective."""
+    """The newest whole state in a run's state/ folder, or None if it has no states. A collective.
+
+    A damaged state is reported and renamed step-N.damaged. ValueError if all states are damaged.
+    """
     faults = {}
 
     def set_aside():
         for path, fault in faults.items():
             names = [path.name + ".damaged", *(f"{path.name}.damaged-{i}" for i in range(1, 1000))]
             aside = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
-            print(f"{path} is damaged ({fault}); going on from the state before it", file=sys.stderr)
+            print(f"{path} is damaged ({fault}); resuming from the state before it", file=sys.stderr)
             path.rename(aside)
 
-    for path in distributed.from_main(lambda: published(folder)[::-1]):
+    for path in distributed.from_main(lambda: saved_states(folder)[::-1]):
         fault = damage(path)
         if not fault:
             distributed.from_main(set_aside)
             return path
         faults[path] = fault
     if faults:
-        raise ValueError(f"{folder}: no state is whole ({'; '.join(f'{path.name}: {fault}' for path, fault in faults.items())}); start anew with another --out")
+        listed = "; ".join(f"{path.name}: {fault}" for path, fault in faults.items())
+        raise ValueError(f"{folder}: no state is whole ({listed}); start anew with another --out")
 
 
 def read_manifest(path):
-    """{"step", "files": {name: [bytes, SHA-256]}} of a state's folder. ValueError where there is none."""
+    """{"step": N, "files": {name: [bytes, SHA-256]}} of a state's folder. ValueError if it has none."""
     manifest = read_json(path / "manifest.json")
     step, files = manifest.get("step"), manifest.get("files")
     right = type(step) is int and isinstance(files, dict) and all(
@@ -265,36 +295,40 @@ def read_manifest(path):
 
 
 def damage(path):
-    """What is wrong with a published state, in words, or None. A collective.
+    """What is wrong with a saved state, in words, or None. A collective.
 
-    One whose tensors are not finite (an older version saved such) is damaged, too."""
+    A state with tensors that are not finite, which an older version could save, counts as damaged.
+    """
     def listed():
         try:
             manifest = read_manifest(path)
-            there = {file.name for file in path.iterdir()} - {"manifest.json"}
+            names = {file.name for file in path.iterdir()} - {"manifest.json"}
             if links := [file.name for file in path.iterdir() if file.is_symlink()]:
                 return f"{links[0]} is a link"
         except (OSError, ValueError) as error:
             return f"manifest.json cannot be read: {error}"
-        if there == set(manifest["files"]) and manifest["step"] == step_of(path):
+        if names == set(manifest["files"]) and manifest["step"] == step_of(path):
             return {name: (size, digest) for name, (size, digest) in sorted(manifest["files"].items())}
-        other = " ".join(sorted(there ^ set(manifest["files"]))) or "another step"
-        return f"manifest.json does not list what is there: {other}"
+        other = " ".join(sorted(names ^ set(manifest["files"]))) or "another step"
+        return f"manifest.json and the folder differ: {other}"
 
     files = distributed.from_main(listed)
     if isinstance(files, str):
         return files
-    for name, (size, digest) in look(path, list(files)).items():
-        if size != files[name][0]:
-            return f"{name} has {size:,} bytes instead of {files[name][0]:,}" if digest else f"{name} cannot be read: {size}"
-        if digest != files[name][1]:
+    for name, (size, digest) in read_back(path, list(files)).items():
+        expected = files[name]
+        if not digest:
+            return f"{name} cannot be read: {size}"
+        if size != expected[0]:
+            return f"{name} has {size:,} bytes instead of {expected[0]:,}"
+        if digest != expected[1]:
             return f"{name} has another SHA-256 than when it was written"
-    mine = [fault for name in part_of(list(files)) for fault in spoiled(path / name)]
-    return min(sum(distributed.gather_objects(mine), []), default=None)
+    own = [fault for name in part_of(list(files)) for fault in faults_in(path / name)]
+    return min(sum(distributed.gather_objects(own), []), default=None)
 
 
-def spoiled(file):
-    """What is wrong with the tensors of a state's file, in words."""
+def faults_in(file):
+    """A list of what is wrong with the tensors of a state's file, in words."""
     try:
         with safe_open(file, "pt") as tensors:
             return [f"{name} is not finite" for name in tensors.keys() for t in [tensors.get_tensor(name)]
@@ -304,15 +338,19 @@ def spoiled(file):
 
 
 def load_state(path, model, optimizer):
-    """Load a published state in place, before the first step, at any number of ranks. Returns the step to go on from."""
+    """Load a saved state in place, before the first step, at any number of ranks. Returns its step.
+
+    ValueError if it is not a state of this model.
+    """
     for p in model.parameters():
         step = torch.tensor(float(step_of(path)), device=p.device)
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    dcp = distributed_checkpoint()
     try:
         with warnings.catch_warnings(action="ignore"):
             dcp.load(state_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(path),
                      no_dist=distributed.num_ranks() == 1)
-    except CheckpointException as error:
+    except dcp.api.CheckpointException as error:
         cause = " ".join(str(next(iter(error.failures.values()))[0]).split())
         raise ValueError(f"{path}: not a state of this model ({cause[:300]}); start anew") from None
     return step_of(path)

@@ -1,7 +1,8 @@
-"""Ranks: the process group, FSDP2 sharding, sums over ranks. torch's own `fully_shard` does the work.
+"""Ranks: the process group, FSDP2 sharding by torch's `fully_shard`, sums over ranks, signals, exit codes.
 
-One process (plain `python`, or torchrun with one rank) needs no process group: every function here is then the identity.
-With one rank `shard` leaves the model alone, because FSDP2's bookkeeping costs more than half a step at toy size.
+One process (plain `python`, or torchrun with one rank) needs no process group: sums and gathers are then the
+identity. With one rank `shard` leaves the model alone, because FSDP2's bookkeeping costs more than half a
+step at toy size.
 """
 
 import argparse
@@ -18,23 +19,25 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, Shard
 
 from . import linear
 from .command import OUR_FAULT, number, one_line
 
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}        # by device; with --cpu-offload gradients are normed on the CPU
+# With --cpu-offload the gradient norm is computed on the CPU, so a GPU run needs gloo too.
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 def setup(timeout=1800):
     """Start the process group if torchrun started more than one rank. Returns the device of this rank.
 
-    timeout: seconds that a rank waits in a collective for the others, before it takes them for dead and the run goes down."""
+    timeout: seconds that a rank waits in a collective before it takes the other ranks for dead and the run
+    ends. ValueError if torchrun's environment variables are incomplete or wrong.
+    """
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
     if 0 < len(missing) < 3:
-        raise ValueError(f"the environment has some of torchrun's variables but not {' '.join(missing)}; start with torchrun, or unset them")
+        raise ValueError(f"the environment has some of torchrun's variables but not {' '.join(missing)}; "
+                         "start with torchrun, or unset them")
     cuda = torch.cuda.is_available()
     ranks = from_environment("WORLD_SIZE", 1, "[1, 1000000]")
     rank = from_environment("RANK", 0, f"[0, {ranks - 1}]")
@@ -47,21 +50,22 @@ def setup(timeout=1800):
         limit = timedelta(seconds=timeout)
         try:
             store, rank, ranks = next(rendezvous("env://", timeout=limit))
-            # torchrun (2.13) keeps one store over restarts, with the dead ranks' addresses in it
+            # torchrun (2.13) keeps one store over restarts, and the dead ranks' addresses are in it.
             own = dist.PrefixStore(f"restart {restart_count()}", store)
             backend = BACKENDS["cuda" if cuda else "cpu"]
             dist.init_process_group(backend, store=own, rank=rank, world_size=ranks, timeout=limit)
         except dist.DistNetworkError as error:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise ValueError(f"rank {rank} of {ranks}: no way to the others over MASTER_ADDR:MASTER_PORT "
-                             f"{place} ({str(error).splitlines()[0]}); start with torchrun") from None
+            raise ValueError(f"rank {rank} of {ranks}: no connection to the other ranks at MASTER_ADDR:"
+                             f"MASTER_PORT {place} ({str(error).splitlines()[0]}); start with "
+                             "torchrun") from None
         if not cuda:
             linear.choose(from_main(linear.chosen))         # so that all ranks round alike
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 
 def from_environment(name, default, interval):
-    """A whole number of torchrun's environment. ValueError names the variable, its value and its range."""
+    """A whole number from one of torchrun's environment variables. ValueError names it and its range."""
     if name not in os.environ and default is not None:
         return default
     try:
@@ -77,13 +81,15 @@ def close():
 
 
 def launch(command, timeout=1800):
-    """Run command(device) as a program does: start the ranks, leave the group, say what went wrong and end with a code that tells it.
+    """Set up this rank, run command(device), leave the group and end the process with an exit code.
 
-    2: a user's mistake or a full disk, one line on standard error. 143, 130: stopped by SIGTERM, SIGINT where it can go on from (Stopped).
-    Anything else is ours: its traceback, which torchrun repeats for the rank that failed first. Under torchrun any of them is a failure:
-    it stops the other ranks, and with --max-restarts starts all of them again."""
+    2: a user's mistake or a full disk, with one line on standard error. 143, 130: stopped by SIGTERM, SIGINT
+    at a place from which it can resume (Stopped). Any other exception is a fault of this program: its
+    traceback is shown, and torchrun repeats that of the rank that failed first. torchrun takes every code but
+    0 for a failure: it stops the other ranks, and with --max-restarts starts all of them again.
+    """
     @record
-    def run():
+    def program():
         try:
             command(setup(timeout))
         except Stopped as stopped:
@@ -91,22 +97,26 @@ def launch(command, timeout=1800):
                 print(stopped, file=sys.stderr)
             leave(128 + stopped.number)
         except (ValueError, OSError) as error:
-            if not is_main():           # nearly always rank 0 says the same, and torchrun then ends this one in its sleep
+            if not is_main():
+                # Rank 0 nearly always reports the same error, and torchrun then ends this rank in its sleep.
                 time.sleep(2)
             print(f"error{'' if is_main() else f' on rank {rank()}'}: {one_line(error)}", file=sys.stderr)
-            leave(2, group=False)           # the other ranks may still wait in a collective of the group
+            leave(2, group=False)           # other ranks may still wait in a collective of the group
         except Exception:
             first = f"rank {rank()} failed; if no other did so before it, " if num_ranks() > 1 else ""
             print(f"error: {first}{OUR_FAULT}", file=sys.stderr)
             raise
         leave(0)
-    run()
+    program()
 
 
 def leave(code, group=True):
-    """End with this exit code (one process with code 0: return). group: leave the process group first, which
-    waits for the others. One of several ranks ends without Python's own clearing up: gloo's
-    threads were seen to abort a rank in it (exit code -6), after all its work and after a refusal alike."""
+    """End the process with this exit code; a single process with code 0 returns instead.
+
+    group: leave the process group first, which waits for the other ranks. One of several ranks ends without
+    Python's cleanup, in which gloo's threads were seen to abort a rank (exit code -6), after all its work as
+    well as after a refusal.
+    """
     several = num_ranks() > 1
     if group:
         close()
@@ -119,12 +129,12 @@ def leave(code, group=True):
 
 
 def restart_count():
-    """How often torchrun --max-restarts has started this very command again, after a rank of it had failed."""
+    """How often torchrun --max-restarts has restarted this command after a rank failed."""
     return from_environment("TORCHELASTIC_RESTART_COUNT", 0, "[0, 1000000000]")
 
 
 class Stopped(Exception):
-    """A signal ended the run, on all ranks at the same place. number: the signal's."""
+    """A signal ended the run, on all ranks at the same place. number: the signal's number."""
 
     def __init__(self, message, number):
         super().__init__(message)
@@ -132,13 +142,17 @@ class Stopped(Exception):
 
 
 class Signals:
-    """SIGTERM and SIGINT inside a `with`: remembered, to be acted on where all ranks can do it together. A second SIGINT ends the process at once."""
+    """Remembers SIGTERM and SIGINT inside a `with`, so that all ranks can act on them at the same place.
+
+    A second SIGINT ends the process at once.
+    """
 
     def __init__(self):
-        self.received = 0                                       # the signal's number
+        self.received = 0           # the signal's number
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self.before = {number: signal.signal(number, self.remember) for number in numbers}
         return self
 
     def __exit__(self, *error):
@@ -148,7 +162,8 @@ class Signals:
     def remember(self, number, frame):
         self.received = int(number)
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)        # the kernel's, which also ends a process that waits inside a collective
+            # The kernel's handler also ends a process that waits inside a collective.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         if is_main():
             os.write(2, f"\n{signal.Signals(number).name}: finishing the step, then saving\n".encode())
 
@@ -157,7 +172,7 @@ class Signals:
         return bool(sum_over_ranks(torch.tensor(float(self.received), device=device)).item())
 
     def agreed(self):
-        """The number of the signal that some rank got. A collective."""
+        """The largest number of a signal that a rank received, 0 if none did. A collective."""
         return max(gather_objects(self.received))
 
 
@@ -174,7 +189,7 @@ def is_main():
 
 
 def say(text, paths=()):
-    """One line on standard error, of rank 0. paths: the files that it is about."""
+    """Print one line on standard error, on rank 0 only. paths: the files that the line is about."""
     if is_main():
         about = f"{' '.join(map(str, paths))}: " if paths else ""
         print(one_line(about + text), file=sys.stderr)
@@ -186,26 +201,42 @@ def barrier():
 
 
 def make_mesh(replicate=1, device_type=None):
-    """The ranks as a DeviceMesh: one line, or (replicate, shard) where there are several copies of the model (HSDP)."""
+    """The ranks as a DeviceMesh: (shard,), or (replicate, shard) for several copies of the model (HSDP)."""
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not dist.is_initialized():                                                        # one process with --cpu-offload
+    if not dist.is_initialized():               # one process with --cpu-offload
         dist.init_process_group(BACKENDS[device_type], store=dist.HashStore(), rank=0, world_size=1)
     if replicate == 1:
         return init_device_mesh(device_type, (num_ranks(),), mesh_dim_names=("shard",))
-    return init_device_mesh(device_type, (replicate, num_ranks() // replicate), mesh_dim_names=("replicate", "shard"))
+    shape = (replicate, num_ranks() // replicate)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def is_sharded(thing):
+    """Whether a model or a tensor is in shards.
+
+    FSDP and DTensor take 0.7 s to import (sympy is among what they import), so that they are imported only
+    where something is sharded."""
+    kinds = {"torch.distributed.fsdp": "FSDPModule", "torch.distributed.tensor": "DTensor"}
+    return any(isinstance(thing, getattr(sys.modules[name], kind))
+               for name, kind in kinds.items() if name in sys.modules)
 
 
 def shard(model, dtype=torch.float32, replicate=1, cpu_offload=False, mesh=None):
-    """Shard parameters, gradients and optimizer state over the ranks: every decoder block, then the rest, in place.
+    """Shard parameters, gradients and optimizer state over the ranks, in place: each block, then the rest.
 
-    fp32 masters; `dtype` is the compute dtype of the gathered weights; gradients are reduced in fp32. A sharded model is left alone.
-    replicate: so many copies, each sharded over its part of the ranks. cpu_offload: the shards stay in the CPU's memory, where the model must be.
+    Master weights are fp32, `dtype` is the compute dtype of the gathered weights, and gradients are reduced
+    in fp32. A model that is sharded already is left alone. replicate: the number of copies, each sharded over
+    its part of the ranks. cpu_offload: the shards stay in the CPU's memory, where the model must be.
     """
-    if (num_ranks() == 1 and not cpu_offload and not mesh) or isinstance(model, FSDPModule):
+    if (num_ranks() == 1 and not cpu_offload and not mesh) or is_sharded(model):
         return model
-    how = {"mesh": mesh or make_mesh(replicate), "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
-           "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)       # cos and sin stay fp32
-           if dtype != torch.float32 else MixedPrecisionPolicy()}
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    precision = MixedPrecisionPolicy()
+    if dtype != torch.float32:
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                         cast_forward_inputs=False)         # cos and sin stay fp32
+    how = {"mesh": mesh or make_mesh(replicate), "mp_policy": precision,
+           "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy()}
     for block in model.model.layers:
         fully_shard(block, **how)
     fully_shard(model, **how)
@@ -213,30 +244,33 @@ def shard(model, dtype=torch.float32, replicate=1, cpu_offload=False, mesh=None)
 
 
 def own_rows(tensor):
-    """(what this rank holds of a parameter, which rows of the whole these are); all of a plain tensor."""
-    if not isinstance(tensor, DTensor):
+    """(this rank's part of a parameter, the slice of its rows); a plain tensor with all its rows."""
+    if not is_sharded(tensor):
         return tensor, slice(0, len(tensor))
-    assert tensor.placements[-1] == Shard(0) and all(p.is_replicate() for p in tensor.placements[:-1]), tensor.placements
-    mesh, last = tensor.device_mesh, tensor.device_mesh.ndim - 1
-    local, part, parts = tensor.to_local(), mesh.get_local_rank(last), mesh.size(last)
-    num_rows = ceil(len(tensor) / parts)                                                 # cut as torch.chunk does: the last ranks may have less
-    start, end = min(part * num_rows, len(tensor)), min((part + 1) * num_rows, len(tensor))
+    placements = tensor.placements
+    assert placements[-1].is_shard(0) and all(p.is_replicate() for p in placements[:-1]), placements
+    mesh = tensor.device_mesh
+    part, parts = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+    local = tensor.to_local()
+    num_rows = ceil(len(tensor) / parts)        # cut as by torch.chunk: the last ranks may have fewer
+    start = min(part * num_rows, len(tensor))
+    end = min((part + 1) * num_rows, len(tensor))
     assert len(local) == end - start, (local.shape, start, end)
     return local, slice(start, end)
 
 
 def full(tensor):
-    """The whole tensor of a shard (a collective: every rank must call it); a plain tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The whole tensor of a sharded one; a plain tensor as it is. A collective: every rank must call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def full_state(model):
-    """{name: whole tensor on the CPU} of a sharded or plain model. A collective; every rank holds the result."""
+    """{name: whole tensor on the CPU} of a sharded or plain model, on every rank. A collective."""
     return {name: full(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
 
 
 def blame(model):
-    """"; its parameter NAME holds values that are not finite", of the first that does; "" if none does."""
+    """The end of a message that names the first parameter with values that are not finite; "" if none has."""
     for name, parameter in model.named_parameters():
         if not own_rows(parameter.detach())[0].isfinite().all():
             return f"; its parameter {name} holds values that are not finite: copy or train it again"
@@ -244,28 +278,36 @@ def blame(model):
 
 
 def fingerprint(model):
-    """A short text that no other architecture and no other weights have: of each tensor's name, shape, type and the sum of its bits, the same at
-    any number of ranks. Quick, where the weights are; it is to tell mistakes, not forgeries. A collective."""
+    """A hash of each tensor's name, shape, dtype and sum of bits. A collective.
+
+    It is the same at any number of ranks, and quick, as it is computed where the weights are. It is meant to
+    detect mistakes, not forgeries.
+    """
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-    about, sums = [], []
+    about, sums, copies = [], [], []        # copies: how many ranks hold the same rows
     for name, tensor in model.state_dict().items():
-        sharded = isinstance(tensor, DTensor)
-        copies = prod(n for n, p in zip(tensor.device_mesh.shape, tensor.placements) if p.is_replicate()) if sharded else num_ranks()
-        about.append([name, list(tensor.shape), str(tensor.dtype), copies])
-        sums.append((tensor.to_local() if sharded else tensor).view(bits[tensor.itemsize]).sum(dtype=torch.int64).item())
-    totals = [sum(column) // row.pop() for column, row in zip(zip(*gather_objects(sums)), about)]
+        sharded = is_sharded(tensor)
+        if sharded:
+            places = zip(tensor.device_mesh.shape, tensor.placements)
+            copies.append(prod(size for size, placement in places if placement.is_replicate()))
+        else:
+            copies.append(num_ranks())
+        about.append([name, list(tensor.shape), str(tensor.dtype)])
+        local = tensor.to_local() if sharded else tensor
+        sums.append(local.view(bits[tensor.itemsize]).sum(dtype=torch.int64).item())
+    totals = [sum(column) // count for column, count in zip(zip(*gather_objects(sums)), copies)]
     return hashlib.sha256(json.dumps([about, totals]).encode()).hexdigest()
 
 
 def sum_over_ranks(tensor):
-    """In-place sum of a tensor over all ranks; returns it."""
+    """Sum a tensor over all ranks in place; returns it. A collective."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def gather_objects(items):
-    """[items of rank 0, items of rank 1, ...] on every rank; picklable Python objects made by ourselves."""
+    """[items of rank 0, items of rank 1, ...] on every rank; picklable objects of our own. A collective."""
     if not dist.is_initialized():
         return [items]
     gathered = [None] * num_ranks()
@@ -274,7 +316,10 @@ def gather_objects(items):
 
 
 def from_main(make):
-    """Call `make` on rank 0 only and give its result to all. A ValueError or OSError there is raised on every rank."""
+    """Call `make` on rank 0 only and return its result on every rank. A collective.
+
+    A ValueError or OSError of `make` is raised on every rank.
+    """
     box = [None]
     if is_main():
         try:

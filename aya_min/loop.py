@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -128,7 +127,7 @@ def reduced(metrics, slots):
 
 def autocast(model, settings, device):
     """The context in which a model computes in --dtype. FSDP casts a sharded model by itself."""
-    enabled = settings.dtype == "bfloat16" and not isinstance(model, FSDPModule)
+    enabled = settings.dtype == "bfloat16" and not distributed.is_sharded(model)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
@@ -255,7 +254,7 @@ def gradients(model, micro_batches, loss_fn, count, settings, stop, device):
     signal on any rank)."""
     ranks, losses, total = distributed.num_ranks(), [], {}
     for i, batch in enumerate(micro_batches):
-        if isinstance(model, FSDPModule):
+        if distributed.is_sharded(model):
             # Every micro-batch's gradients are reduced to shards at once, because whole ones may not fit in
             # memory. HSDP's copies exchange theirs only after the last micro-batch.
             model.set_requires_all_reduce(i == len(micro_batches) - 1)

@@ -80,7 +80,7 @@ def _clear(folder):
     A folder that holds anything else is refused, and stays."""
     if folder.parent.is_symlink() or folder.is_symlink():
         raise ValueError(f"{folder}: a link; a run's own folders are not reached by links, remove it")
-    if checkpoint.published(folder / "state") and not (folder / "model").exists():
+    if checkpoint.saved_states(folder / "state") and not (folder / "model").exists():
         return True
     if folder.exists():
         names = {path.name for path in folder.iterdir()} - OWN
@@ -94,7 +94,7 @@ def _clear(folder):
 
 def _drop_states(folder):
     """Remove the states of a whole step, which is never resumed: three times the model's size."""
-    for state in checkpoint.published(folder):
+    for state in checkpoint.saved_states(folder):
         shutil.rmtree(state)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

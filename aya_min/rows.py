@@ -112,8 +112,8 @@ def trained(found, key, where):
     """
     weight, train = found.get("weight"), found.get("train")
     if weight is not None and (type(weight) not in (int, float) or weight not in (0, 1)):
-        raise ValueError(f"{where}: {key}weight must be 0 or 1, got {shortened(weight)}; loss "
-                         "weights between are not supported")
+        raise ValueError(f"{where}: {key}weight must be 0 or 1, got {shortened(weight)}; other "
+                         "loss weights are not supported")
     if train is not None and type(train) is not bool:
         raise ValueError(f"{where}: {key}train must be true or false, got {shortened(train)}")
     said = {bool(value) for value in (weight, train) if value is not None}

@@ -3,9 +3,9 @@
 An expression is rewritten in Python's syntax, parsed by `ast`, and built of the operations below. Anything
 else is refused when it is executed.
 
-The text of a turn is a `Said`, which may only be stripped, joined, printed and compared with the empty text.
-A template that reads its letters could treat some texts differently from others, and the few conversations
-that we try (template_turns.PROBES) would not show it.
+The text of a turn is a `Said`, which may only be stripped, joined, printed and asked whether it is empty. A
+template that reads its letters could treat some texts differently from others, and the few conversations that
+we try (template_turns.PROBES) would not show it.
 """
 
 import ast

@@ -140,7 +140,7 @@ def within(text, start="", end=""):
 
 
 def around(word, text):
-    """(before, after) a word in a text. ValueError if the text does not contain it exactly once."""
+    """(before, after): the parts of a text around a word, which it must contain exactly once (ValueError)."""
     before, found, after = text.partition(word)
     if not found or word in after:
         raise unknown(f"it writes {text!r:.80}, which does not hold the turn's text ({word}) once")

@@ -137,7 +137,8 @@ def drop_tied_head(header):
 
 def first_of(words, between, most=20):
     """The first words and the number of those left out, for one line on standard error."""
-    return between.join(words[:most]) + (f"{between}and {len(words) - most} more" if len(words) > most else "")
+    more = f"{between}and {len(words) - most} more" if len(words) > most else ""
+    return between.join(words[:most]) + more
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -213,8 +214,8 @@ def seal(folder, files):
 
 
 def file_header(specs):
-    """The first bytes of a safetensors file: the length of its JSON (u64, little-endian), then the JSON, padded
-    with spaces to 8 bytes. The tensors follow without gaps.
+    """The first bytes of a safetensors file: the length of its JSON (u64, little-endian), then the JSON,
+    padded with spaces to 8 bytes. The tensors follow without gaps.
 
     It is written here because safetensors.torch.save_file takes all tensors of a file at once, in memory.
     """

@@ -151,7 +151,7 @@ def state_of(run_folder, step=None):
     """{name: whole tensor} of a run's saved state, the newest unless a step is given, put together from the
     ranks' files without the code under test."""
     states, pieces = run_folder / "state", {}
-    folder = checkpoint.published(states)[-1] if step is None else states / f"step-{step}"
+    folder = checkpoint.saved_states(states)[-1] if step is None else states / f"step-{step}"
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             places = json.loads(file.metadata()["DCP_SHARDING_INFO"])

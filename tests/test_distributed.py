@@ -5,8 +5,19 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import (STAGES, TORCHRUN, VARIANTS, assert_close, language_model, logged, on_these_ranks, program, run,
-                   state_of, write_world)
+from small import (
+    STAGES,
+    TORCHRUN,
+    VARIANTS,
+    assert_close,
+    language_model,
+    logged,
+    on_these_ranks,
+    program,
+    run,
+    state_of,
+    write_world,
+)
 
 from aya_min import distributed
 
@@ -29,14 +40,21 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_and_two(folder):
-    return [json.loads((folder / name / "results.json").read_text(encoding="utf-8")) for name in ("one", "two")]
+    return [
+        json.loads((folder / name / "results.json").read_text(encoding="utf-8")) for name in ("one", "two")
+    ]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_log_the_losses_norms_and_metrics_of_one(stage, folder):
     """The global batch of 8 is cut 4 + 4 over the ranks, and there in micro-batches of 2, with very different numbers of supervised tokens."""
     one, two = logged(folder / "one" / stage), logged(folder / "two" / stage)
-    for row in (one[0], two[0], one[1], two[1]):        # before the first step chosen = rejected, and rounding decides who is ahead
+    for row in (
+        one[0],
+        two[0],
+        one[1],
+        two[1],
+    ):  # before the first step chosen = rejected, and rounding decides who is ahead
         for key in [key for key in row if "rewards/accuracies" in key]:
             del row[key]
     assert_close(one, two, rtol=2e-4, atol=2e-5)
@@ -45,9 +63,17 @@ def test_two_ranks_log_the_losses_norms_and_metrics_of_one(stage, folder):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_so_they_do_with_recomputed_activations_an_untied_head_and_bfloat16(variant, folder):
     one, two = logged(folder / "one" / variant), logged(folder / "two" / variant)
-    rough = variant.endswith("bfloat16")                # 8 bits: kl, margins and accuracies start from rounding alone
+    rough = variant.endswith("bfloat16")  # 8 bits: kl, margins and accuracies start from rounding alone
     for rows in (one, two):
-        rows[:] = [{k: v for k, v in row.items() if not rough or k in ("loss", "grad_norm", "lr", "tokens", "step", "lm_loss", "logps/chosen", "entropy")} for row in rows]
+        rows[:] = [
+            {
+                k: v
+                for k, v in row.items()
+                if not rough
+                or k in ("loss", "grad_norm", "lr", "tokens", "step", "lm_loss", "logps/chosen", "entropy")
+            }
+            for row in rows
+        ]
         for row in rows if variant == "rloo-bfloat16" else []:
             del row["loss"]                             # near 0, a difference of large numbers
     assert_close(one, two, rtol=0.05 if rough else 2e-4, atol=2e-5)
@@ -68,14 +94,22 @@ def test_a_folder_loaded_sharded_is_whole_and_each_rank_reads_its_rows_only(what
     num_new = 32 + 2 if what == "trunk" else 0
     for loaded in (one, two):
         assert loaded["differ"] == [] and loaded["not finite"] == []
-        assert sum(held for held, _ in loaded["held and read"]) == loaded["all"] == sum(read for _, read in loaded["held and read"]) + num_new
-    assert len(two["held and read"]) == 2 and all(0.48 < held / two["all"] < 0.52 for held, _ in two["held and read"])
+        assert (
+            sum(held for held, _ in loaded["held and read"])
+            == loaded["all"]
+            == sum(read for _, read in loaded["held and read"]) + num_new
+        )
+    assert len(two["held and read"]) == 2 and all(
+        0.48 < held / two["all"] < 0.52 for held, _ in two["held and read"]
+    )
 
 
 def test_training_from_a_folder_loaded_sharded_is_training_from_the_same_plain_model(folder):
     one, two = logged(folder / "one" / "sft"), logged(folder / "two" / "sft-loaded")
     assert_close(one, two, rtol=2e-4, atol=2e-5)
-    one, two = (load_file(folder / name / "model" / "model.safetensors") for name in ("one/sft", "two/sft-loaded"))
+    one, two = (
+        load_file(folder / name / "model" / "model.safetensors") for name in ("one/sft", "two/sft-loaded")
+    )
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=lambda m: f"{name}: {m}")
 
@@ -85,23 +119,33 @@ def test_a_run_stopped_at_one_rank_then_at_two_then_ended_at_one_is_a_run_never_
     whole, resumed = (state_of(folder / name) for name in ("whole", "resumed"))
     assert whole.keys() == resumed.keys()
     for name in whole:
-        torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=1e-5, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            resumed[name], whole[name], rtol=0, atol=1e-5, msg=lambda m: f"{name}: {m}"
+        )
 
 
 def test_the_state_on_disk_is_the_same_tensors_at_any_number_of_ranks_and_each_rank_writes_its_half(folder):
     one, two = (state_of(folder / name / "sft") for name in ("one", "two"))
     assert {name: t.shape for name, t in one.items()} == {name: t.shape for name, t in two.items()}
-    sizes = [path.stat().st_size for path in sorted((folder / "two" / "sft" / "state" / "step-3").glob("*.safetensors"))]
+    sizes = [
+        path.stat().st_size
+        for path in sorted((folder / "two" / "sft" / "state" / "step-3").glob("*.safetensors"))
+    ]
     assert len(sizes) == 2 and min(sizes) > 0.45 * sum(sizes)
 
 
-def test_reference_log_probs_of_a_sharded_model_are_those_of_a_plain_one_where_one_rank_has_more_batches(one_and_two):
+def test_reference_log_probs_of_a_sharded_model_are_those_of_a_plain_one_where_one_rank_has_more_batches(
+    one_and_two,
+):
     one, two = (result["logps"] for result in one_and_two)
     assert len(one) == 5 and two == pytest.approx(one, rel=1e-5)
 
 
 def test_answers_do_not_depend_on_the_number_of_ranks(one_and_two):
-    one, two = ([[(a["ids"], a["completion"], a["finish_reason"]) for a in group] for group in results["answers"]] for results in one_and_two)
+    one, two = (
+        [[(a["ids"], a["completion"], a["finish_reason"]) for a in group] for group in results["answers"]]
+        for results in one_and_two
+    )
     assert one == two and len({str(group) for group in one}) == 9
     for first, second in zip(*(sum(results["answers"], []) for results in one_and_two)):
         assert first["logp"] == pytest.approx(second["logp"], rel=1e-5)
@@ -130,7 +174,9 @@ def test_an_error_of_the_main_rank_is_raised_on_all(one_and_two):
 
 
 @pytest.mark.parametrize("case, num_examples", [(0, 1), (1, 3)])
-def test_held_out_examples_that_do_not_divide_over_the_ranks_are_each_counted_once(case, num_examples, one_and_two):
+def test_held_out_examples_that_do_not_divide_over_the_ranks_are_each_counted_once(
+    case, num_examples, one_and_two
+):
     """A rank without an example used to fail, and the others to wait for it."""
     one, two = (results["few_held_out"][case] for results in one_and_two)
     assert len(one) == 1 + num_examples and two == pytest.approx(one, rel=1e-6)
@@ -155,8 +201,12 @@ def test_the_rotary_angles_of_a_sharded_model_in_bfloat16_stay_fp32():
     """FSDP cast what goes into a block to the compute dtype: cosines and sines were rounded to 8 bits."""
     seen = []
     try:
-        model = distributed.shard(language_model(), torch.bfloat16, mesh=distributed.make_mesh(device_type="cpu"))
-        model.model.layers[0].self_attn.register_forward_pre_hook(lambda module, args: seen.extend(each.dtype for each in args[:3]))
+        model = distributed.shard(
+            language_model(), torch.bfloat16, mesh=distributed.make_mesh(device_type="cpu")
+        )
+        model.model.layers[0].self_attn.register_forward_pre_hook(
+            lambda module, args: seen.extend(each.dtype for each in args[:3])
+        )
         model(torch.tensor([[1, 2, 3]]))
     finally:
         distributed.close()

@@ -34,17 +34,24 @@ def plain(world, tmp_path_factory):
 
 def same_steps(rows, others, tolerance):
     keys = ("step", "loss", "grad_norm", "tokens", "lr")
-    assert_close(*([{key: row[key] for key in keys} for row in each] for each in (rows, others)), rtol=tolerance, atol=1e-6)
+    assert_close(
+        *([{key: row[key] for key in keys} for row in each] for each in (rows, others)),
+        rtol=tolerance,
+        atol=1e-6
+    )
 
 
 # one step, however it is computed
+
 
 @pytest.mark.parametrize("stage, ranks, changes", [
     ("pretrain", 1, dict(micro_batch_size=1)), ("sft", 2, dict(replicate=2)),
     pytest.param("pretrain", 2, dict(micro_batch_size=2), marks=pytest.mark.long),
     pytest.param("sft", 4, dict(replicate=2, micro_batch_size=1), marks=pytest.mark.long),
     pytest.param("dpo", 4, dict(replicate=2, micro_batch_size=2), marks=pytest.mark.long)])
-def test_cutting_a_batch_over_micro_batches_ranks_and_copies_changes_neither_loss_nor_norm(stage, ranks, changes, world, plain, tmp_path):
+def test_cutting_a_batch_over_micro_batches_ranks_and_copies_changes_neither_loss_nor_norm(
+    stage, ranks, changes, world, plain, tmp_path
+):
     """Answers have 2 to 100 supervised tokens. For the other stages see test_loop.py and test_distributed.py."""
     if ranks > 1:
         on_ranks(ranks, lambda: run(stage, world, tmp_path / "run", max_steps=2, **changes) and None)
@@ -53,9 +60,13 @@ def test_cutting_a_batch_over_micro_batches_ranks_and_copies_changes_neither_los
     same_steps(plain(stage), logged(tmp_path / "run"), 1e-5)
 
 
-@pytest.mark.parametrize("changes", [dict(activation_checkpointing=2), dict(packing=True, activation_checkpointing=1)], ids=str)
+@pytest.mark.parametrize(
+    "changes", [dict(activation_checkpointing=2), dict(packing=True, activation_checkpointing=1)], ids=str
+)
 @pytest.mark.parametrize("stage", EVERY)
-def test_so_it_is_with_all_or_every_second_block_recomputed_and_without_the_padding(stage, changes, world, plain, tmp_path):
+def test_so_it_is_with_all_or_every_second_block_recomputed_and_without_the_padding(
+    stage, changes, world, plain, tmp_path
+):
     same_steps(plain(stage), logged(run(stage, world, tmp_path / "run", max_steps=2, **changes)), 1e-5)
 
 
@@ -72,14 +83,28 @@ def test_activation_checkpointing_n_recomputes_every_nth_block(every, recomputed
 @pytest.mark.long
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_blocks_have_the_loss_and_norm_of_eager_ones(world, tmp_path):
-    with inductor.patch(compile_threads=1):                                     # no pool of compilers for one small block
-        eager, compiled = (run("sft", world, tmp_path / str(on), max_steps=1, architecture=dict(num_hidden_layers=1), compile=on) for on in (False, True))
+    with inductor.patch(compile_threads=1):  # no pool of compilers for one small block
+        eager, compiled = (
+            run(
+                "sft",
+                world,
+                tmp_path / str(on),
+                max_steps=1,
+                architecture=dict(num_hidden_layers=1),
+                compile=on,
+            )
+            for on in (False, True)
+        )
     same_steps(logged(eager), logged(compiled), 1e-5)
 
 
 def test_nothing_is_dropped_out():
     for model in (language_model(), reward_model()):
-        assert not [name for name, module in model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+        assert not [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.modules.dropout._DropoutNd)
+        ]
 
 
 # what a step says of itself
@@ -95,9 +120,20 @@ def test_a_profiled_step_leaves_a_chrome_trace_and_a_table_of_ten_lines(world, t
     assert not (run("sft", world, tmp_path / "other", max_steps=1) / "profile.json").exists()
 
 
-@pytest.mark.parametrize("name, dtype, peak", [("NVIDIA H100 80GB HBM3", "bfloat16", 989e12), ("NVIDIA H100 PCIe", "bfloat16", 756e12), ("NVIDIA A100-SXM4-80GB", "bfloat16", 312e12),
-                                               ("NVIDIA H200", "bfloat16", 989e12), ("NVIDIA H100 80GB HBM3", "float32", None), ("Something new", "bfloat16", None)])
-def test_the_peak_is_that_of_the_cards_data_sheet_and_unknown_for_others_and_in_fp32(name, dtype, peak, monkeypatch):
+@pytest.mark.parametrize(
+    "name, dtype, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312e12),
+        ("NVIDIA H200", "bfloat16", 989e12),
+        ("NVIDIA H100 80GB HBM3", "float32", None),
+        ("Something new", "bfloat16", None),
+    ],
+)
+def test_the_peak_is_that_of_the_cards_data_sheet_and_unknown_for_others_and_in_fp32(
+    name, dtype, peak, monkeypatch
+):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert loop.peak_flops(torch.device("cuda"), dtype) == peak and loop.peak_flops(CPU, dtype) is None
 
@@ -105,6 +141,10 @@ def test_the_peak_is_that_of_the_cards_data_sheet_and_unknown_for_others_and_in_
 def test_mfu_is_the_operations_of_all_ranks_over_seconds_ranks_and_peak(world, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "peak_flops", lambda device, dtype: 1e9)
     monkeypatch.setattr(loop, "training_flops", lambda config, lengths, num_supervised: num_supervised)
-    row = json.loads((run("sft", world, tmp_path / "run", max_steps=1, micro_batch_size=2) / "metrics.jsonl").read_text(encoding="utf-8"))
+    row = json.loads(
+        (run("sft", world, tmp_path / "run", max_steps=1, micro_batch_size=2) / "metrics.jsonl").read_text(
+            encoding="utf-8"
+        )
+    )
     supervised = row["mfu"] * row["seconds"] * 1e9
     assert supervised == pytest.approx(round(supervised), rel=1e-5) and 8 * 2 <= supervised <= row["tokens"]

@@ -23,14 +23,29 @@ from aya_min.data import collate
 from aya_min.loop import train, training_flops
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights
 
-LARGE = dict(vocab_size=8000, hidden_size=256, intermediate_size=2048, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, logit_scale=1.0)
-SMALL = dict(vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
-CASES = {"plain": dict(), "recomputed": dict(activation_checkpointing=1, micro_batch_size=1)}         # this one in two micro-batches
+LARGE = dict(
+    vocab_size=8000,
+    hidden_size=256,
+    intermediate_size=2048,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    logit_scale=1.0,
+)
+SMALL = dict(
+    vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
+)
+CASES = {
+    "plain": dict(),
+    "recomputed": dict(activation_checkpointing=1, micro_batch_size=1),
+}  # this one in two micro-batches
 
 
 def large(changes, ranks):
     """(settings, one micro-batch, how many a rank has) of a case: two rows of 256 tokens on each rank."""
-    settings = SFT(batch_size=2 * ranks, max_length=256, max_steps=9, packing=False, **changes)            # the dry run is of a GPU's default
+    settings = SFT(
+        batch_size=2 * ranks, max_length=256, max_steps=9, packing=False, **changes
+    )  # the dry run is of a GPU's default
     size = settings.micro_batch_size or 2
     return settings, collate([blank_example(None, 256, settings)] * size), 2 // size
 
@@ -64,7 +79,7 @@ def bytes_taken(sizes, changes, folder):
 
 
 def all_cases(folder):
-    for sizes in (SMALL, LARGE):                            # what a first step loads is there before the second round
+    for sizes in (SMALL, LARGE):  # what a first step loads is there before the second round
         taken = {name: bytes_taken(sizes, changes, folder) for name, changes in CASES.items()}
     return taken
 
@@ -88,46 +103,83 @@ def taken(ranks, tmp_path_factory):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's memory from /proc")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)], scope="module")
-def test_the_estimated_memory_is_within_a_tenth_of_what_the_kernel_counts_for_a_training_process(ranks, name, taken):
+def test_the_estimated_memory_is_within_a_tenth_of_what_the_kernel_counts_for_a_training_process(
+    ranks, name, taken
+):
     settings, batch, num_micro_batches = large(CASES[name], ranks)
-    watch = estimate.simulate(CohereForCausalLM, ModelConfig(**LARGE), settings, sft_loss, batch, ranks, num_micro_batches)
+    watch = estimate.simulate(
+        CohereForCausalLM, ModelConfig(**LARGE), settings, sft_loss, batch, ranks, num_micro_batches
+    )
     assert sum(watch.peak.values()) == pytest.approx(taken[name], rel=0.1)
-    assert sum(watch.peak.values()) > 100e6                 # so that the interpreter's own comings and goings are small beside it
+    assert (
+        sum(watch.peak.values()) > 100e6
+    )  # so that the interpreter's own comings and goings are small beside it
 
 
 def simulated(ranks=1, num_micro_batches=1, sizes=SMALL, tokens=64, **changes):
     batch = collate([blank_example(None, tokens, None)] * 2)
-    return estimate.simulate(CohereForCausalLM, ModelConfig(**sizes), SFT(**changes), sft_loss, batch, ranks, num_micro_batches)
+    return estimate.simulate(
+        CohereForCausalLM, ModelConfig(**sizes), SFT(**changes), sft_loss, batch, ranks, num_micro_batches
+    )
 
 
 def test_weights_and_moments_by_hand_are_divided_over_the_ranks_of_one_copy():
     """400 x 64 + 64 and two blocks of 64 + 4 x 64 x 64 + 3 x 64 x 128 parameters of 4 bytes."""
     weights = 4 * (400 * 64 + 64 + 2 * (64 + 4 * 64 * 64 + 3 * 64 * 128))
-    for ranks, changes, parts, num_micro_batches in ((1, {}, 1, 1), (8, {}, 8, 2), (8, {"replicate": 2}, 4, 1), (8, {"replicate": 2}, 4, 2)):
+    for ranks, changes, parts, num_micro_batches in (
+        (1, {}, 1, 1),
+        (8, {}, 8, 2),
+        (8, {"replicate": 2}, 4, 1),
+        (8, {"replicate": 2}, 4, 2),
+    ):
         watch = simulated(ranks, num_micro_batches, **changes)
         most, blocks = watch.most, 4 * 2 * (64 + 4 * 64 * 64 + 3 * 64 * 128)
-        assert most["parameters"] == weights // parts and weights // parts <= most["gradients"] <= (weights + blocks) // parts
-        assert most["optimizer moments"] - 2 * weights // parts in range(18 * 64)       # and a count of steps for each parameter
+        assert (
+            most["parameters"] == weights // parts
+            and weights // parts <= most["gradients"] <= (weights + blocks) // parts
+        )
+        assert most["optimizer moments"] - 2 * weights // parts in range(
+            18 * 64
+        )  # and a count of steps for each parameter
 
 
 def test_recomputing_every_block_keeps_one_hidden_state_of_each_and_every_second_one_lies_between():
     B, T, D, layers = 2, 512, 64, 4
-    none, every_second, all_blocks = (simulated(sizes={**SMALL, "num_hidden_layers": layers}, tokens=T, activation_checkpointing=n).most["activations"] for n in (0, 2, 1))
+    none, every_second, all_blocks = (
+        simulated(sizes={**SMALL, "num_hidden_layers": layers}, tokens=T, activation_checkpointing=n).most[
+            "activations"
+        ]
+        for n in (0, 2, 1)
+    )
     hidden = B * T * D * 4
-    assert (layers + 1) * hidden < all_blocks < (layers + 1 + 20) * hidden              # the block that is computed right now has its own
+    assert (
+        (layers + 1) * hidden < all_blocks < (layers + 1 + 20) * hidden
+    )  # the block that is computed right now has its own
     assert none - every_second == pytest.approx(every_second - all_blocks, rel=0.35)
     assert none > 3 * all_blocks
 
 
 # ---- communication -----------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("ranks, replicate, num_micro_batches, dtype", [(2, 1, 1, "float32"), (8, 1, 3, "float32"), (8, 1, 1, "bfloat16"), (8, 2, 1, "float32"), (8, 2, 3, "float32")])
+
+@pytest.mark.parametrize(
+    "ranks, replicate, num_micro_batches, dtype",
+    [
+        (2, 1, 1, "float32"),
+        (8, 1, 3, "float32"),
+        (8, 1, 1, "bfloat16"),
+        (8, 2, 1, "float32"),
+        (8, 2, 3, "float32"),
+    ],
+)
 def test_communication_by_hand(ranks, replicate, num_micro_batches, dtype):
     """Each block is gathered for the forward and again for the backward, the rest once; the gradients are reduced in fp32; each but for a rank's own part.
     Between two copies the shards' gradients go over once, in a ring."""
     blocks, rest, parts = 2 * (64 + 4 * 64 * 64 + 3 * 64 * 128), 400 * 64 + 64, ranks // replicate
     traffic = simulated(ranks, num_micro_batches, replicate=replicate, dtype=dtype).traffic
-    assert traffic["all-gathered"] == num_micro_batches * (2 * blocks + rest) * (parts - 1) // parts * (2 if dtype == "bfloat16" else 4)
+    assert traffic["all-gathered"] == num_micro_batches * (2 * blocks + rest) * (parts - 1) // parts * (
+        2 if dtype == "bfloat16" else 4
+    )
     assert traffic["reduce-scattered"] == num_micro_batches * (blocks + rest) * (parts - 1) // parts * 4
     assert traffic["all-reduced"] == (replicate - 1) * (blocks + rest) // parts * 4
 
@@ -136,15 +188,33 @@ def test_communication_by_hand(ranks, replicate, num_micro_batches, dtype):
 
 def test_operations_by_hand_with_a_window_and_two_lengths():
     """A block has 8 (8 + 4 + 4 + 8) + 3 x 8 x 16 weights, the head 8 x 10. The full layer sees 10 and 3 pairs, the one with a window of 3 sees 9 and 3."""
-    config = ModelConfig(model_type="cohere2", vocab_size=10, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                         sliding_window=3, layer_types=["sliding_attention", "full_attention"])
-    assert training_flops(config, [4, 2], 4) == 6 * (2 * 576 * 6 + 80 * 4) + 12 * 2 * 4 * (10 + 3 + 9 + 3) == 45792
+    config = ModelConfig(
+        model_type="cohere2",
+        vocab_size=10,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=3,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    assert (
+        training_flops(config, [4, 2], 4)
+        == 6 * (2 * 576 * 6 + 80 * 4) + 12 * 2 * 4 * (10 + 3 + 9 + 3)
+        == 45792
+    )
 
 
 def test_operations_are_those_that_torch_counts():
     """torch counts attention over all pairs, seen or not."""
-    config, mask = ModelConfig(**SMALL), torch.arange(129).expand(2, 129) > 0                       # 256 supervised tokens: no chunk is padded
-    model = init_weights(CohereForCausalLM(config), torch.Generator().manual_seed(0)).bfloat16()    # in fp32 the products are oneDNN's, which torch does not count
+    config, mask = (
+        ModelConfig(**SMALL),
+        torch.arange(129).expand(2, 129) > 0,
+    )  # 256 supervised tokens: no chunk is padded
+    model = init_weights(
+        CohereForCausalLM(config), torch.Generator().manual_seed(0)
+    ).bfloat16()  # in fp32 the products are oneDNN's, which torch does not count
     with FlopCounterMode(display=False) as counter:
         model(torch.ones(2, 129, dtype=torch.int64), mask).sum().backward()
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
@@ -160,25 +230,36 @@ MADE = {"pretrain": Pretrain, "sft": SFT, "reward": Reward, "dpo": DPO, "rloo": 
 def told(stage, ranks=2, **changes):
     with torch.device("meta"):
         model = (RewardModel if stage == "reward" else CohereForCausalLM)(ModelConfig(**SMALL))
-    return estimate.dry_run(stage, "small", model, MADE[stage](batch_size=8, max_length=128, **changes), None, None, None, ranks)
+    return estimate.dry_run(
+        stage, "small", model, MADE[stage](batch_size=8, max_length=128, **changes), None, None, None, ranks
+    )
 
 
 @pytest.mark.parametrize("stage", MADE)
 def test_every_stage_says_what_it_needs_without_data_a_gpu_or_weights(stage):
     text = told(stage)
-    assert "fits 80 GB, fits 141 GB" in text and all(word in text for word in ("optimizer moments", "logits chunk", "all-gathered", "tokens:", "operations"))
+    assert "fits 80 GB, fits 141 GB" in text and all(
+        word in text
+        for word in ("optimizer moments", "logits chunk", "all-gathered", "tokens:", "operations")
+    )
     assert ("reference pass" in text) == (stage == "dpo") and ("KV cache" in text) == (stage == "rloo")
 
 
 def test_the_kv_cache_by_hand():
     """16 rows of a rank (8 prompts x 4 samples over 2 ranks), 128 tokens, keys and values, 2 layers of 64 numbers, fp32."""
     items = estimate.items_of(STAGES["rloo"], RLOO(max_length=128), None, None)
-    assert estimate.cache_bytes(ModelConfig(**SMALL), RLOO(batch_size=8), items, 2) == 16 * 128 * 2 * 2 * 64 * 4
+    assert (
+        estimate.cache_bytes(ModelConfig(**SMALL), RLOO(batch_size=8), items, 2) == 16 * 128 * 2 * 2 * 64 * 4
+    )
 
 
 def test_with_cpu_offload_weights_gradients_and_moments_are_counted_in_the_cpus_memory():
     plain, offloaded = told("sft"), told("sft", cpu_offload=True)
-    assert "in the CPU's memory" in offloaded and "in the CPU's memory" not in plain and "optimizer moments" not in offloaded
+    assert (
+        "in the CPU's memory" in offloaded
+        and "in the CPU's memory" not in plain
+        and "optimizer moments" not in offloaded
+    )
 
 
 def test_a_model_that_does_not_fit_is_said_not_to_fit(monkeypatch):

@@ -72,7 +72,15 @@ def test_a_module_imports_only_from_lower_floors(module):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_only_the_six_packages_are_imported(path):
-    of_this_repository = set() if path.parent.name == "aya_min" else {other.stem for other in [*SOURCES, *ROOT.glob("tests/golden/*.py")] if other.parent in (path.parent, path.parent / "golden", ROOT)}
+    of_this_repository = (
+        set()
+        if path.parent.name == "aya_min"
+        else {
+            other.stem
+            for other in [*SOURCES, *ROOT.glob("tests/golden/*.py")]
+            if other.parent in (path.parent, path.parent / "golden", ROOT)
+        }
+    )
     _, others = imports(path)
     assert others <= PACKAGES | set(sys.stdlib_module_names) | of_this_repository
 
@@ -89,7 +97,18 @@ def test_no_file_is_read_with_pickle(path):
 
 
 def test_the_reader_of_imports_sees_every_way_to_write_one(tmp_path):
-    lines = ["import os, torch.nn as nn", "from numpy import array", "from . import data, __version__", "from .losses import dpo_loss", "import aya_min.model",
-             "from aya_min import loop", "def f():", "    from .report import page"]
+    lines = [
+        "import os, torch.nn as nn",
+        "from numpy import array",
+        "from . import data, __version__",
+        "from .losses import dpo_loss",
+        "import aya_min.model",
+        "from aya_min import loop",
+        "def f():",
+        "    from .report import page",
+    ]
     (tmp_path / "a.py").write_text("\n".join(lines))
-    assert imports(tmp_path / "a.py") == ({"data", "losses", "model", "loop", "report"}, {"os", "torch", "numpy"})
+    assert imports(tmp_path / "a.py") == (
+        {"data", "losses", "model", "loop", "report"},
+        {"os", "torch", "numpy"},
+    )

@@ -30,9 +30,16 @@ def write(folder, case):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIGS[case]), encoding="utf-8")
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in CohereForCausalLM(ModelConfig.from_published(CONFIGS[case])).state_dict().items()}
+        shapes = {
+            name: tuple(p.shape)
+            for name, p in CohereForCausalLM(ModelConfig.from_published(CONFIGS[case])).state_dict().items()
+        }
     made = tensors(shapes, list(CASES).index(case))
-    save_file({name: torch.from_numpy(t) for name, t in made.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: torch.from_numpy(t) for name, t in made.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     tokenizer().save(folder)
     return folder
 
@@ -52,22 +59,31 @@ def test_the_logits_are_those_of_transformers(case, tmp_path):
 def test_there_are_as_many_golden_cases_as_recorded_ones_and_both_architectures_are_among_them():
     with safe_open(GOLDEN / "golden.safetensors", "numpy") as file:
         assert set(file.keys()) == set(CASES) == set(CONFIGS) - {"cohere", "cohere2"}
-    assert {CONFIGS[case]["architectures"][0] for case in CASES} == {"CohereForCausalLM", "Cohere2ForCausalLM"}
+    assert {CONFIGS[case]["architectures"][0] for case in CASES} == {
+        "CohereForCausalLM",
+        "Cohere2ForCausalLM",
+    }
 
 
 @pytest.mark.parametrize("model_type", ["cohere", "cohere2"])
 def test_what_a_config_leaves_out_has_transformers_default(model_type):
-    assert ModelConfig.from_published({"model_type": model_type}) == ModelConfig.from_published(CONFIGS[model_type])
+    assert ModelConfig.from_published({"model_type": model_type}) == ModelConfig.from_published(
+        CONFIGS[model_type]
+    )
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["one file", "shards"])
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_loads_what_we_save_unchanged_and_computes_the_same(case, shard_bytes, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed; it is needed by this comparison only")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed; it is needed by this comparison only"
+    )
     model, its_tokenizer = weights.load(write(tmp_path / "model", case))
     weights.save(tmp_path / "saved", model, its_tokenizer, shard_bytes=shard_bytes)
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) == 1 or shard_bytes < 10**9
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
     assert not any(report.values()), report
     ids, mask = map(torch.from_numpy, tokens(0))
     with torch.no_grad():

@@ -33,7 +33,10 @@ def test_one_micro_batch_of_8_is_8_of_1_in_loss_and_norm_and_every_metric(stage,
     whole = logged(run(stage, world, tmp_path / "whole", held_out=True))
     for size in (1, 2):
         cut = logged(run(stage, world, tmp_path / f"cut{size}", held_out=True, micro_batch_size=size))
-        for rows in (whole, cut):           # before the first step chosen = rejected, and rounding decides who is ahead
+        for rows in (
+            whole,
+            cut,
+        ):  # before the first step chosen = rejected, and rounding decides who is ahead
             for row in rows[:2]:
                 for key in [key for key in row if "rewards/accuracies" in key]:
                     del row[key]
@@ -53,19 +56,27 @@ def test_the_logged_loss_is_the_mean_over_all_supervised_tokens_of_the_global_ba
     examples = load_examples([world / "sft.jsonl"], tokenizer(), 256, SFT())
     [batch] = make_batches(examples, collate, settings)[1](0)
     model = language_model()
-    logps = model(batch.input_ids).log_softmax(-1)[:, :-1].gather(2, batch.input_ids[:, 1:, None])[..., 0]       # (B, T - 1)
+    logps = (
+        model(batch.input_ids).log_softmax(-1)[:, :-1].gather(2, batch.input_ids[:, 1:, None])[..., 0]
+    )  # (B, T - 1)
     expected = -(logps * batch.mask[:, 1:]).sum() / batch.mask.sum()
     expected.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
-    assert row["loss"] == pytest.approx(expected.item(), rel=1e-6) and row["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert row["loss"] == pytest.approx(expected.item(), rel=1e-6) and row["grad_norm"] == pytest.approx(
+        norm.item(), rel=1e-5
+    )
     assert row["tokens"] == batch.num_tokens
 
 
 @pytest.mark.parametrize("stage", ["reward", "dpo"])
-def test_the_logged_loss_is_what_the_optimizer_minimizes_its_language_model_term_included(stage, world, tmp_path):
+def test_the_logged_loss_is_what_the_optimizer_minimizes_its_language_model_term_included(
+    stage, world, tmp_path
+):
     """It used to be the preference part alone, written over the loss by the metric of the same name."""
     weight = {"reward": "lm_weight", "dpo": "nll_weight"}[stage]
-    without, with_term = (logged(run(stage, world, tmp_path / str(w), max_steps=1, **{weight: w}))[0] for w in (0.0, 0.5))
+    without, with_term = (
+        logged(run(stage, world, tmp_path / str(w), max_steps=1, **{weight: w}))[0] for w in (0.0, 0.5)
+    )
     assert with_term["loss"] > without["loss"] + 0.5        # random models: several nats per token
     assert with_term["grad_norm"] != without["grad_norm"]
 
@@ -77,7 +88,9 @@ def test_activation_checkpointing_changes_nothing(world, tmp_path):
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_fp32_weights(world, tmp_path):
-    exact, rough = (logged(run("sft", world, tmp_path / dtype, dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    exact, rough = (
+        logged(run("sft", world, tmp_path / dtype, dtype=dtype)) for dtype in ("float32", "bfloat16")
+    )
     assert exact[0]["loss"] != rough[0]["loss"]
     assert_close(exact, rough, rtol=0.05, atol=0.05)
     assert {t.dtype for t in state_of(tmp_path / "bfloat16").values()} == {torch.float32}
@@ -85,7 +98,9 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_fp32_weights(world, tmp_path):
 
 def test_clipping_scales_the_gradient_and_logs_the_norm_before_it(world, tmp_path):
     """Adam hides a common factor of the gradient, but not from its second moments."""
-    free, clipped = (run("sft", world, tmp_path / str(limit), max_steps=1, max_grad_norm=limit) for limit in (1e9, 0.5))
+    free, clipped = (
+        run("sft", world, tmp_path / str(limit), max_steps=1, max_grad_norm=limit) for limit in (1e9, 0.5)
+    )
     norm = logged(free)[0]["grad_norm"]
     assert norm > 1 and logged(clipped)[0]["grad_norm"] == norm
     moments = [state_of(folder)["model.norm.weight|exp_avg"] for folder in (free, clipped)]
@@ -117,7 +132,17 @@ def test_without_warm_up_the_first_step_is_at_the_peak_and_a_single_step_too():
 
 
 def test_the_learning_rate_of_each_step_is_logged(world, tmp_path):
-    rows = logged(run("sft", world, tmp_path / "run", max_steps=4, warmup_steps=2, learning_rate=0.01, final_learning_rate=0.5))
+    rows = logged(
+        run(
+            "sft",
+            world,
+            tmp_path / "run",
+            max_steps=4,
+            warmup_steps=2,
+            learning_rate=0.01,
+            final_learning_rate=0.5,
+        )
+    )
     assert [row["lr"] for row in rows] == pytest.approx([0.005, 0.01, 0.01, 0.005])
 
 
@@ -133,14 +158,28 @@ def test_weight_decay_is_for_matrices_only_and_tied_weights_are_one_parameter():
 
 def test_metrics_are_sums_over_counts_overall_and_per_language():
     table = torch.zeros(2, 4, dtype=torch.float64)                      # ar fr tlh other
-    table[:, 1], table[:, 0], table[:, 3] = torch.tensor([6.0, 2.0]), torch.tensor([1.0, 1.0]), torch.tensor([3.0, 1.0])
+    table[:, 1], table[:, 0], table[:, 3] = (
+        torch.tensor([6.0, 2.0]),
+        torch.tensor([1.0, 1.0]),
+        torch.tensor([3.0, 1.0]),
+    )
     row = reduced({"loss": table, "margin": table}, ("ar", "fr", "tlh", "other"))
-    assert row == {"loss": 2.5, "loss/fr": 3.0, "loss/ar": 1.0, "margin": 2.5}      # "other" has no line of its own
+    assert row == {
+        "loss": 2.5,
+        "loss/fr": 3.0,
+        "loss/ar": 1.0,
+        "margin": 2.5,
+    }  # "other" has no line of its own
 
 
 def test_a_number_that_is_not_finite_is_written_as_a_string_because_json_has_no_nan():
     line = json_line({"step": 1, "loss": math.nan, "norm": math.inf, "lr": 1 / 3})
-    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": "nan", "norm": "inf", "lr": 0.3333333}
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "step": 1,
+        "loss": "nan",
+        "norm": "inf",
+        "lr": 0.3333333,
+    }
 
 
 # what must not reach the weights
@@ -155,14 +194,28 @@ def spoiled(at, spoil):
     return loss_fn
 
 
-@pytest.mark.parametrize("what, spoil", [("loss nan", lambda model, loss: loss * math.nan), ("loss inf", lambda model, loss: loss + math.inf),
-                                         ("gradient norm nan", lambda model, loss: loss + (0 * model.model.norm.weight.sum()).sqrt())])
-def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_weights_move(what, spoil, world, tmp_path):
-    settings = SFT(batch_size=8, micro_batch_size=4, max_steps=4, learning_rate=1e-2, warmup_steps=0, schedule="constant")
-    num_steps, batches = make_batches(load_examples([world / "sft.jsonl"], tokenizer(), 256, SFT()), collate, settings)
+@pytest.mark.parametrize(
+    "what, spoil",
+    [
+        ("loss nan", lambda model, loss: loss * math.nan),
+        ("loss inf", lambda model, loss: loss + math.inf),
+        ("gradient norm nan", lambda model, loss: loss + (0 * model.model.norm.weight.sum()).sqrt()),
+    ],
+)
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_weights_move(
+    what, spoil, world, tmp_path
+):
+    settings = SFT(
+        batch_size=8, micro_batch_size=4, max_steps=4, learning_rate=1e-2, warmup_steps=0, schedule="constant"
+    )
+    num_steps, batches = make_batches(
+        load_examples([world / "sft.jsonl"], tokenizer(), 256, SFT()), collate, settings
+    )
     spoiled_model, whole_model = language_model(), language_model()
     with pytest.raises(ValueError, match=f"step 2: .*{what}.*stopped before the weights moved"):
-        train(spoiled_model, num_steps, batches, spoiled(5, spoil), settings, tmp_path, CPU)       # the second micro-batch of step 2
+        train(
+            spoiled_model, num_steps, batches, spoiled(5, spoil), settings, tmp_path, CPU
+        )  # the second micro-batch of step 2
     assert [row["step"] for row in logged(tmp_path)] == [0, 1] and not (tmp_path / "state").exists()
     (tmp_path / "whole").mkdir()
     train(whole_model, 2, batches, sft_loss, settings, tmp_path / "whole", CPU)
@@ -172,7 +225,9 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_weights_
 
 def test_a_first_step_that_its_stage_refuses_moves_nothing(world, tmp_path):
     settings = SFT(batch_size=8, max_steps=4)
-    num_steps, batches = make_batches(load_examples([world / "sft.jsonl"], tokenizer(), 256, SFT()), collate, settings)
+    num_steps, batches = make_batches(
+        load_examples([world / "sft.jsonl"], tokenizer(), 256, SFT()), collate, settings
+    )
     model, untouched = language_model(), language_model()
 
     def refuse(metrics):
@@ -185,8 +240,16 @@ def test_a_first_step_that_its_stage_refuses_moves_nothing(world, tmp_path):
 
 # stopping and going on
 
-@pytest.mark.parametrize("stage", ["sft", pytest.param("reward", marks=pytest.mark.long), pytest.param("dpo", marks=pytest.mark.long),
-                                   "rloo"])
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "sft",
+        pytest.param("reward", marks=pytest.mark.long),
+        pytest.param("dpo", marks=pytest.mark.long),
+        "rloo",
+    ],
+)
 def test_stopped_twice_and_resumed_is_never_stopped_bit_for_bit(stage, world, tmp_path):
     """11 steps of 8 over 36 examples: three epochs, and a border inside a batch. The sampler's whole state is the step."""
     always = dict(schedule="constant", held_out=True, eval_every=2, weight_decay=0.1)
@@ -194,7 +257,9 @@ def test_stopped_twice_and_resumed_is_never_stopped_bit_for_bit(stage, world, tm
     for i, steps in enumerate((4, 9, 11)):
         parts = run(stage, world, tmp_path / "parts", resume=i > 0, max_steps=steps, **always)
     assert_same_bits(whole, parts)
-    assert [row for row in logged(parts) if row["step"] != 9 or "lr" in row] == logged(whole)      # a part ends with an evaluation of its own
+    assert [row for row in logged(parts) if row["step"] != 9 or "lr" in row] == logged(
+        whole
+    )  # a part ends with an evaluation of its own
 
 
 class Stopped(Exception):
@@ -204,7 +269,9 @@ class Stopped(Exception):
 @pytest.mark.parametrize("eval_every", [0, 2, 3])
 def test_a_run_killed_between_saves_writes_the_metrics_of_one_never_killed(eval_every, world, tmp_path):
     """The evaluation at a saved step was lost: resuming dropped its line, and did not evaluate again."""
-    settings = SFT(batch_size=8, max_steps=9, learning_rate=1e-3, warmup_steps=2, save_every=3, eval_every=eval_every)
+    settings = SFT(
+        batch_size=8, max_steps=9, learning_rate=1e-3, warmup_steps=2, save_every=3, eval_every=eval_every
+    )
     examples = load_examples([world / "sft.jsonl"], tokenizer(), 256, SFT())
     held_out = load_examples([world / "held-out-sft.jsonl"], tokenizer(), 256, SFT())
     num_steps, batches = make_batches(examples, collate, settings)
@@ -216,11 +283,21 @@ def test_a_run_killed_between_saves_writes_the_metrics_of_one_never_killed(eval_
             return batches(step)
         with runs.open_run(folder, "sft", settings, [], resume, tokenizer(), None, {}, num_steps) as held:
             model, in_order = language_model(), batches_in_order(held_out, collate)
-            stages.train_and_publish("sft", model, tokenizer(), num_steps, stopping, sft_loss, settings, held, CPU,
-                                     evaluation=lambda: evaluate(model, sft_loss, in_order, CPU))
+            stages.train_and_publish(
+                "sft",
+                model,
+                tokenizer(),
+                num_steps,
+                stopping,
+                sft_loss,
+                settings,
+                held,
+                CPU,
+                evaluation=lambda: evaluate(model, sft_loss, in_order, CPU),
+            )
 
     part(tmp_path / "whole")
-    for stop_at, resume in ((5, False), (8, True)):                             # after the save at 3, after the one at 6
+    for stop_at, resume in ((5, False), (8, True)):  # after the save at 3, after the one at 6
         with pytest.raises(Stopped):
             part(tmp_path / "killed", stop_at, resume)
     part(tmp_path / "killed", resume=True)

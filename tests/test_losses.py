@@ -6,15 +6,26 @@ import pytest
 import torch
 
 from aya_min import losses
-from aya_min.losses import bradley_terry_loss, dpo_loss, kl_shaped_rewards, rloo_advantages, sum_by_row, token_logps
-
+from aya_min.losses import (
+    bradley_terry_loss,
+    dpo_loss,
+    kl_shaped_rewards,
+    rloo_advantages,
+    sum_by_row,
+    token_logps,
+)
 
 # ---- token log-probs ---------------------------------------------------------------------------------------------------------------
 
 def problem(N=50, D=16, V=301, scale=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     hidden, weight = scale * torch.randn(N, D, generator=generator), torch.randn(V, D, generator=generator)
-    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(V, (N,), generator=generator), torch.randn(N, generator=generator)
+    return (
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        torch.randint(V, (N,), generator=generator),
+        torch.randn(N, generator=generator),
+    )
 
 
 def exact(hidden, weight, targets, logit_scale, upstream):
@@ -62,7 +73,10 @@ def test_peak_memory_grows_with_the_chunk_and_not_with_tokens_times_vocabulary(N
     peak = peak_bytes(lambda: token_logps(hidden, weight, targets, chunk_size=128).sum().backward(), tmp_path)
     chunk, all_logits = 4 * 128 * V, 4 * N * V
     assert chunk < peak < 2.5 * chunk + 4 * 8 * 6 * (N + V) + 200_000 < all_logits / 3
-    assert peak_bytes(lambda: token_logps(hidden, weight, targets, chunk_size=N).sum().backward(), tmp_path) > all_logits
+    assert (
+        peak_bytes(lambda: token_logps(hidden, weight, targets, chunk_size=N).sum().backward(), tmp_path)
+        > all_logits
+    )
 
 
 def test_the_default_chunk_is_half_a_gigabyte_of_fp32_logits_for_any_vocabulary(monkeypatch):
@@ -106,7 +120,9 @@ def test_dpo_by_hand():
     losses, rewards = dpo_loss(policy, reference, beta=0.5)
     torch.testing.assert_close(losses, torch.tensor([math.log(1 + math.exp(-1))]))
     assert rewards.tolist() == [[0.5], [-0.5]] and not rewards.requires_grad
-    torch.testing.assert_close(dpo_loss(policy.flip(0), reference, beta=0.5)[0], torch.tensor([math.log(1 + math.e)]))
+    torch.testing.assert_close(
+        dpo_loss(policy.flip(0), reference, beta=0.5)[0], torch.tensor([math.log(1 + math.e)])
+    )
 
 
 def test_dpo_pushes_chosen_up_and_rejected_down_by_beta_times_the_wrong_probability():
@@ -119,7 +135,9 @@ def test_dpo_pushes_chosen_up_and_rejected_down_by_beta_times_the_wrong_probabil
 
 def test_dpo_sees_only_log_ratios():
     policy, reference, shift = torch.randn(2, 5), torch.randn(2, 5), torch.randn(2, 5)
-    torch.testing.assert_close(dpo_loss(policy, reference, 0.1), dpo_loss(policy + shift, reference + shift, 0.1))
+    torch.testing.assert_close(
+        dpo_loss(policy, reference, 0.1), dpo_loss(policy + shift, reference + shift, 0.1)
+    )
 
 
 def test_bradley_terry_by_hand():
@@ -151,7 +169,9 @@ def test_rloo_advantages_sum_to_zero_per_prompt_and_ignore_the_other_prompts(k):
 def test_grpos_baseline_is_rloos_times_k_minus_1_over_k(k):
     """r_i - mean(r) = (k-1)/k * (r_i - mean of the others); papers.md section 4."""
     rewards = torch.randn(5, k, dtype=torch.float64)
-    torch.testing.assert_close(rewards - rewards.mean(1, keepdim=True), (k - 1) / k * rloo_advantages(rewards))
+    torch.testing.assert_close(
+        rewards - rewards.mean(1, keepdim=True), (k - 1) / k * rloo_advantages(rewards)
+    )
 
 
 def test_equal_rewards_give_no_advantage():
@@ -165,7 +185,9 @@ def test_one_sample_a_prompt_is_refused():
 
 def test_kl_shaped_rewards_by_hand():
     """2 nats above the reference at beta 0.5 cost one point; below it they pay."""
-    shaped = kl_shaped_rewards(torch.tensor([1.0, 1.0]), torch.tensor([-3.0, -5.0]), torch.tensor([-5.0, -3.0]), beta=0.5)
+    shaped = kl_shaped_rewards(
+        torch.tensor([1.0, 1.0]), torch.tensor([-3.0, -5.0]), torch.tensor([-5.0, -3.0]), beta=0.5
+    )
     assert shaped.tolist() == [0.0, 2.0]
 
 
@@ -195,7 +217,7 @@ def test_grpos_baseline_would_shrink_that_gradient_and_leaving_the_baseline_out_
     p, reward = theta.softmax(0), torch.tensor([11.0, 8.0, 10.5], dtype=torch.float64)
     draws = torch.tensor(list(product(range(3), repeat=2)))
     probability = p[draws].prod(1)[:, None]
-    scores = torch.eye(3, dtype=torch.float64)[draws] - p                                       # d log p(draw) / d theta, (9, 2, 3)
+    scores = torch.eye(3, dtype=torch.float64)[draws] - p  # d log p(draw) / d theta, (9, 2, 3)
     estimate = lambda advantages: (advantages[..., None] * scores).mean(1)                      # (9, 3)
     mean = lambda estimates: (probability * estimates).sum(0)
     variance = lambda estimates: (probability * (estimates - mean(estimates)) ** 2).sum()

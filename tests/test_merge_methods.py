@@ -8,8 +8,26 @@ import pytest
 import torch
 
 from aya_min import merge_methods
-from aya_min.merge_methods import (BINS, DRAWS, SAMPLED, bernoulli, count_magnitudes, dare_linear, dare_ties, drop, gram, linear, merge, model_stock, bin_of,
-                             slerp, task_arithmetic, thresholds, ties, trim)
+from aya_min.merge_methods import (
+    BINS,
+    DRAWS,
+    SAMPLED,
+    bernoulli,
+    count_magnitudes,
+    dare_linear,
+    dare_ties,
+    drop,
+    gram,
+    linear,
+    merge,
+    model_stock,
+    bin_of,
+    slerp,
+    task_arithmetic,
+    thresholds,
+    ties,
+    trim,
+)
 
 SPARSE = [ties, dare_linear, dare_ties]
 WITH_BASE = [task_arithmetic, model_stock, *SPARSE]
@@ -20,7 +38,9 @@ def models(num=3, shape=(40, 50), scale=0.01, dtype=torch.float32, seed=0):
     """A base and `num` models trained a little away from it."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(shape, generator=generator)
-    return [(base + scale * torch.randn(shape, generator=generator)).to(dtype) for _ in range(num)], base.to(dtype)
+    return [(base + scale * torch.randn(shape, generator=generator)).to(dtype) for _ in range(num)], base.to(
+        dtype
+    )
 
 
 def settings(method, num, weight=1.0, density=0.5, **more):
@@ -33,12 +53,18 @@ def in_pieces(method, tensors, base=None, piece=7, **options):
     """A method on flat tensors, by pieces of a few elements."""
     tensors = [tensor.flatten().float() for tensor in [*tensors, *([] if base is None else [base])]]
     spans = range(0, len(tensors[0]), piece)
-    over = lambda work, every=1: (work(start, [tensor[start:start + piece] for tensor in tensors]) for start in spans[::every])      # noqa: E731
+    over = lambda work, every=1: (
+        work(start, [tensor[start : start + piece] for tensor in tensors]) for start in spans[::every]
+    )  # noqa: E731
     return torch.cat(list(over(method(over, **options))))
 
 
 @pytest.mark.parametrize("method", [linear, slerp, *WITH_BASE], ids=lambda method: method.__name__)
-@pytest.mark.parametrize("dtypes", [[torch.bfloat16] * 3, [torch.float16] * 3, [torch.bfloat16, torch.float16, torch.float32]], ids=["bf16", "fp16", "mixed"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [[torch.bfloat16] * 3, [torch.float16] * 3, [torch.bfloat16, torch.float16, torch.float32]],
+    ids=["bf16", "fp16", "mixed"],
+)
 def test_half_precision_is_merged_as_its_copy_in_fp32_is_bit_for_bit(method, dtypes):
     given, base = models(2)
     *given, base = [tensor.to(dtype) for tensor, dtype in zip([*given, base], dtypes)]
@@ -46,7 +72,12 @@ def test_half_precision_is_merged_as_its_copy_in_fp32_is_bit_for_bit(method, dty
     inputs, base = (given, base) if method in WITH_BASE else (given, None)
     merged = merge(method, inputs, base, **options)
     assert merged.dtype == torch.float32
-    assert torch.equal(merged, merge(method, [tensor.float() for tensor in inputs], None if base is None else base.float(), **options))
+    assert torch.equal(
+        merged,
+        merge(
+            method, [tensor.float() for tensor in inputs], None if base is None else base.float(), **options
+        ),
+    )
 
 
 # linear
@@ -59,7 +90,9 @@ def test_linear_is_the_weighted_average_and_without_normalising_the_weighted_sum
 
 def test_linear_with_weights_one_and_zero_is_that_model():
     (a, b, _), _ = models()
-    assert torch.equal(merge(linear, [a, b], weights=[1, 0]), a) and torch.equal(merge(linear, [a, b], weights=[0, 1]), b)
+    assert torch.equal(merge(linear, [a, b], weights=[1, 0]), a) and torch.equal(
+        merge(linear, [a, b], weights=[0, 1]), b
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -72,7 +105,9 @@ def test_copies_of_one_half_precision_model_merge_to_exactly_that_model(num, dty
     assert torch.equal(merge(slerp, [model] * 2, t=0.3).to(dtype), model)
     base = (model + 0.01).to(dtype)
     for method in WITH_BASE:
-        assert torch.equal(merge(method, [model] * num, base, **settings(method, num, 1 / num, density=1.0)).to(dtype), model), method
+        assert torch.equal(
+            merge(method, [model] * num, base, **settings(method, num, 1 / num, density=1.0)).to(dtype), model
+        ), method
 
 
 @pytest.mark.parametrize("method", WITH_BASE)
@@ -81,7 +116,10 @@ def test_copies_merge_to_exactly_that_model_where_its_weights_are_far_smaller_th
     small = torch.tensor([1e-6, -3e-7, 2e-8, 1e-9]).repeat(4).bfloat16()
     base = torch.tensor([1.0, -0.5, 0.02, 3.0]).repeat(4).bfloat16()
     for num in (2, 4):
-        assert torch.equal(merge(method, [small] * num, base, **settings(method, num, 1 / num, density=1.0)).bfloat16(), small)
+        assert torch.equal(
+            merge(method, [small] * num, base, **settings(method, num, 1 / num, density=1.0)).bfloat16(),
+            small,
+        )
     assert not torch.equal((base.float() + (small.float() - base.float())).bfloat16(), small)
 
 
@@ -89,12 +127,18 @@ def test_copies_merge_to_exactly_that_model_where_its_weights_are_far_smaller_th
 
 def test_slerp_of_perpendicular_tensors_walks_the_arc():
     a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
-    torch.testing.assert_close(merge(slerp, [a, b], t=1 / 3), torch.tensor([[2 * math.cos(math.pi / 6), 2 * math.sin(math.pi / 6)]]))
+    torch.testing.assert_close(
+        merge(slerp, [a, b], t=1 / 3), torch.tensor([[2 * math.cos(math.pi / 6), 2 * math.sin(math.pi / 6)]])
+    )
 
 
 def test_slerp_weighs_tensors_of_other_lengths_by_the_angle_of_their_directions():
-    a, b = torch.tensor([3.0, 0.0]), torch.tensor([0.5, 0.5])                  # 45 degrees apart: at t=1/2 both get sin(22.5)/sin(45)
-    torch.testing.assert_close(merge(slerp, [a, b], t=0.5), (a + b) * math.sin(math.pi / 8) / math.sin(math.pi / 4))
+    a, b = torch.tensor([3.0, 0.0]), torch.tensor(
+        [0.5, 0.5]
+    )  # 45 degrees apart: at t=1/2 both get sin(22.5)/sin(45)
+    torch.testing.assert_close(
+        merge(slerp, [a, b], t=0.5), (a + b) * math.sin(math.pi / 8) / math.sin(math.pi / 4)
+    )
 
 
 def test_slerp_at_t_zero_and_one_is_the_first_and_the_second_model():
@@ -147,16 +191,25 @@ def test_slerp_halfway_between_almost_opposite_tensors_of_one_length_keeps_that_
 
 def test_slerp_has_no_step_where_it_turns_linear_and_mergekit_s_has_one():
     def halfway(angle, convention):
-        return merge(slerp, [torch.tensor([1.0, 0.0]), torch.tensor([math.cos(angle), math.sin(angle)])], t=0.5, convention=convention)
+        return merge(
+            slerp,
+            [torch.tensor([1.0, 0.0]), torch.tensor([math.cos(angle), math.sin(angle)])],
+            t=0.5,
+            convention=convention,
+        )
     for angle in (0.9e-4, 1.1e-4, 1e-3, 0.03, 0.05):
-        torch.testing.assert_close(halfway(angle, "paper"), torch.tensor([math.cos(angle / 2), math.sin(angle / 2)]))
+        torch.testing.assert_close(
+            halfway(angle, "paper"), torch.tensor([math.cos(angle / 2), math.sin(angle / 2)])
+        )
     assert halfway(0.030, "mergekit").norm() < 1 - 1e-4 and halfway(0.033, "mergekit").norm() > 1 - 1e-6
 
 
 def test_inner_products_of_large_tensors_are_exact():
     """torch's fp32 norm of 20 million numbers on one thread was seen to be off by 1e-3."""
     large = torch.randn(20_000_000, generator=torch.Generator().manual_seed(0))
-    assert gram([large]).item() == pytest.approx(sum(part.double().square().sum().item() for part in large.split(1_000_000)), rel=1e-9)
+    assert gram([large]).item() == pytest.approx(
+        sum(part.double().square().sum().item() for part in large.split(1_000_000)), rel=1e-9
+    )
 
 
 # task arithmetic, model stock
@@ -170,25 +223,34 @@ def test_task_arithmetic_adds_and_negates_task_vectors():
 
 def test_task_arithmetic_with_weights_that_sum_to_one_is_linear():
     tensors, base = models()
-    torch.testing.assert_close(merge(task_arithmetic, tensors, base, weights=[0.5, 0.3, 0.2]), merge(linear, tensors, weights=[0.5, 0.3, 0.2]))
+    torch.testing.assert_close(
+        merge(task_arithmetic, tensors, base, weights=[0.5, 0.3, 0.2]),
+        merge(linear, tensors, weights=[0.5, 0.3, 0.2]),
+    )
 
 
 def test_model_stock_worked_by_hand():
     base = torch.tensor([1.0, 1.0, 1.0])
-    right, up, out = base + torch.tensor([3.0, 0, 0]), base + torch.tensor([0, 2.0, 0]), base + torch.tensor([4.0, 4.0, 0])
-    assert torch.equal(merge(model_stock, [right, up], base), base)                             # 90 degrees: t = 0
-    torch.testing.assert_close(merge(model_stock, [right, right], base), right)                 # 0 degrees: t = 1
+    right, up, out = (
+        base + torch.tensor([3.0, 0, 0]),
+        base + torch.tensor([0, 2.0, 0]),
+        base + torch.tensor([4.0, 4.0, 0]),
+    )
+    assert torch.equal(merge(model_stock, [right, up], base), base)  # 90 degrees: t = 0
+    torch.testing.assert_close(merge(model_stock, [right, right], base), right)  # 0 degrees: t = 1
     # 45 degrees: t = 2 c / (1 + c), c = sqrt(1/2), of the average (3.5, 2, 0)
     t = math.sqrt(2) / (1 + math.sqrt(0.5))
     torch.testing.assert_close(merge(model_stock, [right, out], base), base + t * torch.tensor([3.5, 2.0, 0]))
     # 90, 45, 45: c = sqrt(2)/3, t = 3 c / (1 + 2 c), of the average (7/3, 2, 0)
     t = math.sqrt(2) / (1 + 2 * math.sqrt(2) / 3)
-    torch.testing.assert_close(merge(model_stock, [right, up, out], base), base + t * torch.tensor([7 / 3, 2.0, 0]))
+    torch.testing.assert_close(
+        merge(model_stock, [right, up, out], base), base + t * torch.tensor([7 / 3, 2.0, 0])
+    )
 
 
 def test_model_stock_of_task_vectors_that_point_apart_is_the_base_and_mergekit_s_goes_beyond_it():
     base = torch.zeros(2)
-    a, b = torch.tensor([1.0, 1.0]), torch.tensor([-2.0, 1.0])                                  # cos = -1 / sqrt(10)
+    a, b = torch.tensor([1.0, 1.0]), torch.tensor([-2.0, 1.0])  # cos = -1 / sqrt(10)
     assert torch.equal(merge(model_stock, [a, b], base), base)
     t = 2 * -math.sqrt(0.1) / (1 - math.sqrt(0.1))
     torch.testing.assert_close(merge(model_stock, [a, b], base, convention="mergekit"), t * (a + b) / 2)
@@ -200,14 +262,18 @@ def test_model_stock_of_task_vectors_that_point_apart_is_the_base_and_mergekit_s
 def test_trim_keeps_the_magnitudes_from_the_threshold_on():
     delta = torch.tensor([0.1, -5.0, 0.3, 2.0, -0.3, 0.0])
     assert torch.equal(trim(delta, 2.0), torch.tensor([0.0, -5.0, 0.0, 2.0, 0.0, 0.0]))
-    assert torch.equal(trim(delta, delta[2].item()), torch.tensor([0.0, -5.0, 0.3, 2.0, -0.3, 0.0]))        # both that equal it
+    assert torch.equal(
+        trim(delta, delta[2].item()), torch.tensor([0.0, -5.0, 0.3, 2.0, -0.3, 0.0])
+    )  # both that equal it
     assert torch.equal(trim(delta, 0.0), delta)
 
 
 def test_the_counting_of_magnitudes_worked_by_hand():
     delta = torch.tensor([1.0, -1.0, 1.0 + 2 ** -23, 2.0, 0.0])
     coarse = count_magnitudes(delta)
-    one, two = (127 << 8) + 1, (128 << 8) + 1                                   # the exponent, then 8 bits of the fraction; bin 0 is what is below
+    one, two = (127 << 8) + 1, (
+        128 << 8
+    ) + 1  # the exponent, then 8 bits of the fraction; bin 0 is what is below
     assert {bin: coarse[bin].item() for bin in coarse.nonzero().flatten().tolist()} == {1: 1, one: 3, two: 1}
     assert [bin_of(coarse, rank) for rank in range(5)] == [1, one, one, one, two]
     fine = count_magnitudes(delta, 127 << 23, 0)
@@ -219,13 +285,19 @@ def test_the_counting_of_magnitudes_worked_by_hand():
 @pytest.mark.parametrize("scale", [1e-3, 1e-20, 1e10])
 def test_thresholds_are_those_of_a_full_sort_whatever_the_guess_from_some_pieces(scale, dtype, guess):
     base = torch.zeros(10_001)
-    tensors = [(scale * torch.randn(10_001, generator=torch.Generator().manual_seed(seed))).to(dtype).float() for seed in (0, 1)]
-    tensors[1][3000:] = 0                                                       # most of its parameters did not move
+    tensors = [
+        (scale * torch.randn(10_001, generator=torch.Generator().manual_seed(seed))).to(dtype).float()
+        for seed in (0, 1)
+    ]
+    tensors[1][3000:] = 0  # most of its parameters did not move
     factor, passes = {"good": 1, "too high": 100, "too low": 0.01, "of nothing but zeros": 0}[guess], []
 
     def over(work, every=1):
         passes.append(every)
-        return [work(start, [x[start:start + 999] * (factor if every > 1 else 1) for x in (*tensors, base)]) for start in range(0, 10_001, 999 if every == 1 else 5 * 999)]
+        return [
+            work(start, [x[start : start + 999] * (factor if every > 1 else 1) for x in (*tensors, base)])
+            for start in range(0, 10_001, 999 if every == 1 else 5 * 999)
+        ]
 
     for density in (1e-9, 0.001, 0.2, 0.5, 0.9, 1.0):
         kept = max(1, int(density * 10_001))
@@ -233,7 +305,9 @@ def test_thresholds_are_those_of_a_full_sort_whatever_the_guess_from_some_pieces
         assert thresholds(over, [density, density]) == expected
         if dtype == torch.float32 and density < 1:
             assert (trim(tensors[0], expected[0]) != 0).sum() == kept
-    assert guess == "good" or passes.count(1) > passes.count(SAMPLED)          # a wrong guess costs two passes more, and is not believed
+    assert guess == "good" or passes.count(1) > passes.count(
+        SAMPLED
+    )  # a wrong guess costs two passes more, and is not believed
 
 
 def test_a_good_guess_of_a_threshold_saves_a_pass(monkeypatch):
@@ -244,13 +318,23 @@ def test_a_good_guess_of_a_threshold_saves_a_pass(monkeypatch):
         passes.append(every)
         return [work(0, [*piece, torch.zeros(50_000)]) for piece in pieces[::every]]
 
-    expected = [tensor.abs().flatten().sort(descending=True).values[int(0.3 * 2_000_000) - 1].item() for tensor in pieces.transpose(0, 1)]
+    expected = [
+        tensor.abs().flatten().sort(descending=True).values[int(0.3 * 2_000_000) - 1].item()
+        for tensor in pieces.transpose(0, 1)
+    ]
     assert thresholds(over, [0.3, 0.3]) == expected and passes == [4, 1]
 
 
 def elect_and_average(deltas, weights, convention="paper"):
     """Steps 2 and 3 alone: nothing is trimmed, and the base is 0."""
-    return merge(ties, list(deltas), torch.zeros(deltas.shape[1]), weights=weights, density=[1.0] * len(deltas), convention=convention).tolist()
+    return merge(
+        ties,
+        list(deltas),
+        torch.zeros(deltas.shape[1]),
+        weights=weights,
+        density=[1.0] * len(deltas),
+        convention=convention,
+    ).tolist()
 
 
 def test_elect_and_average_worked_by_hand():
@@ -271,18 +355,30 @@ def test_elect_and_average_worked_by_hand():
 def test_the_signs_of_the_tiniest_task_vectors_agree():
     """Their products with each other are 0 in fp32."""
     deltas = torch.tensor([[1e-30, -1e-38], [2e-30, 1e-40]])
-    assert elect_and_average(deltas, [1, 1]) == [pytest.approx(1.5e-30, rel=1e-6), pytest.approx(-1e-38, rel=1e-6)]
+    assert elect_and_average(deltas, [1, 1]) == [
+        pytest.approx(1.5e-30, rel=1e-6),
+        pytest.approx(-1e-38, rel=1e-6),
+    ]
 
 
 def test_ties_worked_by_hand():
     base = torch.tensor([1.0, 1.0, 1.0, 1.0])
     a, b = base + torch.tensor([4.0, 0.1, 2.0, 0.0]), base + torch.tensor([2.0, 0.0, -3.0, 0.2])
     # half of each kept: [4, 0, 2, 0] and [2, 0, -3, 0]; signs +, none, -, none; means 3, 0, -3, 0
-    torch.testing.assert_close(merge(ties, [a, b], base, weights=[1, 1], density=[0.5, 0.5], lam=0.5), torch.tensor([2.5, 1.0, -0.5, 1.0]))
+    torch.testing.assert_close(
+        merge(ties, [a, b], base, weights=[1, 1], density=[0.5, 0.5], lam=0.5),
+        torch.tensor([2.5, 1.0, -0.5, 1.0]),
+    )
     # not normalised: sums 6, 0, -3, 0
-    torch.testing.assert_close(merge(ties, [a, b], base, weights=[1, 1], density=[0.5, 0.5], normalize=False), torch.tensor([7.0, 1.0, -2.0, 1.0]))
+    torch.testing.assert_close(
+        merge(ties, [a, b], base, weights=[1, 1], density=[0.5, 0.5], normalize=False),
+        torch.tensor([7.0, 1.0, -2.0, 1.0]),
+    )
     # thresholds of the whole model, here higher than this tensor's own
-    torch.testing.assert_close(merge(ties, [a, b], base, weights=[1, 1], density=[0.5, 0.5], limits=[3.0, 3.0]), torch.tensor([5.0, 1.0, -2.0, 1.0]))
+    torch.testing.assert_close(
+        merge(ties, [a, b], base, weights=[1, 1], density=[0.5, 0.5], limits=[3.0, 3.0]),
+        torch.tensor([5.0, 1.0, -2.0, 1.0]),
+    )
 
 
 def test_ties_of_one_model_at_density_one_is_that_model():
@@ -315,12 +411,26 @@ def test_the_pipeline_is_a_slow_one_that_takes_parameter_after_parameter(method,
     tensors, base = models(shape=(300,), scale=0.5)
     deltas, weights, density = [tensor - base for tensor in tensors], [0.5, 0.3, 0.4], [0.5, 0.8125, 0.3125]
     if method is ties:
-        sparse = [delta * (delta.abs() >= delta.abs().sort(descending=True).values[int(share * 300) - 1]) for delta, share in zip(deltas, density)]
+        sparse = [
+            delta * (delta.abs() >= delta.abs().sort(descending=True).values[int(share * 300) - 1])
+            for delta, share in zip(deltas, density)
+        ]
     else:
         dropped = [drop(delta, share, 3, "x") for delta, share in zip(deltas, density)]
-        sparse = [kept * (delta.abs().sum() / kept.abs().sum() if convention == "mergekit" else 1 / share) for delta, kept, share in zip(deltas, dropped, density)]
-    expected = slow_sparse_merge(sparse, base, weights, 0.7, method is not dare_linear, normalize, convention == "mergekit")
-    given = {"weights": weights, "density": density, "lam": 0.7, "normalize": normalize, "convention": convention} | ({} if method is ties else {"seed": 3, "name": "x"})
+        sparse = [
+            kept * (delta.abs().sum() / kept.abs().sum() if convention == "mergekit" else 1 / share)
+            for delta, kept, share in zip(deltas, dropped, density)
+        ]
+    expected = slow_sparse_merge(
+        sparse, base, weights, 0.7, method is not dare_linear, normalize, convention == "mergekit"
+    )
+    given = {
+        "weights": weights,
+        "density": density,
+        "lam": 0.7,
+        "normalize": normalize,
+        "convention": convention,
+    } | ({} if method is ties else {"seed": 3, "name": "x"})
     torch.testing.assert_close(merge(method, tensors, base, **given), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -336,8 +446,14 @@ def test_what_is_not_finite_in_any_model_is_not_finite_in_the_merge(method, brok
         given[bad][[7, 8, 9, 10, 300]] = broken
         parts = [a, b] if method in (linear, slerp) else [a, b, base]
         if bad < len(parts):
-            settings = {slerp: {"t": 1.0}, model_stock: {}, linear: {"weights": [1, 0]}, task_arithmetic: {"weights": [1, 0]}}.get(
-                method, {"weights": [1, 0], "density": [0.2, 0.2]}) | ({} if method in (linear, task_arithmetic) else {"convention": convention})
+            settings = {
+                slerp: {"t": 1.0},
+                model_stock: {},
+                linear: {"weights": [1, 0]},
+                task_arithmetic: {"weights": [1, 0]},
+            }.get(method, {"weights": [1, 0], "density": [0.2, 0.2]}) | (
+                {} if method in (linear, task_arithmetic) else {"convention": convention}
+            )
             merged = merge(method, parts[:2], *parts[2:], **settings)
             assert not merged[[7, 8, 9, 10, 300]].isfinite().any(), (bad, merged[[7, 8, 9, 10, 300]])
 
@@ -350,7 +466,7 @@ def test_bernoulli_has_the_probability_of_its_digits_and_no_other():
         mask = bernoulli(size, chances, np.random.SFC64(chances))
         assert mask.dtype == np.uint8 and len(mask) == size and set(np.unique(mask)) <= {0, 1}
         assert abs(mask.mean() - p) < 4.5 * math.sqrt(p * (1 - p) / size), chances
-        together = (mask[1:] & mask[:-1]).mean()                                # neighbours, and those of the next word, are independent
+        together = (mask[1:] & mask[:-1]).mean()  # neighbours, and those of the next word, are independent
         assert abs(together - p * p) < 6 * math.sqrt(p * p / size) + 1e-6, chances
         assert abs((mask[64:] & mask[:-64]).mean() - p * p) < 6 * math.sqrt(p * p / size) + 1e-6, chances
     assert bernoulli(100, DRAWS, np.random.SFC64(0)).all()
@@ -358,11 +474,15 @@ def test_bernoulli_has_the_probability_of_its_digits_and_no_other():
 
 def test_dare_at_density_one_is_task_arithmetic_and_ties():
     tensors, base = models()
-    torch.testing.assert_close(merge(dare_linear, tensors, base, weights=[0.5, 0.3, 0.2], density=[1.0] * 3, lam=0.7),
-                               merge(task_arithmetic, tensors, base, weights=[0.5, 0.3, 0.2], lam=0.7))
+    torch.testing.assert_close(
+        merge(dare_linear, tensors, base, weights=[0.5, 0.3, 0.2], density=[1.0] * 3, lam=0.7),
+        merge(task_arithmetic, tensors, base, weights=[0.5, 0.3, 0.2], lam=0.7),
+    )
     for convention in ("paper", "mergekit"):
         given = {"weights": [1, 2, 1], "density": [1.0] * 3, "convention": convention}
-        torch.testing.assert_close(merge(dare_ties, tensors, base, **given), merge(ties, tensors, base, **given))
+        torch.testing.assert_close(
+            merge(dare_ties, tensors, base, **given), merge(ties, tensors, base, **given)
+        )
 
 
 def test_dare_drops_a_share_and_divides_the_rest_by_the_density():
@@ -370,8 +490,11 @@ def test_dare_drops_a_share_and_divides_the_rest_by_the_density():
     merged = merge(dare_linear, [model], base, weights=[1], density=[0.25])
     assert sorted(merged.unique().tolist()) == [0.0, 4.0]
     assert abs((merged != 0).float().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 100_000)
-    assert merge(dare_linear, [model], base, weights=[1], density=[0.3]).unique().tolist() == [0.0, pytest.approx(65536 / round(0.3 * 65536))]      # not 1 / 0.3
-    rarely = merge(dare_linear, [model], base, weights=[1], density=[1e-12])                         # as if 1 / 65536
+    assert merge(dare_linear, [model], base, weights=[1], density=[0.3]).unique().tolist() == [
+        0.0,
+        pytest.approx(65536 / round(0.3 * 65536)),
+    ]  # not 1 / 0.3
+    rarely = merge(dare_linear, [model], base, weights=[1], density=[1e-12])  # as if 1 / 65536
     assert (rarely != 0).sum() < 10 and set(rarely.unique().tolist()) <= {0.0, 65536.0}
 
 
@@ -384,7 +507,10 @@ def test_mergekit_s_rescaling_keeps_the_sum_of_magnitudes_in_each_tensor():
 
 def test_the_mean_of_dare_over_many_masks_is_the_delta():
     delta, num_masks, density = torch.linspace(-1, 1, 64), 4000, 0.3
-    total = sum(merge(dare_linear, [delta], torch.zeros(64), weights=[1], density=[density], seed=seed) for seed in range(num_masks))
+    total = sum(
+        merge(dare_linear, [delta], torch.zeros(64), weights=[1], density=[density], seed=seed)
+        for seed in range(num_masks)
+    )
     sigma = delta.abs() * math.sqrt((1 - density) / density / num_masks)
     assert ((total / num_masks - delta).abs() <= 4 * sigma + 1e-6).all()
 
@@ -393,13 +519,21 @@ def test_dare_masks_depend_on_the_seed_the_tensor_s_name_and_place_and_the_model
     (a, b, _), base = models(num=3, shape=(10_000,))
     mask = drop(a - base, 0.5, 0, "x") != 0
     assert torch.equal(mask, drop(a - base, 0.5, 0, "x") != 0)
-    for other in (drop(a - base, 0.5, 1, "x"), drop(a - base, 0.5, 0, "y"), drop(b - base, 0.5, 0, "x"), drop(a - base, 0.5, 0, "x", start=1)):
-        assert abs(((other != 0) == mask).float().mean() - 0.5) < 0.02                                # as independent masks
+    for other in (
+        drop(a - base, 0.5, 1, "x"),
+        drop(a - base, 0.5, 0, "y"),
+        drop(b - base, 0.5, 0, "x"),
+        drop(a - base, 0.5, 0, "x", start=1),
+    ):
+        assert abs(((other != 0) == mask).float().mean() - 0.5) < 0.02  # as independent masks
 
 
 def test_dare_masks_do_not_change_between_versions():
     """A merge can be made again: the first bits of masks as first written. Odd lengths too."""
-    for density, bits in ((0.5, "011010111110101110011101011111110"), (0.3, "000101000100000110101101111100001")):
+    for density, bits in (
+        (0.5, "011010111110101110011101011111110"),
+        (0.3, "000101000100000110101101111100001"),
+    ):
         assert "".join("01"[kept] for kept in (drop(torch.ones(33), density, 0, "x") != 0).tolist()) == bits
 
 
@@ -411,7 +545,9 @@ def test_the_order_of_the_models_does_not_matter(method):
     weights = [0.5, 0.3, 0.2]
     one, two = settings(method, 3, **{"weights": weights}), settings(method, 3, **{"weights": weights[::-1]})
     torch.testing.assert_close(merge(method, tensors, base, **one), merge(method, tensors[::-1], base, **two))
-    torch.testing.assert_close(merge(linear, tensors, weights=weights), merge(linear, tensors[::-1], weights=weights[::-1]))
+    torch.testing.assert_close(
+        merge(linear, tensors, weights=weights), merge(linear, tensors[::-1], weights=weights[::-1])
+    )
     torch.testing.assert_close(merge(slerp, tensors[:2], t=0.3), merge(slerp, tensors[1::-1], t=0.7))
 
 
@@ -420,21 +556,34 @@ def test_the_order_of_the_models_does_not_matter(method):
 def test_a_tensor_merged_in_pieces_is_the_tensor_merged_whole(method, convention):
     """Not DARE's, whose masks are those of a piece."""
     tensors, base = models(num=2 if method is slerp else 3, shape=(20, 5), scale=0.5)
-    given = settings(method, len(tensors), **({"convention": convention} if method in WITH_CONVENTION else {}))
+    given = settings(
+        method, len(tensors), **({"convention": convention} if method in WITH_CONVENTION else {})
+    )
     with_base = {"base": base} if method in WITH_BASE else {}
-    torch.testing.assert_close(in_pieces(method, tensors, **with_base, **given).view(20, 5), merge(method, tensors, **with_base, **given))
+    torch.testing.assert_close(
+        in_pieces(method, tensors, **with_base, **given).view(20, 5),
+        merge(method, tensors, **with_base, **given),
+    )
 
 
 @pytest.mark.parametrize("method", [dare_linear, dare_ties])
 def test_dare_in_pieces_rescales_by_the_whole_tensor_in_mergekit_s_convention(method):
     (a, *_), base = models(shape=(1000,), scale=0.5)
-    delta = in_pieces(method, [a], base, piece=100, weights=[1.0], density=[0.3], convention="mergekit") - base
+    delta = (
+        in_pieces(method, [a], base, piece=100, weights=[1.0], density=[0.3], convention="mergekit") - base
+    )
     ratios = (delta / (a - base))[delta.abs() > 1e-3]
-    assert len(ratios) > 200 and ratios.max() - ratios.min() < 1e-2 and delta.abs().sum().item() == pytest.approx((a - base).abs().sum().item(), rel=1e-4)
+    assert (
+        len(ratios) > 200
+        and ratios.max() - ratios.min() < 1e-2
+        and delta.abs().sum().item() == pytest.approx((a - base).abs().sum().item(), rel=1e-4)
+    )
 
 
 def test_scalars_merge_too():
     one = torch.tensor(2.0)
     for method in WITH_BASE:
         assert merge(method, [one, one], one, **settings(method, 2)).shape == ()
-    assert torch.equal(merge(slerp, [one, one], t=0.5), one) and torch.equal(merge(linear, [one, one], weights=[1, 1]), one)
+    assert torch.equal(merge(slerp, [one, one], t=0.5), one) and torch.equal(
+        merge(linear, [one, one], weights=[1, 1]), one
+    )

@@ -18,7 +18,16 @@ from aya_min.config import Reading
 from aya_min.evaluate import summarize
 from aya_min.merge_fitness import (by_loss, by_oracle, graded, halves, loss_splits, of_folders, of_models,
                              read_questions, together)
-from aya_min.merge_search import affine, average, greedy_soup, optimise, search, search_folders, softmax, without
+from aya_min.merge_search import (
+    affine,
+    average,
+    greedy_soup,
+    optimise,
+    search,
+    search_folders,
+    softmax,
+    without,
+)
 from aya_min.merge_folders import merge_folders
 from aya_min.files import write_jsonl
 from aya_min.world import gold_answer, questions
@@ -46,14 +55,26 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     rows = questions("validation", 8, 0, languages=("en", "fr"), level="tiny", unique=True)
     write_jsonl(folder / "sft.jsonl", [{**row, "completion": gold_answer(row)} for row in rows])
-    run("sft", folder, folder / "run", max_steps=25, batch_size=8, learning_rate=1e-2, warmup_steps=5, schedule="constant")
+    run(
+        "sft",
+        folder,
+        folder / "run",
+        max_steps=25,
+        batch_size=8,
+        learning_rate=1e-2,
+        warmup_steps=5,
+        schedule="constant",
+    )
     return folder / "run" / "model", rows
 
 
 def toy(weights, split):
     """Two tasks that trade off: each is best at its own mixture; the held-out numbers are a little off."""
     found = np.array(weights) + (0.01 if split == "held-out" else 0)
-    return {"left": float(-((found - TARGET) ** 2).sum()), "right": float(-((found - TARGET[::-1]) ** 2).sum()) / 2}
+    return {
+        "left": float(-((found - TARGET) ** 2).sum()),
+        "right": float(-((found - TARGET[::-1]) ** 2).sum()) / 2,
+    }
 
 
 def exit_code(*arguments):
@@ -63,15 +84,22 @@ def exit_code(*arguments):
 
 
 def everything(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 # ---- the search --------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("weights_of", [softmax, affine])
 def test_weights_sum_to_one_and_start_at_the_uniform_soup_with_one_slope(weights_of):
-    assert sum(weights_of(np.array([0.3, -2.0, 5.0]))) == pytest.approx(1) and weights_of(np.zeros(4)) == [0.25] * 4
-    assert weights_of(np.array([1e-6, 0, 0, 0])) == pytest.approx([0.25 + 0.75 * 0.25e-6] + [0.25 - 0.25 * 0.25e-6] * 3, abs=1e-12)
+    assert (
+        sum(weights_of(np.array([0.3, -2.0, 5.0]))) == pytest.approx(1)
+        and weights_of(np.zeros(4)) == [0.25] * 4
+    )
+    assert weights_of(np.array([1e-6, 0, 0, 0])) == pytest.approx(
+        [0.25 + 0.75 * 0.25e-6] + [0.25 - 0.25 * 0.25e-6] * 3, abs=1e-12
+    )
 
 
 def test_only_the_affine_weights_may_be_negative():
@@ -80,8 +108,20 @@ def test_only_the_affine_weights_may_be_negative():
 
 def test_the_greedy_soup_takes_the_best_first_and_keeps_what_does_not_lower_it():
     """Alone 3, 4, 1, 2: the order is 1, 0, 3, 2. With 0: 5, kept. With 3: 5, kept. With 2: 4.9, left out."""
-    known = {(1, 0, 0, 0): 3, (0, 1, 0, 0): 4, (0, 0, 1, 0): 1, (0, 0, 0, 1): 2, (1, 1, 0, 0): 5, (1, 1, 0, 1): 5, (1, 1, 1, 1): 4.9}
-    assert greedy_soup(lambda w: known[tuple(int(x > 0) for x in w)], 4) == average([0, 1, 3], 4) == [1 / 3, 1 / 3, 0, 1 / 3]
+    known = {
+        (1, 0, 0, 0): 3,
+        (0, 1, 0, 0): 4,
+        (0, 0, 1, 0): 1,
+        (0, 0, 0, 1): 2,
+        (1, 1, 0, 0): 5,
+        (1, 1, 0, 1): 5,
+        (1, 1, 1, 1): 4.9,
+    }
+    assert (
+        greedy_soup(lambda w: known[tuple(int(x > 0) for x in w)], 4)
+        == average([0, 1, 3], 4)
+        == [1 / 3, 1 / 3, 0, 1 / 3]
+    )
 
 
 def test_cma_es_finds_the_mixture_that_is_best():
@@ -89,18 +129,24 @@ def test_cma_es_finds_the_mixture_that_is_best():
     np.testing.assert_allclose(found, TARGET, atol=2e-3)
 
 
-@pytest.mark.parametrize("weights_of, first", [(softmax, [10 / 22, 10 / 22, 1 / 22, 1 / 22]), (affine, [0.5, 0.5, 0, 0])])
+@pytest.mark.parametrize(
+    "weights_of, first", [(softmax, [10 / 22, 10 / 22, 1 / 22, 1 / 22]), (affine, [0.5, 0.5, 0, 0])]
+)
 def test_the_first_point_is_the_soup_that_the_search_begins_from(weights_of, first):
     """A softmax reaches no 0: 0.05, a fifth of an equal share, stands for it, and the weights are divided by their sum, 1.1."""
     tried = []
     optimise(lambda w: tried.append(w) or 0.0, [0.5, 0.5, 0.0, 0.0], 1, 0, weights_of)
-    assert tried[0] == pytest.approx(first) and len(tried) == 1 + 8 + 1         # and one generation of 8 with its mean
+    assert (
+        tried[0] == pytest.approx(first) and len(tried) == 1 + 8 + 1
+    )  # and one generation of 8 with its mean
 
 
 def test_a_mixture_with_a_negative_weight_needs_leave_to_be_negative():
     target = np.array([0.8, 0.5, -0.3])
     loss = lambda w: ((np.array(w) - target) ** 2).sum()                                    # noqa: E731
-    free, above = (optimise(lambda w: -loss(w), [1 / 3] * 3, 400, 0, weights_of) for weights_of in (affine, softmax))
+    free, above = (
+        optimise(lambda w: -loss(w), [1 / 3] * 3, 400, 0, weights_of) for weights_of in (affine, softmax)
+    )
     np.testing.assert_allclose(free, target, atol=2e-3)
     assert loss(above) > 0.05
 
@@ -114,18 +160,36 @@ def test_the_weights_without_one_are_the_others_divided_by_their_sum():
 def test_a_search_leaves_the_merge_of_its_weights_its_rows_and_every_measurement(pool, tmp_path):
     result = search(pool, tmp_path / "out", toy, evaluations=160, leave_one_out=True)
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows) == ["best single", "uniform soup", "greedy soup", "CMA-ES"] and rows["uniform soup"]["weights"] == [0.25] * 4
+    assert (
+        list(rows) == ["best single", "uniform soup", "greedy soup", "CMA-ES"]
+        and rows["uniform soup"]["weights"] == [0.25] * 4
+    )
     numbers = [merge_front.macro(row["fitness"]) for row in result["rows"]]
     assert numbers[3] > numbers[2] >= numbers[0] and numbers[2] >= numbers[1]
-    assert rows["CMA-ES"]["fitness"] == toy(rows["CMA-ES"]["weights"], "fitness") and rows["CMA-ES"]["held-out"] == toy(rows["CMA-ES"]["weights"], "held-out")
+    assert rows["CMA-ES"]["fitness"] == toy(rows["CMA-ES"]["weights"], "fitness") and rows["CMA-ES"][
+        "held-out"
+    ] == toy(rows["CMA-ES"]["weights"], "held-out")
     assert [model["name"] for model in result["models"]] == ["run-0", "run-1", "run-2", "run-3"]
-    assert result["models"][2]["without"] == toy(without(rows["CMA-ES"]["weights"], 2), "held-out") and result["models"][2]["held-out"] == toy(average([2], 4), "held-out")
+    assert result["models"][2]["without"] == toy(
+        without(rows["CMA-ES"]["weights"], 2), "held-out"
+    ) and result["models"][2]["held-out"] == toy(average([2], 4), "held-out")
     assert json.loads((tmp_path / "out" / "search.json").read_text()) == result
     history = [json.loads(line) for line in (tmp_path / "out" / "evaluations.jsonl").read_text().splitlines()]
-    assert all(row["tasks"] == toy(row["weights"], row["split"]) for row in history) and sum((row["kind"], row["split"]) == ("CMA-ES", "fitness") for row in history) == 17 * 9 == result["evaluations"]
+    assert (
+        all(row["tasks"] == toy(row["weights"], row["split"]) for row in history)
+        and sum((row["kind"], row["split"]) == ("CMA-ES", "fitness") for row in history)
+        == 17 * 9
+        == result["evaluations"]
+    )
     assert len({json.dumps([row["split"], row["weights"]]) for row in history}) == len(history)
-    merged = load_file(merge_folders(pool, tmp_path / "by-hand", "linear", weights=rows["CMA-ES"]["weights"]) / "model.safetensors")
-    assert all(torch.equal(tensor, merged[name]) for name, tensor in load_file(tmp_path / "out" / "model" / "model.safetensors").items())
+    merged = load_file(
+        merge_folders(pool, tmp_path / "by-hand", "linear", weights=rows["CMA-ES"]["weights"])
+        / "model.safetensors"
+    )
+    assert all(
+        torch.equal(tensor, merged[name])
+        for name, tensor in load_file(tmp_path / "out" / "model" / "model.safetensors").items()
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"out", "by-hand"}
 
 
@@ -142,12 +206,23 @@ def test_a_search_that_was_stopped_goes_on_and_ends_with_the_same_bytes(pool, tm
         return evaluate
     for after in (3, 11, 25, 33):
         with pytest.raises(KeyboardInterrupt):
-            search(pool, tmp_path / "stopped-run", stopped(after), evaluations=24, leave_one_out=True, about="toy")
+            search(
+                pool,
+                tmp_path / "stopped-run",
+                stopped(after),
+                evaluations=24,
+                leave_one_out=True,
+                about="toy",
+            )
         with open(sorted((tmp_path / "stopped-run.partial").glob("*.jsonl"))[-1], "a") as file:
             file.write('["a line that a kill cut sh')
         assert not (tmp_path / "stopped-run").exists()
     search(pool, tmp_path / "stopped-run", stopped(None), evaluations=24, leave_one_out=True, about="toy")
-    assert len(made) == len(set(made)) == len((tmp_path / "whole-run" / "evaluations.jsonl").read_text().splitlines())
+    assert (
+        len(made)
+        == len(set(made))
+        == len((tmp_path / "whole-run" / "evaluations.jsonl").read_text().splitlines())
+    )
     whole, again = everything(tmp_path / "whole-run"), everything(tmp_path / "stopped-run")
     page = Path("report.html")
     assert whole.pop(page).replace(b"whole-run", b"") == again.pop(page).replace(b"stopped-run", b"")
@@ -268,9 +343,14 @@ def test_measurements_without_meaning_stop_the_search(found, said, pool, tmp_pat
 def test_the_model_that_is_measured_in_memory_is_the_one_that_is_written(dtype, pool, tmp_path):
     chosen = [0.4, 0.0, 0.35, 0.25]
     seen = []
-    evaluate = of_models(pool, lambda model, tokenizer, split: seen.append({k: v.clone() for k, v in model.state_dict().items()}) or {"x": 0.0}, dtype)
+    evaluate = of_models(
+        pool,
+        lambda model, tokenizer, split: seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        or {"x": 0.0},
+        dtype,
+    )
     evaluate([0.25] * 4, "fitness")
-    evaluate(chosen, "fitness")                                                             # over what the one before left
+    evaluate(chosen, "fitness")  # over what the one before left
     model, _ = weights.load(merge_folders(pool, tmp_path / "merged", "linear", weights=chosen, dtype=dtype))
     assert all(torch.equal(tensor, seen[1][name]) for name, tensor in model.state_dict().items())
 
@@ -291,7 +371,10 @@ def test_a_measure_of_folders_sees_a_whole_model_folder_that_goes_after(pool, tm
         return {split: weights.load(folder)[0].model.norm.weight.sum().item()}
     found = of_folders(pool, measure, tmp_path / "scratch")([0.1, 0.2, 0.3, 0.4], "held-out")
     apart = [weights.load(folder)[0].model.norm.weight.sum().item() for folder in pool]
-    assert found["held-out"] == pytest.approx(np.dot([0.1, 0.2, 0.3, 0.4], apart), rel=1e-5) and not (tmp_path / "scratch").exists()
+    assert (
+        found["held-out"] == pytest.approx(np.dot([0.1, 0.2, 0.3, 0.4], apart), rel=1e-5)
+        and not (tmp_path / "scratch").exists()
+    )
 
 
 def test_the_oracle_s_numbers_are_the_mean_grades_of_the_answers_by_task_or_language(trained):
@@ -308,16 +391,30 @@ def test_the_oracle_s_numbers_are_the_mean_grades_of_the_answers_by_task_or_lang
 def test_the_held_out_loss_is_by_language_of_one_file_and_by_file_of_several(trained, tmp_path):
     folder, rows = trained
     for code in ("en", "fr"):
-        write_jsonl(tmp_path / f"{code}.jsonl", [{**row, "completion": gold_answer(row)} for row in rows if row["language"] == code])
+        write_jsonl(
+            tmp_path / f"{code}.jsonl",
+            [{**row, "completion": gold_answer(row)} for row in rows if row["language"] == code],
+        )
     both = tmp_path / "both.jsonl"
     both.write_bytes((tmp_path / "en.jsonl").read_bytes() + (tmp_path / "fr.jsonl").read_bytes())
     model, its_tokenizer = weights.load(folder)
-    by_file, by_language = (by_loss(loss_splits(folder, paths, paths, 512, 0))(model, its_tokenizer, "held-out")
-                            for paths in ([tmp_path / "en.jsonl", tmp_path / "fr.jsonl"], [both]))
-    assert by_file == pytest.approx(by_language) and set(by_file) == {"en", "fr"} and max(by_file.values()) < 0
-    ids, mask = its_tokenizer.encode_chat([{"role": "user", "content": rows[0]["prompt"]}, {"role": "assistant", "content": gold_answer(rows[0])}])
+    by_file, by_language = (
+        by_loss(loss_splits(folder, paths, paths, 512, 0))(model, its_tokenizer, "held-out")
+        for paths in ([tmp_path / "en.jsonl", tmp_path / "fr.jsonl"], [both])
+    )
+    assert (
+        by_file == pytest.approx(by_language) and set(by_file) == {"en", "fr"} and max(by_file.values()) < 0
+    )
+    ids, mask = its_tokenizer.encode_chat(
+        [
+            {"role": "user", "content": rows[0]["prompt"]},
+            {"role": "assistant", "content": gold_answer(rows[0])},
+        ]
+    )
     write_jsonl(tmp_path / "one.jsonl", [{"prompt": rows[0]["prompt"], "completion": gold_answer(rows[0])}])
-    found = by_loss(loss_splits(folder, [tmp_path / "one.jsonl"], [tmp_path / "one.jsonl"], 512, 0))(model, its_tokenizer, "fitness")
+    found = by_loss(loss_splits(folder, [tmp_path / "one.jsonl"], [tmp_path / "one.jsonl"], 512, 0))(
+        model, its_tokenizer, "fitness"
+    )
     logps = model(torch.tensor([ids]))[0].log_softmax(-1)                                   # (T, V)
     right = [logps[t - 1, ids[t]].item() for t in range(len(ids)) if mask[t]]
     assert found == pytest.approx({"loss": np.mean(right)}, rel=1e-4)
@@ -326,19 +423,36 @@ def test_the_held_out_loss_is_by_language_of_one_file_and_by_file_of_several(tra
 def test_halves_keep_a_question_s_languages_together_and_depend_on_the_seed_alone():
     rows = questions("validation", 200, 0, level="tiny")
     one, two = halves(rows, 0, lambda row: row["question_id"])
-    assert not {row["question_id"] for row in one} & {row["question_id"] for row in two} and len(one) + len(two) == 200 and abs(len(one) - len(two)) < 40
+    assert (
+        not {row["question_id"] for row in one} & {row["question_id"] for row in two}
+        and len(one) + len(two) == 200
+        and abs(len(one) - len(two)) < 40
+    )
     shuffled = halves(rows[::-1], 0, lambda row: row["question_id"])[0]
-    assert sorted(map(str, shuffled)) == sorted(map(str, one)) != sorted(map(str, halves(rows, 1, lambda row: row["question_id"])[0]))
+    assert (
+        sorted(map(str, shuffled))
+        == sorted(map(str, one))
+        != sorted(map(str, halves(rows, 1, lambda row: row["question_id"])[0]))
+    )
 
 
 # ---- what is shown -----------------------------------------------------------------------------------------------------------------
 
 def test_the_front_is_what_nothing_else_beats_everywhere():
-    assert merge_front.pareto([(3, 1), (2, 2), (1, 3), (2, 1), (2, 2), (1, 1)]) == [True, True, True, False, True, False]
+    assert merge_front.pareto([(3, 1), (2, 2), (1, 3), (2, 1), (2, 2), (1, 1)]) == [
+        True,
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_the_trade_off_is_the_pair_of_tasks_with_the_lowest_correlation():
-    found = merge_front.trade_off([{"a": 1, "b": 5, "c": 1}, {"a": 2, "b": 4, "c": 1}, {"a": 3, "b": 3, "c": 4}])
+    found = merge_front.trade_off(
+        [{"a": 1, "b": 5, "c": 1}, {"a": 2, "b": 4, "c": 1}, {"a": 3, "b": 3, "c": 4}]
+    )
     assert found == ("a", "b", pytest.approx(-1)) and merge_front.trade_off([{"a": 1}, {"a": 2}]) is None
 
 
@@ -351,7 +465,9 @@ def test_the_page_and_the_table_show_every_row_and_run_nothing(pool, tmp_path):
     for name in ("uniform soup", "greedy soup", "CMA-ES", "run-1", "without it", "left", "right"):
         assert name in page and name in text
     assert f"{merge_front.macro(result['rows'][-1]['held-out']):.4f}" in page and "correlation" in text
-    assert {model["name"] for name, model, on in merge_front.contenders(result) if on} <= {row["name"] for row in result["rows"] + result["models"]}
+    assert {model["name"] for name, model, on in merge_front.contenders(result) if on} <= {
+        row["name"] for row in result["rows"] + result["models"]
+    }
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------------------
@@ -372,7 +488,11 @@ def test_a_command_measures_a_folder_and_is_told_the_split(pool, tmp_path, capsy
     arguments = ["search", *map(str, pool[:2]), "--evaluations", "4", "--command"]
     assert main([*arguments, f"{command} {{split}}", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
-    assert "held-out" in shown and "noise" not in shown and (tmp_path / "out" / "model" / "config.json").is_file()
+    assert (
+        "held-out" in shown
+        and "noise" not in shown
+        and (tmp_path / "out" / "model" / "config.json").is_file()
+    )
     rows = json.loads((tmp_path / "out" / "search.json").read_text())["rows"]
     assert all(row["held-out"]["high"] - row["fitness"]["high"] == pytest.approx(1) for row in rows)
     assert main([*arguments, command, "--out", str(tmp_path / "no-split")]) == 0
@@ -389,7 +509,21 @@ def test_the_command_searches_by_the_oracle_and_by_the_loss(trained, pool, tmp_p
     write_jsonl(tmp_path / "prompts.jsonl", rows)
     write_jsonl(tmp_path / "sft.jsonl", [{**row, "completion": gold_answer(row)} for row in rows])
     common = ["search", str(folder), str(near), "--evaluations", "4", "--out"]
-    assert main([*common, str(tmp_path / "a"), "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "24", "--by", "language"]) == 0
+    assert (
+        main(
+            [
+                *common,
+                str(tmp_path / "a"),
+                "--prompts",
+                str(tmp_path / "prompts.jsonl"),
+                "--max-new-tokens",
+                "24",
+                "--by",
+                "language",
+            ]
+        )
+        == 0
+    )
     assert main([*common, str(tmp_path / "b"), "--eval-data", str(tmp_path / "sft.jsonl")]) == 0
     for out in ("a", "b"):
         result = json.loads((tmp_path / out / "search.json").read_text())
@@ -467,37 +601,55 @@ def test_files_of_one_name_in_two_folders_are_two_tasks(trained, tmp_path):
     assert list(loss_splits(folder, paths, paths, 512, 0)["fitness"]) == list(map(str, paths))
 
 
-@pytest.mark.parametrize("arguments, said", [
-    ([], "give one of --prompts"), (["--prompts", "{prompts}", "--command", "x {model}"], "give one of --prompts"),
-    (["--prompts", "{plain}"], "1: not a question of the embedded world"), (["--prompts", "{missing}"], "cannot be read"),
-    (["--prompts", "{prompts}", "--held-out", "{prompts}"],
-     "6 of 6 held-out questions are among the fitness data, the first is"),
-     (["--eval-data", "{sft}", "--held-out", "{sft}", "{sft}"], "one for each"),
-    (["--command", "true"], "needs {model}"), (["--command", "true {model}", "--held-out", "{prompts}"], "takes no --held-out"),
-    (["--command", "false {model}"], "exit code 1"), (["--command", "echo {model}"], "JSON object"), (["--command", "no-such-program {model}"], "no-such-program"),
-    (["--eval-data", "{sft}", "--held-out", "{sft}"],
-     "2 of 2 held-out examples are among the fitness data, the first is {sft}:1"),
-    (["--eval-data", "{sft}", "--held-out", "{other}", "{reward}"], "reward model"),
-    (["--eval-data", "{sft}"], "not of the same languages"), (["--prompts", "{prompts}", "--evaluations",
-                                                               "0"],
-                                                               "argument --evaluations: '0' must be a whole "
-                                                               "number of at least 1"),
-    (["--prompts", "{prompts}", "--max-new-tokens", "0"], "argument --max-new-tokens: '0' must be"),
-    (["--prompts", "{prompts}", "--max-new-tokens", "-3"], "argument --max-new-tokens: '-3' must be"),
-    (["--eval-data", "{sft}", "--max-length", "1"], "argument --max-length"),
-    (["--prompts", "{prompts}", "--seed", "-1"], "argument --seed: '-1' must be"),
-    (["--prompts", "{prompts}", "--device", "meta"], "'meta' cannot be used here"),
-    (["--command", "'echo {model}"], "No closing quotation"),
-    (["--command", "echo {model}", "--columns", "prompt=q"], "no flag that says how rows are read"),
-    (["--command",
-      sys.executable
-      + " -c \"print(chr(123) + chr(34) + 'a' + chr(34) + ':' + '1' * 401 + chr(125))\" {model}"],
-      "finite numbers by task"), (["--command", "printf '{{\"a\": true}}' {model}"],
-                                  "finite numbers by task"),
-    (["--command", "printf '[%.0s' {deep} {model}"], "JSON object"), (["--command", "printf '\\377' {model}"],
-                                                                      "JSON object"),
-    (["--command", "printf '{{\"a\": 1, \"a\": 2}}' {model}"], "JSON object"),
-    (["--command", "printf '{{\"a\": NaN}}' {model}"], "JSON object")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "give one of --prompts"),
+        (["--prompts", "{prompts}", "--command", "x {model}"], "give one of --prompts"),
+        (["--prompts", "{plain}"], "1: not a question of the embedded world"),
+        (["--prompts", "{missing}"], "cannot be read"),
+        (
+            ["--prompts", "{prompts}", "--held-out", "{prompts}"],
+            "6 of 6 held-out questions are among the fitness data, the first is",
+        ),
+        (["--eval-data", "{sft}", "--held-out", "{sft}", "{sft}"], "one for each"),
+        (["--command", "true"], "needs {model}"),
+        (["--command", "true {model}", "--held-out", "{prompts}"], "takes no --held-out"),
+        (["--command", "false {model}"], "exit code 1"),
+        (["--command", "echo {model}"], "JSON object"),
+        (["--command", "no-such-program {model}"], "no-such-program"),
+        (
+            ["--eval-data", "{sft}", "--held-out", "{sft}"],
+            "2 of 2 held-out examples are among the fitness data, the first is {sft}:1",
+        ),
+        (["--eval-data", "{sft}", "--held-out", "{other}", "{reward}"], "reward model"),
+        (["--eval-data", "{sft}"], "not of the same languages"),
+        (
+            ["--prompts", "{prompts}", "--evaluations", "0"],
+            "argument --evaluations: '0' must be a whole " "number of at least 1",
+        ),
+        (["--prompts", "{prompts}", "--max-new-tokens", "0"], "argument --max-new-tokens: '0' must be"),
+        (["--prompts", "{prompts}", "--max-new-tokens", "-3"], "argument --max-new-tokens: '-3' must be"),
+        (["--eval-data", "{sft}", "--max-length", "1"], "argument --max-length"),
+        (["--prompts", "{prompts}", "--seed", "-1"], "argument --seed: '-1' must be"),
+        (["--prompts", "{prompts}", "--device", "meta"], "'meta' cannot be used here"),
+        (["--command", "'echo {model}"], "No closing quotation"),
+        (["--command", "echo {model}", "--columns", "prompt=q"], "no flag that says how rows are read"),
+        (
+            [
+                "--command",
+                sys.executable
+                + " -c \"print(chr(123) + chr(34) + 'a' + chr(34) + ':' + '1' * 401 + chr(125))\" {model}",
+            ],
+            "finite numbers by task",
+        ),
+        (["--command", "printf '{{\"a\": true}}' {model}"], "finite numbers by task"),
+        (["--command", "printf '[%.0s' {deep} {model}"], "JSON object"),
+        (["--command", "printf '\\377' {model}"], "JSON object"),
+        (["--command", 'printf \'{{"a": 1, "a": 2}}\' {model}'], "JSON object"),
+        (["--command", "printf '{{\"a\": NaN}}' {model}"], "JSON object"),
+    ],
+)
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, pool, tmp_path, capsys):
     rows = questions("validation", 6, 0, languages=("en",), level="tiny", unique=True)
     write_jsonl(tmp_path / "prompts.jsonl", rows)
@@ -512,10 +664,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, pool, tmp_path, 
         models = [str(tmp_path / f"reward-{i}") for i in range(2)]
     arguments = [word.replace("{{", "{").replace("}}", "}").replace("{deep}", "x " * 5000)
                  for word in arguments]
-    filled = [word.replace("{prompts}", str(tmp_path / "prompts.jsonl")).replace("{plain}", str(tmp_path / "plain.jsonl")).replace("{sft}", str(tmp_path / "sft.jsonl"))
-              .replace("{missing}",
-                       str(tmp_path / "missing.jsonl")).replace("{other}", str(tmp_path / "other.jsonl"))
-                       for word in arguments]
+    filled = [
+        word.replace("{prompts}", str(tmp_path / "prompts.jsonl"))
+        .replace("{plain}", str(tmp_path / "plain.jsonl"))
+        .replace("{sft}", str(tmp_path / "sft.jsonl"))
+        .replace("{missing}", str(tmp_path / "missing.jsonl"))
+        .replace("{other}", str(tmp_path / "other.jsonl"))
+        for word in arguments
+    ]
     code = exit_code("search", *models, "--out", tmp_path / "out", *filled)
     error = capsys.readouterr().err.strip().splitlines()
     said = said.replace("{sft}", str(tmp_path / "sft.jsonl"))

@@ -27,8 +27,12 @@ def recipe(*words):
 def smoke(tmp_path_factory):
     """(folder, what was printed) of a run of one round that was killed after a teacher and then went on."""
     run = tmp_path_factory.mktemp("recipe") / "smoke"
-    process = subprocess.Popen([sys.executable, "train.py", "--preset", "smoke", "--rounds", "1", "--out", run],
-                               cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--preset", "smoke", "--rounds", "1", "--out", run],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not (run / "steps" / "teacher-slavic" / "done.json").is_file():
         assert process.poll() is None
         time.sleep(0.05)
@@ -62,7 +66,9 @@ def test_the_recipe_leaves_every_stage_a_table_and_a_page(smoke):
 
 
 def test_offline_dpo_starts_at_ln_2_in_the_recipe_too(smoke):
-    first = json.loads((smoke[0] / "steps" / "offline-slavic" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    first = json.loads(
+        (smoke[0] / "steps" / "offline-slavic" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    )
     assert abs(first["dpo_loss"] - 0.693147) < 1e-4
 
 
@@ -117,8 +123,14 @@ def own(smoke, tmp_path):
     write_jsonl(tmp_path / "elsewhere.jsonl", [{**row, "completion": gold_answer(q), **reason}
                                                for q, row, reason in zip(rows, theirs, reasons)])
     columns = ["--columns", "prompt=question", "language=lang"]
-    (tmp_path / "clusters.json").write_text(json.dumps({"west": ["it", "pt", "ro", "de", "nl", "el", "cs", "pl", "ru", "uk"],
-                                                        "east": ["ar", "he", "fa", "tr", "hi", "zh", "zh-Hant", "ja", "ko", "vi", "id"]}))
+    (tmp_path / "clusters.json").write_text(
+        json.dumps(
+            {
+                "west": ["it", "pt", "ro", "de", "nl", "el", "cs", "pl", "ru", "uk"],
+                "east": ["ar", "he", "fa", "tr", "hi", "zh", "zh-Hant", "ja", "ko", "vi", "id"],
+            }
+        )
+    )
     return ["--base", steps / "base" / "model", "--prompts", tmp_path / "prompts.jsonl", "--teachers",
             steps / "teacher-slavic" / "model", tmp_path / "elsewhere.jsonl", "--arbiter",
             steps / "arbiter" / "model", "--clusters", tmp_path / "clusters.json", "--rounds", "1", *columns]
@@ -134,7 +146,15 @@ def test_the_pipeline_takes_a_users_own_models_prompts_and_completions(own, tmp_
     assert summary["arbitrage"]["cut"] >= 30 and "pt-BR" in summary["arbitrage"]["cut_by_language"]
     base = summary["models"][0]["greedy"]
     assert "pt-BR" in base["by_language"] and base["cut"] > 0
-    assert [m["name"] for m in summary["models"]] == ["base", "single", "random", "mix", "sft", "offline", "online-1"]
+    assert [m["name"] for m in summary["models"]] == [
+        "base",
+        "single",
+        "random",
+        "mix",
+        "sft",
+        "offline",
+        "online-1",
+    ]
 
 
 @pytest.mark.long
@@ -148,13 +168,25 @@ def test_a_users_own_judge_grades_the_users_models(own, smoke, tmp_path):
 
 def test_what_a_user_brings_is_looked_at_before_any_work(smoke, tmp_path, in_process):
     steps, run = smoke[0] / "steps", tmp_path / "own"
-    good = {"--base": steps / "base" / "model", "--prompts": tmp_path / "p.jsonl", "--teachers": steps / "base" / "model", "--arbiter": steps / "arbiter" / "model"}
-    (tmp_path / "p.jsonl").write_text('{"prompt": "eins", "language": "de"}\n{"prompt": "zwei", "language": "de"}\n', encoding="utf-8")
+    good = {
+        "--base": steps / "base" / "model",
+        "--prompts": tmp_path / "p.jsonl",
+        "--teachers": steps / "base" / "model",
+        "--arbiter": steps / "arbiter" / "model",
+    }
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "eins", "language": "de"}\n{"prompt": "zwei", "language": "de"}\n', encoding="utf-8"
+    )
     (tmp_path / "short.jsonl").write_text('{"prompt": "eins", "completion": "1"}\n', encoding="utf-8")
     (tmp_path / "clusters.json").write_text('{"east": ["ja"], "west": ["nl"]}')
-    wrong = {"no answer for 1 of 2": {"--teachers": tmp_path / "short.jsonl"}, "not a reward model": {"--arbiter": steps / "base" / "model"},
-             "not a language model": {"--base": steps / "arbiter" / "model"}, "in no cluster": {"--clusters": tmp_path / "clusters.json"},
-             "p.jsonl.missing": {"--prompts": tmp_path / "p.jsonl.missing"}, "must not be the arbiter": {"--judge": good["--arbiter"]}}
+    wrong = {
+        "no answer for 1 of 2": {"--teachers": tmp_path / "short.jsonl"},
+        "not a reward model": {"--arbiter": steps / "base" / "model"},
+        "not a language model": {"--base": steps / "arbiter" / "model"},
+        "in no cluster": {"--clusters": tmp_path / "clusters.json"},
+        "p.jsonl.missing": {"--prompts": tmp_path / "p.jsonl.missing"},
+        "must not be the arbiter": {"--judge": good["--arbiter"]},
+    }
     for message, change in wrong.items():
         words = (word for pair in {**good, **change}.items() for word in pair)
         code, _, err = in_process(train, "--out", run, *words)

@@ -273,8 +273,10 @@ def test_candidates_that_the_arbiter_could_not_score_are_left_out():
     row = {"prompt": "p", "prompt_where": "f:1", "candidates": [{"teacher": "a", "reward": None},
                                                                 {"teacher": "b", "reward": 0.0}]}
     assert pipeline.scored(row) == {"prompt": "p", "candidates": [{"teacher": "b", "reward": 0.0}]}
-    assert pipeline_results.mean_reward([{"reward": None},
-                                {"reward": 2.0}]) == 2.0 and pipeline_results.mean_reward([{"reward": None}]) is None
+    assert (
+        pipeline_results.mean_reward([{"reward": None}, {"reward": 2.0}]) == 2.0
+        and pipeline_results.mean_reward([{"reward": None}]) is None
+    )
 
 
 def test_cut_answers_are_counted_for_each_language():

@@ -27,7 +27,10 @@ def model():
 def prompts():
     """Twelve prompts of 1 to 300 tokens, in no order."""
     rng = np.random.default_rng(0)
-    return [rng.integers(13, VOCABULARY, size=size).tolist() for size in (5, 300, 1, 40, 7, 120, 2, 17, 64, 3, 200, 11)]
+    return [
+        rng.integers(13, VOCABULARY, size=size).tolist()
+        for size in (5, 300, 1, 40, 7, 120, 2, 17, 64, 3, 200, 11)
+    ]
 
 
 def kept(probs, **filters):
@@ -58,7 +61,9 @@ def test_tokens_that_are_filtered_out_are_never_chosen_at_either_end_of_the_unif
     logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(1)).expand(3, 1000)
     for filters in (dict(top_k=5), dict(top_p=0.3), dict(min_p=0.5)):
         tokens, _ = choose(logits.clone(), torch.tensor([0.0, 0.5, 1 - 2 ** -24]), 1.0, **filters)
-        allowed = torch.isfinite(filtered(logits[:1], **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters}))[0].nonzero()[:, 0]
+        allowed = torch.isfinite(filtered(logits[:1], **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters}))[
+            0
+        ].nonzero()[:, 0]
         assert set(tokens.tolist()) <= set(allowed.tolist())
 
 
@@ -76,17 +81,33 @@ def test_log_probs_are_of_the_whole_distribution_whatever_the_filter():
     assert tokens.tolist() == logits.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("top_k, tokens", [(0, [0, 1, 2, 3]), (1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    "top_k, tokens",
+    [(0, [0, 1, 2, 3]), (1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3])],
+)
 def test_top_k_keeps_the_k_most_likely_and_0_or_the_vocabulary_or_more_keep_all(top_k, tokens):
     assert kept([0.1, 0.4, 0.2, 0.3], top_k=top_k) == tokens
 
 
-@pytest.mark.parametrize("top_p, tokens", [(1e-6, [1]), (0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.71, [1, 2, 3]), (0.95, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    "top_p, tokens",
+    [
+        (1e-6, [1]),
+        (0.39, [1]),
+        (0.41, [1, 3]),
+        (0.69, [1, 3]),
+        (0.71, [1, 2, 3]),
+        (0.95, [0, 1, 2, 3]),
+        (1.0, [0, 1, 2, 3]),
+    ],
+)
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, tokens):
     assert kept([0.1, 0.4, 0.2, 0.3], top_p=top_p) == tokens
 
 
-@pytest.mark.parametrize("min_p, tokens", [(0.0, [0, 1, 2, 3]), (0.24, [0, 1, 2, 3]), (0.26, [1, 2, 3]), (0.6, [1, 3]), (1.0, [1])])
+@pytest.mark.parametrize(
+    "min_p, tokens", [(0.0, [0, 1, 2, 3]), (0.24, [0, 1, 2, 3]), (0.26, [1, 2, 3]), (0.6, [1, 3]), (1.0, [1])]
+)
 def test_min_p_is_a_share_of_the_likeliest_tokens_probability(min_p, tokens):
     assert kept([0.1, 0.4, 0.2, 0.3], min_p=min_p) == tokens
 
@@ -98,8 +119,17 @@ def test_top_p_counts_what_top_k_left():
 
 # the engine against the plain forward
 
-SHAPES = [{}, {"use_qk_norm": True}, {"tie_word_embeddings": False}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"logit_scale": 0.25}, {"head_dim": 6},
-          {"model_type": "cohere2", "sliding_window": 8, "num_hidden_layers": 4}, {"model_type": "cohere2", "sliding_window": 40, "layer_types": ["full_attention", "sliding_attention"]}]
+SHAPES = [
+    {},
+    {"use_qk_norm": True},
+    {"tie_word_embeddings": False},
+    {"num_key_value_heads": 4},
+    {"num_key_value_heads": 1},
+    {"logit_scale": 0.25},
+    {"head_dim": 6},
+    {"model_type": "cohere2", "sliding_window": 8, "num_hidden_layers": 4},
+    {"model_type": "cohere2", "sliding_window": 40, "layer_types": ["full_attention", "sliding_attention"]},
+]
 
 
 def teacher_forced(model, prompt, ids, temperature):
@@ -113,10 +143,17 @@ def teacher_forced(model, prompt, ids, temperature):
 def test_the_log_prob_of_what_was_sampled_is_that_of_the_whole_forward(temperature, changes, prompts):
     """With and without a sliding window, whose ring is full after 8 or 40 tokens, and which is shorter and longer than the prompts."""
     model = language_model(**changes)
-    for prompt, group in zip(prompts, generate(model, prompts, num_samples=2, max_new_tokens=60, temperature=temperature, stop_ids=[20, 30])):
+    for prompt, group in zip(
+        prompts,
+        generate(
+            model, prompts, num_samples=2, max_new_tokens=60, temperature=temperature, stop_ids=[20, 30]
+        ),
+    ):
         for ids, logp, _ in group:
             logps = teacher_forced(model, prompt, ids, temperature)
-            assert logp == pytest.approx(logps[torch.arange(len(ids)), torch.tensor(ids)].sum().item(), abs=1e-4)
+            assert logp == pytest.approx(
+                logps[torch.arange(len(ids)), torch.tensor(ids)].sum().item(), abs=1e-4
+            )
             if temperature == 0:
                 assert ids == logps.argmax(-1).tolist()
 
@@ -134,7 +171,9 @@ def test_logits_token_by_token_with_the_cache_are_those_of_the_whole_forward(pre
         for position in range(prefill, 24):
             engine.tokens[:] = ids[:, position]
             engine.step(3, position + 1)
-            torch.testing.assert_close(seen[-1] * model.config.logit_scale, whole[:, position], rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                seen[-1] * model.config.logit_scale, whole[:, position], rtol=0, atol=1e-5
+            )
 
 
 def test_a_layer_with_a_sliding_window_keeps_only_its_window():
@@ -147,20 +186,30 @@ def test_a_layer_with_a_sliding_window_keeps_only_its_window():
 
 def test_bfloat16_log_probs_are_those_of_the_bfloat16_forward_to_its_rounding(prompts):
     model = language_model().bfloat16()
-    for prompt, [(ids, logp, _)] in zip(prompts, generate(model, prompts, max_new_tokens=10, temperature=0.7)):
-        assert logp == pytest.approx(teacher_forced(model, prompt, ids, 0.7)[torch.arange(10), torch.tensor(ids)].sum().item(), rel=0.02)
+    for prompt, [(ids, logp, _)] in zip(
+        prompts, generate(model, prompts, max_new_tokens=10, temperature=0.7)
+    ):
+        assert logp == pytest.approx(
+            teacher_forced(model, prompt, ids, 0.7)[torch.arange(10), torch.tensor(ids)].sum().item(),
+            rel=0.02,
+        )
 
 
 def test_unpacked_joined_weights_answer_alike_and_are_the_parameters_themselves(model, prompts, monkeypatch):
     """Large models are not held twice: their parameters become views of the joined matrices, with the same values, and can be trained on."""
-    packed, before = generate(model, prompts, max_new_tokens=12, temperature=0), {name: p.clone() for name, p in model.state_dict().items()}
+    packed, before = generate(model, prompts, max_new_tokens=12, temperature=0), {
+        name: p.clone() for name, p in model.state_dict().items()
+    }
     monkeypatch.setattr("aya_min.engine.PACK_BYTES", 0)
     fresh = language_model()
     plain = generate(fresh, prompts, max_new_tokens=12, temperature=0)
     assert [g[0].ids for g in plain] == [g[0].ids for g in packed]
     assert all(torch.equal(p, before[name]) for name, p in fresh.state_dict().items())
     attention, mlp = fresh.model.layers[0].self_attn, fresh.model.layers[0].mlp
-    assert attention.q_proj.weight.untyped_storage().data_ptr() == mlp.up_proj.weight.untyped_storage().data_ptr()
+    assert (
+        attention.q_proj.weight.untyped_storage().data_ptr()
+        == mlp.up_proj.weight.untyped_storage().data_ptr()
+    )
     with torch.no_grad():
         attention.v_proj.weight.mul_(-1)
     changed = generate(fresh, prompts, max_new_tokens=12, temperature=0)
@@ -174,7 +223,11 @@ def test_weights_that_were_changed_in_place_are_seen_by_the_next_call(prompts):
     model, other = language_model(0), language_model(5)
     first = generate(model, prompts[:3], max_new_tokens=8, temperature=0)
     model.load_state_dict(other.state_dict())
-    assert generate(model, prompts[:3], max_new_tokens=8, temperature=0) == generate(other, prompts[:3], max_new_tokens=8, temperature=0) != first
+    assert (
+        generate(model, prompts[:3], max_new_tokens=8, temperature=0)
+        == generate(other, prompts[:3], max_new_tokens=8, temperature=0)
+        != first
+    )
 
 
 # one request among others
@@ -185,11 +238,20 @@ def test_greedy_alone_is_greedy_in_a_batch_with_prompts_of_1_to_300_tokens(model
     assert [group[0].ids for group in together] == [group[0].ids for group in alone]
     assert len({tuple(group[0].ids) for group in alone}) == len(prompts)
     for prompt, [completion] in zip(prompts, alone):        # and greedy is the argmax of the whole forward
-        assert completion.ids == model(torch.tensor([prompt + completion.ids]))[0, len(prompt) - 1:-1].argmax(-1).tolist()
+        assert (
+            completion.ids
+            == model(torch.tensor([prompt + completion.ids]))[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+        )
 
 
-@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.long), 3, pytest.param(5, marks=pytest.mark.long), 1000])
-@pytest.mark.parametrize("changes", [{}, {"model_type": "cohere2", "sliding_window": 16, "num_hidden_layers": 4}], ids=["cohere", "cohere2"])
+@pytest.mark.parametrize(
+    "batch_size", [pytest.param(1, marks=pytest.mark.long), 3, pytest.param(5, marks=pytest.mark.long), 1000]
+)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model_type": "cohere2", "sliding_window": 16, "num_hidden_layers": 4}],
+    ids=["cohere", "cohere2"],
+)
 def test_what_a_request_samples_does_not_depend_on_the_batch_to_the_last_bit(changes, batch_size, prompts):
     """On the CPU in fp32 with packed weights: attention runs over whole blocks of keys, so that even the log-probs are equal."""
     model = language_model(**changes)
@@ -208,7 +270,11 @@ class AsOnGPU(Engine):
         return tokens[:n].tolist(), logps[:n].tolist()
 
 
-@pytest.mark.parametrize("changes", [{}, {"model_type": "cohere2", "sliding_window": 16, "num_hidden_layers": 4}], ids=["cohere", "cohere2"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model_type": "cohere2", "sliding_window": 16, "num_hidden_layers": 4}],
+    ids=["cohere", "cohere2"],
+)
 def test_fixed_shapes_with_idle_rows_give_the_same_answers(changes, prompts, monkeypatch):
     model = language_model(**changes)
     settings = dict(num_samples=2, max_new_tokens=30, temperature=0.7, stop_ids=[20, 30, 40], batch_size=5)
@@ -252,15 +318,23 @@ def test_a_finished_row_is_replaced_by_a_waiting_prompt_at_once(model):
     """One answer of 10 tokens and four of 3 on two rows: the long one takes 9 steps after its prefill, the others 2 each, one after the other."""
     engine, limits = Counting(Fused(model), 2, 32, 10, 0.0), [3, 3, 10, 3, 3]
     prompts = [[20 + i] for i in range(5)]
-    rows = [row for _, ended in complete(engine, prompts, limits, 1, range(5), 0, set(), None) for row in ended]
+    rows = [
+        row for _, ended in complete(engine, prompts, limits, 1, range(5), 0, set(), None) for row in ended
+    ]
     assert engine.rows_of_steps == [2] * 8 + [1]
     assert [len(row.ids) for row in sorted(rows, key=lambda row: row.prompt)] == limits
-    assert [row.ids for row in sorted(rows, key=lambda row: row.prompt)] == [g[0].ids for g in generate(model, prompts, max_new_tokens=limits, temperature=0)]
+    assert [row.ids for row in sorted(rows, key=lambda row: row.prompt)] == [
+        g[0].ids for g in generate(model, prompts, max_new_tokens=limits, temperature=0)
+    ]
 
 
 def test_k_samples_share_the_prefill_of_their_prompt_even_with_fewer_rows_than_samples(model, prompts):
     engine = Counting(Fused(model), 3, 320, 9, 1.0)
-    rows = [row for _, ended in complete(engine, prompts[:2] + prompts[4:5], [9] * 3, 8, range(3), 0, set(), None) for row in ended]
+    rows = [
+        row
+        for _, ended in complete(engine, prompts[:2] + prompts[4:5], [9] * 3, 8, range(3), 0, set(), None)
+        for row in ended
+    ]
     assert sorted(map(len, engine.prefilled)) == [5, 7, 300]
     assert len(rows) == 24 and max(engine.rows_of_steps) == 3
 
@@ -275,7 +349,11 @@ def test_k_samples_of_a_prompt_are_k_separate_requests(model, prompts):
 def test_two_calls_are_independent_and_another_seed_gives_other_samples(model, prompts):
     first = generate(model, prompts[:3], max_new_tokens=12, seed=1)
     generate(model, prompts[5:9], max_new_tokens=30, seed=2)
-    assert generate(model, prompts[:3], max_new_tokens=12, seed=1) == first != generate(model, prompts[:3], max_new_tokens=12, seed=2)
+    assert (
+        generate(model, prompts[:3], max_new_tokens=12, seed=1)
+        == first
+        != generate(model, prompts[:3], max_new_tokens=12, seed=2)
+    )
 
 
 def test_the_global_random_state_is_neither_used_nor_moved(model, prompts):
@@ -311,13 +389,18 @@ def test_a_stop_token_at_the_last_allowed_step_is_a_stop(model, prompts):
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 9])
 def test_never_more_than_max_new_tokens(max_new_tokens, model, prompts):
     groups = generate(model, prompts, max_new_tokens=max_new_tokens)
-    assert {len(c.ids) for group in groups for c in group} == {max_new_tokens} and groups[0][0].finish_reason == "length"
+    assert {len(c.ids) for group in groups for c in group} == {max_new_tokens} and groups[0][
+        0
+    ].finish_reason == "length"
 
 
 def test_the_last_position_of_the_model_can_be_used_and_one_more_is_refused(model):
     prompt = [20] * 500
     assert len(generate(model, [prompt], max_new_tokens=12)[0][0].ids) == 12
-    with pytest.raises(ValueError, match="prompt 1 has 500 tokens; with 13 new ones it passes the model's 512; shorten it or lower --max-new-tokens"):
+    with pytest.raises(
+        ValueError,
+        match="prompt 1 has 500 tokens; with 13 new ones it passes the model's 512; shorten it or lower --max-new-tokens",
+    ):
         generate(model, [[20], prompt], max_new_tokens=13)
 
 
@@ -376,8 +459,11 @@ FAULTS = [("model.layers.1.mlp.down_proj.weight", NAN, (0, 0)), ("model.norm.wei
 def test_weights_that_are_not_finite_are_named_with_model_row_and_step(name, value, place, temperature):
     """The last word of the vocabulary was said for NaN, and a log-prob of NaN written."""
     rows = [{"prompt": "colours?", "prompt_where": "asked.jsonl:7"}, {"prompt": "red?"}]
-    with pytest.raises(ValueError, match=r"^nanlm: the (logits|log-prob) of new token \d+ of (asked.jsonl:7|pro"
-                       rf"mpt 1) (are|is) not finite; its parameter {name} holds values that are not finite"):
+    with pytest.raises(
+        ValueError,
+        match=r"^nanlm: the (logits|log-prob) of new token \d+ of (asked.jsonl:7|pro"
+        rf"mpt 1) (are|is) not finite; its parameter {name} holds values that are not finite",
+    ):
         answer_rows(broken(name, value, place), tokenizer(), rows, 2, 8, temperature, name="nanlm")
 
 
@@ -442,7 +528,9 @@ def test_a_nul_in_an_answer_is_written_as_what_is_no_text():
 def test_fused_weights_serve_many_calls(model, prompts):
     fused = Fused(model)
     for seed in (0, 1):
-        assert generate(fused, prompts[:3], max_new_tokens=5, seed=seed) == generate(model, prompts[:3], max_new_tokens=5, seed=seed)
+        assert generate(fused, prompts[:3], max_new_tokens=5, seed=seed) == generate(
+            model, prompts[:3], max_new_tokens=5, seed=seed
+        )
     assert list(stream(fused, prompts[0], 5, 1.0)) == generate(model, prompts[:1], max_new_tokens=5)[0][0].ids
 
 
@@ -454,7 +542,9 @@ def test_no_prompts_give_no_completions(model):
 def test_an_answer_ends_with_the_token_that_completes_a_stop_string(stop_strings, model, prompts):
     decode = tokenizer().decode
     free = generate(model, prompts, num_samples=2, max_new_tokens=25, seed=2)
-    ended = generate(model, prompts, num_samples=2, max_new_tokens=25, seed=2, stop_strings=stop_strings, decode=decode)
+    ended = generate(
+        model, prompts, num_samples=2, max_new_tokens=25, seed=2, stop_strings=stop_strings, decode=decode
+    )
     for whole, cut in zip(sum(free, []), sum(ended, [])):
         first = next((n for n in range(1, 26) if any(s in decode(whole.ids[:n]) for s in stop_strings)), None)
         assert cut.ids == whole.ids[:first] and cut.finish_reason == ("stop" if first else "length")
@@ -463,27 +553,46 @@ def test_an_answer_ends_with_the_token_that_completes_a_stop_string(stop_strings
 def test_each_prompt_may_have_its_own_number_of_new_tokens(model, prompts):
     limits = [1 + 3 * i for i in range(len(prompts))]
     free = generate(model, prompts, max_new_tokens=40, seed=1, batch_size=4)
-    assert [g[0].ids for g in generate(model, prompts, max_new_tokens=limits, seed=1, batch_size=4)] == [g[0].ids[:n] for g, n in zip(free, limits)]
+    assert [g[0].ids for g in generate(model, prompts, max_new_tokens=limits, seed=1, batch_size=4)] == [
+        g[0].ids[:n] for g, n in zip(free, limits)
+    ]
 
 
 @pytest.mark.parametrize("temperature", [0, 0.9])
 def test_a_stream_gives_the_ids_of_the_completion_one_by_one(temperature, model, prompts):
-    [[whole]] = generate(model, prompts[:1], max_new_tokens=30, temperature=temperature, stop_ids=[20, 30, 40], seed=3)
+    [[whole]] = generate(
+        model, prompts[:1], max_new_tokens=30, temperature=temperature, stop_ids=[20, 30, 40], seed=3
+    )
     ids = stream(model, prompts[0], 30, temperature, stop_ids=[20, 30, 40], seed=3)
     assert next(ids) == whole.ids[0] and [whole.ids[0], *ids] == whole.ids
 
 
 def test_on_done_hears_of_each_prompt_once_with_all_its_samples(model, prompts):
     heard = {}
-    groups = generate(model, prompts, num_samples=3, max_new_tokens=10, stop_ids=[20, 30, 40], batch_size=4, on_done=lambda i, group: heard.setdefault(i, []).append(group))
+    groups = generate(
+        model,
+        prompts,
+        num_samples=3,
+        max_new_tokens=10,
+        stop_ids=[20, 30, 40],
+        batch_size=4,
+        on_done=lambda i, group: heard.setdefault(i, []).append(group),
+    )
     assert heard == {i: [group] for i, group in enumerate(groups)}
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_the_batch_size_that_does():
     model = config.model_preset("aya-expanse-32b")
-    with pytest.raises(ValueError, match=r"the KV cache of 1000000 rows of 8192 tokens needs 1342178.6 GB, .* GB are free; (lower --batch-size to \d+ or less|shorten the prompts)"):
+    with pytest.raises(
+        ValueError,
+        match=r"the KV cache of 1000000 rows of 8192 tokens needs 1342178.6 GB, .* GB are free; (lower --batch-size to \d+ or less|shorten the prompts)",
+    ):
         engine_size(model, [8000] * 1_000_000, [192] * 1_000_000, 1, 1_000_000, dtype=torch.bfloat16)
-    assert engine_size(config.model_preset("smoke"), [10, 20], [5, 5], 2, 3) == (3, 32, 3 * 32 * 2 * 2 * 32 * 4)
+    assert engine_size(config.model_preset("smoke"), [10, 20], [5, 5], 2, 3) == (
+        3,
+        32,
+        3 * 32 * 2 * 2 * 32 * 4,
+    )
 
 
 # rows of text
@@ -492,7 +601,10 @@ def test_an_answer_is_cut_before_its_stop_string_and_keeps_the_ids_that_were_sam
     rows = questions("train", 5, 0, level="tiny")
     groups = answer_rows(model, tokenizer(), rows, 2, max_new_tokens=60, seed=0, stop_strings=["a", "i"])
     stopped = [a for group in groups for a in group if set("ai") & set(tokenizer().decode(a["ids"]))]
-    assert stopped and all(not set("ai") & set(a["completion"]) and tokenizer().decode(a["ids"]).startswith(a["completion"]) for a in stopped)
+    assert stopped and all(
+        not set("ai") & set(a["completion"]) and tokenizer().decode(a["ids"]).startswith(a["completion"])
+        for a in stopped
+    )
 
 
 def test_answers_are_decoded_without_the_end_token_and_keep_their_ids_and_reason(model):
@@ -525,18 +637,30 @@ def test_a_text_alone_scores_as_in_a_batch_with_longer_ones(scored):
 
 def test_the_prompt_of_several_samples_is_computed_once_and_their_scores_are_those_of_each_alone(scored):
     judge, seen = reward_model(), []
-    rows = [{**scored[i], "completion": word * n} for i, word, n in ((0, "red ", 9), (1, "red ", 4), (0, "blue ", 5), (0, "green ", 2))]
+    rows = [
+        {**scored[i], "completion": word * n}
+        for i, word, n in ((0, "red ", 9), (1, "red ", 4), (0, "blue ", 5), (0, "green ", 2))
+    ]
     alone = [score_texts(judge, tokenizer(), [row])[0] for row in rows]
     judge.model.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
     together = score_texts(judge, tokenizer(), rows)
     prompts = [len(tokenizer().encode_prompt(scored[i]["prompt"])) for i in (0, 1)]
     answers = [len(tokenizer().encode_answer(row["completion"])) for row in rows]
-    assert together == pytest.approx(alone, abs=1e-5) and sum(prompts) + sum(answers) - 4 <= seen[0] <= sum(prompts) + sum(answers)     # answers may begin alike
+    assert together == pytest.approx(alone, abs=1e-5) and sum(prompts) + sum(answers) - 4 <= seen[0] <= sum(
+        prompts
+    ) + sum(
+        answers
+    )  # answers may begin alike
 
 
 def test_a_score_depends_on_the_prompt_on_the_last_word_and_on_no_special_name_in_the_text(scored):
     judge, row = reward_model(), scored[0]
-    variants = [row, {**row, "prompt": row["prompt"] + "!"}, {**row, "completion": row["completion"] + " blue"}, {**row, "completion": "<PAD>"}]
+    variants = [
+        row,
+        {**row, "prompt": row["prompt"] + "!"},
+        {**row, "completion": row["completion"] + " blue"},
+        {**row, "completion": "<PAD>"},
+    ]
     scores = score_texts(judge, tokenizer(), variants)
     assert len({round(score, 4) for score in scores}) == 4 and all(np.isfinite(scores))
 
@@ -554,8 +678,11 @@ def test_a_score_that_is_not_finite_is_refused_with_model_row_and_parameter(name
         dict(judge.named_parameters())[name][place] = value
     rows = [{**row, "prompt_where": f"f.jsonl:{i}", "completion": tokenizer().decode([25])}
             for i, row in enumerate(scored, 1)]
-    with pytest.raises(ValueError, match=r"^judge: its score of the answer of f.jsonl:1 is (nan|-?inf), not fin"
-                       rf"ite; its parameter {name} holds values"):
+    with pytest.raises(
+        ValueError,
+        match=r"^judge: its score of the answer of f.jsonl:1 is (nan|-?inf), not fin"
+        rf"ite; its parameter {name} holds values",
+    ):
         score_texts(judge, tokenizer(), rows, name="judge")
 
 
@@ -564,8 +691,11 @@ def test_texts_beyond_the_positions_are_refused_left_out_or_cut(scored, capfd):
     judge = reward_model()
     rows = [scored[0], {**scored[1], "completion": "red " * 600, "prompt_where": "f.jsonl:2"}, scored[2],
             {**scored[3], "prompt": "blue " * 600}]
-    with pytest.raises(ValueError, match="RM: 2 of 4 texts to score pass its 512 positions .the first, of "
-                       "f.jsonl:2, has 18[0-9][0-9] tokens.; shorten them, or give --too-long skip or cut-left"):
+    with pytest.raises(
+        ValueError,
+        match="RM: 2 of 4 texts to score pass its 512 positions .the first, of "
+        "f.jsonl:2, has 18[0-9][0-9] tokens.; shorten them, or give --too-long skip or cut-left",
+    ):
         score_texts(judge, tokenizer(), rows, name="RM")
     assert score_texts(judge, tokenizer(), rows, name="RM", too_long="cut-left")[1] is None
     assert "1 lose the oldest tokens of their prompts, 1 are not scored" in capfd.readouterr().err

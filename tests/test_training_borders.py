@@ -121,7 +121,7 @@ def test_a_state_that_an_older_version_saved_with_nan_is_left_for_the_one_before
     run("sft", world, folder, resume=True, max_steps=3, **always)
     assert (
         "step-3 is damaged (" in (err := capsys.readouterr().err)
-        and "is not finite); going on from the state before it" in err
+        and "is not finite); resuming from the state before it" in err
     )
     assert "resumes after step 2" in err and names(folder / "state") == ["step-2", "step-3"]
 
@@ -344,7 +344,9 @@ def functions_of(path, names=None):
 def read_in(trees):
     """The attributes that some code reads, and the texts in it, of which lists of names of arguments are made."""
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    attributes = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)]
+    attributes = [
+        node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    ]
     texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     return texts | {node.attr for node in attributes}
 
@@ -415,7 +417,9 @@ def test_flags_that_would_be_ignored_are_refused_by_name(flags, says, models, wo
         ("--final-learning-rate 0.1 --schedule constant", "--final-learning-rate has no effect beside"),
     ],
 )
-def test_flags_that_another_outdoes_are_said_and_the_run_goes_on(flags, says, models, world, tmp_path, command):
+def test_flags_that_another_outdoes_are_said_and_the_run_goes_on(
+    flags, says, models, world, tmp_path, command
+):
     code, _, err = command(line_of("sft", models, world, tmp_path / "run") + " " + flags)
     assert code == 0 and any(line.startswith(says) for line in err), err
 
@@ -750,9 +754,9 @@ def test_a_manifest_that_no_stage_wrote_makes_the_state_damaged_and_the_one_befo
     ), err
 
 
-def test_resume_goes_on_in_its_own_folder_only(done, tmp_path, command):
+def test_resume_continues_in_its_own_folder_only(done, tmp_path, command):
     code, _, err = command(f"sft --resume {done} --out {tmp_path}/other --max-steps 3")
-    assert code == 2 and "leave --out out" in err[0] and not (tmp_path / "other").exists()
+    assert code == 2 and "remove --out" in err[0] and not (tmp_path / "other").exists()
     assert command(f"sft --resume {done} --out {done} --max-steps 2")[0] == 0
 
 

@@ -26,8 +26,16 @@ from aya_min.engine import Fused, multiplier                         # noqa: E40
 from aya_min.sampling import generate                               # noqa: E402
 from tests.bench.step_speed import busy_process                     # noqa: E402
 
-CONFIG = dict(vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=1024,
-              initializer_range=0.1)         # wide enough that no two tokens are almost equally likely
+CONFIG = dict(
+    vocab_size=4096,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    initializer_range=0.1,
+)  # wide enough that no two tokens are almost equally likely
 
 
 def timed(function, device):
@@ -45,8 +53,14 @@ def matmul_seconds(model, rows, pack):
     """One decode step's matmuls at this number of rows: the median of 30."""
     c, p = model.config, next(model.parameters())
     heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    shapes = [(heads + 2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.num_attention_heads * c.head_dim + c.intermediate_size)] * c.num_hidden_layers
-    products = [(multiplier(p.new_zeros(s).normal_(), pack), p.new_zeros(rows, s[1])) for s in shapes + [(c.vocab_size, c.hidden_size)]]
+    shapes = [
+        (heads + 2 * c.intermediate_size, c.hidden_size),
+        (c.hidden_size, c.num_attention_heads * c.head_dim + c.intermediate_size),
+    ] * c.num_hidden_layers
+    products = [
+        (multiplier(p.new_zeros(s).normal_(), pack), p.new_zeros(rows, s[1]))
+        for s in shapes + [(c.vocab_size, c.hidden_size)]
+    ]
     return sorted(timed(lambda: [f(x) for f, x in products], p.device.type)[0] for _ in range(30))[15]
 
 
@@ -59,23 +73,40 @@ def main():
     args = parser.parse_args()
     import transformers
     dtype = getattr(torch, args.dtype)
-    model = init_weights(CohereForCausalLM(ModelConfig(**CONFIG)), torch.Generator().manual_seed(0)).to(args.device, dtype).eval()
-    theirs = transformers.CohereForCausalLM(transformers.CohereConfig(**CONFIG, eos_token_id=None))       # the same defaults, rope's among them
+    model = (
+        init_weights(CohereForCausalLM(ModelConfig(**CONFIG)), torch.Generator().manual_seed(0))
+        .to(args.device, dtype)
+        .eval()
+    )
+    theirs = transformers.CohereForCausalLM(
+        transformers.CohereConfig(**CONFIG, eos_token_id=None)
+    )  # the same defaults, rope's among them
     theirs.load_state_dict({**model.state_dict(), "lm_head.weight": model.head_weight})
     theirs = theirs.to(args.device, dtype).eval()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}, {args.device} {args.dtype}, {'beside a busy process, ' if args.loaded else ''}"
-          f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, {args.device} {args.dtype}, {'beside a busy process, ' if args.loaded else ''}"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    )
 
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(13, CONFIG["vocab_size"], size=n).tolist()
     cases = [(f"batch {b}", [draw(32) for _ in range(b)], [64] * b, b) for b in (1, 16, 64)]
-    cases.append(("256 mixed", [draw(n) for n in rng.integers(8, 129, size=256)], rng.integers(8, 129, size=256).tolist(), 64))
+    cases.append(
+        (
+            "256 mixed",
+            [draw(n) for n in rng.integers(8, 129, size=256)],
+            rng.integers(8, 129, size=256).tolist(),
+            64,
+        )
+    )
 
-    fused = Fused(model)                                            # as from_pretrained: once, before the clock
+    fused = Fused(model)  # as from_pretrained: once, before the clock
 
     def ours(prompts, limits, batch):
-        return [c.ids for [c] in generate(fused, prompts, max_new_tokens=limits, temperature=0, batch_size=batch)]
+        return [
+            c.ids for [c] in generate(fused, prompts, max_new_tokens=limits, temperature=0, batch_size=batch)
+        ]
 
     def by_transformers(prompts, limits, batch):
         answers = []
@@ -84,11 +115,15 @@ def main():
             longest = max(map(len, part))
             ids = torch.tensor([[0] * (longest - len(p)) + p for p in part], device=args.device)
             mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in part], device=args.device)
-            made = theirs.generate(ids, attention_mask=mask, max_new_tokens=max(wanted), do_sample=False, pad_token_id=0)
+            made = theirs.generate(
+                ids, attention_mask=mask, max_new_tokens=max(wanted), do_sample=False, pad_token_id=0
+            )
             answers += [row[longest:longest + n].tolist() for row, n in zip(made, wanted)]
         return answers
 
-    print(f"{'':10} {'transformers':>26} {'aya_min':>26} {'ratio':>6} {'same tokens':>12} {'matmuls: F.linear':>18} {'packed':>8} {'share of packed':>16}")
+    print(
+        f"{'':10} {'transformers':>26} {'aya_min':>26} {'ratio':>6} {'same tokens':>12} {'matmuls: F.linear':>18} {'packed':>8} {'share of packed':>16}"
+    )
     for name, prompts, limits, batch in cases:
         times = {by_transformers: [], ours: []}
         with busy_process(args.loaded):
@@ -97,13 +132,16 @@ def main():
                     seconds, result = timed(lambda: function(prompts, limits, batch), args.device)
                     times[function].append((seconds, result))
         new = sum(limits)
-        rates = {f: sorted(new / s for s, _ in t[1:]) for f, t in times.items()}             # the first round warms up
+        rates = {f: sorted(new / s for s, _ in t[1:]) for f, t in times.items()}  # the first round warms up
         middle = {f: r[len(r) // 2] for f, r in rates.items()}
         same = np.mean([a == b for a, b in zip(times[ours][0][1], times[by_transformers][0][1])])
         text = {f: f"{middle[f]:8.0f} [{rates[f][0]:6.0f}, {rates[f][-1]:6.0f}]" for f in rates}
         matmul = [batch / matmul_seconds(model, batch, pack) for pack in (False, args.device == "cpu")]
-        print(f"{name:10} {text[by_transformers]:>26} {text[ours]:>26} {middle[ours] / middle[by_transformers]:6.2f} {same:12.0%} {matmul[0]:18.0f} {matmul[1]:8.0f} "
-              f"{middle[ours] / matmul[1]:16.0%}", flush=True)
+        print(
+            f"{name:10} {text[by_transformers]:>26} {text[ours]:>26} {middle[ours] / middle[by_transformers]:6.2f} {same:12.0%} {matmul[0]:18.0f} {matmul[1]:8.0f} "
+            f"{middle[ours] / matmul[1]:16.0%}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

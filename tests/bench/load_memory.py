@@ -1,6 +1,6 @@
 """Host memory of weights.load: the peak of resident memory (mapped pages count) over the size of the files, on a made checkpoint in bf16.
 
-    OMP_NUM_THREADS=1 python tests/bench/load_memory.py [LAYERS]         (8 layers: 1.2 GB, in a temporary folder; 16: 2.2 GB)
+OMP_NUM_THREADS=1 python tests/bench/load_memory.py [LAYERS]         (8 layers: 1.2 GB, in a temporary folder; 16: 2.2 GB)
 """
 
 import json
@@ -29,12 +29,23 @@ def resident(key):
 
 def make(folder, num_layers, shard_bytes):
     """A model folder of random bf16 weights, written tensor by tensor; its bytes, and those of its largest tensor."""
-    config = ModelConfig(vocab_size=65536, hidden_size=2048, intermediate_size=8192, num_hidden_layers=num_layers, num_attention_heads=16, num_key_value_heads=4)
+    config = ModelConfig(
+        vocab_size=65536,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=num_layers,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+    )
     with torch.device("meta"):
         specs = {name: ("BF16", tuple(t.shape)) for name, t in CohereForCausalLM(config).state_dict().items()}
     files = tensorfiles.assign_files(specs, shard_bytes)
     folder.mkdir()
-    tensorfiles.write(folder, files, (torch.randn(shape).bfloat16() for part in files.values() for _, shape in part.values()))
+    tensorfiles.write(
+        folder,
+        files,
+        (torch.randn(shape).bfloat16() for part in files.values() for _, shape in part.values()),
+    )
     tensorfiles.write_json(folder / "config.json", config.published(dtype="bfloat16"))
     train_tokenizer(["a few words are enough for the bytes"], 300).save(folder)
     sizes = [tensorfiles.num_bytes(*spec) for spec in specs.values()]
@@ -58,20 +69,28 @@ def measure(folder, dtype, ranks):
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    return [row[1:] for row in sorted(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))]
+    return [
+        row[1:]
+        for row in sorted(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    ]
 
 
 def main():
     num_layers = int(sys.argv[1]) if len(sys.argv) > 1 else 8
-    print("| files | loaded as | ranks | files, GB | largest tensor | torch and imports | peak | peak less imports | over files | over what is held |")
+    print(
+        "| files | loaded as | ranks | files, GB | largest tensor | torch and imports | peak | peak less imports | over files | over what is held |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for what, shard_bytes in (("one", LARGE), ("shards of 0.3 GB", SMALL)):
         with TemporaryDirectory() as place:
             size, largest = make(Path(place) / "model", num_layers, shard_bytes)
             for dtype, ranks in (("bfloat16", 1), ("float32", 1), ("float32", 2)):
                 for before, peak, held in measure(Path(place) / "model", dtype, ranks):
-                    print(f"| {what} | {dtype} | {ranks} | {size / GB:.2f} | {largest / GB:.2f} | {before / GB:.2f} | {peak / GB:.2f} | {(peak - before) / GB:.2f} | "
-                          f"{(peak - before) / size:.2f} | {(peak - before) / held:.2f} |", flush=True)
+                    print(
+                        f"| {what} | {dtype} | {ranks} | {size / GB:.2f} | {largest / GB:.2f} | {before / GB:.2f} | {peak / GB:.2f} | {(peak - before) / GB:.2f} | "
+                        f"{(peak - before) / size:.2f} | {(peak - before) / held:.2f} |",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

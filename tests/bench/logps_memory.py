@@ -1,6 +1,6 @@
 """Memory and time of the log-probs of N supervised tokens against the vocabulary V, forward and backward, beside log_softmax of whole logits.
 
-    python tests/bench/logps_memory.py [--hidden 512] [--most 4096]          (each row a process of its own; on a GPU if there is one)
+python tests/bench/logps_memory.py [--hidden 512] [--most 4096]          (each row a process of its own; on a GPU if there is one)
 """
 
 import argparse
@@ -33,9 +33,13 @@ def child(way, N, V, D):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     function = {"chunks": token_logps, "whole": whole}[way]
-    weight = (0.02 * torch.randn(V, D, device=device, dtype=dtype)).requires_grad_()     # with weights of size 1 most probabilities are denormal numbers: 40x as slow on a CPU
-    hidden, targets = torch.randn(N, D, device=device, dtype=dtype, requires_grad=True), torch.randint(V, (N,), device=device)
-    function(hidden[:128], weight, targets[:128]).sum().backward()                         # libraries loaded, gradients there
+    weight = (
+        0.02 * torch.randn(V, D, device=device, dtype=dtype)
+    ).requires_grad_()  # with weights of size 1 most probabilities are denormal numbers: 40x as slow on a CPU
+    hidden, targets = torch.randn(N, D, device=device, dtype=dtype, requires_grad=True), torch.randint(
+        V, (N,), device=device
+    )
+    function(hidden[:128], weight, targets[:128]).sum().backward()  # libraries loaded, gradients there
     before, started = peak(device), time.perf_counter()
     function(hidden, weight, targets).sum().backward()
     hidden.grad.sum().item()
@@ -43,19 +47,38 @@ def child(way, N, V, D):
 
 
 def measure(*arguments):
-    done = subprocess.run([sys.executable, __file__, "--child", *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", *map(str, arguments)], capture_output=True, text=True
+    )
     return json.loads(done.stdout) if done.returncode == 0 else None        # None: out of memory
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--most", type=int, default=4096, help="tokens of the largest case")
     args = parser.parse_args()
-    print(f"hidden size {args.hidden}, torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}\n\n"
-          "| tokens | vocabulary | whole logits, GB | log_softmax: GB more, s | by chunks: GB more, s |\n|---|---|---|---|---|")
-    for N, V in ((args.most // 4, 256_000), (args.most // 2, 256_000), (args.most, 256_000), (args.most, 128_000), (args.most, 64_000)):
-        cells = [f"{done[0] / 1e9:.2f}, {done[1]:.1f}" if (done := measure(way, N, V, args.hidden)) else "out of memory" for way in ("whole", "chunks")]
+    print(
+        f"hidden size {args.hidden}, torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}\n\n"
+        "| tokens | vocabulary | whole logits, GB | log_softmax: GB more, s | by chunks: GB more, s |\n|---|---|---|---|---|"
+    )
+    for N, V in (
+        (args.most // 4, 256_000),
+        (args.most // 2, 256_000),
+        (args.most, 256_000),
+        (args.most, 128_000),
+        (args.most, 64_000),
+    ):
+        cells = [
+            (
+                f"{done[0] / 1e9:.2f}, {done[1]:.1f}"
+                if (done := measure(way, N, V, args.hidden))
+                else "out of memory"
+            )
+            for way in ("whole", "chunks")
+        ]
         print(f"| {N:,} | {V:,} | {4 * N * V / 1e9:.1f} | {cells[0]} | {cells[1]} |", flush=True)
 
 

@@ -30,7 +30,14 @@ from aya_min.tokenizer import load_tokenizer, train_tokenizer                   
 from aya_min.files import write_jsonl                                                   # noqa: E402
 from tests.bench.step_speed import busy_process                                         # noqa: E402
 
-SIZES = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=1024)
+SIZES = dict(
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+)
 STEPS = {"sft": 16, "dpo": 10, "rloo": 10}
 SYLLABLES = [a + b + c for a in "bcdfgklmnprstvz" for b in "aeiou" for c in ("", "n", "r", "s", "l")]
 
@@ -41,26 +48,57 @@ def make(folder):
     lexicon = ["".join(rng.choices(SYLLABLES, k=2)) for _ in range(3500)]
     say = lambda n: " ".join(rng.choices(lexicon, k=n))
     answer = lambda: say(rng.randint(32, 96))
-    rows = [{"prompt": say(32), "completion": answer(), "chosen": answer(), "rejected": answer()} for _ in range(512)]
+    rows = [
+        {"prompt": say(32), "completion": answer(), "chosen": answer(), "rejected": answer()}
+        for _ in range(512)
+    ]
     write_jsonl(folder / "sft.jsonl", [{k: row[k] for k in ("prompt", "completion")} for row in rows])
-    write_jsonl(folder / "pairs.jsonl", [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows])
+    write_jsonl(
+        folder / "pairs.jsonl", [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
+    )
     write_jsonl(folder / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
     tokenizer = train_tokenizer([" ".join(row.values()) for row in rows], 4096)
     sizes = dict(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.end_of_turn_id)
-    weights.save(folder / "model", init_weights(CohereForCausalLM(config.ModelConfig(**SIZES, **sizes)), torch.Generator().manual_seed(0)), tokenizer)
-    small = {**SIZES, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
-    weights.save(folder / "reward", init_weights(RewardModel(config.ModelConfig(**small, **sizes)), torch.Generator().manual_seed(0)), tokenizer)
+    weights.save(
+        folder / "model",
+        init_weights(
+            CohereForCausalLM(config.ModelConfig(**SIZES, **sizes)), torch.Generator().manual_seed(0)
+        ),
+        tokenizer,
+    )
+    small = {
+        **SIZES,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
+    weights.save(
+        folder / "reward",
+        init_weights(RewardModel(config.ModelConfig(**small, **sizes)), torch.Generator().manual_seed(0)),
+        tokenizer,
+    )
 
 
 def run_ours(stage, folder, out, compile):
-    settings = dict(batch_size=4 if stage == "rloo" else 16, max_steps=STEPS[stage], max_length=512, learning_rate=1e-5, save_every=0)
+    settings = dict(
+        batch_size=4 if stage == "rloo" else 16,
+        max_steps=STEPS[stage],
+        max_length=512,
+        learning_rate=1e-5,
+        save_every=0,
+    )
     (model, tokenizer), more = weights.load(folder / "model"), {}
     start = time.perf_counter()
     if stage == "rloo":
         settings |= dict(num_samples=4, max_new_tokens=64)
         more["reward_model"] = weights.load(folder / "reward")[0]
-    settings_class, data = stages.STAGES[stage].settings, {"sft": "sft", "dpo": "pairs", "rloo": "prompts"}[stage]
-    if stage == "dpo":                                   # the reference pass over the pairs that the steps use, no more
+    settings_class, data = (
+        stages.STAGES[stage].settings,
+        {"sft": "sft", "dpo": "pairs", "rloo": "prompts"}[stage],
+    )
+    if stage == "dpo":  # the reference pass over the pairs that the steps use, no more
         rows = (folder / "pairs.jsonl").read_text(encoding="utf-8").split("\n")[:16 * STEPS["dpo"]]
         (out.parent / "few.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
         folder, data = out.parent, "few"
@@ -71,8 +109,21 @@ def run_ours(stage, folder, out, compile):
             reference(*args)
             more["reference"] = (time.perf_counter() - begin) / STEPS["dpo"]
         stages.store_reference = timed
-    stages.train_stage(stage, model, tokenizer, [folder / f"{data}.jsonl"], settings_class(**settings), out, torch.device("cpu"), **{k: v for k, v in more.items() if k == "reward_model"})
-    seconds = [json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1] if '"seconds"' in line]
+    stages.train_stage(
+        stage,
+        model,
+        tokenizer,
+        [folder / f"{data}.jsonl"],
+        settings_class(**settings),
+        out,
+        torch.device("cpu"),
+        **{k: v for k, v in more.items() if k == "reward_model"},
+    )
+    seconds = [
+        json.loads(line)["seconds"]
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        if '"seconds"' in line
+    ]
     return [s + more.get("reference", 0) for s in seconds]
 
 
@@ -90,21 +141,58 @@ def run_trl(stage, folder, out, compile):
         def on_step_end(self, *args, **kwargs):
             seconds.append(time.perf_counter() - self.start)
 
-    common = dict(output_dir=str(out), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-                  max_steps=STEPS[stage], per_device_train_batch_size=16, learning_rate=1e-5)
-    rows = [json.loads(line) for line in (folder / {"sft": "sft", "dpo": "pairs", "rloo": "prompts"}[stage]).with_suffix(".jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    common = dict(
+        output_dir=str(out),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        max_steps=STEPS[stage],
+        per_device_train_batch_size=16,
+        learning_rate=1e-5,
+    )
+    rows = [
+        json.loads(line)
+        for line in (folder / {"sft": "sft", "dpo": "pairs", "rloo": "prompts"}[stage])
+        .with_suffix(".jsonl")
+        .read_text(encoding="utf-8")
+        .split("\n")[:-1]
+    ]
     turn = lambda role, text: [{"role": role, "content": text}]
-    data = datasets.Dataset.from_list([{k: turn("user" if k == "prompt" else "assistant", v) for k, v in row.items()} for row in rows])
+    data = datasets.Dataset.from_list(
+        [{k: turn("user" if k == "prompt" else "assistant", v) for k, v in row.items()} for row in rows]
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     start = time.perf_counter()
     if stage == "sft":
-        trainer = trl.SFTTrainer(model, args=trl.SFTConfig(max_length=512, **common), train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
+        trainer = trl.SFTTrainer(
+            model,
+            args=trl.SFTConfig(max_length=512, **common),
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
     elif stage == "dpo":
-        trainer = trl.DPOTrainer(model, args=trl.DPOConfig(max_length=512, beta=0.1, **common), train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
+        trainer = trl.DPOTrainer(
+            model,
+            args=trl.DPOConfig(max_length=512, beta=0.1, **common),
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
     else:
-        trainer = trl.RLOOTrainer(model, reward_funcs=lambda completions, **_: [float(len(c[0]["content"])) for c in completions], train_dataset=data, processing_class=tokenizer,
-                                  args=trl.RLOOConfig(num_generations=4, max_completion_length=64, beta=0.03, **common), callbacks=[Clock()])
+        trainer = trl.RLOOTrainer(
+            model,
+            reward_funcs=lambda completions, **_: [float(len(c[0]["content"])) for c in completions],
+            train_dataset=data,
+            processing_class=tokenizer,
+            args=trl.RLOOConfig(num_generations=4, max_completion_length=64, beta=0.03, **common),
+            callbacks=[Clock()],
+        )
     del start
     trainer.train()
     return seconds
@@ -112,7 +200,14 @@ def run_trl(stage, folder, out, compile):
 
 def child(tool, stage, folder, out, compile):
     seconds = {"aya_min": run_ours, "TRL": run_trl}[tool](stage, Path(folder), Path(out), compile)
-    print(json.dumps({"seconds": median(seconds[3:]), "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}))
+    print(
+        json.dumps(
+            {
+                "seconds": median(seconds[3:]),
+                "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+            }
+        )
+    )
 
 
 def matmul_seconds(tokens, supervised, vocab_size):
@@ -139,22 +234,32 @@ def main():
     if args.child:
         return child(*args.child)
     import trl
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, TRL {trl.__version__}, fp32"
-          f"{', beside a busy process' if args.loaded else ''}")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, TRL {trl.__version__}, fp32"
+        f"{', beside a busy process' if args.loaded else ''}"
+    )
     with tempfile.TemporaryDirectory() as folder, busy_process(args.loaded):
         folder = Path(folder)
         make(folder)
         tokenizer = load_tokenizer(folder / "model")
-        rows = [json.loads(line) for line in (folder / "sft.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+        rows = [
+            json.loads(line) for line in (folder / "sft.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        ]
         supervised = sum(len(tokenizer.encode(row["completion"])) + 1 for row in rows) / len(rows)
         tokens = supervised + sum(len(tokenizer.encode_prompt(row["prompt"])) for row in rows) / len(rows)
-        print(f"{tokens:.0f} tokens an example, {supervised:.0f} of them supervised; their matmuls for 16 examples alone: {matmul_seconds(round(16 * tokens), round(16 * supervised), tokenizer.vocab_size):.3f} s")
+        print(
+            f"{tokens:.0f} tokens an example, {supervised:.0f} of them supervised; their matmuls for 16 examples alone: {matmul_seconds(round(16 * tokens), round(16 * supervised), tokenizer.vocab_size):.3f} s"
+        )
         for stage in args.stages:
             results = {"TRL": [], "aya_min": []}
             for i in range(args.rounds):
                 for tool, made in results.items():
                     with tempfile.TemporaryDirectory() as out:
-                        done = subprocess.run([sys.executable, __file__, "--child", tool, stage, folder, f"{out}/run", ""], capture_output=True, text=True)
+                        done = subprocess.run(
+                            [sys.executable, __file__, "--child", tool, stage, folder, f"{out}/run", ""],
+                            capture_output=True,
+                            text=True,
+                        )
                     if done.returncode:
                         sys.exit(done.stderr[-3000:])
                     made.append(json.loads(done.stdout.strip().split("\n")[-1]))
@@ -162,8 +267,12 @@ def main():
             for tool, made in results.items():
                 seconds = sorted(m["seconds"] for m in made)
                 middle[tool] = median(seconds)
-                text.append(f"{tool} {middle[tool]:.3f} [{seconds[0]:.3f}, {seconds[-1]:.3f}] s a step, {max(m['gigabytes'] for m in made):.2f} GB")
-            print(f"{stage:5} {text[0]}   {text[1]}   ratio {middle['TRL'] / middle['aya_min']:.2f}", flush=True)
+                text.append(
+                    f"{tool} {middle[tool]:.3f} [{seconds[0]:.3f}, {seconds[-1]:.3f}] s a step, {max(m['gigabytes'] for m in made):.2f} GB"
+                )
+            print(
+                f"{stage:5} {text[0]}   {text[1]}   ratio {middle['TRL'] / middle['aya_min']:.2f}", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -17,16 +17,31 @@ from safetensors.torch import load_file
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
 ZIP = HERE / "transformers.zip"
-SIZES = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-             bos_token_id=1, eos_token_id=2, pad_token_id=0)
+SIZES = dict(
+    vocab_size=16,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 CASES = {    # folder: (model type, dtype, more)
     "cohere-bf16": ("cohere", torch.bfloat16, dict(use_qk_norm=True)),
     "cohere-fp16": ("cohere", torch.float16, {}),
     "llama-bf16": ("llama", torch.bfloat16, dict(tie_word_embeddings=False)),
     "qwen2-fp16": ("qwen2", torch.float16, dict(tie_word_embeddings=True)),
 }
-FLAGS = {    # method: its flags; density 1 drops nothing at random
-    "linear": "--weights 3 1", "slerp": "--t 0.3", "task-arithmetic": "--weights 0.5 0.3", "model-stock": "", "ties": "--density 0.4", "dare-linear": "--density 1 --weights 0.5 0.3",
+FLAGS = {  # method: its flags; density 1 drops nothing at random
+    "linear": "--weights 3 1",
+    "slerp": "--t 0.3",
+    "task-arithmetic": "--weights 0.5 0.3",
+    "model-stock": "",
+    "ties": "--density 0.4",
+    "dare-linear": "--density 1 --weights 0.5 0.3",
     "dare-ties": "--density 1",
 }
 
@@ -38,14 +53,21 @@ def command(method, place, out):
 
 
 def state_of(folder):
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def by_hand(method, a, b, base):
     """{name: merged tensor, fp64} of whole state dicts, written out for two models and the settings of FLAGS."""
     a, b, base = ({name: tensor.double() for name, tensor in state.items()} for state in (a, b, base))
     moves = {name: (a[name] - base[name], b[name] - base[name]) for name in base}
-    limits = [torch.cat([move[i].flatten().abs() for move in moves.values()]).sort(descending=True).values for i in (0, 1)]
+    limits = [
+        torch.cat([move[i].flatten().abs() for move in moves.values()]).sort(descending=True).values
+        for i in (0, 1)
+    ]
     limits = [values[int(0.4 * len(values)) - 1] if method == "ties" else 0 for values in limits]
     merged = {}
     for name, (one, two) in moves.items():
@@ -53,7 +75,11 @@ def by_hand(method, a, b, base):
             merged[name] = (3 * a[name] + b[name]) / 4
         elif method == "slerp":
             angle = torch.acos((a[name] * b[name]).sum() / (a[name].norm() * b[name].norm()))
-            merged[name] = (torch.sin(0.7 * angle) * a[name] + torch.sin(0.3 * angle) * b[name]) / torch.sin(angle) if angle > 1e-4 else 0.7 * a[name] + 0.3 * b[name]
+            merged[name] = (
+                (torch.sin(0.7 * angle) * a[name] + torch.sin(0.3 * angle) * b[name]) / torch.sin(angle)
+                if angle > 1e-4
+                else 0.7 * a[name] + 0.3 * b[name]
+            )
         elif method in ("task-arithmetic", "dare-linear"):
             merged[name] = base[name] + 0.5 * one + 0.3 * two
         elif method == "model-stock":
@@ -77,7 +103,10 @@ def check(place, method, dtype):
     model, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(report.values()) and model.dtype == dtype, report
     other = AutoModelForCausalLM.from_pretrained(place / "A")
-    hand = {name: tensor.to(dtype) for name, tensor in by_hand(method, *(state_of(place / name) for name in ("A", "B", "base"))).items()}
+    hand = {
+        name: tensor.to(dtype)
+        for name, tensor in by_hand(method, *(state_of(place / name) for name in ("A", "B", "base"))).items()
+    }
     missing, unexpected = other.load_state_dict(hand, strict=False)
     assert not unexpected and missing == ["lm_head.weight"] * other.config.tie_word_embeddings
     for name, tensor in state_of(out).items():          # rounded once here, twice there
@@ -92,11 +121,15 @@ def check(place, method, dtype):
 def main():
     import transformers
     sys.path.insert(0, str(ROOT))
-    with TemporaryDirectory() as temporary, zipfile.ZipFile(ZIP, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as packed:
+    with TemporaryDirectory() as temporary, zipfile.ZipFile(
+        ZIP, "w", zipfile.ZIP_DEFLATED, compresslevel=9
+    ) as packed:
         for case, (model_type, dtype, more) in CASES.items():
             place = Path(temporary) / case
             torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **SIZES, initializer_range=0.2, **more))
+            model = transformers.AutoModelForCausalLM.from_config(
+                transformers.AutoConfig.for_model(model_type, **SIZES, initializer_range=0.2, **more)
+            )
             start = {name: tensor.clone() for name, tensor in model.named_parameters()}
             for seed, name in enumerate(["base", "A", "B"]):
                 torch.manual_seed(seed)
@@ -107,8 +140,16 @@ def main():
                 model.float()
                 for file in sorted((place / name).iterdir()):
                     packed.write(file, f"{case}/{name}/{file.name}")
-            print(case, len(list((place / "A").glob("*.safetensors"))), "shards;", {method: f"{check(place, method, dtype):.1e}" for method in FLAGS})
-        packed.writestr("versions.json", json.dumps({"transformers": transformers.__version__, "torch": torch.__version__}))
+            print(
+                case,
+                len(list((place / "A").glob("*.safetensors"))),
+                "shards;",
+                {method: f"{check(place, method, dtype):.1e}" for method in FLAGS},
+            )
+        packed.writestr(
+            "versions.json",
+            json.dumps({"transformers": transformers.__version__, "torch": torch.__version__}),
+        )
 
 
 if __name__ == "__main__":
