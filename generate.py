@@ -1,4 +1,4 @@
-"""Generate: answers of one model, a talk with one or two, or multilingual data arbitrage over several.
+"""Generate: answers of one model, a conversation with one or two, or data arbitrage over several.
 
     python generate.py --model DIR --prompt "..."
     python generate.py --model DIR --chat           (or --models A B --chat: they answer side by side)
@@ -8,7 +8,7 @@
 
 import gc
 
-gc.disable()        # importing torch makes many objects that all stay: not to look through them saves 1.1 s
+gc.disable()        # while importing torch, whose objects are permanent anyway: start-up is 1.1 s faster
 
 import argparse
 import hashlib
@@ -40,7 +40,7 @@ gc.enable()
 
 SAMPLING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos",
             "seed", "dtype")
-OF_POOL = ("arbiter", "pairs", "table", "route", "margin", "keep_cut")     # how --models' answers are chosen
+OF_POOL = ("arbiter", "pairs", "table", "route", "margin", "keep_cut")      # flags of arbitrage only
 POOL_LINE = "--models A B ... --prompts F.jsonl"
 
 
@@ -55,31 +55,31 @@ def make_parser():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="model folder")
-    add("--models", nargs="+", help="model folders of the pool, for arbitrage; or two, with --chat")
+    add("--models", nargs="+", help="model folders of the pool, for arbitrage; one or two with --chat")
     add("--arbiter", help="reward model folder that scores the pool's answers")
-    add("--prompt", help="one prompt; the answer goes to standard output as it is made")
-    add("--chat", action="store_true", help="talk in the terminal; /help there lists the commands")
+    add("--prompt", help="one prompt; the answer is printed to standard output as it is generated")
+    add("--chat", action="store_true", help="a conversation in the terminal; /help lists its commands")
     add("--prompts", nargs="+", help="JSONL files of prompts")
-    add("--out", help="JSONL to write; must not exist. Until it is whole, what is finished is in "
-                      "OUT.partial, and the same command goes on from there")
-    add("--pairs", help="arbitrage: also write best/worst pairs here")
+    add("--out", help="JSONL file to write; must not exist. Finished answers are kept in OUT.partial, from "
+                      "which the same command resumes after an interruption")
+    add("--pairs", help="arbitrage: JSONL file to write best/worst pairs to; must not exist")
     add("--margin", type=number(float, "[0, inf)"),
-        help="arbitrage: least difference of reward in a pair (default 0)")
+        help="--pairs: the rewards of a pair differ by more than this (default 0)")
     add("--route", choices=["reward", "random", "fixed"],
         help="arbitrage: how the answer is chosen (default reward)")
     add("--table", help="--route fixed: JSON file {language: model folder as given in --models}")
     add("--num-samples", type=number(int, "[1, 1000000]"), default=1,
         help="answers to each prompt (default 1)")
     add("--temperature", type=number(float, TEMPERATURE), default=0.3,
-        help=f"0 is greedy, else {LEAST_TEMPERATURE} to 1000 (default 0.3, the model card's)")
+        help=f"0 is greedy, else {LEAST_TEMPERATURE} to 1000 (default 0.3, as in the model card)")
     add("--top-k", type=number(int, "[0, inf)"), default=0, help="0 keeps all (default 0)")
     add("--top-p", type=number(float, "(0, 1]"), default=1.0, help="1 keeps all (default 1)")
     add("--min-p", type=number(float, "[0, 1]"), default=0.0, help="0 keeps all (default 0)")
     add("--max-new-tokens", type=number(int, "[1, inf)"), default=256, help="per answer (default 256)")
     add("--stop", nargs="+", default=[], metavar="TEXT", type=stop_text,
-        help="end an answer before any of these texts too")
+        help="also end an answer before any of these texts")
     add("--ignore-eos", action="store_true",
-        help="go on to --max-new-tokens whatever the model says, for timing")
+        help="generate --max-new-tokens tokens even after the end token, for timing")
     add("--batch-size", type=number(int, "[1, inf)"), default=256,
         help="sequences decoded together; a finished one makes room for the next prompt (default 256)")
     add("--seed", type=number(int, WHOLE), default=0)
@@ -91,7 +91,7 @@ def make_parser():
 # ---- what is checked before anything is read ---------------------------------------------------------------
 
 def check(args):
-    """Refuse flags that do not go together and outputs that cannot be written."""
+    """Refuse flags that exclude each other and outputs that cannot be written."""
     if bool(args.model) == bool(args.models):
         raise ValueError("give either --model DIR or --models A B ...")
     if (args.prompt is not None) + bool(args.prompts) + args.chat != 1:
@@ -100,8 +100,8 @@ def check(args):
         raise ValueError("--prompt is empty; give a text")
     if args.prompts and not args.out:
         raise ValueError("--prompts needs --out G.jsonl")
-    if args.chat and (distributed.num_ranks() > 1 or args.out or args.num_samples != 1 or args.stop
-                      or args.ignore_eos or len(args.models or [""]) > 2):
+    not_for_chat = args.out or args.num_samples != 1 or args.stop or args.ignore_eos
+    if args.chat and (not_for_chat or distributed.num_ranks() > 1 or len(args.models or []) > 2):
         raise ValueError("--chat is for one process and one or two models, without --out, --num-samples, "
                          "--stop and --ignore-eos")
     check_sampling(args.temperature, args.top_k, args.top_p, args.min_p)
@@ -115,16 +115,16 @@ def check(args):
         if os.path.lexists(path) and not marked(f"{args.out}.partial", PURPOSE):
             raise taken(path)
         if not folder.is_dir():
-            raise ValueError(f"{path}: there is no such folder; make it first")
+            raise ValueError(f"{path}: its folder does not exist; make it first")
         if not os.access(folder, os.W_OK):
-            raise ValueError(f"{path}: nothing can be written into that folder; give another")
+            raise ValueError(f"{path}: its folder is not writable; give another")
     names = [Path(path).resolve() for path in outputs + [f"{args.out}.partial"] * bool(args.out)]
     if len(set(names)) < len(names):
         raise ValueError("--pairs and --out are the same file; give two, neither named OUT.partial")
 
 
 def check_pool(args):
-    """Refuse what arbitrage cannot do, or what only it does."""
+    """Refuse flags that arbitrage cannot take, or that only arbitrage takes."""
     given = [f"--{name.replace('_', '-')}" for name in OF_POOL if getattr(args, name) is not None]
     if not args.models or args.chat:
         if given:
@@ -133,7 +133,7 @@ def check_pool(args):
     if not args.prompts:
         raise ValueError("arbitrage over --models needs --prompts F.jsonl --out G.jsonl")
     args.route = args.route or "reward"
-    if args.route == "reward" and not args.arbiter or args.pairs and not args.arbiter:
+    if (args.route == "reward" or args.pairs) and not args.arbiter:
         raise ValueError("--route reward and --pairs need --arbiter RM")
     if args.route == "fixed" and not args.table:
         raise ValueError("--route fixed needs --table FILE.json")
@@ -149,17 +149,20 @@ def check_pool(args):
 
 # ---- what is checked before any weights are read -----------------------------------------------------------
 
-def look_at_models(args):
-    """({folder: (model without weights, tokenizer, header)} of the models, the same of the arbiter)."""
-    looked = {folder: weights.load_meta(folder) for folder in args.models or [args.model]}
-    for folder, (model, *_) in looked.items():
+def read_metas(args):
+    """({folder: (model without weights, tokenizer, header)} of all models; the arbiter's such tuple or None).
+
+    ValueError for a reward model that shall generate, or a language model that shall score.
+    """
+    metas = {folder: weights.load_meta(folder) for folder in args.models or [args.model]}
+    for folder, (model, *_) in metas.items():
         if isinstance(model, weights.RewardModel):
             raise ValueError(f"{folder}: a reward model cannot generate; give a language model")
     arbiter = weights.load_meta(args.arbiter) if args.arbiter else None
     if arbiter and not isinstance(arbiter[0], weights.RewardModel):
         raise ValueError(f"--arbiter {args.arbiter}: a language model, not a reward model; give a folder "
                          "that the reward stage wrote")
-    return looked, arbiter
+    return metas, arbiter
 
 
 def read_rows(args, reading, tokenizer):
@@ -169,11 +172,13 @@ def read_rows(args, reading, tokenizer):
              "prompt_where": "--prompt"}]
 
 
-def fit(rows, looked, arbiter, args, reading):
-    """(the rows for which every model has room, and the arbiter for their answers too; their lengths in
-    tokens, {model folder: [length, ...]}). What becomes of the others is --too-long.
+def fit(rows, metas, arbiter, args, reading):
+    """(rows that fit, {model folder: [length of each row's prompt in tokens, ...]}).
+
+    A row fits if the positions of each model and of the arbiter hold prompt and answer. --too-long decides on
+    the other rows. ValueError if no row is left.
     """
-    readers = [(folder, *about[:2], 0) for folder, about in looked.items()]
+    readers = [(folder, *about[:2], 0) for folder, about in metas.items()]
     if arbiter:
         readers.append((args.arbiter, *arbiter[:2], len(arbiter[1].closing["assistant"])))
     lengths = {}
@@ -182,29 +187,33 @@ def fit(rows, looked, arbiter, args, reading):
         room = positions - args.max_new_tokens - ending
         what = f"room in {folder} ({positions} positions, --max-new-tokens {args.max_new_tokens})"
         if room < 2:
-            raise ValueError(f"there is no {what} for a prompt; lower --max-new-tokens")
+            raise ValueError(f"no {what} for a prompt; lower --max-new-tokens")
         found = {id(row): len(tokenizer.encode_prompt(row["prompt_messages"])) for row in rows}
         rows = fit_prompts(rows, lambda row: found[id(row)], room, reading.too_long, what)
         lengths[folder] = {key: min(room, length) for key, length in found.items()}
     if not rows:
         raise ValueError("all prompts are too long; give shorter ones, or a lower --max-new-tokens")
-    return rows, {folder: [lengths[folder][id(row)] for row in rows] for folder in looked}
+    return rows, {folder: [lengths[folder][id(row)] for row in rows] for folder in metas}
 
 
 def plan_cache(model, lengths, args, device):
-    """(slots, tokens of a slot, bytes) of the KV cache that this rank needs; too large a one is refused."""
+    """(slots, tokens per slot, bytes) of the KV cache that this rank needs; ValueError if it is too large."""
     mine = lengths[distributed.rank()::distributed.num_ranks()]
-    limits, dtype = [args.max_new_tokens] * len(mine), getattr(torch, args.dtype)
+    limits = [args.max_new_tokens] * len(mine)
+    dtype = getattr(torch, args.dtype)
     return engine_size(model.config, mine, limits, args.num_samples, args.batch_size, device, dtype)
 
 
 def read_table(path, rows, models):
-    """The teacher of each language, for --route fixed: {language: one of --models} for every language of the
-    rows, None for rows without one."""
+    """{language: model folder} for --route fixed; the key None is for rows without a language.
+
+    ValueError for an unknown language, two models for one language, or a language of the rows that has none
+    of --models.
+    """
     table = {}
     for name, folder in read_json(path).items():
         if (code := language_code(name)) is None:
-            raise ValueError(f"--table {path}: unknown language {name!r}")
+            raise ValueError(f"--table {path}: unknown language {name!r}; give a code or an English name")
         if table.setdefault(code, folder) != folder:
             raise ValueError(f"--table {path}: {name!r} is {code}, which has another model already; keep one")
     table[None] = table.get("other")
@@ -212,20 +221,20 @@ def read_table(path, rows, models):
     wrong = sorted(code or "other" for code in codes if table.get(code) not in models)
     if wrong:
         raise ValueError(f"--table {path}: names none of --models for {' '.join(wrong)}; it needs "
-                         "a model folder for each language of the prompts (other: those without one)")
+                         "a model folder for each language of the prompts (other: prompts without one)")
     return table
 
 
 # ---- answers -----------------------------------------------------------------------------------------------
 
-def open_journal(rows, looked, args, reading):
-    """What is finished of this very work: the same prompts, models and settings; the batch size and the
-    number of ranks may differ."""
+def open_journal(rows, metas, args, reading):
+    """The journal of finished answers. It belongs to these prompts, models and sampling settings; batch size
+    and number of ranks may change between runs."""
     made_by = {}
-    for folder, (*_, header) in looked.items():
+    for folder, (*_, header) in metas.items():
         made_by |= identity(folder, header)
     prompts = hashlib.sha256(dumps([row["prompt_messages"] for row in rows]).encode()).hexdigest()
-    settings = {"models": list(looked), "model files": made_by, "prompts": prompts,
+    settings = {"models": list(metas), "model files": made_by, "prompts": prompts,
                 "cut-left": reading.too_long == "cut-left", **{k: getattr(args, k) for k in SAMPLING}}
 
     def fits(group):
@@ -244,7 +253,7 @@ def stop_ids_of(tokenizer, args):
 
 
 def sample(folder, rows, lengths, args, device, reading, journal=None):
-    """([rows' samples], new tokens, seconds) of one model folder; what the journal has is not made again."""
+    """([each row's samples], new tokens, seconds) of one model; answers in the journal are not made again."""
     done = journal.done if journal else {}
     left = [i for i in range(len(rows)) if f"{folder} {i}" not in done]
     tokens, seconds = 0, 0.0
@@ -285,10 +294,10 @@ def answer_prompt(args, device, reading):
         for piece in tokenizer.stream(counted()):
             print(printable(piece), end="", flush=True)
         print(flush=True)
-    except OSError as error:                        # a full disk, a pipe that nobody reads
+    except OSError as error:                        # for example a full disk, or a pipe without a reader
         raise OSError(error.errno, error.strerror, "standard output") from None
     if ids[-1] not in stop_ids and not args.ignore_eos:
-        print(f"cut: the answer was not at its end after --max-new-tokens {args.max_new_tokens}",
+        print(f"cut: the answer was not finished after --max-new-tokens {args.max_new_tokens}",
               file=sys.stderr)
     return len(ids), time.perf_counter() - started
 
@@ -307,12 +316,12 @@ def talk(args, device):
 # ---- outputs -----------------------------------------------------------------------------------------------
 
 def of_prompt(row):
-    """The keys of a row that are its prompt's."""
+    """A row without what this module added and without answers that it brought along."""
     return {k: v for k, v in without_added_keys(row).items() if k not in ANSWER}
 
 
-def answers_of(rows, lengths, args, device, reading, journal):
-    """Every prompt is answered by one model. Returns ({path: rows}, text lines, new tokens, seconds)."""
+def answers_of_model(rows, lengths, args, device, reading, journal):
+    """One model answers every prompt. Returns ({path: rows}, text lines, new tokens, seconds)."""
     groups, tokens, seconds = sample(args.model, rows, lengths, args, device, reading, journal)
     made = [{**of_prompt(row), "completion": a["completion"], "num_tokens": len(a["ids"]),
              "finish_reason": a["finish_reason"], "logp": round(a["logp"], 4), "model": args.model,
@@ -320,15 +329,24 @@ def answers_of(rows, lengths, args, device, reading, journal):
     if not args.ignore_eos:
         line = cut_line([{**row, "candidates": group} for row, group in zip(rows, groups)])
         distributed.say(f"{line} answers, at --max-new-tokens {args.max_new_tokens}")
-    return {args.out: made}, [] if args.out else [a["completion"] for a in groups[0]], tokens, seconds
+    lines = [] if args.out else [a["completion"] for a in groups[0]]
+    return {args.out: made}, lines, tokens, seconds
 
 
-def arbitrage(rows, lengths, args, device, reading, journal, table, same):
-    """All models answer all prompts, the arbiter scores, one answer is kept. Returns as `answers_of` does."""
-    answers, scores, tokens, seconds = {}, {} if args.arbiter else None, 0, 0.0
+def answers_of_pool(rows, lengths, args, device, reading, journal, table, same):
+    """Arbitrage: all models answer all prompts, the arbiter scores them, one answer is kept for each prompt.
+
+    table: {language: model folder} for --route fixed. same(text): a key that equal answers share. Returns
+    what `answers_of_model` returns.
+    """
+    answers = {}
+    tokens, seconds = 0, 0.0
     for folder in args.models:
-        groups, n, s = sample(folder, rows, lengths, args, device, reading, journal)
-        answers[folder], tokens, seconds = [group[0] for group in groups], tokens + n, seconds + s
+        groups, new_tokens, its_seconds = sample(folder, rows, lengths, args, device, reading, journal)
+        answers[folder] = [group[0] for group in groups]
+        tokens += new_tokens
+        seconds += its_seconds
+    scores = {} if args.arbiter else None
     if args.arbiter:
         arbiter, tokenizer = weights.load(args.arbiter, device)
         for folder in args.models:
@@ -337,8 +355,8 @@ def arbitrage(rows, lengths, args, device, reading, journal, table, same):
                                          too_long=reading.too_long)
     candidates = candidates_from(rows, answers, scores)
     chosen, counts = route(candidates, args.route, args.seed, table, reading.keep_cut, same)
-    rewards = {}                                        # by the messages' id: a file may be given twice
-    for row in candidates:
+    rewards = {}
+    for row in candidates:      # keyed by identity: a file may be given twice
         rewards[id(row["prompt_messages"])] = {c["teacher"]: c["reward"] for c in row["candidates"]}
     outputs = {args.out: [{**without_added_keys(row), "scores": rewards[id(row["prompt_messages"])]}
                           for row in chosen]}
@@ -347,76 +365,83 @@ def arbitrage(rows, lengths, args, device, reading, journal, table, same):
         pairs, pair_counts = best_worst(candidates, args.margin or 0.0, reading.keep_cut, same)
         outputs[args.pairs] = [without_added_keys(pair) for pair in pairs]
         lines.append("pairs  " + counted(pair_counts))
-    for path, made in outputs.items():
-        if not made:
-            raise ValueError(f"{path}: not a row is left ({'; '.join(lines[1:])}); " + (
-                f"give --keep-cut, or remove {args.out}.partial and give more of --max-new-tokens"
-                if counts["cut"] and not reading.keep_cut else
-                "lower --margin, or leave --pairs out" if path == args.pairs else "look at the models")
-                + f". Nothing is written, the answers are in {args.out}.partial")
+    refuse_empty(outputs, lines, args, some_cut=counts["cut"] and not reading.keep_cut)
     return outputs, lines, tokens, seconds
 
 
+def refuse_empty(outputs, lines, args, some_cut):
+    """ValueError if an output of arbitrage ({path: rows}) has no row. lines: the counts, for the message."""
+    for path in (path for path, rows in outputs.items() if not rows):
+        remedy = "look at the models"
+        if some_cut:
+            remedy = f"give --keep-cut, or remove {args.out}.partial and raise --max-new-tokens"
+        elif path == args.pairs:
+            remedy = "lower --margin, or leave --pairs out"
+        raise ValueError(f"{path}: not a row is left ({'; '.join(lines[1:])}); {remedy}. Nothing is written, "
+                         f"the answers are in {args.out}.partial")
+
+
 def counted(counts):
-    """One line of text: the counts that are numbers; that of cut answers has a line of its own."""
+    """The counts as one line of text, without cut answers, which `cut_line` counts."""
     numbers = {name: n for name, n in counts.items() if name != "cut" and type(n) is int}
     return "  ".join(f"{name.replace('_', ' ')}: {n}" for name, n in numbers.items())
 
 
-def run(args, device):
+def run_command(args, device):
+    """What one rank does for a command line."""
     started = time.perf_counter()
     check(args)
     reading = settings_from(Reading, flags=vars(args))
-    looked, arbiter = look_at_models(args)
+    metas, arbiter = read_metas(args)
     if args.chat:
         return talk(args, device)
-    tokenizer = next(iter(looked.values()))[1]
-    rows, lengths = fit(read_rows(args, reading, tokenizer), looked, arbiter, args, reading)
-    for folder, (model, *_) in looked.items():
+    tokenizer = next(iter(metas.values()))[1]
+    rows, lengths = fit(read_rows(args, reading, tokenizer), metas, arbiter, args, reading)
+    for folder, (model, *_) in metas.items():
         plan_cache(model, lengths[folder], args, device)
     table = read_table(args.table, rows, args.models) if args.table else None
     if args.out:
-        tokens, seconds = work(rows, lengths, looked, arbiter, table, args, device, reading)
+        tokens, seconds = write_answers(rows, lengths, metas, arbiter, table, args, device, reading)
     elif args.num_samples == 1 and not args.stop and distributed.num_ranks() == 1:
         tokens, seconds = answer_prompt(args, device, reading)
     else:
-        _, lines, tokens, seconds = answers_of(rows, lengths, args, device, reading, None)
-        tell(lines)
+        _, lines, tokens, seconds = answers_of_model(rows, lengths, args, device, reading, None)
+        print_lines(lines)
     if distributed.is_main():
         rest = time.perf_counter() - started - seconds
         print(f"{len(rows)} prompts, {tokens} new tokens, {seconds:.2f} s, {tokens / max(seconds, 1e-9):.0f} "
               f"tokens/s, and {rest:.1f} s for files, loading, compiling and scores", file=sys.stderr)
 
 
-def work(rows, lengths, looked, arbiter, table, args, device, reading):
-    """Answer the prompts, write --out and --pairs together. Returns (new tokens, seconds)."""
+def write_answers(rows, lengths, metas, arbiter, table, args, device, reading):
+    """Answer the prompts and publish --out and --pairs together. Returns (new tokens, seconds)."""
     outputs = [path for path in (args.out, args.pairs) if path]
     choice = {"table of languages": table and {str(k): v for k, v in table.items()},
               **{name: getattr(args, name) for name in OF_POOL}}
-    with open_journal(rows, looked, args, reading) as journal:
+    with open_journal(rows, metas, args, reading) as journal:
         if journal.finish_publishing(outputs, choice):
-            distributed.say(f"{' and '.join(outputs)} had been finished before; what was left in "
+            distributed.say(f"{' and '.join(outputs)} had been finished before; the rest of "
                             f"{args.out}.partial is removed")
             journal.remove()
             return 0, 0.0
         for path in filter(os.path.lexists, outputs):
             raise taken(path)
         if journal.done:
-            distributed.say(f"goes on: {len(journal.done)} of {len(rows) * len(looked)} prompts were "
+            distributed.say(f"resumes: {len(journal.done)} of {len(rows) * len(metas)} prompts were "
                             "finished before")
         if args.models:
-            same = (arbiter or looked[args.models[0]])[1].key
-            made, *said = arbitrage(rows, lengths, args, device, reading, journal, table, same)
+            same = (arbiter or metas[args.models[0]])[1].key
+            result = answers_of_pool(rows, lengths, args, device, reading, journal, table, same)
         else:
-            made, *said = answers_of(rows, lengths, args, device, reading, journal)
+            result = answers_of_model(rows, lengths, args, device, reading, journal)
+        made, lines, tokens, seconds = result
         journal.publish({path: jsonl(rows) for path, rows in made.items()}, choice)
         journal.remove()
-    lines, tokens, seconds = said
-    tell(lines)
+    print_lines(lines)
     return tokens, seconds
 
 
-def tell(lines):
+def print_lines(lines):
     if distributed.is_main():
         for line in lines:
             print(printable(line))
@@ -425,11 +450,11 @@ def tell(lines):
 def main():
     args = make_parser().parse_args()
     try:
-        distributed.launch(lambda device: run(args, device))
+        distributed.launch(lambda device: run_command(args, device))
     except KeyboardInterrupt:
-        left = args.out and os.path.exists(f"{args.out}.partial")
-        ways_on = f"; what is finished is in {args.out}.partial, and the same command goes on from there"
-        print("stopped" + (ways_on if left else ""), file=sys.stderr)
+        kept = args.out and os.path.exists(f"{args.out}.partial")
+        remedy = f"; finished answers are in {args.out}.partial, from which the same command resumes"
+        print("stopped" + (remedy if kept else ""), file=sys.stderr)
         sys.exit(130)
 
 

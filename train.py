@@ -28,7 +28,7 @@ from aya_min.data import read_jsonl
 from aya_min.files import read_json, refuse_pipe, write_json
 from aya_min.languages import CLUSTERS, read_clusters
 from aya_min.model import init_weights
-from aya_min.report import table
+from aya_min.report_table import results_table
 from aya_min.rows import texts_in
 from aya_min.tokenizer import load_tokenizer, train_tokenizer
 
@@ -287,7 +287,7 @@ def run_whole_recipe(args, device):
         linear.choose(distributed.from_main(open_folder))
         summary = pipeline.run_recipe(pipeline_steps.Run(out, recipe, device, clusters, args.arms, **own))
     if distributed.is_main():
-        print(printable(f"\n{table(summary)}\n\n{out / 'report.html'}"))
+        print(printable(f"\n{results_table(summary)}\n\n{out / 'report.html'}"))
 
 
 # {start of a setting's name: the steps that read it}. Such a setting may change until one of them begins.

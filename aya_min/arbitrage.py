@@ -2,69 +2,82 @@
 
     y*(x) = argmax over teachers m of r(x, y_m),   y_m ~ pi_m(. | x)
 
-Prompts x teachers -> candidates -> a route -> SFT data. Routes: "reward" (the arbiter's best), "random",
-"fixed" (a table language -> teacher; with one teacher for all it is the single-teacher baseline).
+Every teacher answers every prompt, a route chooses one of these candidates, and the choices are SFT data.
+Routes: "reward" (the answer that the arbiter r scores highest), "random", and "fixed" (a table language ->
+teacher; with one teacher for all languages it is the single-teacher baseline).
 """
 
 import random
 from collections import Counter, defaultdict
 
 from . import distributed
+from .control_tokens import Spelled
 from .preferences import ANSWER, count_cut, usable
 from .rows import conversation, finish_reason, prompt_of, read_jsonl
-from .control_tokens import Spelled
 
 
 def candidates_from(rows, answers, scores=None):
-    """Rows with "candidates": [{"teacher", "completion", "reward", "finish_reason"}].
+    """The rows with "candidates": [{"teacher", "completion", "reward", "finish_reason"}, ...].
 
-    answers: {teacher: for each row {"completion", "finish_reason"}}; scores: {teacher: for each row a number,
-    or None where it has no score}.
+    answers: {teacher: [{"completion", "finish_reason"} for each row]}.
+    scores: {teacher: [number, or None for no score, for each row]}.
     """
     def candidate(teacher, i):
-        answer, reward = answers[teacher][i], scores[teacher][i] if scores else None
+        answer = answers[teacher][i]
+        reward = scores[teacher][i] if scores else None
         return {"teacher": teacher, "completion": answer["completion"], "reward": reward,
                 "finish_reason": answer.get("finish_reason")}
     return [{**row, "candidates": [candidate(t, i) for t in answers]} for i, row in enumerate(rows)]
 
 
 def read_answers(path, rows, reading=None, tokenizer=None):
-    """Answers made elsewhere, {"completion", "finish_reason"}: for each prompt row the file's answer to the
-    same prompt, in the same language where both say theirs. Of several the first, and that is said."""
-    exact, first = {}, {}       # (prompt, language) -> answer; prompt -> its first answer in any language
-    spelled, found, again = Spelled(tokenizer), read_jsonl(path, reading), []
-    for where, row in found:
-        prompt, text = repr(prompt_of(row, where)), conversation(row, where)[-1]["content"]
+    """A teacher's answers from a file: {"completion", "finish_reason"} for each prompt row, in their order.
+
+    An answer belongs to the row with the same prompt and, if both name one, the same language. Of several
+    answers to a prompt the first is taken, and the number of others is printed. ValueError if a row has none.
+    """
+    exact = {}                  # (prompt, language) -> answer
+    in_any_language = {}        # prompt -> its first answer
+    spelled, again = Spelled(tokenizer), []
+    lines = read_jsonl(path, reading)
+    for where, row in lines:
+        prompt = repr(prompt_of(row, where))
+        text = conversation(row, where)[-1]["content"]
         spelled.look([text], where)
         answer = {"completion": text, "finish_reason": finish_reason(row, where)}
         if exact.setdefault((prompt, row.get("language")), answer)["completion"] != text:
             again.append(where)
-        first.setdefault(prompt, answer)
-    spelled.report([path], len(found), reading)
+        in_any_language.setdefault(prompt, answer)
+    spelled.report([path], len(lines), reading)
     if again:
-        distributed.say(f"{len(again)} rows answer a prompt again, otherwise, and are not taken; the first: "
-                        f"{again[0]}", [path])
-    keys = [(repr(r["prompt_messages"]), r.get("language")) for r in rows]
-    found = [exact.get((prompt, code), exact.get((prompt, None))) if code else first.get(prompt)
-             for prompt, code in keys]
-    missing = [r for r, answer in zip(rows, found) if answer is None]
+        distributed.say(f"{len(again)} rows answer a prompt again with another text and are not taken; the "
+                        f"first: {again[0]}", [path])
+
+    def answer_to(prompt, language):
+        if not language:
+            return in_any_language.get(prompt)
+        return exact.get((prompt, language), exact.get((prompt, None)))
+
+    found = [answer_to(repr(row["prompt_messages"]), row.get("language")) for row in rows]
+    missing = [row for row, answer in zip(rows, found) if answer is None]
     if missing:
         code, text = missing[0].get("language"), missing[0]["prompt_messages"][-1]["content"]
         raise ValueError(f"{path}: no answer for {len(missing)} of {len(rows)} prompts, the first: "
                          f"{missing[0].get('prompt_where', '')} {text[:60]!r} in {code or 'no language'}; "
-                         "a teacher's file needs one line for each prompt, in its language if it says one")
+                         "a teacher's file needs one line for each prompt, in its language if it names one")
     return found
 
 
 def route(rows, how, seed=0, table=None, keep_cut=False, same=None):
-    """Choose one candidate per prompt. how: "reward", "random" or "fixed" (table: language -> teacher).
+    """Choose one candidate per prompt. how: "reward", "random" or "fixed" (table: {language: teacher}).
 
-    Returns (SFT rows with "completion", "teacher" and "finish_reason", counts: prompts, wins per language and
-    teacher, ties of the best reward, prompts whose candidates are all equal by same(text), prompts left out
-    as all their answers are empty, were cut, or have no score). A tie is broken by the seed. Empty answers
-    are never chosen, those that were cut at their limit only with keep_cut.
+    Returns (SFT rows with "completion", "teacher" and "finish_reason"; counts). Counted are prompts, wins by
+    language and teacher, ties of the best reward, prompts whose candidates are all equal by same(text), and
+    prompts left out because all their answers are empty, were cut or have no score. The seed breaks a tie.
+    Empty answers are never chosen; answers that were cut at their limit are chosen only with keep_cut.
     """
-    rng, same = random.Random(f"route/{how}/{seed}"), same or str.strip
+    same = same or str.strip
+    rng = random.Random(f"route/{how}/{seed}")
     chosen, wins = [], defaultdict(Counter)
     counts = Counter(ties=0, equal_texts=0, empty=0, cut_prompts=0, unscored=0)
     for row in rows:
@@ -83,18 +96,17 @@ def route(rows, how, seed=0, table=None, keep_cut=False, same=None):
             counts["ties"] += len({same(c["completion"]) for c in scored}) > 1
         winner = rng.choice(scored)
         wins[row.get("language") or "other"][winner["teacher"]] += 1
-        kept = {k: v for k, v in row.items() if k not in ANSWER}
-        chosen.append({**kept, **{k: winner.get(k) for k in ("completion", "teacher", "finish_reason")}})
-    wins = {code: dict(c) for code, c in wins.items()}
+        of_prompt = {k: v for k, v in row.items() if k not in ANSWER}
+        chosen.append({**of_prompt, **{k: winner.get(k) for k in ("completion", "teacher", "finish_reason")}})
+    wins = {code: dict(by_teacher) for code, by_teacher in wins.items()}
     return chosen, {"prompts": len(rows), "wins": wins, **counts, **count_cut(rows)}
 
 
 def wins_table(wins, teachers):
     """Text lines: how often each teacher won in each language, in percent."""
-    names = [t[-12:] for t in teachers]
-    lines = ["language  " + "  ".join(f"{n:>12}" for n in names)]
+    lines = ["language  " + "  ".join(f"{teacher[-12:]:>12}" for teacher in teachers)]
     for code in sorted(wins):
         total = sum(wins[code].values())
-        shares = (100 * wins[code].get(t, 0) / total for t in teachers)
+        shares = (100 * wins[code].get(teacher, 0) / total for teacher in teachers)
         lines.append(f"{code:<10}" + "  ".join(f"{share:11.0f}%" for share in shares))
     return "\n".join(lines)

@@ -1,16 +1,18 @@
 """Win rates with intervals, mean grades, language checks: per language, per cluster, overall.
 
-Follows the evaluation of Aya Expanse (pairwise win rates on m-ArenaHard, 23 languages). Departures: the judge is the embedded world's
-oracle (or a reward model that had no part in training), not an LLM; a tie is half a win, and win, tie and loss are always counted apart;
-the interval resamples questions. The same question in 23 languages is one draw, not 23: a bootstrap over rows, as in Arena-Hard, is
-several times too narrow (Miller, arXiv 2411.00640, finds clustered standard errors of more than three times the naive ones).
+Follows the evaluation of Aya Expanse (pairwise win rates on m-ArenaHard, 23 languages). Departures: the judge
+is the embedded world's oracle (or a reward model that had no part in training), not an LLM; a tie is half a
+win, and wins, ties and losses are counted apart; the interval resamples questions. The same question in 23
+languages is one draw, not 23: a bootstrap over rows, as in Arena-Hard, is several times too narrow (Miller,
+arXiv 2411.00640, finds clustered standard errors of more than three times the naive ones).
 
-Answers are JSONL rows: the question's keys and "completion". Two files are joined by ("question_id",
-"language"); ids are compared as text, a row without one is known by its "id" or its prompt, and one without a
-language counts as "other". An answer that was cut at its limit (rows.CUT) is judged as it stands, and
-counted.
+Answers are JSONL rows: the question's keys and "completion". Rows of two files are matched by ("question_id",
+"language"). Ids are compared as text; a row without "question_id" is identified by its "id" or its prompt,
+and a row without a language counts as "other". An answer that was cut at its limit (rows.CUT) is judged as it
+is, and counted.
 
-    python -m aya_min.evaluate arena --answers A.jsonl --baseline B.jsonl --judge oracle|RM_FOLDER --out eval.json
+    python -m aya_min.evaluate arena --answers A.jsonl --baseline B.jsonl --judge oracle --out eval.json
+    python -m aya_min.evaluate arena --answers A.jsonl --baseline B.jsonl --judge RM_FOLDER --out eval.json
 """
 
 import json
@@ -31,32 +33,42 @@ from .rows import finish_reason, is_cut, prompt_of, read_jsonl
 from .weights import load, load_meta, read_config
 from .world_oracle import check_question, grade
 
-VERDICT = ["grade", "seen_language", "why", "score", "reward"]          # what a judge adds to a row
+VERDICT = ["grade", "seen_language", "why", "score", "reward"]          # keys that a judge adds to a row
+
+
+# ---- figures -----------------------------------------------------------------------------------------------
 
 
 def bootstrap_mean(values, question_ids, num_resamples=2000, seed=0):
-    """The mean of values (N,) and its 95% percentile interval (lo, hi), resampling questions with all their rows.
+    """(mean of values (N,), its 95% interval [lo, hi]): the bootstrap resamples questions, with all rows.
 
-    Known gap: values that are all alike (60 wins of 60) give an interval of width 0, which is not certainty.
+    Known gap: N equal values (for example 60 wins of 60) give an interval of width 0, which is not certainty.
     """
-    values, order = np.asarray(values, dtype=np.float64), {}
-    cluster = np.array([order.setdefault(question, len(order)) for question in question_ids])  # (N,) in 0..Q-1
-    assert values.shape == cluster.shape and len(values) > 0, (values.shape, cluster.shape)
-    sums, counts = np.bincount(cluster, weights=values), np.bincount(cluster)  # (Q,)
-    rng, means = np.random.default_rng(seed), []
-    piece = max(1, 1_000_000 // len(sums))  # resamples at a time: 8 MB of indices
+    values = np.asarray(values, dtype=np.float64)
+    order = {}
+    question = np.array([order.setdefault(name, len(order)) for name in question_ids])      # (N,) in 0..Q-1
+    assert values.shape == question.shape and len(values) > 0, (values.shape, question.shape)
+    sums = np.bincount(question, weights=values)                                            # (Q,)
+    counts = np.bincount(question)                                                          # (Q,)
+    rng = np.random.default_rng(seed)
+    means = []
+    piece = max(1, 1_000_000 // len(sums))      # resamples at a time: 8 MB of indices
     for start in range(0, num_resamples, piece):
-        draws = rng.integers(len(sums), size=(min(piece, num_resamples - start), len(sums)))  # (piece, Q)
-        means.append(sums[draws].sum(1) / counts[draws].sum(1))  # (piece,)
-    return float(values.mean()), [float(bound) for bound in np.percentile(np.concatenate(means), [2.5, 97.5])]
+        size = min(piece, num_resamples - start)
+        draws = rng.integers(len(sums), size=(size, len(sums)))                             # (piece, Q)
+        means.append(sums[draws].sum(1) / counts[draws].sum(1))                             # (piece,)
+    bounds = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return float(values.mean()), [float(bound) for bound in bounds]
 
 
 def win_rates(scores_a, scores_b, question_ids, num_resamples=2000, seed=0):
-    """How often A's score is above B's, in percent, a tie counting half. A score of None or NaN: unjudged, counted and left out.
+    """How often A's score is above B's, in percent; a tie counts half.
 
-    "num" is the number of judged pairs; without any, "win_rate" and both ends of "ci95" are None.
+    A pair with a score of None or NaN is counted under "unjudged" and otherwise left out. "num" is the number
+    of judged pairs; if it is 0, "win_rate" and both ends of "ci95" are None.
     """
-    a, b = np.array(scores_a, dtype=np.float64), np.array(scores_b, dtype=np.float64)  # (N,), None becomes NaN
+    a = np.array(scores_a, dtype=np.float64)        # (N,), None becomes NaN
+    b = np.array(scores_b, dtype=np.float64)        # (N,)
     judged = ~(np.isnan(a) | np.isnan(b))
     win, tie = (a > b)[judged], (a == b)[judged]
     rate, ci95 = None, [None, None]
@@ -64,38 +76,12 @@ def win_rates(scores_a, scores_b, question_ids, num_resamples=2000, seed=0):
         ids = [question for question, kept in zip(question_ids, judged, strict=True) if kept]
         rate, ci95 = bootstrap_mean(100 * win + 50 * tie, ids, num_resamples, seed)
     num, wins, ties = int(judged.sum()), int(win.sum()), int(tie.sum())
-    return {"win": wins, "tie": ties, "loss": num - wins - ties, "unjudged": len(a) - num, "win_rate": rate, "ci95": ci95, "num": num}
-
-
-def grade_answers(rows):
-    """The oracle's verdict beside each answer: "grade" 0-3, "seen_language", "why"."""
-    verdicts = [grade(row, row["completion"]) for row in rows]
-    return [{**row, "grade": v.grade, "seen_language": v.language, "why": v.why} for row, v in zip(rows, verdicts)]
-
-
-def judged_ids(tokenizer, row):
-    """The ids that a reward model reads of a row, (those of the prompt, those of the answer)."""
-    prompt = row.get("prompt_messages") or row["prompt"]
-    return tuple(tokenizer.encode_prompt(prompt)), tuple(tokenizer.encode_answer(row["completion"]))
-
-
-def score_answers(model, tokenizer, sides, name="the reward model", too_long="refuse"):
-    """Each side's rows with a reward model's "score", None for one that --too-long skip leaves out.
-
-    Answers that are the same ids are scored once, whichever side they are on: padded to another batch's
-    length, the same text differs in the last bits, and equal answers would win or lose by chance instead of
-    tying.
-    """
-    keys = [[judged_ids(tokenizer, row) for row in rows] for rows in sides]
-    different = {key: row for side, rows in zip(keys, sides) for key, row in zip(side, rows)}
-    scored = score_texts(model, tokenizer, list(different.values()), name=name, too_long=too_long)
-    scores = dict(zip(different, scored))
-    return [[{**row, "score": scores[key]} for key, row in zip(side, rows)]
-            for side, rows in zip(keys, sides)]
+    return {"win": wins, "tie": ties, "loss": num - wins - ties, "unjudged": len(a) - num, "win_rate": rate,
+            "ci95": ci95, "num": num}
 
 
 def group(rows, key):
-    """Rows by key(row), the names in order."""
+    """{key(row): its rows}, sorted by key."""
     groups = defaultdict(list)
     for row in rows:
         groups[key(row)].append(row)
@@ -103,22 +89,30 @@ def group(rows, key):
 
 
 def averages(rows):
-    """Mean grade (0-3), share in the prompt's language (0-1), mean length (characters), how many answers were
-    cut at their limit. What no judge gave, and what the rows do not say, is left out."""
+    """Mean grade (0-3), share in the prompt's language (0-1), mean length (characters), number of cut ones.
+
+    A figure that the rows do not hold is left out.
+    """
     grades = [row["grade"] for row in rows if row.get("grade") is not None]
     right = [row["seen_language"] == row["language"] for row in rows if "seen_language" in row]
     means = {"grade": grades, "right_language": right, "length": [len(row["completion"]) for row in rows]}
     said = any(row.get("finish_reason") is not None for row in rows)
-    return ({"num": len(rows)} | {name: float(np.mean(values)) for name, values in means.items() if values}
-            | ({"cut": sum(map(is_cut, rows))} if said else {}))
+    figures = {"num": len(rows)} | {name: float(np.mean(values)) for name, values in means.items() if values}
+    return figures | ({"cut": sum(map(is_cut, rows))} if said else {})
 
 
 def summarize(rows):
-    """One model's answers: averages with the interval of the grade, by language and by task (rows that have one)."""
+    """One model's answers: averages with the grade's interval, also by language and by task.
+
+    ValueError without rows.
+    """
     if not rows:
         raise ValueError("no answers to summarize: give at least one row with a completion")
     graded = [row for row in rows if row.get("grade") is not None]
-    interval = {"grade_ci95": bootstrap_mean([row["grade"] for row in graded], [row["question_id"] for row in graded])[1]} if graded else {}
+    interval = {}
+    if graded:
+        _, ci95 = bootstrap_mean([row["grade"] for row in graded], [row["question_id"] for row in graded])
+        interval = {"grade_ci95": ci95}
 
     def by(key):
         named = [row for row in rows if isinstance(row.get(key), str)]
@@ -128,29 +122,37 @@ def summarize(rows):
 
 
 def join(rows_a, rows_b):
-    """[(a, b)] in A's order: the two answers to each question in each language. Refuses questions that only one side answers."""
-    sides = []
-    for side, rows in (("answers", rows_a), ("baseline", rows_b)):
-        sides.append({})
-        for row in rows:
-            key = str(row["question_id"]), row["language"]
-            if key in sides[-1]:
-                raise ValueError(f"{place(row) or side + ': '}question {key[0]!r} ({key[1]}) is answered "
-                                 "twice: keep one answer to each question")
-            sides[-1][key] = row
-    a, b = sides
+    """[(a, b), ...] in A's order: the two answers to each question in each language.
+
+    ValueError if a side answers a question twice or not at all, or if the two prompts differ.
+    """
+    a = by_question(rows_a, "answers")
+    b = by_question(rows_b, "baseline")
     for key in [*a, *b]:
-        where = f"{place(a.get(key) or b[key])}question {key[0]!r} ({key[1]})"
+        question = f"{prefix_of(a.get(key) or b[key])}question {key[0]!r} ({key[1]})"
+        remedy = "generate both files from the same prompts"
         if key not in a or key not in b:
             side = "answers" if key not in a else "baseline"
-            raise ValueError(f"{where} has no row in the {side}: generate both files from the same prompts")
+            raise ValueError(f"{question} has no row in the {side}: {remedy}")
         if asked(a[key]) != asked(b[key]):
-            raise ValueError(f"{where} has another prompt in the baseline: generate both files from the same prompts")
+            raise ValueError(f"{question} has another prompt in the baseline: {remedy}")
     return [(a[key], b[key]) for key in a]
 
 
-def place(row):
-    """Where a row was read, to begin a message with; "" for one that was made here."""
+def by_question(rows, side):
+    """{(question id, language): row}; ValueError for a second answer. side: the file's name in messages."""
+    found = {}
+    for row in rows:
+        key = str(row["question_id"]), row["language"]
+        if key in found:
+            raise ValueError(f"{prefix_of(row) or side + ': '}question {key[0]!r} ({key[1]}) is answered "
+                             "twice: keep one answer to each question")
+        found[key] = row
+    return found
+
+
+def prefix_of(row):
+    """"file:line: " of a row that was read from a file, to begin a message with, else ""."""
     return f"{row['prompt_where']}: " if "prompt_where" in row else ""
 
 
@@ -159,35 +161,76 @@ def asked(row):
 
 
 def compare(rows_a, rows_b, key="grade", clusters=CLUSTERS, num_resamples=2000, seed=0):
-    """Win rates of A against B: overall, by language, by cluster (the languages shared by all clusters apart, so that counts add up).
+    """Win rates of A against B: overall, by language and by cluster.
 
-    key: "grade" for the oracle's verdict, "score" for a reward model's; the caller says which, so that neither is taken for the other.
+    Languages that all clusters share are counted under "shared", so that the clusters add up to the whole.
+    key: "grade" (the oracle's verdict) or "score" (a reward model's); the caller names it, so that neither is
+    taken for the other. ValueError for a row without it, and as in `join`.
     """
     pairs = join(rows_a, rows_b)
     for row in (row for pair in pairs for row in pair):
         if key not in row:
-            raise ValueError(f"question {row['question_id']!r} ({row['language']}) has no {key!r}: judge both sides' answers before comparing")
+            raise ValueError(f"question {row['question_id']!r} ({row['language']}) has no {key!r}: judge "
+                             "both sides' answers before comparing")
 
     def rates(part):
         return win_rates([a[key] for a, _ in part], [b[key] for _, b in part],
                          [str(a["question_id"]) for a, _ in part], num_resamples, seed)
 
     def by(name_of):
-        return {name: rates(part) for name, part in group(pairs, lambda pair: name_of(pair[0]["language"])).items()}
+        parts = group(pairs, lambda pair: name_of(pair[0]["language"]))
+        return {name: rates(part) for name, part in parts.items()}
+
+    def cluster_of(code):
+        return home.get(home_language(code, home), "other")
 
     home = home_clusters(clusters)
-    return {"overall": rates(pairs), "by_language": by(str),
-            "by_cluster": by(lambda code: home.get(home_language(code, home), "other"))}
+    return {"overall": rates(pairs), "by_language": by(str), "by_cluster": by(cluster_of)}
 
 
-def read_answers(path, judge, reading=None):
-    """The rows of a JSONL file, each with what the judge reads, without the verdicts of an earlier judge."""
+# ---- judges ------------------------------------------------------------------------------------------------
+
+def grade_answers(rows):
+    """The rows with the oracle's verdict: "grade" 0-3, "seen_language", "why"."""
+    graded = []
+    for row in rows:
+        verdict = grade(row, row["completion"])
+        graded.append({**row, "grade": verdict.grade, "seen_language": verdict.language, "why": verdict.why})
+    return graded
+
+
+def judged_ids(tokenizer, row):
+    """(prompt ids, answer ids), which a reward model reads of a row."""
+    prompt = row.get("prompt_messages") or row["prompt"]
+    return tuple(tokenizer.encode_prompt(prompt)), tuple(tokenizer.encode_answer(row["completion"]))
+
+
+def score_answers(model, tokenizer, sides, name="the reward model", too_long="refuse"):
+    """Each side's rows with a reward model's "score", None for a row that --too-long skip leaves out.
+
+    Answers with the same ids are scored once, on whichever side they are. Padding to another length changes
+    the last bits of a score, so that equal answers in different batches would win or lose by chance.
+    """
+    keys = [[judged_ids(tokenizer, row) for row in rows] for rows in sides]
+    different = {key: row for side, rows in zip(keys, sides) for key, row in zip(side, rows)}
+    scored = score_texts(model, tokenizer, list(different.values()), name=name, too_long=too_long)
+    scores = dict(zip(different, scored))
+    return [[{**row, "score": scores[key]} for key, row in zip(side, rows)]
+            for side, rows in zip(keys, sides)]
+
+
+# ---- the arena ---------------------------------------------------------------------------------------------
+
+def answers_to_judge(path, judge, reading=None):
+    """The rows of a JSONL file as the judge reads them."""
     return [checked(where, row, judge) for where, row in read_jsonl(path, reading)]
 
 
 def checked(where, row, judge):
-    """An answer as the judge reads it: "question_id" is a text, "language" is there, "prompt_where" says
-    where the row stands."""
+    """The row without an earlier judge's verdict, with "question_id" (a text), "language" and "prompt_where".
+
+    ValueError, which names file and line (where), if the judge cannot read it.
+    """
     row = {key: value for key, value in row.items() if key not in VERDICT} | {"prompt_where": where}
     row["language"] = row.get("language") or "other"
     if not isinstance(row.get("completion"), str):
@@ -197,8 +240,8 @@ def checked(where, row, judge):
     if judge == "oracle":
         missing = [key for key in ("task", "args") if row.get(key) is None]
         if missing:
-            raise ValueError(f"{where}: {missing[0]!r} is missing; --judge oracle grades the embedded "
-                             "world's questions only, judge others with a reward model")
+            raise ValueError(f"{where}: {missing[0]!r} is missing; --judge oracle grades only the embedded "
+                             "world's questions, judge others with a reward model")
         try:
             check_question(row)
         except ValueError as error:
@@ -212,7 +255,7 @@ def checked(where, row, judge):
 
 
 def question_of(where, row):
-    """The name of a row's question, as text: its "question_id", else its "id", else its prompt."""
+    """The id of a row's question as text: its "question_id", else its "id", else its prompt."""
     name = next((row[key] for key in ("question_id", "id") if row.get(key) is not None), None)
     if name is None and asked(row) is not None:
         return dumps(asked(row))
@@ -222,8 +265,11 @@ def question_of(where, row):
 
 
 def check_texts(rows, folder, reading):
-    """Refuse, before the judge's weights are read, what it cannot score: texts beyond its positions, and
-    control tokens in them."""
+    """Refuse texts that the judge cannot score, before its weights are read.
+
+    ValueError for a folder without a reward model, a text that spells a control token, or more tokens than
+    the judge has positions.
+    """
     if read_config(folder)[1] is not RewardModel:
         raise ValueError(f"--judge {folder}: a language model, not a reward model; give 'oracle' or a folder "
                          "that the reward stage wrote")
@@ -233,38 +279,43 @@ def check_texts(rows, folder, reading):
         texts = [message["content"] for message in row["prompt_messages"]] + [row["completion"]]
         name = next(filter(None, map(tokenizer.spelled, texts)), None)
         if name and not reading.allow_control_tokens:
-            raise ValueError(f"{place(row)}a text spells the control token {name}; give the text without the "
-                             "template, or take it as letters with --allow-control-tokens")
+            raise ValueError(f"{prefix_of(row)}a text spells the control token {name}; give the text without "
+                             "the template, or read it as letters with --allow-control-tokens")
         size = sum(map(len, judged_ids(tokenizer, row)))
         if size > room and reading.too_long == "refuse":
-            raise ValueError(f"{place(row)}question and answer have {size} tokens, the judge {room} "
-                             "positions; leave such answers unjudged with --too-long skip, or drop their "
-                             "oldest tokens with --too-long cut-left")
+            raise ValueError(f"{prefix_of(row)}question and answer have {size} tokens, the judge {room} "
+                             "positions; leave such answers unjudged with --too-long skip, or drop the "
+                             "oldest tokens of their prompts with --too-long cut-left")
 
 
-def table(result):
-    """The terminal's table of a comparison: overall, clusters, languages."""
+def win_rate_table(result):
+    """The terminal's table of a comparison: overall, by cluster, by language."""
     judge, a, b = result["judge"], result["answers"], result["baseline"]
     lines = [f"{a['path']} against {b['path']}, judged by the {judge}"]
     if judge != "oracle":
-        lines.append("A reward model's taste is not correctness: never judge a model by the reward model that trained it.")
-    lines += [f"{label:16}{a[name]:9.2f} against {b[name]:.2f}" for name, label in
-              (("grade", "mean grade 0-3"), ("right_language", "right language"), ("length", "characters"))
-              if name in a and name in b]
-    cut = "cut" in a or "cut" in b              # "3/0": so many answers of each side were cut at their limit
+        lines.append("A reward model's taste is not correctness: never judge a model by the reward model "
+                     "that trained it.")
+    labels = {"grade": "mean grade 0-3", "right_language": "right language", "length": "characters"}
+    for name, label in labels.items():
+        if name in a and name in b:
+            lines.append(f"{label:16}{a[name]:9.2f} against {b[name]:.2f}")
+    cut = "cut" in a or "cut" in b              # "3/0": three answers of A and none of B were cut
     lines.append(f"{'':32}{'win rate':>9}{'95% interval':>16}{'win':>7}{'tie':>7}{'loss':>7}{'unjudged':>10}"
                  f"{'cut' if cut else '':>10}")
-    for name, r in [("overall", result["overall"]), *result["by_cluster"].items(), *result["by_language"].items()]:
-        shown = f"{r['win_rate']:9.1f}{'[{:.1f}, {:.1f}]'.format(*r['ci95']):>16}" if r["num"] else f"{'-':>9}{'-':>16}"
+    overall = result["overall"]
+    for name, r in [("overall", overall), *result["by_cluster"].items(), *result["by_language"].items()]:
+        rate = f"{r['win_rate']:.1f}" if r["num"] else "-"
+        interval = "[{:.1f}, {:.1f}]".format(*r["ci95"]) if r["num"] else "-"
         title = f"{name:8}{LANGUAGES[name].name}" if name in LANGUAGES else name
-        sides = [side if r is result["overall"] else side.get("by_language", {}).get(name) for side in (a, b)]
+        sides = [side if r is overall else side.get("by_language", {}).get(name) for side in (a, b)]
         both = "/".join(str(side.get("cut", "-")) for side in sides) if cut and all(sides) else ""
-        lines.append(f"{title:32}{shown}{r['win']:7}{r['tie']:7}{r['loss']:7}{r['unjudged']:10}{both:>10}")
+        lines.append(f"{title:32}{rate:>9}{interval:>16}{r['win']:7}{r['tie']:7}{r['loss']:7}"
+                     f"{r['unjudged']:10}{both:>10}")
     return printable("\n".join(line.rstrip() for line in lines))
 
 
 def check_out(path):
-    """Refuse an output that exists, dangling links too, or that cannot be written, before any work."""
+    """Refuse, before any work, an output that exists (even as a dangling link) or that cannot be written."""
     if os.path.lexists(path):
         raise ValueError(f"{path} exists: remove it, or name another --out")
     above = next(folder for folder in Path(path).absolute().parents if os.path.lexists(folder))
@@ -274,12 +325,13 @@ def check_out(path):
 
 
 def arena(answers, baseline, judge, out, reading):
-    """Compares two files of answers, writes eval.json, prints the table."""
+    """Compare two files of answers, write the figures to `out`, print the table."""
     check_out(out)
-    sides = [read_answers(path, judge, reading) for path in (answers, baseline)]
-    join(*sides)  # what does not match is refused before any model is loaded
+    sides = [answers_to_judge(path, judge, reading) for path in (answers, baseline)]
+    join(*sides)        # refuses rows that do not match before a model is loaded
     if judge == "oracle":
-        sides, key, title = [grade_answers(rows) for rows in sides], "grade", "oracle"
+        sides = [grade_answers(rows) for rows in sides]
+        key, title = "grade", "oracle"
     else:
         check_texts(sum(sides, []), judge, reading)
         model, tokenizer = load(judge, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -289,7 +341,7 @@ def arena(answers, baseline, judge, out, reading):
     result = {"judge": title, "answers": summaries[0], "baseline": summaries[1]} | compare(*sides, key=key)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_new({out: json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"})
-    print(table(result), printable(f"written: {out}"), sep="\n")
+    print(win_rate_table(result), printable(f"written: {out}"), sep="\n")
 
 
 def main(argv=None):
@@ -297,8 +349,9 @@ def main(argv=None):
     parser.add_argument("command", choices=["arena"])
     parser.add_argument("--answers", required=True, help="JSONL of the model's answers")
     parser.add_argument("--baseline", required=True, help="JSONL of the answers to compare with")
-    parser.add_argument("--judge", required=True, help="'oracle' (the embedded world's), or a reward model's folder")
-    parser.add_argument("--out", required=True, help="where to write the figures, as JSON")
+    parser.add_argument("--judge", required=True,
+                        help="'oracle' (of the embedded world), or a reward model's folder")
+    parser.add_argument("--out", required=True, help="JSON file to write the figures to; must not exist")
     add_flags(parser, Reading, only=("columns", "too_long", "allow_control_tokens"))
     args = parser.parse_args(argv)
     if not is_spare_rank():

@@ -1,10 +1,10 @@
-"""Preference pairs from scored candidates: best against worst, of a pool of teachers (offline DPO) or of the
-model's own samples (online).
+"""Preference pairs from scored candidates: the best against the worst answer to a prompt.
 
-Aya Expanse, arXiv 2412.04261 and launch blog: "the highest and lowest reward responses from the Arbitrage
-stage as the chosen and rejected completions"; online, "we sample multiple online generations for each prompt
-[...], rank these generations with a Reward Model". A departure: an answer that was cut at its limit is no
-answer, and is left out unless it is asked for.
+The candidates come from a pool of teachers (offline DPO) or are samples of the model itself (online). Aya
+Expanse, arXiv 2412.04261 and launch blog: "the highest and lowest reward responses from the Arbitrage stage
+as the chosen and rejected completions"; online, "we sample multiple online generations for each prompt [...],
+rank these generations with a Reward Model". One departure: answers that were cut at their limit are left out
+unless keep_cut is set.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections import Counter
 
 from .rows import is_cut
 
-ANSWER = ("candidates", "completion", "chosen", "rejected", "finish_reason")     # keys not of the prompt
+ANSWER = ("candidates", "completion", "chosen", "rejected", "finish_reason")     # keys that no prompt keeps
 
 
 def count_cut(rows):
@@ -23,13 +23,17 @@ def count_cut(rows):
 
 def cut_line(rows):
     """One line of text: "cut: 12 of 240 (en 3, ja 9)"."""
-    counts, total = count_cut(rows), sum(len(row["candidates"]) for row in rows)
-    languages = ", ".join(f"{code} {number}" for code, number in counts["cut_by_language"].items())
-    return f"cut: {counts['cut']} of {total}" + f" ({languages})" * bool(languages)
+    counts = count_cut(rows)
+    total = sum(len(row["candidates"]) for row in rows)
+    languages = ", ".join(f"{code} {count}" for code, count in counts["cut_by_language"].items())
+    return f"cut: {counts['cut']} of {total}" + (f" ({languages})" if languages else "")
 
 
 def usable(row, keep_cut):
-    """(candidates that say something and have their end, whether there were others that had been cut)."""
+    """(candidates that are not empty and, unless keep_cut, not cut; whether cut ones were left out).
+
+    ValueError for a reward that is not finite.
+    """
     options = [c for c in row["candidates"] if c["completion"].strip()]
     for c in options:
         if c.get("reward") is not None and not math.isfinite(c["reward"]):
@@ -40,21 +44,23 @@ def usable(row, keep_cut):
 
 
 def best_worst(rows, margin=0.0, keep_cut=False, same=None):
-    """(pairs, counts). rows carry "candidates": "completion", "reward" and, if it is known, "finish_reason".
+    """(pairs, counts). rows carry "candidates" with "completion", "reward" and, if known, "finish_reason".
 
-    A pair needs two different answers whose rewards differ by more than `margin`. same(text): a key that
-    equal answers share, by default the text without outer white space. Prompts that give no pair are counted:
-    equal_texts, small_margin, cut_prompts (too few answers that were not cut).
+    A pair needs two different answers whose rewards differ by more than `margin`. Answers are equal if
+    same(text) is; by default it is the text without outer white space. Prompts without a pair are counted
+    under equal_texts, small_margin or cut_prompts (fewer than two different answers that were not cut).
     """
     same = same or str.strip
-    pairs, counts = [], Counter(pairs=0, equal_texts=0, small_margin=0, cut_prompts=0)
+    pairs = []
+    counts = Counter(pairs=0, equal_texts=0, small_margin=0, cut_prompts=0)
     for row in rows:
         options, some_cut = usable(row, keep_cut)
         options = [c for c in options if c["reward"] is not None]
         if len({same(c["completion"]) for c in options}) < 2:
             counts["cut_prompts" if some_cut else "equal_texts"] += 1
             continue
-        best, worst = max(options, key=lambda c: c["reward"]), min(options, key=lambda c: c["reward"])
+        best = max(options, key=lambda c: c["reward"])
+        worst = min(options, key=lambda c: c["reward"])
         equal = same(best["completion"]) == same(worst["completion"])
         if equal or best["reward"] - worst["reward"] <= margin:
             counts["small_margin"] += 1

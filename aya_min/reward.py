@@ -1,4 +1,4 @@
-"""Scores of a reward model: prompt and completion in, one number out, by model.RewardModel."""
+"""Scores of a reward model (model.RewardModel): one number for a prompt and its completion."""
 
 import math
 
@@ -11,13 +11,13 @@ from .lengths import cut_left
 
 @torch.no_grad()
 def score_texts(model, tokenizer, rows, batch_size=64, name="the reward model", too_long="refuse"):
-    """Reward of each row's "completion" given its "prompt" (or "prompt_messages"), the work split over the
-    ranks; a list of floats on every rank.
+    """Reward of each row's "completion" given its "prompt" (or "prompt_messages"): a list of floats.
 
-    An empty completion is scored like any other text. model: a RewardModel, plain or sharded; name: what
-    messages call it. too_long: what to do with texts that pass the model's positions: refuse, skip (their
-    score is None, their number is said), or cut-left (the oldest tokens of their prompts are dropped; an
-    answer that passes them alone is not scored).
+    The ranks share the work, and each gets the whole list. An empty completion is scored like any other text.
+    model: a RewardModel, plain or sharded; name: what messages call it. too_long decides on texts that exceed
+    the model's positions: "refuse" (ValueError), "skip" (the score is None), or "cut-left" (the oldest tokens
+    of the prompt are dropped; an answer that is too long by itself gets None). Their number is printed.
+    ValueError for a score that is not finite.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -50,27 +50,28 @@ def example_of(tokenizer, row):
 
 
 def fitted(examples, long, positions, too_long, name, places):
-    """The examples within the model's positions: those at the indices `long` are cut, or None, or refused."""
+    """The examples; those at the indices `long` are cut to the positions or None, see score_texts."""
     first = f"the first, of {places[long[0]]}, has {len(examples[long[0]].ids)} tokens"
     found = f"{name}: {len(long)} of {len(examples)} texts to score pass its {positions} positions ({first})"
     if too_long == "refuse":
         raise ValueError(f"{found}; shorten them, or give --too-long skip or cut-left")
-    answers = {i: int(examples[i].mask.sum()) for i in long}
-    unscored = [i for i in long if too_long == "skip" or answers[i] > positions - 2]
+    answer_tokens = {i: int(examples[i].mask.sum()) for i in long}
+    unscored = [i for i in long if too_long == "skip" or answer_tokens[i] > positions - 2]
     fates = []
     if too_long == "cut-left":
-        fates = [f"{len(long) - len(unscored)} lose the oldest tokens of their prompts"]
-    fates += [f"{len(unscored)} are not scored"] * bool(unscored)
+        fates.append(f"{len(long) - len(unscored)} lose the oldest tokens of their prompts")
+    if unscored:
+        fates.append(f"{len(unscored)} are not scored")
     distributed.say(f"{found}; {', '.join(fates)}")
     examples = list(examples)
     for i in long:
-        examples[i] = None if i in unscored else within_positions(examples[i], positions, answers[i])
+        examples[i] = None if i in unscored else within_positions(examples[i], positions, answer_tokens[i])
     return examples
 
 
-def within_positions(example, positions, answer):
-    """An example whose prompt lost its oldest tokens."""
-    prompt = cut_left(example.ids[:-answer].tolist(), positions - answer)
+def within_positions(example, positions, answer_tokens):
+    """The example in `positions` tokens: its prompt loses the oldest, its answer stays whole."""
+    prompt = cut_left(example.ids[:-answer_tokens].tolist(), positions - answer_tokens)
     ids = example.ids[-positions:].copy()
     mask = example.mask[-positions:]
     ids[:len(prompt)] = prompt

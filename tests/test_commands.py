@@ -225,7 +225,7 @@ def test_generate_refuses_with_one_line_and_writes_nothing(line, call, folder):
 
 def test_an_output_in_a_folder_that_does_not_exist_is_refused_before_anything_is_sampled(call, folder):
     code, _, err = call(generate, f"--model A --prompts prompts.jsonl --out {folder}/no/such/new.txt")
-    assert code == 2 and len(err) == 1 and "there is no such folder; make it first" in err[0]
+    assert code == 2 and len(err) == 1 and "its folder does not exist; make it first" in err[0]
 
 
 # train
@@ -477,22 +477,16 @@ def test_a_killed_run_goes_on_without_redoing_finished_prompts(call, folder, tmp
     monkeypatch.setattr(Journal, "add", add_and_die)
     for finished in (5, 12):
         code, _, err = call(generate, line + "killed")
-        assert (
-            code == 130
-            and err[-1]
-            == f"stopped; what is finished is in {tmp_path}/killed.partial, and the same command goes on from there"
-        )
+        kept = f"finished answers are in {tmp_path}/killed.partial, from which the same command resumes"
+        assert code == 130 and err[-1] == f"stopped; {kept}"
         assert len(set(made)) == len(made) == finished and not (tmp_path / "killed").exists()
     code, _, err = call(generate, line + "killed --seed 1")
     assert code == 2 and err == [
         f"error: {tmp_path}/killed.partial holds an unfinished run with other seed; give the same settings to resume it, or remove it"
     ]
     code, _, err = call(generate, line + "killed")
-    assert (
-        code == 0
-        and err[0] == "goes on: 12 of 36 prompts were finished before"
-        and len(set(made)) == len(made) == 36
-    )
+    assert code == 0 and err[0] == "resumes: 12 of 36 prompts were finished before"
+    assert len(set(made)) == len(made) == 36
     assert not (tmp_path / "killed.partial").exists()
     whole, killed = read(tmp_path / "whole"), read(tmp_path / "killed")
     assert [{**row, "completion": row["completion"].removesuffix("\u2028\x85")} for row in killed] == whole
@@ -542,7 +536,7 @@ def test_torchrun_writes_the_file_of_one_process_to_the_last_byte(call, folder, 
     started.send_signal(signal.SIGKILL)
     started.wait()
     done = program(*TORCHRUN, "generate.py", *words(f"{line} --out {tmp_path}/two", folder))
-    assert done.returncode == 0 and "goes on: " in done.stderr, done.stderr[-3000:]
+    assert done.returncode == 0 and "resumes: " in done.stderr, done.stderr[-3000:]
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 

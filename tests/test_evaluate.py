@@ -11,7 +11,7 @@ from small import program
 
 from aya_min.command import guarded
 from aya_min.config import model_preset
-from aya_min.evaluate import bootstrap_mean, compare, grade_answers, join, main, score_answers, summarize, table, win_rates
+from aya_min.evaluate import bootstrap_mean, compare, grade_answers, join, main, score_answers, summarize, win_rate_table, win_rates
 from aya_min.languages import CLUSTERS, LANGUAGES, SHARED
 from aya_min.model import RewardModel, init_weights
 from aya_min.reward import score_texts
@@ -110,7 +110,7 @@ def test_unjudged_rows_are_counted_and_left_out():
     rows = toy_rows(rng, 2)
     rows[0]["grade"] = None
     assert compare(rows, rows)["overall"]["unjudged"] == 1
-    assert "unjudged" in table({"judge": "oracle", "answers": {"path": "A", "length": 1.0}, "baseline": {"path": "B", "length": 1.0},
+    assert "unjudged" in win_rate_table({"judge": "oracle", "answers": {"path": "A", "length": 1.0}, "baseline": {"path": "B", "length": 1.0},
                                 **compare(rows[:1], rows[:1])})
 
 

@@ -111,7 +111,7 @@ POOL_FLAGS = {
     "--margin inf --pairs pairs.jsonl": "argument --margin",
     "--margin 1": "--margin goes with --pairs",
     "--table table.json": "--table goes with --route fixed",
-    "--pairs none/pairs.jsonl": "none/pairs.jsonl: there is no such folder; make it first",
+    "--pairs none/pairs.jsonl": "none/pairs.jsonl: its folder does not exist; make it first",
     "--pairs out.jsonl.partial": "--pairs and --out are the same file",
     "--pairs ./out.jsonl": "--pairs and --out are the same file",
     "--models A A": "--models is given twice",
@@ -351,7 +351,7 @@ def test_what_makes_no_answers_may_change_before_a_run_goes_on(call, here, monke
     interrupted(call, monkeypatch, POOL)
     more = "--batch-size 2 --keep-cut --pairs pairs.jsonl --margin 0.001 --too-long skip"
     code, _, err = call(f"{POOL} {more}")
-    assert code == 0 and err[0] == "goes on: 3 of 12 prompts were finished before", err
+    assert code == 0 and err[0] == "resumes: 3 of 12 prompts were finished before", err
 
 
 @pytest.mark.parametrize("line", [
@@ -461,7 +461,7 @@ def test_cut_answers_are_counted_by_language_and_left_out_of_rows_and_pairs(call
     assert "cut: 12 of 12 (de 4, en 6, fr 2)" in err[-1] and (here / "out.jsonl.partial").is_dir()
     assert not (here / "out.jsonl").exists() and not (here / "pairs.jsonl").exists()
     code, _, err = call(f"{line} --keep-cut")           # the answers were kept
-    assert code == 0 and err[0] == "goes on: 12 of 12 prompts were finished before", err
+    assert code == 0 and err[0] == "resumes: 12 of 12 prompts were finished before", err
     assert read("out.jsonl") == rows
 
 
@@ -485,7 +485,7 @@ def test_plain_generation_keeps_cut_answers_and_says_how_many_there_are_by_langu
 
 def test_an_answer_on_standard_output_says_that_it_was_cut(call):
     _, _, err = call("--model A --max-new-tokens 3 --temperature 0", "--prompt", "red")
-    assert "cut: the answer was not at its end after --max-new-tokens 3" in err
+    assert "cut: the answer was not finished after --max-new-tokens 3" in err
     _, _, err = call("--model A --max-new-tokens 3 --temperature 0 --ignore-eos", "--prompt", "red")
     assert not any(line.startswith("cut") for line in err)
 
@@ -495,7 +495,7 @@ def test_pairs_without_a_pair_are_refused_and_nothing_is_written(call, here):
             "pairs.jsonl: not a row is left", "lower --margin")
     assert not (here / "out.jsonl").exists() and not (here / "pairs.jsonl").exists()
     code, _, err = call(f"{POOL} --keep-cut")
-    assert code == 0 and err[0].startswith("goes on: 12 of 12"), err
+    assert code == 0 and err[0].startswith("resumes: 12 of 12"), err
 
 
 # what is written and shown
@@ -555,7 +555,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(call, here, monkeypatch):
 def on_a_rank(line):
     """What a rank of torchrun does -> the mistake that it ends with, or None."""
     try:
-        generate.run(generate.make_parser().parse_args(line.split()), torch.device("cpu"))
+        generate.run_command(generate.make_parser().parse_args(line.split()), torch.device("cpu"))
     except ValueError as error:
         return str(error)
 

@@ -1,4 +1,4 @@
-"""report.py and report_charts.py: the page is whole, safe and honest about its judge, and leaves out what a run did not record."""
+"""The rooms report*.py: the page is whole, safe and honest about its judge, and leaves out what a run did not record."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from aya_min import report_charts, report
+from aya_min import report, report_charts, report_data, report_table
 from aya_min.command import guarded
 
 VOID = {"meta", "br"}
@@ -160,16 +160,16 @@ def test_a_reward_model_as_the_judge_is_said_in_plain_words_on_page_and_table(tm
     summary = summary_of_a_run() | {"judge": "reward model: second-rm"}
     text = page_of(make_run(tmp_path / "run", summary))
     said = "Judged by a reward model, not by people or an oracle (reward model: second-rm)."
-    assert said in Tags(text).text and report.table(summary).endswith(said) and "oracle grade" not in text
+    assert said in Tags(text).text and report_table.results_table(summary).endswith(said) and "oracle grade" not in text
 
 
 def test_the_arbiters_own_score_is_never_shown_as_a_win_rate(tmp_path):
     summary = summary_of_a_run() | {"judge": "arbiter (not a win rate)"}
     text = page_of(make_run(tmp_path / "run", summary))
     shown = Tags(text).text
-    assert "its score is not a win rate" in shown and "its score is not a win rate" in report.table(summary)
-    assert not re.search(r"vs (base|previous|single)|oracle grade|Win rate|it wins", shown + report.table(summary))
-    assert "arbiter's score" in shown and "-1.50" in report.table(summary)
+    assert "its score is not a win rate" in shown and "its score is not a win rate" in report_table.results_table(summary)
+    assert not re.search(r"vs (base|previous|single)|oracle grade|Win rate|it wins", shown + report_table.results_table(summary))
+    assert "arbiter's score" in shown and "-1.50" in report_table.results_table(summary)
 
 
 def test_an_oracle_needs_no_warning(tmp_path):
@@ -192,7 +192,7 @@ def test_a_figure_that_no_model_has_is_left_out_without_error(tmp_path, missing)
         model["greedy"].pop(missing), model["sampled"].pop(missing)
     Tags(page_of(make_run(tmp_path / "run", summary)))
     heading = {"right_language": "right language", "length": "length", "versus": "vs "}.get(missing)
-    assert heading is None or heading not in report.table(summary)
+    assert heading is None or heading not in report_table.results_table(summary)
 
 
 def test_a_run_with_only_a_base_or_only_greedy_answers_makes_a_page(tmp_path):
@@ -203,20 +203,20 @@ def test_a_run_with_only_a_base_or_only_greedy_answers_makes_a_page(tmp_path):
     only_greedy["models"][4]["greedy"]["versus"] = {"base": empty | {"by_language": {"de": empty}}, "previous": empty}
     for i, summary in enumerate((only_base, only_greedy, {})):
         Tags(page_of(make_run(tmp_path / str(i), summary)))
-    assert 'class="headline' not in page_of(tmp_path / "0") and "sampled" not in report.table(only_greedy)
+    assert 'class="headline' not in page_of(tmp_path / "0") and "sampled" not in report_table.results_table(only_greedy)
 
 
 def test_report_md_is_the_table(tmp_path):
     run = make_run(tmp_path / "run")
     report.write_report(run)
-    assert (run / "report.md").read_text(encoding="utf-8") == report.table(summary_of_a_run()) + "\n"
+    assert (run / "report.md").read_text(encoding="utf-8") == report_table.results_table(summary_of_a_run()) + "\n"
 
 
 def test_the_table_reads_as_worked_by_hand():
     summary = summary_of_a_run()
     summary["models"] = [summary["models"][4]]
     del summary["models"][0]["sampled"]
-    assert report.table(summary) == "\n".join([
+    assert report_table.results_table(summary) == "\n".join([
         "| model | decoding | oracle grade |           vs base |       vs previous |         vs single | right language % | length |",
         "| ----- | -------- | -----------: | ----------------: | ----------------: | ----------------: | ---------------: | -----: |",
         "| SFT   | greedy   |         2.50 | 90.0 [85.0, 94.0] | 90.0 [85.0, 94.0] | 51.0 [47.5, 54.5] |             50.0 |     12 |"])
@@ -225,17 +225,17 @@ def test_the_table_reads_as_worked_by_hand():
 def test_the_table_lists_stages_then_arms_then_teachers_and_keeps_pipes_in_names_apart():
     summary = summary_of_a_run()
     summary["models"][0]["title"] = "a|b"
-    rows = report.table(summary).splitlines()[2::2]
+    rows = report_table.results_table(summary).splitlines()[2::2]
     assert [row.split(" | ")[0].strip("| ") for row in rows] == ["a\\|b", "SFT", "Single teacher", "Random routing", "Teacher west"]
-    assert report.table({}) == ""
+    assert report_table.results_table({}) == ""
 
 
 def test_only_an_interval_clear_of_50_gets_an_arrow():
-    text = report.table_part(summary_of_a_run())
+    text = report_table.table_part(summary_of_a_run())
     assert "▲ 90.0<small>[85.0, 94.0]" in text and ">51.0<small>[47.5, 54.5]" in text
     below = summary_of_a_run()
     below["models"][4]["greedy"]["versus"]["single"] = rates(45.0, 41.0, 49.0)
-    assert "▼ 45.0<small>[41.0, 49.0]" in report.table_part(below)
+    assert "▼ 45.0<small>[41.0, 49.0]" in report_table.table_part(below)
 
 
 def test_the_headline_names_the_gain_in_grade_and_both_win_rates():
@@ -245,10 +245,10 @@ def test_the_headline_names_the_gain_in_grade_and_both_win_rates():
 
 
 def test_rounds_where_reward_rose_and_grade_fell_are_named():
-    assert "looks so): 2 (greedy)." in report.online_part(summary_of_a_run())
+    assert "please the arbiter): 2 (greedy)." in report.online_part(summary_of_a_run())
     flat = summary_of_a_run()
     flat["online"] = [{"round": 0, "reward": 0.0, "grade": 1.0}, {"round": 1, "reward": 1.0, "grade": 1.0}]
-    assert "looks so): none." in report.online_part(flat)
+    assert "please the arbiter): none." in report.online_part(flat)
 
 
 def test_prompts_and_answers_find_their_own_direction():
@@ -270,7 +270,7 @@ def test_half_a_surrogate_pair_in_an_answer_is_refused_by_name_and_no_page_is_le
 
 def test_languages_stand_at_home_shared_or_other():
     clusters = {"west": ["de", "en"], "east": ["ar", "en"]}
-    assert report.by_cluster(["ar", "en", "fr", "sw", "de"], clusters) == [
+    assert report_data.by_cluster(["ar", "en", "fr", "sw", "de"], clusters) == [
         ("west", ["de"]), ("east", ["ar"]), ("shared", ["en", "fr"]), ("other", ["sw"])]
 
 
@@ -285,10 +285,10 @@ def test_a_run_of_one_stage_shows_its_curves_and_each_languages_held_out_loss(tm
 def test_a_metrics_line_still_being_written_is_left_out_and_a_broken_one_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "loss": 2.0, "grad_norm": "nan"}\n{"step": 1, "lo', encoding="utf-8")
-    assert report.read_metrics(tmp_path) == {"loss": [(0, 2.0)]}
+    assert report_data.read_series(tmp_path) == {"loss": [(0, 2.0)]}
     path.write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"metrics.jsonl:2: not JSON"):
-        report.read_metrics(tmp_path)
+        report_data.read_series(tmp_path)
 
 
 def test_a_long_curve_keeps_its_mean_in_at_most_200_points():
@@ -296,7 +296,7 @@ def test_a_long_curve_keeps_its_mean_in_at_most_200_points():
     short = report_charts.downsample(points)
     assert len(short) == report_charts.MAX_POINTS == 200 and report_charts.downsample(points[:200]) == points[:200]
     assert sum(y for _, y in report_charts.downsample(points[:2000])) / 200 == pytest.approx(sum(y for _, y in points[:2000]) / 2000)
-    drawn = report_charts.lines("loss", [("loss", points, "a")])
+    drawn = report_charts.curves("loss", [("loss", points, "a")])
     assert len(re.search(r'points="(.*?)"', drawn)[1].split()) == 200 and ">2002</text>" in drawn
 
 
@@ -487,4 +487,4 @@ def test_answers_cut_at_their_limit_are_counted_in_table_and_page(tmp_path):
     summary["pairs"] = {"online-1": {"cut": 3, "cut_by_language": {"ar": 1, "fr": 2}}}
     shown = Tags(page_of(make_run(tmp_path / "run", summary))).text
     assert "Answers that were cut at the limit" in shown and "ar 1, fr 2" in shown and "de 7" in shown
-    assert report.table(summary).splitlines()[0].endswith("| cut |")
+    assert report_table.results_table(summary).splitlines()[0].endswith("| cut |")
