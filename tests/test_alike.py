@@ -84,35 +84,97 @@ def test_a_key_that_changes_the_computation_is_named(start, change):
                    for text in found), found
 
 
-@pytest.mark.parametrize("start, change", [
-    (COHERE, {"torch_dtype": "bfloat16", "dtype": "bfloat16", "use_cache": False,
-              "transformers_version": "5.1", "_name_or_path": "x"}),
-    (COHERE, {"rope_theta": None, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}),
-    (COHERE, {"rope_theta": 10000}),
-    (COHERE, {"rope_theta": None, "rope_scaling": {"rope_theta": 10000, "type": "default"}}),
-    (COHERE, {"rope_scaling": None}),
-    (COHERE, {"layer_norm_eps": 1e-5, "head_dim": 8, "hidden_act": "silu", "attention_bias": False,
-              "use_qk_norm": False, "attention_dropout": 0.1}),
-    (COHERE, {"max_position_embeddings": 8192, "initializer_range": 0.5, "tie_word_embeddings": True,
-              "temperature": 0.3, "architectures": None}),
-    (COHERE, {"sliding_window": 64, "sliding_window_pattern": 4}),          # cohere has no windows
-    (LLAMA | {"sliding_window": 131072, "use_sliding_window": False, "layer_types": ["full_attention"] * 2},
-     {"sliding_window": None, "layer_types": None, "max_position_embeddings": 77}),
-    (LLAMA, {"router_aux_loss_coef": 0.02, "use_mrope": False, "is_decoder": False, "attention_bias": 0}),
-    (COHERE | {"architectures": ["CohereForSequenceClassification"]}, {"architectures": ["CohereRewardModel"]}),
-    (COHERE | {"model_type": "cohere2"}, {"sliding_window_pattern": 4,
-                                          "layer_types": ["sliding_attention"] * 2, "sliding_window": 4096}),
-    (LLAMA, {"num_key_value_heads": 4, "head_dim": 8, "attention_bias": False, "mlp_bias": False,
-             "pretraining_tp": 1, "attention_dropout": 0.0}),
-    (LLAMA, {"rope_theta": None, "rope_parameters": {"rope_theta": 500000, "rope_type": "default"}}),
-    (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}},
-     {"rope_theta": None, "rope_scaling": None,
-      "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}),
-    (LLAMA | {"use_sliding_window": False, "sliding_window": 4096}, {"layer_types": ["full_attention"] * 2}),
-    (GEMMA, {"text_config": {"sliding_window": 512, "num_hidden_layers": 6,
-                             "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
-                             "dtype": "float32"}}),
-], ids=lambda value: None)
+@pytest.mark.parametrize(
+    "start, change",
+    [
+        (
+            COHERE,
+            {
+                "torch_dtype": "bfloat16",
+                "dtype": "bfloat16",
+                "use_cache": False,
+                "transformers_version": "5.1",
+                "_name_or_path": "x",
+            },
+        ),
+        (COHERE, {"rope_theta": None, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}),
+        (COHERE, {"rope_theta": 10000}),
+        (COHERE, {"rope_theta": None, "rope_scaling": {"rope_theta": 10000, "type": "default"}}),
+        (COHERE, {"rope_scaling": None}),
+        (
+            COHERE,
+            {
+                "layer_norm_eps": 1e-5,
+                "head_dim": 8,
+                "hidden_act": "silu",
+                "attention_bias": False,
+                "use_qk_norm": False,
+                "attention_dropout": 0.1,
+            },
+        ),
+        (
+            COHERE,
+            {
+                "max_position_embeddings": 8192,
+                "initializer_range": 0.5,
+                "tie_word_embeddings": True,
+                "temperature": 0.3,
+                "architectures": None,
+            },
+        ),
+        (COHERE, {"sliding_window": 64, "sliding_window_pattern": 4}),  # cohere has no windows
+        (
+            LLAMA
+            | {"sliding_window": 131072, "use_sliding_window": False, "layer_types": ["full_attention"] * 2},
+            {"sliding_window": None, "layer_types": None, "max_position_embeddings": 77},
+        ),
+        (LLAMA, {"router_aux_loss_coef": 0.02, "use_mrope": False, "is_decoder": False, "attention_bias": 0}),
+        (
+            COHERE | {"architectures": ["CohereForSequenceClassification"]},
+            {"architectures": ["CohereRewardModel"]},
+        ),
+        (
+            COHERE | {"model_type": "cohere2"},
+            {"sliding_window_pattern": 4, "layer_types": ["sliding_attention"] * 2, "sliding_window": 4096},
+        ),
+        (
+            LLAMA,
+            {
+                "num_key_value_heads": 4,
+                "head_dim": 8,
+                "attention_bias": False,
+                "mlp_bias": False,
+                "pretraining_tp": 1,
+                "attention_dropout": 0.0,
+            },
+        ),
+        (LLAMA, {"rope_theta": None, "rope_parameters": {"rope_theta": 500000, "rope_type": "default"}}),
+        (
+            LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}},
+            {
+                "rope_theta": None,
+                "rope_scaling": None,
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
+            },
+        ),
+        (
+            LLAMA | {"use_sliding_window": False, "sliding_window": 4096},
+            {"layer_types": ["full_attention"] * 2},
+        ),
+        (
+            GEMMA,
+            {
+                "text_config": {
+                    "sliding_window": 512,
+                    "num_hidden_layers": 6,
+                    "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+                    "dtype": "float32",
+                }
+            },
+        ),
+    ],
+    ids=lambda value: None,
+)
 def test_a_configuration_that_says_the_same_in_another_way_is_the_same(start, change):
     other = {key: value for key, value in (start | change).items() if value is not None}
     assert config_differences("B", other, "A", start) == config_differences("B", start, "A", other) == []
@@ -168,7 +230,10 @@ def test_diff_shows_the_configurations_that_differ(pair, tmp_path, capsys):
     rows = compare_folders(*pair)
     assert rows[0] == {"what": "config.json: logit_scale", "first": "1.0",
                        "second": "0.5"} and rows[1]["what"] == "config.json: rope_theta"
-    assert difference_table(rows).splitlines()[0] == "config.json: logit_scale is 1.0 in the first, 0.5 in the second"
+    assert (
+        difference_table(rows).splitlines()[0]
+        == "config.json: logit_scale is 1.0 in the first, 0.5 in the second"
+    )
     assert main(["diff", *map(str, pair), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == rows
     assert {"base": "1.0"}.items() <= compare_folders(*pair, pair[0])[0].items()
@@ -295,7 +360,9 @@ def test_a_limit_of_positions_that_computes_nothing_is_said(pair, tmp_path, caps
     assert "max_position_embeddings of config.json" in capsys.readouterr().err
 
 
-def test_what_is_added_around_a_plain_text_is_said_and_does_not_keep_two_models_from_merging(pair, tmp_path, capsys):
+def test_what_is_added_around_a_plain_text_is_said_and_does_not_keep_two_models_from_merging(
+    pair, tmp_path, capsys
+):
     rewritten(pair[1], with_bos)
     assert main(["linear", *map(str, pair), "--out", str(tmp_path / "out")]) == 0
     assert "what tokenizer.json adds around a text (post_processor)" in capsys.readouterr().err

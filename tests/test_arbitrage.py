@@ -37,7 +37,11 @@ def test_candidates_stand_in_the_order_of_the_teachers_with_their_rewards_and_ho
 
 
 def test_the_reward_route_keeps_the_best_answer_of_each_prompt_and_counts_who_won():
-    rows = [row(("T", "a", 0.1), ("U", "b", 0.9), ("V", "c", -3.0), question_id="q1"), row(("T", "d", -1.0), ("U", "e", -2.0), language="de"), row(("T", "f", 0), ("U", "g", 1))]
+    rows = [
+        row(("T", "a", 0.1), ("U", "b", 0.9), ("V", "c", -3.0), question_id="q1"),
+        row(("T", "d", -1.0), ("U", "e", -2.0), language="de"),
+        row(("T", "f", 0), ("U", "g", 1)),
+    ]
     chosen, counts = route(rows, "reward")
     assert [(c["completion"], c["teacher"]) for c in chosen] == [("b", "U"), ("d", "T"), ("g", "U")]
     assert chosen[0] == {"prompt": "p", "language": "fr", "question_id": "q1", "completion": "b",
@@ -47,7 +51,11 @@ def test_the_reward_route_keeps_the_best_answer_of_each_prompt_and_counts_who_wo
 
 
 def test_ties_and_equal_texts_are_counted_and_a_tie_is_broken_by_the_seed():
-    tie, same, same_reward = row(("T", "a", 1.0), ("U", "b", 1.0), ("V", "c", 0.0)), row(("T", "a", 1.0), ("U", "a", 0.9)), row(("T", "a", 1.0), ("U", "a", 1.0))
+    tie, same, same_reward = (
+        row(("T", "a", 1.0), ("U", "b", 1.0), ("V", "c", 0.0)),
+        row(("T", "a", 1.0), ("U", "a", 0.9)),
+        row(("T", "a", 1.0), ("U", "a", 1.0)),
+    )
     _, counts = route([tie, same, same_reward], "reward")
     assert (counts["ties"], counts["equal_texts"]) == (1, 2)            # the same text twice is no tie
     winners = Counter(route([tie], "reward", seed)[0][0]["teacher"] for seed in range(60))
@@ -64,14 +72,19 @@ def test_the_same_seed_routes_the_same_way():
 def test_the_random_route_takes_every_teacher_about_equally_often_whatever_the_rewards():
     rows = [row(*[(t, f"{t}{i}", float(ord(t))) for t in "TUVW"]) for i in range(400)]
     chosen, counts = route(rows, "random", 3)
-    assert counts["wins"]["fr"].keys() == set("TUVW") and all(60 < n < 140 for n in counts["wins"]["fr"].values())      # 4.6 sigma around 100
+    assert counts["wins"]["fr"].keys() == set("TUVW") and all(
+        60 < n < 140 for n in counts["wins"]["fr"].values()
+    )  # 4.6 sigma around 100
     assert counts["ties"] == 0 and len(chosen) == 400
 
 
 def test_the_fixed_route_takes_the_teacher_of_the_language():
     rows = [row(("T", "a", 0.0), ("U", "b", 9.0)), row(("T", "c", 0.0), ("U", "d", 9.0), language="de")]
     chosen, counts = route(rows, "fixed", table={"fr": "T", "de": "U"})
-    assert [c["completion"] for c in chosen] == ["a", "d"] and counts["wins"] == {"fr": {"T": 1}, "de": {"U": 1}}
+    assert [c["completion"] for c in chosen] == ["a", "d"] and counts["wins"] == {
+        "fr": {"T": 1},
+        "de": {"U": 1},
+    }
 
 
 @pytest.mark.parametrize("how", ["reward", "random", "fixed"])
@@ -89,7 +102,11 @@ def test_a_prompt_without_a_language_counts_under_other():
 
 def test_the_table_of_wins_gives_percent_by_language():
     text = wins_table({"fr": {"T": 3, "U": 1}, "de": {"U": 2}}, ["T", "U"])
-    assert [line.split() for line in text.splitlines()] == [["language", "T", "U"], ["de", "0%", "100%"], ["fr", "75%", "25%"]]
+    assert [line.split() for line in text.splitlines()] == [
+        ["language", "T", "U"],
+        ["de", "0%", "100%"],
+        ["fr", "75%", "25%"],
+    ]
 
 
 # cut answers
@@ -187,7 +204,15 @@ def test_what_a_prompts_row_carried_of_another_answer_does_not_travel_into_the_n
 
 @pytest.fixture
 def prompts(tmp_path):
-    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "7", "language": "fr"}, {"prompt": "7", "language": "de"}, {"prompt": "8", "language": "de"}, {"prompt": "9"}])
+    write_jsonl(
+        tmp_path / "prompts.jsonl",
+        [
+            {"prompt": "7", "language": "fr"},
+            {"prompt": "7", "language": "de"},
+            {"prompt": "8", "language": "de"},
+            {"prompt": "9"},
+        ],
+    )
     return load_prompts([tmp_path / "prompts.jsonl"])
 
 
@@ -212,7 +237,12 @@ def test_an_answer_keeps_what_its_file_says_about_its_end(prompts, tmp_path):
     path = answers(tmp_path, [{"prompt": "7", "messages": None, "completion": [said]},
                               {"prompt": "8", "completion": "b", "stop_reason": "max_tokens"},
                               {"prompt": "9", "completion": "c"}])
-    assert [a["finish_reason"] for a in read_answers(path, prompts)] == ["length", "length", "max_tokens", None]
+    assert [a["finish_reason"] for a in read_answers(path, prompts)] == [
+        "length",
+        "length",
+        "max_tokens",
+        None,
+    ]
     for wrong in (5, ["stop"], {}):
         path = answers(tmp_path, [{"prompt": "7", "completion": "a", "finish_reason": wrong}])
         with pytest.raises(ValueError, match="teacher.jsonl:1: 'finish_reason' must be a text"):
@@ -220,8 +250,15 @@ def test_an_answer_keeps_what_its_file_says_about_its_end(prompts, tmp_path):
 
 
 def test_answers_are_joined_by_prompt_and_language_in_the_prompts_order(prompts, tmp_path):
-    path = answers(tmp_path, [{"prompt": "9", "completion": "neun"}, {"prompt": "8", "language": "deu", "completion": "acht"},
-                              {"prompt": "7", "language": "German", "completion": "sieben"}, {"prompt": "7", "language": "fr", "completion": "sept"}])
+    path = answers(
+        tmp_path,
+        [
+            {"prompt": "9", "completion": "neun"},
+            {"prompt": "8", "language": "deu", "completion": "acht"},
+            {"prompt": "7", "language": "German", "completion": "sieben"},
+            {"prompt": "7", "language": "fr", "completion": "sept"},
+        ],
+    )
     assert texts(read_answers(path, prompts)) == ["sept", "sieben", "acht", "neun"]
 
 
@@ -231,51 +268,103 @@ def test_an_answer_without_a_language_answers_its_prompt_in_any(prompts, tmp_pat
 
 
 def test_a_prompt_without_a_language_takes_the_answer_in_any(prompts, tmp_path):
-    path = answers(tmp_path, [{"prompt": "7", "completion": "a"}, {"prompt": "8", "completion": "b"}, {"prompt": "9", "language": "it", "completion": "nove"}])
+    path = answers(
+        tmp_path,
+        [
+            {"prompt": "7", "completion": "a"},
+            {"prompt": "8", "completion": "b"},
+            {"prompt": "9", "language": "it", "completion": "nove"},
+        ],
+    )
     assert texts(read_answers(path, prompts)) == ["a", "a", "b", "nove"]
 
 
 def test_an_answer_in_another_language_is_not_taken_for_the_prompts(prompts, tmp_path):
     """Without an answer in its own language a prompt used to get one in another, which the file said was another."""
-    path = answers(tmp_path, [{"prompt": "7", "language": "de", "completion": "sieben"}, {"prompt": "8", "completion": "acht"}, {"prompt": "9", "completion": "neun"}])
-    with pytest.raises(ValueError, match="teacher.jsonl: no answer for 1 of 4 prompts, the first: .* '7' in fr"):
+    path = answers(
+        tmp_path,
+        [
+            {"prompt": "7", "language": "de", "completion": "sieben"},
+            {"prompt": "8", "completion": "acht"},
+            {"prompt": "9", "completion": "neun"},
+        ],
+    )
+    with pytest.raises(
+        ValueError, match="teacher.jsonl: no answer for 1 of 4 prompts, the first: .* '7' in fr"
+    ):
         read_answers(path, prompts)
 
 
 def test_a_missing_answer_is_refused_with_the_prompt(prompts, tmp_path):
-    with pytest.raises(ValueError, match="no answer for 2 of 4 prompts, the first: .* '8' in .*one line for each prompt"):
+    with pytest.raises(
+        ValueError, match="no answer for 2 of 4 prompts, the first: .* '8' in .*one line for each prompt"
+    ):
         read_answers(answers(tmp_path, [{"prompt": "7", "completion": "a"}]), prompts)
 
 
 def test_the_first_of_two_answers_to_a_prompt_counts(prompts, tmp_path):
-    path = answers(tmp_path, [{"prompt": p, "completion": p + suffix} for suffix in ("first", "second") for p in "789"])
+    path = answers(
+        tmp_path, [{"prompt": p, "completion": p + suffix} for suffix in ("first", "second") for p in "789"]
+    )
     assert texts(read_answers(path, prompts)) == ["7first", "7first", "8first", "9first"]
 
 
 def test_prompts_of_several_turns_are_joined_by_all_of_them(tmp_path):
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "7"}]
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes?"},
+        {"role": "user", "content": "7"},
+    ]
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": turns}, {"prompt": "7"}])
-    path = answers(tmp_path, [{"messages": turns + [{"role": "assistant", "content": "long"}]}, {"inputs": "7", "targets": "short"}])
+    path = answers(
+        tmp_path,
+        [
+            {"messages": turns + [{"role": "assistant", "content": "long"}]},
+            {"inputs": "7", "targets": "short"},
+        ],
+    )
     assert texts(read_answers(path, load_prompts([tmp_path / "prompts.jsonl"]))) == ["long", "short"]
 
 
 def test_an_empty_answer_of_a_teacher_is_refused_with_its_line(prompts, tmp_path):
     with pytest.raises(ValueError, match="teacher.jsonl:2: 'completion' is empty"):
-        read_answers(answers(tmp_path, [{"prompt": "7", "completion": "a"}, {"prompt": "8", "completion": " "}]), prompts)
+        read_answers(
+            answers(tmp_path, [{"prompt": "7", "completion": "a"}, {"prompt": "8", "completion": " "}]),
+            prompts,
+        )
 
 
 # preference pairs
 
 def test_the_best_answer_is_chosen_and_the_worst_rejected():
-    pairs, counts = best_worst([row(("T", "a", 0.5), ("U", "b", 2.0), ("V", "c", -1.0), ("W", "d", 1.0), question_id="q")])
-    assert pairs == [{"prompt": "p", "language": "fr", "question_id": "q", "chosen": "b", "rejected": "c", "chosen_reward": 2.0, "rejected_reward": -1.0,
-                      "chosen_teacher": "U", "rejected_teacher": "V", "chosen_finish_reason": None,
-                      "rejected_finish_reason": None}]
+    pairs, counts = best_worst(
+        [row(("T", "a", 0.5), ("U", "b", 2.0), ("V", "c", -1.0), ("W", "d", 1.0), question_id="q")]
+    )
+    assert pairs == [
+        {
+            "prompt": "p",
+            "language": "fr",
+            "question_id": "q",
+            "chosen": "b",
+            "rejected": "c",
+            "chosen_reward": 2.0,
+            "rejected_reward": -1.0,
+            "chosen_teacher": "U",
+            "rejected_teacher": "V",
+            "chosen_finish_reason": None,
+            "rejected_finish_reason": None,
+        }
+    ]
     assert counts == {"pairs": 1, "equal_texts": 0, "small_margin": 0, **NONE_CUT}
 
 
 def test_a_pair_needs_two_texts_and_a_difference_above_the_margin():
-    rows = [row(("T", "a", 1.0), ("U", "a", 0.0)), row(("T", "a", 1.0), ("U", "b", 1.0)), row(("T", "a", 1.5), ("U", "b", 1.0)), row(("T", "a", 1.6), ("U", "b", 1.0))]
+    rows = [
+        row(("T", "a", 1.0), ("U", "a", 0.0)),
+        row(("T", "a", 1.0), ("U", "b", 1.0)),
+        row(("T", "a", 1.5), ("U", "b", 1.0)),
+        row(("T", "a", 1.6), ("U", "b", 1.0)),
+    ]
     assert best_worst(rows)[1] == {"pairs": 2, "equal_texts": 1, "small_margin": 1, **NONE_CUT}
     pairs, counts = best_worst(rows, margin=0.5)
     assert counts == {"pairs": 1, "equal_texts": 1, "small_margin": 2, **NONE_CUT}
@@ -290,7 +379,10 @@ def test_empty_completions_make_no_pair_though_they_are_the_worst():
 
 
 def test_samples_of_one_model_need_no_teacher():
-    own = {"prompt": "p", "candidates": [{"completion": "a", "reward": 1.0}, {"completion": "b", "reward": 0.0}]}
+    own = {
+        "prompt": "p",
+        "candidates": [{"completion": "a", "reward": 1.0}, {"completion": "b", "reward": 0.0}],
+    }
     [pair], _ = best_worst([own])
     assert pair["chosen"] == "a" and pair["chosen_teacher"] is None
 

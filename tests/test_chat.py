@@ -31,7 +31,9 @@ STOP = tokenizer().stop_ids
 
 
 def models(count=1, **changes):
-    return [(name, language_model(seed, **changes), tokenizer(), STOP) for seed, name in enumerate("AB"[:count])]
+    return [
+        (name, language_model(seed, **changes), tokenizer(), STOP) for seed, name in enumerate("AB"[:count])
+    ]
 
 
 class Out(io.StringIO):
@@ -108,7 +110,9 @@ def test_a_language_is_asked_for_in_the_system_turn_and_the_turns_stay(spelling)
     first, on, second, off, third = talk(["red?", f"/language {spelling}", "why?", "/language", "so?"], one)
     turns = ["red?", expected(model, ["red?"])[0], "why?"]
     wish = "Answer in French, whatever the language of the question."
-    assert on == "[answers in French]\n" and second == shown(expected(model, turns, system=wish)) != shown(expected(model, turns))
+    assert on == "[answers in French]\n" and second == shown(expected(model, turns, system=wish)) != shown(
+        expected(model, turns)
+    )
     turns += [expected(model, turns, system=wish)[0], "so?"]
     assert off == "[answers in any language]\n" and third == shown(expected(model, turns))
 
@@ -116,7 +120,13 @@ def test_a_language_is_asked_for_in_the_system_turn_and_the_turns_stay(spelling)
 def test_the_wish_for_a_language_follows_the_users_system_turn():
     (_, model, *_), = one = models()
     *_, answer = talk(["/system Be kind.", "/language zh", "red?"], one)
-    assert answer == shown(expected(model, ["red?"], system="Be kind.\n\nAnswer in Chinese (simplified), whatever the language of the question."))
+    assert answer == shown(
+        expected(
+            model,
+            ["red?"],
+            system="Be kind.\n\nAnswer in Chinese (simplified), whatever the language of the question.",
+        )
+    )
 
 
 @pytest.mark.parametrize("code", ["xx", "other", "tlh"])
@@ -129,7 +139,11 @@ def test_sampled_answers_have_seeds_of_their_own_and_the_same_conversation_again
     settings = dict(temperature=1.0, top_k=50, seed=3)
     first, _, second = talk(["red?", "/reset", "red?"], models(), **settings)
     assert first != second
-    assert talk(["red?", "/reset", "red?"], models(), **settings) == [first, "[the turns are forgotten]\n", second]
+    assert talk(["red?", "/reset", "red?"], models(), **settings) == [
+        first,
+        "[the turns are forgotten]\n",
+        second,
+    ]
 
 
 def test_two_models_answer_one_after_another_and_remember_only_their_own_answers():
@@ -147,12 +161,16 @@ def test_when_the_positions_are_full_the_oldest_turns_go_one_line_says_so_and_th
     (_, model, *_), = one = models(max_position_embeddings=128)
     lines = [q["prompt"] for q in itertools.islice(questions("train", 48, 0, level="tiny"), 9)]
     printed = talk([*lines, f"/save {tmp_path}/talk.jsonl"], one)
-    notes = [text for text in printed if text.startswith("[A: its 128 positions are full; forgot the oldest turns, ")]
+    notes = [
+        text
+        for text in printed
+        if text.startswith("[A: its 128 positions are full; forgot the oldest turns, ")
+    ]
     assert len(notes) >= 2 and f"from {lines[0][:40]!r} on]\n" in notes[0]
     assert all(text.count("\n") <= 2 for text in printed)
     (row,) = saved(tmp_path / "talk.jsonl")
     contents = [message["content"] for message in row["messages"]]
-    assert 2 <= len(contents) < 18 and contents[-2] == lines[-1]            # what is left is the latest, whole turns
+    assert 2 <= len(contents) < 18 and contents[-2] == lines[-1]  # what is left is the latest, whole turns
     assert contents[::2] == lines[-len(contents) // 2:]
     assert printed[8].endswith(shown(expected(model, contents[:-1])))
 
@@ -163,25 +181,36 @@ def test_no_more_turns_are_dropped_than_an_answer_needs_and_a_very_long_one_may_
         for q in itertools.islice(questions("train", 48, 0, level="tiny"), 12):
             before = conversation.turns[0]
             ids, room, dropped = conversation.prompt(0, q["prompt"], max_new_tokens)
-            assert needed <= room == min(128 - len(ids), max_new_tokens) and dropped + conversation.turns[0] == before
+            assert (
+                needed <= room == min(128 - len(ids), max_new_tokens)
+                and dropped + conversation.turns[0] == before
+            )
             forgotten += len(dropped)
             if dropped:
                 one_more = dropped[-2:] + conversation.turns[0] + [{"role": "user", "content": q["prompt"]}]
                 assert len(tokenizer().encode_prompt(one_more)) + needed > 128
-            conversation.turns[0] = conversation.turns[0] + [{"role": "user", "content": q["prompt"]}, {"role": "assistant", "content": "red"}]
+            conversation.turns[0] = conversation.turns[0] + [
+                {"role": "user", "content": q["prompt"]},
+                {"role": "assistant", "content": "red"},
+            ]
         assert forgotten >= 4
 
 
 def test_a_question_longer_than_the_positions_is_one_line_and_nothing_is_forgotten():
     one = models(max_position_embeddings=64)
     first, refused, second = talk(["red?", "why " * 90, "so?"], one)
-    assert re.fullmatch(r"\[A: the question and the system turn are \d+ tokens, the model has 64 positions; say it shorter]\n", refused)
+    assert re.fullmatch(
+        r"\[A: the question and the system turn are \d+ tokens, the model has 64 positions; say it shorter]\n",
+        refused,
+    )
     assert second == talk(["red?", "so?"], one)[1]
 
 
 def test_an_answer_may_use_the_positions_that_are_left():
     (_, model, *_), = one = models(max_position_embeddings=64)
-    assert talk(["red?"], one, max_new_tokens=1000) == [shown(expected(model, ["red?"], max_new_tokens=64 - len(tokenizer().encode_prompt("red?"))))]
+    assert talk(["red?"], one, max_new_tokens=1000) == [
+        shown(expected(model, ["red?"], max_new_tokens=64 - len(tokenizer().encode_prompt("red?"))))
+    ]
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------------------
@@ -194,8 +223,13 @@ def test_a_saved_conversation_is_one_row_a_model_that_can_be_trained_on(tmp_path
     assert [row["model"] for row in rows] == ["A", "B"] and all(row["language"] == "de" for row in rows)
     for row, (_, model, *_) in zip(rows, two):
         system, *turns = row["messages"]
-        assert system == {"role": "system", "content": "Be kind.\n\nAnswer in German, whatever the language of the question."}
-        assert [m["role"] for m in turns] == ["user", "assistant"] * 2 and [m["content"] for m in turns[::2]] == ["red?", "why?"]
+        assert system == {
+            "role": "system",
+            "content": "Be kind.\n\nAnswer in German, whatever the language of the question.",
+        }
+        assert [m["role"] for m in turns] == ["user", "assistant"] * 2 and [
+            m["content"] for m in turns[::2]
+        ] == ["red?", "why?"]
         assert turns[1]["content"] == expected(model, ["red?"], system["content"])[0]
         assert turns[1].get("finish_reason", "stop") == expected(model, ["red?"], system["content"])[1]
     examples = load_examples([path], tokenizer(), 512, SFT(keep_cut=True))
@@ -207,9 +241,20 @@ def test_a_saved_conversation_is_one_row_a_model_that_can_be_trained_on(tmp_path
 def test_save_refuses_a_file_that_exists_a_folder_that_does_not_no_name_and_no_conversation(tmp_path):
     path = tmp_path / "taken.jsonl"
     path.write_text("mine\n")
-    printed = talk([f"/save {path}", "red?", f"/save {path}", f"/save {tmp_path}/none/talk.jsonl", "/save"], models())
-    assert printed[0] == "[nothing has been said yet]\n" and printed[2] == f"[{path} exists; give a new file, nothing is overwritten]\n"
-    assert printed[3] == f"[{tmp_path}/none/talk.jsonl: cannot be written (No such file or directory)]\n" and printed[4].startswith("[/save needs a file")
+    printed = talk(
+        [f"/save {path}", "red?", f"/save {path}", f"/save {tmp_path}/none/talk.jsonl", "/save"], models()
+    )
+    assert (
+        printed[0] == "[nothing has been said yet]\n"
+        and printed[2] == f"[{path} exists; give a new file, nothing is overwritten]\n"
+    )
+    assert printed[
+        3
+    ] == f"[{tmp_path}/none/talk.jsonl: cannot be written (No such file or directory)]\n" and printed[
+        4
+    ].startswith(
+        "[/save needs a file"
+    )
     assert path.read_text() == "mine\n"
 
 
@@ -217,14 +262,19 @@ def test_save_refuses_a_file_that_exists_a_folder_that_does_not_no_name_and_no_c
 
 def test_help_lists_every_command_quit_and_ctrl_d_leave_and_empty_lines_are_nothing():
     assert talk(["/help", "", "  "], models()) == [HELP + "\n", "", ""]
-    assert all(name in HELP for name in ("/reset", "/system", "/language", "/save", "/help", "/quit", "Ctrl-C", "Ctrl-D"))
+    assert all(
+        name in HELP
+        for name in ("/reset", "/system", "/language", "/save", "/help", "/quit", "Ctrl-C", "Ctrl-D")
+    )
     assert talk(["/quit", "not read"], models()) == []
 
 
 def test_an_unknown_command_is_one_line_and_a_space_before_it_makes_it_a_question():
     (_, model, *_), = one = models()
     line, answer = talk(["/usr/bin what", " /usr/bin what"], one)
-    assert line == "[unknown command /usr/bin; /help lists them (with a space before the / it is a question)]\n"
+    assert (
+        line == "[unknown command /usr/bin; /help lists them (with a space before the / it is a question)]\n"
+    )
     assert answer == shown(expected(model, ["/usr/bin what"]))
 
 
@@ -255,10 +305,16 @@ def test_ctrl_c_stops_the_answer_and_what_was_said_stays_as_a_marked_turn(tmp_pa
 def test_a_question_without_an_answer_is_not_kept(tmp_path):
     """An empty turn could neither be trained on nor be shown to the model."""
     silent, (_, model, *_) = language_model(), models()[0]
-    silent.model.norm.weight.data.zero_()                                   # all logits are 0, and the first token is <PAD>
+    silent.model.norm.weight.data.zero_()  # all logits are 0, and the first token is <PAD>
     first, line = talk(["red?", f"/save {tmp_path}/talk.jsonl"], [("A", silent, tokenizer(), STOP)])
-    assert first == " [cut: no more tokens]\n[A: an empty answer; the question is not kept]\n" and line == "[nothing has been said yet]\n"
-    talk(["red?", f"/save {tmp_path}/talk.jsonl"], [("A", silent, tokenizer(), STOP), ("B", model, tokenizer(), STOP)])
+    assert (
+        first == " [cut: no more tokens]\n[A: an empty answer; the question is not kept]\n"
+        and line == "[nothing has been said yet]\n"
+    )
+    talk(
+        ["red?", f"/save {tmp_path}/talk.jsonl"],
+        [("A", silent, tokenizer(), STOP), ("B", model, tokenizer(), STOP)],
+    )
     assert [row["model"] for row in saved(tmp_path / "talk.jsonl")] == ["B"]
 
 
@@ -282,7 +338,9 @@ class Screen(Out):
                 rows += [""] * (at == len(rows))
             elif part.endswith("A") and part.startswith("\x1b["):
                 at -= int(part[2:-1])
-                assert at >= max(0, len(rows) - self.height), "a row that has scrolled off the screen was to be changed"
+                assert at >= max(
+                    0, len(rows) - self.height
+                ), "a row that has scrolled off the screen was to be changed"
             elif part == "\x1b[J":
                 del rows[at + 1:]
                 rows[at] = ""
@@ -298,10 +356,12 @@ def test_on_a_terminal_two_answers_grow_in_two_columns(height, count, silent, mo
     monkeypatch.setenv("COLUMNS", "43")
     monkeypatch.setenv("LINES", str(height))
     two, screen = models(2), Screen(height)
-    if silent:                                                              # one model says nothing while the other fills screens
+    if silent:  # one model says nothing while the other fills screens
         two[1][1].model.norm.weight.data.zero_()
     (printed,) = talk(["red?"], two, screen, max_new_tokens=count)
-    heading, *rows, end = screen.text(printed.removesuffix("[B: an empty answer; the question is not kept]\n"))
+    heading, *rows, end = screen.text(
+        printed.removesuffix("[B: an empty answer; the question is not kept]\n")
+    )
     assert heading == f"{'A':20} | B" and end == ""
     texts = [wrap(shown(expected(model, ["red?"], max_new_tokens=count))[:-1], 20) for _, model, *_ in two]
     assert len(rows) == max(map(len, texts))
@@ -312,7 +372,12 @@ def test_on_a_terminal_two_answers_grow_in_two_columns(height, count, silent, mo
 def test_ctrl_c_stops_both_columns_and_both_turns_are_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "80")
     screen = Screen(24, lambda written: written.count("\x1b[J") == 3)
-    printed, _ = talk(["red?", f"/save {tmp_path}/talk.jsonl"], models(2, max_position_embeddings=10000), screen, max_new_tokens=9000)
+    printed, _ = talk(
+        ["red?", f"/save {tmp_path}/talk.jsonl"],
+        models(2, max_position_embeddings=10000),
+        screen,
+        max_new_tokens=9000,
+    )
     assert "".join(screen.text(printed)).count("[stopped]") == 2
     rows = saved(tmp_path / "talk.jsonl")
     assert [row["messages"][1]["finish_reason"] for row in rows] == ["interrupted"] * 2
@@ -331,7 +396,7 @@ def test_rows_break_at_spaces_and_wide_characters_take_two_columns():
     assert wrap("abcdefghij", 4) == ["abcd", "efgh", "ij"]
     assert wrap("one\n\ntwo", 8) == ["one", "", "two"] and wrap("", 8) == [""]
     assert wrap("你好世界", 5) == ["你好", "世界"] and wrap("a你好", 4) == ["a你", "好"]
-    assert wrap("e\u0301" * 4, 4) == ["e\u0301" * 4]                       # an accent of its own takes no column
+    assert wrap("e\u0301" * 4, 4) == ["e\u0301" * 4]  # an accent of its own takes no column
     assert wrap("नमस्ते दुनिया", 6) == ["नमस्ते", "दुनिया"]
     assert [columns_of(c) for c in "a你가あ🙂é\u0301\u200d"] == [1, 2, 2, 2, 2, 1, 0, 0]
 
@@ -356,12 +421,21 @@ def test_control_characters_of_a_model_are_kept_in_the_turn_but_not_sent_to_the_
 # ---- a real terminal ---------------------------------------------------------------------------------------------------------------
 
 def test_in_a_real_terminal_ctrl_c_stops_an_endless_answer_and_ctrl_d_leaves():
-    script = ("from small import language_model, tokenizer\nfrom aya_min.chat import chat\n"
-              "chat([('A', language_model(max_position_embeddings=100000), tokenizer(), [])], max_new_tokens=90000, temperature=1.0)")
+    script = (
+        "from small import language_model, tokenizer\nfrom aya_min.chat import chat\n"
+        "chat([('A', language_model(max_position_embeddings=100000), tokenizer(), [])], max_new_tokens=90000, temperature=1.0)"
+    )
     ours, theirs = pty.openpty()
-    child = subprocess.Popen([sys.executable, "-c", script], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-                             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), cwd=ROOT / "tests",
-                             env={**os.environ, "PYTHONPATH": f"{ROOT}", "TERM": "dumb"})
+    child = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        cwd=ROOT / "tests",
+        env={**os.environ, "PYTHONPATH": f"{ROOT}", "TERM": "dumb"},
+    )
     os.close(theirs)
     seen = bytearray()
 
@@ -369,7 +443,9 @@ def test_in_a_real_terminal_ctrl_c_stops_an_endless_answer_and_ctrl_d_leaves():
         end = time.monotonic() + deadline
         start = len(seen)
         while not what(bytes(seen[start:])):
-            assert select.select([ours], [], [], max(0, end - time.monotonic()))[0], f"the terminal shows only {bytes(seen)!r}"
+            assert select.select([ours], [], [], max(0, end - time.monotonic()))[
+                0
+            ], f"the terminal shows only {bytes(seen)!r}"
             try:
                 seen.extend(os.read(ours, 4096))
             except OSError as error:                # what Linux says when the other side has closed
@@ -384,7 +460,9 @@ def test_in_a_real_terminal_ctrl_c_stops_an_endless_answer_and_ctrl_d_leaves():
         wait_for(lambda new: b"[stopped]" in new and new.endswith(b"> "))
         os.write(ours, b"x")
         wait_for(lambda new: new.endswith(b"x"))
-        time.sleep(0.2)                             # CPython's input() notices a signal between its prompt and its select() only at the next key
+        time.sleep(
+            0.2
+        )  # CPython's input() notices a signal between its prompt and its select() only at the next key
         os.write(ours, b"\x03")
         wait_for(lambda new: b"/quit leaves]" in new and new.endswith(b"> "))
         os.write(ours, b"\x04")

@@ -11,7 +11,17 @@ from small import program
 
 from aya_min.command import guarded
 from aya_min.config import model_preset
-from aya_min.evaluate import bootstrap_mean, compare, grade_answers, join, main, score_answers, summarize, win_rate_table, win_rates
+from aya_min.evaluate import (
+    bootstrap_mean,
+    compare,
+    grade_answers,
+    join,
+    main,
+    score_answers,
+    summarize,
+    win_rate_table,
+    win_rates,
+)
 from aya_min.languages import CLUSTERS, LANGUAGES, SHARED
 from aya_min.model import RewardModel, init_weights
 from aya_min.reward import score_texts
@@ -24,8 +34,18 @@ ROOT = Path(__file__).parents[1]
 
 def toy_rows(rng, num_questions=20, **extra):
     """Graded answers to the same questions in every language."""
-    return [{"question_id": f"q{q}", "language": code, "prompt": f"{code} {q}", "completion": "x" * int(rng.integers(1, 9)),
-             "grade": int(rng.integers(4)), **extra} for q in range(num_questions) for code in LANGUAGES]
+    return [
+        {
+            "question_id": f"q{q}",
+            "language": code,
+            "prompt": f"{code} {q}",
+            "completion": "x" * int(rng.integers(1, 9)),
+            "grade": int(rng.integers(4)),
+            **extra,
+        }
+        for q in range(num_questions)
+        for code in LANGUAGES
+    ]
 
 
 def test_win_rate_is_wins_and_half_the_ties_by_hand():
@@ -52,8 +72,12 @@ def test_swapped_sides_give_the_mirrored_rate_and_interval():
     assert (one["win"], one["tie"], one["loss"]) == (other["loss"], other["tie"], other["win"])
     np.testing.assert_allclose(one["win_rate"], 100 - other["win_rate"])
     width = one["ci95"][1] - one["ci95"][0]
-    np.testing.assert_allclose(one["ci95"], [100 - other["ci95"][1], 100 - other["ci95"][0]], atol=0.1 * width)
-    np.testing.assert_allclose(one["ci95"], [100 - x for x in win_rates(b, a, ids)["ci95"]][::-1])      # same seed: exact
+    np.testing.assert_allclose(
+        one["ci95"], [100 - other["ci95"][1], 100 - other["ci95"][0]], atol=0.1 * width
+    )
+    np.testing.assert_allclose(
+        one["ci95"], [100 - x for x in win_rates(b, a, ids)["ci95"]][::-1]
+    )  # same seed: exact
 
 
 def test_question_bootstrap_covers_the_truth_and_a_row_bootstrap_would_not():
@@ -93,7 +117,7 @@ def test_bootstrap_depends_only_on_the_seed():
 def test_two_thousand_resamples_of_1500_questions_take_well_under_a_third_of_a_second():
     values, ids = np.random.default_rng(0).random(1500), [f"q{i}" for i in range(1500)]
     seconds = []
-    for _ in range(3):                                                  # the best of three: the machine is shared
+    for _ in range(3):  # the best of three: the machine is shared
         start = time.perf_counter()
         bootstrap_mean(values, ids)
         seconds.append(time.perf_counter() - start)
@@ -105,13 +129,23 @@ def test_unjudged_rows_are_counted_and_left_out():
     assert (rates["win"], rates["tie"], rates["loss"], rates["unjudged"], rates["num"]) == (1, 1, 0, 3, 2)
     assert rates == win_rates([3, 2], [1, 2], "ae") | {"unjudged": 3}
     nothing = win_rates([None, 1], [1, None], "ab")
-    assert nothing["win_rate"] is None and nothing["ci95"] == [None, None] and (nothing["num"], nothing["unjudged"]) == (0, 2)
+    assert (
+        nothing["win_rate"] is None
+        and nothing["ci95"] == [None, None]
+        and (nothing["num"], nothing["unjudged"]) == (0, 2)
+    )
     rng = np.random.default_rng(0)
     rows = toy_rows(rng, 2)
     rows[0]["grade"] = None
     assert compare(rows, rows)["overall"]["unjudged"] == 1
-    assert "unjudged" in win_rate_table({"judge": "oracle", "answers": {"path": "A", "length": 1.0}, "baseline": {"path": "B", "length": 1.0},
-                                **compare(rows[:1], rows[:1])})
+    assert "unjudged" in win_rate_table(
+        {
+            "judge": "oracle",
+            "answers": {"path": "A", "length": 1.0},
+            "baseline": {"path": "B", "length": 1.0},
+            **compare(rows[:1], rows[:1]),
+        }
+    )
 
 
 def test_unmatched_answers_are_refused_with_the_question_named():
@@ -146,7 +180,9 @@ def test_languages_and_clusters_add_up_to_the_overall_counts():
     result = compare(a, b, num_resamples=50)
     assert set(result["by_language"]) == set(LANGUAGES) and set(result["by_cluster"]) == {*CLUSTERS, "shared"}
     assert result["by_cluster"]["shared"]["num"] == len(SHARED) * 20
-    own = compare(a, b, clusters={"latin": ["fr", "es"], "rest": ["ar"]}, num_resamples=50)        # a user's, that names few languages
+    own = compare(
+        a, b, clusters={"latin": ["fr", "es"], "rest": ["ar"]}, num_resamples=50
+    )  # a user's, that names few languages
     assert set(own["by_cluster"]) == {"latin", "rest", "shared", "other"}
     for parts in (result["by_language"], result["by_cluster"], own["by_cluster"]):
         for count in ("win", "tie", "loss", "unjudged", "num"):
@@ -156,18 +192,53 @@ def test_languages_and_clusters_add_up_to_the_overall_counts():
 
 
 def test_summary_by_hand():
-    rows = [{"question_id": "1", "language": "fr", "task": "sum", "completion": "trois", "grade": 3, "seen_language": "fr"},
-            {"question_id": "2", "language": "fr", "task": "odd", "completion": "ok", "grade": 0, "seen_language": None},
-            {"question_id": "1", "language": "de", "task": "sum", "completion": "drei", "grade": 2, "seen_language": "de"},
-            {"question_id": "2", "language": "de", "task": "odd", "completion": "x", "grade": None, "seen_language": "fr"}]
+    rows = [
+        {
+            "question_id": "1",
+            "language": "fr",
+            "task": "sum",
+            "completion": "trois",
+            "grade": 3,
+            "seen_language": "fr",
+        },
+        {
+            "question_id": "2",
+            "language": "fr",
+            "task": "odd",
+            "completion": "ok",
+            "grade": 0,
+            "seen_language": None,
+        },
+        {
+            "question_id": "1",
+            "language": "de",
+            "task": "sum",
+            "completion": "drei",
+            "grade": 2,
+            "seen_language": "de",
+        },
+        {
+            "question_id": "2",
+            "language": "de",
+            "task": "odd",
+            "completion": "x",
+            "grade": None,
+            "seen_language": "fr",
+        },
+    ]
     summary = summarize(rows)
     assert (summary["num"], summary["right_language"], summary["length"]) == (4, 0.5, 3.0)
     assert summary["grade"] == pytest.approx(5 / 3)                     # the unjudged answer is left out
     assert summary["grade_ci95"] == [0.0, 2.5]                          # the two questions' own means
     assert summary["by_language"]["fr"] == {"num": 2, "grade": 1.5, "right_language": 0.5, "length": 3.5}
     assert summary["by_task"]["sum"] == {"num": 2, "grade": 2.5, "right_language": 1.0, "length": 4.5}
-    bare = [{"question_id": "1", "language": "fr", "completion": "trois"}]       # no oracle: nothing is made up
-    assert summarize(bare) == {"num": 1, "length": 5.0, "by_language": {"fr": {"num": 1, "length": 5.0}}, "by_task": {}}
+    bare = [{"question_id": "1", "language": "fr", "completion": "trois"}]  # no oracle: nothing is made up
+    assert summarize(bare) == {
+        "num": 1,
+        "length": 5.0,
+        "by_language": {"fr": {"num": 1, "length": 5.0}},
+        "by_task": {},
+    }
 
 
 def test_figures_are_json_that_any_reader_takes():
@@ -181,7 +252,9 @@ def world_answers(tmp_path):
     args = {"largest": ["three", "nine", "five"], "opposite": ["big", "hot"], "translate": ["dog", "de"]}
     questions = [make_question(task, args[task], code) for task in args for code in ("en", "ja", "ar")]
     good = [{**q, "completion": gold_answer(q)} for q in questions]
-    bad = [{**row, "completion": row["completion"] if row["task"] == "largest" else "qxz qxz"} for row in good]
+    bad = [
+        {**row, "completion": row["completion"] if row["task"] == "largest" else "qxz qxz"} for row in good
+    ]
     paths = tmp_path / "good answers.jsonl", tmp_path / "bad.jsonl"
     for path, rows in zip(paths, (good, bad)):
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -206,7 +279,9 @@ def test_the_oracle_grades_answers_and_keeps_their_keys(tmp_path):
     (good, bad), _ = world_answers(tmp_path)
     graded = grade_answers(good + bad)
     assert [row["grade"] for row in graded] == [3] * 12 + [0] * 6
-    assert all(row["seen_language"] == row["language"] for row in graded[:12]) and all(row["why"] for row in graded)
+    assert all(row["seen_language"] == row["language"] for row in graded[:12]) and all(
+        row["why"] for row in graded
+    )
     assert [{k: row[k] for k in good[0]} for row in graded] == good + bad
 
 
@@ -214,10 +289,23 @@ def test_the_arena_command_writes_and_prints_the_oracles_win_rates(tmp_path, cap
     _, (a, b) = world_answers(tmp_path)
     arena(a, b, tmp_path / "new folder" / "eval.json")
     result = json.loads((tmp_path / "new folder" / "eval.json").read_text(encoding="utf-8"))
-    assert result["judge"] == "oracle" and result["answers"]["grade"] == 3.0 and result["baseline"]["grade"] == 1.0
-    assert {k: result["overall"][k] for k in ("win", "tie", "loss", "num")} == {"win": 6, "tie": 3, "loss": 0, "num": 9}
+    assert (
+        result["judge"] == "oracle"
+        and result["answers"]["grade"] == 3.0
+        and result["baseline"]["grade"] == 1.0
+    )
+    assert {k: result["overall"][k] for k in ("win", "tie", "loss", "num")} == {
+        "win": 6,
+        "tie": 3,
+        "loss": 0,
+        "num": 9,
+    }
     assert result["overall"]["win_rate"] == pytest.approx(250 / 3)
-    assert set(result["by_language"]) == {"en", "ja", "ar"} and set(result["by_cluster"]) == {"shared", "east-asia", "west-asia"}
+    assert set(result["by_language"]) == {"en", "ja", "ar"} and set(result["by_cluster"]) == {
+        "shared",
+        "east-asia",
+        "west-asia",
+    }
     lines = capsys.readouterr().out.splitlines()
     assert "oracle" in lines[0] and any(line.startswith("overall") and "83.3" in line for line in lines)
     assert lines[-1].endswith("eval.json")
@@ -226,9 +314,13 @@ def test_the_arena_command_writes_and_prints_the_oracles_win_rates(tmp_path, cap
 def test_a_reward_models_verdict_is_its_scores_and_says_whose_they_are(tmp_path, capsys):
     (good, bad), (a, b) = world_answers(tmp_path)
     tokenizer = train_tokenizer([row["prompt"] for row in good], 512)
-    model = init_weights(RewardModel(model_preset("smoke", tokenizer.vocab_size)), torch.Generator().manual_seed(0))
+    model = init_weights(
+        RewardModel(model_preset("smoke", tokenizer.vocab_size)), torch.Generator().manual_seed(0)
+    )
     save(tmp_path / "judge-7", model, tokenizer)
-    Path(a).write_text("".join(json.dumps(row) + "\n" for row in grade_answers(good)), encoding="utf-8")     # an earlier verdict: not this judge's
+    Path(a).write_text(
+        "".join(json.dumps(row) + "\n" for row in grade_answers(good)), encoding="utf-8"
+    )  # an earlier verdict: not this judge's
     arena(a, b, tmp_path / "eval.json", tmp_path / "judge-7")
     result = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
     scores = [score_texts(model, tokenizer, rows) for rows in (good, bad)]
@@ -242,7 +334,9 @@ def test_equal_answers_tie_under_a_reward_model_though_their_batches_differ(tmp_
     """Scoring each file by itself gave 2 ties of 3 here: another padding length moves a score's last bits."""
     (good, bad), _ = world_answers(tmp_path)
     tokenizer = train_tokenizer([row["prompt"] for row in good], 512)
-    model = init_weights(RewardModel(model_preset("smoke", tokenizer.vocab_size)), torch.Generator().manual_seed(0))
+    model = init_weights(
+        RewardModel(model_preset("smoke", tokenizer.vocab_size)), torch.Generator().manual_seed(0)
+    )
     overall = compare(*score_answers(model, tokenizer, [good, bad]), key="score")["overall"]
     assert overall["tie"] == 3
 
@@ -263,14 +357,25 @@ def test_a_users_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(tmp_
         assert not out.exists()
 
     def broken_by(change):
-        broken.write_text("".join(json.dumps(row) + "\n" for row in [good[0], change(good[1])]), encoding="utf-8")
+        broken.write_text(
+            "".join(json.dumps(row) + "\n" for row in [good[0], change(good[1])]), encoding="utf-8"
+        )
         return broken
 
     refused("nowhere.jsonl", answers=tmp_path / "nowhere.jsonl")
-    refused("broken.jsonl:2: 'completion' is missing", answers=broken_by(lambda row: {k: v for k, v in row.items() if k != "completion"}))
+    refused(
+        "broken.jsonl:2: 'completion' is missing",
+        answers=broken_by(lambda row: {k: v for k, v in row.items() if k != "completion"}),
+    )
     refused("broken.jsonl:2: 'args' is missing", answers=broken_by(lambda row: row | {"args": None}))
-    refused("broken.jsonl:2: the oracle knows no task 'poem'", answers=broken_by(lambda row: row | {"task": "poem"}))
-    refused(f"question {good[2]['question_id']!r} (ar) has no row in the answers", answers=broken_by(lambda row: row))
+    refused(
+        "broken.jsonl:2: the oracle knows no task 'poem'",
+        answers=broken_by(lambda row: row | {"task": "poem"}),
+    )
+    refused(
+        f"question {good[2]['question_id']!r} (ar) has no row in the answers",
+        answers=broken_by(lambda row: row),
+    )
     refused("not a model folder", judge=tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(model_preset("smoke").published()), encoding="utf-8")
     refused("a language model, not a reward model", judge=tmp_path)

@@ -15,55 +15,131 @@ HOSTILE = "<script>alert(\"x\")</script>'\" onload=alert(1) & <b>"
 
 
 def rates(rate, low, high, **more):
-    return {"win": 1, "tie": 0, "loss": 1, "unjudged": 0, "win_rate": rate, "ci95": [low, high], "num": 2, **more}
+    return {
+        "win": 1,
+        "tie": 0,
+        "loss": 1,
+        "unjudged": 0,
+        "win_rate": rate,
+        "ci95": [low, high],
+        "num": 2,
+        **more,
+    }
 
 
 def part(grade, **versus):
-    languages = {code: {"num": 2, "grade": grade, "right_language": 1.0, "length": 9.0} for code in ("ar", "de", "en")}
-    return {"num": 6, "grade": grade, "grade_ci95": [grade - .1, grade + .1], "right_language": .5, "length": 12.4, "by_language": languages,
-            "by_task": {}, "reward": -1.5, "versus": versus}
+    languages = {
+        code: {"num": 2, "grade": grade, "right_language": 1.0, "length": 9.0} for code in ("ar", "de", "en")
+    }
+    return {
+        "num": 6,
+        "grade": grade,
+        "grade_ci95": [grade - 0.1, grade + 0.1],
+        "right_language": 0.5,
+        "length": 12.4,
+        "by_language": languages,
+        "by_task": {},
+        "reward": -1.5,
+        "versus": versus,
+    }
 
 
 def summary_of_a_run():
     by_language = {code: rates(80.0, 60.0, 95.0) for code in ("ar", "de", "en")}
-    sft = {"base": rates(90.0, 85.0, 94.0, by_language=by_language), "previous": rates(90.0, 85.0, 94.0), "single": rates(51.0, 47.5, 54.5),
-           "random": rates(45.0, 41.0, 49.0)}
-    models = [("base", "Base", "stage", {}), ("teacher-west", "Teacher west", "teacher", {"base": rates(60.0, 55.0, 65.0)}),
-              ("single", "Single teacher", "arm", {"base": rates(70.0, 66.0, 74.0)}), ("random", "Random routing", "arm", {}),
-              ("sft", "SFT", "stage", sft)]
+    sft = {
+        "base": rates(90.0, 85.0, 94.0, by_language=by_language),
+        "previous": rates(90.0, 85.0, 94.0),
+        "single": rates(51.0, 47.5, 54.5),
+        "random": rates(45.0, 41.0, 49.0),
+    }
+    models = [
+        ("base", "Base", "stage", {}),
+        ("teacher-west", "Teacher west", "teacher", {"base": rates(60.0, 55.0, 65.0)}),
+        ("single", "Single teacher", "arm", {"base": rates(70.0, 66.0, 74.0)}),
+        ("random", "Random routing", "arm", {}),
+        ("sft", "SFT", "stage", sft),
+    ]
     return {
         "judge": "oracle",
-        "models": [{"name": name, "title": title, "kind": kind, "previous": None, "steps": 3, "tokens": 10, "seconds": 1.0,
-                    "greedy": part(.5 + i / 2, **versus), "sampled": part(.4 + i / 2, **versus)}
-                   for i, (name, title, kind, versus) in enumerate(models)],
+        "models": [
+            {
+                "name": name,
+                "title": title,
+                "kind": kind,
+                "previous": None,
+                "steps": 3,
+                "tokens": 10,
+                "seconds": 1.0,
+                "greedy": part(0.5 + i / 2, **versus),
+                "sampled": part(0.4 + i / 2, **versus),
+            }
+            for i, (name, title, kind, versus) in enumerate(models)
+        ],
         "clusters": {"west": ["de"], "east": ["ar"]},
-        "teacher_wins": {"ar": {"teacher-west": .25}, "de": {"teacher-west": 1.0}},
+        "teacher_wins": {"ar": {"teacher-west": 0.25}, "de": {"teacher-west": 1.0}},
         "arbitrage": {"prompts": 8, "ties": 1, "equal_texts": 0, "small_margin": 2},
-        "reward_model": {"num": 40, "accuracy": .9, "right_vs_wrong": .875, "by_language": {"ar": .8, "de": 1.0}, "by_kind": {"3 vs 1": .9}},
-        "online": [{"round": 0, "greedy": {"reward": 0.0, "grade": 1.0}}, {"round": 1, "greedy": {"reward": 1.0, "grade": 2.0}},
-                   {"round": 2, "greedy": {"reward": 2.0, "grade": 1.5}}],
-        "examples": [{"language": "ar", "prompt": "ما عاصمة مصر؟", "answers": [{"model": "base", "completion": "", "grade": 0},
-                                                                              {"model": "sft", "completion": "القاهرة", "grade": 2}]}],
-        "steps": [{"name": "base", "title": "Pretrain", "seconds": 75.0, "tokens": 1000, "training_steps": 3}],
-        "total_seconds": 80.0}
+        "reward_model": {
+            "num": 40,
+            "accuracy": 0.9,
+            "right_vs_wrong": 0.875,
+            "by_language": {"ar": 0.8, "de": 1.0},
+            "by_kind": {"3 vs 1": 0.9},
+        },
+        "online": [
+            {"round": 0, "greedy": {"reward": 0.0, "grade": 1.0}},
+            {"round": 1, "greedy": {"reward": 1.0, "grade": 2.0}},
+            {"round": 2, "greedy": {"reward": 2.0, "grade": 1.5}},
+        ],
+        "examples": [
+            {
+                "language": "ar",
+                "prompt": "ما عاصمة مصر؟",
+                "answers": [
+                    {"model": "base", "completion": "", "grade": 0},
+                    {"model": "sft", "completion": "القاهرة", "grade": 2},
+                ],
+            }
+        ],
+        "steps": [
+            {"name": "base", "title": "Pretrain", "seconds": 75.0, "tokens": 1000, "training_steps": 3}
+        ],
+        "total_seconds": 80.0,
+    }
 
 
 def make_run(folder, summary=None):
-    config = {"preset": "smoke", "seed": 7, "command": "train.py recipe", "recipe": {"dpo": {"beta": .1}}, "versions": {"torch": "2.13"}}
+    config = {
+        "preset": "smoke",
+        "seed": 7,
+        "command": "train.py recipe",
+        "recipe": {"dpo": {"beta": 0.1}},
+        "versions": {"torch": "2.13"},
+    }
     (folder / "steps" / "base").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "summary.json").write_text(json.dumps(summary_of_a_run() if summary is None else summary), encoding="utf-8")
+    (folder / "summary.json").write_text(
+        json.dumps(summary_of_a_run() if summary is None else summary), encoding="utf-8"
+    )
     rows = [{"step": 0, "eval/loss": 3.5}] + [{"step": i, "loss": 3.0 - i, "lr": .1} for i in range(3)]
-    (folder / "steps" / "base" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "steps" / "base" / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     return folder
 
 
 def make_stage_run(folder):
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"stage": "sft", "settings": {"seed": 3}}), encoding="utf-8")
-    rows = [{"step": i, "loss": 2.0 - .1 * i, "loss/fr": 2.0, "lr": .001, "tokens": 5, "seconds": .1} for i in range(4)]
+    (folder / "config.json").write_text(
+        json.dumps({"stage": "sft", "settings": {"seed": 3}}), encoding="utf-8"
+    )
+    rows = [
+        {"step": i, "loss": 2.0 - 0.1 * i, "loss/fr": 2.0, "lr": 0.001, "tokens": 5, "seconds": 0.1}
+        for i in range(4)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "eval.json").write_text(json.dumps({"loss": 1.5, "loss/fr": 2.0, "loss/de": 1.0}), encoding="utf-8")
+    (folder / "eval.json").write_text(
+        json.dumps({"loss": 1.5, "loss/fr": 2.0, "loss/de": 1.0}), encoding="utf-8"
+    )
     return folder
 
 
@@ -109,9 +185,17 @@ def test_every_tag_of_the_page_is_closed_in_order(tmp_path):
 def test_the_page_has_all_its_parts_in_the_order_of_the_argument(tmp_path):
     text = page_of(make_run(tmp_path / "run"))
     assert section_titles(text) == [
-        "Every model", "Win rate after each stage", "The arms beside it", "By language", "Who taught what: arbitrage over the pool",
-        "How good is the arbiter", "Loss curves", "Arbiter&#x27;s reward and oracle&#x27;s grade over the online rounds",
-        "Answers before and after", "What it cost"]
+        "Every model",
+        "Win rate after each stage",
+        "The arms beside it",
+        "By language",
+        "Who taught what: arbitrage over the pool",
+        "How good is the arbiter",
+        "Loss curves",
+        "Arbiter&#x27;s reward and oracle&#x27;s grade over the online rounds",
+        "Answers before and after",
+        "What it cost",
+    ]
     assert text.index('class="headline greedy"') < text.index("Every model") < text.index("<details>")
     assert "1 min 15 s" in text and "recipe.dpo.beta" in text
 
@@ -121,14 +205,20 @@ def test_the_page_fetches_nothing_and_runs_nothing(tmp_path):
     assert not re.search(r"https?:|//|url\(|@import|javascript:", text.replace("</", "<"), re.IGNORECASE)
     for tag, attributes in Tags(text).seen:
         assert tag not in ("script", "link", "img", "iframe", "object", "embed", "base", "use", "image", "a")
-        assert not any(name in ("src", "href", "xlink:href", "srcset", "action") or name.startswith("on") for name in attributes), attributes
+        assert not any(
+            name in ("src", "href", "xlink:href", "srcset", "action") or name.startswith("on")
+            for name in attributes
+        ), attributes
     assert "default-src 'none'" in text
 
 
 def hostile(value):
     """The same object with every text and every key that a model or a user chose made hostile; names that the report looks for stay."""
     if isinstance(value, dict):
-        return {key: item if key in ("judge", "name", "kind", "model") else hostile(item) for key, item in value.items()}
+        return {
+            key: item if key in ("judge", "name", "kind", "model") else hostile(item)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
         return [hostile(item) for item in value]
     return HOSTILE if isinstance(value, str) else value
@@ -149,8 +239,36 @@ def test_a_script_in_any_text_is_shown_and_not_run(tmp_path):
     (run / "config.json").write_text(json.dumps({"preset": HOSTILE, HOSTILE: HOSTILE}), encoding="utf-8")
     text = page_of(run)
     tags = Tags(text)
-    known = {"class", "lang", "dir", "id", "style", "role", "aria-label", "aria-hidden", "scope", "colspan", "rowspan", "x", "y", "x1", "x2", "y1",
-             "y2", "r", "rx", "d", "width", "height", "points", "viewbox", "charset", "name", "content", "http-equiv"}
+    known = {
+        "class",
+        "lang",
+        "dir",
+        "id",
+        "style",
+        "role",
+        "aria-label",
+        "aria-hidden",
+        "scope",
+        "colspan",
+        "rowspan",
+        "x",
+        "y",
+        "x1",
+        "x2",
+        "y1",
+        "y2",
+        "r",
+        "rx",
+        "d",
+        "width",
+        "height",
+        "points",
+        "viewbox",
+        "charset",
+        "name",
+        "content",
+        "http-equiv",
+    }
     assert all(tag not in ("script", "b") or (tag == "b" and not attributes) for tag, attributes in tags.seen)
     assert {name for _, attributes in tags.seen for name in attributes} <= known
     assert tags.text.count("<script>alert") > 20 and "<script" not in text
@@ -160,15 +278,25 @@ def test_a_reward_model_as_the_judge_is_said_in_plain_words_on_page_and_table(tm
     summary = summary_of_a_run() | {"judge": "reward model: second-rm"}
     text = page_of(make_run(tmp_path / "run", summary))
     said = "Judged by a reward model, not by people or an oracle (reward model: second-rm)."
-    assert said in Tags(text).text and report_table.results_table(summary).endswith(said) and "oracle grade" not in text
+    assert (
+        said in Tags(text).text
+        and report_table.results_table(summary).endswith(said)
+        and "oracle grade" not in text
+    )
 
 
 def test_the_arbiters_own_score_is_never_shown_as_a_win_rate(tmp_path):
     summary = summary_of_a_run() | {"judge": "arbiter (not a win rate)"}
     text = page_of(make_run(tmp_path / "run", summary))
     shown = Tags(text).text
-    assert "its score is not a win rate" in shown and "its score is not a win rate" in report_table.results_table(summary)
-    assert not re.search(r"vs (base|previous|single)|oracle grade|Win rate|it wins", shown + report_table.results_table(summary))
+    assert (
+        "its score is not a win rate" in shown
+        and "its score is not a win rate" in report_table.results_table(summary)
+    )
+    assert not re.search(
+        r"vs (base|previous|single)|oracle grade|Win rate|it wins",
+        shown + report_table.results_table(summary),
+    )
     assert "arbiter's score" in shown and "-1.50" in report_table.results_table(summary)
 
 
@@ -185,7 +313,9 @@ def test_a_part_that_was_not_recorded_is_left_out_without_error(tmp_path, missin
     assert page != page_of(make_run(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("missing", ["grade", "grade_ci95", "right_language", "length", "by_language", "reward", "versus"])
+@pytest.mark.parametrize(
+    "missing", ["grade", "grade_ci95", "right_language", "length", "by_language", "reward", "versus"]
+)
 def test_a_figure_that_no_model_has_is_left_out_without_error(tmp_path, missing):
     summary = summary_of_a_run()
     for model in summary["models"]:
@@ -200,33 +330,49 @@ def test_a_run_with_only_a_base_or_only_greedy_answers_makes_a_page(tmp_path):
     only_base["models"] = only_base["models"][:1]
     for model in only_greedy["models"]:
         del model["sampled"]
-    only_greedy["models"][4]["greedy"]["versus"] = {"base": empty | {"by_language": {"de": empty}}, "previous": empty}
+    only_greedy["models"][4]["greedy"]["versus"] = {
+        "base": empty | {"by_language": {"de": empty}},
+        "previous": empty,
+    }
     for i, summary in enumerate((only_base, only_greedy, {})):
         Tags(page_of(make_run(tmp_path / str(i), summary)))
-    assert 'class="headline' not in page_of(tmp_path / "0") and "sampled" not in report_table.results_table(only_greedy)
+    assert 'class="headline' not in page_of(tmp_path / "0") and "sampled" not in report_table.results_table(
+        only_greedy
+    )
 
 
 def test_report_md_is_the_table(tmp_path):
     run = make_run(tmp_path / "run")
     report.write_report(run)
-    assert (run / "report.md").read_text(encoding="utf-8") == report_table.results_table(summary_of_a_run()) + "\n"
+    assert (run / "report.md").read_text(encoding="utf-8") == report_table.results_table(
+        summary_of_a_run()
+    ) + "\n"
 
 
 def test_the_table_reads_as_worked_by_hand():
     summary = summary_of_a_run()
     summary["models"] = [summary["models"][4]]
     del summary["models"][0]["sampled"]
-    assert report_table.results_table(summary) == "\n".join([
-        "| model | decoding | oracle grade |           vs base |       vs previous |         vs single | right language % | length |",
-        "| ----- | -------- | -----------: | ----------------: | ----------------: | ----------------: | ---------------: | -----: |",
-        "| SFT   | greedy   |         2.50 | 90.0 [85.0, 94.0] | 90.0 [85.0, 94.0] | 51.0 [47.5, 54.5] |             50.0 |     12 |"])
+    assert report_table.results_table(summary) == "\n".join(
+        [
+            "| model | decoding | oracle grade |           vs base |       vs previous |         vs single | right language % | length |",
+            "| ----- | -------- | -----------: | ----------------: | ----------------: | ----------------: | ---------------: | -----: |",
+            "| SFT   | greedy   |         2.50 | 90.0 [85.0, 94.0] | 90.0 [85.0, 94.0] | 51.0 [47.5, 54.5] |             50.0 |     12 |",
+        ]
+    )
 
 
 def test_the_table_lists_stages_then_arms_then_teachers_and_keeps_pipes_in_names_apart():
     summary = summary_of_a_run()
     summary["models"][0]["title"] = "a|b"
     rows = report_table.results_table(summary).splitlines()[2::2]
-    assert [row.split(" | ")[0].strip("| ") for row in rows] == ["a\\|b", "SFT", "Single teacher", "Random routing", "Teacher west"]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == [
+        "a\\|b",
+        "SFT",
+        "Single teacher",
+        "Random routing",
+        "Teacher west",
+    ]
     assert report_table.results_table({}) == ""
 
 
@@ -240,8 +386,10 @@ def test_only_an_interval_clear_of_50_gets_an_arrow():
 
 def test_the_headline_names_the_gain_in_grade_and_both_win_rates():
     shown = Tags(report.headline(summary_of_a_run(), "greedy")).text.replace("\xa0", " ")
-    assert shown == ("SFT, greedy: oracle grade 2.50 from the base's 0.50; it wins 90.0% [85.0, 94.0] against its base and "
-                     "51.0% [47.5, 54.5] against the student of the single best teacher.")
+    assert shown == (
+        "SFT, greedy: oracle grade 2.50 from the base's 0.50; it wins 90.0% [85.0, 94.0] against its base and "
+        "51.0% [47.5, 54.5] against the student of the single best teacher."
+    )
 
 
 def test_rounds_where_reward_rose_and_grade_fell_are_named():
@@ -253,8 +401,12 @@ def test_rounds_where_reward_rose_and_grade_fell_are_named():
 
 def test_prompts_and_answers_find_their_own_direction():
     tags = Tags(report.examples_part(summary_of_a_run()))
-    texts = [attributes for tag, attributes in tags.seen if tag == "p" and attributes["class"].startswith("text")]
-    assert len(texts) == 3 and all(attributes["dir"] == "auto" and attributes["lang"] == "ar" for attributes in texts)
+    texts = [
+        attributes for tag, attributes in tags.seen if tag == "p" and attributes["class"].startswith("text")
+    ]
+    assert len(texts) == 3 and all(
+        attributes["dir"] == "auto" and attributes["lang"] == "ar" for attributes in texts
+    )
     assert "(empty)" in tags.text and "●●○ 2 of 3" in tags.text
 
 
@@ -294,8 +446,13 @@ def test_a_metrics_line_still_being_written_is_left_out_and_a_broken_one_is_name
 def test_a_long_curve_keeps_its_mean_in_at_most_200_points():
     points = [(i, float(i % 7)) for i in range(2003)]
     short = report_charts.downsample(points)
-    assert len(short) == report_charts.MAX_POINTS == 200 and report_charts.downsample(points[:200]) == points[:200]
-    assert sum(y for _, y in report_charts.downsample(points[:2000])) / 200 == pytest.approx(sum(y for _, y in points[:2000]) / 2000)
+    assert (
+        len(short) == report_charts.MAX_POINTS == 200
+        and report_charts.downsample(points[:200]) == points[:200]
+    )
+    assert sum(y for _, y in report_charts.downsample(points[:2000])) / 200 == pytest.approx(
+        sum(y for _, y in points[:2000]) / 2000
+    )
     drawn = report_charts.curves("loss", [("loss", points, "a")])
     assert len(re.search(r'points="(.*?)"', drawn)[1].split()) == 200 and ">2002</text>" in drawn
 
@@ -307,8 +464,22 @@ def test_a_scale_holds_every_value_and_the_line_of_no_effect():
 
 
 def test_numbers_are_written_for_people():
-    assert [report_charts.short(x) for x in (0, 3e-5, .6234, 12, 1196, 12345, 1234567)] == ["0", "3e-05", "0.623", "12", "1196", "12.35k", "1.235M"]
-    assert [report_charts.clock(x) for x in (7.49, 59.7, 200, 3725, None)] == ["7.5 s", "1 min 00 s", "3 min 20 s", "1 h 02 min", "–"]
+    assert [report_charts.short(x) for x in (0, 3e-5, 0.6234, 12, 1196, 12345, 1234567)] == [
+        "0",
+        "3e-05",
+        "0.623",
+        "12",
+        "1196",
+        "12.35k",
+        "1.235M",
+    ]
+    assert [report_charts.clock(x) for x in (7.49, 59.7, 200, 3725, None)] == [
+        "7.5 s",
+        "1 min 00 s",
+        "3 min 20 s",
+        "1 h 02 min",
+        "–",
+    ]
     assert [report_charts.number(x, 1) for x in (1234.56, None, float("nan"))] == ["1,234.6", "–", "–"]
 
 

@@ -363,19 +363,44 @@ def test_columns_rename_other_peoples_keys_and_a_whole_number_is_its_text(write,
 
 @pytest.mark.parametrize(
     "columns, row, says",
-    [({"prompt": "question"
-       }, {"completion": "b"}, ":1: no key 'question', which --columns prompt=question names; it has completion"),
-     ({"prompt": "question"}, {**GOOD, "question": "b"},
-      ":1: both 'prompt' and 'question', which --columns prompt=question would rename"),
-     ({"promt": "question"
-       }, GOOD, "--columns promt=question: 'promt' is no key that is read here; known: messages prompt"),
-     ({"completion": "answer"}, {"prompt": "a", "answer": 1.5
-                                 }, ":1: 'completion' must be a string, got float"),
-     ({"prompt": "q", "completion": "q"}, {"q": "a"}, "--columns prompt=q completion=q: a key has two names"),
-     ({"completion": "answer"}, {"prompt": "a", "answer": True
-                                 }, ":1: 'completion' must be a string, got bool"),
-     ({"prompt": "instruction", "completion": "output"}, {"instruction": "a", "input": "b", "output": "c"},
-      ":1: 'input' is part of what 'instruction' asks")])
+    [
+        (
+            {"prompt": "question"},
+            {"completion": "b"},
+            ":1: no key 'question', which --columns prompt=question names; it has completion",
+        ),
+        (
+            {"prompt": "question"},
+            {**GOOD, "question": "b"},
+            ":1: both 'prompt' and 'question', which --columns prompt=question would rename",
+        ),
+        (
+            {"promt": "question"},
+            GOOD,
+            "--columns promt=question: 'promt' is no key that is read here; known: messages prompt",
+        ),
+        (
+            {"completion": "answer"},
+            {"prompt": "a", "answer": 1.5},
+            ":1: 'completion' must be a string, got float",
+        ),
+        (
+            {"prompt": "q", "completion": "q"},
+            {"q": "a"},
+            "--columns prompt=q completion=q: a key has two names",
+        ),
+        (
+            {"completion": "answer"},
+            {"prompt": "a", "answer": True},
+            ":1: 'completion' must be a string, got bool",
+        ),
+        (
+            {"prompt": "instruction", "completion": "output"},
+            {"instruction": "a", "input": "b", "output": "c"},
+            ":1: 'input' is part of what 'instruction' asks",
+        ),
+    ],
+)
 def test_a_column_that_cannot_be_renamed_is_refused_with_its_place(columns, row, says, write, tokenizer):
     assert says in refused(load_examples, [write(row)], tokenizer, 64, SFT(columns=columns))
 
@@ -383,20 +408,24 @@ def test_a_column_that_cannot_be_renamed_is_refused_with_its_place(columns, row,
 # ---- whole rows are checked --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line, says",
-                         [(b'{"prompt": "a", "note": "cut \\ud83d"}', "'note' holds half a surrogate pair"),
-                          (b'{"prompt": "a", "\\udc00": 1}', "a key holds half a surrogate pair"),
-                          (b'{"prompt": "a", "score": 1e999}', "'score' is not a finite number: not JSON (1e999"),
-                          (b'{"prompt": "a", "x": {"y": [-1e400]}}', "'x'['y'][0] is not a finite number: not JSON"),
-                          (b'{"prompt": "a", "score": NaN}', "'score' is not a finite number: not JSON (NaN"),
-                          (b'{"prompt": "a", "score": -Infinity}', "-Infinity is not JSON"),
-                          (b'{"prompt": "a\\u0000b"}', "'prompt' holds a NUL"),
-                          (b'{"prompt": "a", "meta": {"x": ["\\u0000"]}}', "holds a NUL character"),
-                          (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' occurs twice"),
-                          (b'{"prompt": "a", "m": {"b": 1, "b": 1}}', "the key 'b' occurs twice"),
-                          (b'{"prompt": "a", "id": 1' + b"0" * 5000 + b"}", "not JSON"),
-                          (b"[" * 5000, "not JSON"),
-                          (b'"prompt"', "a JSON str, not an object")])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        (b'{"prompt": "a", "note": "cut \\ud83d"}', "'note' holds half a surrogate pair"),
+        (b'{"prompt": "a", "\\udc00": 1}', "a key holds half a surrogate pair"),
+        (b'{"prompt": "a", "score": 1e999}', "'score' is not a finite number: not JSON (1e999"),
+        (b'{"prompt": "a", "x": {"y": [-1e400]}}', "'x'['y'][0] is not a finite number: not JSON"),
+        (b'{"prompt": "a", "score": NaN}', "'score' is not a finite number: not JSON (NaN"),
+        (b'{"prompt": "a", "score": -Infinity}', "-Infinity is not JSON"),
+        (b'{"prompt": "a\\u0000b"}', "'prompt' holds a NUL"),
+        (b'{"prompt": "a", "meta": {"x": ["\\u0000"]}}', "holds a NUL character"),
+        (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' occurs twice"),
+        (b'{"prompt": "a", "m": {"b": 1, "b": 1}}', "the key 'b' occurs twice"),
+        (b'{"prompt": "a", "id": 1' + b"0" * 5000 + b"}", "not JSON"),
+        (b"[" * 5000, "not JSON"),
+        (b'"prompt"', "a JSON str, not an object"),
+    ],
+)
 def test_a_row_that_could_not_be_written_again_is_refused_when_it_is_read(line, says, write):
     """1e999 was written as Infinity, and half a surrogate pair failed at the last write, after the work."""
     path = write(GOOD, line, GOOD)
@@ -465,7 +494,10 @@ def test_a_text_that_is_too_long_is_refused_skipped_or_cut_at_the_left(write, to
     _, example = load_examples([path], tokenizer, 32, SFT(too_long="cut-left"))
     assert example.ids.tolist() == [tokenizer.bos_id, *whole[-31:]] and answers(
         tokenizer, example.ids, example.mask) == ["blue"]
-    assert "1 of 2 examples are longer than the model's 32 positions and lose the oldest" in capsys.readouterr().err
+    assert (
+        "1 of 2 examples are longer than the model's 32 positions and lose the oldest"
+        in capsys.readouterr().err
+    )
     path = write(GOOD, {"prompt": "hi", "completion": "hi " * 60})
     assert len(load_examples([path], tokenizer, 32, SFT(too_long="cut-left"))) == 1
     assert "even with their prompts cut, and are left out" in capsys.readouterr().err
@@ -566,7 +598,9 @@ def test_lines_without_a_row_are_passed_over_and_places_stay(write, tokenizer):
     assert refused(load_examples, [path], tokenizer, 64).startswith(f"{path}:5: no example")
 
 
-@pytest.mark.parametrize("data, says", [(b"\x1f\x8b\x08", "gzip"), (b"PAR1\0", "parquet"), (b"[\n{}\n]", "array")])
+@pytest.mark.parametrize(
+    "data, says", [(b"\x1f\x8b\x08", "gzip"), (b"PAR1\0", "parquet"), (b"[\n{}\n]", "array")]
+)
 def test_a_file_of_another_kind_is_named(data, says, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(data)
     assert says in refused(read_jsonl, tmp_path / "rows.jsonl")
@@ -589,12 +623,15 @@ def test_a_file_that_has_our_names_already_is_read_as_it_is_beside_one_that_has_
 
 
 def test_a_system_turn_may_be_empty(write, tokenizer):
-    [example] = load_examples([write({"messages": [{"role": "system", "content": ""}, user("a"), assistant("b")]})],
-                              tokenizer, 64)
+    [example] = load_examples(
+        [write({"messages": [{"role": "system", "content": ""}, user("a"), assistant("b")]})], tokenizer, 64
+    )
     assert answers(tokenizer, example.ids, example.mask) == ["b"]
 
 
 @pytest.mark.parametrize("key, value", [("loss_weight", 0.1), ("preamble", "p"), ("reasoning", "r"),
                                         ("conversation", [{}])])
 def test_more_keys_that_carry_meaning_are_refused(key, value, write, tokenizer):
-    assert f"{key!r} cannot be honoured" in refused(load_examples, [write({**GOOD, key: value})], tokenizer, 64)
+    assert f"{key!r} cannot be honoured" in refused(
+        load_examples, [write({**GOOD, key: value})], tokenizer, 64
+    )

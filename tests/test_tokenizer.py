@@ -11,8 +11,15 @@ from tokenizers import Tokenizer as BPE, models
 from aya_min.data import encode_example
 from aya_min.languages import LANGUAGES
 from aya_min.template import Template
-from aya_min.tokenizer import (CHAT_TEMPLATE, RESPONSE, RESPONSE_TEMPLATE, SPECIALS, load_tokenizer, meaning_of,
-                               train_tokenizer)
+from aya_min.tokenizer import (
+    CHAT_TEMPLATE,
+    RESPONSE,
+    RESPONSE_TEMPLATE,
+    SPECIALS,
+    load_tokenizer,
+    meaning_of,
+    train_tokenizer,
+)
 from aya_min.template_turns import read_turns
 
 WORDS = Path(__file__).parent.parent / "aya_min" / "words"
@@ -30,35 +37,69 @@ def small():
 @pytest.fixture(scope="module")
 def multilingual():
     """Trained on the words of all languages, and on text full of typed special tokens."""
-    return train_tokenizer([path.read_text(encoding="utf-8") for path in sorted(WORDS.glob("*.json"))] + [" ".join(SPECIALS)] * 50, 2048)
+    return train_tokenizer(
+        [path.read_text(encoding="utf-8") for path in sorted(WORDS.glob("*.json"))]
+        + [" ".join(SPECIALS)] * 50,
+        2048,
+    )
 
 
 # What Cohere publishes: the turn tokens stand at the end of the vocabulary, most of them not called special, and a post-processor adds BOS.
-ADDED = SPECIALS[8:] + ["<|YES_TOKEN|>", "<|USER_0_TOKEN|>", "<|START_THINKING|>", "<|END_THINKING|>", *RESPONSE]
+ADDED = SPECIALS[8:] + [
+    "<|YES_TOKEN|>",
+    "<|USER_0_TOKEN|>",
+    "<|START_THINKING|>",
+    "<|END_THINKING|>",
+    *RESPONSE,
+]
 SPECIAL_AT_THE_END = {"<|END_OF_TURN_TOKEN|>"}
 
 # Chat templates of the four published shapes, with other words.
-AYA = ("{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set said = messages[1:] %}{% set system = messages[0]['content'] %}{% else %}"
-       "{% set said = messages %}{% set system = false %}{% endif %}{% if system != false %}{{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + system + "
-       "'<|END_OF_TURN_TOKEN|>' }}{% endif %}{% for m in said %}{% if m['role'] == 'user' %}{{ '<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' + m['content'].strip() + "
-       "'<|END_OF_TURN_TOKEN|>' }}{% else %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' + m['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}{% endif %}"
-       "{% endfor %}{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}")
-WITH_TOOLS = ("{% if documents %}\n<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Tools\n{% if tools %}Write <|START_THINKING|>{% endif %}<|END_OF_TURN_TOKEN|>"
-              "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>\n{%- else -%}\n")
-COMMAND_R7B = (WITH_TOOLS + AYA.replace("{{ bos_token }}", "").replace("<|CHATBOT_TOKEN|>", "<|CHATBOT_TOKEN|><|START_RESPONSE|>")
-               .replace("'<|END_OF_TURN_TOKEN|>' }}{% endif %}{% endfor", "'<|END_RESPONSE|><|END_OF_TURN_TOKEN|>' }}{% endif %}{% endfor")
-               .replace("}}{% endif %}{% for", "}}\n{%- else -%}\n    {{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|END_OF_TURN_TOKEN|>' }}\n{%- endif %}\n{%- for")
-               + "\n{% endif %}")
+AYA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set said = messages[1:] %}{% set system = messages[0]['content'] %}{% else %}"
+    "{% set said = messages %}{% set system = false %}{% endif %}{% if system != false %}{{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + system + "
+    "'<|END_OF_TURN_TOKEN|>' }}{% endif %}{% for m in said %}{% if m['role'] == 'user' %}{{ '<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' + m['content'].strip() + "
+    "'<|END_OF_TURN_TOKEN|>' }}{% else %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' + m['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"
+)
+WITH_TOOLS = (
+    "{% if documents %}\n<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Tools\n{% if tools %}Write <|START_THINKING|>{% endif %}<|END_OF_TURN_TOKEN|>"
+    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>\n{%- else -%}\n"
+)
+COMMAND_R7B = (
+    WITH_TOOLS
+    + AYA.replace("{{ bos_token }}", "")
+    .replace("<|CHATBOT_TOKEN|>", "<|CHATBOT_TOKEN|><|START_RESPONSE|>")
+    .replace(
+        "'<|END_OF_TURN_TOKEN|>' }}{% endif %}{% endfor",
+        "'<|END_RESPONSE|><|END_OF_TURN_TOKEN|>' }}{% endif %}{% endfor",
+    )
+    .replace(
+        "}}{% endif %}{% for",
+        "}}\n{%- else -%}\n    {{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|END_OF_TURN_TOKEN|>' }}\n{%- endif %}\n{%- for",
+    )
+    + "\n{% endif %}"
+)
 TURN = "<|START_OF_TURN_TOKEN|>{% if m['role'] == 'user' %}<|USER_TOKEN|>{{ m['content'] }}{% else %}<|CHATBOT_TOKEN|><|START_RESPONSE|>{{ m['content'] }}<|END_RESPONSE|>"
-TINY_AYA = ("{{ bos_token }}{% set ns = namespace(system=false) %}{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = m['content'] %}{% endif %}"
-            "{% endfor %}<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Preamble\nBe good.\n\n- Be brief.{% if ns.system and ns.system != \"\" %}\n\n# More\n"
-            "{{ ns.system }}{% endif %}<|END_OF_TURN_TOKEN|>{% for m in messages %}{% if m['role'] != 'system' %}" + TURN + "{% endif %}<|END_OF_TURN_TOKEN|>"
-            "{% endif %}{% endfor %}{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>{% endif %}")
-COMMAND_A = ("{{ bos_token }}" + WITH_TOOLS + "{%- if messages[0]['role'] == 'system' %}{%- set developer = messages[0]['content'] %}{% endif %}\n"
-             "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Preamble\n{% if safety_mode|upper == 'STRICT' -%}\nBe strict.\n{%- else -%}\nBe good.\n{%- endif %}\n\n\n"
-             "- Be brief.\n{%- if developer %}\n\n\n# More\n{{ developer }}\n{%- endif -%}\n<|END_OF_TURN_TOKEN|>\n{%- for m in messages %}"
-             "{%- if m['role'] != 'system' %}" + TURN + "{% endif %}<|END_OF_TURN_TOKEN|>\n{%- endif %}\n{%- endfor %}\n{%- if add_generation_prompt %}"
-             "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>{% endif %}\n{%- endif %}")
+TINY_AYA = (
+    "{{ bos_token }}{% set ns = namespace(system=false) %}{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = m['content'] %}{% endif %}"
+    '{% endfor %}<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Preamble\nBe good.\n\n- Be brief.{% if ns.system and ns.system != "" %}\n\n# More\n'
+    "{{ ns.system }}{% endif %}<|END_OF_TURN_TOKEN|>{% for m in messages %}{% if m['role'] != 'system' %}"
+    + TURN
+    + "{% endif %}<|END_OF_TURN_TOKEN|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>{% endif %}"
+)
+COMMAND_A = (
+    "{{ bos_token }}"
+    + WITH_TOOLS
+    + "{%- if messages[0]['role'] == 'system' %}{%- set developer = messages[0]['content'] %}{% endif %}\n"
+    "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Preamble\n{% if safety_mode|upper == 'STRICT' -%}\nBe strict.\n{%- else -%}\nBe good.\n{%- endif %}\n\n\n"
+    "- Be brief.\n{%- if developer %}\n\n\n# More\n{{ developer }}\n{%- endif -%}\n<|END_OF_TURN_TOKEN|>\n{%- for m in messages %}"
+    "{%- if m['role'] != 'system' %}"
+    + TURN
+    + "{% endif %}<|END_OF_TURN_TOKEN|>\n{%- endif %}\n{%- endfor %}\n{%- if add_generation_prompt %}"
+    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>{% endif %}\n{%- endif %}"
+)
 TEMPLATES = {"aya": AYA, "command-r7b": COMMAND_R7B, "tiny-aya": TINY_AYA, "command-a": COMMAND_A}
 
 TURNS = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' "
@@ -78,46 +119,54 @@ FOLLOWED = {
     "no bos": TURNS,
     "a bos that is written out": "<BOS_TOKEN>" + TURNS,
     "a default system turn, literal": NO_SYSTEM + SYSTEM_TURN + "{% endif %}" + TURNS,
-    "a default system turn, joined": NO_SYSTEM + "{{ '" + SYSTEM_TURN[:-24] + "' ~ '" + SYSTEM_TURN[-24:] +
-    "' }}{% endif %}" + TURNS,
+    "a default system turn, joined": NO_SYSTEM
+    + "{{ '"
+    + SYSTEM_TURN[:-24]
+    + "' ~ '"
+    + SYSTEM_TURN[-24:]
+    + "' }}{% endif %}"
+    + TURNS,
     "a system turn as a user's": PLAIN.replace("<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>"),
     "trim": PLAIN.replace("m['content']", "m['content'] | trim"),
-    "only answers are stripped": PLAIN.replace("<|CHATBOT_TOKEN|>' + m['content']",
-    "<|CHATBOT_TOKEN|>' + m.content.strip()"),
+    "only answers are stripped": PLAIN.replace(
+        "<|CHATBOT_TOKEN|>' + m['content']", "<|CHATBOT_TOKEN|>' + m.content.strip()"
+    ),
     "eos ends a turn": PLAIN.replace("'<|END_OF_TURN_TOKEN|>'", "eos_token"),
-    "words around the system turn": PLAIN.replace("'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + m['content']",
-                                                  "'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Rules"
-                                                  "\n' + m['content'] + '\n# End'"),
+    "words around the system turn": PLAIN.replace(
+        "'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + m['content']",
+        "'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Rules" "\n' + m['content'] + '\n# End'",
+    ),
     "a macro that is not called": "{% macro turn(name, text='') %}{{ name | tojson }}{% endmacro %}" + PLAIN,
     "comments, breaks of lines and tags that trim": "{# A template #}\n{{- bos_token }}\n{%- for m in "
     "messages -%}\n    {%- if m.role == 'user' %}\n"
-        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>\n    {%- elif m.role == "
-        "'system' -%}\n"
-        "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>\n    {%- else -%}\n"
-        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>{% endif %}"
-        "\n{%- endfor %}\n"
-        "{%- if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}\n",
+    "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>\n    {%- elif m.role == "
+    "'system' -%}\n"
+    "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>\n    {%- else -%}\n"
+    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>{% endif %}"
+    "\n{%- endfor %}\n"
+    "{%- if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}\n",
     "a branch for tools that is not known here": "{% if tools %}{{ strftime_now('%d') }}{% include 'x' %}{{ "
     "a ? b }}{% else %}" + PLAIN + "{% endif %}",
     "roles are checked": "{% set ns = namespace(n=0) %}{% for m in messages if m.role != 'system' %}{% if (m.role == 'user') "
-        "!= (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('roles must alternate') }}{% endif %}{% set ns.n = ns.n + 1 %}{% endfor %}" +
-        PLAIN,
+    "!= (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% set ns.n = ns.n + 1 %}{% endfor %}" + PLAIN,
     "content may be a list": "{{ bos_token }}{% for m in messages %}{% if m.content is string %}{% set text "
-                             "= m.content %}{% else %}"
-        "{% set text = m.content[0].text %}{% endif %}<|START_OF_TURN_TOKEN|>{{ '<|USER_TOKEN|>' if m.role "
-        "== 'user' else '<|SYSTEM_TOKEN|>' if "
-        "m.role == 'system' else '<|CHATBOT_TOKEN|>' }}{{ text }}<|END_OF_TURN_TOKEN|>{% endfor %}"
-        "{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' if add_generation_prompt else '' }}",
+    "= m.content %}{% else %}"
+    "{% set text = m.content[0].text %}{% endif %}<|START_OF_TURN_TOKEN|>{{ '<|USER_TOKEN|>' if m.role "
+    "== 'user' else '<|SYSTEM_TOKEN|>' if "
+    "m.role == 'system' else '<|CHATBOT_TOKEN|>' }}{{ text }}<|END_OF_TURN_TOKEN|>{% endfor %}"
+    "{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' if add_generation_prompt else '' }}",
 }
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% "
           "endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-LLAMA3 = ("{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + "
-          "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
-          "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% "
-          "endfor %}"
-          "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+LLAMA3 = (
+    "{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + "
+    "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% "
+    "endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 GEMMA = ("{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not "
          "supported') }}{% endif %}{% for m in messages %}"
          "{% if (m['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = m['role'] %}{% "
@@ -133,63 +182,117 @@ ZEPHYR = ("{% for m in messages %}\n{% if m['role'] == 'user' %}\n{{ '<|user|>\n
           "+ eos_token }}\n{% endif %}\n"
           "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}")
 REFUSED = {
-    "chatml": (CHATML, "is not control tokens alone"), "llama 3": (LLAMA3, "is not control tokens alone"),
-    "gemma": (GEMMA, "System role not supported"), "inst": (INST, "no control token"), "zephyr": (ZEPHYR,
-    "turn format"),
+    "chatml": (CHATML, "is not control tokens alone"),
+    "llama 3": (LLAMA3, "is not control tokens alone"),
+    "gemma": (GEMMA, "System role not supported"),
+    "inst": (INST, "no control token"),
+    "zephyr": (ZEPHYR, "turn format"),
     "a date": ("{{ strftime_now('%Y') }}" + PLAIN, r"strftime_now\(\)"),
     "upper case": (PLAIN.replace("m['content']", "m['content'] | upper"), "the filter upper"),
     "upper case by a method": (PLAIN.replace("m['content']", "m['content'].upper()"), "upper"),
-    "a word put before texts": (PLAIN.replace("<|USER_TOKEN|>' +", "<|USER_TOKEN|>Q: ' +"),
-    "'<.*Q: ' around a turn of the user"),
-    "a line before answers": (PLAIN.replace("<|CHATBOT_TOKEN|>", "<|CHATBOT_TOKEN|>\n"),
-    "around a turn of the assistant"),
-    "a line between turns": (PLAIN.replace("{% endfor %}", "{{ '\\n' }}{% endfor %}"),
-    "is not control tokens alone"),
-    "another prompt than opening": (PLAIN.replace("CHATBOT_TOKEN|>' }}", "USER_TOKEN|>' }}"),
-    "asks for an answer with"),
-    "no end of answers": (PLAIN.replace("<|CHATBOT_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>'",
-    "<|CHATBOT_TOKEN|>' + m['content']"), "opens or ends"),
+    "a word put before texts": (
+        PLAIN.replace("<|USER_TOKEN|>' +", "<|USER_TOKEN|>Q: ' +"),
+        "'<.*Q: ' around a turn of the user",
+    ),
+    "a line before answers": (
+        PLAIN.replace("<|CHATBOT_TOKEN|>", "<|CHATBOT_TOKEN|>\n"),
+        "around a turn of the assistant",
+    ),
+    "a line between turns": (
+        PLAIN.replace("{% endfor %}", "{{ '\\n' }}{% endfor %}"),
+        "is not control tokens alone",
+    ),
+    "another prompt than opening": (
+        PLAIN.replace("CHATBOT_TOKEN|>' }}", "USER_TOKEN|>' }}"),
+        "asks for an answer with",
+    ),
+    "no end of answers": (
+        PLAIN.replace(
+            "<|CHATBOT_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>'", "<|CHATBOT_TOKEN|>' + m['content']"
+        ),
+        "opens or ends",
+    ),
     "thinking is cut off": (PLAIN.replace("m['content']", "m['content'].split('</think>')[-1]"), "split"),
-    "a word decides": (PLAIN.replace("{% for", "{% if 'json' in messages[0].content %}x{% endif %}{% for"),
-    "in of the text of a turn"),
+    "a word decides": (
+        PLAIN.replace("{% for", "{% if 'json' in messages[0].content %}x{% endif %}{% for"),
+        "in of the text of a turn",
+    ),
     "texts are cut": (PLAIN.replace("m['content']", "m['content'][:20]"), "a slice"),
-    "a letter is replaced": (PLAIN.replace("m['content']", "m['content'] | replace('\u00a0', ' ')"),
-    "replace"),
+    "a letter is replaced": (
+        PLAIN.replace("m['content']", "m['content'] | replace('\u00a0', ' ')"),
+        "replace",
+    ),
     "only spaces are stripped": (PLAIN.replace("m['content']", "m['content'].strip(' ')"), "strip"),
-    "only one side is stripped": (PLAIN.replace("m['content']", "m['content'].lstrip()"),
-    "the method lstrip"),
-    "only the last user turn is marked": (PLAIN.replace("'<|START_OF_TURN_TOKEN|><|USER_TOKEN|>'",
-    "('<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' if loop.last else '<|USER_TOKEN|>')"),
-                                          "turn format not known"),
-    "the sixth turn is another": (PLAIN.replace("m['content'] +",
-    "(m['content'] if loop.index < 6 else '') +"), "turn format not known"),
-    "a length decides": (PLAIN.replace("m['content'] +", "('' if m['content'] | length > 900 else "
-    "m['content']) +"), "the filter length"),
-    "a system turn inside the first user turn": ("{{ bos_token }}{% for m in messages %}{% if m.role == "
-    "'system' %}{% set s = m.content %}{% elif m.role == 'user' %}"
+    "only one side is stripped": (
+        PLAIN.replace("m['content']", "m['content'].lstrip()"),
+        "the method lstrip",
+    ),
+    "only the last user turn is marked": (
+        PLAIN.replace(
+            "'<|START_OF_TURN_TOKEN|><|USER_TOKEN|>'",
+            "('<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' if loop.last else '<|USER_TOKEN|>')",
+        ),
+        "turn format not known",
+    ),
+    "the sixth turn is another": (
+        PLAIN.replace("m['content'] +", "(m['content'] if loop.index < 6 else '') +"),
+        "turn format not known",
+    ),
+    "a length decides": (
+        PLAIN.replace("m['content'] +", "('' if m['content'] | length > 900 else " "m['content']) +"),
+        "the filter length",
+    ),
+    "a system turn inside the first user turn": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == "
+        "'system' %}{% set s = m.content %}{% elif m.role == 'user' %}"
         "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{% if loop.index0 == 1 and messages[0].role == 'system' %}{{ "
         "messages[0].content }}{% endif %}{{ m.content }}<|END_OF_TURN_TOKEN|>"
         "{% else %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>{% endif "
         "%}{% endfor %}"
         "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}",
-        "turn format not known"),
-    "system turns vanish": (PLAIN.replace("'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + m['content'] + "
-    "'<|END_OF_TURN_TOKEN|>'", "''"), "turn format not known"),
-    "no template": ("", "turn format not known"), "a text": ("hello", "turn format not known"),
+        "turn format not known",
+    ),
+    "system turns vanish": (
+        PLAIN.replace(
+            "'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + m['content'] + " "'<|END_OF_TURN_TOKEN|>'", "''"
+        ),
+        "turn format not known",
+    ),
+    "no template": ("", "turn format not known"),
+    "a text": ("hello", "turn format not known"),
     "a block without end": ("{% if x %}" + PLAIN, "a block has no endif"),
     "a tag without end": (PLAIN + "{{ x", "has no end"),
     "an end without block": (PLAIN + "{% endfor %}", "the tag endfor"),
     "a method of objects": ("{{ messages.__class__ }}" + PLAIN, "the method __class__"),
     "an include": ("{% include 'a' %}" + PLAIN, "the tag include"),
     "an unknown filter": ("{{ 'a' | md5 }}" + PLAIN, "the filter md5"),
-    "endless": ("{% for a in messages %}" * 20 + "{{ '' }}" + "{% endfor %}" * 20 + PLAIN.replace(
-        "{% for", "{% set x = [" + "0, " * 20 + "] %}" + "{% for a in x %}" * 9 + "{% endfor %}" * 9 + "{% for", 1), "steps"),
-    "a text that doubles": ("{% set ns = namespace(x='abcdefghi') %}" + "{% set ns.x = ns.x + ns.x %}" * 15 + PLAIN,
-                            "200,000 characters"),
-    "a number that doubles": ("{% set ns = namespace(x=3) %}{% set ns.x = ns.x * ns.x %}" + PLAIN, "not known here"),
-    "a list that doubles": ("{% set ns = namespace(x=[1]) %}{% set ns.x = ns.x + ns.x %}" + PLAIN, "add of list"),
-    "a list in a list": ("{% set ns = namespace(x=[1]) %}" + "{% set ns.x = [ns.x, ns.x] %}" * 99 + "{{ ns.x }}"
-                         + PLAIN, "the text of list"),
+    "endless": (
+        "{% for a in messages %}" * 20
+        + "{{ '' }}"
+        + "{% endfor %}" * 20
+        + PLAIN.replace(
+            "{% for",
+            "{% set x = [" + "0, " * 20 + "] %}" + "{% for a in x %}" * 9 + "{% endfor %}" * 9 + "{% for",
+            1,
+        ),
+        "steps",
+    ),
+    "a text that doubles": (
+        "{% set ns = namespace(x='abcdefghi') %}" + "{% set ns.x = ns.x + ns.x %}" * 15 + PLAIN,
+        "200,000 characters",
+    ),
+    "a number that doubles": (
+        "{% set ns = namespace(x=3) %}{% set ns.x = ns.x * ns.x %}" + PLAIN,
+        "not known here",
+    ),
+    "a list that doubles": (
+        "{% set ns = namespace(x=[1]) %}{% set ns.x = ns.x + ns.x %}" + PLAIN,
+        "add of list",
+    ),
+    "a list in a list": (
+        "{% set ns = namespace(x=[1]) %}" + "{% set ns.x = [ns.x, ns.x] %}" * 99 + "{{ ns.x }}" + PLAIN,
+        "the text of list",
+    ),
     "a loop over nothing": ("{% for tool in tools %}{% endfor %}" + PLAIN, "for of NoneType"),
     "what a loop has not here": ("{% for m in messages %}{{ loop.depth }}{% endfor %}" + PLAIN, "'depth'"),
     "a white space mode that is seldom used": ("{%+ if true %}{% endif %}" + PLAIN, "known here"),
@@ -210,12 +313,28 @@ def publish(folder, template=None, where="tokenizer_config.json", added=ADDED):
     keep = [token for token in bpe["model"]["vocab"] if token not in SPECIALS[8:]]
     bpe["model"]["vocab"] = {token: i for i, token in enumerate(keep)}
     bpe["added_tokens"] = bpe["added_tokens"][:8] + [
-        {"id": len(keep) + i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": name in SPECIAL_AT_THE_END}
-        for i, name in enumerate(added)]
-    bpe["pre_tokenizer"]["pretokenizers"].pop(0)                            # Cohere's has digits and ByteLevel, not ours for Han
+        {
+            "id": len(keep) + i,
+            "content": name,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": name in SPECIAL_AT_THE_END,
+        }
+        for i, name in enumerate(added)
+    ]
+    bpe["pre_tokenizer"]["pretokenizers"].pop(0)  # Cohere's has digits and ByteLevel, not ours for Han
     bpe["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
-    bpe["post_processor"] = {"type": "TemplateProcessing", "pair": [], "special_tokens": {"<BOS_TOKEN>": {"id": "<BOS_TOKEN>", "ids": [BOS], "tokens": ["<BOS_TOKEN>"]}},
-                             "single": [{"SpecialToken": {"id": "<BOS_TOKEN>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
+    bpe["post_processor"] = {
+        "type": "TemplateProcessing",
+        "pair": [],
+        "special_tokens": {"<BOS_TOKEN>": {"id": "<BOS_TOKEN>", "ids": [BOS], "tokens": ["<BOS_TOKEN>"]}},
+        "single": [
+            {"SpecialToken": {"id": "<BOS_TOKEN>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+    }
     (folder / "tokenizer.json").write_text(json.dumps(bpe, ensure_ascii=False), encoding="utf-8")
     about = {"tokenizer_class": "CohereTokenizer", "add_bos_token": True, "model_max_length": 8192}
     if where == "chat_template.jinja":
@@ -259,7 +378,26 @@ def test_a_conversation_has_exactly_these_ids_and_supervises_exactly_the_answer_
 
 def test_every_assistant_turn_is_supervised_and_nothing_else(small):
     ids, mask = small.encode_chat(turns("hi", "!", "!!", "hi"))
-    assert ids == [BOS, START, USER, HI, END, START, CHATBOT, MARK, END, START, USER, MARK, MARK, END, START, CHATBOT, HI, END]
+    assert ids == [
+        BOS,
+        START,
+        USER,
+        HI,
+        END,
+        START,
+        CHATBOT,
+        MARK,
+        END,
+        START,
+        USER,
+        MARK,
+        MARK,
+        END,
+        START,
+        CHATBOT,
+        HI,
+        END,
+    ]
     assert supervised(ids, mask) == [MARK, END, HI, END]
     assert [i for i, m in enumerate(mask) if m] == [7, 8, 16, 17]
 
@@ -309,7 +447,11 @@ def test_prompt_and_answer_make_the_same_ids_apart_as_together(small):
 
 
 def test_a_prompt_may_be_a_string_or_messages(small):
-    assert small.encode_prompt("hi") == small.encode_prompt(turns("hi")) == [BOS, START, USER, HI, END, START, CHATBOT]
+    assert (
+        small.encode_prompt("hi")
+        == small.encode_prompt(turns("hi"))
+        == [BOS, START, USER, HI, END, START, CHATBOT]
+    )
 
 
 def test_outer_white_space_of_a_turn_is_left_out(small):
@@ -323,9 +465,15 @@ def test_a_conversation_has_one_bos_and_one_end_per_turn_in_every_language(code,
     for messages in (turns(*contents), turns(*contents, system="<BOS_TOKEN>" + contents[0])):
         ids, mask = multilingual.encode_chat(messages)
         assert ids[0] == multilingual.bos_id and ids.count(multilingual.bos_id) == 1
-        assert ids.count(multilingual.end_of_turn_id) == ids.count(multilingual.start_of_turn_id) == len(messages)
+        assert (
+            ids.count(multilingual.end_of_turn_id)
+            == ids.count(multilingual.start_of_turn_id)
+            == len(messages)
+        )
         assert ids[-1] == multilingual.end_of_turn_id and mask[-1]
-        assert multilingual.decode(supervised(ids, mask)) == unicodedata.normalize("NFC", contents[1] + contents[3])
+        assert multilingual.decode(supervised(ids, mask)) == unicodedata.normalize(
+            "NFC", contents[1] + contents[3]
+        )
     assert multilingual.encode_prompt(contents[0]).count(multilingual.bos_id) == 1
     assert multilingual.bos_id not in multilingual.encode(contents[0])
 
@@ -354,11 +502,15 @@ def test_a_forged_turn_stays_inside_the_users_turn(multilingual):
 # ---- published files ---------------------------------------------------------------------------------------------------------------
 
 def test_command_r7b_opens_an_answer_with_a_marker_and_the_model_says_the_other_one_and_the_end(published):
-    assert published.start_of_turn_id > 260 and published.bos_id == BOS     # found by name, at the end of the vocabulary
+    assert (
+        published.start_of_turn_id > 260 and published.bos_id == BOS
+    )  # found by name, at the end of the vocabulary
     ids, mask = published.encode_chat(turns("hi", "hi!"))
-    assert written(published, ids) == ("<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|END_OF_TURN_TOKEN|><|START_"
-                                       "OF_TURN_TOKEN|><|USER_TOKEN|>hi"
-                                       "<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>hi!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>")
+    assert written(published, ids) == (
+        "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|END_OF_TURN_TOKEN|><|START_"
+        "OF_TURN_TOKEN|><|USER_TOKEN|>hi"
+        "<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>hi!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+    )
     assert written(published, supervised(ids, mask)) == "hi!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
     assert written(published, published.encode_prompt("hi")).endswith("<|CHATBOT_TOKEN|><|START_RESPONSE|>")
     assert ids == published.encode_prompt("hi") + published.encode_answer(" hi! ")
@@ -378,7 +530,11 @@ def test_a_preference_pairs_answer_has_the_same_ids_and_mask_as_in_a_conversatio
 def test_conversations_are_what_the_published_template_renders(name, where, tmp_path):
     jinja2 = pytest.importorskip("jinja2")
     template = TEMPLATES[name]
-    named = [{"name": "rag", "template": "<|START_THINKING|>"}, {"name": "default", "template": template}] if where == "a list" else template
+    named = (
+        [{"name": "rag", "template": "<|START_THINKING|>"}, {"name": "default", "template": template}]
+        if where == "a list"
+        else template
+    )
     tokenizer = load_tokenizer(publish(tmp_path / "model", named, where))
     render = environment(jinja2).from_string(template).render
     for system in (None, "Be kind.", " Be kind.\n", " ", ""):
@@ -530,22 +686,34 @@ def test_expressions_are_worth_what_jinja_says():
     assert tried > 50
 
 
-@pytest.mark.parametrize("source", [
-    "a\n  {% if true %}\n  b\n  {% endif %}\nc\n", "  {{ a }}  \n", "x {%- if true -%} y {%- endif -%} z",
-    "a\n{# c #}\nb",
-    "{% for x in xs %}{{ loop.index }}{{ x }}{% if not loop.last %}, {% endif %}{% else %}none{% endfor %}",
-    "{% for x in [] %}a{% else %}none{% endfor %}",
-    "{% for x in xs if x != 'x' %}{{ loop.length }}{{ x }}{% endfor %}",
-    "{% set x = 1 %}{% for y in xs %}{% set x = "
-    "2 %}{% endfor %}{{ x }}",
-    "{% set ns = namespace(x=1) %}{% for y in xs %}{% set ns.x = ns.x + 1 %}{% endfor %}{{ ns.x }}",
-    "{% for x in xs %}{% if x == 'x' %}{% continue %}{% endif %}{{ x }}{% break %}{% endfor %}",
-    "{% if a == 'q' %}1{% elif n == 3 %}2{% else %}3{% endif %}", "{{ '%}' }}",
-    "a\r\nb\r\n", "\n\n{%- if true %}\n\n x{% endif %}\n\n", "\t{%- set q = 'v' %}\n   {{- q -}}   \n z",
-    "{% if true %}  {% if true %}\n y{% endif %}{% endif %}", "{{ a }}\n{{ a }}\n",
-    "{# a #}\n   {#- b -#}   \nc", "{% for i in [0, 1, 2] %}\n  {{ i }}\n{% endfor %}\nend",
-    "{% for x in [] %}{% else %}{% set a = 1 %}{% endfor %}{{ a }}", "{{ 'b' if n == 2 else a }}", "{% if u %}a{% else %}b{% endif %}{{ u }}",
-    "{%if a%}{{a}}{%endif%}"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "a\n  {% if true %}\n  b\n  {% endif %}\nc\n",
+        "  {{ a }}  \n",
+        "x {%- if true -%} y {%- endif -%} z",
+        "a\n{# c #}\nb",
+        "{% for x in xs %}{{ loop.index }}{{ x }}{% if not loop.last %}, {% endif %}{% else %}none{% endfor %}",
+        "{% for x in [] %}a{% else %}none{% endfor %}",
+        "{% for x in xs if x != 'x' %}{{ loop.length }}{{ x }}{% endfor %}",
+        "{% set x = 1 %}{% for y in xs %}{% set x = " "2 %}{% endfor %}{{ x }}",
+        "{% set ns = namespace(x=1) %}{% for y in xs %}{% set ns.x = ns.x + 1 %}{% endfor %}{{ ns.x }}",
+        "{% for x in xs %}{% if x == 'x' %}{% continue %}{% endif %}{{ x }}{% break %}{% endfor %}",
+        "{% if a == 'q' %}1{% elif n == 3 %}2{% else %}3{% endif %}",
+        "{{ '%}' }}",
+        "a\r\nb\r\n",
+        "\n\n{%- if true %}\n\n x{% endif %}\n\n",
+        "\t{%- set q = 'v' %}\n   {{- q -}}   \n z",
+        "{% if true %}  {% if true %}\n y{% endif %}{% endif %}",
+        "{{ a }}\n{{ a }}\n",
+        "{# a #}\n   {#- b -#}   \nc",
+        "{% for i in [0, 1, 2] %}\n  {{ i }}\n{% endfor %}\nend",
+        "{% for x in [] %}{% else %}{% set a = 1 %}{% endfor %}{{ a }}",
+        "{{ 'b' if n == 2 else a }}",
+        "{% if u %}a{% else %}b{% endif %}{{ u }}",
+        "{%if a%}{{a}}{%endif%}",
+    ],
+)
 def test_blocks_and_white_space_are_what_jinja_makes_of_them(source):
     jinja2 = pytest.importorskip("jinja2")
     known = {"a": "x", "n": 3, "d": {"k": {"j": "v"}}, "xs": ["x", "y"]}
@@ -591,18 +759,30 @@ def test_a_published_tokenizer_is_saved_as_it_came(where, tmp_path):
     load_tokenizer(folder).save(again)
     assert {path.name: path.read_bytes() for path in again.iterdir()} == {path.name: path.read_bytes() for
         path in folder.iterdir()}
-    assert load_tokenizer(again).encode_chat(turns("hi", "ho")) == load_tokenizer(folder).encode_chat(turns("hi", "ho"))
+    assert load_tokenizer(again).encode_chat(turns("hi", "ho")) == load_tokenizer(folder).encode_chat(
+        turns("hi", "ho")
+    )
 
 
 # ---- streams -----------------------------------------------------------------------------------------------------------------------
 
 def one_by_one(tokenizer, data, rng=None):
     """Ids of bytes, a token for each byte; with `rng` cut at random into whatever tokens the vocabulary has, across characters too."""
-    alphabet = [*range(33, 127), *range(161, 173), *range(174, 256)]        # GPT-2's printable bytes; the others are 256, 257, ... in order
-    letters = {b: chr(b) for b in alphabet} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in alphabet)}
+    alphabet = [
+        *range(33, 127),
+        *range(161, 173),
+        *range(174, 256),
+    ]  # GPT-2's printable bytes; the others are 256, 257, ... in order
+    letters = {b: chr(b) for b in alphabet} | {
+        b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in alphabet)
+    }
     text, ids = "".join(letters[b] for b in data), []
     while text:
-        lengths = [n for n in range(1, 9) if n <= len(text) and tokenizer.bpe.token_to_id(text[:n]) is not None] if rng else [1]
+        lengths = (
+            [n for n in range(1, 9) if n <= len(text) and tokenizer.bpe.token_to_id(text[:n]) is not None]
+            if rng
+            else [1]
+        )
         length = rng.choice(lengths) if rng else 1
         ids.append(tokenizer.bpe.token_to_id(text[:length]))
         text = text[length:]
@@ -620,13 +800,32 @@ def test_a_stream_never_shows_half_a_character_in_any_language(code, small, mult
             shown = list(tokenizer.stream(ids))
             assert len(shown) == len(ids) + 1 and "".join(shown) == piece == tokenizer.decode(ids)
             assert not any("\ufffd" in each for each in shown)
-            for n in range(len(ids) + 1):                                   # and is never behind a token that ends with a whole character
-                assert "".join(shown[:n]) == tokenizer.decode(ids[:n]) or tokenizer.decode(ids[:n]).endswith("\ufffd")
+            for n in range(len(ids) + 1):  # and is never behind a token that ends with a whole character
+                assert "".join(shown[:n]) == tokenizer.decode(ids[:n]) or tokenizer.decode(ids[:n]).endswith(
+                    "\ufffd"
+                )
 
 
 def test_a_stream_shows_an_emoji_when_its_last_byte_has_come(small):
     ids = one_by_one(small, "🙂👩‍🚀".encode("utf-8"))
-    assert list(small.stream(ids)) == ["", "", "", "🙂", "", "", "", "👩", "", "", "\u200d", "", "", "", "🚀", ""]
+    assert list(small.stream(ids)) == [
+        "",
+        "",
+        "",
+        "🙂",
+        "",
+        "",
+        "",
+        "👩",
+        "",
+        "",
+        "\u200d",
+        "",
+        "",
+        "",
+        "🚀",
+        "",
+    ]
 
 
 def test_a_stream_shows_a_leading_space_and_no_special_tokens(published):
@@ -634,8 +833,20 @@ def test_a_stream_shows_a_leading_space_and_no_special_tokens(published):
     assert list(published.stream(ids)) == ["", " ", "hi", "!", "", "", ""]
 
 
-@pytest.mark.parametrize("data", [b"a\xffb", b"a\xe4\xbdhi", b"\xf0\x9f\x99\xc3\xa9!", b"\x80\x80a\x80b", b"\xe4\xbd", b"hi\xf0\x9f", "hi\ufffd!".encode(),
-                                  b"", b"\xff" * 500])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"a\xffb",
+        b"a\xe4\xbdhi",
+        b"\xf0\x9f\x99\xc3\xa9!",
+        b"\x80\x80a\x80b",
+        b"\xe4\xbd",
+        b"hi\xf0\x9f",
+        "hi\ufffd!".encode(),
+        b"",
+        b"\xff" * 500,
+    ],
+)
 def test_a_stream_goes_on_after_bytes_that_are_no_text_and_ends_with_what_is_left(data, small):
     ids = one_by_one(small, data)
     assert "".join(small.stream(ids)) == small.decode(ids) == data.decode("utf-8", "replace")
@@ -644,7 +855,9 @@ def test_a_stream_goes_on_after_bytes_that_are_no_text_and_ends_with_what_is_lef
 def test_a_stream_of_random_tokens_is_their_text(multilingual):
     rng = random.Random(0)
     for _ in range(300):
-        ids = [rng.randrange(multilingual.vocab_size + 20) for _ in range(rng.randint(1, 40))]      # and ids that are no token
+        ids = [
+            rng.randrange(multilingual.vocab_size + 20) for _ in range(rng.randint(1, 40))
+        ]  # and ids that are no token
         assert "".join(multilingual.stream(ids)) == multilingual.decode(ids)
 
 
@@ -690,21 +903,34 @@ def test_a_saved_tokenizer_reads_back_the_same(multilingual, tmp_path):
     read = load_tokenizer(tmp_path)
     messages = turns("Привет, 你好 123", "naïve <PAD> 🙂", system="hi")
     assert read.encode_chat(messages) == multilingual.encode_chat(messages)
-    assert (read.vocab_size, read.pad_id, read.bos_id, read.end_of_turn_id) == (multilingual.vocab_size, 0, BOS, END)
+    assert (read.vocab_size, read.pad_id, read.bos_id, read.end_of_turn_id) == (
+        multilingual.vocab_size,
+        0,
+        BOS,
+        END,
+    )
 
 
 def test_the_chat_template_that_is_saved_renders_what_the_tokenizer_encodes(small, tmp_path):
     """It once kept the outer white space that encode_chat leaves out, so a server would have prompted otherwise than training did.
     jinja2 comes with torch; `generation` is a tag that transformers adds to it."""
     jinja2 = pytest.importorskip("jinja2")
-    for tokenizer, own, end in ((small, CHAT_TEMPLATE, "<|END_OF_TURN_TOKEN|>"),
-                                (load_tokenizer(publish(tmp_path / "base")), RESPONSE_TEMPLATE, "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>")):
+    for tokenizer, own, end in (
+        (small, CHAT_TEMPLATE, "<|END_OF_TURN_TOKEN|>"),
+        (
+            load_tokenizer(publish(tmp_path / "base")),
+            RESPONSE_TEMPLATE,
+            "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+        ),
+    ):
         tokenizer.save(tmp_path)
         assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == own
         template = jinja2.Template(own.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
         for messages in (turns("hi", "hi!"), turns(" hi ", "\nhi\n", "hi! ", system="hi ")):
             generation_prompt = messages[-1]["role"] == "user"
-            text = template.render(messages=messages, bos_token="<BOS_TOKEN>", add_generation_prompt=generation_prompt)
+            text = template.render(
+                messages=messages, bos_token="<BOS_TOKEN>", add_generation_prompt=generation_prompt
+            )
             for read in (tokenizer, load_tokenizer(tmp_path)):
                 assert text == written(read, read.encode_chat(messages, generation_prompt)[0])
         answer = own.split("{% generation %}")[1].split("{% endgeneration %}")[0]

@@ -13,10 +13,22 @@ from aya_min import weights
 from aya_min.model import RewardModel
 from aya_min.reward import score_texts
 
-BLOCK = ["input_layernorm.weight", "mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "self_attn.k_proj.weight",
-         "self_attn.o_proj.weight", "self_attn.q_proj.weight", "self_attn.v_proj.weight"]
+BLOCK = [
+    "input_layernorm.weight",
+    "mlp.down_proj.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.o_proj.weight",
+    "self_attn.q_proj.weight",
+    "self_attn.v_proj.weight",
+]
 COHERE2 = dict(model_type="cohere2", sliding_window=4, layer_types=["full_attention", "sliding_attention"])
-NAMES = ["model.embed_tokens.weight", *[f"model.layers.{i}.{name}" for i in (0, 1) for name in BLOCK], "model.norm.weight"]
+NAMES = [
+    "model.embed_tokens.weight",
+    *[f"model.layers.{i}.{name}" for i in (0, 1) for name in BLOCK],
+    "model.norm.weight",
+]
 
 
 @pytest.fixture
@@ -35,10 +47,19 @@ def rewrite(folder, change):
 def split(folder, num_shards=3):
     """Cut the single file into shards with an index; {tensor: file}."""
     state = load_file(folder / "model.safetensors")
-    weight_map = {name: f"model-{i % num_shards + 1:05d}-of-{num_shards:05d}.safetensors" for i, name in enumerate(sorted(state))}
+    weight_map = {
+        name: f"model-{i % num_shards + 1:05d}-of-{num_shards:05d}.safetensors"
+        for i, name in enumerate(sorted(state))
+    }
     for file in set(weight_map.values()):
-        save_file({name: t for name, t in state.items() if weight_map[name] == file}, folder / file, metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+        save_file(
+            {name: t for name, t in state.items() if weight_map[name] == file},
+            folder / file,
+            metadata={"format": "pt"},
+        )
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map})
+    )
     (folder / "model.safetensors").unlink()
     return weight_map
 
@@ -55,7 +76,18 @@ def assert_same(model, other):
 
 # there and back
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"use_qk_norm": True}, {"head_dim": 16}, COHERE2, {"eos_token_id": [9, 3]}])
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"use_qk_norm": True},
+        {"head_dim": 16},
+        COHERE2,
+        {"eos_token_id": [9, 3]},
+    ],
+)
 @pytest.mark.parametrize("make", [language_model, reward_model])
 def test_a_saved_model_is_loaded_bit_for_bit(make, changes, tmp_path):
     if make is reward_model:
@@ -68,9 +100,20 @@ def test_a_saved_model_is_loaded_bit_for_bit(make, changes, tmp_path):
     assert its_tokenizer.encode_prompt("red 7 <PAD>") == tokenizer().encode_prompt("red 7 <PAD>")
 
 
-@pytest.mark.parametrize("make, changes, more", [
-    (language_model, {}, []), (language_model, COHERE2, []), (language_model, {"tie_word_embeddings": False}, ["lm_head.weight"]), (reward_model, {}, ["score.weight", "score_logps.weight"]),
-    (language_model, {"use_qk_norm": True}, [f"model.layers.{i}.self_attn.{x}_norm.weight" for i in (0, 1) for x in "qk"])])
+@pytest.mark.parametrize(
+    "make, changes, more",
+    [
+        (language_model, {}, []),
+        (language_model, COHERE2, []),
+        (language_model, {"tie_word_embeddings": False}, ["lm_head.weight"]),
+        (reward_model, {}, ["score.weight", "score_logps.weight"]),
+        (
+            language_model,
+            {"use_qk_norm": True},
+            [f"model.layers.{i}.self_attn.{x}_norm.weight" for i in (0, 1) for x in "qk"],
+        ),
+    ],
+)
 def test_the_tensors_have_the_names_of_the_published_checkpoints(make, changes, more, tmp_path):
     """With tied embeddings the head is not written a second time."""
     weights.save(tmp_path / "model", make(**changes), tokenizer())
@@ -78,11 +121,25 @@ def test_the_tensors_have_the_names_of_the_published_checkpoints(make, changes, 
 
 
 def test_a_folder_has_the_five_files_and_says_what_loaders_look_for(folder):
-    assert {path.name for path in folder.iterdir()} == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+    }
     config = json.loads((folder / "config.json").read_text())
-    assert config["architectures"] == ["CohereForCausalLM"] and config["model_type"] == "cohere" and config["torch_dtype"] == "float32"
+    assert (
+        config["architectures"] == ["CohereForCausalLM"]
+        and config["model_type"] == "cohere"
+        and config["torch_dtype"] == "float32"
+    )
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500000.0
-    assert json.loads((folder / "generation_config.json").read_text()) == {"bos_token_id": 5, "eos_token_id": 9, "pad_token_id": 0}
+    assert json.loads((folder / "generation_config.json").read_text()) == {
+        "bos_token_id": 5,
+        "eos_token_id": 9,
+        "pad_token_id": 0,
+    }
 
 
 def test_published_in_bfloat16_it_is_half_the_size_and_says_so(tmp_path):
@@ -111,7 +168,9 @@ def test_a_large_model_is_saved_in_shards_with_an_index_that_says_what_is_where(
     weights.save(tmp_path / "shards", language_model(), tokenizer(), shard_bytes=20_000)
     index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
     states = {path.name: load_file(path) for path in (tmp_path / "shards").glob("*.safetensors")}
-    assert len(states) > 2 and all(len(state) == 1 or sum(t.nbytes for t in state.values()) <= 20_000 for state in states.values())
+    assert len(states) > 2 and all(
+        len(state) == 1 or sum(t.nbytes for t in state.values()) <= 20_000 for state in states.values()
+    )
     assert index["weight_map"] == {name: file for file, state in states.items() for name in state}
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in language_model().state_dict().values())
     assert_same(weights.load(tmp_path / "shards")[0], language_model())
@@ -120,7 +179,9 @@ def test_a_large_model_is_saved_in_shards_with_an_index_that_says_what_is_where(
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_weight_is_rounded_once_to_the_dtype_that_is_stored_and_once_to_that_asked_for(stored, wanted, tmp_path):
+def test_every_weight_is_rounded_once_to_the_dtype_that_is_stored_and_once_to_that_asked_for(
+    stored, wanted, tmp_path
+):
     weights.save(tmp_path / "model", language_model(), tokenizer(), stored)
     loaded, _ = weights.load(tmp_path / "model", dtype=wanted)
     for name, t in loaded.state_dict().items():
@@ -149,7 +210,11 @@ def test_an_answer_s_several_ends_are_all_in_the_generation_config(folder, tmp_p
     model, words = weights.load(folder)
     words.stop_ids = [words.end_of_turn_id, 7]
     weights.save(tmp_path / "saved", model, words)
-    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"] == weights.read_stop_ids(tmp_path / "saved") == [7, 9]
+    assert (
+        json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"]
+        == weights.read_stop_ids(tmp_path / "saved")
+        == [7, 9]
+    )
 
 
 def test_the_stop_ids_are_those_of_generation_config_and_config_and_the_template(folder, tmp_path):
@@ -179,7 +244,9 @@ def test_the_stop_ids_are_those_of_generation_config_and_config_and_the_template
 @pytest.mark.parametrize("eos", ["9", [], [1.5], -1, True])
 def test_a_stop_id_that_is_no_token_is_refused(eos, folder):
     edit_json(folder / "generation_config.json", eos_token_id=eos)
-    with pytest.raises(ValueError, match="generation_config.json: eos_token_id .* must be a token's number or a list of them"):
+    with pytest.raises(
+        ValueError, match="generation_config.json: eos_token_id .* must be a token's number or a list of them"
+    ):
         weights.read_stop_ids(folder)
 
 
@@ -195,7 +262,9 @@ def test_a_trunk_is_the_language_models_decoder_under_the_same_new_head_each_tim
 
 def test_a_trunk_leaves_an_untied_head_behind(tmp_path):
     weights.save(tmp_path / "model", language_model(tie_word_embeddings=False), tokenizer())
-    assert_same(weights.load(tmp_path / "model", trunk=True)[0].model, language_model(tie_word_embeddings=False).model)
+    assert_same(
+        weights.load(tmp_path / "model", trunk=True)[0].model, language_model(tie_word_embeddings=False).model
+    )
 
 
 def test_the_trunk_of_a_reward_model_is_that_reward_model(tmp_path):
@@ -203,14 +272,20 @@ def test_the_trunk_of_a_reward_model_is_that_reward_model(tmp_path):
     assert_same(weights.load(tmp_path / "rm", trunk=True)[0], reward_model())
 
 
-def test_a_reward_model_without_score_logps_is_the_usual_last_token_head(nan_where_nothing_is_written, tmp_path):
+def test_a_reward_model_without_score_logps_is_the_usual_last_token_head(
+    nan_where_nothing_is_written, tmp_path
+):
     """Its folder was refused, against the docstring of RewardModel."""
     weights.save(tmp_path / "rm", reward_model(), tokenizer())
     rewrite(tmp_path / "rm", lambda state: state.pop("score_logps.weight"))
     loaded, _ = weights.load(tmp_path / "rm")
-    ids = tokenizer().encode_chat([{"role": "user", "content": "red?"}, {"role": "assistant", "content": "blue"}])[0]
+    ids = tokenizer().encode_chat(
+        [{"role": "user", "content": "red?"}, {"role": "assistant", "content": "blue"}]
+    )[0]
     expected = reward_model().model(torch.tensor([ids]))[0, -1] @ reward_model().score.weight[0]
-    assert score_texts(loaded, tokenizer(), [{"prompt": "red?", "completion": "blue"}]) == pytest.approx([expected.item()], abs=1e-5)
+    assert score_texts(loaded, tokenizer(), [{"prompt": "red?", "completion": "blue"}]) == pytest.approx(
+        [expected.item()], abs=1e-5
+    )
 
 
 # what is refused
@@ -226,7 +301,9 @@ def refused(folder, function=weights.load):
 def test_a_tied_head_that_is_written_all_the_same_loads_if_it_is_the_embedding_and_is_refused_if_not(folder):
     """merge.py took such folders, and weights.load called the head extra."""
     plain = weights.load(folder)[0].state_dict()
-    rewrite(folder, lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"].clone()}))
+    rewrite(
+        folder, lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"].clone()})
+    )
     loaded = weights.load(folder)[0].state_dict()
     assert loaded.keys() == plain.keys() and all(torch.equal(loaded[name], plain[name]) for name in plain)
     rewrite(folder, lambda state: state["lm_head.weight"][3].add_(1))
@@ -235,13 +312,29 @@ def test_a_tied_head_that_is_written_all_the_same_loads_if_it_is_the_embedding_a
 
 @pytest.mark.parametrize("function", [weights.load, weights.load_meta])
 def test_all_that_does_not_fit_config_json_is_named_before_any_weight_is_read(function, folder):
-    changed = {"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 16), "model.layers.2.mlp.up_proj.weight": torch.zeros(2), "lm_head.weight": torch.zeros(3),
-               "model.layers.1.mlp.up_proj.weight": torch.zeros(32, 64)}                             # as many numbers, but transposed
-    rewrite(folder, lambda state: [state.pop("model.layers.1.self_attn.o_proj.weight"), state.pop("model.norm.weight"), state.update(changed)])
+    changed = {
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(64, 16),
+        "model.layers.2.mlp.up_proj.weight": torch.zeros(2),
+        "lm_head.weight": torch.zeros(3),
+        "model.layers.1.mlp.up_proj.weight": torch.zeros(32, 64),
+    }  # as many numbers, but transposed
+    rewrite(
+        folder,
+        lambda state: [
+            state.pop("model.layers.1.self_attn.o_proj.weight"),
+            state.pop("model.norm.weight"),
+            state.update(changed),
+        ],
+    )
     line = refused(folder, function)
-    for words in ("model.layers.1.self_attn.o_proj.weight is missing", "model.norm.weight is missing", "lm_head.weight is not model.embed_tokens.weight, to which",
-                  "model.layers.2.mlp.up_proj.weight is extra", "model.layers.0.mlp.up_proj.weight has shape (64, 16), config.json says (64, 32)",
-                  "model.layers.1.mlp.up_proj.weight has shape (32, 64), config.json says (64, 32)"):
+    for words in (
+        "model.layers.1.self_attn.o_proj.weight is missing",
+        "model.norm.weight is missing",
+        "lm_head.weight is not model.embed_tokens.weight, to which",
+        "model.layers.2.mlp.up_proj.weight is extra",
+        "model.layers.0.mlp.up_proj.weight has shape (64, 16), config.json says (64, 32)",
+        "model.layers.1.mlp.up_proj.weight has shape (32, 64), config.json says (64, 32)",
+    ):
         assert words in line
 
 
@@ -262,8 +355,15 @@ def damaged(raw):
     """{how: the bytes of a file that is not whole}"""
     length = int.from_bytes(raw[:8], "little")
     cuts = {f"{n} bytes": raw[:n] for n in (0, 1, 7, 8, 9, 8 + length // 2, 8 + length, len(raw) - 1)}
-    return {**cuts, "one byte more": raw + b"0", "no header": b"0" * 8 + raw[8:], "length 2^63": (2 ** 63).to_bytes(8, "little") + raw[8:],
-            "length 2^64-1": b"\xff" * 8 + raw[8:], "not UTF-8": raw[:9] + b"\xff" + raw[10:], "a pickle": b"\x80\x02}q\x00."}
+    return {
+        **cuts,
+        "one byte more": raw + b"0",
+        "no header": b"0" * 8 + raw[8:],
+        "length 2^63": (2**63).to_bytes(8, "little") + raw[8:],
+        "length 2^64-1": b"\xff" * 8 + raw[8:],
+        "not UTF-8": raw[:9] + b"\xff" + raw[10:],
+        "a pickle": b"\x80\x02}q\x00.",
+    }
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
@@ -275,17 +375,31 @@ def test_a_truncated_or_corrupt_file_is_refused_at_once_with_its_name(sharded, f
         path.write_bytes(damage)
         started = time.perf_counter()
         line = refused(folder)
-        assert f"{path.name}: not a whole safetensors file (" in line and line.endswith("copy or download it again"), how
+        assert f"{path.name}: not a whole safetensors file (" in line and line.endswith(
+            "copy or download it again"
+        ), how
         assert time.perf_counter() - started < 1, how
     path.write_bytes(raw)
     assert_same(weights.load(folder)[0], language_model())
 
 
-@pytest.mark.parametrize("header", [
-    {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [3], "data_offsets": [4, 16]}},     # overlap
-    {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [12, 16]}},    # hole
-    {"a": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}}, {"a": {"dtype": "F33", "shape": [4], "data_offsets": [0, 16]}},
-    {"a": {"dtype": "F32", "shape": [2 ** 40, 2 ** 40], "data_offsets": [0, 16]}}], ids=["overlap", "hole", "negative", "dtype", "overflow"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        {
+            "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "b": {"dtype": "F32", "shape": [3], "data_offsets": [4, 16]},
+        },  # overlap
+        {
+            "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "b": {"dtype": "F32", "shape": [1], "data_offsets": [12, 16]},
+        },  # hole
+        {"a": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}},
+        {"a": {"dtype": "F33", "shape": [4], "data_offsets": [0, 16]}},
+        {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 16]}},
+    ],
+    ids=["overlap", "hole", "negative", "dtype", "overflow"],
+)
 def test_a_header_that_lies_is_refused(header, folder):
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
@@ -304,7 +418,9 @@ def test_a_shard_that_lacks_what_the_index_promises_is_refused_by_name(folder):
 def test_a_tensor_in_another_shard_than_the_index_says_is_refused_by_name(folder):
     weight_map = split(folder)
     names = sorted(weight_map)
-    edit_json(folder / "model.safetensors.index.json", weight_map={**weight_map, names[0]: weight_map[names[1]]})
+    edit_json(
+        folder / "model.safetensors.index.json", weight_map={**weight_map, names[0]: weight_map[names[1]]}
+    )
     assert f"the shards disagree on {names[0]};" in refused(folder)
 
 
@@ -312,7 +428,7 @@ def test_a_tensor_that_is_in_two_shards_is_refused_by_name(folder):
     weight_map = split(folder)
     name = "model.norm.weight"
     other = next(file for file in sorted(set(weight_map.values())) if file != weight_map[name])
-    for file in (weight_map[name], other):                                                           # whichever comes first
+    for file in (weight_map[name], other):  # whichever comes first
         state = load_file(folder / file)
         save_file({**state, name: torch.ones(32)}, folder / file)
     assert f"the shards disagree on {name};" in refused(folder)
@@ -326,14 +442,28 @@ def test_a_missing_shard_is_refused(folder):
     assert f"{file.name}: not a whole safetensors file (No such file" in refused(folder)
 
 
-@pytest.mark.parametrize("outside", ["../other/model.safetensors", "/etc/passwd", "..", ".", "", "sub/model.safetensors", "model.safetensors\0", "model\0.safetensors",
-                                     "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "outside",
+    [
+        "../other/model.safetensors",
+        "/etc/passwd",
+        "..",
+        ".",
+        "",
+        "sub/model.safetensors",
+        "model.safetensors\0",
+        "model\0.safetensors",
+        "pytorch_model.bin",
+    ],
+)
 def test_an_index_that_leaves_the_folder_is_refused(outside, folder):
     weight_map = split(folder)
-    for place in (folder / "sub", folder.parent / "other"):                                          # whole and fitting, were they opened
+    for place in (folder / "sub", folder.parent / "other"):  # whole and fitting, were they opened
         place.mkdir()
         save_file({"model.norm.weight": torch.ones(32)}, place / "model.safetensors")
-    edit_json(folder / "model.safetensors.index.json", weight_map={**weight_map, "model.norm.weight": outside})
+    edit_json(
+        folder / "model.safetensors.index.json", weight_map={**weight_map, "model.norm.weight": outside}
+    )
     said = "is not the name of a safetensors file in its own folder; do not use this model"
     assert ("holds a NUL character" if "\0" in outside else said) in refused(folder)
 
@@ -360,7 +490,15 @@ def test_the_links_of_the_hubs_cache_are_followed(folder):
         assert_same(weights.load(place)[0], language_model())
 
 
-@pytest.mark.parametrize("text", ["{}", '{"weight_map": 3}', '{"weight_map": {"model.norm.weight": 3}}', '{"weight_map": ["model.norm.weight"]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        '{"weight_map": 3}',
+        '{"weight_map": {"model.norm.weight": 3}}',
+        '{"weight_map": ["model.norm.weight"]}',
+    ],
+)
 def test_an_index_without_names_of_tensors_and_files_is_refused(text, folder):
     split(folder)
     (folder / "model.safetensors.index.json").write_text(text)
@@ -373,15 +511,27 @@ def test_an_index_without_names_of_tensors_and_files_is_refused(text, folder):
 def test_a_description_that_is_no_json_object_is_refused_with_its_name(name, text, says, folder):
     split(folder)
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert f"{name}: {says}" in refused(folder, weights.read_stop_ids if name.startswith("generation") else weights.load)
+    assert f"{name}: {says}" in refused(
+        folder, weights.read_stop_ids if name.startswith("generation") else weights.load
+    )
 
 
-@pytest.mark.parametrize("changes, says", [
-    ({"architectures": ["LlamaForCausalLM"]}, "architecture 'LlamaForCausalLM' is not supported; supported: CohereForCausalLM Cohere2ForCausalLM"),
-    ({"architectures": ["LlamaForCausalLM"]}, "architecture 'LlamaForCausalLM' is not supported"), ({"model_type": "cohere3"}, "model_type 'cohere3' is not supported; supported: cohere cohere2"),
-    ({"model_type": "cohere2"}, "architecture CohereForCausalLM does not go with model_type cohere2"),
-    ({"attention_bias": True}, "attention_bias"), ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaled rope"),
-    ({"num_key_value_heads": 3}, "num_attention_heads 4 must be a multiple of num_key_value_heads 3"), ({"hidden_size": "32"}, "hidden_size '32'")])
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            "architecture 'LlamaForCausalLM' is not supported; supported: CohereForCausalLM Cohere2ForCausalLM",
+        ),
+        ({"architectures": ["LlamaForCausalLM"]}, "architecture 'LlamaForCausalLM' is not supported"),
+        ({"model_type": "cohere3"}, "model_type 'cohere3' is not supported; supported: cohere cohere2"),
+        ({"model_type": "cohere2"}, "architecture CohereForCausalLM does not go with model_type cohere2"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaled rope"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 must be a multiple of num_key_value_heads 3"),
+        ({"hidden_size": "32"}, "hidden_size '32'"),
+    ],
+)
 def test_an_unknown_architecture_or_variant_is_refused(changes, says, folder):
     edit_json(folder / "config.json", **changes)
     assert says in (line := refused(folder)) and str(folder / "config.json") in line
@@ -397,12 +547,21 @@ def test_a_single_file_beside_an_index_is_refused(folder):
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tmp_path):
     weights.save(tmp_path / "model", language_model(vocab_size=300), tokenizer())
-    with pytest.raises(ValueError, match="tokenizer.json has 400 tokens, the largest id is 399, config.json has "
-                                         "a vocabulary of 300"):
+    with pytest.raises(
+        ValueError,
+        match="tokenizer.json has 400 tokens, the largest id is 399, config.json has " "a vocabulary of 300",
+    ):
         weights.load(tmp_path / "model")
 
 
-@pytest.mark.parametrize("name, says", [("config.json", "not a model folder"), ("tokenizer.json", "no tokenizer.json"), ("model.safetensors", "never pickles")])
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("config.json", "not a model folder"),
+        ("tokenizer.json", "no tokenizer.json"),
+        ("model.safetensors", "never pickles"),
+    ],
+)
 def test_a_folder_without_one_of_its_files_is_refused(name, says, folder):
     (folder / name).unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
@@ -603,7 +762,9 @@ def test_without_architectures_a_folder_is_the_language_model_of_its_model_type(
     assert type(weights.load(folder)[0]).__name__ == "CohereForCausalLM"
 
 
-def test_a_models_place_is_looked_at_before_the_work_and_an_older_model_of_its_own_is_replaced(folder, tmp_path):
+def test_a_models_place_is_looked_at_before_the_work_and_an_older_model_of_its_own_is_replaced(
+    folder, tmp_path
+):
     """A user's README in RUN/model was found in the way after all the training."""
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text("{}")

@@ -193,7 +193,9 @@ def test_a_path_that_is_taken_is_refused_in_one_line_and_stays_as_it_is(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link"]
 
 
-@pytest.mark.parametrize("delay", [pytest.param(0.0, marks=pytest.mark.long), 0.02, pytest.param(0.05, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "delay", [pytest.param(0.0, marks=pytest.mark.long), 0.02, pytest.param(0.05, marks=pytest.mark.long)]
+)
 def test_a_killed_world_leaves_no_folder_of_that_name_and_the_next_run_makes_it(delay, tmp_path, capsys):
     """14 of 15 kills left a folder with half of the files, and the next run refused it."""
     command = [sys.executable, "-m", "aya_min.world", "--out", tmp_path / "world", "--count", "2400",
