@@ -126,7 +126,8 @@ def arbitrage(run, teachers, arbiter):
 
 def scored(row):
     """A row of candidates without those that the arbiter could not score, as it goes to a file."""
-    return {**without_added_keys(row), "candidates": [c for c in row["candidates"] if c["reward"] is not None]}
+    kept = [candidate for candidate in row["candidates"] if candidate["reward"] is not None]
+    return {**without_added_keys(row), "candidates": kept}
 
 
 def best_teacher(rows):
