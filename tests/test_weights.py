@@ -619,7 +619,7 @@ def test_a_value_of_config_json_of_another_type_or_size_is_refused_with_its_file
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "scaled rope"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "scaled rope"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 5e4}}},
-    "for each type of layer")])
+    "for each layer type")])
 def test_what_transformers_heeds_in_a_config_and_we_do_not_is_refused_by_name(changes, says, folder):
     """A quantization_config left behind beside whole weights was read past."""
     edit_json(folder / "config.json", **changes)
