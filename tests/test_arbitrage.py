@@ -1,4 +1,5 @@
-"""Arbitrage and preference pairs by hand: which answer a route keeps, what is counted, which pairs come of it, whose answer is joined to which prompt."""
+"""Arbitrage and preference pairs by hand: which answer a route keeps, what is counted, which pairs come of
+it, whose answer is joined to which prompt."""
 
 import json
 from collections import Counter
@@ -280,7 +281,8 @@ def test_a_prompt_without_a_language_takes_the_answer_in_any(prompts, tmp_path):
 
 
 def test_an_answer_in_another_language_is_not_taken_for_the_prompts(prompts, tmp_path):
-    """Without an answer in its own language a prompt used to get one in another, which the file said was another."""
+    """Without an answer in its own language a prompt used to get one in another, which the file said was
+    another."""
     path = answers(
         tmp_path,
         [

@@ -51,7 +51,8 @@ class Out(io.StringIO):
 
 
 def talk(lines, models, out=None, **settings):
-    """What is printed when these lines are typed, one text for each line; an exception among them is what `input` raises."""
+    """What is printed when these lines are typed, one text for each line; an exception among them is what
+    `input` raises."""
     out, typed, printed = out or Out(), iter([*lines, EOFError]), []
 
     def read(prompt):
@@ -82,7 +83,7 @@ def saved(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# ---- turns -------------------------------------------------------------------------------------------------------------------------
+# ---- turns -------------------------------------------------------------------------------------------------
 
 def test_an_answer_is_the_models_and_the_next_one_knows_the_turns_before():
     (_, model, *_), = one = models()
@@ -155,7 +156,7 @@ def test_two_models_answer_one_after_another_and_remember_only_their_own_answers
     assert second == f"--- A\n{shown(answers[0])}--- B\n{shown(answers[1])}"
 
 
-# ---- the model's positions ---------------------------------------------------------------------------------------------------------
+# ---- the model's positions ---------------------------------------------------------------------------------
 
 def test_when_the_positions_are_full_the_oldest_turns_go_one_line_says_so_and_the_talk_goes_on(tmp_path):
     (_, model, *_), = one = models(max_position_embeddings=128)
@@ -200,7 +201,8 @@ def test_a_question_longer_than_the_positions_is_one_line_and_nothing_is_forgott
     one = models(max_position_embeddings=64)
     first, refused, second = talk(["red?", "why " * 90, "so?"], one)
     assert re.fullmatch(
-        r"\[A: the question and the system turn are \d+ tokens, the model has 64 positions; say it shorter]\n",
+        r"\[A: the question and the system turn are \d+ tokens, the model has 64 positions; say it"
+        r" shorter]\n",
         refused,
     )
     assert second == talk(["red?", "so?"], one)[1]
@@ -213,7 +215,7 @@ def test_an_answer_may_use_the_positions_that_are_left():
     ]
 
 
-# ---- files -------------------------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 def test_a_saved_conversation_is_one_row_a_model_that_can_be_trained_on(tmp_path):
     two, path = models(2), tmp_path / "talk.jsonl"
@@ -258,7 +260,7 @@ def test_save_refuses_a_file_that_exists_a_folder_that_does_not_no_name_and_no_c
     assert path.read_text() == "mine\n"
 
 
-# ---- what is typed -----------------------------------------------------------------------------------------------------------------
+# ---- what is typed -----------------------------------------------------------------------------------------
 
 def test_help_lists_every_command_quit_and_ctrl_d_leave_and_empty_lines_are_nothing():
     assert talk(["/help", "", "  "], models()) == [HELP + "\n", "", ""]
@@ -318,7 +320,7 @@ def test_a_question_without_an_answer_is_not_kept(tmp_path):
     assert [row["model"] for row in saved(tmp_path / "talk.jsonl")] == ["B"]
 
 
-# ---- two columns -------------------------------------------------------------------------------------------------------------------
+# ---- two columns -------------------------------------------------------------------------------------------
 
 class Screen(Out):
     """A terminal: what `text` shows is what a person sees, scrolled-off lines above it included."""
@@ -418,12 +420,13 @@ def test_control_characters_of_a_model_are_kept_in_the_turn_but_not_sent_to_the_
     assert "a\x1b[2Jb\rc\x07\x9b1A\td\ne".translate(SHOWN) == "a[2Jbc1A    d\ne"
 
 
-# ---- a real terminal ---------------------------------------------------------------------------------------------------------------
+# ---- a real terminal ---------------------------------------------------------------------------------------
 
 def test_in_a_real_terminal_ctrl_c_stops_an_endless_answer_and_ctrl_d_leaves():
     script = (
-        "from small import language_model, tokenizer\nfrom aya_min.chat import chat\n"
-        "chat([('A', language_model(max_position_embeddings=100000), tokenizer(), [])], max_new_tokens=90000, temperature=1.0)"
+        "from small import language_model, tokenizer\nfrom aya_min.chat import chat\nchat([('A',"
+        " language_model(max_position_embeddings=100000), tokenizer(), [])], max_new_tokens=90000,"
+        " temperature=1.0)"
     )
     ours, theirs = pty.openpty()
     child = subprocess.Popen(

@@ -33,7 +33,8 @@ def rosenbrock(x):
     return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
 
 
-# Limits: a third above the most of six seeds (840, 1,848 and 2,512), of the order that the literature reports for these functions at n = 5
+# Limits: a third above the most of six seeds (840, 1,848 and 2,512), of the order that the literature
+# reports for these functions at n = 5
 @pytest.mark.parametrize(
     "loss, begin, sigma, most", [(sphere, 3, 1, 1100), (ellipsoid, 3, 1, 2500), (rosenbrock, 0, 0.5, 3300)]
 )
@@ -58,7 +59,8 @@ def test_only_the_order_of_the_values_counts():
 
 
 def test_one_generation_in_one_dimension_is_the_tutorial_s_worked_by_hand():
-    """n = 1, popsize 4, mean 0, sigma 2, C 1: points 2, -2, 4, -4 with the largest the best, so y = 2, 1, -1, -2."""
+    """n = 1, popsize 4, mean 0, sigma 2, C 1: points 2, -2, 4, -4 with the largest the best, so y = 2, 1,
+    -1, -2."""
     raw = [math.log(2.5) - math.log(i) for i in (1, 2, 3, 4)]  # 0.916, 0.223, -0.182, -0.470
     w1, w2 = raw[0] / (raw[0] + raw[1]), raw[1] / (raw[0] + raw[1])
     mu_eff, mu_bad = 1 / (w1 * w1 + w2 * w2), (raw[2] + raw[3]) ** 2 / (raw[2] ** 2 + raw[3] ** 2)

@@ -108,7 +108,8 @@ import sys
 from aya_min import command
 def main():
     error = {"value": ValueError("bad\\x1b[31m\\nthing"),
-             "file": OSError(28, "No space left on device", "/a/b"), "key": KeyError("x"), "stop": KeyboardInterrupt()}[sys.argv[1]]
+             "file": OSError(28, "No space left on device", "/a/b"), "key": KeyError("x"),
+             "stop": KeyboardInterrupt()}[sys.argv[1]]
     raise error
 command.guarded(main, "prog")
 """
@@ -131,7 +132,10 @@ def test_a_mistake_is_one_line_and_a_fault_of_ours_says_so_with_its_traceback(wh
 
 
 def test_an_argument_that_is_no_utf_8_is_refused_in_one_line():
-    program = "from aya_min.command import Parser; p = Parser(prog='prog'); p.add_argument('--prompt'); p.parse_args()"
+    program = (
+        "from aya_min.command import Parser; p = Parser(prog='prog'); p.add_argument('--prompt');"
+        " p.parse_args()"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program, "--prompt", b"a\xff"], capture_output=True, text=True
     )

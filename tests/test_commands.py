@@ -1,6 +1,8 @@
-"""train.py and generate.py as a user types them. A mistake is one line on standard error and exit code 2, and nothing is written.
+"""train.py and generate.py as a user types them. A mistake is one line on standard error and exit code 2, and
+nothing is written.
 
-Most calls run `main` in this process, to save its start; the last ones are real processes, torchrun among them.
+Most calls run `main` in this process, to save its start; the last ones are real processes, torchrun among
+them.
 """
 
 import json
@@ -25,7 +27,8 @@ from aya_min.files import write_jsonl
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Models A, B, C, a reward model RM and its copy, broken ones, data that are right and data that are wrong."""
+    """Models A, B, C, a reward model RM and its copy, broken ones, data that are right and data that are
+    wrong."""
     folder = write_world(tmp_path_factory.mktemp("commands"))
     for seed, name in enumerate("ABC"):
         weights.save(folder / name, language_model(seed), tokenizer())
@@ -119,25 +122,49 @@ TRAIN_MISTAKES = {
     f"{SFT} --data answer.jsonl": "answer.jsonl:2: 'completion' is empty",
     f"{SFT} --data language.jsonl": "language.jsonl:2: unknown language 'xx'; ",
     f"{SFT} --data list.jsonl": "list.jsonl:1: a JSON list, not an object",
-    f"{SFT} --data sft.jsonl --max-length 5": "nothing to train on is left of 36 examples: 36 of 36 examples are longer than --max-length 5",
+    f"{SFT} --data sft.jsonl --max-length 5": (
+        "nothing to train on is left of 36 examples: 36 of 36 examples are longer than --max-length 5"
+    ),
     f"{SFT} --data sft.jsonl --batch-size 40": "36 examples are fewer than one batch of 40",
-    f"{SFT} --data sft.jsonl --batch-size 8 --micro-batch-size 3": "--micro-batch-size 3 does not divide a rank's share of 8 examples; use a divisor of 8",
-    f"{SFT} --data sft.jsonl --micro-batch-size -1": "argument --micro-batch-size: '-1' must be a whole number of at least 0",
-    f"{SFT} --data sft.jsonl --batch-size 0": "argument --batch-size: '0' must be a whole number of at least 1",
-    f"{SFT} --data sft.jsonl --max-steps -1": "argument --max-steps: '-1' must be a whole number of at least 0",
+    f"{SFT} --data sft.jsonl --batch-size 8 --micro-batch-size 3": (
+        "--micro-batch-size 3 does not divide a rank's share of 8 examples; use a divisor of 8"
+    ),
+    f"{SFT} --data sft.jsonl --micro-batch-size -1": (
+        "argument --micro-batch-size: '-1' must be a whole number of at least 0"
+    ),
+    f"{SFT} --data sft.jsonl --batch-size 0": (
+        "argument --batch-size: '0' must be a whole number of at least 1"
+    ),
+    f"{SFT} --data sft.jsonl --max-steps -1": (
+        "argument --max-steps: '-1' must be a whole number of at least 0"
+    ),
     f"{SFT} --data sft.jsonl --epochs 0": "argument --epochs: '0' must be a finite number above 0",
-    f"{SFT} --data sft.jsonl --learning-rate nan": "argument --learning-rate: 'nan' must be a finite number above 0",
-    f"{SFT} --data sft.jsonl --learning-rate fast": "argument --learning-rate: 'fast' must be a finite number above 0",
+    f"{SFT} --data sft.jsonl --learning-rate nan": (
+        "argument --learning-rate: 'nan' must be a finite number above 0"
+    ),
+    f"{SFT} --data sft.jsonl --learning-rate fast": (
+        "argument --learning-rate: 'fast' must be a finite number above 0"
+    ),
     f"{SFT} --data sft.jsonl --schedule linear": "invalid choice: 'linear'",
     f"{SFT} --data sft.jsonl --config nowhere.json": "nowhere.json: cannot be read",
     f"{SFT} --data sft.jsonl --config half.json": "half.json: not JSON",
-    f"{SFT} --data sft.jsonl --config unknown.json": "unknown setting learning_rat; known: activation_checkpointing",
+    f"{SFT} --data sft.jsonl --config unknown.json": (
+        "unknown setting learning_rat; known: activation_checkpointing"
+    ),
     f"{SFT} --data sft.jsonl --config list.json": "list.json: a JSON list, not an object",
-    f"{SFT} --data sft.jsonl --config type.json": "setting weight_decay (--weight-decay) must be a finite number of at least 0, got '0.1'",
-    f"{SFT} --data sft.jsonl --config choice.json": "setting schedule (--schedule) must be one of cosine constant, got 'linear'",
-    "sft --model A --data sft.jsonl --out taken": "taken exists and is not empty; give a new folder, or --resume",
+    f"{SFT} --data sft.jsonl --config type.json": (
+        "setting weight_decay (--weight-decay) must be a finite number of at least 0, got '0.1'"
+    ),
+    f"{SFT} --data sft.jsonl --config choice.json": (
+        "setting schedule (--schedule) must be one of cosine constant, got 'linear'"
+    ),
+    "sft --model A --data sft.jsonl --out taken": (
+        "taken exists and is not empty; give a new folder, or --resume"
+    ),
     "sft --model A --data sft.jsonl --out old": "old exists and is not empty; give a new folder, or --resume",
-    "sft --model A --data sft.jsonl --out taken.jsonl --batch-size 8": "taken.jsonl exists and is no folder; give a new folder",
+    "sft --model A --data sft.jsonl --out taken.jsonl --batch-size 8": (
+        "taken.jsonl exists and is no folder; give a new folder"
+    ),
     "sft --model nowhere --data sft.jsonl --out new": "nowhere: not a model folder (no config.json)",
     "sft --model lacking --data sft.jsonl --out new": "model.layers.1.self_attn.o_proj.weight is missing",
     "sft --model llama --data sft.jsonl --out new": "architecture 'LlamaForCausalLM' is not supported",
@@ -145,7 +172,9 @@ TRAIN_MISTAKES = {
     "sft --model A --tokenizer B --data sft.jsonl --out new": "--tokenizer goes with a preset",
     "sft --model smoke --tokenizer taken --data sft.jsonl --out new": "no tokenizer.json",
     "dpo --model A --data sft.jsonl --out new --batch-size 2": "sft.jsonl:1: no preference pair in keys",
-    "rloo --model A --data prompts.jsonl --out new --reward-model B": "B: a language model; give a folder that the reward stage wrote",
+    "rloo --model A --data prompts.jsonl --out new --reward-model B": (
+        "B: a language model; give a folder that the reward stage wrote"
+    ),
     "rloo --model A --data prompts.jsonl --out new --reward-model other-RM": "another tokenizer than --model",
     "rloo --model A --data long.jsonl --out new --reward-model RM --batch-size 2": "long.jsonl:2: ",
     "sft --resume nowhere": "no config.json in it",
@@ -153,9 +182,13 @@ TRAIN_MISTAKES = {
     "sft --resume old --model B": "that run had another model",
     "sft --resume old --data held-out-sft.jsonl": "that run had other data: ",
     "sft --resume old --seed 3": "that run had seed 0, not 3",
-    "recipe --out new --base A --prompts prompts.jsonl --teachers A B": "your own pipeline also needs --arbiter",
+    "recipe --out new --base A --prompts prompts.jsonl --teachers A B": (
+        "your own pipeline also needs --arbiter"
+    ),
     "recipe --out new --judge RM": "--judge, --eval-prompts and --columns go with --base",
-    "recipe --out new --base A --prompts prompts.jsonl --teachers A B --arbiter RM --judge RM": "--judge must not be the arbiter",
+    "recipe --out new --base A --prompts prompts.jsonl --teachers A B --arbiter RM --judge RM": (
+        "--judge must not be the arbiter"
+    ),
     "recipe --out taken": "taken exists and is not a run of the recipe",
     "--preset huge": "invalid choice: 'huge'",
 }
@@ -172,7 +205,9 @@ GENERATE_MISTAKES = {
     "--models A B C --chat": "--chat is for one process and one or two models",
     "--model A --chat --num-samples 2": "--chat is for one process and one or two models",
     f"{ASK} --max-new-tokens 500": "A (512 positions, --max-new-tokens 500)",
-    f"{ASK} --max-new-tokens 511": "A (512 positions, --max-new-tokens 511) for a prompt; lower --max-new-tokens",
+    f"{ASK} --max-new-tokens 511": (
+        "A (512 positions, --max-new-tokens 511) for a prompt; lower --max-new-tokens"
+    ),
     f"{ASK} --temperature nan": "argument --temperature: 'nan' must be a finite number of at least 0",
     f"{ASK} --temperature 1e-40": "temperature 1e-40 must be 0 (greedy) or at least 1e-06",
     "--model A --prompts prompts.jsonl": "--prompts needs --out",
@@ -181,20 +216,30 @@ GENERATE_MISTAKES = {
     "--model A --prompts empty.jsonl --out new.jsonl": "empty.jsonl: the file is empty",
     "--model A --prompts no-prompt.jsonl --out new.jsonl": "no-prompt.jsonl:1: no prompt in keys ['answer']",
     "--model A --prompts long.jsonl --out new.jsonl": "long.jsonl:2: ",
-    "--model A --prompts prompts.jsonl --out taken.jsonl": "taken.jsonl exists; give a new file, nothing is overwritten",
+    "--model A --prompts prompts.jsonl --out taken.jsonl": (
+        "taken.jsonl exists; give a new file, nothing is overwritten"
+    ),
     f"{POOL} --pairs taken.jsonl": "taken.jsonl exists",
     f"{POOL} --pairs new.jsonl": "--pairs and --out are the same file",
     "--model nowhere --prompt hello": "nowhere: not a model folder",
     "--model lacking --prompt hello": "model.layers.1.self_attn.o_proj.weight is missing",
     "--model RM --prompt hello": "a reward model cannot generate",
     f"{POOL} --arbiter C": "--arbiter",
-    "--models A B lacking --arbiter RM --prompts prompts.jsonl --out new.jsonl": "lacking: the tensors do not fit config.json: model.layers.1",
+    "--models A B lacking --arbiter RM --prompts prompts.jsonl --out new.jsonl": (
+        "lacking: the tensors do not fit config.json: model.layers.1"
+    ),
     "--models A RM --prompts prompts.jsonl --out new.jsonl --route random": "a reward model cannot generate",
     "--models A B --prompts prompts.jsonl --out new.jsonl": "--route reward and --pairs need --arbiter RM",
-    "--models A B --prompts prompts.jsonl --out new.jsonl --route random --pairs pairs-new.jsonl": "--route reward and --pairs need --arbiter RM",
+    "--models A B --prompts prompts.jsonl --out new.jsonl --route random --pairs pairs-new.jsonl": (
+        "--route reward and --pairs need --arbiter RM"
+    ),
     "--models A B --prompts prompts.jsonl --out new.jsonl --route fixed": "--route fixed needs --table",
-    "--models A B --prompts prompts.jsonl --out new.jsonl --route fixed --table table.json": "table.json: names none of --models for ar",
-    "--models A B --prompts prompts.jsonl --out new.jsonl --route fixed --table half.json": "half.json: not JSON",
+    "--models A B --prompts prompts.jsonl --out new.jsonl --route fixed --table table.json": (
+        "table.json: names none of --models for ar"
+    ),
+    "--models A B --prompts prompts.jsonl --out new.jsonl --route fixed --table half.json": (
+        "half.json: not JSON"
+    ),
     f"{POOL} --num-samples 2": "arbitrage takes one answer from each",
     f"{ASK} --arbiter RM": "--arbiter, --pairs and --table go with --models",
     f"{ASK} --num-samples 0": "argument --num-samples: '0' must be a whole number of at least 1",
@@ -251,7 +296,8 @@ def test_flags_win_over_the_config_file_and_that_over_the_defaults(call, folder,
     )
     _, out, _ = call(
         train,
-        f"sft --model A --data sft.jsonl --out new --config {tmp_path}/settings.json --batch-size 6 --dry-run",
+        f"sft --model A --data sft.jsonl --out new --config {tmp_path}/settings.json --batch-size 6"
+        " --dry-run",
     )
     settings = json.loads(out.split("\nsettings ")[1])
     assert (settings["batch_size"], settings["learning_rate"], settings["schedule"], settings["epochs"]) == (
@@ -307,7 +353,8 @@ def test_one_prompt_is_answered_on_standard_output_with_one_line_of_speed_on_sta
 def test_the_answers_keep_the_keys_of_their_prompts_and_say_how_they_were_made(call, folder, tmp_path):
     code, _, err = call(
         generate,
-        f"--model A --prompts prompts.jsonl --out {tmp_path}/out.txt --num-samples 3 --max-new-tokens 6 --seed 5",
+        f"--model A --prompts prompts.jsonl --out {tmp_path}/out.txt --num-samples 3 --max-new-tokens 6"
+        " --seed 5",
     )
     assert code == 0 and err[-1].startswith("36 prompts, ")
     rows, prompts = read(tmp_path / "out.txt"), read(folder / "prompts.jsonl")
@@ -353,7 +400,8 @@ def test_greedy_twice_gives_the_same_file_and_so_does_the_same_seed_but_not_anot
 def test_several_models_and_an_arbiter_give_the_best_answers_and_the_pairs(call, folder, tmp_path):
     code, out, err = call(
         generate,
-        f"--models A B C --arbiter RM --prompts prompts.jsonl --out {tmp_path}/best --pairs {tmp_path}/pairs --max-new-tokens 6 --temperature 1 --keep-cut",
+        f"--models A B C --arbiter RM --prompts prompts.jsonl --out {tmp_path}/best --pairs {tmp_path}/pairs"
+        " --max-new-tokens 6 --temperature 1 --keep-cut",
     )
     assert code == 0 and err[-1].startswith("36 prompts, ")
     best, pairs, prompts = read(tmp_path / "best"), read(tmp_path / "pairs"), read(folder / "prompts.jsonl")
@@ -379,7 +427,8 @@ def test_several_models_and_an_arbiter_give_the_best_answers_and_the_pairs(call,
     assert (
         call(
             train,
-            f"sft --model A --data {tmp_path}/best --out {tmp_path}/sft --batch-size 4 --max-steps 1 --keep-cut",
+            f"sft --model A --data {tmp_path}/best --out {tmp_path}/sft --batch-size 4 --max-steps 1"
+            " --keep-cut",
         )[0]
         == 0
     )
@@ -392,7 +441,8 @@ def test_a_fixed_table_takes_each_languages_teacher_without_an_arbiter(call, fol
     assert (
         call(
             generate,
-            f"--models A B --route fixed --table {tmp_path}/table --prompts prompts.jsonl --out {tmp_path}/out --max-new-tokens 4 --keep-cut",
+            f"--models A B --route fixed --table {tmp_path}/table --prompts prompts.jsonl --out"
+            f" {tmp_path}/out --max-new-tokens 4 --keep-cut",
         )[0]
         == 0
     )
@@ -401,7 +451,8 @@ def test_a_fixed_table_takes_each_languages_teacher_without_an_arbiter(call, fol
 
 
 def test_every_prompt_format_is_read_and_its_keys_are_kept(call, tmp_path):
-    """The Aya collection's inputs, m-ArenaHard's question_id, cluster and category, conversations with a system turn."""
+    """The Aya collection's inputs, m-ArenaHard's question_id, cluster and category, conversations with a
+    system turn."""
     rows = [
         {"inputs": "Quelle couleur ?", "targets": "rouge", "language": "fr"},
         {"prompt": "colour?", "question_id": "q1", "cluster": "c", "category": "arena-hard-v0.1"},
@@ -456,14 +507,19 @@ def test_the_stop_ids_are_those_of_generation_config_and_the_end_of_turn(call, f
 def test_the_memory_of_the_cache_is_said_before_the_run(call, tmp_path):
     _, _, err = call(
         generate,
-        f"--model A --prompts prompts.jsonl --out {tmp_path}/out --max-new-tokens 8 --batch-size 4 --num-samples 2",
+        f"--model A --prompts prompts.jsonl --out {tmp_path}/out --max-new-tokens 8 --batch-size 4"
+        " --num-samples 2",
     )
     assert err[0].startswith("A: KV cache of 4 rows x 128 tokens, 0.1 MB a rank")
 
 
 def test_a_killed_run_goes_on_without_redoing_finished_prompts(call, folder, tmp_path, monkeypatch):
-    """The answers hold every kind of line end that Unicode has: a journal once read with splitlines() took them for its own."""
-    line = f"--model A --prompts prompts.jsonl --num-samples 2 --max-new-tokens 20 --temperature 1 --batch-size 6 --out {tmp_path}/"
+    """The answers hold every kind of line end that Unicode has: a journal once read with splitlines() took
+    them for its own."""
+    line = (
+        "--model A --prompts prompts.jsonl --num-samples 2 --max-new-tokens 20 --temperature 1 --batch-size"
+        f" 6 --out {tmp_path}/"
+    )
     assert call(generate, line + "whole")[0] == 0
     made, add = [], Journal.add
 
@@ -482,7 +538,8 @@ def test_a_killed_run_goes_on_without_redoing_finished_prompts(call, folder, tmp
         assert len(set(made)) == len(made) == finished and not (tmp_path / "killed").exists()
     code, _, err = call(generate, line + "killed --seed 1")
     assert code == 2 and err == [
-        f"error: {tmp_path}/killed.partial holds an unfinished run with other seed; give the same settings to resume it, or remove it"
+        f"error: {tmp_path}/killed.partial holds an unfinished run with other seed; give the same settings to"
+        " resume it, or remove it"
     ]
     code, _, err = call(generate, line + "killed")
     assert code == 0 and err[0] == "resumes: 12 of 36 prompts were finished before"

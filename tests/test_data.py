@@ -55,7 +55,7 @@ def supervised(example):
     return example.ids[example.mask].tolist()
 
 
-# ---- shapes of a line --------------------------------------------------------------------------------------------------------------
+# ---- shapes of a line --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("row", [
     {"messages": [user("hi"), assistant("hi!")]},
@@ -160,7 +160,7 @@ def test_real_files_of_every_shape_load_whole(tokenizer, tmp_path):
         assert len(load([path], tokenizer, 1_000_000, SFT())) == count(path)
 
 
-# ---- what a user can get wrong ------------------------------------------------------------------------------------------------------
+# ---- what a user can get wrong -----------------------------------------------------------------------------
 
 GOOD = {"prompt": "hi", "completion": "hi"}
 MALFORMED = [
@@ -289,7 +289,8 @@ def test_a_malformed_line_is_refused_with_file_line_and_remedy(line, message, to
     ],
 )
 def test_a_malformed_pair_is_refused_with_file_line_and_remedy(row, message, tokenizer, write):
-    """An empty list as an answer was once trained on as "?", and a user's turn after a system turn as the answer."""
+    """An empty list as an answer was once trained on as "?", and a user's turn after a system turn as the
+    answer."""
     path = write({"prompt": "hi", "chosen": "a", "rejected": "b"}, row)
     with pytest.raises(ValueError, match=message) as error:
         load_pairs([path], tokenizer, 64, SFT())
@@ -341,7 +342,8 @@ def test_examples_that_are_too_long_are_left_out_and_counted_on_standard_error(t
     assert len(load_examples([path], tokenizer, 9, SFT(max_length=9))) == 1  # 9 tokens exactly
     assert (
         capsys.readouterr().err
-        == f"{path}: 2 of 3 examples are longer than --max-length 9 tokens and are left out; the first: {path}:2\n"
+        == f"{path}: 2 of 3 examples are longer than --max-length 9 tokens and are left out; the first:"
+        f" {path}:2\n"
     )
     assert len(load_examples([path], tokenizer, 1000, SFT())) == 3
     assert capsys.readouterr().err == ""
@@ -360,7 +362,9 @@ def test_a_pair_is_left_out_when_either_side_is_too_long(tokenizer, write, capsy
 def test_data_of_which_nothing_fits_is_refused(tokenizer, write):
     with pytest.raises(
         ValueError,
-        match="nothing to train on is left of 1 examples: 1 of 1 examples are longer than --max-length 8 tokens",
+        match=(
+            "nothing to train on is left of 1 examples: 1 of 1 examples are longer than --max-length 8 tokens"
+        ),
     ):
         load_examples([write(GOOD)], tokenizer, 8, SFT(max_length=8))
     with pytest.raises(
@@ -370,7 +374,7 @@ def test_data_of_which_nothing_fits_is_refused(tokenizer, write):
         load_pairs([write({"prompt": "hi", "chosen": "hi", "rejected": "!"})], tokenizer, 8, SFT())
 
 
-# ---- batches -----------------------------------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------
 
 LANGUAGES = ["ar", "fr", "other"]
 
@@ -384,7 +388,8 @@ def numbered(lengths):
 
 
 def test_masks_come_from_lengths_and_not_from_ids(tokenizer, write):
-    """With pad = end of turn, a mask made by comparing ids would hide every end token, and the model would never learn to stop."""
+    """With pad = end of turn, a mask made by comparing ids would hide every end token, and the model would
+    never learn to stop."""
     path = write(GOOD, {"prompt": "hi", "completion": "hi hi hi!"})
     examples = load_examples([path], tokenizer, 64, SFT())
     for pad_id in (tokenizer.end_of_turn_id, tokenizer.pad_id, HI):
@@ -437,14 +442,15 @@ def test_an_encoded_example_of_one_turn_equals_the_loaded_one(tokenizer, write):
     assert loaded.ids.tolist() == encoded.ids.tolist() and loaded.mask.tolist() == encoded.mask.tolist()
 
 
-# ---- the order ---------------------------------------------------------------------------------------------------------------------
+# ---- the order ---------------------------------------------------------------------------------------------
 
 LENGTHS = np.random.default_rng(0).integers(2, 60, 103)
 
 
 @contextmanager
 def as_rank(rank, num_ranks):
-    """Be one rank of several without the others: torch's own fake process group, whose collectives do nothing."""
+    """Be one rank of several without the others: torch's own fake process group, whose collectives do
+    nothing."""
     dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
     try:
         yield
@@ -544,7 +550,8 @@ def test_an_evaluation_visits_every_example_once_over_all_ranks(num_ranks):
 
 
 def test_a_rank_without_items_gets_one_batch_that_stands_for_none():
-    """A sharded forward takes all ranks, so a rank that has nothing to evaluate must have something to run."""
+    """A sharded forward takes all ranks, so a rank that has nothing to evaluate must have something to
+    run."""
     with as_rank(3, 4):
         [(indices, batch)] = batches_in_order(numbered(LENGTHS[:3]), collate)
     assert indices == [] and len(batch.input_ids) == 1
@@ -560,7 +567,8 @@ def test_a_batch_moves_its_tensors_and_keeps_its_count():
 
 
 def test_prompts_of_every_shape_can_be_trained_on_once_answered(tmp_path):
-    """Prompts in Aya's {"inputs"} or in messages, answered in the pipeline, were refused (or trained on their old answer) as SFT rows."""
+    """Prompts in Aya's {"inputs"} or in messages, answered in the pipeline, were refused (or trained on
+    their old answer) as SFT rows."""
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
     shapes = [
         {"inputs": "hello", "targets": "old"},

@@ -1,4 +1,5 @@
-"""Two ranks (gloo, FSDP2) against one: the same numbers, the same weights, the same answers, the same refusals. One launch for all tests."""
+"""Two ranks (gloo, FSDP2) against one: the same numbers, the same weights, the same answers, the same
+refusals. One launch for all tests."""
 
 import json
 
@@ -24,7 +25,8 @@ from aya_min import distributed
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """world/ data; one/ and two/ what one and two ranks made of it; resumed/ stopped at one rank, again at two, ended at one; whole/ never stopped."""
+    """world/ data; one/ and two/ what one and two ranks made of it; resumed/ stopped at one rank, again at
+    two, ended at one; whole/ never stopped."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "world").mkdir()
     world, resumed = write_world(folder / "world"), dict(schedule="constant", held_out=True, eval_every=4)
@@ -47,7 +49,8 @@ def one_and_two(folder):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_log_the_losses_norms_and_metrics_of_one(stage, folder):
-    """The global batch of 8 is cut 4 + 4 over the ranks, and there in micro-batches of 2, with very different numbers of supervised tokens."""
+    """The global batch of 8 is cut 4 + 4 over the ranks, and there in micro-batches of 2, with very
+    different numbers of supervised tokens."""
     one, two = logged(folder / "one" / stage), logged(folder / "two" / stage)
     for row in (
         one[0],
@@ -89,7 +92,8 @@ def test_two_ranks_publish_the_weights_of_one(stage, folder):
 
 @pytest.mark.parametrize("what", ["language model", "reward model", "trunk"])
 def test_a_folder_loaded_sharded_is_whole_and_each_rank_reads_its_rows_only(what, one_and_two):
-    """Odd numbers of rows, one row for two ranks, several files, memory full of NaN. The trunk's head is new: it is held and not read."""
+    """Odd numbers of rows, one row for two ranks, several files, memory full of NaN. The trunk's head is
+    new: it is held and not read."""
     one, two = (results["loaded"][what] for results in one_and_two)
     num_new = 32 + 2 if what == "trunk" else 0
     for loaded in (one, two):
@@ -162,7 +166,8 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_ranks_before_any_weight
 
 
 def test_a_prompt_that_is_too_long_is_refused_by_all_ranks_with_its_own_number(one_and_two):
-    """It used to be refused by the one rank that had it, which prints nothing, and numbered within that rank's share."""
+    """It used to be refused by the one rank that had it, which prints nothing, and numbered within that
+    rank's share."""
     for results, ranks in zip(one_and_two, (1, 2)):
         assert len(results["too_long"]) == ranks and len(set(results["too_long"])) == 1
         assert "prompt 1 has" in results["too_long"][0]

@@ -1,4 +1,5 @@
-"""However a step is computed, its loss and gradient norm are the same: cut, recomputed, compiled, packed, sharded with copies. And what a step says of itself."""
+"""However a step is computed, its loss and gradient norm are the same: cut, recomputed, compiled, packed,
+sharded with copies. And what a step says of itself."""
 
 import json
 import shutil
@@ -52,7 +53,8 @@ def same_steps(rows, others, tolerance):
 def test_cutting_a_batch_over_micro_batches_ranks_and_copies_changes_neither_loss_nor_norm(
     stage, ranks, changes, world, plain, tmp_path
 ):
-    """Answers have 2 to 100 supervised tokens. For the other stages see test_loop.py and test_distributed.py."""
+    """Answers have 2 to 100 supervised tokens. For the other stages see test_loop.py and
+    test_distributed.py."""
     if ranks > 1:
         on_ranks(ranks, lambda: run(stage, world, tmp_path / "run", max_steps=2, **changes) and None)
     else:

@@ -1,4 +1,5 @@
-"""What --dry-run says, against a process that trains and the kernel's count of its memory, torch's count of operations, and sums by hand.
+"""What --dry-run says, against a process that trains and the kernel's count of its memory, torch's count of
+operations, and sums by hand.
 
 This file is also what the tests start, alone and under torchrun, to be measured.
 """
@@ -50,7 +51,7 @@ def large(changes, ranks):
     return settings, collate([blank_example(None, 256, settings)] * size), 2 // size
 
 
-# ---- the process that is measured --------------------------------------------------------------------------------------------------
+# ---- the process that is measured --------------------------------------------------------------------------
 
 def memory(name):
     """VmRSS or VmHWM (the most it was) of this process in bytes."""
@@ -89,11 +90,12 @@ def main():
     print(json.dumps({name: max(taken[name] for taken in by_rank) for name in CASES}))
 
 
-# ---- memory ------------------------------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def taken(ranks, tmp_path_factory):
-    """{"recomputed": bytes, ...} on this number of ranks. Large blocks go back to the kernel when they are freed, so that it counts what is alive."""
+    """{"recomputed": bytes, ...} on this number of ranks. Large blocks go back to the kernel when they are
+    freed, so that it counts what is alive."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = program(__file__, ranks, tmp_path_factory.mktemp("run"), env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -159,7 +161,7 @@ def test_recomputing_every_block_keeps_one_hidden_state_of_each_and_every_second
     assert none > 3 * all_blocks
 
 
-# ---- communication -----------------------------------------------------------------------------------------------------------------
+# ---- communication -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,8 @@ def test_recomputing_every_block_keeps_one_hidden_state_of_each_and_every_second
     ],
 )
 def test_communication_by_hand(ranks, replicate, num_micro_batches, dtype):
-    """Each block is gathered for the forward and again for the backward, the rest once; the gradients are reduced in fp32; each but for a rank's own part.
+    """Each block is gathered for the forward and again for the backward, the rest once; the gradients are
+    reduced in fp32; each but for a rank's own part.
     Between two copies the shards' gradients go over once, in a ring."""
     blocks, rest, parts = 2 * (64 + 4 * 64 * 64 + 3 * 64 * 128), 400 * 64 + 64, ranks // replicate
     traffic = simulated(ranks, num_micro_batches, replicate=replicate, dtype=dtype).traffic
@@ -184,10 +187,11 @@ def test_communication_by_hand(ranks, replicate, num_micro_batches, dtype):
     assert traffic["all-reduced"] == (replicate - 1) * (blocks + rest) // parts * 4
 
 
-# ---- operations --------------------------------------------------------------------------------------------------------------------
+# ---- operations --------------------------------------------------------------------------------------------
 
 def test_operations_by_hand_with_a_window_and_two_lengths():
-    """A block has 8 (8 + 4 + 4 + 8) + 3 x 8 x 16 weights, the head 8 x 10. The full layer sees 10 and 3 pairs, the one with a window of 3 sees 9 and 3."""
+    """A block has 8 (8 + 4 + 4 + 8) + 3 x 8 x 16 weights, the head 8 x 10. The full layer sees 10 and 3
+    pairs, the one with a window of 3 sees 9 and 3."""
     config = ModelConfig(
         model_type="cohere2",
         vocab_size=10,
@@ -222,7 +226,7 @@ def test_operations_are_those_that_torch_counts():
     assert counted == pytest.approx(training_flops(config, [129, 129], 256) - of_attention, rel=0.02)
 
 
-# ---- the table ---------------------------------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------------
 
 MADE = {"pretrain": Pretrain, "sft": SFT, "reward": Reward, "dpo": DPO, "rloo": RLOO}
 
@@ -246,7 +250,8 @@ def test_every_stage_says_what_it_needs_without_data_a_gpu_or_weights(stage):
 
 
 def test_the_kv_cache_by_hand():
-    """16 rows of a rank (8 prompts x 4 samples over 2 ranks), 128 tokens, keys and values, 2 layers of 64 numbers, fp32."""
+    """16 rows of a rank (8 prompts x 4 samples over 2 ranks), 128 tokens, keys and values, 2 layers of 64
+    numbers, fp32."""
     items = estimate.items_of(STAGES["rloo"], RLOO(max_length=128), None, None)
     assert (
         estimate.cache_bytes(ModelConfig(**SMALL), RLOO(batch_size=8), items, 2) == 16 * 128 * 2 * 2 * 64 * 4

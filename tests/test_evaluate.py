@@ -81,7 +81,8 @@ def test_swapped_sides_give_the_mirrored_rate_and_interval():
 
 
 def test_question_bootstrap_covers_the_truth_and_a_row_bootstrap_would_not():
-    """60 questions in 23 languages, half of a score's variance is the question's (true mean 0). The binomial noise of 500
+    """60 questions in 23 languages, half of a score's variance is the question's (true mean 0). The binomial
+    noise of 500
     trials at 95% is 1 point; the design effect of a row bootstrap is sqrt(1 + 22 / 2) = 3.5."""
     rng, Q, L, trials = np.random.default_rng(0), 60, 23, 500
     ids, covered, ratio = np.repeat(np.arange(Q), L), [], []
@@ -97,7 +98,8 @@ def test_question_bootstrap_covers_the_truth_and_a_row_bootstrap_would_not():
 
 
 def test_bootstrap_agrees_with_the_standard_error_when_questions_are_unequal():
-    """Resampled questions bring all their rows: the ratio estimator's standard error, by the linearised formula."""
+    """Resampled questions bring all their rows: the ratio estimator's standard error, by the linearised
+    formula."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 6, size=400)
     ids = np.repeat(np.arange(400), sizes)
@@ -248,7 +250,8 @@ def test_figures_are_json_that_any_reader_takes():
 
 
 def world_answers(tmp_path):
-    """Two answer files on the embedded world's questions: A right in a sentence; B the same, but garbage to two of three tasks."""
+    """Two answer files on the embedded world's questions: A right in a sentence; B the same, but garbage
+    to two of three tasks."""
     args = {"largest": ["three", "nine", "five"], "opposite": ["big", "hot"], "translate": ["dog", "de"]}
     questions = [make_question(task, args[task], code) for task in args for code in ("en", "ja", "ar")]
     good = [{**q, "completion": gold_answer(q)} for q in questions]

@@ -1,7 +1,10 @@
-"""What can end or spoil a run, and what must be left of it: faults F1-F4, F7, F9-F16 and F18-F20 of the demand study (section 4.3 there).
+"""What can end or spoil a run, and what must be left of it. The faults, F1 to F20, are listed with what was
+tried in results/README.md.
 
-A "program" here is distributed.launch in a process forked from this one, which has torch imported; the last tests start torchrun and train.py.
-AYA_MIN_LONG=1 makes more trials. At the end the counts are printed: faults tried, faults survived, bytes of published states lost.
+A "program" here is distributed.launch in a process forked from this one, which has torch imported; the last
+tests start torchrun and train.py.
+AYA_MIN_LONG=1 makes more trials. At the end the counts are printed: faults tried, faults survived, bytes of
+published states lost.
 """
 
 import json
@@ -50,7 +53,8 @@ SLOW = 10 if LONG else 1
 
 @pytest.fixture(scope="module", autouse=True)
 def warm_and_count(world, tmp_path_factory, request):
-    """Import what torch imports late, before anything is forked; print the counts at the end. One thread, as in the programs: two add up in another order."""
+    """Import what torch imports late, before anything is forked; print the counts at the end. One thread,
+    as in the programs: two add up in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     STAGES.update(EVERY)
@@ -75,7 +79,7 @@ def no_process_is_left():
         finish(pid)
 
 
-# ---- programs ----------------------------------------------------------------------------------------------------------------------
+# ---- programs ----------------------------------------------------------------------------------------------
 
 def start(function, log, rank=0, ranks=1, port=0, timeout=30):
     """Run function() as a program of its own, which writes to the file log. -> its pid"""
@@ -193,13 +197,14 @@ def assert_tidy(folder):
     }
 
 
-# ---- F1, F2: kill -9 ---------------------------------------------------------------------------------------------------------------
+# ---- F1, F2: kill -9 ---------------------------------------------------------------------------------------
 
 
 def test_kill_9_at_random_moments_and_inside_saves_loses_no_more_than_the_steps_since_the_last_save(
     world, tmp_path
 ):
-    """F1. One run, killed again and again, every second time while it saves; the last bit of it is that of a run never killed."""
+    """F1. One run, killed again and again, every second time while it saves; the last bit of it is that of
+    a run never killed."""
     rng, trials, every, steps = random.Random(0), 24 if LONG else 3, 4, 120 if LONG else 24
     settings = dict(max_steps=steps, save_every=every, eval_every=10, held_out=True)
     finish(start(go_on("sft", world, tmp_path / "whole", **settings), tmp_path / "log"))
@@ -303,7 +308,8 @@ def test_kill_9_at_each_point_of_a_save_leaves_two_whole_states(world, tmp_path)
 @pytest.mark.parametrize("every", [17, pytest.param(1 if LONG else 5, marks=pytest.mark.long)])
 def test_kill_9_at_any_point_of_a_resume_from_its_last_step_to_the_end_is_made_up_for_by_the_same_resume(
         every, world, tmp_path):
-    """F2. The evaluation, eval.json, the model beside an older one, the renames: the same command finishes."""
+    """F2. The evaluation, eval.json, the model beside an older one, the renames: the same command
+    finishes."""
     settings = dict(max_steps=2, schedule="constant", warmup_steps=0, held_out=True, eval_every=1)
     first = run("sft", world, tmp_path / "first", **settings)
     whole = run("sft", world, tmp_path / "whole", **{**settings, "max_steps": 3})
@@ -326,7 +332,7 @@ def test_kill_9_at_any_point_of_a_resume_from_its_last_step_to_the_end_is_made_u
         point += every
 
 
-# ---- F3, F4: damaged files ---------------------------------------------------------------------------------------------------------
+# ---- F3, F4: damaged files ---------------------------------------------------------------------------------
 
 @pytest.fixture
 def saved(tmp_path):
@@ -427,13 +433,14 @@ def test_a_pickle_or_any_other_file_that_was_put_into_a_state_is_not_read(saved,
         assert name in falls_back(newest, capsys)
 
 
-# ---- F7: a full disk ---------------------------------------------------------------------------------------------------------------
+# ---- F7: a full disk ---------------------------------------------------------------------------------------
 
 
 def test_a_disk_that_fills_up_while_saving_leaves_the_states_before_and_says_needed_and_free_bytes(
     world, tmp_path
 ):
-    """F7. A limit on file size stands for the full disk; with room again the run goes on as if nothing had been."""
+    """F7. A limit on file size stands for the full disk; with room again the run goes on as if nothing had
+    been."""
     settings = dict(max_steps=9, save_every=2)
     run("sft", world, tmp_path / "whole", **settings)
     folder, log = tmp_path / "run", tmp_path / "log"
@@ -459,7 +466,8 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_states_before_and_says_nee
     needed = checkpoint.state_bytes(language_model())
     assert len(error) == 1 and "Traceback" not in log.read_text()
     assert (
-        f"the state of step 6 could not be written ([Errno 27] File too large); it needs {needed:,} bytes and "
+        f"the state of step 6 could not be written ([Errno 27] File too large); it needs {needed:,} bytes"
+        " and "
         in error[0]
         and " are free. The last saved state is step-4; make room and --resume" in error[0]
     )
@@ -482,7 +490,7 @@ def test_a_disk_without_room_for_a_state_is_refused_before_the_first_step_and_be
         checkpoint.check_room(tmp_path / "state", 10 * free)
 
 
-# ---- F9, F10: signals --------------------------------------------------------------------------------------------------------------
+# ---- F9, F10: signals --------------------------------------------------------------------------------------
 
 def in_an_evaluation(folder):
     """The last line is a step after which an evaluation comes."""
@@ -545,7 +553,8 @@ def test_a_signal_ends_the_run_after_a_save_with_a_code_that_says_so_and_it_can_
     "at", [pytest.param(0, marks=pytest.mark.long), 4, pytest.param(8, marks=pytest.mark.long)]
 )
 def test_an_evaluation_is_left_at_once_and_made_up_for_by_the_resumed_run(at, world, tmp_path):
-    """F9. The signal comes in the second of three batches; the weights are saved as they are. Before the first step there is nothing to save."""
+    """F9. The signal comes in the second of three batches; the weights are saved as they are. Before the
+    first step there is nothing to save."""
     TRIED["F9"] += 1
     (tmp_path / "world").mkdir()
     shutil.copy(world / "sft.jsonl", tmp_path / "world")
@@ -617,7 +626,7 @@ def test_a_signal_to_one_rank_of_four_stops_all_at_the_same_step_with_one_state(
         SURVIVED["F10"] += 1
 
 
-# ---- F11: a rank dies --------------------------------------------------------------------------------------------------------------
+# ---- F11: a rank dies --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -668,12 +677,13 @@ def test_a_rank_that_hangs_takes_the_run_down_after_the_collective_timeout(world
     SURVIVED["F11"] += 1
 
 
-# ---- F12-F15: going on -------------------------------------------------------------------------------------------------------------
+# ---- F12-F15: going on -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stage", ["dpo", *(pytest.param(stage, marks=pytest.mark.long)
                                             for stage in EVERY if stage != "dpo")])
 def test_a_run_stopped_twice_by_a_signal_is_one_never_stopped_bit_for_bit(stage, world, tmp_path):
-    """F12. Steps, weights, moments, metrics; 36 examples in batches of 8, so the first epoch ends inside a batch."""
+    """F12. Steps, weights, moments, metrics; 36 examples in batches of 8, so the first epoch ends inside a
+    batch."""
     TRIED["F12"] += 1
     settings = dict(max_steps=20 if LONG else 12, weight_decay=0.1)
     finish(start(go_on(stage, world, tmp_path / "whole", **settings), tmp_path / "log"))
@@ -818,7 +828,7 @@ def test_resuming_with_other_data_model_tokenizer_or_seed_is_refused_by_name_and
     assert [row["lr"] for row in logged(folder) if "lr" in row][2:] == [5e-4, 5e-4]
 
 
-# ---- F16: numbers that are not finite ----------------------------------------------------------------------------------------------
+# ---- F16: numbers that are not finite ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("where", ["loss", pytest.param("gradient", marks=pytest.mark.long)])
 def test_one_ranks_poisoned_step_stops_all_ranks_before_the_weights_move_and_is_named(where, world, tmp_path):
@@ -880,7 +890,7 @@ def test_one_ranks_poisoned_step_stops_all_ranks_before_the_weights_move_and_is_
     SURVIVED["F16"] += 1
 
 
-# ---- F18-F20: data -----------------------------------------------------------------------------------------------------------------
+# ---- F18-F20: data -----------------------------------------------------------------------------------------
 
 GOOD = b'{"prompt": "hi", "completion": "secret"}\n'
 LINES = {
@@ -937,7 +947,8 @@ def test_data_that_vanish_during_a_run_do_not_harm_it_and_are_named_when_it_is_r
 
 
 def test_pairs_of_equal_answers_are_counted_named_and_left_out_and_many_are_refused(tmp_path, capsys):
-    """F19. What has nothing to learn from cannot get in otherwise: an empty answer is a malformed line, and every answer's end is supervised."""
+    """F19. What has nothing to learn from cannot get in otherwise: an empty answer is a malformed line,
+    and every answer's end is supervised."""
     TRIED["F19"] += 1
     path, pair, equal = (
         tmp_path / "pairs.jsonl",
@@ -948,12 +959,16 @@ def test_pairs_of_equal_answers_are_counted_named_and_left_out_and_many_are_refu
     assert len(load_pairs([path], tokenizer(), 256, config.SFT())) == 39
     assert (
         capsys.readouterr().err
-        == f"{path}: 1 of 40 pairs have the same answer as chosen and rejected: {path}:31; they are left out\n"
+        == f"{path}: 1 of 40 pairs have the same answer as chosen and rejected: {path}:31; they are left"
+        " out\n"
     )
     write_jsonl(path, [pair] + [equal] * 2)
     with pytest.raises(
         ValueError,
-        match=f"2 of 3 pairs have the same answer as chosen and rejected: {path}:2 {path}:3; that is more than 50%",
+        match=(
+            f"2 of 3 pairs have the same answer as chosen and rejected: {path}:2 {path}:3; that is more"
+            " than 50%"
+        ),
     ):
         load_pairs([path], tokenizer(), 256, config.SFT())
     SURVIVED["F19"] += 1
@@ -994,7 +1009,7 @@ def test_fewer_examples_than_a_batch_are_refused_on_all_ranks_and_a_rest_is_used
     SURVIVED["F20"] += 1
 
 
-# ---- two runs in a folder, and torchrun ----------------------------------------------------------------------------------------------
+# ---- two runs in a folder, and torchrun --------------------------------------------------------------------
 
 
 def test_a_second_run_in_a_folder_is_refused_with_the_firsts_process_and_host_but_not_after_kill_9(
@@ -1005,7 +1020,10 @@ def test_a_second_run_in_a_folder_is_refused_with_the_firsts_process_and_host_bu
         go_on("sft", world, folder, max_steps=500, save_every=5, schedule="constant"), tmp_path / "first"
     )
     until(lambda: steps_logged(folder) >= 6, first)
-    says = f"error: {folder}: another run is writing here (process {first} on {socket.gethostname()}); wait for it or stop it, or give another folder\n"
+    says = (
+        f"error: {folder}: another run is writing here (process {first} on {socket.gethostname()}); wait for"
+        " it or stop it, or give another folder\n"
+    )
     for resume in (True, False):
         assert (
             finish(
@@ -1032,7 +1050,10 @@ def command(world, tmp_path_factory):
     """train.py sft on a model folder, 2 ranks; and what it makes without a fault."""
     folder = tmp_path_factory.mktemp("torchrun")
     weights.save(folder / "model", language_model(), tokenizer())
-    line = f"train.py sft --model {folder}/model --data {world}/sft.jsonl --batch-size 8 --max-steps 60 --save-every 5 --learning-rate 1e-3 --max-length 256"
+    line = (
+        f"train.py sft --model {folder}/model --data {world}/sft.jsonl --batch-size 8 --max-steps 60"
+        " --save-every 5 --learning-rate 1e-3 --max-length 256"
+    )
     return folder, line.split()
 
 
@@ -1052,13 +1073,15 @@ def process_of_rank(rank, pid):
 
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks' processes in /proc")
-def test_torchrun_with_a_restart_goes_on_from_the_last_state_after_kill_9_of_a_rank_to_the_weights_of_no_fault(
+def test_torchrun_with_a_restart_resumes_after_kill_9_of_a_rank_to_the_weights_of_no_fault(
     command, world, tmp_path
 ):
     """F11. The first start dies, the second is the same command, which finds its own unfinished run in --out.
 
-    On a busy machine the second start once found the addresses of the first one's ranks in torchrun's store, and could not connect.
-    The rank that was left alone may fail too (connection closed), before torchrun ends it or even before torchrun has seen the other's end.
+    On a busy machine the second start once found the addresses of the first one's ranks in torchrun's store,
+    and could not connect.
+    The rank that was left alone may fail too (connection closed), before torchrun ends it or even before
+    torchrun has seen the other's end.
     """
     TRIED["F11"] += 1
     folder, line = command

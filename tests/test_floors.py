@@ -1,4 +1,5 @@
-"""The house rules that can be read off the source: imports point down the floors, six third-party packages, no pickle."""
+"""The house rules that can be read off the source: imports point down the floors, six third-party
+packages, no pickle."""
 
 import ast
 import re

@@ -26,7 +26,8 @@ CONFIGS = json.loads((GOLDEN / "configs.json").read_text(encoding="utf-8"))
 
 
 def write(folder, case):
-    """The model folder of a case: config.json as transformers wrote it, weights from the function that made them there."""
+    """The model folder of a case: config.json as transformers wrote it, weights from the function that
+    made them there."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIGS[case]), encoding="utf-8")
     with torch.device("meta"):

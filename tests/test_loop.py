@@ -1,4 +1,5 @@
-"""The one loop: what a step is must not depend on how the batch is cut, nor on whether the run was ever stopped."""
+"""The one loop: what a step is must not depend on how the batch is cut, nor on whether the run was ever
+stopped."""
 
 import json
 import math
@@ -251,7 +252,8 @@ def test_a_first_step_that_its_stage_refuses_moves_nothing(world, tmp_path):
     ],
 )
 def test_stopped_twice_and_resumed_is_never_stopped_bit_for_bit(stage, world, tmp_path):
-    """11 steps of 8 over 36 examples: three epochs, and a border inside a batch. The sampler's whole state is the step."""
+    """11 steps of 8 over 36 examples: three epochs, and a border inside a batch. The sampler's whole state
+    is the step."""
     always = dict(schedule="constant", held_out=True, eval_every=2, weight_decay=0.1)
     whole = run(stage, world, tmp_path / "whole", max_steps=11, **always)
     for i, steps in enumerate((4, 9, 11)):

@@ -15,7 +15,7 @@ from aya_min.losses import (
     token_logps,
 )
 
-# ---- token log-probs ---------------------------------------------------------------------------------------------------------------
+# ---- token log-probs ---------------------------------------------------------------------------------------
 
 def problem(N=50, D=16, V=301, scale=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -29,7 +29,8 @@ def problem(N=50, D=16, V=301, scale=1.0, seed=0):
 
 
 def exact(hidden, weight, targets, logit_scale, upstream):
-    """The textbook: all logits at once, log_softmax, fp64. Log-probs and the gradients of their weighted sum."""
+    """The textbook: all logits at once, log_softmax, fp64. Log-probs and the gradients of their weighted
+    sum."""
     hidden, weight = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     logps = (hidden @ weight.T * logit_scale).log_softmax(-1)[range(len(targets)), targets]
     return logps.detach(), *torch.autograd.grad((logps * upstream).sum(), (hidden, weight))
@@ -67,7 +68,8 @@ def peak_bytes(function, folder):
 
 @pytest.mark.parametrize("N, V", [(2048, 3000), (4096, 3000), (2048, 6000)])
 def test_peak_memory_grows_with_the_chunk_and_not_with_tokens_times_vocabulary(N, V, tmp_path):
-    """Forward and backward hold one chunk of logits (and a few vectors, the hidden states and the gradients), where all of them would be N x V."""
+    """Forward and backward hold one chunk of logits (and a few vectors, the hidden states and the
+    gradients), where all of them would be N x V."""
     hidden, weight = torch.randn(N, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
     targets = torch.randint(V, (N,))
     peak = peak_bytes(lambda: token_logps(hidden, weight, targets, chunk_size=128).sum().backward(), tmp_path)
@@ -105,7 +107,7 @@ def test_sums_by_row_are_the_sums_of_each_rows_masked_tokens():
     assert sum_by_row(torch.tensor([1.0, 2.0, 4.0, 8.0]), mask).tolist() == [3.0, 0.0, 12.0]
 
 
-# ---- preferences -------------------------------------------------------------------------------------------------------------------
+# ---- preferences -------------------------------------------------------------------------------------------
 
 def test_dpo_loss_is_log2_per_pair_and_the_rewards_zero_when_policy_equals_reference():
     logps = -100 * torch.rand(2, 8)
@@ -115,7 +117,8 @@ def test_dpo_loss_is_log2_per_pair_and_the_rewards_zero_when_policy_equals_refer
 
 
 def test_dpo_by_hand():
-    """beta 0.5; chosen +1, rejected -1 nat against the reference: rewards +-0.5, their difference 1, -log sigmoid(1) = log(1 + 1/e)."""
+    """beta 0.5; chosen +1, rejected -1 nat against the reference: rewards +-0.5, their difference 1, -log
+    sigmoid(1) = log(1 + 1/e)."""
     policy, reference = torch.tensor([[-1.0], [-3.0]]), torch.tensor([[-2.0], [-2.0]])
     losses, rewards = dpo_loss(policy, reference, beta=0.5)
     torch.testing.assert_close(losses, torch.tensor([math.log(1 + math.exp(-1))]))
@@ -126,7 +129,8 @@ def test_dpo_by_hand():
 
 
 def test_dpo_pushes_chosen_up_and_rejected_down_by_beta_times_the_wrong_probability():
-    """Eq. 7's gradient: -beta * sigmoid(r_rejected - r_chosen) on the chosen log-prob, the opposite on the rejected one."""
+    """Eq. 7's gradient: -beta * sigmoid(r_rejected - r_chosen) on the chosen log-prob, the opposite on the
+    rejected one."""
     policy = torch.tensor([[-1.0], [-3.0]], requires_grad=True)
     dpo_loss(policy, torch.tensor([[-2.0], [-2.0]]), beta=0.5)[0].sum().backward()
     wrong = 0.5 / (1 + math.e)
@@ -141,13 +145,14 @@ def test_dpo_sees_only_log_ratios():
 
 
 def test_bradley_terry_by_hand():
-    """Equal scores: ln 2. One point apart: log(1 + 1/e). Odds of 3 to 1: log(4/3). Hopeless: the margin itself, not infinity."""
+    """Equal scores: ln 2. One point apart: log(1 + 1/e). Odds of 3 to 1: log(4/3). Hopeless: the margin
+    itself, not infinity."""
     chosen, rejected = torch.tensor([5.0, 2.0, math.log(3), -500.0]), torch.tensor([5.0, 1.0, 0.0, 500.0])
     expected = torch.tensor([math.log(2), math.log(1 + math.exp(-1)), math.log(4 / 3), 1000.0])
     torch.testing.assert_close(bradley_terry_loss(chosen, rejected), expected)
 
 
-# ---- RLOO --------------------------------------------------------------------------------------------------------------------------
+# ---- RLOO --------------------------------------------------------------------------------------------------
 
 def test_rloo_advantages_by_hand():
     """(1, 2, 6): the others' means are 4, 3.5 and 1.5."""
@@ -167,7 +172,7 @@ def test_rloo_advantages_sum_to_zero_per_prompt_and_ignore_the_other_prompts(k):
 
 @pytest.mark.parametrize("k", [2, 3, 8])
 def test_grpos_baseline_is_rloos_times_k_minus_1_over_k(k):
-    """r_i - mean(r) = (k-1)/k * (r_i - mean of the others); papers.md section 4."""
+    """r_i - mean(r) = (k-1)/k * (r_i - mean of the others)."""
     rewards = torch.randn(5, k, dtype=torch.float64)
     torch.testing.assert_close(
         rewards - rewards.mean(1, keepdim=True), (k - 1) / k * rloo_advantages(rewards)
@@ -194,7 +199,8 @@ def test_kl_shaped_rewards_by_hand():
 @pytest.mark.parametrize("k", [2, 3, 4])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_the_expected_rloo_gradient_is_the_exact_gradient_of_reward_minus_kl(k, beta):
-    """A policy over 3 actions: all 3^k ways to draw k of them, each weighted by its probability, against autograd on
+    """A policy over 3 actions: all 3^k ways to draw k of them, each weighted by its probability, against
+    autograd on
     E[r] - beta * KL(pi, ref) itself. An unbiased estimator gives equality, not closeness."""
     theta = torch.tensor([0.3, -0.5, 1.1], dtype=torch.float64, requires_grad=True)
     ref = torch.tensor([0.1, 0.4, -0.2], dtype=torch.float64).log_softmax(0)

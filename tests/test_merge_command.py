@@ -1,4 +1,5 @@
-"""merge.py, aya_min/merge_folders.py and aya_min/merge_config.py: whole folders in, a whole folder out, or one line that says why not."""
+"""merge.py, aya_min/merge_folders.py and aya_min/merge_config.py: whole folders in, a whole folder out, or
+one line that says why not."""
 
 import errno
 import hashlib
@@ -425,7 +426,8 @@ def test_the_output_has_the_dtype_of_the_first_model_or_the_one_asked_for_and_co
 
 
 def test_a_head_that_is_tied_and_written_all_the_same_is_left_out(tmp_path):
-    """Merged by itself it would not be the embedding's merge any more: DARE's masks go by the tensor's name."""
+    """Merged by itself it would not be the embedding's merge any more: DARE's masks go by the tensor's
+    name."""
     states = [
         {"model.embed_tokens.weight": torch.full((6, 2), value), "model.norm.weight": torch.ones(2)}
         for value in (1.0, 3.0)
@@ -451,7 +453,7 @@ def test_a_head_that_is_tied_and_written_all_the_same_is_left_out(tmp_path):
 
 
 def test_the_inputs_are_left_as_they_are(folders, base, tmp_path):
-    """By every method, by a comparison, and by merges that are refused or fail in the middle: F23 of the fault list."""
+    """By every method, by a comparison, and by merges that are refused or fail in the middle."""
     other = write(tmp_path / "other", {**tensors(2), "score.weight": torch.ones(1, 9)})
     nan = write(tmp_path / "nan", {**tensors(2), "score.weight": torch.full((1, 8), torch.nan)})
 
@@ -475,7 +477,8 @@ def test_the_inputs_are_left_as_they_are(folders, base, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_zeros_and_task_vectors_that_are_equal_or_opposite_have_a_merge(method, base, tmp_path):
-    """F23: what has no angle, no sign or no length. The base itself merges to the base, and so do opposite moves of one length."""
+    """F23: what has no angle, no sign or no length. The base itself merges to the base, and so do opposite
+    moves of one length."""
     start = {"w": torch.arange(1.0, 9.0)}
     states = {
         "start": start,
@@ -574,7 +577,8 @@ def by_transformers(tmp_path_factory):
 def test_sharded_folders_that_transformers_wrote_merge_to_what_a_hand_merge_of_them_gives(
     case, by_transformers, tmp_path
 ):
-    """make_transformers.py, which made them, also loaded every outcome with transformers: no tensor missing or unexpected, the logits of the merge by hand."""
+    """make_transformers.py, which made them, also loaded every outcome with transformers: no tensor
+    missing or unexpected, the logits of the merge by hand."""
     place, (model_type, dtype, _) = by_transformers / case, make_transformers.CASES[case]
     states = [make_transformers.state_of(place / name) for name in ("A", "B", "base")]
     assert len(list((place / "A").glob("*.safetensors"))) > 2 and {
@@ -635,8 +639,9 @@ def test_merges_load_in_transformers_and_merge_from_what_it_saves(tmp_path):
 def test_the_settings_are_read_and_the_models_hashed_before_torch_is_there(folders):
     """Importing torch takes as long as hashing a gigabyte or more: merge.py does both at once."""
     code = (
-        "import merge, sys; from aya_min.files import Digests; merge.main(sys.argv[1:]); digests = Digests(); files = merge.weight_files(sys.argv[2:4]); "
-        "digests.begin(files); print([digests[file] for file in files], 'torch' in sys.modules)"
+        "import merge, sys; from aya_min.files import Digests; merge.main(sys.argv[1:]); digests = Digests();"
+        " files = merge.weight_files(sys.argv[2:4]); digests.begin(files); print([digests[file] for file in"
+        " files], 'torch' in sys.modules)"
     )
     done = program("-c", code, "linear", *folders[:2], "--print-config", check=True)
     expected = [
@@ -1221,8 +1226,12 @@ def test_a_merge_that_fails_in_the_middle_takes_the_folders_above_its_output_wit
 # memory
 
 def peak(commands):
-    """Bytes of resident memory at most, mapped pages included, of a process that runs merge.py with these arguments one after the other."""
-    code = "import json, merge, sys, aya_min.merge_folders; [merge.main(command) for command in json.loads(sys.argv[1])]; print(open('/proc/self/status').read())"
+    """Bytes of resident memory at most, mapped pages included, of a process that runs merge.py with these
+    arguments one after the other."""
+    code = (
+        "import json, merge, sys, aya_min.merge_folders; [merge.main(command) for command in"
+        " json.loads(sys.argv[1])]; print(open('/proc/self/status').read())"
+    )
     words = json.dumps([list(map(str, command)) for command in commands])
     done = program("-c", code, words, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True)
     assert done.stdout.count(" of ") == sum("--out" in command for command in commands), done.stderr
@@ -1233,7 +1242,8 @@ def peak(commands):
 @pytest.mark.parametrize("method_names", [["linear"], pytest.param([*METHODS], marks=pytest.mark.long)],
                          ids=["linear", "all methods and diff"])
 def test_memory_does_not_grow_with_the_model_or_its_largest_tensor(method_names, tmp_path):
-    """F24, 3 models of 8 shards: far below (N + 2) x largest tensor + 300 MB. One tensor of one model is 240 MB in fp32."""
+    """F24, 3 models of 8 shards: far below (N + 2) x largest tensor + 300 MB. One tensor of one model is
+    240 MB in fp32."""
     rows = {"large": 60_000} | {f"small.{i}": 1_000 for i in range(20)}
     for name, seed in zip("ABC", range(3)):
         draws = torch.Generator().manual_seed(seed)
@@ -1303,7 +1313,8 @@ def test_diff_gives_distance_cosine_and_agreement_worked_by_hand(tmp_path, capsy
     ]
     assert main(["diff", *map(str, folders[:2]), "--base", str(folders[2]), "--json"]) == 0
     rows = {row["what"]: row for row in json.loads(capsys.readouterr().out)}
-    # task vectors (2, 1, 0, -1) and (2, -1, 0, 0): of the two parameters that both moved, one went the same way
+    # task vectors (2, 1, 0, -1) and (2, -1, 0, 0): of the two parameters that both moved, one went the same
+    # way
     assert rows["m.layers.0.w"] == pytest.approx(
         {**first, "task_cosine": 3 / (6 * 5) ** 0.5, "same_sign": 0.5}
     )

@@ -1,4 +1,5 @@
-"""aya_min/merge_methods.py: hand-worked values, identities, slow versions, and that a tensor merged in pieces is the tensor merged whole."""
+"""aya_min/merge_methods.py: hand-worked values, identities, slow versions, and that a tensor merged in
+pieces is the tensor merged whole."""
 
 import inspect
 import math
@@ -341,7 +342,8 @@ def test_elect_and_average_worked_by_hand():
     deltas = torch.tensor([[3.0, 1.0, 2.0, 0.0, 1.0],
                            [-1.0, 2.0, -2.0, 0.0, 0.0],
                            [1.0, -4.0, 0.0, 0.0, 0.0]])
-    # sums 3, -1, 0, 0, 1: mean of 3 and 1; of -4 alone; no sign; nothing there; of 1 alone, as zeros do not agree with +
+    # sums 3, -1, 0, 0, 1: mean of 3 and 1; of -4 alone; no sign; nothing there; of 1 alone, as zeros do not
+    # agree with +
     assert elect_and_average(deltas, [1, 1, 1]) == [2.0, -4.0, 0.0, 0.0, 1.0]
     # with weights 3, 1, 1 the election is the same, and the first mean is (3*3 + 1*1) / 4
     assert elect_and_average(deltas, [3, 1, 1]) == [2.5, -4.0, 0.0, 0.0, 1.0]
@@ -438,7 +440,8 @@ def test_the_pipeline_is_a_slow_one_that_takes_parameter_after_parameter(method,
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("method", [linear, slerp, task_arithmetic, model_stock, *SPARSE])
 def test_what_is_not_finite_in_any_model_is_not_finite_in_the_merge(method, broken, convention):
-    """So looking at what comes out is enough. Also where it is trimmed, dropped, outvoted or of a model of weight 0."""
+    """So looking at what comes out is enough. Also where it is trimmed, dropped, outvoted or of a model of
+    weight 0."""
     for bad in range(3):
         (a, b, _), base = models(shape=(301,))
         a[7], b[8] = base[7], base[8]                                           # nothing to keep

@@ -1,4 +1,5 @@
-"""merge_search.py, merge_fitness.py and merge_front.py: the weights that are found, what is measured, what a killed search leaves, and what is refused."""
+"""merge_search.py, merge_fitness.py and merge_front.py: the weights that are found, what is measured, what
+a killed search leaves, and what is refused."""
 
 import json
 import math
@@ -89,7 +90,7 @@ def everything(folder):
     }
 
 
-# ---- the search --------------------------------------------------------------------------------------------------------------------
+# ---- the search --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("weights_of", [softmax, affine])
 def test_weights_sum_to_one_and_start_at_the_uniform_soup_with_one_slope(weights_of):
@@ -133,7 +134,8 @@ def test_cma_es_finds_the_mixture_that_is_best():
     "weights_of, first", [(softmax, [10 / 22, 10 / 22, 1 / 22, 1 / 22]), (affine, [0.5, 0.5, 0, 0])]
 )
 def test_the_first_point_is_the_soup_that_the_search_begins_from(weights_of, first):
-    """A softmax reaches no 0: 0.05, a fifth of an equal share, stands for it, and the weights are divided by their sum, 1.1."""
+    """A softmax reaches no 0: 0.05, a fifth of an equal share, stands for it, and the weights are divided
+    by their sum, 1.1."""
     tried = []
     optimise(lambda w: tried.append(w) or 0.0, [0.5, 0.5, 0.0, 0.0], 1, 0, weights_of)
     assert (
@@ -337,7 +339,7 @@ def test_measurements_without_meaning_stop_the_search(found, said, pool, tmp_pat
         search(pool, tmp_path / "out", lambda weights, split: next(answers))
 
 
-# ---- what is measured --------------------------------------------------------------------------------------------------------------
+# ---- what is measured --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_the_model_that_is_measured_in_memory_is_the_one_that_is_written(dtype, pool, tmp_path):
@@ -436,7 +438,7 @@ def test_halves_keep_a_question_s_languages_together_and_depend_on_the_seed_alon
     )
 
 
-# ---- what is shown -----------------------------------------------------------------------------------------------------------------
+# ---- what is shown -----------------------------------------------------------------------------------------
 
 def test_the_front_is_what_nothing_else_beats_everywhere():
     assert merge_front.pareto([(3, 1), (2, 2), (1, 3), (2, 1), (2, 2), (1, 1)]) == [
@@ -470,7 +472,7 @@ def test_the_page_and_the_table_show_every_row_and_run_nothing(pool, tmp_path):
     }
 
 
-# ---- the command -------------------------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 SCRIPT = """import array, json, sys
 text = open(sys.argv[1] + "/model.safetensors", "rb").read()

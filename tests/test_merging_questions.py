@@ -1,4 +1,5 @@
-"""What the table of the merging questions rests on: SLERP of more than two models, the verdicts, and clusters that each start from their own model."""
+"""What the table of the merging questions rests on: SLERP of more than two models, the verdicts, and
+clusters that each start from their own model."""
 
 import runpy
 from pathlib import Path

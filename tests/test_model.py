@@ -1,5 +1,7 @@
-"""The decoder against a slow reference written from the description of the two architectures: numpy, fp64, one head at a time,
-rotary embedding as multiplication by complex numbers. It shares no code and no tensor layout trick with the model.
+"""The decoder against a slow reference written from the description of the two architectures: numpy, fp64,
+one head at a time,
+rotary embedding as multiplication by complex numbers. It shares no code and no tensor layout trick with the
+model.
 """
 
 import inspect
@@ -65,7 +67,7 @@ def tokens(*shape, seed=1):
     return torch.randint(SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- against the reference ---------------------------------------------------------------------------------------------------------
+# ---- against the reference ---------------------------------------------------------------------------------
 
 def layer_norm(x, weight, eps):
     centred = x - x.mean(-1, keepdims=True)
@@ -129,7 +131,8 @@ def test_rotary_angles_are_fp32_and_no_two_positions_look_alike():
 
 
 def test_attention_depends_on_distances_and_not_on_places():
-    """Rotary: the same tokens behind 5 more positions attend to each other alike. Seen on one head's scores q.k."""
+    """Rotary: the same tokens behind 5 more positions attend to each other alike. Seen on one head's
+    scores q.k."""
     attention = build().model.layers[0].self_attn
     x = torch.randn(1, 6, 24, generator=torch.Generator().manual_seed(0))
     outputs = [
@@ -138,7 +141,7 @@ def test_attention_depends_on_distances_and_not_on_places():
     torch.testing.assert_close(*outputs)
 
 
-# ---- who sees whom -----------------------------------------------------------------------------------------------------------------
+# ---- who sees whom -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("place", [1, 9, 16])
 def test_changing_a_token_changes_no_earlier_logit(place):
@@ -152,7 +155,8 @@ def test_changing_a_token_changes_no_earlier_logit(place):
 
 @pytest.mark.parametrize("place", [0, 3, 10])
 def test_a_token_is_seen_through_one_window_a_layer_and_no_further(place):
-    """Two sliding layers of 3 tokens: it reaches the 4 tokens after it. A full layer would carry it to the end."""
+    """Two sliding layers of 3 tokens: it reaches the 4 tokens after it. A full layer would carry it to the
+    end."""
     model, ids = build(model_type="cohere2", sliding_window=3, layer_types=["sliding_attention"] * 2), tokens(
         1, 17
     )
@@ -163,7 +167,8 @@ def test_a_token_is_seen_through_one_window_a_layer_and_no_further(place):
 
 
 def test_full_layers_of_cohere2_see_no_order_and_sliding_ones_do():
-    """Without rotary embeddings the last token's logits are the same whatever the order of those before it, in one layer."""
+    """Without rotary embeddings the last token's logits are the same whatever the order of those before
+    it, in one layer."""
     ids = tokens(1, 9)
     turned = torch.cat([ids[:, :-1].flip(1), ids[:, -1:]], 1)
     full, sliding = (
@@ -205,7 +210,7 @@ def test_a_sequence_has_the_same_loss_alone_as_beside_a_longer_one():
     torch.testing.assert_close(together, torch.stack(alone))
 
 
-# ---- the ways to call it -----------------------------------------------------------------------------------------------------------
+# ---- the ways to call it -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=False)], ids=["tied", "untied"])
 def test_masked_log_probs_are_the_log_softmax_of_the_logits_at_the_token_before(changes):
@@ -294,10 +299,11 @@ def test_bf16_weights_give_bf16_logits_and_fp32_log_probs_near_the_fp32_models()
     torch.testing.assert_close(logps, expected, rtol=0.05, atol=0.1)
 
 
-# ---- sizes, names, initial weights -------------------------------------------------------------------------------------------------
+# ---- sizes, names, initial weights -------------------------------------------------------------------------
 
 def by_hand(vocabulary, hidden, ffn, layers, heads, key_value_heads):
-    """Parameters of a model with heads of 128 and a tied head: in each layer q and o, k and v, three matrices of the MLP, one norm."""
+    """Parameters of a model with heads of 128 and a tied head: in each layer q and o, k and v, three
+    matrices of the MLP, one norm."""
     return (
         vocabulary * hidden
         + layers * (2 * hidden * heads * 128 + 2 * hidden * key_value_heads * 128 + 3 * hidden * ffn + hidden)
@@ -420,7 +426,7 @@ def test_initial_spreads_are_those_of_the_docstring():
     assert spread["score.weight"] == pytest.approx(257 ** -0.5, rel=0.2)
 
 
-# ---- config.json -------------------------------------------------------------------------------------------------------------------
+# ---- config.json -------------------------------------------------------------------------------------------
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -487,7 +493,7 @@ def test_as_many_key_value_heads_as_heads_unless_a_file_says_otherwise():
         ),
     ],
 )
-def test_which_layers_slide_is_read_from_layer_types_or_the_older_pattern_and_published_as_both_where_possible(
+def test_which_layers_slide_is_read_from_layer_types_or_the_older_pattern_and_published_as_both(
     raw, types
 ):
     config = ModelConfig.from_published(
@@ -590,7 +596,8 @@ def test_packed_documents_have_the_loss_and_gradients_of_padded_and_of_separate_
 
 @pytest.mark.parametrize("packing", [True, None], ids=["asked for", "on a CPU"])
 def test_packing_computes_no_padding(packing):
-    """The MLP sees the real tokens in one line; what stands in the padding changes nothing, not even a bit."""
+    """The MLP sees the real tokens in one line; what stands in the padding changes nothing, not even a
+    bit."""
     model, seen = build(), []
     model.model.packing = packing
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
@@ -609,7 +616,8 @@ def test_packing_computes_no_padding(packing):
 def test_what_rows_begin_with_alike_is_computed_once_with_the_loss_and_gradients_of_separate_rows(
     changes, checkpointing
 ):
-    """A prompt of 7 tokens with two answers, one of 9 with three (two of them equal), and a row by itself; windows of 5 end inside the prompts."""
+    """A prompt of 7 tokens with two answers, one of 9 with three (two of them equal), and a row by itself;
+    windows of 5 end inside the prompts."""
     first, shared, lengths = (
         torch.tensor([0, 1, 0, 1, 1, 5]),
         torch.tensor([0, 0, 7, 9, 15, 0]),
@@ -637,7 +645,8 @@ def test_what_rows_begin_with_alike_is_computed_once_with_the_loss_and_gradients
 
 
 def slow_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
-    """What torch says that its varlen_attn computes, token by token: (W, 0) is causal with W keys to the left, -1 all of them."""
+    """What torch says that its varlen_attn computes, token by token: (W, 0) is causal with W keys to the
+    left, -1 all of them."""
     assert (
         enable_gqa == (query.shape[1] != key.shape[1])
         and cu_seq_q.dtype == torch.int32

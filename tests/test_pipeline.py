@@ -1,4 +1,5 @@
-"""The whole recipe at the smoke preset, once; then what a rerun, a killed run and a user's own models do with it."""
+"""The whole recipe at the smoke preset, once; then what a rerun, a killed run and a user's own models do
+with it."""
 
 import json
 import shutil
@@ -195,7 +196,8 @@ def test_what_a_user_brings_is_looked_at_before_any_work(smoke, tmp_path, in_pro
 
 
 def test_what_a_user_put_into_a_step_is_refused_and_kept_and_a_killed_steps_own_rest_goes(tmp_path):
-    """A folder with any config.json, and the folder of a killed step, were removed with all that was in them."""
+    """A folder with any config.json, and the folder of a killed step, were removed with all that was in
+    them."""
     run = pipeline_steps.Run(tmp_path / "run", config.Recipe(), CPU, {})
 
     def make(folder, resume):

@@ -1,4 +1,5 @@
-"""The rooms report*.py: the page is whole, safe and honest about its judge, and leaves out what a run did not record."""
+"""The rooms report*.py: the page is whole, safe and honest about its judge, and leaves out what a run did
+not record."""
 
 import json
 import os
@@ -213,7 +214,8 @@ def test_the_page_fetches_nothing_and_runs_nothing(tmp_path):
 
 
 def hostile(value):
-    """The same object with every text and every key that a model or a user chose made hostile; names that the report looks for stay."""
+    """The same object with every text and every key that a model or a user chose made hostile; names that
+    the report looks for stay."""
     if isinstance(value, dict):
         return {
             key: item if key in ("judge", "name", "kind", "model") else hostile(item)
@@ -355,9 +357,18 @@ def test_the_table_reads_as_worked_by_hand():
     del summary["models"][0]["sampled"]
     assert report_table.results_table(summary) == "\n".join(
         [
-            "| model | decoding | oracle grade |           vs base |       vs previous |         vs single | right language % | length |",
-            "| ----- | -------- | -----------: | ----------------: | ----------------: | ----------------: | ---------------: | -----: |",
-            "| SFT   | greedy   |         2.50 | 90.0 [85.0, 94.0] | 90.0 [85.0, 94.0] | 51.0 [47.5, 54.5] |             50.0 |     12 |",
+            (
+                "| model | decoding | oracle grade |           vs base |       vs previous |         vs"
+                " single | right language % | length |"
+            ),
+            (
+                "| ----- | -------- | -----------: | ----------------: | ----------------: |"
+                " ----------------: | ---------------: | -----: |"
+            ),
+            (
+                "| SFT   | greedy   |         2.50 | 90.0 [85.0, 94.0] | 90.0 [85.0, 94.0] | 51.0 [47.5,"
+                " 54.5] |             50.0 |     12 |"
+            ),
         ]
     )
 
@@ -386,9 +397,10 @@ def test_only_an_interval_clear_of_50_gets_an_arrow():
 
 def test_the_headline_names_the_gain_in_grade_and_both_win_rates():
     shown = Tags(report.headline(summary_of_a_run(), "greedy")).text.replace("\xa0", " ")
-    assert shown == (
-        "SFT, greedy: oracle grade 2.50 from the base's 0.50; it wins 90.0% [85.0, 94.0] against its base and "
-        "51.0% [47.5, 54.5] against the student of the single best teacher."
+    assert (
+        shown
+        == "SFT, greedy: oracle grade 2.50 from the base's 0.50; it wins 90.0% [85.0, 94.0] against its base"
+        " and 51.0% [47.5, 54.5] against the student of the single best teacher."
     )
 
 

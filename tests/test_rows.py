@@ -590,7 +590,7 @@ def test_a_tokenizer_is_trained_on_all_texts_of_every_shape(write):
     assert texts_in(row, where) == ["How many?", "6"]
 
 
-# ---- what a newcomer's files were refused for, or lost in silence -----------------------------------------------
+# ---- what a newcomer's files were refused for, or lost in silence ------------------------------------------
 
 
 def test_lines_without_a_row_are_passed_over_and_places_stay(write, tokenizer):

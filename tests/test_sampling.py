@@ -1,4 +1,5 @@
-"""Logits to token by hand and by counting; the cached engine against the plain forward; what one request gets, whoever else is in the batch.
+"""Logits to token by hand and by counting; the cached engine against the plain forward; what one request
+gets, whoever else is in the batch.
 And the scores of a reward model, which must not depend on the batch either."""
 
 import shutil
@@ -141,7 +142,8 @@ def teacher_forced(model, prompt, ids, temperature):
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
 @pytest.mark.parametrize("temperature", [0, 0.7])
 def test_the_log_prob_of_what_was_sampled_is_that_of_the_whole_forward(temperature, changes, prompts):
-    """With and without a sliding window, whose ring is full after 8 or 40 tokens, and which is shorter and longer than the prompts."""
+    """With and without a sliding window, whose ring is full after 8 or 40 tokens, and which is shorter and
+    longer than the prompts."""
     model = language_model(**changes)
     for prompt, group in zip(
         prompts,
@@ -196,7 +198,8 @@ def test_bfloat16_log_probs_are_those_of_the_bfloat16_forward_to_its_rounding(pr
 
 
 def test_unpacked_joined_weights_answer_alike_and_are_the_parameters_themselves(model, prompts, monkeypatch):
-    """Large models are not held twice: their parameters become views of the joined matrices, with the same values, and can be trained on."""
+    """Large models are not held twice: their parameters become views of the joined matrices, with the same
+    values, and can be trained on."""
     packed, before = generate(model, prompts, max_new_tokens=12, temperature=0), {
         name: p.clone() for name, p in model.state_dict().items()
     }
@@ -219,7 +222,8 @@ def test_unpacked_joined_weights_answer_alike_and_are_the_parameters_themselves(
 
 
 def test_weights_that_were_changed_in_place_are_seen_by_the_next_call(prompts):
-    """RLOO loads the trained weights into its sampling copy before each step; packed weights of the step before must not be used."""
+    """RLOO loads the trained weights into its sampling copy before each step; packed weights of the step
+    before must not be used."""
     model, other = language_model(0), language_model(5)
     first = generate(model, prompts[:3], max_new_tokens=8, temperature=0)
     model.load_state_dict(other.state_dict())
@@ -253,7 +257,8 @@ def test_greedy_alone_is_greedy_in_a_batch_with_prompts_of_1_to_300_tokens(model
     ids=["cohere", "cohere2"],
 )
 def test_what_a_request_samples_does_not_depend_on_the_batch_to_the_last_bit(changes, batch_size, prompts):
-    """On the CPU in fp32 with packed weights: attention runs over whole blocks of keys, so that even the log-probs are equal."""
+    """On the CPU in fp32 with packed weights: attention runs over whole blocks of keys, so that even the
+    log-probs are equal."""
     model = language_model(**changes)
     settings = dict(num_samples=3, max_new_tokens=45, temperature=0.7, stop_ids=[20, 30, 40], seed=4)
     whole = generate(model, prompts, **settings)
@@ -262,7 +267,8 @@ def test_what_a_request_samples_does_not_depend_on_the_batch_to_the_last_bit(cha
 
 
 class AsOnGPU(Engine):
-    """All slots over the whole cache at each step, idle rows too: the fixed shapes that a CUDA graph replays."""
+    """All slots over the whole cache at each step, idle rows too: the fixed shapes that a CUDA graph
+    replays."""
 
     def step(self, n, longest):
         self.look_at(self.slots, self.max_tokens)
@@ -315,7 +321,8 @@ class Counting(Engine):
 
 
 def test_a_finished_row_is_replaced_by_a_waiting_prompt_at_once(model):
-    """One answer of 10 tokens and four of 3 on two rows: the long one takes 9 steps after its prefill, the others 2 each, one after the other."""
+    """One answer of 10 tokens and four of 3 on two rows: the long one takes 9 steps after its prefill, the
+    others 2 each, one after the other."""
     engine, limits = Counting(Fused(model), 2, 32, 10, 0.0), [3, 3, 10, 3, 3]
     prompts = [[20 + i] for i in range(5)]
     rows = [
@@ -399,7 +406,10 @@ def test_the_last_position_of_the_model_can_be_used_and_one_more_is_refused(mode
     assert len(generate(model, [prompt], max_new_tokens=12)[0][0].ids) == 12
     with pytest.raises(
         ValueError,
-        match="prompt 1 has 500 tokens; with 13 new ones it passes the model's 512; shorten it or lower --max-new-tokens",
+        match=(
+            "prompt 1 has 500 tokens; with 13 new ones it passes the model's 512; shorten it or lower"
+            " --max-new-tokens"
+        ),
     ):
         generate(model, [[20], prompt], max_new_tokens=13)
 
@@ -585,7 +595,10 @@ def test_a_cache_that_does_not_fit_is_refused_with_the_batch_size_that_does():
     model = config.model_preset("aya-expanse-32b")
     with pytest.raises(
         ValueError,
-        match=r"the KV cache of 1000000 rows of 8192 tokens needs 1342178.6 GB, .* GB are free; (lower --batch-size to \d+ or less|shorten the prompts)",
+        match=(
+            r"the KV cache of 1000000 rows of 8192 tokens needs 1342178.6 GB, .* GB are free; (lower"
+            r" --batch-size to \d+ or less|shorten the prompts)"
+        ),
     ):
         engine_size(model, [8000] * 1_000_000, [192] * 1_000_000, 1, 1_000_000, dtype=torch.bfloat16)
     assert engine_size(config.model_preset("smoke"), [10, 20], [5, 5], 2, 3) == (

@@ -1,4 +1,5 @@
-"""The stages side by side: their loss functions by hand, the reference of DPO, what a run folder holds, and what is refused."""
+"""The stages side by side: their loss functions by hand, the reference of DPO, what a run folder holds,
+and what is refused."""
 
 import json
 import math
@@ -155,7 +156,8 @@ def test_padding_changes_no_loss(pairs):
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 3e-4)])
 def test_the_first_dpo_loss_is_ln_2(dtype, tolerance, world, tmp_path):
-    """In bfloat16 the reference used to be computed in fp32: off by the rounding of every token of the answer."""
+    """In bfloat16 the reference used to be computed in fp32: off by the rounding of every token of the
+    answer."""
     row = logged(run("dpo", world, tmp_path / "run", dtype=dtype, max_steps=1))[0]
     assert row["dpo_loss"] == pytest.approx(math.log(2), abs=tolerance)
     assert row["rewards/margins"] == pytest.approx(0, abs=10 * tolerance)
@@ -263,7 +265,8 @@ def test_a_larger_beta_keeps_rloo_nearer_to_where_it_started(world, tmp_path):
 def test_reference_log_probs_on_disk_spare_the_next_run_its_pass_and_are_refused_for_any_other(
     world, tmp_path, monkeypatch
 ):
-    """Of the same model, pairs and dtype they are taken to the last bit; of others, or damaged, they are named and left as they are."""
+    """Of the same model, pairs and dtype they are taken to the last bit; of others, or damaged, they are
+    named and left as they are."""
     file, passes, of_model = tmp_path / "reference.safetensors", [], reference.answer_logps
     monkeypatch.setattr(reference, "answer_logps", lambda *args: passes.append(args) or of_model(*args))
     dpo = lambda name, data=world, **changes: logged(
@@ -466,5 +469,6 @@ def test_rloo_refuses_a_prompt_that_leaves_no_room_and_a_single_sample_before_it
 
 
 def test_every_setting_of_rloo_is_one_that_it_uses():
-    """--temperature was accepted and had no effect: samples are drawn at temperature 1, where the log-probs are taken."""
+    """--temperature was accepted and had no effect: samples are drawn at temperature 1, where the
+    log-probs are taken."""
     assert "temperature" not in vars(RLOO())

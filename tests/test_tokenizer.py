@@ -25,7 +25,8 @@ from aya_min.template_turns import read_turns
 WORDS = Path(__file__).parent.parent / "aya_min" / "words"
 REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "parallel.jsonl"
 
-# Ids in `small`: 0-12 the special tokens, 13-268 the bytes (a printable ASCII character c is ord(c) - 20), 269 the one merge, "hi".
+# Ids in `small`: 0-12 the special tokens, 13-268 the bytes (a printable ASCII character c is ord(c) - 20),
+# 269 the one merge, "hi".
 BOS, START, END, USER, CHATBOT, SYSTEM, HI, MARK = 5, 8, 9, 10, 11, 12, 269, ord("!") - 20
 
 
@@ -44,7 +45,8 @@ def multilingual():
     )
 
 
-# What Cohere publishes: the turn tokens stand at the end of the vocabulary, most of them not called special, and a post-processor adds BOS.
+# What Cohere publishes: the turn tokens stand at the end of the vocabulary, most of them not called
+# special, and a post-processor adds BOS.
 ADDED = SPECIALS[8:] + [
     "<|YES_TOKEN|>",
     "<|USER_0_TOKEN|>",
@@ -56,15 +58,18 @@ SPECIAL_AT_THE_END = {"<|END_OF_TURN_TOKEN|>"}
 
 # Chat templates of the four published shapes, with other words.
 AYA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set said = messages[1:] %}{% set system = messages[0]['content'] %}{% else %}"
-    "{% set said = messages %}{% set system = false %}{% endif %}{% if system != false %}{{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + system + "
-    "'<|END_OF_TURN_TOKEN|>' }}{% endif %}{% for m in said %}{% if m['role'] == 'user' %}{{ '<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' + m['content'].strip() + "
-    "'<|END_OF_TURN_TOKEN|>' }}{% else %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' + m['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set said = messages[1:] %}{% set system ="
+    " messages[0]['content'] %}{% else %}{% set said = messages %}{% set system = false %}{% endif %}{% if"
+    " system != false %}{{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + system + '<|END_OF_TURN_TOKEN|>' }}{%"
+    " endif %}{% for m in said %}{% if m['role'] == 'user' %}{{ '<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' +"
+    " m['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}{% else %}{{"
+    " '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' + m['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}{% endif"
+    " %}{% endfor %}{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"
 )
 WITH_TOOLS = (
-    "{% if documents %}\n<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Tools\n{% if tools %}Write <|START_THINKING|>{% endif %}<|END_OF_TURN_TOKEN|>"
-    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>\n{%- else -%}\n"
+    "{% if documents %}\n<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Tools\n{% if tools %}Write"
+    " <|START_THINKING|>{% endif %}<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>\n{%- else"
+    " -%}\n"
 )
 COMMAND_R7B = (
     WITH_TOOLS
@@ -76,26 +81,32 @@ COMMAND_R7B = (
     )
     .replace(
         "}}{% endif %}{% for",
-        "}}\n{%- else -%}\n    {{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|END_OF_TURN_TOKEN|>' }}\n{%- endif %}\n{%- for",
+        "}}\n{%- else -%}\n    {{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|END_OF_TURN_TOKEN|>' }}\n{%-"
+        " endif %}\n{%- for",
     )
     + "\n{% endif %}"
 )
-TURN = "<|START_OF_TURN_TOKEN|>{% if m['role'] == 'user' %}<|USER_TOKEN|>{{ m['content'] }}{% else %}<|CHATBOT_TOKEN|><|START_RESPONSE|>{{ m['content'] }}<|END_RESPONSE|>"
+TURN = (
+    "<|START_OF_TURN_TOKEN|>{% if m['role'] == 'user' %}<|USER_TOKEN|>{{ m['content'] }}{% else"
+    " %}<|CHATBOT_TOKEN|><|START_RESPONSE|>{{ m['content'] }}<|END_RESPONSE|>"
+)
 TINY_AYA = (
-    "{{ bos_token }}{% set ns = namespace(system=false) %}{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = m['content'] %}{% endif %}"
-    '{% endfor %}<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Preamble\nBe good.\n\n- Be brief.{% if ns.system and ns.system != "" %}\n\n# More\n'
-    "{{ ns.system }}{% endif %}<|END_OF_TURN_TOKEN|>{% for m in messages %}{% if m['role'] != 'system' %}"
+    "{{ bos_token }}{% set ns = namespace(system=false) %}{% for m in messages %}{% if m['role'] == 'system'"
+    " %}{% set ns.system = m['content'] %}{% endif %}{% endfor %}<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>#"
+    ' Preamble\nBe good.\n\n- Be brief.{% if ns.system and ns.system != "" %}\n\n# More\n{{ ns.system }}{%'
+    " endif %}<|END_OF_TURN_TOKEN|>{% for m in messages %}{% if m['role'] != 'system' %}"
     + TURN
-    + "{% endif %}<|END_OF_TURN_TOKEN|>"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>{% endif %}"
+    + "{% endif %}<|END_OF_TURN_TOKEN|>{% endif %}{% endfor %}{% if add_generation_prompt"
+    " %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>{% endif %}"
 )
 COMMAND_A = (
     "{{ bos_token }}"
     + WITH_TOOLS
-    + "{%- if messages[0]['role'] == 'system' %}{%- set developer = messages[0]['content'] %}{% endif %}\n"
-    "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Preamble\n{% if safety_mode|upper == 'STRICT' -%}\nBe strict.\n{%- else -%}\nBe good.\n{%- endif %}\n\n\n"
-    "- Be brief.\n{%- if developer %}\n\n\n# More\n{{ developer }}\n{%- endif -%}\n<|END_OF_TURN_TOKEN|>\n{%- for m in messages %}"
-    "{%- if m['role'] != 'system' %}"
+    + "{%- if messages[0]['role'] == 'system' %}{%- set developer = messages[0]['content'] %}{% endif"
+    " %}\n<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Preamble\n{% if safety_mode|upper == 'STRICT' -%}\nBe"
+    " strict.\n{%- else -%}\nBe good.\n{%- endif %}\n\n\n- Be brief.\n{%- if developer %}\n\n\n# More\n{{"
+    " developer }}\n{%- endif -%}\n<|END_OF_TURN_TOKEN|>\n{%- for m in messages %}{%- if m['role'] !="
+    " 'system' %}"
     + TURN
     + "{% endif %}<|END_OF_TURN_TOKEN|>\n{%- endif %}\n{%- endfor %}\n{%- if add_generation_prompt %}"
     "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>{% endif %}\n{%- endif %}"
@@ -119,13 +130,9 @@ FOLLOWED = {
     "no bos": TURNS,
     "a bos that is written out": "<BOS_TOKEN>" + TURNS,
     "a default system turn, literal": NO_SYSTEM + SYSTEM_TURN + "{% endif %}" + TURNS,
-    "a default system turn, joined": NO_SYSTEM
-    + "{{ '"
-    + SYSTEM_TURN[:-24]
-    + "' ~ '"
-    + SYSTEM_TURN[-24:]
-    + "' }}{% endif %}"
-    + TURNS,
+    "a default system turn, joined": (
+        NO_SYSTEM + "{{ '" + SYSTEM_TURN[:-24] + "' ~ '" + SYSTEM_TURN[-24:] + "' }}{% endif %}" + TURNS
+    ),
     "a system turn as a user's": PLAIN.replace("<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>"),
     "trim": PLAIN.replace("m['content']", "m['content'] | trim"),
     "only answers are stripped": PLAIN.replace(
@@ -134,28 +141,36 @@ FOLLOWED = {
     "eos ends a turn": PLAIN.replace("'<|END_OF_TURN_TOKEN|>'", "eos_token"),
     "words around the system turn": PLAIN.replace(
         "'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + m['content']",
-        "'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Rules" "\n' + m['content'] + '\n# End'",
+        "'<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Rules\n' + m['content'] + '\n# End'",
     ),
     "a macro that is not called": "{% macro turn(name, text='') %}{{ name | tojson }}{% endmacro %}" + PLAIN,
-    "comments, breaks of lines and tags that trim": "{# A template #}\n{{- bos_token }}\n{%- for m in "
-    "messages -%}\n    {%- if m.role == 'user' %}\n"
-    "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>\n    {%- elif m.role == "
-    "'system' -%}\n"
-    "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>\n    {%- else -%}\n"
-    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>{% endif %}"
-    "\n{%- endfor %}\n"
-    "{%- if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}\n",
-    "a branch for tools that is not known here": "{% if tools %}{{ strftime_now('%d') }}{% include 'x' %}{{ "
-    "a ? b }}{% else %}" + PLAIN + "{% endif %}",
-    "roles are checked": "{% set ns = namespace(n=0) %}{% for m in messages if m.role != 'system' %}{% if (m.role == 'user') "
-    "!= (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{% set ns.n = ns.n + 1 %}{% endfor %}" + PLAIN,
-    "content may be a list": "{{ bos_token }}{% for m in messages %}{% if m.content is string %}{% set text "
-    "= m.content %}{% else %}"
-    "{% set text = m.content[0].text %}{% endif %}<|START_OF_TURN_TOKEN|>{{ '<|USER_TOKEN|>' if m.role "
-    "== 'user' else '<|SYSTEM_TOKEN|>' if "
-    "m.role == 'system' else '<|CHATBOT_TOKEN|>' }}{{ text }}<|END_OF_TURN_TOKEN|>{% endfor %}"
-    "{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' if add_generation_prompt else '' }}",
+    "comments, breaks of lines and tags that trim": (
+        "{# A template #}\n{{- bos_token }}\n{%- for m in "
+        "messages -%}\n    {%- if m.role == 'user' %}\n"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>\n    {%- elif m.role == "
+        "'system' -%}\n"
+        "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>\n    {%- else -%}\n"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>{% endif %}"
+        "\n{%- endfor %}\n"
+        "{%- if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}\n"
+    ),
+    "a branch for tools that is not known here": (
+        "{% if tools %}{{ strftime_now('%d') }}{% include 'x' %}{{ a ? b }}{% else %}" + PLAIN + "{% endif %}"
+    ),
+    "roles are checked": (
+        "{% set ns = namespace(n=0) %}{% for m in messages if m.role != 'system' %}{% if (m.role == 'user') "
+        "!= (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+        + PLAIN
+    ),
+    "content may be a list": (
+        "{{ bos_token }}{% for m in messages %}{% if m.content is string %}{% set text "
+        "= m.content %}{% else %}"
+        "{% set text = m.content[0].text %}{% endif %}<|START_OF_TURN_TOKEN|>{{ '<|USER_TOKEN|>' if m.role "
+        "== 'user' else '<|SYSTEM_TOKEN|>' if "
+        "m.role == 'system' else '<|CHATBOT_TOKEN|>' }}{{ text }}<|END_OF_TURN_TOKEN|>{% endfor %}"
+        "{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' if add_generation_prompt else '' }}"
+    ),
 }
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% "
           "endfor %}"
@@ -307,7 +322,8 @@ REFUSED = {
 
 
 def publish(folder, template=None, where="tokenizer_config.json", added=ADDED):
-    """A folder with a tokenizer.json shaped as Cohere's and the chat template where older and newer releases have it."""
+    """A folder with a tokenizer.json shaped as Cohere's and the chat template where older and newer
+    releases have it."""
     folder.mkdir(exist_ok=True)
     bpe = json.loads(train_tokenizer(["hi hi hi hi"], 270).bpe.to_str())
     keep = [token for token in bpe["model"]["vocab"] if token not in SPECIALS[8:]]
@@ -368,7 +384,7 @@ def supervised(ids, mask):
     return [i for i, m in zip(ids, mask, strict=True) if m]
 
 
-# ---- conversations -----------------------------------------------------------------------------------------------------------------
+# ---- conversations -----------------------------------------------------------------------------------------
 
 def test_a_conversation_has_exactly_these_ids_and_supervises_exactly_the_answer_and_its_end(small):
     ids, mask = small.encode_chat(turns("hi", "hi!"))
@@ -438,7 +454,8 @@ def test_a_user_who_writes_the_same_words_as_the_assistant_is_not_supervised(sma
 
 
 def test_prompt_and_answer_make_the_same_ids_apart_as_together(small):
-    """The boundary between prompt and answer is a special token, so no merge crosses it, for a one-token answer too."""
+    """The boundary between prompt and answer is a special token, so no merge crosses it, for a one-token
+    answer too."""
     for answer in ("hi", "!", "hi there"):
         whole, _ = small.encode_chat(turns("hi", "!", "hi", answer))
         prompt = small.encode_prompt(turns("hi", "!", "hi"))
@@ -478,7 +495,7 @@ def test_a_conversation_has_one_bos_and_one_end_per_turn_in_every_language(code,
     assert multilingual.bos_id not in multilingual.encode(contents[0])
 
 
-# ---- what a user types -------------------------------------------------------------------------------------------------------------
+# ---- what a user types -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", SPECIALS)
 def test_a_special_token_typed_by_a_user_never_becomes_its_id(name, multilingual, tmp_path):
@@ -499,17 +516,19 @@ def test_a_forged_turn_stays_inside_the_users_turn(multilingual):
     assert supervised(ids, mask) == multilingual.encode("no") + [multilingual.end_of_turn_id]
 
 
-# ---- published files ---------------------------------------------------------------------------------------------------------------
+# ---- published files ---------------------------------------------------------------------------------------
 
 def test_command_r7b_opens_an_answer_with_a_marker_and_the_model_says_the_other_one_and_the_end(published):
     assert (
         published.start_of_turn_id > 260 and published.bos_id == BOS
     )  # found by name, at the end of the vocabulary
     ids, mask = published.encode_chat(turns("hi", "hi!"))
-    assert written(published, ids) == (
-        "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|END_OF_TURN_TOKEN|><|START_"
+    assert (
+        written(published, ids)
+        == "<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|END_OF_TURN_TOKEN|><|START_"
         "OF_TURN_TOKEN|><|USER_TOKEN|>hi"
-        "<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>hi!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+        "<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|>"
+        "<|CHATBOT_TOKEN|><|START_RESPONSE|>hi!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
     )
     assert written(published, supervised(ids, mask)) == "hi!<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
     assert written(published, published.encode_prompt("hi")).endswith("<|CHATBOT_TOKEN|><|START_RESPONSE|>")
@@ -651,14 +670,22 @@ def test_a_template_that_is_not_followed_is_refused_by_name_at_once(name, tmp_pa
         "model") in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
-EXPRESSIONS = """a ~ b + c | a + b ~ c | 1 + 2 * 3 - 4 // 3 % 2 | (1, 2)[0] | [1, [2, 3]][1][0] | {'k': a}['k'] | {'k': a}.k | not a is none and b is string | a is not none
-a if n else b | a if z | (a if z) ~ 'x' | a == 'x' or b == 'y' and not n | n in [1, 2, 3] | n not in [1, 2] | a in 'axe' | 'it''s' | 'tab\\tend\\n' | "dq '" | d.k.j.m is defined
-d.k is mapping | u is defined | u is undefined | u | default(a) | z | default('d', true) | a | upper | lower ~ b | a.strip().upper() | a.replace('x', 'yy') | xs | join('-') | xs | length
-xs[-1] | xs[1:] | join(',') | xs[::-1] | join | a[0] | a[5] | a[5] is defined | xs | first | xs | last | n is divisibleby 3 | n is odd | n is not even | a is eq 'x' | a is in ['x', 'y']
-a | trim | length > 0 | n > 1 and n <= 3 | 1 < n < 9 | none | true | d.items() | list | length | d.get('k').j | d.get('nope', 'no') | d['nope'] | d.nope is none | a | tojson | n | tojson
-namespace(x=n).x | range(3) | list | join | range(1, 6, 2) | join | a.startswith('x') | 'a,b'.split(',')[1] | (n | string) ~ 1 | -n | n / 2 | '%s' | a | capitalize | a | replace('x', 'z')
-rows | selectattr('r', 'equalto', 'u') | list | length | rows | map(attribute='r') | join('/') | rows | rejectattr('r', 'eq', 'u') | map(attribute='r') | join | 'x' in xs | none is none
-loop is defined | a ~ none ~ true ~ 1.5 | a != b | d == {} | xs == ['x', 'y'] | xs + [a] | join | n * n - n ~ a | z or b | a and b | (a, b) | join | 3 | string | n | int + 1"""
+EXPRESSIONS = """a ~ b + c | a + b ~ c | 1 + 2 * 3 - 4 // 3 % 2 | (1, 2)[0] | [1, [2, 3]][1][0] | \
+{'k': a}['k'] | {'k': a}.k | not a is none and b is string | a is not none
+a if n else b | a if z | (a if z) ~ 'x' | a == 'x' or b == 'y' and not n | n in [1, 2, 3] | \
+n not in [1, 2] | a in 'axe' | 'it''s' | 'tab\\tend\\n' | "dq '" | d.k.j.m is defined
+d.k is mapping | u is defined | u is undefined | u | default(a) | z | default('d', true) | a | upper | \
+lower ~ b | a.strip().upper() | a.replace('x', 'yy') | xs | join('-') | xs | length
+xs[-1] | xs[1:] | join(',') | xs[::-1] | join | a[0] | a[5] | a[5] is defined | xs | first | xs | last | \
+n is divisibleby 3 | n is odd | n is not even | a is eq 'x' | a is in ['x', 'y']
+a | trim | length > 0 | n > 1 and n <= 3 | 1 < n < 9 | none | true | d.items() | list | length | \
+d.get('k').j | d.get('nope', 'no') | d['nope'] | d.nope is none | a | tojson | n | tojson
+namespace(x=n).x | range(3) | list | join | range(1, 6, 2) | join | a.startswith('x') | \
+'a,b'.split(',')[1] | (n | string) ~ 1 | -n | n / 2 | '%s' | a | capitalize | a | replace('x', 'z')
+rows | selectattr('r', 'equalto', 'u') | list | length | rows | map(attribute='r') | join('/') | rows | \
+rejectattr('r', 'eq', 'u') | map(attribute='r') | join | 'x' in xs | none is none
+loop is defined | a ~ none ~ true ~ 1.5 | a != b | d == {} | xs == ['x', 'y'] | xs + [a] | join | \
+n * n - n ~ a | z or b | a and b | (a, b) | join | 3 | string | n | int + 1"""
 
 
 def test_expressions_are_worth_what_jinja_says():
@@ -693,10 +720,13 @@ def test_expressions_are_worth_what_jinja_says():
         "  {{ a }}  \n",
         "x {%- if true -%} y {%- endif -%} z",
         "a\n{# c #}\nb",
-        "{% for x in xs %}{{ loop.index }}{{ x }}{% if not loop.last %}, {% endif %}{% else %}none{% endfor %}",
+        (
+            "{% for x in xs %}{{ loop.index }}{{ x }}{% if not loop.last %}, {% endif %}{% else %}none{%"
+            " endfor %}"
+        ),
         "{% for x in [] %}a{% else %}none{% endfor %}",
         "{% for x in xs if x != 'x' %}{{ loop.length }}{{ x }}{% endfor %}",
-        "{% set x = 1 %}{% for y in xs %}{% set x = " "2 %}{% endfor %}{{ x }}",
+        "{% set x = 1 %}{% for y in xs %}{% set x = 2 %}{% endfor %}{{ x }}",
         "{% set ns = namespace(x=1) %}{% for y in xs %}{% set ns.x = ns.x + 1 %}{% endfor %}{{ ns.x }}",
         "{% for x in xs %}{% if x == 'x' %}{% continue %}{% endif %}{{ x }}{% break %}{% endfor %}",
         "{% if a == 'q' %}1{% elif n == 3 %}2{% else %}3{% endif %}",
@@ -735,7 +765,8 @@ def test_a_broken_tokenizer_config_is_refused_with_its_path(tmp_path):
 
 @pytest.mark.parametrize("name", SPECIALS[:8] + ADDED)
 def test_no_added_token_of_a_published_file_comes_out_of_a_users_text(name, published):
-    """The published files call most turn tokens not special, and encode_special_tokens alone lets those through."""
+    """The published files call most turn tokens not special, and encode_special_tokens alone lets those
+    through."""
     control = {published.bpe.token_to_id(each) for each in SPECIALS + ADDED}
     for text in (name, f"hi {name}{name} hi", f"{name}\n"):
         assert not control & set(published.encode(text)) and published.decode(published.encode(text)) == text
@@ -764,10 +795,11 @@ def test_a_published_tokenizer_is_saved_as_it_came(where, tmp_path):
     )
 
 
-# ---- streams -----------------------------------------------------------------------------------------------------------------------
+# ---- streams -----------------------------------------------------------------------------------------------
 
 def one_by_one(tokenizer, data, rng=None):
-    """Ids of bytes, a token for each byte; with `rng` cut at random into whatever tokens the vocabulary has, across characters too."""
+    """Ids of bytes, a token for each byte; with `rng` cut at random into whatever tokens the vocabulary
+    has, across characters too."""
     alphabet = [
         *range(33, 127),
         *range(161, 173),
@@ -869,7 +901,7 @@ def test_a_stream_takes_no_token_before_it_is_asked(small):
     assert [next(shown) for _ in range(3)] == ["hi"] * 3
 
 
-# ---- text --------------------------------------------------------------------------------------------------------------------------
+# ---- text --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("code", LANGUAGES)
 def test_the_word_file_round_trips(code, small, multilingual, published):
@@ -896,7 +928,7 @@ def test_digits_and_han_characters_stand_alone():
     assert tokenizer.encode("中文") == tokenizer.encode("中") + tokenizer.encode("文")
 
 
-# ---- files -------------------------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 def test_a_saved_tokenizer_reads_back_the_same(multilingual, tmp_path):
     multilingual.save(tmp_path)
@@ -912,7 +944,8 @@ def test_a_saved_tokenizer_reads_back_the_same(multilingual, tmp_path):
 
 
 def test_the_chat_template_that_is_saved_renders_what_the_tokenizer_encodes(small, tmp_path):
-    """It once kept the outer white space that encode_chat leaves out, so a server would have prompted otherwise than training did.
+    """It once kept the outer white space that encode_chat leaves out, so a server would have prompted
+    otherwise than training did.
     jinja2 comes with torch; `generation` is a tag that transformers adds to it."""
     jinja2 = pytest.importorskip("jinja2")
     for tokenizer, own, end in (
@@ -990,7 +1023,8 @@ def test_a_control_token_that_takes_white_space_or_letters_of_a_text_is_refused(
 
 
 def test_a_template_gets_the_special_tokens_that_transformers_gives_it(tmp_path):
-    """An absent bos_token is Cohere's in Cohere's class, nothing in another; special_tokens_map.json counts too."""
+    """An absent bos_token is Cohere's in Cohere's class, nothing in another; special_tokens_map.json
+    counts too."""
     def begins(**config):
         folder = publish(tmp_path / "model", PLAIN)
         path = folder / "tokenizer_config.json"

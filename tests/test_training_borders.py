@@ -342,7 +342,8 @@ def functions_of(path, names=None):
 
 
 def read_in(trees):
-    """The attributes that some code reads, and the texts in it, of which lists of names of arguments are made."""
+    """The attributes that some code reads, and the texts in it, of which lists of names of arguments are
+    made."""
     nodes = [node for tree in trees for node in ast.walk(tree)]
     attributes = [
         node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)

@@ -1,4 +1,5 @@
-"""Model folders: what is written is what is read, under the published names; anything less than a whole and fitting folder is refused by name."""
+"""Model folders: what is written is what is read, under the published names; anything less than a whole
+and fitting folder is refused by name."""
 
 import json
 import os
@@ -206,7 +207,8 @@ def test_no_parameter_is_left_as_memory_happened_to_be(make, trunk, nan_where_no
 
 
 def test_an_answer_s_several_ends_are_all_in_the_generation_config(folder, tmp_path):
-    """Command R7B's answers end with <|END_RESPONSE|>; one that only knows <|END_OF_TURN_TOKEN|> would print it."""
+    """Command R7B's answers end with <|END_RESPONSE|>; one that only knows <|END_OF_TURN_TOKEN|> would
+    print it."""
     model, words = weights.load(folder)
     words.stop_ids = [words.end_of_turn_id, 7]
     weights.save(tmp_path / "saved", model, words)
@@ -521,7 +523,10 @@ def test_a_description_that_is_no_json_object_is_refused_with_its_name(name, tex
     [
         (
             {"architectures": ["LlamaForCausalLM"]},
-            "architecture 'LlamaForCausalLM' is not supported; supported: CohereForCausalLM Cohere2ForCausalLM",
+            (
+                "architecture 'LlamaForCausalLM' is not supported; supported: CohereForCausalLM"
+                " Cohere2ForCausalLM"
+            ),
         ),
         ({"architectures": ["LlamaForCausalLM"]}, "architecture 'LlamaForCausalLM' is not supported"),
         ({"model_type": "cohere3"}, "model_type 'cohere3' is not supported; supported: cohere cohere2"),
@@ -708,7 +713,8 @@ FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_link_out_of_the_folder_a_pipe_and_a_folder_are_refused_at_once_for_every_file(name, folder):
-    """Only weights were held to the folder: chat_template.jinja -> /etc/passwd was published in the settings."""
+    """Only weights were held to the folder: chat_template.jinja -> /etc/passwd was published in the
+    settings."""
     secret = folder.parent / "secret"
     secret.write_text("{}")
 

@@ -1,11 +1,16 @@
-"""Tokens a second of aya_min's engine and of transformers' generate: same weights, fp32, greedy, in turn in one run.
+"""Tokens a second of aya_min's engine and of transformers' generate: same weights, fp32, greedy, in turn in
+one run.
 
-    pip install transformers && OMP_NUM_THREADS=2 python tests/bench/generate_speed.py [--rounds 5] [--loaded] [--device cuda --dtype bfloat16]
+    pip install transformers && OMP_NUM_THREADS=2 python tests/bench/generate_speed.py [--rounds 5] [--loaded]
+    [--device cuda --dtype bfloat16]
 
-A 5.6M-parameter Cohere model; prompts of 32 tokens and 64 new ones at batch 1, 16 and 64; then 256 requests with prompts of 8-128 and answers of 8-128
-tokens, which transformers takes by 64 in the given order, each batch to its longest answer. Each figure is the median over the rounds, with minimum and maximum.
+A 5.6M-parameter Cohere model; prompts of 32 tokens and 64 new ones at batch 1, 16 and 64; then 256 requests
+with prompts of 8-128 and answers of 8-128
+tokens, which transformers takes by 64 in the given order, each batch to its longest answer. Each figure is
+the median over the rounds, with minimum and maximum.
 --loaded: another process keeps a core busy meanwhile.
-"matmuls" is the time of the two large products of each layer and the head alone, at the same numbers of rows, with torch's F.linear and as the engine packs them.
+"matmuls" is the time of the two large products of each layer and the head alone, at the same numbers of rows,
+with torch's F.linear and as the engine packs them.
 """
 
 import argparse
@@ -84,9 +89,11 @@ def main():
     theirs.load_state_dict({**model.state_dict(), "lm_head.weight": model.head_weight})
     theirs = theirs.to(args.device, dtype).eval()
     print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {args.device} {args.dtype}, {'beside a busy process, ' if args.loaded else ''}"
-        f"{sum(p.numel() for p in model.parameters()):,} parameters"
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()}"
+        f" threads, torch {torch.__version__}, transformers {transformers.__version__}, {args.device}"
+        f" {args.dtype},"
+        f" {'beside a busy process, ' if args.loaded else ''}{sum(p.numel() for p in model.parameters()):,}"
+        " parameters"
     )
 
     rng = np.random.default_rng(0)
@@ -122,7 +129,8 @@ def main():
         return answers
 
     print(
-        f"{'':10} {'transformers':>26} {'aya_min':>26} {'ratio':>6} {'same tokens':>12} {'matmuls: F.linear':>18} {'packed':>8} {'share of packed':>16}"
+        f"{'':10} {'transformers':>26} {'aya_min':>26} {'ratio':>6} {'same tokens':>12}"
+        f" {'matmuls: F.linear':>18} {'packed':>8} {'share of packed':>16}"
     )
     for name, prompts, limits, batch in cases:
         times = {by_transformers: [], ours: []}
@@ -138,8 +146,9 @@ def main():
         text = {f: f"{middle[f]:8.0f} [{rates[f][0]:6.0f}, {rates[f][-1]:6.0f}]" for f in rates}
         matmul = [batch / matmul_seconds(model, batch, pack) for pack in (False, args.device == "cpu")]
         print(
-            f"{name:10} {text[by_transformers]:>26} {text[ours]:>26} {middle[ours] / middle[by_transformers]:6.2f} {same:12.0%} {matmul[0]:18.0f} {matmul[1]:8.0f} "
-            f"{middle[ours] / matmul[1]:16.0%}",
+            f"{name:10} {text[by_transformers]:>26} {text[ours]:>26}"
+            f" {middle[ours] / middle[by_transformers]:6.2f} {same:12.0%} {matmul[0]:18.0f} {matmul[1]:8.0f}"
+            f" {middle[ours] / matmul[1]:16.0%}",
             flush=True,
         )
 

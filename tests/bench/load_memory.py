@@ -1,6 +1,8 @@
-"""Host memory of weights.load: the peak of resident memory (mapped pages count) over the size of the files, on a made checkpoint in bf16.
+"""Host memory of weights.load: the peak of resident memory (mapped pages count) over the size of the files,
+on a made checkpoint in bf16.
 
-OMP_NUM_THREADS=1 python tests/bench/load_memory.py [LAYERS]         (8 layers: 1.2 GB, in a temporary folder; 16: 2.2 GB)
+OMP_NUM_THREADS=1 python tests/bench/load_memory.py [LAYERS]         (8 layers: 1.2 GB, in a temporary folder;
+16: 2.2 GB)
 """
 
 import json
@@ -28,7 +30,8 @@ def resident(key):
 
 
 def make(folder, num_layers, shard_bytes):
-    """A model folder of random bf16 weights, written tensor by tensor; its bytes, and those of its largest tensor."""
+    """A model folder of random bf16 weights, written tensor by tensor; its bytes, and those of its largest
+    tensor."""
     config = ModelConfig(
         vocab_size=65536,
         hidden_size=2048,
@@ -78,7 +81,8 @@ def measure(folder, dtype, ranks):
 def main():
     num_layers = int(sys.argv[1]) if len(sys.argv) > 1 else 8
     print(
-        "| files | loaded as | ranks | files, GB | largest tensor | torch and imports | peak | peak less imports | over files | over what is held |"
+        "| files | loaded as | ranks | files, GB | largest tensor | torch and imports | peak | peak less"
+        " imports | over files | over what is held |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for what, shard_bytes in (("one", LARGE), ("shards of 0.3 GB", SMALL)):
@@ -87,8 +91,9 @@ def main():
             for dtype, ranks in (("bfloat16", 1), ("float32", 1), ("float32", 2)):
                 for before, peak, held in measure(Path(place) / "model", dtype, ranks):
                     print(
-                        f"| {what} | {dtype} | {ranks} | {size / GB:.2f} | {largest / GB:.2f} | {before / GB:.2f} | {peak / GB:.2f} | {(peak - before) / GB:.2f} | "
-                        f"{(peak - before) / size:.2f} | {(peak - before) / held:.2f} |",
+                        f"| {what} | {dtype} | {ranks} | {size / GB:.2f} | {largest / GB:.2f} |"
+                        f" {before / GB:.2f} | {peak / GB:.2f} | {(peak - before) / GB:.2f} |"
+                        f" {(peak - before) / size:.2f} | {(peak - before) / held:.2f} |",
                         flush=True,
                     )
 

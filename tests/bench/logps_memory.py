@@ -1,6 +1,8 @@
-"""Memory and time of the log-probs of N supervised tokens against the vocabulary V, forward and backward, beside log_softmax of whole logits.
+"""Memory and time of the log-probs of N supervised tokens against the vocabulary V, forward and backward,
+beside log_softmax of whole logits.
 
-python tests/bench/logps_memory.py [--hidden 512] [--most 4096]          (each row a process of its own; on a GPU if there is one)
+python tests/bench/logps_memory.py [--hidden 512] [--most 4096]          (each row a process of its own; on a
+GPU if there is one)
 """
 
 import argparse
@@ -17,7 +19,8 @@ from aya_min.losses import token_logps
 
 
 def whole(hidden, weight, targets):
-    """What a training loop does that knows no better: (N, V) logits, their fp32 log_softmax, one number a row of it."""
+    """What a training loop does that knows no better: (N, V) logits, their fp32 log_softmax, one number a
+    row of it."""
     return (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
@@ -61,8 +64,9 @@ def main():
     parser.add_argument("--most", type=int, default=4096, help="tokens of the largest case")
     args = parser.parse_args()
     print(
-        f"hidden size {args.hidden}, torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}\n\n"
-        "| tokens | vocabulary | whole logits, GB | log_softmax: GB more, s | by chunks: GB more, s |\n|---|---|---|---|---|"
+        f"hidden size {args.hidden}, torch {torch.__version__},"
+        f" {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}\n\n| tokens | vocabulary |"
+        " whole logits, GB | log_softmax: GB more, s | by chunks: GB more, s |\n|---|---|---|---|---|"
     )
     for N, V in (
         (args.most // 4, 256_000),

@@ -1,11 +1,16 @@
-"""Seconds and peak memory of merge.py and of mergekit on the same checkpoints: each command as a process of its own, in turn, several rounds.
+"""Seconds and peak memory of merge.py and of mergekit on the same checkpoints: each command as a process of
+its own, in turn, several rounds.
 
     pip install mergekit (in an environment of its own), then
-    python tests/bench/merge_speed.py --mergekit /path/to/mergekit-yaml [--rounds 3] [--layers 16] [--methods linear ties dare_ties] [--place /tmp]
+    python tests/bench/merge_speed.py --mergekit /path/to/mergekit-yaml [--rounds 3] [--layers 16] [--methods
+    linear ties dare_ties] [--place /tmp]
 
-Makes three Cohere checkpoints in bf16 (502M parameters, 1.0 GB each, with use_qk_norm: mergekit 0.1.5 refuses others) in a temporary folder; linear averages
-the three, the other methods take the first as the base. Each configuration is printed by merge.py and given to both. Every output is removed before the next
-command; the inputs stay in the page cache. Figures are medians with minimum and maximum. Without --mergekit, merge.py alone. merge.py runs twice: as it is,
+Makes three Cohere checkpoints in bf16 (502M parameters, 1.0 GB each, with use_qk_norm: mergekit 0.1.5 refuses
+others) in a temporary folder; linear averages
+the three, the other methods take the first as the base. Each configuration is printed by merge.py and given
+to both. Every output is removed before the next
+command; the inputs stay in the page cache. Figures are medians with minimum and maximum. Without --mergekit,
+merge.py alone. merge.py runs twice: as it is,
 with the SHA-256 of its inputs in the record of provenance, and with --no-hashes, which is what mergekit does.
 """
 
@@ -27,9 +32,11 @@ NOT_OURS = ("linear", "task_arithmetic")                            # where merg
 
 
 def make(folder, seed, num_layers):
-    """A model folder of bf16 weights, a little away from those of the other seeds. Prints its number of parameters.
+    """A model folder of bf16 weights, a little away from those of the other seeds. Prints its number of
+    parameters.
 
-    In a process of its own: the peak that the system reports of a child is at least what its parent held when it started.
+    In a process of its own: the peak that the system reports of a child is at least what its parent held when
+    it started.
     """
     sys.path.insert(0, str(ROOT))
     import torch
@@ -86,7 +93,8 @@ def measure(command):
 
 
 def floor(file, place):
-    """Seconds of one core that no linear merge of three such files goes below: import torch, hash and read three, write one (in the page cache, no arithmetic)."""
+    """Seconds of one core that no linear merge of three such files goes below: import torch, hash and read
+    three, write one (in the page cache, no arithmetic)."""
     chunk, size, rates = memoryview(bytearray(1 << 22)), file.stat().st_size, {}
     for what in ("sha256", "read", "write"):
         digest, started = hashlib.sha256(), time.process_time()
@@ -100,8 +108,10 @@ def floor(file, place):
     (place / "floor").unlink()
     imported = measure([sys.executable, "-c", "import torch"])[1]
     print(
-        f"one core: {', '.join(f'{what} {size / seconds / 1e9:.2f} GB/s' for what, seconds in rates.items())}, import torch {imported:.1f} s; "
-        f"together for three models {imported + 3 * rates['sha256'] + 3 * rates['read'] + rates['write']:.1f} s of CPU"
+        "one core:"
+        f" {', '.join(f'{what} {size / seconds / 1e9:.2f} GB/s' for what, seconds in rates.items())}, import"
+        f" torch {imported:.1f} s; together for three models"
+        f" {imported + 3 * rates['sha256'] + 3 * rates['read'] + rates['write']:.1f} s of CPU"
     )
 
 
@@ -145,13 +155,15 @@ def main():
             else "none"
         )
         print(
-            f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.threads} threads, torch {torch_version}, mergekit {version}; "
-            f"3 models of {num_parameters / 1e6:.0f}M parameters, {2 * num_parameters / 1e9:.2f} GB each; load at the start {os.getloadavg()[0]:.1f}"
+            f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.threads} threads,"
+            f" torch {torch_version}, mergekit {version}; 3 models of {num_parameters / 1e6:.0f}M parameters,"
+            f" {2 * num_parameters / 1e9:.2f} GB each; load at the start {os.getloadavg()[0]:.1f}"
         )
         floor(Path(models[0]) / "model.safetensors", place)
         print(
-            "| method | merge.py, s | its CPU s | peak GB | without hashes, s | its CPU s | peak GB | mergekit, s | its CPU s | peak GB | times as fast | without hashes |\n"
-            "|---|---|---|---|---|---|---|---|---|---|---|---|"
+            "| method | merge.py, s | its CPU s | peak GB | without hashes, s | its CPU s | peak GB |"
+            " mergekit, s | its CPU s | peak GB | times as fast | without hashes"
+            " |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
         )
         for method in args.methods:
             flags = {"density": 0.5} if method.endswith("ties") or method == "dare_linear" else {}

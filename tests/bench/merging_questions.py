@@ -1,17 +1,24 @@
-"""The recipe's merging questions at small scale, from finished runs of several seeds (train.py --seed S --arms all --out RUN).
+"""The recipe's merging questions at small scale, from finished runs of several seeds (train.py --seed S
+--arms all --out RUN).
 
-    python tests/bench/merging_questions.py RUN [RUN ...] --out DIR          trains, answers, writes DIR/seed-S.json; the same again goes on
+    python tests/bench/merging_questions.py RUN [RUN ...] --out DIR          trains, answers, writes
+    DIR/seed-S.json; the same again goes on
     python tests/bench/merging_questions.py --table DIR/seed-*.json          the Markdown tables
 
-Every variant is a run of its own, DIR/seed-S/VARIANT/steps/NAME, with the recipe's settings and step names, so that clusters draw the recipe's own
-rows, and what is whole is not done again. The finished runs are only read. All arms of a stage take the same number of optimizer steps (to rounding).
+Every variant is a run of its own, DIR/seed-S/VARIANT/steps/NAME, with the recipe's settings and step names,
+so that clusters draw the recipe's own
+rows, and what is whole is not done again. The finished runs are only read. All arms of a stage take the same
+number of optimizer steps (to rounding).
 
-methods     the finished run's clusters of each stage merged by other methods; SLERP takes two models, so four are merged as a tree of pairs
-hard        SFT by cluster without the others' rows (cluster_spill 0), with and without the shared languages: clusters that really differ
+methods     the finished run's clusters of each stage merged by other methods; SLERP takes two models, so four
+are merged as a tree of pairs
+hard        SFT by cluster without the others' rows (cluster_spill 0), with and without the shared languages:
+clusters that really differ
 languages   SFT with one model per language, without others' rows or shared languages, merged
 once        offline DPO of each cluster from its own SFT model, merged once at the end (also: DPO, then merge)
 order       offline DPO as one model on the merged SFT model (merge, then DPO)
-sizes       heads-N: base, one model on the mix, and merged clusters of a decoder with N heads as wide as the recipe's, all else alike
+sizes       heads-N: base, one model on the mix, and merged clusters of a decoder with N heads as wide as the
+recipe's, all else alike
 """
 
 import argparse
@@ -56,7 +63,8 @@ METHODS = (
 )  # the settings of merge_config.py, the papers' where they give any
 DECODINGS = ("greedy", "sampled")
 
-# (question, what the papers say, [(A, B, what the win rate of A against B tells)]); a model is VARIANT/NAME, recipe/NAME the finished run's
+# (question, what the papers say, [(A, B, what the win rate of A against B tells)]); a model is
+# VARIANT/NAME, recipe/NAME the finished run's
 QUESTIONS = [
     (
         "shared languages in every cluster",
@@ -74,8 +82,11 @@ QUESTIONS = [
     ),
     (
         "one model per language",
-        "Aya Expanse: merging one model per language does not achieve the benefits of cross-lingual transfer; Mix or Merge: six monolingual "
-        "models merged beat the mix (71.2 against 67.4), three do better (77.0)",
+        (
+            "Aya Expanse: merging one model per language does not achieve the benefits of cross-lingual"
+            " transfer; Mix or Merge: six monolingual models merged beat the mix (71.2 against 67.4), three"
+            " do better (77.0)"
+        ),
         [
             ("languages/sft", "hard/sft", "against one per family, no spill"),
             ("languages/sft", "hard/no-shared", "against one per family, no spill, no shared languages"),
@@ -98,7 +109,10 @@ QUESTIONS = [
     ),
     (
         "merge and DPO, in which order",
-        "Mix or Merge (SLERP, against their base): DPO, then merge 78.0; merge, then DPO 74.0; merge without DPO 72.6",
+        (
+            "Mix or Merge (SLERP, against their base): DPO, then merge 78.0; merge, then DPO 74.0; merge"
+            " without DPO 72.6"
+        ),
         [
             ("once/offline", "order/offline", "DPO, then merge, against merge, then DPO"),
             ("recipe/offline", "order/offline", "merge, DPO by cluster, merge, against merge, then DPO"),
@@ -116,7 +130,7 @@ SIZES = (
 )
 
 
-# ---- the variants ------------------------------------------------------------------------------------------------------------------
+# ---- the variants ------------------------------------------------------------------------------------------
 
 @dataclass
 class Seed:
@@ -274,7 +288,8 @@ def slerp_tree(folders, out):
 
 
 def base_with(run, heads, source):
-    """A base with so many heads, pretrained as the finished run's on the same rows with the same tokenizer. -> its folder"""
+    """A base with so many heads, pretrained as the finished run's on the same rows with the same
+    tokenizer. -> its folder"""
     r, preset = run.recipe, config.MODEL_PRESETS[run.recipe.model]
 
     def make(folder, resume):
@@ -304,7 +319,7 @@ def base_with(run, heads, source):
     return run.folder / "steps" / "base" / "model"
 
 
-# ---- figures -----------------------------------------------------------------------------------------------------------------------
+# ---- figures -----------------------------------------------------------------------------------------------
 
 def save(seed):
     """out.json: the figures of all variants that are done, so that a run which is stopped leaves some."""
@@ -340,7 +355,8 @@ def save(seed):
 
 
 def numbers(answers, sizes):
-    """Mean grades, and the win rates of all pairs that the tables show and that are there: {"A against B": {decoding: win_rates}}."""
+    """Mean grades, and the win rates of all pairs that the tables show and that are there: {"A against B":
+    {decoding: win_rates}}."""
     pairs = [(a, b) for _, _, comparisons in QUESTIONS for a, b, _ in comparisons]
     pairs += [(f"{size}/{a}", f"{size}/{b}") for size in sizes for a, b, _ in SIZES[2]]
     for stage, start in STARTS.items():
@@ -368,14 +384,15 @@ def numbers(answers, sizes):
     }
 
 
-# ---- the tables --------------------------------------------------------------------------------------------------------------------
+# ---- the tables --------------------------------------------------------------------------------------------
 
 def cell(rates):
     return f"{rates['win_rate']:.1f} [{rates['ci95'][0]:.1f}, {rates['ci95'][1]:.1f}]"
 
 
 def verdict(seeds, pair):
-    """better or worse: the intervals of all seeds are above or below 50, by decoding; anything else is not shown."""
+    """better or worse: the intervals of all seeds are above or below 50, by decoding; anything else is not
+    shown."""
     if not all(pair in seed["win_rates"] for seed in seeds):
         return "not done"
     said = {}
@@ -402,7 +419,8 @@ def cells(seeds, pair):
 
 
 def size_verdict(seeds, names):
-    """larger with size: in all seeds the interval of clusters against mix is, for the largest model, above that of the smallest; smaller likewise."""
+    """larger with size: in all seeds the interval of clusters against mix is, for the largest model, above
+    that of the smallest; smaller likewise."""
     if len(names) < 2 or not all(
         f"{name}/sft against {name}/mix" in seed["win_rates"] for seed in seeds for name in names
     ):
@@ -425,7 +443,8 @@ def size_verdict(seeds, names):
 
 
 def tables(seeds):
-    """Win rates of A against B, greedy; sampled, one column for each seed; then the methods, then how consistent they are."""
+    """Win rates of A against B, greedy; sampled, one column for each seed; then the methods, then how
+    consistent they are."""
     head = " | ".join(f"seed {seed['seed']}: greedy; sampled" for seed in seeds)
     lines = [f"| question | the papers | {head} | found |", "|---|---|" + "---|" * (len(seeds) + 1)]
     for question, claim, comparisons in QUESTIONS:
@@ -438,7 +457,8 @@ def tables(seeds):
     for size, name in sizes:
         for a, b, title in comparisons:
             lines.append(
-                f"| {question}, {size / 1e6:.2f}M: {title} | {claim} | {cells(seeds, f'{name}/{a} against {name}/{b}')} |"
+                f"| {question}, {size / 1e6:.2f}M: {title} | {claim} |"
+                f" {cells(seeds, f'{name}/{a} against {name}/{b}')} |"
             )
             claim = ""
     lines += [
@@ -456,7 +476,10 @@ def tables(seeds):
     consistent = consistency(seeds)
     lines += [
         "",
-        "| method, against the stage's start | range over seeds, greedy; sampled | mean win rate | largest shortfall from the best method |",
+        (
+            "| method, against the stage's start | range over seeds, greedy; sampled | mean win rate |"
+            " largest shortfall from the best method |"
+        ),
         "|---|---|---|---|",
     ]
     lines += [
@@ -470,15 +493,22 @@ def tables(seeds):
         lines
         + [
             "",
-            f"most consistent, by its largest shortfall over all stages and seeds (greedy; sampled): {'; '.join(best) or 'not done'}",
+            (
+                "most consistent, by its largest shortfall over all stages and seeds (greedy; sampled):"
+                f" {'; '.join(best) or 'not done'}"
+            ),
             "",
-            "better, worse: the 95% intervals of all seeds are above, or below, 50; anything else is not shown",
+            (
+                "better, worse: the 95% intervals of all seeds are above, or below, 50; anything else is not"
+                " shown"
+            ),
         ]
     )
 
 
 def consistency(seeds):
-    """{method: {decoding: (points)}}: the range over seeds of its win rate against the stage's start, a mean over stages; the mean win rate;
+    """{method: {decoding: (points)}}: the range over seeds of its win rate against the stage's start, a mean
+    over stages; the mean win rate;
     and by how much it is behind the best method at its worst stage and seed."""
     def rate(seed, stage, method, decoding):
         name = f"recipe/{stage}" if method == "linear" else f"methods/{stage}-{method}"
@@ -551,7 +581,8 @@ def main(device):
         for name, (_, needed) in VARIANTS.items():
             if name in args.variants and not (source / "steps" / needed / "done.json").is_file():
                 raise ValueError(
-                    f"{source} has not finished the step {needed}, which {name} needs; finish it with train.py --arms all --out {source}"
+                    f"{source} has not finished the step {needed}, which {name} needs; finish it with"
+                    f" train.py --arms all --out {source}"
                 )
     started = time.time()
     for seed in seeds:

@@ -1,11 +1,15 @@
-"""The claim of "If You Can't Use Them, Recycle Them" (arXiv 2412.04144) on the recipe's own checkpoints, for the README's table.
+"""The claim of "If You Can't Use Them, Recycle Them" (arXiv 2412.04144) on the recipe's own checkpoints, for
+the README's table.
 
     python train.py --seed 1 --arms all --out runs/seed-1
     python tests/bench/recycle.py runs/seed-1 [runs/seed-2 ...] --out runs/recycle
 
-The pool of each run: 15 checkpoints that the recipe leaves anyway, and 5 specialists trained here (a short SFT of the merged SFT model on right answers to
-one task family each), because the recipe's own checkpoints are better or worse on all tasks together. Fitness: the oracle's mean grade, 0-3, macro average over
-the task families, on validation questions; held out: test questions, both drawn by the run's seed. About 5 minutes of one core a run. A killed one goes on.
+The pool of each run: 15 checkpoints that the recipe leaves anyway, and 5 specialists trained here (a short
+SFT of the merged SFT model on right answers to
+one task family each), because the recipe's own checkpoints are better or worse on all tasks together.
+Fitness: the oracle's mean grade, 0-3, macro average over
+the task families, on validation questions; held out: test questions, both drawn by the run's seed. About 5
+minutes of one core a run. A killed one goes on.
 """
 
 import argparse
@@ -80,7 +84,8 @@ def specialists(run, seed, out):
 
 
 def answers_of(result, folders, rows, max_new_tokens):
-    """{row's name: (grades (N,), question ids)} on the held-out questions, each grade scaled so that their mean is the macro average over the tasks."""
+    """{row's name: (grades (N,), question ids)} on the held-out questions, each grade scaled so that their
+    mean is the macro average over the tasks."""
     share = {
         task: sum(row["task"] == task for row in rows) / len(rows) * len(TINY_TASKS) for task in TINY_TASKS
     }
@@ -107,7 +112,8 @@ def search_one(run, out, args):
     pool = {name: run / "steps" / name / "model" for name in args.pool}
     if missing := [str(folder) for folder in pool.values() if not folder.is_dir()]:
         raise SystemExit(
-            f"no {' '.join(missing)}: give finished runs of train.py --arms all, or name what there is with --pool"
+            f"no {' '.join(missing)}: give finished runs of train.py --arms all, or name what there is with"
+            " --pool"
         )
     folders = [*pool.values(), *([] if args.no_specialists else specialists(run, seed, out).values())]
     trained = time.perf_counter()
@@ -154,7 +160,8 @@ def search_one(run, out, args):
     column["weights above 0.01"] = f"{sum(model['weight'] > 0.01 for model in models)} of {len(models)}"
     column["largest weights"] = ", ".join(f"{model['name']} {model['weight']:.2f}" for model in models[:5])
     column["left out one by one, the held-out average falls for"] = (
-        f"{sum(fall > 0 for fall in hurt.values())} of {len(hurt)}; most for {max(hurt, key=hurt.get)}: {max(hurt.values()):.3f}"
+        f"{sum(fall > 0 for fall in hurt.values())} of {len(hurt)}; most for {max(hurt, key=hurt.get)}:"
+        f" {max(hurt.values()):.3f}"
     )
     column["weight of the weakest five checkpoints (fitness) together"] = (
         f"{sum(m['weight'] for m in sorted(models, key=lambda m: merge_front.macro(m['fitness']))[:5]):.2f}"

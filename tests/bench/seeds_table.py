@@ -1,4 +1,5 @@
-"""The README's results: one table over several seeds' run folders.   python tests/bench/seeds_table.py runs/seed-1 runs/seed-2 runs/seed-3"""
+"""The README's results: one table over several seeds' run folders.   python tests/bench/seeds_table.py
+runs/seed-1 runs/seed-2 runs/seed-3"""
 
 import json
 import sys

@@ -1,10 +1,15 @@
-"""Seconds a step and peak memory of aya_min and of TRL: same weights, same data, fp32, each run a process of its own, in turn.
+"""Seconds a step and peak memory of aya_min and of TRL: same weights, same data, fp32, each run a process of
+its own, in turn.
 
-    pip install trl && OMP_NUM_THREADS=2 python tests/bench/train_speed.py [--rounds 3] [--stages sft dpo rloo] [--loaded]
+    pip install trl && OMP_NUM_THREADS=2 python tests/bench/train_speed.py [--rounds 3] [--stages sft dpo
+    rloo] [--loaded]
 
-The 5.6M-parameter Cohere model; prompts of 32 words, answers of 32-96 words; SFT with 16 examples a step, DPO with 16 pairs (reference pass counted), RLOO
-with 4 prompts x 4 completions of 64 tokens. TRL runs without gradient checkpointing, without dropout, AdamW. Figures: median seconds of the steps after the
-third, over the rounds the median [least, most]; peak resident memory of the process. --loaded: another process keeps a core busy meanwhile. "matmuls" is the time of one step's large matmuls alone
+The 5.6M-parameter Cohere model; prompts of 32 words, answers of 32-96 words; SFT with 16 examples a step, DPO
+with 16 pairs (reference pass counted), RLOO
+with 4 prompts x 4 completions of 64 tokens. TRL runs without gradient checkpointing, without dropout, AdamW.
+Figures: median seconds of the steps after the
+third, over the rounds the median [least, most]; peak resident memory of the process. --loaded: another
+process keeps a core busy meanwhile. "matmuls" is the time of one step's large matmuls alone
 (forward and both halves of the backward, the tokens of a step without padding) by torch's F.linear.
 """
 
@@ -43,7 +48,8 @@ SYLLABLES = [a + b + c for a in "bcdfgklmnprstvz" for b in "aeiou" for c in ("",
 
 
 def make(folder):
-    """model/, reward/ (a small one, so that its time does not count) and sft.jsonl, pairs.jsonl, prompts.jsonl."""
+    """model/, reward/ (a small one, so that its time does not count) and sft.jsonl, pairs.jsonl,
+    prompts.jsonl."""
     rng = random.Random(0)
     lexicon = ["".join(rng.choices(SYLLABLES, k=2)) for _ in range(3500)]
     say = lambda n: " ".join(rng.choices(lexicon, k=n))
@@ -211,7 +217,8 @@ def child(tool, stage, folder, out, compile):
 
 
 def matmul_seconds(tokens, supervised, vocab_size):
-    """Forward and backward (three products of the same size) of all large matrices for a step's tokens; the median of 5."""
+    """Forward and backward (three products of the same size) of all large matrices for a step's tokens;
+    the median of 5."""
     heads = (SIZES["num_attention_heads"] + 2 * SIZES["num_key_value_heads"]) * 32
     shapes = [(heads + 2 * 768, 256, tokens), (256, 256 + 768, tokens)] * 6 + [(vocab_size, 256, supervised)]
     data = [(torch.randn(n, k), torch.randn(m, k), torch.randn(m, n)) for n, k, m in shapes]
@@ -235,8 +242,8 @@ def main():
         return child(*args.child)
     import trl
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, TRL {trl.__version__}, fp32"
-        f"{', beside a busy process' if args.loaded else ''}"
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch"
+        f" {torch.__version__}, TRL {trl.__version__}, fp32{', beside a busy process' if args.loaded else ''}"
     )
     with tempfile.TemporaryDirectory() as folder, busy_process(args.loaded):
         folder = Path(folder)
@@ -248,7 +255,9 @@ def main():
         supervised = sum(len(tokenizer.encode(row["completion"])) + 1 for row in rows) / len(rows)
         tokens = supervised + sum(len(tokenizer.encode_prompt(row["prompt"])) for row in rows) / len(rows)
         print(
-            f"{tokens:.0f} tokens an example, {supervised:.0f} of them supervised; their matmuls for 16 examples alone: {matmul_seconds(round(16 * tokens), round(16 * supervised), tokenizer.vocab_size):.3f} s"
+            f"{tokens:.0f} tokens an example, {supervised:.0f} of them supervised; their matmuls for 16"
+            " examples alone:"
+            f" {matmul_seconds(round(16 * tokens), round(16 * supervised), tokenizer.vocab_size):.3f} s"
         )
         for stage in args.stages:
             results = {"TRL": [], "aya_min": []}
@@ -268,7 +277,8 @@ def main():
                 seconds = sorted(m["seconds"] for m in made)
                 middle[tool] = median(seconds)
                 text.append(
-                    f"{tool} {middle[tool]:.3f} [{seconds[0]:.3f}, {seconds[-1]:.3f}] s a step, {max(m['gigabytes'] for m in made):.2f} GB"
+                    f"{tool} {middle[tool]:.3f} [{seconds[0]:.3f}, {seconds[-1]:.3f}] s a step,"
+                    f" {max(m['gigabytes'] for m in made):.2f} GB"
                 )
             print(
                 f"{stage:5} {text[0]}   {text[1]}   ratio {middle['TRL'] / middle['aya_min']:.2f}", flush=True

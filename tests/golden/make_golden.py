@@ -1,8 +1,11 @@
-"""Make golden.safetensors and configs.json: logits of transformers' own models over small random configurations, for tests/test_golden.py.
+"""Make golden.safetensors and configs.json: logits of transformers' own models over small random
+configurations, for tests/test_golden.py.
 
-    python tests/golden/make_golden.py          (needs transformers, which nothing else here does; the files say its version)
+    python tests/golden/make_golden.py          (needs transformers, which nothing else here does; the files
+    say its version)
 
-Weights and tokens are not stored: both sides make them from the functions below. Of the 400 logits of each position every seventh is kept.
+Weights and tokens are not stored: both sides make them from the functions below. Of the 400 logits of each
+position every seventh is kept.
 """
 
 import json
@@ -76,7 +79,8 @@ def settings(case):
 
 
 def tensors(shapes, seed):
-    """{name: random tensor}, fp32: matrices around 0, norms around 1. RandomState's numbers are fixed for good, unlike a Generator's."""
+    """{name: random tensor}, fp32: matrices around 0, norms around 1. RandomState's numbers are fixed for
+    good, unlike a Generator's."""
     draw = np.random.RandomState(seed)
     return {
         name: ((1 if "norm" in name else 0) + 0.3 * draw.standard_normal(shape)).astype(np.float32)

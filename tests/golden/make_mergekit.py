@@ -1,8 +1,10 @@
-"""Makes mergekit.safetensors: merges of small made checkpoints by mergekit. Run with the Python of an environment that has mergekit:
+"""Makes mergekit.safetensors: merges of small made checkpoints by mergekit. Run with the Python of an
+environment that has mergekit:
 
     pip install mergekit==0.1.5 && python tests/golden/make_mergekit.py
 
-Run by hand; the tests read only what it made. The checkpoints are a Llama of three layers: mergekit refuses Cohere models without qk-norm.
+Run by hand; the tests read only what it made. The checkpoints are a Llama of three layers: mergekit refuses
+Cohere models without qk-norm.
 """
 
 import json
@@ -85,7 +87,8 @@ CASES = {  # name: mergekit's configuration; dropping at random is left out by d
 
 
 def checkpoints():
-    """{folder name: {tensor name: fp32 array}}: a base, three models trained a little away from it, and one very near."""
+    """{folder name: {tensor name: fp32 array}}: a base, three models trained a little away from it, and
+    one very near."""
     shapes = {"model.embed_tokens.weight": (16, 8), "model.norm.weight": (8,), "lm_head.weight": (16, 8)}
     for i in range(CONFIG["num_hidden_layers"]):
         own = {

@@ -1,8 +1,11 @@
-"""Makes transformers.zip: small sharded model folders as transformers writes them, bf16 and fp16, of three families, a base and two models near it each.
+"""Makes transformers.zip: small sharded model folders as transformers writes them, bf16 and fp16, of three
+families, a base and two models near it each.
 
-    python tests/golden/make_transformers.py          (needs transformers, which nothing else here does; versions.json in it says which)
+    python tests/golden/make_transformers.py          (needs transformers, which nothing else here does;
+    versions.json in it says which)
 
-Before it writes, it merges them by every method with merge.py, loads what comes out with transformers, and compares tensors and logits with a merge by hand.
+Before it writes, it merges them by every method with merge.py, loads what comes out with transformers, and
+compares tensors and logits with a merge by hand.
 Run by hand; the tests read only what it made and compare with `by_hand` too.
 """
 
@@ -61,7 +64,8 @@ def state_of(folder):
 
 
 def by_hand(method, a, b, base):
-    """{name: merged tensor, fp64} of whole state dicts, written out for two models and the settings of FLAGS."""
+    """{name: merged tensor, fp64} of whole state dicts, written out for two models and the settings of
+    FLAGS."""
     a, b, base = ({name: tensor.double() for name, tensor in state.items()} for state in (a, b, base))
     moves = {name: (a[name] - base[name], b[name] - base[name]) for name in base}
     limits = [
@@ -95,7 +99,8 @@ def by_hand(method, a, b, base):
 
 
 def check(place, method, dtype):
-    """Merge the models of a case, load the outcome with transformers -> the largest difference of its logits from those of the merge by hand."""
+    """Merge the models of a case, load the outcome with transformers -> the largest difference of its
+    logits from those of the merge by hand."""
     import merge
     from transformers import AutoModelForCausalLM
     out = place / method
