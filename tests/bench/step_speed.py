@@ -38,7 +38,7 @@ from aya_min.data import collate, load_examples, make_batches                   
 from aya_min.files import write_jsonl                                                   # noqa: E402
 from aya_min.loop import train                                                          # noqa: E402
 from aya_min.model import CohereForCausalLM, init_weights                               # noqa: E402
-from aya_min.stages import sft_loss                                                     # noqa: E402
+from aya_min.losses import sft_loss                                                     # noqa: E402
 from aya_min.tokenizer import train_tokenizer                                           # noqa: E402
 
 WARM_UP = 5         # steps that are not counted
