@@ -48,7 +48,7 @@ class Run:
 
 def step(run, name, title, make):
     """Do a step once. make(folder, resume) fills steps/<name> and returns a JSON object or None; a later run
-    finds it in done.json. The page is written anew, so that the run can be watched."""
+    finds it in done.json. The page is kept fresh, so that the run can be watched."""
     folder = run.folder / "steps" / name
     if not distributed.from_main(lambda: (folder / "done.json").is_file()):
         resume = distributed.from_main(lambda: _clear(folder))
@@ -62,10 +62,18 @@ def step(run, name, title, make):
         if distributed.is_main():
             write_json(folder / "done.json", record)
             _drop_states(folder / "state")
-            if (run.folder / "config.json").is_file():
-                write_report(run.folder)
+            refresh_page(run.folder)
         distributed.barrier()
     return read_json(folder / "done.json")
+
+
+def refresh_page(folder, every=20):
+    """Write the page of a run anew, unless that was done in the last `every` seconds: it takes half a second
+    in the end."""
+    page = folder / "report.html"
+    old = not page.is_file() or time.time() - page.stat().st_mtime > every
+    if old and (folder / "config.json").is_file():
+        write_report(folder)
 
 
 # What steps leave in their folders.
