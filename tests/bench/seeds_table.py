@@ -1,5 +1,7 @@
-"""The README's results: one table over several seeds' run folders.   python tests/bench/seeds_table.py
-runs/seed-1 runs/seed-2 runs/seed-3"""
+"""The tables of results/README.md: what the recipe gains, over several seeds' run folders.
+
+    python tests/bench/seeds_table.py runs/seed-4 runs/seed-5 runs/seed-6
+"""
 
 import json
 import sys
@@ -29,16 +31,13 @@ def cell(win_rates):
     return f"{win_rates['win_rate']:.1f} [{win_rates['ci95'][0]:.1f}, {win_rates['ci95'][1]:.1f}]"
 
 
-runs = [json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8")) for folder in sys.argv[1:]]
+folders = list(map(Path, sys.argv[1:]))
+runs = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in folders]
+seeds = [json.loads((folder / "config.json").read_text(encoding="utf-8"))["seed"] for folder in folders]
 models = [{m["name"]: m for m in run["models"]} for run in runs]
-print(
-    "| win rate, % [95% interval] | "
-    + " | ".join(f"greedy, seed {i + 1}" for i in range(len(runs)))
-    + " | "
-    + " | ".join(f"sampled, seed {i + 1}" for i in range(len(runs)))
-    + " |"
-)
-print("|---|" + "---|" * (2 * len(runs)))
+HEAD = " | ".join(f"{decoding}, seed {seed}" for decoding in ("greedy", "sampled") for seed in seeds)
+RULE = "|---|" + "---|" * (2 * len(runs))
+print(f"| win rate, % [95% interval] | {HEAD} |\n{RULE}")
 for a, b, title in QUESTIONS:
     if any(a not in by_name for by_name in models):            # fewer rounds, or only the main arms
         continue
@@ -48,14 +47,7 @@ for a, b, title in QUESTIONS:
             versus = by_name[a][decoding]["versus"]
             cells.append(cell(versus[b]))
     print(f"| {title} | " + " | ".join(cells) + " |")
-print(
-    "\n| mean oracle grade (0-3); win rate against the base | "
-    + " | ".join(f"greedy, seed {i + 1}" for i in range(len(runs)))
-    + " | "
-    + " | ".join(f"sampled, seed {i + 1}" for i in range(len(runs)))
-    + " |"
-)
-print("|---|" + "---|" * (2 * len(runs)))
+print(f"\n| mean oracle grade (0-3); win rate against the base | {HEAD} |\n{RULE}")
 for name, model in models[0].items():
     print(
         f"| {model['title'].split(' (')[0]} | "
