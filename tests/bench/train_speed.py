@@ -96,7 +96,6 @@ def run_ours(stage, folder, out, compile):
         save_every=0,
     )
     (model, tokenizer), more = weights.load(folder / "model"), {}
-    start = time.perf_counter()
     if stage == "rloo":
         settings |= dict(num_samples=4, max_new_tokens=64)
         more["reward_model"] = weights.load(folder / "reward")[0]
