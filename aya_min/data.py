@@ -49,14 +49,11 @@ def encode_example(tokenizer, messages, row, where="", prompt_key=""):
 
 def encode_conversation(tokenizer, messages, learnt, language, where):
     """An Example of a whole conversation. learnt: for each assistant turn, whether it is supervised."""
-    ids, mask = tokenizer.encode_chat(messages)
-    mask = np.array(mask)
-    if not all(learnt):
-        starts = np.diff(mask, prepend=False) & mask            # (T,) True at the first token of an answer
-        answers = np.cumsum(starts) - 1                         # (T,) index of the last answer begun
-        mask &= np.array(learnt)[answers]
+    answers = iter(learnt)
+    supervised = [message["role"] == "assistant" and next(answers) for message in messages]
+    ids, mask = tokenizer.encode_chat(messages, supervised=supervised)
     # A row that is drawn twice into one batch is stored once.
-    return Example(np.array(ids, np.int32), mask, language, where, prompt_key=where)
+    return Example(np.array(ids, np.int32), np.array(mask), language, where, prompt_key=where)
 
 
 def pieces_of(tokenizer, text, limit, language, where):
