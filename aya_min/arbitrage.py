@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from . import distributed
 from .control_tokens import Spelled
 from .preferences import ANSWER, count_cut, usable
-from .rows import conversation, finish_reason, prompt_of, read_jsonl
+from .rows import conversation_of, finish_reason, prompt_of, read_jsonl
 
 
 def candidates_from(rows, answers, scores=None):
@@ -42,7 +42,7 @@ def read_answers(path, rows, reading=None, tokenizer=None):
     lines = read_jsonl(path, reading)
     for where, row in lines:
         prompt = repr(prompt_of(row, where))
-        text = conversation(row, where)[-1]["content"]
+        text = conversation_of(row, where)[0][-1]["content"]
         spelled.look([text], where)
         answer = {"completion": text, "finish_reason": finish_reason(row, where)}
         if exact.setdefault((prompt, row.get("language")), answer)["completion"] != text:

@@ -13,8 +13,9 @@ import torch
 from . import distributed
 from .config import Reading
 from .control_tokens import Spelled
-from .lengths import EARLIER_CUT, NOT_LEARNT, WAS_CUT, LeftOut, fitting_example, fitting_pair
-from .rows import (is_cut, is_plain_text, pair_of, plain_text, prompt_of, read_jsonl, supervised, trained)
+from .lengths import EARLIER_CUT, NOT_SUPERVISED, WAS_CUT, LeftOut, fitting_example, fitting_pair
+from .rows import (conversation_of, is_cut, is_plain_text, is_supervised, pair_of, plain_text, prompt_of,
+                   read_jsonl)
 from .rows_keys import ENDINGS, OF_PAIRS, SHAPES
 
 SKIP = Reading(too_long="skip")     # how load_examples and load_pairs read by default
@@ -31,12 +32,21 @@ class Example:
     where: str = ""             # "file:line", for messages
     prompt_key: str = ""        # equal in examples that share a prompt; "" is shared with none (repeats_of)
 
+    @property
+    def sides(self):
+        """The rows that it becomes in a batch."""
+        return (self,)
+
 
 @dataclass
 class Pair:
     chosen: Example
     rejected: Example
     ref_logps: Optional[np.ndarray] = None      # (2,) the reference's log-probs of the answers, summed, nats
+
+    @property
+    def sides(self):
+        return self.chosen, self.rejected
 
 
 def encode_example(tokenizer, messages, row, where="", prompt_key=""):
@@ -47,11 +57,11 @@ def encode_example(tokenizer, messages, row, where="", prompt_key=""):
     return Example(np.array(ids + answer, np.int32), mask, row.get("language") or "other", where, prompt_key)
 
 
-def encode_conversation(tokenizer, messages, learnt, language, where):
-    """An Example of a whole conversation. learnt: for each assistant turn, whether it is supervised."""
-    answers = iter(learnt)
-    supervised = [message["role"] == "assistant" and next(answers) for message in messages]
-    ids, mask = tokenizer.encode_chat(messages, supervised=supervised)
+def encode_conversation(tokenizer, messages, supervised, language, where):
+    """An Example of a whole conversation. supervised: a bool for each assistant turn."""
+    answers = iter(supervised)
+    of_turns = [message["role"] == "assistant" and next(answers) for message in messages]
+    ids, mask = tokenizer.encode_chat(messages, supervised=of_turns)
     # A row that is drawn twice into one batch is stored once.
     return Example(np.array(ids, np.int32), np.array(mask), language, where, prompt_key=where)
 
@@ -65,7 +75,7 @@ def pieces_of(tokenizer, text, limit, language, where):
 
 
 def load_examples(paths, tokenizer, limit, reading=SKIP):
-    """[Example, ...] of the rows that fit into `limit` tokens: conversations (rows.supervised) and {"text"}.
+    """[Example, ...] of the rows that fit into `limit` tokens: conversations and {"text"}.
 
     What is left out is counted and reported. ValueError at the first wrong row, or if nothing is left.
     """
@@ -76,23 +86,23 @@ def load_examples(paths, tokenizer, limit, reading=SKIP):
             language = row.get("language") or "other"
             if is_plain_text(row):
                 text = plain_text(row, where)
-                messages, learnt = [{"content": text}], [trained(row, "", where) is not False]
+                messages, supervised = [{"content": text}], [is_supervised(row, "", where) is not False]
                 cut = [is_cut(row)]
             else:
-                messages, learnt, cut = supervised(row, where)
+                messages, supervised, cut = conversation_of(row, where)
             spelled.look([message["content"] for message in messages], where)
             if any(cut[:-1]) and not reading.keep_cut:
                 left_out.add(EARLIER_CUT, where)
-                learnt = [one and not other for one, other in zip(learnt, cut)]
+                supervised = [one and not other for one, other in zip(supervised, cut)]
             if cut[-1] and not reading.keep_cut:
                 left_out.languages[language] += 1
                 left_out.add(WAS_CUT, where)
-            elif not any(learnt):
-                left_out.add(NOT_LEARNT, where)
+            elif not any(supervised):
+                left_out.add(NOT_SUPERVISED, where)
             elif is_plain_text(row):
                 examples += pieces_of(tokenizer, text, limit, language, where)
             else:
-                example = encode_conversation(tokenizer, messages, learnt, language, where)
+                example = encode_conversation(tokenizer, messages, supervised, language, where)
                 examples += fitting_example(tokenizer, example, messages[-1]["content"], left_out)
     spelled.report(paths, left_out.total, reading)
     left_out.report(len(examples), "examples")
@@ -110,14 +120,14 @@ def load_pairs(paths, tokenizer, limit, reading=SKIP):
     for path in paths:
         for where, row in read_jsonl(path, reading):
             left_out.total += 1
-            prompt, *answers, cut, learnt = pair_of(row, where)
+            prompt, *answers, cut, supervised = pair_of(row, where)
             spelled.look([*(message["content"] for message in prompt), *answers], where)
             sides = [encode_example(tokenizer, prompt + [{"role": "assistant", "content": text}], row, where,
                                     prompt_key=where) for text in answers]
             if np.array_equal(sides[0].ids, sides[1].ids):
                 equal.append(where)
-            elif not learnt:
-                left_out.add(NOT_LEARNT, where)
+            elif not supervised:
+                left_out.add(NOT_SUPERVISED, where)
             elif cut and not reading.keep_cut:
                 left_out.languages[sides[0].language] += 1
                 left_out.add(WAS_CUT, where)
@@ -177,7 +187,7 @@ class Batch:
     ref_logps: Optional[torch.Tensor] = None        # (2, B/2) pairs, or (B,) completions; summed, nats
     advantages: Optional[torch.Tensor] = None       # (B,) RLOO
     rewards: Optional[torch.Tensor] = None          # (B,) RLOO, for the log
-    cut: Optional[torch.Tensor] = None              # (B,) RLOO, 1 where the answer was cut, for the log
+    cut: Optional[torch.Tensor] = None              # (B,) RLOO, 1.0 where the answer was cut, for the log
     # (2, B): an earlier row with the same beginning (or the row itself), and the tokens that both begin with.
     # None if no row shares its beginning with an earlier one.
     repeats: Optional[torch.Tensor] = None
@@ -194,8 +204,14 @@ class Batch:
 
 def slots_of(items):
     """The languages of all items, which are the columns of a run's metrics: sorted, "other" last."""
-    codes = {(item.chosen if isinstance(item, Pair) else item).language for item in items}
+    codes = {item.sides[0].language for item in items}
     return (*sorted(codes - {"other"}), "other")
+
+
+def rows_of(items):
+    """The rows of a batch of these items: examples as they are; of pairs all chosen sides, then all rejected
+    ones."""
+    return [side for sides in zip(*(item.sides for item in items)) for side in sides]
 
 
 def collate(examples, pad_id=0, slots=("other",)):
@@ -240,7 +256,7 @@ def common_start(a, b):
 
 def collate_pairs(pairs, pad_id=0, slots=("other",)):
     """A Batch of 2P rows for P pairs: the chosen sides, then the rejected ones; count is P."""
-    batch = collate([p.chosen for p in pairs] + [p.rejected for p in pairs], pad_id, slots)
+    batch = collate(rows_of(pairs), pad_id, slots)
     batch.count = len(pairs)
     if pairs[0].ref_logps is not None:
         ref_logps = np.stack([p.ref_logps for p in pairs], 1).astype(np.float32)        # (2, P)
@@ -250,7 +266,7 @@ def collate_pairs(pairs, pad_id=0, slots=("other",)):
 
 def length_of(item):
     """Tokens of an Example, or of the longer side of a Pair."""
-    return max(len(item.chosen.ids), len(item.rejected.ids)) if isinstance(item, Pair) else len(item.ids)
+    return max(len(side.ids) for side in item.sides)
 
 
 class Sampler:

@@ -113,14 +113,12 @@ def launch(command, timeout=1800):
 def leave(code, group=True):
     """End the process with this exit code; a single process with code 0 returns instead.
 
-    group: leave the process group first, which waits for the other ranks. One of several ranks ends without
-    Python's cleanup, in which gloo's threads were seen to abort a rank (exit code -6), after all its work as
-    well as after a refusal.
+    group: leave the process group first. One of several ranks ends without Python's cleanup, in which gloo's
+    threads were seen to abort a rank (exit code -6), after all its work as well as after a refusal.
     """
-    several = num_ranks() > 1
     if group:
         close()
-    if several:
+    if os.environ.get("WORLD_SIZE", "1") != "1":        # the group may have been left before
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -25,7 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import distributed, stages
-from .data import Pair, batches_in_order, collate, collate_pairs, length_of
+from .data import batches_in_order, collate, length_of
 from .engine import cache_sizes, round_up
 from .loop import make_optimizer, training_flops
 from .losses import sft_loss
@@ -215,20 +215,10 @@ def items_of(stage, settings, data, tokenizer):
     return [stage.blank(item, settings.max_length, settings) for item in loaded]
 
 
-def rows_of(item, samples=1):
-    """The rows that an item becomes in a batch."""
-    return [item.chosen, item.rejected] if isinstance(item, Pair) else [item] * samples
-
-
-def largest(items, size, samples=1):
-    """The largest batch of `size` items, which is that of the longest."""
+def largest(items, size, collate_fn, samples=1):
+    """The largest batch of `size` items, which is that of the longest, each with its samples."""
     longest = sorted(items * -(-size // len(items)), key=length_of)[-size:]
-    if isinstance(longest[0], Pair):
-        return collate_pairs(longest)
-    batch = collate([row for item in longest for row in rows_of(item, samples)])
-    zeros = torch.zeros(len(batch.mask))
-    # Only rloo's loss reads these.
-    return replace(batch, ref_logps=zeros, advantages=zeros, rewards=zeros)
+    return collate_fn([item for item in longest for _ in range(samples)])
 
 
 def default(function, name):
@@ -252,19 +242,20 @@ def plain_bytes(model):
 
 def phases_of(stage, model, settings, items, held_out, step, ranks):
     """{a phase of the stage: its peak bytes on one rank}. step: {part: bytes} of a training step."""
-    config, samples = model.config, settings.num_samples if stage.samples else 1
+    config = model.config
 
-    def forward(loss_fn, items, size):
-        return forward_bytes(type(model), config, settings, loss_fn, largest(items, size), ranks > 1)
+    def forward(loss_fn, items, size, collate_fn=collate):
+        batch = largest(items, size, collate_fn)
+        return forward_bytes(type(model), config, settings, loss_fn, batch, ranks > 1)
 
     def size_of(*parts):
         return sum(step.get(part, 0) for part in parts)
 
     held = size_of("parameters", "optimizer moments", POLICY_COPY, REFERENCE, REWARD_MODEL)
-    texts = [row for item in items for row in rows_of(item, samples)]
+    texts = [side for item in items for side in item.sides]
     phases = {"in all, in a training step": sum(step.values())}
     if held_out:
-        peak = forward(stage.loss(settings), held_out, default(batches_in_order, "size"))
+        peak = forward(stage.loss(settings), held_out, default(batches_in_order, "size"), stage.collate)
         phases["in all, in an evaluation"] = held + peak
     if stage.start:
         peak = forward(sft_loss, texts, reference_rows(settings))
@@ -288,7 +279,7 @@ def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, r
     held_out = items_of(stage, fitting, eval_data, tokenizer) if eval_data else []
     share, samples = settings.batch_size // ranks, settings.num_samples if stage.samples else 1
     size = settings.micro_batch_size or share
-    batch = largest(items, size, samples)
+    batch = largest(items, size, stage.collate, samples)
     watch = simulate(type(model), model.config, settings, stage.loss(settings), batch, ranks, share // size)
     step = {part: watch.peak.get(part, 0) for part in PARTS}
     on_cpu = sum(step.pop(part) for part in PARTS[:3]) if settings.cpu_offload else 0
@@ -301,7 +292,7 @@ def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, r
             on_cpu += step.pop(REFERENCE) + step.pop(REWARD_MODEL)
     phases = phases_of(stage, model, settings, items, held_out, step, ranks)
     peak = max(phases.values())
-    texts = [row for item in items for row in rows_of(item, samples)]
+    texts = [side for item in items for side in item.sides * samples]
     lengths, supervised = [len(text.ids) for text in texts], sum(int(text.mask.sum()) for text in texts)
     flops = settings.batch_size / len(items) * training_flops(model.config, lengths, supervised)
     per_item = sum(lengths) / len(items)                                    # tokens

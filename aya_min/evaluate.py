@@ -18,6 +18,7 @@ is, and counted.
 import json
 import os
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,17 @@ VERDICT = ["grade", "seen_language", "why", "score", "reward"]          # keys t
 # ---- figures -----------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=8)
+def draws(num_questions, num_resamples, seed, start):
+    """How often each question is drawn in each resample, (num_resamples, num_questions); start: the number of
+    resamples before these. Kept, because a run compares answers to the same questions a thousand times."""
+    rng = np.random.default_rng([seed, start] if start else seed)
+    drawn = rng.integers(num_questions, size=(num_resamples, num_questions))
+    drawn += num_questions * np.arange(num_resamples)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=drawn.size)
+    return counts.reshape(drawn.shape).astype(np.float64)
+
+
 def bootstrap_mean(values, question_ids, num_resamples=2000, seed=0):
     """(mean of values (N,), its 95% interval [lo, hi]): the bootstrap resamples questions, with all rows.
 
@@ -50,13 +62,11 @@ def bootstrap_mean(values, question_ids, num_resamples=2000, seed=0):
     assert values.shape == question.shape and len(values) > 0, (values.shape, question.shape)
     sums = np.bincount(question, weights=values)                                            # (Q,)
     counts = np.bincount(question)                                                          # (Q,)
-    rng = np.random.default_rng(seed)
     means = []
-    piece = max(1, 1_000_000 // len(sums))      # resamples at a time: 8 MB of indices
+    piece = max(1, 1_000_000 // len(sums))      # resamples at a time: 8 MB of counts
     for start in range(0, num_resamples, piece):
-        size = min(piece, num_resamples - start)
-        draws = rng.integers(len(sums), size=(size, len(sums)))                             # (piece, Q)
-        means.append(sums[draws].sum(1) / counts[draws].sum(1))                             # (piece,)
+        drawn = draws(len(sums), min(piece, num_resamples - start), seed, start)            # (piece, Q)
+        means.append((drawn @ sums) / (drawn @ counts))                                     # (piece,)
     bounds = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(values.mean()), [float(bound) for bound in bounds]
 

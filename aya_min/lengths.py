@@ -13,7 +13,7 @@ from .config import Reading
 
 # ---- examples to learn from --------------------------------------------------------------------------------
 
-NOT_LEARNT = "have no answer that is learnt (weight 0, train false) and are left out"
+NOT_SUPERVISED = "have no answer that is supervised (weight 0, train false) and are left out"
 WAS_CUT = "have an answer that was cut at its limit (finish_reason) and are left out, --keep-cut keeps them"
 EARLIER_CUT = "have an earlier answer that was cut at its limit, which is context only"
 
@@ -73,7 +73,7 @@ def without_oldest(example, tokenizer, answer, room):
     """The example in `room` tokens, without the oldest tokens of its prompt.
 
     None if BOS and the whole last answer with its opening do not fit. answer: its text. If the cut goes
-    through an earlier answer, the rest of that is not learnt.
+    through an earlier answer, the rest of that is not supervised.
     """
     if 1 + len(tokenizer.opening["assistant"]) + len(tokenizer.encode_answer(answer)) > room:
         return None

@@ -22,10 +22,10 @@ class Method:
     # {setting: default}, from the papers (DARE's gives none: ours); weights None: 1 each
     # (a method with a seed is also given the name of the tensor)
     settings: dict
-    # the conventions in which it scans each tensor with `over` before it merges it
+    # the conventions in which it scans each tensor with `over_pieces` before it merges it
     tensor_scans: tuple = ()
-    # {convention: function of merge_methods.py}: it takes `over` and the checked settings, scans all tensors
-    # once, and returns keyword arguments for the method
+    # {convention: function of merge_methods.py}: it takes `over_pieces` and the checked settings, scans all
+    # tensors once, and returns keyword arguments for the method
     model_scans: dict = field(default_factory=dict)
     # it elects signs, so its weights must not be negative
     elects_signs: bool = False

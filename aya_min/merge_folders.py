@@ -230,9 +230,9 @@ def workers():
         torch.set_num_threads(num_threads)
 
 
-def over(names, inputs, pool, device, bar):
-    """The `over` of merge_methods.py: a function that calls work(start, tensors) on the pieces of these
-    tensors and yields the results in order.
+def over_pieces_of(names, inputs, pool, device, bar):
+    """The `over_pieces` of merge_methods.py: a function that calls work(start, tensors) on the pieces of
+    these tensors and yields the results in order.
 
     inputs: tensorfiles.places of each model, the base last.
     """
@@ -264,13 +264,13 @@ def merge_files(folder, files, headers, method, settings, values, device, progre
         scanned = {}
         if convention in entry.model_scans:
             scan = getattr(merge_methods, entry.model_scans[convention])
-            scanned = scan(over(list(values), inputs, pool, device, bar), **settings)
+            scanned = scan(over_pieces_of(list(values), inputs, pool, device, bar), **settings)
         for name, place in outputs.items():
             if name not in values:                  # read_sources found them equal
                 for span in spans(place[3]):
                     tensorfiles.write_piece(place, span[0], read_piece(inputs[0][name], *span))
             elif place[3]:
-                over_pieces = over([name], inputs, pool, device, bar)
+                over_pieces = over_pieces_of([name], inputs, pool, device, bar)
                 merge_piece = function(over_pieces, **values[name], **scanned)
 
                 def write(start, tensors):
@@ -314,7 +314,7 @@ def compare_folders(first, second, base=None, device="cpu"):
     size = sum(num_bytes(*headers[0][name][1:]) for name in names)
     with command.progress(total=size, desc="diff", unit="B", unit_scale=True) as bar, workers() as pool:
         for name in names:
-            sums = merge_methods.sum_over(over([name], inputs, pool, device, bar), sums_of)
+            sums = merge_methods.sum_over(over_pieces_of([name], inputs, pool, device, bar), sums_of)
             if not sums.isfinite().all():
                 refuse_infinite(name, inputs, f"the difference of {name}")
             for row in rows_of(name):

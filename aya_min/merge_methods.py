@@ -8,15 +8,16 @@ ties             trim the task vectors, elect a sign, average those that agree (
 dare_linear      drop entries of task vectors at random, rescale (arXiv 2311.03099), then task_arithmetic
 dare_ties        drop and rescale in the same way, then the last two steps of ties
 
-The first four methods are a weighted sum of the models; its weights may depend on inner products over the
-tensor. The last three share one pipeline: make the task vectors sparse (trim or drop), then combine them
-(a plain sum, or the mean of those that have the elected sign).
+linear, slerp, task_arithmetic and model_stock are weighted sums of the models, whose weights may depend on
+inner products over the tensor. ties, dare_linear and dare_ties share one pipeline: make the task vectors
+sparse (trim or drop), then combine them (a plain sum, or the mean of those that have the elected sign).
 
-Tensors are merged in pieces, so memory does not grow with their size. Methods have two phases. They may first
-scan the tensor: over(work) calls work(start, tensors) on every piece and yields the results (over(work,
-every=n): on every n-th piece). Then they return merge_piece(start, tensors), which is called on each piece.
-merge_config.METHODS declares whether a method scans. tensors: the pieces of the N models, then the base's if
-the method takes a base; flat, each in its own floating dtype. start: index of the piece's first element.
+Tensors are merged in pieces, so memory does not grow with their size. A method is called with `over_pieces`
+and its settings, and has two phases. It may first scan the tensor: over_pieces(work) calls
+work(start, tensors) on every piece and yields the results (over_pieces(work, every=n): on every n-th piece).
+Then it returns merge_piece(start, tensors), which is called on each piece. merge_config.METHODS declares
+whether a method scans. tensors: the pieces of the N models, then the base's if the method takes a base; flat,
+each in its own floating dtype. start: index of the piece's first element.
 
 All arithmetic is fp32. Accumulated in bf16, the average of 3 to 7 copies of one model differs from that model
 in 13-52% of its weights. Where the base cancels, models are summed instead of their differences from the
@@ -44,9 +45,9 @@ def merge(method, tensors, base=None, **settings):
     if base is not None:
         inputs.append(base.flatten())
 
-    def over(work, every=1):
+    def over_pieces(work, every=1):
         return [work(0, inputs)]
-    return method(over, **settings)(0, inputs).view(tensors[0].shape)
+    return method(over_pieces, **settings)(0, inputs).view(tensors[0].shape)
 
 
 # ---- weighted sums -----------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ def weighted_sum(tensors, weights):
     return total
 
 
-def linear(over, weights, normalize=True):
+def linear(over_pieces, weights, normalize=True):
     """theta = sum_i a_i theta_i with sum_i a_i = 1 (arXiv 2410.10801).
 
     Equal weights give the uniform soup of arXiv 2203.05482.
@@ -73,7 +74,7 @@ def linear(over, weights, normalize=True):
     return lambda start, tensors: weighted_sum(tensors, [weight / scale for weight in weights])
 
 
-def task_arithmetic(over, weights, lam=1.0, normalize=False):
+def task_arithmetic(over_pieces, weights, lam=1.0, normalize=False):
     """theta = base + lambda * sum_i w_i tau_i (arXiv 2212.04089, section 2). A negative w_i negates."""
     scale = lam / (sum(weights) if normalize else 1.0)
     scaled = [scale * weight for weight in weights]
@@ -90,12 +91,12 @@ def gram(vectors):
     return stacked @ stacked.T
 
 
-def sum_over(over, work, every=1):
+def sum_over(over_pieces, work, every=1):
     """The sum of work(start, tensors) over all pieces, or over every `every`-th piece."""
-    return reduce(torch.add, over(work, every))
+    return reduce(torch.add, over_pieces(work, every))
 
 
-def slerp(over, t, convention="paper"):
+def slerp(over_pieces, t, convention="paper"):
     """theta = sin((1-t)W)/sin(W) theta_1 + sin(tW)/sin(W) theta_2, W the angle between the two tensors.
 
     W is in radians; t = 0 is the first model, t = 1 the second. Three cases are interpolated linearly: nearly
@@ -103,10 +104,10 @@ def slerp(over, t, convention="paper"):
     (no angle).
     mergekit: linear for every cosine beyond 0.9995, which holds for most models with a common base.
     """
-    (aa, ab), (_, bb) = sum_over(over, lambda start, tensors: gram(tensors)).tolist()
+    (aa, ab), (_, bb) = sum_over(over_pieces, lambda start, tensors: gram(tensors)).tolist()
     cosine = ab / math.sqrt(aa * bb) if aa * bb > 0 else 1.0
     if convention == "paper" and cosine < NEARLY_OPPOSITE:
-        return slerp_of_opposite(over, t, math.sqrt(aa), math.sqrt(bb))
+        return slerp_of_opposite(over_pieces, t, math.sqrt(aa), math.sqrt(bb))
     sine = math.sqrt(max(0.0, 1 - cosine ** 2))
     # near angle 0, linear and spherical weights differ by at most angle^2 / 8
     smallest_sine = 1e-4 if convention == "paper" else math.sqrt(1 - 0.9995 ** 2)
@@ -120,7 +121,7 @@ def slerp(over, t, convention="paper"):
 NEARLY_OPPOSITE = -0.99     # cosine
 
 
-def slerp_of_opposite(over, t, length_a, length_b):
+def slerp_of_opposite(over_pieces, t, length_a, length_b):
     """`slerp` where 1 + cos(W) has lost its digits, in fp64 throughout.
 
     W comes from the sum and the difference of the unit vectors: |u + v| = 2 cos(W/2), |u - v| = 2 sin(W/2).
@@ -131,7 +132,7 @@ def slerp_of_opposite(over, t, length_a, length_b):
         v = tensors[1].double() / length_b
         return torch.stack([(u + v).square().sum(), (u - v).square().sum()])
 
-    sum_length, difference_length = sum_over(over, squares).sqrt().tolist()
+    sum_length, difference_length = sum_over(over_pieces, squares).sqrt().tolist()
     if sum_length < 1e-6:               # opposite to within the rounding of fp32 weights
         weights = [1 - t, t]
     else:
@@ -142,13 +143,13 @@ def slerp_of_opposite(over, t, length_a, length_b):
                                    + tensors[1].double() * weights[1]).float()
 
 
-def model_stock(over, convention="paper"):
+def model_stock(over_pieces, convention="paper"):
     """theta = t * mean_i theta_i + (1 - t) * base, t = N cos / (1 + (N - 1) cos).
 
     arXiv 2403.19522, section 4; cos is the mean cosine over pairs of task vectors. The paper assumes acute
     angles; a tensor whose mean cosine is 0 or less keeps the base's values (mergekit extrapolates).
     """
-    products = sum_over(over, lambda start, tensors: gram(task_vectors(tensors)))       # (N, N)
+    products = sum_over(over_pieces, lambda start, tensors: gram(task_vectors(tensors)))       # (N, N)
     num = len(products)
     lengths = products.diagonal().sqrt().clamp(min=1e-300)
     cosines = products / torch.outer(lengths, lengths)
@@ -187,19 +188,19 @@ def bin_of(counts, rank):
     return torch.searchsorted(counts.cumsum(0), rank, right=True).item()
 
 
-def thresholds(over, density):
+def thresholds(over_pieces, density):
     """For each model the smallest |tau| among the largest `density` share of them; exact, without a sort.
 
     A coarse count of some pieces guesses where the threshold lies; a fine count of all pieces around the
     guess finds it, mostly in one full scan. If the guess was wrong, a coarse count of all pieces replaces it.
-    over: the pieces of one tensor, or of all tensors. density: one share for each model.
+    over_pieces: of one tensor, or of all tensors. density: one share for each model.
     """
     def find_bins(firsts, shift, every=1):
         def count(start, tensors):
             return torch.stack([count_magnitudes(tau, first, shift)
                                 for tau, first in zip(task_vectors(tensors), firsts)])
 
-        counts = sum_over(over, count, every)           # (N, BINS + 2)
+        counts = sum_over(over_pieces, count, every)           # (N, BINS + 2)
         size = counts[0].sum().item()
         return [bin_of(row, size - max(1, int(share * size)))
                 for row, share in zip(counts, density, strict=True)]
@@ -294,13 +295,13 @@ def sparse_merge(sparse, tensors, weights, scales, lam, normalize, elected, conv
     return merged.addcmul_(torch.rsub(moved, 1, alpha=lam), base)
 
 
-def ties(over, weights, density, lam=1.0, normalize=True, limits=None, convention="paper"):
+def ties(over_pieces, weights, density, lam=1.0, normalize=True, limits=None, convention="paper"):
     """theta = base + lambda * tau: trim, elect sign, disjoint mean (arXiv 2306.01708, algorithm 1).
 
     The paper's defaults: top 20%, lambda 1. limits: the thresholds of `ties_limits`, because the paper trims
     the task vector of the whole model; None: the thresholds of this tensor alone, as in mergekit.
     """
-    limits = thresholds(over, density) if limits is None else limits
+    limits = thresholds(over_pieces, density) if limits is None else limits
 
     def merge_piece(start, tensors):
         tensors = fp32(tensors)
@@ -309,12 +310,12 @@ def ties(over, weights, density, lam=1.0, normalize=True, limits=None, conventio
     return merge_piece
 
 
-def ties_limits(over, density, **others):
-    """The `limits` of ties in the paper's convention. over: the pieces of all tensors of the models."""
-    return {"limits": thresholds(over, density)}
+def ties_limits(over_pieces, density, **others):
+    """The `limits` of ties in the paper's convention. over_pieces: of all tensors of the models."""
+    return {"limits": thresholds(over_pieces, density)}
 
 
-def dare_linear(over, weights, density, lam=1.0, normalize=False, seed=0, name="", convention="paper",
+def dare_linear(over_pieces, weights, density, lam=1.0, normalize=False, seed=0, name="", convention="paper",
                 elected=False):
     """theta = base + lambda * sum_i w_i m_i tau_i / density: DARE, then task arithmetic (arXiv 2311.03099).
 
@@ -333,7 +334,7 @@ def dare_linear(over, weights, density, lam=1.0, normalize=False, seed=0, name="
 
     scales = [1 / share for share in density]
     if convention == "mergekit":
-        sums = sum_over(over, magnitudes)
+        sums = sum_over(over_pieces, magnitudes)
         scales = [before / after if after > 0 else 1.0 for before, after in sums.T.tolist()]
 
     def merge_piece(start, tensors):
@@ -343,10 +344,10 @@ def dare_linear(over, weights, density, lam=1.0, normalize=False, seed=0, name="
     return merge_piece
 
 
-def dare_ties(over, weights, density, lam=1.0, normalize=True, seed=0, name="", convention="paper"):
+def dare_ties(over_pieces, weights, density, lam=1.0, normalize=True, seed=0, name="", convention="paper"):
     """DARE instead of TIES's trim, then elect sign and disjoint mean.
 
     Merging tools, and so arXiv 2410.10801, call this DARE-TIES. The DARE paper runs DARE before all of TIES,
     trimming included.
     """
-    return dare_linear(over, weights, density, lam, normalize, seed, name, convention, elected=True)
+    return dare_linear(over_pieces, weights, density, lam, normalize, seed, name, convention, elected=True)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .linear import Linear, linear
-from .losses import sum_by_row, token_logps
+from .token_logps import sum_by_row, token_logps
 
 
 class LayerNorm(nn.Module):
@@ -73,9 +73,13 @@ def window_mask(config, num_tokens, device):
 class Line:
     """A micro-batch without its padding: the tokens of all rows one after the other, (N,).
 
+        rows, B = 3, T = 5           the line, N = 10
+        p p p a b                    p p p a b  c d  q q e
+        p p p c d                    the prompt p of the second row is that of the first: computed once
+        q q e - -                    padding (-) is not computed
+
     Only attention sees the tokens as rows, so each token attends within its own row; positions are counted
-    within each row. A prefix that a row shares with an earlier row (a pair's prompt) is stored and computed
-    once.
+    within each row.
 
     lengths (B,): of right-padded rows of `num_tokens` tokens. repeats (2, B): see data.Batch.
     torch's nested tensors hold rows without padding too, but cannot share a prefix.

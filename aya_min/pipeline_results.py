@@ -103,7 +103,7 @@ class Results:
     the page are written anew whenever `show` is called, so that a run can be watched."""
 
     def __init__(self, run):
-        self.run, self.models, self.answers, self.rates = run, [], {}, {}
+        self.run, self.models, self.answers, self.rates, self.figures = run, [], {}, {}, {}
         self.arbiter, self.about, self.started = None, {}, time.time()
 
     def keep(self, name, title, kind, folder, previous=None):
@@ -119,7 +119,7 @@ class Results:
 
     def said_of(self, name):
         rows = self.answers[name]["greedy"]
-        figures, reward = summarize(rows), mean_reward(rows)
+        figures, reward = self.summarized(name, "greedy"), mean_reward(rows)
         said = []
         if figures.get("grade") is not None:
             of = " of 3" if self.run.embedded else ""
@@ -145,6 +145,13 @@ class Results:
         distributed.barrier()
         return summary
 
+    def summarized(self, name, decoding):
+        """evaluate.summarize of a model's answers, computed once."""
+        key = name, decoding
+        if key not in self.figures:
+            self.figures[key] = summarize(self.answers[name][decoding])
+        return self.figures[key]
+
     def compared(self, name, opponent, decoding):
         """evaluate.compare of two models' answers, computed once."""
         key = name, opponent, decoding
@@ -162,7 +169,7 @@ class Results:
         against = {other: other for other in OPPONENTS} | {"previous": model["previous"]}
         against = {label: other for label, other in against.items()
                    if other in self.answers and other != name}
-        found = {decoding: {**summarize(rows), "reward": mean_reward(rows),
+        found = {decoding: {**self.summarized(name, decoding), "reward": mean_reward(rows),
                             "versus": {label: self.compared(name, other, decoding)
                                        for label, other in against.items()} if judged else {}}
                  for decoding, rows in self.answers[name].items()}

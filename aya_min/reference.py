@@ -9,11 +9,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import distributed
-from .data import Pair, batches_in_order, collate, collate_pairs, in_step
+from .data import batches_in_order, collate, in_step, rows_of
 from .files import publish_file, scratch
 from .loop import autocast
-from .losses import sum_by_row, supervised_logps
+from .losses import supervised_logps
 from .model import CohereForCausalLM
+from .token_logps import sum_by_row
 
 
 @torch.no_grad()
@@ -26,18 +27,17 @@ def answer_logps(model, items, pad_id, device, settings, size=64, name="the refe
     was_training, done = model.training, []
     model.eval()
     model.model.packing = settings.packing
-    in_pairs = isinstance(items[0], Pair)
-    to_batch = collate_pairs if in_pairs else collate
-    batches = batches_in_order(items, lambda some: to_batch(some, pad_id), size // (1 + in_pairs))
+    num_sides = len(items[0].sides)
+    batches = batches_in_order(items, lambda some: collate(rows_of(some), pad_id), size // num_sides)
     for indices, batch in in_step(batches):
         batch = batch.to(device)
         with autocast(model, settings, device):
             logps = supervised_logps(model, batch)                          # (tokens,)
         sums = sum_by_row(logps, batch.mask)                                # (rows,)
-        done += zip(indices, (sums.view(2, -1).T if in_pairs else sums).tolist())
+        done += zip(indices, sums.view(num_sides, -1).T.tolist())
     model.train(was_training)
     logps = dict(sum(distributed.gather_objects(done), []))
-    logps = torch.tensor([logps[i] for i in range(len(items))])
+    logps = torch.tensor([logps[i] for i in range(len(items))]).squeeze(1)
     check_logps(logps, items, name)
     return logps
 
@@ -46,7 +46,7 @@ def check_logps(logps, items, name):
     """Raise ValueError, with model and row, if a log-prob of these items is not finite."""
     bad = [i for i, fine in enumerate(logps.isfinite().view(len(items), -1).all(1).tolist()) if not fine]
     if bad:
-        first = items[bad[0]].chosen if isinstance(items[bad[0]], Pair) else items[bad[0]]
+        first = items[bad[0]].sides[0]
         raise ValueError(f"{first.where}: its log-prob under {name} is {logps[bad[0]].tolist()}, not finite "
                          f"({len(bad)} of {len(items)} rows); look at the weights of {name} and at this row")
 
@@ -65,7 +65,7 @@ def store_reference(model, pairs, pad_id, device, settings, path, model_print):
     Raises ValueError for a file with another key, a damaged one, and one that cannot be written."""
     texts = hashlib.sha256()
     for pair in pairs:
-        for side in (pair.chosen, pair.rejected):
+        for side in pair.sides:
             texts.update(len(side.ids).to_bytes(8, "little") + side.ids.tobytes() + side.mask.tobytes())
     key = f"{model_print} {texts.hexdigest()} {settings.dtype}"
 
@@ -117,7 +117,7 @@ def sha256_of(tensor):
     return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
-def twin(model, settings, device):
+def copy_of(model, settings, device):
     """A copy of the model, sharded in the same way. RLOO's reference is the policy's copy at the start."""
     with torch.device("meta"):
         other = CohereForCausalLM(model.config)

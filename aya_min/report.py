@@ -22,6 +22,8 @@ from .report_table import results_table, table_part
 
 SHAPE_OF = {"greedy": "dot", "sampled": "diamond"}
 TONE_OF = {"greedy": "a", "sampled": "b"}
+MINIATURE = ("Preset smoke shows that every step runs. Its models are too small to answer, so grades near 0 "
+             "and win rates near 50% are expected.")
 BOTH = legend(("dot", "a", "greedy"), ("diamond", "b", "sampled at temperature 1"))
 
 
@@ -317,9 +319,11 @@ def page(folder):
     summary = read(folder, "summary.json", SUMMARY)
     config = read(folder, "config.json", {})
     warning = judged_by(summary) if summary.get("models") else ""
+    is_miniature = config.get("preset") == "smoke" and summary.get("judge") == "oracle"
     parts = [search_part(*read_search(folder)),
              *(headline(summary, decoding) for decoding in DECODINGS),
              f'<p class="warning">{esc(warning)}</p>' if warning else "",
+             f"<p>{MINIATURE}</p>" if is_miniature else "",
              table_part(summary), win_rates_part(summary), languages_part(summary), teachers_part(summary),
              reward_part(summary), cut_part(summary), stage_part(folder), curves_part(folder, summary),
              online_part(summary), examples_part(summary), costs_part(summary)]

@@ -4,8 +4,8 @@
     {"prompt", "chosen", "rejected"}           {"prompt"} or {"inputs"}   {"text"}
 
 Each may have a "language" and a "system" (the system turn of its prompt). "weight" (0, 1) or "train" (true,
-false), of a row or of a message, says whether it is learnt; "finish_reason" says that an answer was cut at
-its limit. Other keys are kept, or refused by name (rows_keys.py).
+false), of a row or of a message, says whether it is supervised; "finish_reason" says that an answer was cut
+at its limit. Other keys are kept, or refused by name (rows_keys.py).
 """
 
 from pathlib import Path
@@ -105,8 +105,9 @@ def text_of(value, key, where):
     return value
 
 
-def trained(found, key, where):
-    """Whether a row or a message is learnt, by its "weight" or "train": True, False, or None without either.
+def is_supervised(found, key, where):
+    """Whether a row or a message is supervised, by its "weight" or "train": True, False, or None without
+    either.
 
     key: what stands before these names in a message, such as "messages[1].".
     """
@@ -156,7 +157,7 @@ def role_of(message, place, where):
 def turns_of(value, key, where):
     """[({"role", "content"}, train, cut), ...] of a list of messages.
 
-    train: whether the message is learnt (see `trained`). cut: whether it was cut at its limit.
+    train: whether the message is supervised (see `is_supervised`). cut: whether it was cut at its limit.
     """
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where}: {key!r} must be a non-empty list of {{role, content}}")
@@ -164,10 +165,10 @@ def turns_of(value, key, where):
     for i, message in enumerate(value):
         place = f"{key}[{i}]"
         role = role_of(message, place, where)
-        train = trained(message, f"{place}.", where)
+        train = is_supervised(message, f"{place}.", where)
         if train and role != "assistant":
             raise ValueError(f"{where}: {place} is a turn of the {role}, and only the assistant's are "
-                             "learnt; remove its weight or train")
+                             "supervised; remove its weight or train")
         content = message.get("content")
         # Only a system turn may be blank.
         if role != "system" or content is None or str(content).strip():
@@ -202,13 +203,13 @@ def with_system(messages, row, where):
 def prompt_messages(value, row, where, key="prompt", context=False):
     """The messages of a prompt, a string or messages that end with a user turn.
 
-    context: the prompt is only the context of an answer, so that none of its turns may ask to be learnt.
+    context: the prompt is only the context of an answer, so that none of its turns may ask to be supervised.
     """
     if isinstance(value, list) and not is_parts(value):
         turns = turns_of(value, key, where)
         if context and any(train for _, train, _ in turns):
             raise ValueError(f"{where}: a turn of {key!r} has weight 1 or train true, but only the answer "
-                             "after it is learnt; write the whole conversation as messages")
+                             "after it is supervised; write the whole conversation as messages")
         messages = alternating(turns, key, where)
     else:
         messages = [{"role": "user", "content": text_of(value, key, where)}]
@@ -286,13 +287,13 @@ def refuse_unwanted(row, where):
                          "make it likelier; remove such rows, or rename the key")
 
 
-def supervised(row, where):
-    """(messages, learnt, cut) of an example; learnt and cut hold a bool for each assistant turn.
+def conversation_of(row, where):
+    """(messages, supervised, cut) of an example; supervised and cut hold a bool for each assistant turn.
 
-    Of a prompt and its completion only the completion is learnt; of messages all assistant turns are, but for
-    those of weight 0.
+    Of a prompt and its completion only the completion is supervised; of messages all assistant turns are, but
+    for those of weight 0.
     """
-    of_row = trained(row, "", where)
+    of_row = is_supervised(row, "", where)
     refuse_unwanted(row, where)
     if row.get("messages") is not None:
         refuse_two(row, where, "messages")
@@ -314,19 +315,14 @@ def supervised(row, where):
         earlier = [(False, False) for message in messages if message["role"] == "assistant"]
         answers = earlier + [(train, cut)]
         messages = messages + [{"role": "assistant", "content": text}]
-    learnt = [train is not False and of_row is not False for train, _ in answers]
-    return messages, learnt, [cut for _, cut in answers[:-1]] + [answers[-1][1] or is_cut(row)]
-
-
-def conversation(row, where):
-    """The messages of a supervised example, of which the last is the assistant's."""
-    return supervised(row, where)[0]
+    supervised = [train is not False and of_row is not False for train, _ in answers]
+    return messages, supervised, [cut for _, cut in answers[:-1]] + [answers[-1][1] or is_cut(row)]
 
 
 def pair_of(row, where):
-    """(prompt messages, chosen text, rejected text, cut, learnt) of a preference pair.
+    """(prompt messages, chosen text, rejected text, cut, supervised) of a preference pair.
 
-    cut: whether one of the answers was cut at its limit. learnt: False for a row of weight 0.
+    cut: whether one of the answers was cut at its limit. supervised: False for a row of weight 0.
     """
     missing = [key for key in ("chosen", "rejected") if key not in row]
     implicit = row.get("prompt") is None
@@ -341,7 +337,7 @@ def pair_of(row, where):
         raise ValueError(f"{where}: an answer of weight 0 in a preference pair cannot be honoured; "
                          "remove the row, or the weight")
     cut = any(cut for _, _, cut in sides) or is_cut(row, (*ENDINGS, *OF_PAIRS))
-    return prompt, sides[0][0], sides[1][0], cut, trained(row, "", where) is not False
+    return prompt, sides[0][0], sides[1][0], cut, is_supervised(row, "", where) is not False
 
 
 def preference(row, where):
@@ -392,6 +388,10 @@ def texts_in(row, where):
     if {"chosen", "rejected"} & shapes_in(row):
         prompt, chosen, rejected = preference(row, where)
         return [*(message["content"] for message in prompt), chosen, rejected]
-    answered = {"completion", "targets"} & shapes_in(row)
-    read = messages_of if row.get("messages") is not None else conversation if answered else prompt_of
-    return [message["content"] for message in read(row, where)]
+    if row.get("messages") is not None:
+        messages = messages_of(row, where)
+    elif {"completion", "targets"} & shapes_in(row):
+        messages, *_ = conversation_of(row, where)
+    else:
+        messages = prompt_of(row, where)
+    return [message["content"] for message in messages]

@@ -25,7 +25,7 @@ TOOLS = "no tools are called here"
 MEDIA = "only text is read here"
 DOCUMENTS = "no documents are put into prompts here; write them into the prompt's text"
 THOUGHTS = "no thoughts are kept apart from an answer here"
-LOSS = "say what is learnt with weight (0 or 1) or train (true or false)"
+LOSS = "say what is supervised with weight (0 or 1) or train (true or false)"
 CONTINUED = "no answer is continued here"
 OF_BOTH = {**dict.fromkeys(["tools", "functions", "tool_choice", "tool_calls", "function_call"], TOOLS),
            **dict.fromkeys(["image", "images", "video", "videos", "audio", "audios"], MEDIA),

@@ -21,7 +21,7 @@ from .loop import evaluate, read_metrics, spread, train
 from .losses import policy_gradient_loss, preference_loss, reward_loss, sft_loss
 from .model import CohereForCausalLM, RewardModel
 from .reference import store_reference
-from .rollouts import Rollouts, load_fitting_prompts
+from .rollouts import Rollout, Rollouts, collate_rollouts, load_fitting_prompts
 from .runs import open_run
 
 
@@ -31,8 +31,8 @@ class Stage:
 
     about: the help of its command. settings: the class of its settings.
     load: (paths, tokenizer, limit in tokens, settings) -> items: examples, pairs or prompts.
-    blank: (an item or None, limit, settings) -> the example or pair that stands for it in a dry run.
-    collate: (examples or pairs, pad_id, slots) -> Batch.
+    blank: (an item or None, limit, settings) -> the example, pair or rollout that stands for it in a dry run.
+    collate: (examples, pairs or rollouts, pad_id, slots) -> Batch.
     loss: settings -> loss_fn(model, batch) -> (sum, metrics).
     start: called before the first step, see keep_reference.
     check_first: (metrics of the first step, settings); may raise ValueError.
@@ -83,13 +83,13 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
         num_steps, batches = make_batches(items, pad, settings)
 
     with open_run(out, name, settings, data, resume, tokenizer, source, models, len(items)) as folder:
+        model = spread(model, settings, device)
         if stage.start:
-            model = spread(model, settings, device)
             stage.start(model, items + held_out, tokenizer.pad_id, device, settings, folder, **beside)
         if stage.samples:
             rollouts = Rollouts(model, reward_model, tokenizer, items, held_out, limit, settings, device,
                                 stop)
-            model, batches, evaluation = rollouts.model, rollouts.batches, rollouts.evaluation
+            batches, evaluation = rollouts.batches, rollouts.evaluation
         else:
             in_order = batches_in_order(held_out, pad) if held_out else []
             evaluation = lambda: evaluate(model, loss_fn, in_order, device, stop, settings)
@@ -158,9 +158,9 @@ def blank_pair(item, limit, settings):
 
 
 def blank_rollout(item, limit, settings):
-    """The prompt with an answer of --max-new-tokens, or an example of `limit` tokens that ends with one."""
+    """The prompt with an answer of --max-new-tokens, or a rollout of `limit` tokens that ends with one."""
     length = len(item["prompt_ids"]) + settings.max_new_tokens if item else limit
-    return Example(np.zeros(length, np.int32), np.arange(length) >= length - settings.max_new_tokens, "other")
+    return Rollout(np.zeros(length, np.int32), np.arange(length) >= length - settings.max_new_tokens, "other")
 
 
 STAGES = {
@@ -183,7 +183,8 @@ STAGES = {
                                    "(default RUN/reference.safetensors)"}),
     "rloo": Stage(
         "Online RLOO: sample answers to a batch of prompts, score them, take one policy-gradient step.",
-        config.RLOO, load_fitting_prompts, blank_rollout, collate, lambda settings: policy_gradient_loss,
+        config.RLOO, load_fitting_prompts, blank_rollout, collate_rollouts,
+        lambda settings: policy_gradient_loss,
         beside={"reward_model": "reward model folder with the same tokenizer"}, needs=("reward_model",),
         samples=True)}
 

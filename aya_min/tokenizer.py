@@ -258,16 +258,16 @@ class Tokenizer:
         """
         ids, mask = list(self.begin), [False] * len(self.begin)
         texts = self.turns.texts(messages)
-        learnt = [role == "assistant" for role, _ in texts]
+        supervised_turns = [role == "assistant" for role, _ in texts]
         if supervised is not None:
             given = [bool(b) for m, b in zip(messages, supervised, strict=True) if m["role"] != "system"]
-            # The template may add a system turn, which is not learnt.
+            # The template may add a system turn, which is not supervised.
             given = [False] * (len(texts) - len(given)) + given
-            learnt = [a and b for a, b in zip(learnt, given)]
-        for (role, text), is_learnt in zip(texts, learnt):
+            supervised_turns = [a and b for a, b in zip(supervised_turns, given)]
+        for (role, text), counts in zip(texts, supervised_turns):
             said = self.encode(text) + self.closing[role]
             ids += self.opening[role] + said
-            mask += [False] * len(self.opening[role]) + [is_learnt] * len(said)
+            mask += [False] * len(self.opening[role]) + [counts] * len(said)
         if generation_prompt:
             ids += self.opening["assistant"]
             mask += [False] * len(self.opening["assistant"])

@@ -266,7 +266,7 @@ def main():
         eval_every=4)
     if distributed.is_main():
         (out / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    distributed.close()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":

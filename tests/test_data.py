@@ -13,7 +13,7 @@ from aya_min.config import SFT
 from aya_min.data import (Example, Pair, Sampler, batches_in_order, collate, collate_pairs, encode_example,
                           load_examples, load_pairs, load_prompts, make_batches, read_jsonl, slots_of)
 from aya_min.losses import by_language
-from aya_min.rows import conversation, preference
+from aya_min.rows import conversation_of, preference
 from aya_min.tokenizer import train_tokenizer
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -580,7 +580,7 @@ def test_prompts_of_every_shape_can_be_trained_on_once_answered(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in shapes), encoding="utf-8")
     for row, expected in zip(load_prompts([path]), ([turns[1]], turns, [turns[1]], turns)):
         assert row["prompt_messages"] == expected
-        assert conversation({**row, "completion": "new"}, "here") == expected + [
+        assert conversation_of({**row, "completion": "new"}, "here")[0] == expected + [
             {"role": "assistant", "content": "new"}
         ]
 

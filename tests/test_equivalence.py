@@ -10,7 +10,7 @@ from small import CPU, EVERY, STAGES, assert_close, language_model, logged, on_r
 from torch import nn
 from torch._inductor import config as inductor
 
-from aya_min import config, loop
+from aya_min import loop
 
 
 

@@ -211,7 +211,7 @@ def test_kill_9_at_random_moments_and_inside_saves_loses_no_more_than_the_steps_
     folder, in_a_save = tmp_path / "killed", 0
     for trial in range(trials):
         TRIED["F1"] += 1
-        pid, before = start(go_on("sft", world, folder, **settings), tmp_path / "log"), steps_logged(folder)
+        pid = start(go_on("sft", world, folder, **settings), tmp_path / "log")
         target = (trial + 1) * steps // (trials + 1)                    # so that no trial comes after the end
         until(lambda: steps_logged(folder) >= target, pid)
         if trial % 2 == 0:
@@ -528,7 +528,6 @@ def test_a_signal_ends_the_run_after_a_save_with_a_code_that_says_so_and_it_can_
         folder, log = tmp_path / f"run{trial}", tmp_path / f"log{trial}"
         pid = start(go_on(stage, world, folder, **settings), log)
         assert until(lambda: reached(folder), pid)
-        sent = time.time()
         os.kill(pid, number)
         code = finish(pid)
         assert code == 128 + number or moment == "first step" and code in (-number, 1), (

@@ -18,10 +18,10 @@ FLOORS = [
     {"cmaes", "command", "files", "iso639", "linear", "merge_methods", "patience", "report_charts",
      "rows_keys", "template_expressions"},
     # 1: settings, languages, ranks, losses, templates, tensors on disk
-    {"config", "distributed", "languages", "losses", "merge_config", "merge_front", "template",
-     "tensorfiles"},
+    {"config", "distributed", "languages", "merge_config", "merge_front", "template",
+     "tensorfiles", "token_logps"},
     # 2: the decoder, the world, how to resume, what a line of JSONL means, whether two folders are alike
-    {"alike", "checkpoint", "control_tokens", "journal", "lengths", "model", "report_data", "rows",
+    {"alike", "checkpoint", "control_tokens", "journal", "lengths", "losses", "model", "report_data", "rows",
      "template_turns", "world"},
     # 3: text to ids, rows to batches, the engine's tensors, the oracle
     {"data", "engine", "preferences", "report_table", "tokenizer", "world_oracle"},

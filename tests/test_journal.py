@@ -1,6 +1,5 @@
 """The journal of a long run: whose folder it is, what it takes for finished, how its output is published."""
 
-import json
 import multiprocessing
 import os
 
@@ -8,7 +7,7 @@ import pytest
 from small import on_ranks
 
 from aya_min import files, journal
-from aya_min.journal import PURPOSE, Journal
+from aya_min.journal import Journal
 
 
 @pytest.fixture

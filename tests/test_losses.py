@@ -5,15 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from aya_min import losses
-from aya_min.losses import (
-    bradley_terry_loss,
-    dpo_loss,
-    kl_shaped_rewards,
-    rloo_advantages,
-    sum_by_row,
-    token_logps,
-)
+from aya_min.losses import bradley_terry_loss, dpo_loss, kl_shaped_rewards, rloo_advantages
+from aya_min.token_logps import TokenLogps, sum_by_row, token_logps
 
 # ---- token log-probs ---------------------------------------------------------------------------------------
 
@@ -83,7 +76,7 @@ def test_peak_memory_grows_with_the_chunk_and_not_with_tokens_times_vocabulary(N
 
 def test_the_default_chunk_is_half_a_gigabyte_of_fp32_logits_for_any_vocabulary(monkeypatch):
     rows = []
-    monkeypatch.setattr(losses.TokenLogps, "apply", lambda *args: rows.append(args[-1]) or args[0].sum(1))
+    monkeypatch.setattr(TokenLogps, "apply", lambda *args: rows.append(args[-1]) or args[0].sum(1))
     for V in (4096, 256_000, 2_000_000):
         token_logps(torch.zeros(10, 2), torch.zeros(1, 2).expand(V, 2), torch.zeros(10, dtype=torch.long))
     assert rows == [32768, 512, 128] and 512 * 256_000 * 4 < 0.55e9

@@ -579,7 +579,7 @@ def test_sharded_folders_that_transformers_wrote_merge_to_what_a_hand_merge_of_t
 ):
     """make_transformers.py, which made them, also loaded every outcome with transformers: no tensor
     missing or unexpected, the logits of the merge by hand."""
-    place, (model_type, dtype, _) = by_transformers / case, make_transformers.CASES[case]
+    place, (_, dtype, _) = by_transformers / case, make_transformers.CASES[case]
     states = [make_transformers.state_of(place / name) for name in ("A", "B", "base")]
     assert len(list((place / "A").glob("*.safetensors"))) > 2 and {
         tensor.dtype for tensor in states[0].values()

@@ -302,6 +302,14 @@ def test_the_arbiters_own_score_is_never_shown_as_a_win_rate(tmp_path):
     assert "arbiter's score" in shown and "-1.50" in report_table.results_table(summary)
 
 
+def test_the_page_of_the_miniature_says_that_grades_near_0_are_expected(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "grades near 0" in page_of(run)
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    (run / "config.json").write_text(json.dumps(config | {"preset": "tiny"}), encoding="utf-8")
+    assert "grades near 0" not in page_of(run)
+
+
 def test_an_oracle_needs_no_warning(tmp_path):
     assert 'class="warning"' not in page_of(make_run(tmp_path / "run"))
 

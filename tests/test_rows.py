@@ -10,7 +10,7 @@ import pytest
 from aya_min.config import SFT, Reading
 from aya_min.data import load_examples, load_pairs, load_prompts, read_jsonl, without_added_keys
 from aya_min.lengths import cut_left, fit_prompts
-from aya_min.rows import conversation, texts_in
+from aya_min.rows import conversation_of, texts_in
 from aya_min.tokenizer import train_tokenizer
 
 
@@ -44,13 +44,13 @@ def assistant(text, **more):
 
 
 @pytest.fixture
-def learnt(tokenizer, write):
+def supervised(tokenizer, write):
     """The supervised texts of rows, one list of answers for each example."""
-    def learnt(*rows, limit=512, **settings):
+    def supervised(*rows, limit=512, **settings):
         examples = load_examples([write(*rows)], tokenizer, limit, SFT(**settings))
         return [answers(tokenizer, e.ids, e.mask) for e in examples]
 
-    return learnt
+    return supervised
 
 
 def answers(tokenizer, ids, mask):
@@ -73,16 +73,16 @@ def refused(load, *arguments):
     return str(error.value)
 
 
-# ---- what is learnt ----------------------------------------------------------------------------------------
+# ---- what is supervised ----------------------------------------------------------------------------------------
 
 
-def test_the_loss_of_a_prompt_of_several_turns_is_on_the_completion_only(learnt):
+def test_the_loss_of_a_prompt_of_several_turns_is_on_the_completion_only(supervised):
     """An earlier assistant turn of the prompt was trained on, 15 tokens instead of 2."""
     prompt = TALK[:3]
-    assert learnt({"prompt": prompt, "completion": "blue"}, {"inputs": prompt, "targets": "blue"},
+    assert supervised({"prompt": prompt, "completion": "blue"}, {"inputs": prompt, "targets": "blue"},
                   {"prompt": prompt, "completion": [assistant("blue")]},
                   {"prompt": prompt, "completion": TALK}) == [["blue"]] * 4
-    assert learnt({"messages": TALK}) == [["wrong answer", "blue"]]
+    assert supervised({"messages": TALK}) == [["wrong answer", "blue"]]
 
 
 @pytest.mark.parametrize("marks, expected", [(({"weight": 0}, {"weight": 1}), ["blue"]),
@@ -93,19 +93,19 @@ def test_the_loss_of_a_prompt_of_several_turns_is_on_the_completion_only(learnt)
                                              (({"weight": 0.0}, {"weight": 1.0}), ["blue"]),
                                              (({"weight": None}, {"train": None}), ["wrong answer", "blue"]),
                                              (({"weight": 0, "train": False}, {}), ["blue"])])
-def test_only_the_turns_that_weight_or_train_leaves_are_learnt(marks, expected, learnt):
+def test_only_the_turns_that_weight_or_train_leaves_are_learnt(marks, expected, supervised):
     talk = [TALK[0], {**TALK[1], **marks[0]}, TALK[2], {**TALK[3], **marks[1]}]
-    assert learnt({"messages": talk}) == [expected] == learnt({"messages": [system("s"), *talk]})
+    assert supervised({"messages": talk}) == [expected] == supervised({"messages": [system("s"), *talk]})
 
 
 @pytest.mark.parametrize(
     "row",
     [{"messages": [user("a"), assistant("b", weight=0)]}, {**GOOD, "weight": 0}, {**GOOD, "train": False},
      {"text": "hi", "weight": 0}, {"prompt": "a", "completion": [assistant("b", train=False)]}])
-def test_a_row_of_which_nothing_is_learnt_is_left_out_and_counted(row, learnt, write, tokenizer, capsys):
-    assert learnt(GOOD, row, GOOD) == [["blue"]] * 2
+def test_a_row_of_which_nothing_is_learnt_is_left_out_and_counted(row, supervised, write, tokenizer, capsys):
+    assert supervised(GOOD, row, GOOD) == [["blue"]] * 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "1 of 3 examples have no answer that is learnt" in err and err.endswith(
+    assert err.count("\n") == 1 and "1 of 3 examples have no answer that is supervised" in err and err.endswith(
         "data.jsonl:2\n")
     assert "nothing to train on is left of 1 examples" in refused(load_examples, [write(row)], tokenizer,
                                                                   64, SFT())
@@ -119,14 +119,14 @@ def test_a_row_of_which_nothing_is_learnt_is_left_out_and_counted(row, learnt, w
      ({"messages": [user("a"), assistant("b", train="no")]}, "messages[1].train must be true or false"),
      ({"messages": [user("a"), assistant("b", weight=0, train=True)]}, "contradict each other"),
      ({"messages": [user("a", weight=1), assistant("b")]
-       }, "messages[0] is a turn of the user, and only the assistant's are learnt"),
+       }, "messages[0] is a turn of the user, and only the assistant's are supervised"),
      ({"messages": [system("s", train=True), user("a"), assistant("b")]
        }, "messages[0] is a turn of the system"),
      ({"prompt": [user("a"), assistant("b", weight=1), user("c")], "completion": "d"
-       }, "only the answer after it is learnt"), ({**GOOD, "weight": 0.3}, "weight must be 0 or 1"),
+       }, "only the answer after it is supervised"), ({**GOOD, "weight": 0.3}, "weight must be 0 or 1"),
      ({**GOOD, "train": "yes"}, "train must be true or false"),
      ({"messages": [user("a"), assistant("b", loss=False)]
-       }, "'messages[1].loss' cannot be honoured: say what is learnt with weight"),
+       }, "'messages[1].loss' cannot be honoured: say what is supervised with weight"),
      ({**GOOD, "loss_mask": [0, 1]}, "'loss_mask' cannot be honoured")])
 def test_what_is_said_of_the_loss_and_cannot_be_honoured_is_refused(row, says, write, tokenizer):
     path = write(GOOD, row)
@@ -136,7 +136,7 @@ def test_what_is_said_of_the_loss_and_cannot_be_honoured_is_refused(row, says, w
 
 def test_pairs_of_weight_0_are_left_out_and_of_an_answer_of_weight_0_refused(write, tokenizer, capsys):
     assert len(load_pairs([write(PAIR, {**PAIR, "weight": 0})], tokenizer, 64, SFT())) == 1
-    assert "1 of 2 pairs have no answer that is learnt" in capsys.readouterr().err
+    assert "1 of 2 pairs have no answer that is supervised" in capsys.readouterr().err
     assert "weight 0 in a preference pair" in refused(
         load_pairs, [write({**PAIR, "rejected": [assistant("red", weight=0)]})], tokenizer, 64, SFT())
 
@@ -153,7 +153,7 @@ def test_a_system_column_is_the_system_turn_in_every_shape(write, tokenizer):
                 {"prompt": said[1:], "completion": [*said, assistant("blue")]}):
         [example] = load_examples([write({**row, "system": "In French."})], tokenizer, 512, SFT())
         assert example.ids.tolist() == tokenizer.encode_chat([*said, assistant("blue")])[0]
-        assert conversation({**row, "system": "In French."}, "x:1") == [*said, assistant("blue")]
+        assert conversation_of({**row, "system": "In French."}, "x:1")[0] == [*said, assistant("blue")]
         [prompt] = load_prompts([write({**row, "system": "In French."})])
         assert prompt["prompt_messages"] == prompt["prompt"] == said and "system" not in prompt
     [pair] = load_pairs([write({**PAIR, "system": "In French."})], tokenizer, 512, SFT())
@@ -343,10 +343,10 @@ def test_prose_markup_and_code_are_no_control_tokens(text, write, tokenizer, cap
 # ---- other people's names of keys --------------------------------------------------------------------------
 
 
-def test_columns_rename_other_peoples_keys_and_a_whole_number_is_its_text(write, tokenizer, learnt):
+def test_columns_rename_other_peoples_keys_and_a_whole_number_is_its_text(write, tokenizer, supervised):
     columns = {"prompt": "question", "completion": "answer"}
     row = {"question": "How many?", "answer": 6, "solution": "because", "language": "Swahili"}
-    assert learnt(row, columns=columns) == [["6"]]
+    assert supervised(row, columns=columns) == [["6"]]
     [prompt] = load_prompts([write(row)], Reading(columns=columns))
     assert prompt["prompt"] == "How many?" and prompt["language"] == "sw" and prompt[
         "solution"] == "because" and "answer" not in prompt
@@ -356,8 +356,8 @@ def test_columns_rename_other_peoples_keys_and_a_whole_number_is_its_text(write,
     [pair] = load_pairs([write(row)], tokenizer, 64, SFT(columns=columns))
     assert pair.chosen.language == "fr" and pair.chosen.ids.tolist() == tokenizer.encode_chat(
         [system("s"), user("a"), assistant("b")])[0]
-    assert learnt({"dialogue": TALK}, columns={"messages": "dialogue"}) == [["wrong answer", "blue"]]
-    assert learnt({"prompt": "b", "completion": "a"},
+    assert supervised({"dialogue": TALK}, columns={"messages": "dialogue"}) == [["wrong answer", "blue"]]
+    assert supervised({"prompt": "b", "completion": "a"},
                   columns={"prompt": "completion", "completion": "prompt"}) == [["b"]]
 
 
@@ -459,11 +459,11 @@ def test_a_cut_answer_is_left_out_and_counted_by_language_unless_it_is_kept(cut,
     assert "nothing to train on is left" in refused(load_examples, [write(*rows[1:])], tokenizer, 64, SFT())
 
 
-def test_an_earlier_answer_that_was_cut_is_context_only(learnt, capsys):
+def test_an_earlier_answer_that_was_cut_is_context_only(supervised, capsys):
     talk = [TALK[0], {**TALK[1], "finish_reason": "interrupted"}, *TALK[2:]]
-    assert learnt({"messages": talk}) == [["blue"]]
+    assert supervised({"messages": talk}) == [["blue"]]
     assert "1 of 1 examples have an earlier answer that was cut at its limit" in capsys.readouterr().err
-    assert learnt({"messages": talk}, keep_cut=True) == [["wrong answer", "blue"]]
+    assert supervised({"messages": talk}, keep_cut=True) == [["wrong answer", "blue"]]
 
 
 @pytest.mark.parametrize("cut", [{"chosen_finish_reason": "length"}, {"rejected_finish_reason": "length"},
@@ -490,7 +490,7 @@ def test_a_text_that_is_too_long_is_refused_skipped_or_cut_at_the_left(write, to
     assert len(load_examples([path], tokenizer, 32, SFT(max_length=32))) == 1
     says = f"1 of 2 examples are longer than --max-length 32 tokens and are left out; the first: {path}:2\n"
     assert says in capsys.readouterr().err
-    whole = tokenizer.encode_chat(conversation(row, "x"))[0]
+    whole = tokenizer.encode_chat(conversation_of(row, "x")[0])[0]
     _, example = load_examples([path], tokenizer, 32, SFT(too_long="cut-left"))
     assert example.ids.tolist() == [tokenizer.bos_id, *whole[-31:]] and answers(
         tokenizer, example.ids, example.mask) == ["blue"]
@@ -517,8 +517,8 @@ def test_of_an_earlier_answer_that_the_cut_goes_through_nothing_is_learnt(write,
         [example] = load_examples([write({"messages": talk})], tokenizer, limit, SFT(too_long="cut-left"))
         assert len(example.ids) == limit and answers(tokenizer, example.ids,
                                                      example.mask)[-2:] in (["red", "blue"], ["blue"])
-        learnt = answers(tokenizer, example.ids, example.mask)
-        assert len(learnt) < 3 or learnt[0] == ("wrong answer " * 20).strip()
+        supervised = answers(tokenizer, example.ids, example.mask)
+        assert len(supervised) < 3 or supervised[0] == ("wrong answer " * 20).strip()
 
 
 def test_both_sides_of_a_pair_have_the_same_cut_prompt(write, tokenizer, capsys):

@@ -116,6 +116,7 @@ def test_the_policy_gradient_raises_what_did_better_than_its_siblings(pairs):
     """The gradient of the loss is that of -sum A log pi; rewards that are all equal give none."""
     model, batch = language_model(), collate([p.chosen for p in pairs[:2]] + [p.rejected for p in pairs[:2]])
     batch.ref_logps, batch.rewards, batch.count = torch.zeros(4), torch.tensor([3.0, 1.0, 1.0, 1.0]), 4
+    batch.cut = torch.zeros(4)
     for rewards, silent in ((batch.rewards, False), (torch.full((4,), 2.5), True)):
         batch.advantages = rloo_advantages(rewards.view(2, 2)).flatten()
         model.zero_grad()
@@ -134,6 +135,7 @@ def test_the_policy_gradient_raises_what_did_better_than_its_siblings(pairs):
 def test_the_kl_of_a_batch_is_log_policy_minus_log_reference_per_completion(pairs):
     model, batch = language_model(), collate([p.chosen for p in pairs])
     batch.ref_logps, batch.rewards, batch.advantages = torch.arange(6.0), torch.zeros(6), torch.zeros(6)
+    batch.cut = torch.zeros(6)
     _, metrics = policy_gradient_loss(model, batch)
     logps = torch.stack([full_logps(model, p.chosen) for p in pairs])
     assert overall(metrics["kl"]) == pytest.approx((logps - batch.ref_logps).mean().item(), rel=1e-5)

@@ -11,12 +11,11 @@ import os
 import shutil
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import CPU, EVERY, ROOT, STAGES, language_model, logged, on_ranks, reward_model, run, tokenizer
+from small import CPU, EVERY, ROOT, language_model, logged, on_ranks, reward_model, run, tokenizer
 
 import train
 from aya_min import checkpoint, config, distributed, estimate, files, loop, reference, stages, weights

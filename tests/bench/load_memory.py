@@ -62,7 +62,7 @@ def child(folder, dtype, sharded):
     model, _ = weights.load(folder, dtype=getattr(torch, dtype), sharded=sharded == "1")
     held = sum(distributed.own_rows(t)[0].nbytes for t in model.state_dict().values())
     print(json.dumps([distributed.rank(), before, resident("VmHWM"), held]), flush=True)
-    distributed.close()
+    distributed.leave(0)
 
 
 def measure(folder, dtype, ranks):

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
-from aya_min.losses import token_logps
+from aya_min.token_logps import token_logps
 
 
 def whole(hidden, weight, targets):
