@@ -73,7 +73,7 @@ def refused(load, *arguments):
     return str(error.value)
 
 
-# ---- what is supervised ----------------------------------------------------------------------------------------
+# ---- what is supervised ------------------------------------------------------------------------------------
 
 
 def test_the_loss_of_a_prompt_of_several_turns_is_on_the_completion_only(supervised):
@@ -105,8 +105,8 @@ def test_only_the_turns_that_weight_or_train_leaves_are_learnt(marks, expected, 
 def test_a_row_of_which_nothing_is_learnt_is_left_out_and_counted(row, supervised, write, tokenizer, capsys):
     assert supervised(GOOD, row, GOOD) == [["blue"]] * 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "1 of 3 examples have no answer that is supervised" in err and err.endswith(
-        "data.jsonl:2\n")
+    assert err.count("\n") == 1 and "1 of 3 examples have no answer that is supervised" in err
+    assert err.endswith("data.jsonl:2\n")
     assert "nothing to train on is left of 1 examples" in refused(load_examples, [write(row)], tokenizer,
                                                                   64, SFT())
 
