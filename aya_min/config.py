@@ -340,7 +340,7 @@ class Recipe(Reading):
     max_new_tokens: int = setting(32, "[1, inf)")
     batch_size: int = setting(32, "[1, inf)")
     dtype: str = setting("float32", help="compute dtype", choices=["float32", "bfloat16"])
-    corpus: int = setting(108000, "[1, inf)", "rows of noisy text that the base is pretrained on, once")
+    corpus: int = setting(144000, "[1, inf)", "rows of noisy text that the base is pretrained on, once")
     base_learning_rate: float = setting(5e-3, "(0, inf)")
     lessons: int = setting(9600, "[1, inf)", "examples per teacher")
     teacher_learning_rate: float = setting(1.5e-3, "(0, inf)")
