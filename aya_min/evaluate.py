@@ -40,7 +40,7 @@ VERDICT = ["grade", "seen_language", "why", "score", "reward"]          # keys t
 # ---- figures -----------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def draws(num_questions, num_resamples, seed, start):
     """How often each question is drawn in each resample, (num_resamples, num_questions); start: the number of
     resamples before these. Kept, because a run compares answers to the same questions a thousand times."""
@@ -63,7 +63,7 @@ def bootstrap_mean(values, question_ids, num_resamples=2000, seed=0):
     sums = np.bincount(question, weights=values)                                            # (Q,)
     counts = np.bincount(question)                                                          # (Q,)
     means = []
-    piece = max(1, 1_000_000 // len(sums))      # resamples at a time: 8 MB of counts
+    piece = max(1, 250_000 // len(sums))        # resamples at a time: 2 MB of counts
     for start in range(0, num_resamples, piece):
         drawn = draws(len(sums), min(piece, num_resamples - start), seed, start)            # (piece, Q)
         means.append((drawn @ sums) / (drawn @ counts))                                     # (piece,)
