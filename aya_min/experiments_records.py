@@ -17,7 +17,7 @@ from . import distributed, linear, runs
 from .command import guarded, printable
 from .experiments import SIDES, Comparison, Lab, claim_files, find_claims, measured, together
 from .files import read_json, write_json, write_whole
-from .report_charts import STYLE, around, axis, chart, esc, html_table, mark, number, track
+from .report_charts import STYLE, around, axis, chart, esc, html_table, mark, track
 
 RESULTS = Path(__file__).parent.parent / "results"
 BEGIN, END = "<!-- claims: generated from results/*.json -->\n", "<!-- end of the claims -->\n"
@@ -136,23 +136,26 @@ TONES = ("a", "b", "c")
 
 
 def forest(claim, seeds):
-    """A claim's comparisons, each with one mark a seed and the line of no difference."""
+    """A claim's comparisons, each with one mark a seed; those with the same value of no difference share a
+    chart."""
     charts = []
-    for none in dict.fromkeys(one["none"] for row in claim["comparisons"] for one in row["seeds"]):
+    for none in dict.fromkeys(row["seeds"][0]["none"] for row in claim["comparisons"]):
         rows = [row for row in claim["comparisons"] if row["seeds"][0]["none"] == none]
-        bounds = [v for row in rows for one in row["seeds"] for v in (one["value"], *one["ci95"])]
-        scale = around(none, bounds) if none == 50 else around(none, bounds, step=spread_of(bounds))
-        drawn = []
-        for row in rows:
-            marks = "".join(mark(one["value"], scale, "dot", 10 + 12 * i, TONES[i % len(TONES)],
-                                 f"seed {seed}: {shown(one)}", one["ci95"])
-                            for i, (seed, one) in enumerate(zip(seeds, row["seeds"])))
-            drawn.append(track(f"{row['label']}: {row['verdict']}", marks, shown(row["seeds"][0]), scale, none,
-                               height=12 * len(seeds) + 10))
-        drawn.append(axis(scale, max(1, round((scale[1] - scale[0]) / 5)) if none == 50
-                          else (scale[1] - scale[0]) / 4, "%" if none == 50 else ""))
-        charts.append(chart("win rate, %" if none == 50 else f"against {number(none, 2)}", drawn, "card forest"))
+        bounds = [bound for row in rows for one in row["seeds"] for bound in one["ci95"]]
+        step = 5 if none == 50 else max(max(bounds) - min(bounds), 1e-6) / 4
+        scale = around(none, bounds, step)
+        drawn = [forest_row(row, seeds, scale, none) for row in rows] + [axis(scale, step)]
+        charts.append(chart("win rate, %" if none == 50 else f"beside {none:g}", drawn, "card forest"))
     return "".join(charts)
+
+
+def forest_row(row, seeds, scale, none):
+    marks = ""
+    for i, (seed, one) in enumerate(zip(seeds, row["seeds"])):
+        tip = f"seed {seed}: {shown(one)}"
+        marks += mark(one["value"], scale, "dot", 10 + 12 * i, TONES[i % len(TONES)], tip, one["ci95"])
+    label, height = f"{row['label']}: {row['verdict']}", 12 * len(seeds) + 10
+    return track(label, marks, " / ".join(f"{one['value']:.3g}" for one in row["seeds"]), scale, none, height)
 
 
 def arms_table(record):
@@ -165,10 +168,6 @@ def arms_table(record):
         body += f"<tr><th>{esc(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     head = "".join(f"<th>seed {esc(str(seed))}: steps, tokens, seconds</th>" for seed in record["seeds"])
     return html_table(f"<tr><th>arm</th>{head}</tr>", body)
-
-
-def spread_of(values):
-    return max(max(values) - min(values), 1e-6) / 4
 
 
 def page(record):
@@ -223,25 +222,29 @@ def generated(folder=RESULTS):
     lines = ["| claim | paper | it says | the paper's figure | ours, by seed | verdict | command | minutes |",
              "|---|---|---|---|---|---|---|---|"]
     for record in kept.values():
+        command = f"`train.py claim {record['claims']} --seeds {' '.join(map(str, record['seeds']))}`"
         for claim in record["results"]:
-            first = claim["comparisons"][0]
-            ours = "; ".join(shown(one) for one in first["seeds"])
-            seeds = " ".join(map(str, record["seeds"]))
-            lines.append(f"| {claim['name']} | {record['paper']} | {claim['statement']} | {claim['theirs']} | "
-                         f"{ours} | {claim['verdict']} | `train.py claim {record['claims']} --seeds {seeds}` | "
-                         f"{sum(record['minutes']):.0f} |")
+            ours = "; ".join(map(shown, claim["comparisons"][0]["seeds"]))
+            cells = (claim["name"], record["paper"], claim["statement"], claim["theirs"], ours,
+                     claim["verdict"], command, f"{sum(record['minutes']):.0f}")
+            lines.append(f"| {' | '.join(cells)} |")
     for file, record in kept.items():
-        versions = record["versions"]
-        lines += ["", f"### {file}", "", f"{record['paper']}. Preset {record['preset']}, commit "
-                  f"{versions.get('commit', '-')}, torch {versions.get('torch', '-')}, "
-                  f"{record['machine']['processor']}, {record['machine']['threads']} threads.", "",
-                  "| comparison | " + " | ".join(f"seed {seed}" for seed in record["seeds"]) + " | verdict |",
-                  "|---|" + "---|" * (len(record["seeds"]) + 1)]
-        for claim in record["results"]:
-            lines.append(f"| **{claim['name']}** |" + " |" * len(record["seeds"]) + f" **{claim['verdict']}** |")
-            lines += [f"| {row['label']} | " + " | ".join(map(shown, row["seeds"])) + f" | {row['verdict']} |"
-                      for row in claim["comparisons"]]
+        lines += ["", f"### {file}", "", *details(record)]
     return "\n".join(lines) + "\n"
+
+
+def details(record):
+    """The lines of a record: what made it, and every comparison."""
+    versions, seeds = record["versions"], record["seeds"]
+    lines = [f"{record['paper']}. Preset {record['preset']}, commit {versions['commit']}, torch "
+             f"{versions['torch']},", f"{record['machine']['processor']}, {record['machine']['threads']} "
+             "threads.", "", f"| comparison | {' | '.join(f'seed {seed}' for seed in seeds)} | verdict |",
+             "|---|" + "---|" * (len(seeds) + 1)]
+    for claim in record["results"]:
+        lines.append(f"| **{claim['name']}** |{' |' * len(seeds)} **{claim['verdict']}** |")
+        lines += [f"| {row['label']} | {' | '.join(map(shown, row['seeds']))} | {row['verdict']} |"
+                  for row in claim["comparisons"]]
+    return lines
 
 
 def with_claims(text, folder=RESULTS):

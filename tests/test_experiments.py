@@ -1,4 +1,4 @@
-"""Claims: the verdict's rule, arms that are shared and made once, a claim that was stopped, and the records."""
+"""Claims: the rule of the verdict, arms that are made once and shared, a claim that was stopped, records."""
 
 import json
 from types import SimpleNamespace
@@ -17,10 +17,11 @@ from aya_min.pipeline_results import evaluate_model
 # ---- the verdict -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("side, ci95, expected", [
-    ("above", [50.1, 53.0], "shown"), ("above", [50.0, 53.0], "not shown"), ("above", [45.0, 49.9], "reversed"),
-    ("below", [45.0, 49.9], "shown"), ("below", [49.0, 51.0], "not shown"), ("below", [50.1, 52.0], "reversed"),
-    ("level", [46.0, 54.0], "shown"), ("level", [46.0, 55.1], "not shown"), ("level", [55.1, 57.0], "reversed"),
-    ("level", [40.0, 44.9], "reversed")])
+    ("above", [50.1, 53.0], "shown"), ("above", [50.0, 53.0], "not shown"),
+    ("above", [45.0, 49.9], "reversed"), ("below", [45.0, 49.9], "shown"),
+    ("below", [49.0, 51.0], "not shown"), ("below", [50.1, 52.0], "reversed"),
+    ("level", [46.0, 54.0], "shown"), ("level", [46.0, 55.1], "not shown"),
+    ("level", [55.1, 57.0], "reversed"), ("level", [40.0, 44.9], "reversed")])
 def test_one_seed_shows_a_side_if_its_interval_is_clear_of_no_difference(side, ci95, expected):
     assert side_of(side, ci95, none=50.0, level=5.0) == expected
 
@@ -48,8 +49,8 @@ def claim_file(**arms):
     comparisons = (Comparison(a, b), Comparison(a, b, "level", "length", "greedy", ("en", "fr")),
                    Comparison(a, b, "below", "marks", "greedy"),
                    Figure("losses", lambda lab: [row["loss"] for row in lab.metrics(a)], "above", 0.0))
-    return SimpleNamespace(PAPER="a paper", MINUTES=1, ARMS=arms, CLAIMS=(Claim("tried", "it", "1", comparisons),),
-                           MEASURES={"marks": lambda row: row["completion"].count("a")})
+    return SimpleNamespace(PAPER="a paper", MINUTES=1, ARMS=arms, MEASURES={"marks": lambda row: row["grade"]},
+                           CLAIMS=(Claim("tried", "it", "1", comparisons),))
 
 
 def short_sft(count, **settings):
@@ -97,7 +98,8 @@ def test_a_claim_that_was_stopped_goes_on_where_it_stopped_to_the_same_record(ru
     assert [row["measure"] for row in claim["comparisons"]] == ["win rate", "length", "marks", "figure"]
     assert claim["comparisons"][0]["seeds"][0]["num"] == 48 and claim["comparisons"][3]["verdict"] == "shown"
     assert json.loads((tmp_path / "out" / "small" / "claim.json").read_text(encoding="utf-8")) == record
-    assert "Content-Security-Policy" in (tmp_path / "out" / "small" / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "out" / "small" / "report.html").read_text(encoding="utf-8")
+    assert "Content-Security-Policy" in page and "one above two, win rate, sampled" in page
     assert "tried: it" in experiments_records.table(record)
 
 
@@ -120,8 +122,8 @@ def test_arms_are_shared_by_content_and_another_setting_or_start_makes_another(r
 def test_an_arms_answers_are_those_of_its_model(run, tmp_path):
     run(file := claim_file(one=short_sft(32), two=short_sft(64)))
     lab = Lab(tmp_path / "out", "smoke", 1, CPU, file)
-    again = evaluate_model(SimpleNamespace(**{**vars(lab.run), "folder": tmp_path / "again", "embedded": True}),
-                           "x", lab.arm("two"))
+    elsewhere = SimpleNamespace(**{**vars(lab.run), "folder": tmp_path / "again", "embedded": True})
+    again = evaluate_model(elsewhere, "x", lab.arm("two"))
     assert [row["completion"] for row in lab.answers("two", "sampled")] == [
         row["completion"] for row in again["sampled"]]
 
