@@ -49,8 +49,9 @@ def claim_file(**arms):
     comparisons = (Comparison(a, b), Comparison(a, b, "level", "length", "greedy", ("en", "fr")),
                    Comparison(a, b, "below", "marks", "greedy"),
                    Figure("losses", lambda lab: [row["loss"] for row in lab.metrics(a)], "above", 0.0))
-    return SimpleNamespace(PAPER="a paper", MINUTES=1, ARMS=arms, MEASURES={"marks": lambda row: row["grade"]},
-                           CLAIMS=(Claim("tried", "it", "1", comparisons),))
+    claims = (Claim("tried", "it", "1", comparisons),)
+    measures = {"marks": lambda row: row["completion"].count("a")}
+    return SimpleNamespace(PAPER="a paper", MINUTES=1, ARMS=arms, MEASURES=measures, CLAIMS=claims)
 
 
 def short_sft(count, **settings):
