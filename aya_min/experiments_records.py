@@ -177,7 +177,7 @@ def page(record):
              f"seeds {esc(' '.join(map(str, record['seeds'])))}. Whiskers are 95% intervals over questions; "
              "the dashed line is no difference.</p>"]
     for claim in record["results"]:
-        parts.append(f"<h2>{esc(claim['name'])}: {esc(claim['verdict'])}</h2><p>{esc(claim['statement'])} "
+        parts.append(f"<h2>{esc(claim['name'])}: {esc(claim['verdict'])}</h2><p>{esc(claim['statement'])}. "
                      f"The paper: {esc(claim['theirs'])}.</p>{forest(claim, record['seeds'])}")
     parts.append(f"<h2>Arms</h2>{arms_table(record)}<p><code>{esc(record['command'])}</code></p>")
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
