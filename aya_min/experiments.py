@@ -15,18 +15,21 @@ so in every seed; a claim, if all its comparisons are.
 import hashlib
 import importlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Callable, Optional
 
-from . import weights
+from . import distributed, weights
 from .arbitrage import route
 from .config import RECIPES, Recipe, settings_from
 from .evaluate import bootstrap_mean, compare, join
-from .languages import CLUSTERS
-from .pipeline import arbitrage, build_arbiter, build_base, build_teachers, sft_settings
+from .languages import CLUSTERS, SHARED
+from .merge_folders import merge_folders
+from .pipeline import (arbitrage, build_arbiter, build_base, build_teachers,
+                       train_clusters_and_merge)
 from .pipeline_results import add_rewards, evaluate_model
+from .preferences import best_worst
 from .pipeline_steps import Run, answers_of, scores_of, stage_settings, step, train_step
 from .stages import STAGES
 from .tokenizer import load_tokenizer
@@ -156,13 +159,23 @@ class Lab:
         return arbitrage(self.run, self.teachers, self.arbiter)
 
     @cached_property
+    def best_answers(self):
+        """The arbitrage's rows, each with the answer that the arbiter keeps."""
+        r = self.recipe
+        return route(self.candidates, "reward", r.seed, None, r.keep_cut, self.tokenizer.key)[0]
+
+    @cached_property
+    def pool_pairs(self):
+        """The pool's best answer against its worst, for each prompt where they differ enough."""
+        r = self.recipe
+        return best_worst(self.candidates, r.offline_margin, r.keep_cut, self.tokenizer.key)[0]
+
+    @cached_property
     def sft(self):
         """One model, SFT on the answers that the arbiter keeps: where most arms start."""
         r = self.recipe
-        rows, _ = route(self.candidates, "reward", r.seed, None, r.keep_cut, self.tokenizer.key)
-        values = sft_settings(self.run)
-        return self.train("sft", "sft", self.base, rows, epochs=r.sft_epochs,
-                          learning_rate=values["learning_rate"])
+        return self.train("SFT on the arbitrage", "sft", self.base, self.best_answers, epochs=r.sft_epochs,
+                          learning_rate=r.sft_learning_rate)
 
     def questions(self, split, count, tag):
         return questions(split, count, f"{tag}/{self.seed}", level=self.recipe.level)
@@ -179,6 +192,38 @@ class Lab:
         if reward_model:
             more["reward_model"], _ = weights.load(reward_model, self.device)
         return train_step(self.run, f"{stage}-{key}", name, stage, start, rows, settings, **more)
+
+    def clusters(self, name, stage, start, rows, settings, epochs, clusters=CLUSTERS, shared=SHARED,
+                 spill=None):
+        """Train one model per cluster of languages and average them: pipeline.train_clusters_and_merge.
+
+        start: a model folder, or {cluster: folder}. spill: the share of the other languages' rows that each
+        cluster also trains on; None: the recipe's."""
+        spill = self.recipe.cluster_spill if spill is None else spill
+        run = replace(self.run, recipe=replace(self.recipe, cluster_spill=spill), clusters=clusters)
+        starts = start if isinstance(start, dict) else dict.fromkeys(clusters, start)
+        begun = {cluster: self.name_of(starts[cluster]) for cluster in clusters}
+        plain = {key: value for key, value in settings.items() if key != "kind"}
+        key = hash_of("clusters", stage, plain, begun, rows, epochs, clusters, shared, spill)
+        return train_clusters_and_merge(run, f"{stage}-{key}", name, stage, start, rows, settings, epochs,
+                                        shared)
+
+    def parts(self, merged, clusters=CLUSTERS):
+        """{cluster: folder} of the models that `clusters` averaged into this one."""
+        return {c: merged.parent.with_name(f"{merged.parent.name}-{c}") / "model" for c in clusters}
+
+    def merge(self, name, folders, method, base=None, **settings):
+        """A merge of model folders by a method of merge_config.METHODS. -> its folder"""
+        content = [self.name_of(folder) for folder in folders], method, base and self.name_of(base), settings
+        more = {**settings, **({"base": base} if base else {})}
+
+        def make(folder):
+            if distributed.is_main():
+                folder.mkdir(parents=True, exist_ok=True)
+                merge_folders(folders, folder / "model", method, **more)
+            distributed.barrier()
+        self.step(f"merge-{method}", make, *content)
+        return self.folder / "steps" / f"merge-{method}-{hash_of(*content)}" / "model"
 
     def name_of(self, folder):
         """What a model folder of this seed is called: its path below the seed's folder."""

@@ -87,12 +87,15 @@ def machine():
 
 
 def arms_of(lab):
-    """{arm: its folder, steps, tokens and seconds} of the arms that a claim asked for."""
+    """{arm: its folder, steps, tokens and seconds} of the arms that a claim asked for; of a merge those of
+    the models that were trained for it."""
     about = {}
     for name, folder in lab.arms.items():
-        done = read_json(folder.parent / "done.json")
-        about[name] = {"folder": lab.name_of(folder.parent), "steps": done["training_steps"],
-                       "tokens": done["tokens"], "seconds": round(done["seconds"], 1)}
+        done = [read_json(path) for path in folder.parents[1].glob(f"{folder.parent.name}*/done.json")]
+        steps, tokens, seconds = (sum(one[key] for one in done)
+                                  for key in ("training_steps", "tokens", "seconds"))
+        about[name] = {"folder": lab.name_of(folder.parent), "steps": steps, "tokens": tokens,
+                       "seconds": round(seconds, 1)}
     return about
 
 

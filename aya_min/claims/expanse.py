@@ -9,9 +9,7 @@ win rates of the papers are judged by GPT-4 against other models; ours by the or
 
 from ..arbitrage import route
 from ..experiments import Claim, Comparison
-from ..pipeline import (best_teacher, dpo_settings, online_rounds, sft_settings, teacher_of_family,
-                              train_clusters_and_merge)
-from ..preferences import best_worst
+from ..pipeline import best_teacher, dpo_settings, online_rounds, sft_settings, teacher_of_family
 
 PAPER = "Aya Expanse, arXiv 2412.04261"
 MINUTES = 10
@@ -35,17 +33,13 @@ def family(lab):
 
 
 def merged(lab):
-    r = lab.recipe
-    rows, _ = route(lab.candidates, "reward", r.seed, None, r.keep_cut, lab.tokenizer.key)
-    return train_clusters_and_merge(lab.run, "merged", "SFT", "sft", lab.base, rows, sft_settings(lab.run),
-                                    r.sft_epochs)
+    return lab.clusters("SFT", "sft", lab.base, lab.best_answers, sft_settings(lab.run),
+                        lab.recipe.sft_epochs)
 
 
 def offline(lab):
-    r = lab.recipe
-    pairs, _ = best_worst(lab.candidates, r.offline_margin, r.keep_cut, lab.tokenizer.key)
-    return train_clusters_and_merge(lab.run, "offline", "offline DPO", "dpo", lab.arm("merged"), pairs,
-                                    dpo_settings(lab.run, "offline"), r.offline_epochs)
+    return lab.clusters("offline DPO", "dpo", lab.arm("merged"), lab.pool_pairs,
+                        dpo_settings(lab.run, "offline"), lab.recipe.offline_epochs)
 
 
 def after_round(t):
