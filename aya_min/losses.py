@@ -3,6 +3,11 @@
 An equation gives one value per token, pair or completion, never a mean. A stage's loss adds them up:
 (model, batch) -> (sum over the batch's units, {name: (2, languages) sums and counts}), and the loop divides
 once. Log-probs are natural logarithms (nats), computed in fp32.
+From logits to loss: model.CohereForCausalLM.forward with a mask gives log p of each supervised token
+(token_logps.py, without a tensor of all logits); `sum_by_row` adds them up for each answer; an equation below
+makes the loss of each pair; loop.gradients divides the sum by the step's count. The reference's log-probs
+were stored with the pairs before training (reference.py).
+
 DPO: arXiv 2305.18290 eq. 7.  Bradley-Terry: eq. 2 there.  RLOO: arXiv 2402.14740, section 2.
 """
 

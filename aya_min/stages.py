@@ -1,5 +1,9 @@
 """The training stages in one table: pretrain, sft, reward, dpo, rloo.
 
+A row's way to the loss, for example of {"messages"}: rows.conversation_of says what it means, data.py makes
+ids and loss mask of it (tokenizer.encode_chat) and batches in a seeded order, model.py gives the log-probs of
+the supervised tokens, losses.sft_loss adds them up, loop.gradients divides by the step's count.
+
 An entry says what differs between stages: settings, items, how they become a batch, the loss, and what the
 stage needs besides the model. loop.train does the rest. Each stage takes a model with its tokenizer, JSONL
 files, settings and a run folder, writes config.json, metrics.jsonl, eval.json, state/ and model/ into the
