@@ -313,6 +313,10 @@ class Keeper:
             self.leave(done)
         row = {"step": done, **{f"eval/{k}": v for k, v in values.items()}}
         write_metrics(self.folder / "metrics.jsonl", row)
+        name = next(iter(values))
+        if distributed.is_main():
+            tqdm.write(f"after {done:,} of {self.num_steps:,} steps: held-out {name} {values[name]:.3f}",
+                       file=sys.stderr)
 
     def is_due(self, done):
         """Whether to evaluate after `done` steps. The evaluation after the last step is not decided here."""

@@ -49,8 +49,14 @@ def build_base(run):
         tokenizer = train_tokenizer(texts, r.vocab_size)
         model = CohereForCausalLM(model_preset(r.model, tokenizer.vocab_size))
         model = init_weights(model, torch.Generator().manual_seed(r.seed))
-        its_settings = stage_settings(run, Pretrain, learning_rate=r.base_learning_rate, warmup_steps=50)
-        train_stage("pretrain", model, tokenizer, [data], its_settings, folder, run.device, resume=resume)
+        held_out = [{**q, "completion": gold_answer(q)}
+                    for q in questions("validation", min(240, r.corpus), f"base/{r.seed}", level=r.level)]
+        # four looks on the way, since the base takes the longest
+        every = max(1, r.corpus // r.batch_size // 4)
+        its_settings = stage_settings(run, Pretrain, learning_rate=r.base_learning_rate, warmup_steps=50,
+                                      eval_every=every)
+        train_stage("pretrain", model, tokenizer, [data], its_settings, folder, run.device,
+                    [data_file(run, "base-held-out", held_out)], resume)
     step(run, "base", f"pretraining a base on {r.corpus} rows of noisy text in 23 languages", make)
     return run.folder / "steps" / "base" / "model"
 
