@@ -29,7 +29,7 @@ FLOORS = [
     {"arbitrage", "loop", "merge_folders", "report", "reward", "sampling", "weights", "world_data",
      "world_translation"},
     # 5: run folders, conversations, log-probs under a fixed model, win rates, a recipe's checks
-    {"chat", "evaluate", "pipeline_checks", "reference", "runs"},
+    {"chat", "contrast", "evaluate", "pipeline_checks", "reference", "runs"},
     # 6: samples of the policy as batches
     {"rollouts"},
     # 7: the stages
