@@ -25,7 +25,7 @@ class StandIn(SimpleNamespace):
         smoke = replace(Recipe(), **RECIPES["smoke"])
         super().__init__(recipe=smoke, seed=0, sft="strong", base="base", arbiter="rm",
                          tokenizer=tokenizer(), teachers={"strong": "strong", "weak": "weak"}, trained={},
-                         scored={})
+                         done={})
         self.candidates = [
             {**q, "candidates": [{"teacher": "strong", "completion": gold_answer(q), "reward": 1.0}]}
             for q in self.questions("train", 96, "candidates")]
@@ -43,9 +43,12 @@ class StandIn(SimpleNamespace):
         return [[{"completion": answered(row), "finish_reason": "stop"}] for row in rows]
 
     def scores(self, name, rows):
-        if name not in self.scored:
-            self.scored[name] = [float(grade(row, row["completion"]).grade) for row in rows]
-        return self.scored[name]
+        return self.step(name, lambda _: [float(grade(row, row["completion"]).grade) for row in rows])
+
+    def step(self, name, make):
+        if name not in self.done:
+            self.done[name] = make(None)
+        return self.done[name]
 
     def train(self, name, stage, start, rows, **settings):
         self.trained[name] = rows

@@ -40,17 +40,16 @@ UNSEEN = tuple(code for code in LANGUAGES if code not in FIVE)
 
 # ---- mixtures ----------------------------------------------------------------------------------------------
 
-def totals(lab):
-    """(prompts of a mixture, prompts of the large one)."""
-    r = lab.recipe
-    total = max(2 * r.batch_size, r.num_prompts // 10)
-    return total, max(2 * total, r.num_prompts)
-
-
 def prompts(lab, name):
-    total, large = totals(lab)
-    source = lab.questions("preference", len(LANGUAGES) * total, "languages")
-    return mix(source, large if name == "large" else total, MIXTURES[name], temperature=0, seed=lab.seed)
+    """The prompts of a mixture. All are drawn from one source, which takes a while to make."""
+    def make(folder):
+        r = lab.recipe
+        total = max(2 * r.batch_size, r.num_prompts // 10)
+        source = lab.questions("preference", len(LANGUAGES) * total, "languages")
+        sizes = {**dict.fromkeys(MIXTURES, total), "large": max(2 * total, r.num_prompts)}
+        return {"prompts": {mixture: mix(source, sizes[mixture], codes, temperature=0, seed=lab.seed)
+                            for mixture, codes in MIXTURES.items()}}
+    return lab.step("languages-prompts", make)["prompts"][name]
 
 
 def pool_pairs(lab, name):
