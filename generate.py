@@ -4,6 +4,7 @@
     python generate.py --model DIR --chat           (or --models A B --chat: they answer side by side)
     torchrun generate.py --model DIR --prompts F.jsonl --out G.jsonl --num-samples 4 --temperature 0.7
     torchrun generate.py --models A B C --arbiter RM --prompts F.jsonl --out best.jsonl --pairs pairs.jsonl
+    python generate.py --answers G.jsonl --contrast translated.jsonl --out pairs.jsonl
 """
 
 import gc
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from aya_min import distributed, weights
+from aya_min import contrast, distributed, weights
 from aya_min.alike import identity
 from aya_min.arbitrage import candidates_from, route, wins_table
 from aya_min.chat import chat
@@ -68,6 +69,9 @@ def make_parser():
     add("--route", choices=["reward", "random", "fixed"],
         help="arbitrage: how the answer is chosen (default reward)")
     add("--table", help="--route fixed: JSON file {language: model folder as given in --models}")
+    add("--answers", help="with --contrast: JSONL file of answers written in the prompts' languages")
+    add("--contrast", help="JSONL file of answers to the same prompts that were translated from English; "
+                           "--out gets pairs, --answers chosen, --contrast rejected. Takes no model")
     add("--num-samples", type=number(int, "[1, 1000000]"), default=1,
         help="answers to each prompt (default 1)")
     add("--temperature", type=number(float, TEMPERATURE), default=0.3,
@@ -390,8 +394,11 @@ def counted(counts):
 def run_command(args, device):
     """What one rank does for a command line."""
     started = time.perf_counter()
-    check(args)
     reading = settings_from(Reading, flags=vars(args))
+    if args.answers or args.contrast:
+        contrast.check(args, make_parser().parse_args([]))
+        return print_lines(contrast.write_pairs(args.answers, args.contrast, args.out, reading))
+    check(args)
     metas, arbiter = read_metas(args)
     if args.chat:
         return talk(args, device)

@@ -24,7 +24,7 @@ from . import distributed, weights
 from .arbitrage import route
 from .config import RECIPES, Recipe, settings_from
 from .evaluate import bootstrap_mean, compare, join
-from .languages import CLUSTERS, SHARED
+from .languages import CLUSTERS, LANGUAGES, SHARED
 from .merge_folders import merge_folders
 from .pipeline import (arbitrage, build_arbiter, build_base, build_teachers,
                        train_clusters_and_merge)
@@ -63,7 +63,9 @@ class Comparison:
 
     @property
     def label(self):
-        where = f", {' '.join(self.languages)}" if self.languages else ""
+        others = [code for code in LANGUAGES if code not in (self.languages or LANGUAGES)]
+        where = f", {' '.join(self.languages or [])}" if len(others) > 6 else f", without {' '.join(others)}"
+        where = where if self.languages else ""
         return f"{self.a} {self.side} {self.b}, {self.measure}, {self.decoding}{where}"
 
 

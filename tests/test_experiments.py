@@ -174,3 +174,9 @@ def test_a_record_gives_a_row_and_its_comparisons(tmp_path):
 
 def test_torch_threads_are_said_in_the_record():
     assert experiments_records.machine()["threads"] == torch.get_num_threads()
+
+
+def test_no_two_claims_or_files_share_a_name():
+    files = experiments.claim_files()
+    names = [*files, *(claim.name for module in files.values() for claim in module.CLAIMS)]
+    assert len(set(names)) == len(names) and all(" " not in name for name in names)

@@ -60,8 +60,8 @@ def both(a, b, side="above"):
 
 
 CLAIMS = (
-    Claim("arbitrage", "SFT on the answers that a reward model keeps beats SFT on random teachers' answers "
-          "and on the single best teacher's", "up to 56.5% (relative) over the best single teacher",
+    Claim("reward-routing", "SFT on the answers that a reward model keeps beats SFT on random teachers' "
+          "answers and on the single best teacher's", "up to 56.5% (relative) over the best single teacher",
           both("reward routing", "random routing") + both("reward routing", "single teacher")),
     Claim("family", "A teacher chosen by the family of the language beats a random one",
           "fixed routing above random routing", both("family routing", "random routing")),
