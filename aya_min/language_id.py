@@ -34,11 +34,11 @@ from .rows import read_jsonl
 MAX_GRAM = 4            # letters; 5 and 6 add no accuracy with ten thousand letters a language
 LEAST_COUNT = 2         # of an n-gram in the source; the rarer half of a profile adds 0.3 points at 30 letters
 ALPHA = 0.5             # added to each count
-SCALE = 0.25            # of summed log-probs: the n-grams of a word overlap, so that their sum counts it often
-PRIOR = 2.0             # nats by which a language beyond the 23 must be better to be answered
+SCALE = 0.15            # of summed log-probs: overlapping n-grams count a word often; confidence is then accuracy
+PRIOR = 1.5             # nats by which a language beyond the 23 must be better to be answered
 LEAST_CONFIDENCE = 0.3  # below it nothing is answered, as in the Language Confusion Benchmark
 LEAST_LETTERS = 3       # of text that is too short to tell
-SWITCH = 8.0            # nats that a change of language inside a text costs
+SWITCH = 5.0            # nats that a change of language inside a text costs
 
 # The letters and marks of each script, as in a regular expression's class, after NFKC and without digits.
 SCRIPTS = {
@@ -68,14 +68,18 @@ ALONE = {"Greek": "el", "Hangul": "ko", "Hebrew": "he", "Bengali": "bn", "Gurmuk
          "Thai": "th", "Lao": "lo", "Tibetan": "bo", "Burmese": "my", "Georgian": "ka", "Ethiopic": "am",
          "Khmer": "km", "Armenian": "hy"}
 
-# Letters of Latin script that say as much as one letter, from the lengths of the Declaration's versions.
+# Letters of Latin script that say as much as one letter, from the lengths of the Declaration's versions. Beside
+# another script Latin counts half: names and terms stand in texts of every script, seldom the other way.
 WEIGHT = {"Han": 3.0, "Kana": 2.0, "Hangul": 2.5}
+LATIN = 0.5
 UNSPACED = {"Han", "Kana", "Thai", "Lao", "Tibetan", "Burmese", "Khmer"}    # written without spaces
 
 EAST = {"zh": "gb2312", "zh-Hant": "big5", "ja": "shift_jis"}       # the standards of their characters
 RARE = np.log(0.01)             # a character outside the standard
 KANA = np.log([0.001, 0.001, 0.5])      # half of Japanese letters; Chinese quotes one now and then
 KANJI = np.log([1.0, 1.0, 0.5])
+
+GROUP = {"Han": "East", "Kana": "East"}        # scripts that are scored together; any other is a group of its own
 
 LENGTHS = (10, 30, 100)                                             # characters, of the confusion matrix
 TEXTS = ("text", "completion", "targets")                           # the keys whose text it reads
@@ -91,13 +95,10 @@ def words_of(text):
 
 
 def grams_of(word):
-    """The n-grams of a word between two "_", without the "_" alone."""
-    word = f"_{word}_"
-    for size in range(1, MAX_GRAM + 1):
-        for start in range(len(word) - size + 1):
-            gram = word[start : start + size]
-            if gram != "_":
-                yield gram
+    """The n-grams of a word: its letters, and 2 to MAX_GRAM characters of the word between two "_"."""
+    edged = f"_{word}_"
+    return list(word) + [edged[start : start + size] for size in range(2, MAX_GRAM + 1)
+                         for start in range(len(edged) - size + 1)]
 
 
 @lru_cache(maxsize=1)
@@ -121,7 +122,8 @@ def log_probs(some):
     table = np.empty((len(index), len(codes)))
     for column, code in enumerate(codes):
         counts, totals = some[code]
-        seen = np.array([counts.get(gram, 0) for gram in index])
+        seen = np.zeros(len(index))
+        seen[[index[gram] for gram in counts]] = list(counts.values())
         table[:, column] = np.log((seen + ALPHA) / (np.array(totals) + ALPHA * kinds)[sizes])
     return codes, index, table
 
@@ -146,8 +148,8 @@ def word_scores(word, script):
     if script == "East":
         return sum(character_scores(character) for character in word)
     _, index, table = profiles()[script]
-    rows = [index[gram] for gram in grams_of(word) if gram in index]
-    return SCALE * table[rows].sum(axis=0)
+    rows = [row for row in map(index.get, grams_of(word)) if row is not None]
+    return SCALE * table.take(rows, axis=0).sum(axis=0) if rows else np.zeros(table.shape[1])
 
 
 @lru_cache(maxsize=1 << 14)
@@ -165,11 +167,6 @@ def is_in(character, standard):
         return False
 
 
-def group_of(script):
-    """The scripts that are scored together have one name: Han and kana are "East"."""
-    return "East" if script in ("Han", "Kana") else script
-
-
 @lru_cache(maxsize=None)
 def codes_of(group):
     """(codes, log priors) of a group of scripts."""
@@ -185,21 +182,22 @@ def posterior(text):
 
     Empty without letters of a script that is known. letters: weighed by WEIGHT.
     """
-    words = words_of(text)
-    letters = Counter()
-    for word, script in words:
-        letters[group_of(script)] += WEIGHT.get(script, 1.0) * len(word)
-    total = sum(letters.values())
-    letters.pop("other", None)
-    if not letters:
-        return {}, total
-    group, most = letters.most_common(1)[0]
+    letters, of = {}, defaultdict(list)
+    for word, script in words_of(text):
+        group = GROUP.get(script, script)
+        letters[group] = letters.get(group, 0.0) + WEIGHT.get(script, 1.0) * len(word)
+        of[group].append(word)
+    size = sum(letters.values())
+    if not letters.keys() - {"other"}:
+        return {}, size
+    letters["Latin"] = LATIN * letters.get("Latin", 0.0)
+    group = max(letters.keys() - {"other"}, key=lambda name: (letters[name], name))
     codes, scores = codes_of(group)
     if len(codes) > 1:
-        scores = sum((word_scores(word, group) for word, script in words if group_of(script) == group), scores)
+        scores = sum((word_scores(word, group) for word in of[group]), scores)
     chances = np.exp(scores - scores.max())
-    chances *= most / total / chances.sum()
-    return dict(zip(codes, chances.tolist())), total
+    chances *= letters[group] / sum(letters.values()) / chances.sum()
+    return dict(zip(codes, chances.tolist())), size
 
 
 def identify(text):
@@ -231,7 +229,7 @@ def identify_words(text):
     codes, best, back = known(), None, []
     prior = np.array([0.0 if code in LANGUAGES else -PRIOR for code in codes])
     for word, script in words:
-        group = group_of(script)
+        group = GROUP.get(script, script)
         if group == "other":
             back.append(None)
             continue
@@ -265,9 +263,10 @@ def first(text, length):
     """The first `length` characters of a text, without a last word that is cut; None if it is shorter."""
     if len(text) < length:
         return None
-    cut = text[:length]
-    inside = len(text) > length and text[length].isalnum() and cut[-1].isalnum()
-    return cut[: cut.rindex(" ")] if inside and " " in cut else cut
+    for found in WORD.finditer(text):
+        if found.start() < length < found.end() and found.lastgroup not in UNSPACED:
+            return text[: found.start()]
+    return text[:length]
 
 
 def confusion(rows, lengths=LENGTHS):
