@@ -17,6 +17,7 @@ Norwegian, Galician and Portuguese are confused below 100 characters; transliter
     python -m aya_min.language_id --text "Dobrý den"
 """
 
+import math
 import os
 import re
 import unicodedata
@@ -32,13 +33,14 @@ from .languages import LANGUAGES, home_language
 from .rows import read_jsonl
 
 MAX_GRAM = 4            # letters; 5 and 6 add no accuracy with ten thousand letters a language
-LEAST_COUNT = 2         # of an n-gram in the source; the rarer half of a profile adds 0.3 points at 30 letters
+LEAST_COUNT = 2         # of an n-gram in the source; the rest is half of a profile and adds little
 ALPHA = 0.5             # added to each count
-SCALE = 0.15            # of summed log-probs: overlapping n-grams count a word often; confidence is then accuracy
+SCALE = 0.15            # of summed log-probs, since n-grams overlap: confidence is then accuracy, on Tatoeba
 PRIOR = 1.5             # nats by which a language beyond the 23 must be better to be answered
 LEAST_CONFIDENCE = 0.3  # below it nothing is answered, as in the Language Confusion Benchmark
 LEAST_LETTERS = 3       # of text that is too short to tell
-SWITCH = 5.0            # nats that a change of language inside a text costs
+SWITCH = 6.0            # nats that a change of language inside a text costs
+EXPECTED = 2.0          # nats by which another language must be likelier than the one that a text should be in
 
 # The letters and marks of each script, as in a regular expression's class, after NFKC and without digits.
 SCRIPTS = {
@@ -68,8 +70,8 @@ ALONE = {"Greek": "el", "Hangul": "ko", "Hebrew": "he", "Bengali": "bn", "Gurmuk
          "Thai": "th", "Lao": "lo", "Tibetan": "bo", "Burmese": "my", "Georgian": "ka", "Ethiopic": "am",
          "Khmer": "km", "Armenian": "hy"}
 
-# Letters of Latin script that say as much as one letter, from the lengths of the Declaration's versions. Beside
-# another script Latin counts half: names and terms stand in texts of every script, seldom the other way.
+# Letters of Latin script that say as much as one letter, from the lengths of the Declaration's versions.
+# Beside another script Latin counts half: names and terms stand in texts of every script.
 WEIGHT = {"Han": 3.0, "Kana": 2.0, "Hangul": 2.5}
 LATIN = 0.5
 UNSPACED = {"Han", "Kana", "Thai", "Lao", "Tibetan", "Burmese", "Khmer"}    # written without spaces
@@ -79,7 +81,7 @@ RARE = np.log(0.01)             # a character outside the standard
 KANA = np.log([0.001, 0.001, 0.5])      # half of Japanese letters; Chinese quotes one now and then
 KANJI = np.log([1.0, 1.0, 0.5])
 
-GROUP = {"Han": "East", "Kana": "East"}        # scripts that are scored together; any other is a group of its own
+GROUP = {"Han": "East", "Kana": "East"}         # scripts that are scored together
 
 LENGTHS = (10, 30, 100)                                             # characters, of the confusion matrix
 TEXTS = ("text", "completion", "targets")                           # the keys whose text it reads
@@ -207,21 +209,22 @@ def identify(text):
     Chinese scripts have are zh.
     """
     chances, letters = posterior(text)
-    if not chances:
-        return None, 0.0
-    code = max(chances, key=chances.get)
-    clear = letters >= LEAST_LETTERS and chances[code] >= LEAST_CONFIDENCE
-    return (code if clear else None), chances[code]
+    code = max(chances, key=chances.get, default=None)
+    return (code if can_tell(chances, letters) else None), chances.get(code, 0.0)
+
+
+def can_tell(chances, letters):
+    return letters >= LEAST_LETTERS and max(chances.values(), default=0.0) > LEAST_CONFIDENCE
 
 
 def is_in_language(text, code):
-    """Whether a text is in the language of a known code; of equally likely ones each is right."""
-    chances, _ = posterior(text)
-    return identify(text)[0] is not None and chances.get(code, 0.0) == max(chances.values())
+    """Whether a text that should be in the language of a known code is: no other is EXPECTED nats likelier."""
+    chances, letters = posterior(text)
+    return can_tell(chances, letters) and chances.get(code, 0.0) * math.exp(EXPECTED) >= max(chances.values())
 
 
 def identify_words(text):
-    """[(word, code or None), ...]: the likeliest sequence of languages (Viterbi), where a change costs SWITCH.
+    """[(word, code or None), ...]: the likeliest languages in sequence (Viterbi); a change costs SWITCH.
 
     A word of another script is in that script's likeliest language. None: letters of an unknown script.
     """
@@ -323,8 +326,9 @@ def confusion_table(result):
             others = Counter()
             for found in result["lengths"].values():
                 others.update({seen: n for seen, n in found.get(code, {}).items() if seen != code})
-            most = " ".join(f"{seen} {n}" for seen, n in sorted(others.items(), key=lambda x: (-x[1], x[0]))[:3])
-            lines.append(f"{code:8}{texts:9} texts {rates}  taken for: {most or '-'}")
+            most = sorted(others.items(), key=lambda item: (-item[1], item[0]))[:3]
+            lines.append(f"{code:8}{texts:9} texts {rates}  taken for: "
+                         + (" ".join(f"{seen} {n}" for seen, n in most) or "-"))
     for pair in CLOSE:
         for code, other in (pair, pair[::-1]):
             taken = [f"{100 * found[code][other] / sum(found[code].values()):8.1f}" if code in found
@@ -339,7 +343,7 @@ def confusion_table(result):
 def main(argv=None):
     parser = Parser(prog="aya_min.language_id", description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--confusion", metavar="F.jsonl", help="rows with a text or completion and its language")
+    what.add_argument("--confusion", metavar="F.jsonl", help="rows with a text or completion and a language")
     what.add_argument("--text", help="print the text's language and the confidence")
     parser.add_argument("--lengths", nargs="+", type=number(int, "[1, 100000]"), default=LENGTHS,
                         help="characters that are read of each text (default: 10 30 100)")

@@ -2,10 +2,10 @@
 
     python tests/golden/make_profiles.py UDHR_FOLDER        # run from the project's root
 
-UDHR_FOLDER holds udhr_*.xml of the UDHR in XML project (https://github.com/eric-muller/udhr, data/udhr, at the
-commit below). The text is resolution 217 A (III) of the UN General Assembly; official documents of the United
-Nations are left in the public domain (ST/AI/189/Add.9/Rev.2). The repository states no licence of its own. The
-profiles hold counts of n-grams and no text.
+UDHR_FOLDER holds udhr_*.xml of the UDHR in XML project (https://github.com/eric-muller/udhr, data/udhr, at
+the commit below). The text is resolution 217 A (III) of the UN General Assembly; official documents of the
+United Nations are left in the public domain (ST/AI/189/Add.9/Rev.2). The repository states no licence of its
+own. The profiles hold counts of n-grams and no text.
 """
 
 import json
