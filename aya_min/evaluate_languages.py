@@ -19,8 +19,8 @@ languages. We depart from it so:
 
 Every scored answer is one of: "right" (each line), "partly" (some lines: for example an answer with its
 translation), "wrong" (no line). Apart from that, right answers that are "code-switched" are counted: a
-line has words of another script, or a run of at least RUN words in another language. A right language that
-reads like a translation is right: nothing here measures style.
+line has words of another script, or a run of at least RUN words in another language (a title is one too). A
+right language that reads like a translation is right: nothing here measures style.
 
     python -m aya_min.evaluate languages --answers A.jsonl [--out F.json]
 """
@@ -33,7 +33,7 @@ from collections import Counter
 from .command import Parser, is_spare_rank, printable
 from .config import Reading, add_flags, settings_from
 from .files import dumps, taken, write_new
-from .language_id import (GROUP, SCRIPTS, UNSPACED, codes_of, identify, identify_words, is_in_language,
+from .language_id import (CLOSE, GROUP, SCRIPTS, UNSPACED, codes_of, identify, identify_words, is_in_language,
                           known, profile_of, words_of)
 from .languages import LANGUAGES
 from .rows import read_jsonl
@@ -76,10 +76,11 @@ def foreign_words(line, code):
 
 
 def has_run(line, code):
-    """Whether at least RUN words one after another are in another language."""
+    """Whether at least RUN words one after another are in another language, which is no close neighbour."""
+    same = {code, None}.union(*(pair for pair in CLOSE if code in pair))
     length = 0
     for _, seen in identify_words(line):
-        length = length + 1 if seen not in (code, None) else 0
+        length = length + 1 if seen not in same else 0
         if length == RUN:
             return True
     return False

@@ -36,11 +36,11 @@ MAX_GRAM = 4            # letters; 5 and 6 add no accuracy with ten thousand let
 LEAST_COUNT = 2         # of an n-gram in the source; the rest is half of a profile and adds little
 ALPHA = 0.5             # added to each count
 SCALE = 0.15            # of summed log-probs, since n-grams overlap: confidence is then accuracy, on Tatoeba
-PRIOR = 1.5             # nats by which a language beyond the 23 must be better to be answered
+PRIOR = 2.0             # nats by which a language beyond the 23 must be better to be answered
 LEAST_CONFIDENCE = 0.3  # below it nothing is answered, as in the Language Confusion Benchmark
 LEAST_LETTERS = 3       # of text that is too short to tell
 SWITCH = 6.0            # nats that a change of language inside a text costs
-EXPECTED = 2.0          # nats by which another language must be likelier than the one that a text should be in
+EXPECTED = 2.0          # nats by which another language must be likelier than the one that a text should have
 
 # The letters and marks of each script, as in a regular expression's class, after NFKC and without digits.
 SCRIPTS = {
@@ -85,7 +85,7 @@ GROUP = {"Han": "East", "Kana": "East"}         # scripts that are scored togeth
 
 LENGTHS = (10, 30, 100)                                             # characters, of the confusion matrix
 TEXTS = ("text", "completion", "targets")                           # the keys whose text it reads
-CLOSE = (("cs", "sk"), ("id", "ms"), ("ru", "uk"), ("es", "pt"), ("nl", "af"))
+CLOSE = (("cs", "sk"), ("id", "ms"), ("ru", "uk"), ("es", "pt"), ("nl", "af"))      # hard to tell apart
 
 
 # ---- profiles ----------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def can_tell(chances, letters):
 
 
 def is_in_language(text, code):
-    """Whether a text that should be in the language of a known code is: no other is EXPECTED nats likelier."""
+    """Whether a text that should be in the language of a code is: no other is EXPECTED nats likelier."""
     chances, letters = posterior(text)
     return can_tell(chances, letters) and chances.get(code, 0.0) * math.exp(EXPECTED) >= max(chances.values())
 
