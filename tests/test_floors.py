@@ -24,10 +24,10 @@ FLOORS = [
     {"alike", "checkpoint", "control_tokens", "journal", "lengths", "losses", "model", "report_data", "rows",
      "template_turns", "world"},
     # 3: text to ids, rows to batches, the engine's tensors, the oracle
-    {"data", "engine", "mixture", "preferences", "report_table", "tokenizer", "world_oracle"},
+    {"data", "engine", "language_id", "mixture", "preferences", "report_table", "tokenizer", "world_oracle"},
     # 4: what is done with a model or with folders
-    {"arbitrage", "loop", "merge_folders", "report", "reward", "sampling", "weights", "world_data",
-     "world_translation"},
+    {"arbitrage", "evaluate_languages", "loop", "merge_folders", "report", "reward", "sampling", "weights",
+     "world_data", "world_translation"},
     # 5: run folders, conversations, log-probs under a fixed model, win rates, a recipe's checks
     {"chat", "contrast", "evaluate", "pipeline_checks", "reference", "runs"},
     # 6: samples of the policy as batches
