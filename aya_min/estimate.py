@@ -227,7 +227,7 @@ def default(function, name):
 
 
 def cache_bytes(config, settings, items, ranks):
-    """Bytes of one rank's KV cache in fp32 while rloo samples, as in sampling.engine_size."""
+    """Bytes of one rank's KV cache in fp32 while rl samples, as in sampling.engine_size."""
     rows = min(default(answer_rows, "batch_size"), -(-settings.batch_size // ranks) * settings.num_samples)
     positions = sum(cache_sizes(config, round_up(max(map(length_of, items)))))         # of all layers
     return rows * positions * 2 * config.num_key_value_heads * config.head_dim * 4

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aya_min import distributed, estimate
 from aya_min.losses import sft_loss
 from aya_min.stages import STAGES, blank_example
-from aya_min.config import DPO, RLOO, SFT, ModelConfig, Pretrain, Reward
+from aya_min.config import DPO, RL, SFT, ModelConfig, Pretrain, Reward
 from aya_min.data import collate
 from aya_min.loop import train, training_flops
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights
@@ -228,7 +228,7 @@ def test_operations_are_those_that_torch_counts():
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
-MADE = {"pretrain": Pretrain, "sft": SFT, "reward": Reward, "dpo": DPO, "rloo": RLOO}
+MADE = {"pretrain": Pretrain, "sft": SFT, "reward": Reward, "dpo": DPO, "rl": RL}
 
 
 def told(stage, ranks=2, **changes):
@@ -246,15 +246,15 @@ def test_every_stage_says_what_it_needs_without_data_a_gpu_or_weights(stage):
         word in text
         for word in ("optimizer moments", "logits chunk", "all-gathered", "tokens:", "operations")
     )
-    assert ("reference pass" in text) == (stage == "dpo") and ("KV cache" in text) == (stage == "rloo")
+    assert ("reference pass" in text) == (stage == "dpo") and ("KV cache" in text) == (stage == "rl")
 
 
 def test_the_kv_cache_by_hand():
     """16 rows of a rank (8 prompts x 4 samples over 2 ranks), 128 tokens, keys and values, 2 layers of 64
     numbers, fp32."""
-    items = estimate.items_of(STAGES["rloo"], RLOO(max_length=128), None, None)
+    items = estimate.items_of(STAGES["rl"], RL(max_length=128), None, None)
     assert (
-        estimate.cache_bytes(ModelConfig(**SMALL), RLOO(batch_size=8), items, 2) == 16 * 128 * 2 * 2 * 64 * 4
+        estimate.cache_bytes(ModelConfig(**SMALL), RL(batch_size=8), items, 2) == 16 * 128 * 2 * 2 * 64 * 4
     )
 
 

@@ -24,7 +24,7 @@ FLOORS = [
     {"alike", "checkpoint", "control_tokens", "journal", "lengths", "losses", "model", "report_data", "rows",
      "template_turns", "world"},
     # 3: text to ids, rows to batches, the engine's tensors, the oracle
-    {"data", "engine", "preferences", "report_table", "tokenizer", "world_oracle"},
+    {"critic", "data", "engine", "preferences", "report_table", "tokenizer", "world_oracle"},
     # 4: what is done with a model or with folders
     {"arbitrage", "loop", "merge_folders", "report", "reward", "sampling", "weights", "world_data"},
     # 5: run folders, conversations, log-probs under a fixed model, win rates, a recipe's checks
