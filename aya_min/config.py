@@ -325,9 +325,9 @@ ONLY = {"clip": (("ppo",), 0.2), "gae_lambda": (("ppo",), 0.95), "critic_weight"
 class RL(Training):
     algorithm: str = setting(
         "rloo",
-        help="rloo, grpo, reinforce: policy gradients on whole answers, whose baselines are the other samples "
-             "of the prompt, all of them, and the mean of all rewards so far; raft: cross-entropy on the best "
-             "of k; vanilla-pg, ppo: tokens as actions, with a critic",
+        help="rloo, grpo, reinforce: policy gradients on whole answers; the baseline is the mean of the "
+             "prompt's other samples, of all its samples, or of all rewards so far; raft: cross-entropy on "
+             "the best of k; vanilla-pg, ppo: tokens as actions, with a critic",
         choices=["rloo", "reinforce", "vanilla-pg", "ppo", "raft", "grpo"])
     too_long: str = setting(
         "refuse", help="prompts that leave no room for --max-new-tokens",
@@ -357,8 +357,9 @@ class RL(Training):
         False, help="grpo: divide advantages by the standard deviation of their group")
     cut_answers: str = setting(
         "keep",
-        help="what to do with answers that are cut at --max-new-tokens: keep them and their rewards; penalize "
-             "takes --cut-penalty off their rewards; drop leaves them out of the gradient and of the baseline",
+        help="what to do with answers that are cut at --max-new-tokens: keep them and their rewards; "
+             "penalize takes --cut-penalty off their rewards; drop leaves them out of the gradient and of the "
+             "baseline",
         choices=["keep", "penalize", "drop"])
     cut_penalty: Optional[float] = setting(
         None, "[0, inf)", "with --cut-answers penalize (unset: 1)")
@@ -376,8 +377,8 @@ class RL(Training):
             if self.algorithm in algorithms:
                 setattr(self, name, default if value is None else value)
             elif value is not None and value is not False:
-                raise ValueError(f"{flag_of(name)} {value} is for {' and '.join(algorithms)}; {self.algorithm} "
-                                 "does not read it, leave it out")
+                raise ValueError(f"{flag_of(name)} {value} is for {' and '.join(algorithms)}; "
+                                 f"{self.algorithm} does not read it, leave it out")
         if self.cut_answers == "penalize":
             self.cut_penalty = 1.0 if self.cut_penalty is None else self.cut_penalty
         elif self.cut_penalty is not None:

@@ -30,7 +30,7 @@ def bradley_terry_loss(chosen_scores, rejected_scores):
     return -F.logsigmoid(chosen_scores - rejected_scores)
 
 
-# ---- policy gradients: "Back to Basics", arXiv 2402.14740 ---------------------------------------------------
+# ---- policy gradients: "Back to Basics", arXiv 2402.14740 --------------------------------------------------
 
 def kl_shaped_rewards(rewards, policy_logps, ref_logps, beta):
     """R(x, y) = r(x, y) - beta * log(pi(y|x) / pi_ref(y|x)), with the whole completion as one action

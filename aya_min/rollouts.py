@@ -1,5 +1,5 @@
-"""On-policy training (arXiv 2402.14740): sample k answers to each prompt of a batch, score them, and turn them
-into a batch with advantages.
+"""On-policy training (arXiv 2402.14740): sample k answers to each prompt of a batch, score them, and turn
+them into a batch with advantages.
 
 A plain fp32 copy of the policy, whole on each rank, samples the answers. Policy, reference, reward model and
 critic are sharded. Each batch of samples is trained on for --gradient-steps steps. It is never stored: states
@@ -52,10 +52,10 @@ class Rollout(Example):
     ref_logp: float = 0.0       # and under the reference
     advantage: float = 0.0
     trained: float = 1.0        # 0.0 if it has no gradient
-    # With a critic: {"old_logps", "ref_logps", "values", "advantages", "returns": (n,) of its n tokens}, where
-    # a value is what the critic says and a return what it should say,
+    # With a critic, tensors (n,) of the answer's n tokens: old_logps, ref_logps, values (what the critic
+    # says), returns (what it should say), advantages. And two sums of squares, see token_advantages.
     tokens: dict = field(default_factory=dict)
-    critic_errors: tuple = (0.0, 0.0)       # and two sums of squares, see token_advantages
+    critic_errors: tuple = (0.0, 0.0)
 
 
 def rollout_of(row, answer):
@@ -190,8 +190,8 @@ class Rollouts:
             gae_lambda = 1.0 if s.algorithm == "vanilla-pg" else s.gae_lambda
             token_advantages(rollouts, rewards.flatten(), s.beta, gae_lambda)
         if not trained.any():
-            raise ValueError(f"batch {number}: all answers were cut at --max-new-tokens {s.max_new_tokens}, or "
-                             "are without a sibling that was not; raise it, or leave --cut-answers drop out")
+            raise ValueError(f"batch {number}: all answers were cut at --max-new-tokens {s.max_new_tokens}, "
+                             "or have no sibling that was not; raise it, or leave --cut-answers drop out")
         return so_far
 
     def evaluation(self):
@@ -226,7 +226,8 @@ class Rollouts:
         self.tell_cut(rollouts)
         rewards = score_texts(self.reward_model, self.tokenizer, [{**row, **answer} for row, answer in flat],
                               too_long="cut-left" if cuts else "refuse")
-        rollouts = [replace(rollout, reward=reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
+        for rollout, reward in zip(rollouts, rewards, strict=True):
+            rollout.reward = reward
         if s.algorithm in WITH_CRITIC:
             self.look_at_tokens(rollouts)
             return rollouts
@@ -255,8 +256,9 @@ class Rollouts:
     def tell_cut(self, rollouts):
         num_cut, s = sum(rollout.cut for rollout in rollouts), self.settings
         if num_cut and not self.told and distributed.is_main():
-            fate = {"keep": "kept and scored as they are", "drop": "left out of the gradient and the baseline",
-                    "penalize": f"kept, and --cut-penalty {s.cut_penalty} is taken off their rewards"}
+            fate = {"keep": "kept and scored as they are",
+                    "penalize": f"kept, and --cut-penalty {s.cut_penalty} is taken off their rewards",
+                    "drop": "left out of the gradient and the baseline"}
             tqdm.write(f"{num_cut} of {len(rollouts)} answers were cut at --max-new-tokens "
                        f"{s.max_new_tokens}: they are {fate[s.cut_answers]}; metrics.jsonl gives their share "
                        "of each step (cut)", file=sys.stderr)

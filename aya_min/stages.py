@@ -122,8 +122,8 @@ def train_and_publish(name, model, tokenizer, num_steps, batches, loss_fn, setti
 
 
 def save_model(folder, model, tokenizer):
-    """Write a model folder; of a critic.Learner that of its policy. An OSError becomes a ValueError that names
-    the folder and the remedy."""
+    """Write a model folder, of a critic.Learner that of its policy. An OSError becomes a ValueError that
+    names the folder and the remedy."""
     try:
         weights.save(folder, distributed.parts(model)[0], tokenizer)
     except OSError as error:
@@ -163,9 +163,10 @@ def blank_pair(item, limit, settings):
 def blank_rollout(item, limit, settings):
     """The prompt with an answer of --max-new-tokens, or a rollout of `limit` tokens that ends with one."""
     length = len(item["prompt_ids"]) + settings.max_new_tokens if item else limit
-    rollout = Rollout(np.zeros(length, np.int32), np.arange(length) >= length - settings.max_new_tokens, "other")
+    mask = np.arange(length) >= length - settings.max_new_tokens
+    rollout = Rollout(np.zeros(length, np.int32), mask, "other")
     if settings.algorithm in config.WITH_CRITIC:
-        zeros = torch.zeros(int(rollout.mask.sum()))
+        zeros = torch.zeros(int(mask.sum()))
         rollout.tokens = {"advantages": zeros, "returns": zeros, "old_logps": zeros}
     return rollout
 

@@ -249,6 +249,21 @@ def test_every_stage_says_what_it_needs_without_data_a_gpu_or_weights(stage):
     assert ("reference pass" in text) == (stage == "dpo") and ("KV cache" in text) == (stage == "rl")
 
 
+def test_a_critic_is_counted_with_its_moments_and_gradients():
+    """A critic of the policy's size, but for one row of the head."""
+    def gigabytes(text, part):
+        return next(float(line.split()[0]) for line in text.splitlines() if part in line)
+
+    sizes = dict(SMALL, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4)
+    with torch.device("meta"):
+        model = CohereForCausalLM(ModelConfig(**sizes))
+    both = (RL(batch_size=8, max_length=128, algorithm=algorithm) for algorithm in ("rloo", "ppo"))
+    rloo, ppo = (estimate.dry_run("rl", "M", model, each, None, None, None, 2) for each in both)
+    for part in ("parameters", "gradients", "optimizer moments"):
+        assert gigabytes(ppo, part) == pytest.approx(2 * gigabytes(rloo, part), abs=0.011), part
+    assert "a critic of the size of the reward model" in ppo
+
+
 def test_the_kv_cache_by_hand():
     """16 rows of a rank (8 prompts x 4 samples over 2 ranks), 128 tokens, keys and values, 2 layers of 64
     numbers, fp32."""

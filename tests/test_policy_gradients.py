@@ -5,6 +5,7 @@ import hashlib
 import json
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,6 +24,7 @@ from aya_min.losses import (
     token_rewards,
     vanilla_pg_loss,
 )
+from aya_min.rollouts import Rollout, collate_rollouts
 
 ALGORITHMS = {name.removeprefix("rl-"): changes for name, changes in VARIANTS.items()
               if "algorithm" in changes}
@@ -200,7 +202,8 @@ def test_the_vanilla_policy_gradient_is_unbiased_with_any_critic_and_ppo_without
 def test_a_lambda_below_1_is_unbiased_with_the_true_values_only():
     policy = Enumerated()
     for gae_lambda in (0.0, 0.5, 1.0):
-        torch.testing.assert_close(policy.of_tokens(gae_lambda, policy.true_values()), policy.exact(), **EXACT)
+        found = policy.of_tokens(gae_lambda, policy.true_values())
+        torch.testing.assert_close(found, policy.exact(), **EXACT)
     off = [(policy.of_tokens(gae_lambda, policy.values) - policy.exact()).norm()
            for gae_lambda in (1.0, 0.95, 0.5, 0.0)]
     assert off[0] < 1e-12 and off[0] < off[1] < off[2] < off[3]
@@ -269,7 +272,8 @@ def test_the_critic_begins_as_the_reward_model_learns_and_is_not_published(world
 def test_a_value_sees_the_tokens_before_its_own():
     critic, ids = Critic(reward_model().config), torch.tensor([[5, 6, 7, 8]])
     mask, lengths = torch.tensor([[False, False, True, True]]), torch.tensor([4])
-    critic.load_state_dict({name: t for name, t in reward_model().state_dict().items() if "logps" not in name})
+    of_reward = reward_model().state_dict()
+    critic.load_state_dict({name: of_reward[name] for name in critic.state_dict()})
     values = critic(ids, mask, lengths)
     x = critic.model(ids)
     torch.testing.assert_close(values, (x[0, 1:3] @ critic.score.weight[0]).detach())
@@ -321,6 +325,12 @@ def test_answers_that_are_dropped_are_not_in_the_count(algorithm, world, tmp_pat
                   for size in (0, 1))
     assert 0.1 < whole[0]["cut"] < 0.9
     assert_close(whole, cut, rtol=1e-4, atol=2e-5)
+
+
+def test_the_count_of_a_batch_is_of_the_answers_that_have_a_gradient():
+    ids, mask = np.zeros(4, np.int32), np.arange(4) > 1
+    rollouts = [Rollout(ids, mask, "other", trained=trained) for trained in (1.0, 0.0, 1.0)]
+    assert collate_rollouts(rollouts).count == 2
 
 
 def test_a_batch_of_which_all_is_dropped_is_refused_by_name(world, tmp_path):
