@@ -358,7 +358,7 @@ class RL(Training):
     cut_answers: str = setting(
         "keep",
         help="what to do with answers that are cut at --max-new-tokens: keep them and their rewards; "
-             "penalize takes --cut-penalty off their rewards; drop leaves them out of the gradient and of the "
+             "penalize takes --cut-penalty off their rewards; drop leaves them out of the gradient and the "
              "baseline",
         choices=["keep", "penalize", "drop"])
     cut_penalty: Optional[float] = setting(

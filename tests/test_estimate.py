@@ -7,6 +7,7 @@ This file is also what the tests start, alone and under torchrun, to be measured
 import gc
 import json
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -252,7 +253,7 @@ def test_every_stage_says_what_it_needs_without_data_a_gpu_or_weights(stage):
 def test_a_critic_is_counted_with_its_moments_and_gradients():
     """A critic of the policy's size, but for one row of the head."""
     def gigabytes(text, part):
-        return next(float(line.split()[0]) for line in text.splitlines() if part in line)
+        return float(re.search(rf"^ *([\d.]+)  {part}", text, re.MULTILINE)[1])
 
     sizes = dict(SMALL, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4)
     with torch.device("meta"):
