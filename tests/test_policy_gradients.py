@@ -3,6 +3,8 @@ tokens, their settings, and their runs. Two ranks against one: test_distributed.
 
 import hashlib
 import json
+import os
+import signal
 from itertools import product
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from small import VARIANTS, assert_close, language_model, logged, reward_model, run, state_of, tokenizer
 
+from aya_min import distributed, stages
 from aya_min.config import RL
 from aya_min.critic import Critic
 from aya_min.losses import (
@@ -42,6 +45,7 @@ def test_grpo_by_hand():
 
 @pytest.mark.parametrize("k", [2, 3, 8])
 def test_grpos_advantage_is_rloos_times_k_minus_1_over_k(k):
+    """r_i - mean(r) = (k-1)/k * (r_i - mean of the others)."""
     rewards = torch.randn(5, k, dtype=torch.float64)
     torch.testing.assert_close(group_advantages(rewards), (k - 1) / k * rloo_advantages(rewards))
 
@@ -236,6 +240,23 @@ def test_stopped_and_resumed_is_never_stopped_bit_for_bit(algorithm, world, tmp_
     for i, steps in enumerate((2, 4)):
         parts = run("rl", world, tmp_path / "parts", resume=i > 0, **always | dict(max_steps=steps))
     assert_same_bits(whole, parts)
+
+
+def test_a_signal_within_a_batch_ends_the_run_after_all_its_steps(world, tmp_path, monkeypatch):
+    """A state between two steps on a batch would need its samples."""
+    always, calls, plain = dict(gradient_steps=2, schedule="constant"), [], stages.policy_gradient_loss
+    whole = run("rl", world, tmp_path / "whole", max_steps=6, **always)
+
+    def signalled(model, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(model, batch)
+
+    monkeypatch.setattr(stages, "policy_gradient_loss", signalled)
+    with pytest.raises(distributed.Stopped, match="after 4 of 6 steps. The last saved state is step-4"):
+        run("rl", world, tmp_path / "parts", max_steps=6, **always)
+    assert_same_bits(whole, run("rl", world, tmp_path / "parts", resume=True, max_steps=6, **always))
 
 
 def test_ppo_with_lambda_1_and_no_clip_is_the_vanilla_policy_gradient(world, tmp_path):
