@@ -233,7 +233,8 @@ def assert_same_bits(one, other):
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [
+    pytest.param(name, marks=pytest.mark.long) if name in ("raft", "grpo") else name for name in ALGORITHMS])
 def test_stopped_and_resumed_is_never_stopped_bit_for_bit(algorithm, world, tmp_path):
     always = ALGORITHMS[algorithm] | dict(schedule="constant")
     whole = run("rl", world, tmp_path / "whole", **always)
@@ -299,6 +300,8 @@ def test_a_value_sees_the_tokens_before_its_own():
     x = critic.model(ids)
     torch.testing.assert_close(values, (x[0, 1:3] @ critic.score.weight[0]).detach())
     torch.testing.assert_close(critic(torch.tensor([[5, 6, 7, 9]]), mask, lengths), values)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert critic(ids, mask, lengths).dtype == torch.float32
 
 
 def test_reinforces_baseline_is_the_mean_of_all_rewards_before(world, tmp_path):
