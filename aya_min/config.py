@@ -318,7 +318,7 @@ class DPO(Training):
 WITH_CRITIC = ("vanilla-pg", "ppo")         # the algorithms of rl whose actions are tokens
 # {setting of rl: (the algorithms that have it, its value there if it is unset)}
 ONLY = {"clip": (("ppo",), 0.2), "gae_lambda": (("ppo",), 0.95), "critic_weight": (WITH_CRITIC, 0.1),
-        "normalize_advantages": (("grpo",), False)}
+        "critic_learning_rate": (WITH_CRITIC, None), "normalize_advantages": (("grpo",), False)}
 
 
 @dataclass
@@ -353,6 +353,8 @@ class RL(Training):
                         "in arXiv 2402.14740")
     critic_weight: Optional[float] = setting(
         None, "[0, inf)", "vanilla-pg, ppo: weight of the critic's loss (unset: 0.1, as in TRL)")
+    critic_learning_rate: Optional[float] = setting(
+        None, "(0, inf)", "vanilla-pg, ppo: the critic's peak (unset: --learning-rate), on the same schedule")
     normalize_advantages: bool = setting(
         False, help="grpo: divide advantages by the standard deviation of their group")
     cut_answers: str = setting(

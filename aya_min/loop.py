@@ -47,11 +47,16 @@ def learning_rate(step, num_steps, settings):
 
 
 def make_optimizer(model, settings):
-    """torch's fused AdamW, with weight decay on matrices only. Tied weights are one parameter."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
+    """torch's fused AdamW, with weight decay on matrices only. Tied weights are one parameter. A group's
+    "scale" is its learning rate as a multiple of the policy's: a critic may have its own."""
+    of_critic = getattr(settings, "critic_learning_rate", None) or settings.learning_rate
+    groups = []
+    for part, peak in zip(distributed.parts(model), (settings.learning_rate, of_critic)):
+        matrices = [p for p in part.parameters() if p.dim() > 1]
+        vectors = [p for p in part.parameters() if p.dim() <= 1]
+        scale = peak / settings.learning_rate
+        groups += [{"params": matrices, "weight_decay": settings.weight_decay, "scale": scale},
+                   {"params": vectors, "weight_decay": 0.0, "scale": scale}]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.adam_beta2), fused=True)
 
 
@@ -326,7 +331,7 @@ class Keeper:
     def after(self, done, stopping):
         """Publish, save, stop and evaluate as is due after `done` steps. The model is published before the
         state is saved, so that a run resumed from the state has published it. A run ends only where all
-        gradient steps of a batch are done (config.check_gradient_steps)."""
+        gradient steps of a batch are done (config.RL)."""
         if self.settings.publish_every and done % self.settings.publish_every == 0:
             checkpoint.check_finite(dict(self.model.named_parameters()), done, self.folder / "state")
             self.publish(self.model, done)
@@ -367,7 +372,7 @@ def train(model, num_steps, batches, loss_fn, settings, folder, device, evaluati
         patience.begin()
         started = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, num_steps, settings)
+            group["lr"] = learning_rate(step, num_steps, settings) * group["scale"]
         micro_batches = batches(step)
         count, tokens, flops, stopping = counted(model, micro_batches, stop, device)
         if stopping and step % settings.gradient_steps == 0:

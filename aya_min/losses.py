@@ -101,11 +101,12 @@ def gae(rewards, values, gae_lambda):
     lambda 1: the rewards from t on, less V_t. lambda 0: delta_t. values: V_t is of the text before token t.
     rewards, values (n,) -> (n,)
     """
-    advantages, after, next_value = torch.empty_like(rewards), 0.0, 0.0
-    for t in reversed(range(len(rewards))):
-        after = rewards[t] + next_value - values[t] + gae_lambda * after
-        advantages[t], next_value = after, values[t]
-    return advantages
+    advantages, after, next_value = [], 0.0, 0.0
+    for reward, value in zip(reversed(rewards.tolist()), reversed(values.tolist()), strict=True):
+        after = reward + next_value - value + gae_lambda * after
+        next_value = value
+        advantages.append(after)
+    return torch.tensor(advantages[::-1], dtype=rewards.dtype)
 
 
 def vanilla_pg_loss(logps, advantages):

@@ -36,8 +36,11 @@ def answer_logps(model, items, pad_id, device, settings, size=64, name="the refe
         with autocast(model, settings, device):
             logps = supervised_logps(model, batch)                          # (tokens,)
         sums = sum_by_row(logps, batch.mask)                                # (rows,)
-        of_rows = logps.cpu().split(batch.mask.sum(1).tolist()) if by_token else ()
-        done += zip(indices, of_rows or sums.view(num_sides, -1).T.tolist())
+        found = sums.view(num_sides, -1).T.tolist()
+        if by_token:
+            # Copies, because a part of a tensor is sent to the other ranks with the whole of it.
+            found = [each.clone() for each in logps.cpu().split(batch.mask.sum(1).tolist())]
+        done += zip(indices, found)
     model.train(was_training)
     logps = dict(sum(distributed.gather_objects(done), []))
     if by_token:

@@ -291,6 +291,17 @@ def test_the_critic_begins_as_the_reward_model_learns_and_is_not_published(world
     assert rows[0]["explained_variance"] < rows[-1]["explained_variance"] < 1
 
 
+def test_the_critic_has_its_own_learning_rate(world, tmp_path):
+    """The first step of Adam is as long as the learning rate, but where a gradient is near 0."""
+    folder = run("rl", world, tmp_path / "run", algorithm="ppo", max_steps=1, warmup_steps=0,
+                 critic_learning_rate=1e-2)
+    state, policy, critic = state_of(folder), language_model().state_dict(), reward_model().state_dict()
+    del critic["score_logps.weight"]
+    moved = {part: max((state[f"{part}.{name}"] - t).abs().max().item() for name, t in start.items())
+             for part, start in (("policy", policy), ("critic", critic))}
+    assert moved == {"policy": pytest.approx(1e-3, rel=1e-2), "critic": pytest.approx(1e-2, rel=1e-2)}
+
+
 def test_a_value_sees_the_tokens_before_its_own():
     critic, ids = Critic(reward_model().config), torch.tensor([[5, 6, 7, 8]])
     mask, lengths = torch.tensor([[False, False, True, True]]), torch.tensor([4])
@@ -400,8 +411,8 @@ def test_a_run_of_the_old_name_goes_on_under_it_and_under_the_new_one(world, tmp
     path = old / "config.json"
     about = json.loads(path.read_text())
     about["stage"] = "rloo"
-    for name in ("algorithm", "gradient_steps", "clip", "gae_lambda", "critic_weight", "normalize_advantages",
-                 "cut_answers", "cut_penalty", "reward_noise"):
+    for name in ("algorithm", "gradient_steps", "clip", "gae_lambda", "critic_weight", "critic_learning_rate",
+                 "normalize_advantages", "cut_answers", "cut_penalty", "reward_noise"):
         del about["settings"][name]
     path.write_text(json.dumps(about))
     for folder in (whole, old):

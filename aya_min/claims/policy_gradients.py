@@ -5,9 +5,9 @@ the clip binds; RLOO with 2 samples against 4; RAFT and RLOO under a larger beta
 rewards; online DPO on the same samples. "reward" is the arbiter's score of an answer, which training raises;
 win rates are by the oracle's grade, which it does not see.
 
-Matched conditions: all arms start from lab.sft with the same arbiter, prompts, learning rate, number of
-samples (batches of P prompts with 4 samples, or of 2 P prompts with 2) and number of optimizer steps
-(GRADIENT_STEPS on each batch, 2 in the paper for every algorithm).
+Matched conditions: all arms start from lab.sft with the same arbiter, prompts, learning rate of the policy,
+number of samples (batches of P prompts with 4 samples, or of 2 P prompts with 2) and number of optimizer
+steps (GRADIENT_STEPS on each batch, 2 in the paper for every algorithm).
 Departures: the paper takes for each algorithm the checkpoint with the best reward on its test set, and here
 the last one counts; GPT-4 judged, here the oracle. Its PPO's lambda is not known for the table of win rates;
 here PPO has the usual 0.95 unless an arm says otherwise. Online DPO makes pairs of the best and the worst of
@@ -15,12 +15,14 @@ here PPO has the usual 0.95 unless an arm says otherwise. Online DPO makes pairs
 samples are all drawn before the first step.
 """
 
+from ..config import WITH_CRITIC
 from ..experiments import Claim, Comparison, Figure
 from ..preferences import best_worst
 
 PAPER = "Back to Basics, arXiv 2402.14740"
 MINUTES = 18
 GRADIENT_STEPS = 2
+CRITIC_SCALE = 10           # the critic's learning rate over the policy's; at 1 it hardly explains variance
 LARGE_BETA = 0.3            # ten times the recipe's
 NOISE = 2.0                 # points of reward; the samples of a prompt differ by about one
 
@@ -43,6 +45,8 @@ def arm(name, batches_of=1, **settings):
                   "learning_rate": r.rloo_learning_rate, "max_new_tokens": r.max_new_tokens,
                   "gradient_steps": GRADIENT_STEPS, "max_steps": GRADIENT_STEPS * num_batches(lab),
                   "keep_cut": False}
+        if settings.get("algorithm") in WITH_CRITIC:
+            values["critic_learning_rate"] = CRITIC_SCALE * r.rloo_learning_rate
         return lab.train(f"rl-{name}", "rl", lab.sft, prompts(lab), reward_model=lab.arbiter,
                          **values | settings)
     return train
