@@ -2,7 +2,7 @@
 
     torchrun train.py                                            the recipe on the embedded world, runs/tiny
     torchrun train.py recipe --preset smoke --out runs/smoke     a smaller recipe, under a minute
-    torchrun train.py sft --model DIR --data F.jsonl --out RUN   one stage: pretrain, sft, reward, dpo, rloo
+    torchrun train.py sft --model DIR --data F.jsonl --out RUN   one stage: pretrain, sft, reward, dpo, rl
     torchrun train.py sft --resume RUN                           continue a stage that was stopped
     torchrun train.py claim NAME --seeds 1 2 3                   what a paper says, tried; `claims` lists them
 """
@@ -93,14 +93,15 @@ def add_claim(commands):
 
 def add_stage(commands, name, stage):
     """The command of a stage of stages.STAGES."""
-    parser = commands.add_parser(name, help=stage.about)
+    olds = [old for old, new in runs.OLD_STAGES.items() if new == name]
+    parser = commands.add_parser(name, aliases=olds, help=stage.about)
     presets = " ".join(config.MODEL_PRESETS)
     parser.add_argument("--model", help=f"model folder, or a preset's name for random weights ({presets})")
     parser.add_argument("--tokenizer", help="for a preset: folder with tokenizer.json (default: train one on "
                                             "the data)")
     parser.add_argument("--data", nargs="+", help="JSONL files")
     parser.add_argument("--eval-data", nargs="+", default=[],
-                        help="held-out JSONL files; reported per language (rloo: prompts, answered once)")
+                        help="held-out JSONL files; reported per language (rl: prompts, answered once)")
     parser.add_argument("--out", help="run folder; must be new")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     parser.add_argument("--config", help="JSON file of settings")
@@ -363,6 +364,7 @@ def main():
     args = make_parser().parse_args(argv)
     if args.command == "claims":
         return list_claims()
+    args.command = runs.OLD_STAGES.get(args.command, args.command)          # rloo: rl, whose default it is
     work = {"recipe": run_whole_recipe, "claim": run_claim}.get(args.command, run_one_stage)
     try:
         distributed.launch(lambda device: work(args, device), args.collective_timeout)

@@ -21,7 +21,7 @@ from .arbitrage import candidates_from, read_answers, route
 from .report_charts import finite
 from .pipeline_checks import teacher_name
 from .command import printable
-from .config import DPO, RLOO, SFT, Pretrain, Reward, model_preset
+from .config import DPO, RL, SFT, Pretrain, Reward, model_preset
 from .data import without_added_keys
 from .files import write_jsonl
 from .languages import LANGUAGES, SHARED, cluster_languages, home_language
@@ -351,10 +351,10 @@ def more_arms(run, results, base, sft, reward_rows, same):
         prompts = questions("preference", r.rloo_steps * r.batch_size, f"rloo/{r.seed}", level=r.level)
     else:
         prompts = list(map(without_added_keys, run.prompts))
-    its_settings = stage_settings(run, RLOO, learning_rate=r.rloo_learning_rate, beta=r.rloo_beta,
+    its_settings = stage_settings(run, RL, learning_rate=r.rloo_learning_rate, beta=r.rloo_beta,
                                   num_samples=r.rloo_samples, max_steps=r.rloo_steps, too_long=r.too_long,
                                   max_new_tokens=r.max_new_tokens, keep_cut=False)
-    rloo = train_step(run, "rloo", "RLOO from the SFT model", "rloo", sft, prompts, its_settings,
+    rloo = train_step(run, "rloo", "RLOO from the SFT model", "rl", sft, prompts, its_settings,
                       reward_model=reward_model)
     results.keep("rloo", "SFT + RLOO", "arm", rloo, "sft")
     no_shared = train_clusters_and_merge(run, "no-shared", "SFT without shared languages", "sft", base,

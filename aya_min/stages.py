@@ -1,4 +1,4 @@
-"""The training stages in one table: pretrain, sft, reward, dpo, rloo.
+"""The training stages in one table: pretrain, sft, reward, dpo, rl.
 
 A row's way to the loss, for example of {"messages"}: rows.conversation_of says what it means, data.py makes
 ids and loss mask of it (tokenizer.encode_chat) and batches in a seeded order, model.py gives the log-probs of
@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Callable, Optional
 
 import numpy as np
+import torch
 
 from . import config, distributed, weights
 from .data import (Example, Pair, batches_in_order, collate, collate_pairs, count_steps, load_examples,
                    load_pairs, make_batches, slots_of)
 from .files import write_json
 from .loop import evaluate, read_metrics, spread, train
-from .losses import policy_gradient_loss, preference_loss, reward_loss, sft_loss
+from .losses import actor_critic_loss, policy_gradient_loss, preference_loss, reward_loss, sft_loss
 from .model import CohereForCausalLM, RewardModel
 from .reference import store_reference
 from .rollouts import Rollout, Rollouts, collate_rollouts, load_fitting_prompts
-from .runs import open_run
+from .runs import OLD_STAGES, open_run
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
     source: the paths that a resume needs besides the data. beside: what the stage takes besides the model
     (Stage.beside): reward_model, a model; reference_logps, a path.
     Raises ValueError for what a user can mend, and distributed.Stopped after a signal."""
-    stage = stage_named(name)
+    stage, name = stage_named(name), OLD_STAGES.get(name, name)
     reward_model = beside.pop("reward_model", None)
     models = {"model": model} | ({"reward_model": reward_model} if reward_model else {})
     limit = fitting(settings, *models.values())
@@ -93,7 +94,7 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
         if stage.samples:
             rollouts = Rollouts(model, reward_model, tokenizer, items, held_out, limit, settings, device,
                                 stop)
-            batches, evaluation = rollouts.batches, rollouts.evaluation
+            model, batches, evaluation = rollouts.learner, rollouts.batches, rollouts.evaluation
         else:
             in_order = batches_in_order(held_out, pad) if held_out else []
             evaluation = lambda: evaluate(model, loss_fn, in_order, device, stop, settings)
@@ -107,7 +108,8 @@ def train_and_publish(name, model, tokenizer, num_steps, batches, loss_fn, setti
     """Train in a RunFolder, write the last evaluation to eval.json and the model to model/, whose path is
     returned."""
     path, stop = folder.path, stop or distributed.Signals()
-    distributed.from_main(lambda: weights.check_place(path / "model", model, tokenizer))
+    policy = distributed.parts(model)[0]
+    distributed.from_main(lambda: weights.check_place(path / "model", policy, tokenizer))
     with stop:
         publish = lambda model, step: save_model(path / "checkpoints" / f"step-{step}", model, tokenizer)
         model = train(model, num_steps, batches, loss_fn, settings, path, device, evaluation, folder.state,
@@ -124,9 +126,10 @@ def train_and_publish(name, model, tokenizer, num_steps, batches, loss_fn, setti
 
 
 def save_model(folder, model, tokenizer):
-    """Write a model folder. An OSError becomes a ValueError that names the folder and the remedy."""
+    """Write a model folder, of a critic.Learner that of its policy. An OSError becomes a ValueError that
+    names the folder and the remedy."""
     try:
-        weights.save(folder, model, tokenizer)
+        weights.save(folder, distributed.parts(model)[0], tokenizer)
     except OSError as error:
         about = f"{folder}: the model could not be written ({error}); make room and --resume"
         raise ValueError(about) from None
@@ -164,7 +167,19 @@ def blank_pair(item, limit, settings):
 def blank_rollout(item, limit, settings):
     """The prompt with an answer of --max-new-tokens, or a rollout of `limit` tokens that ends with one."""
     length = len(item["prompt_ids"]) + settings.max_new_tokens if item else limit
-    return Rollout(np.zeros(length, np.int32), np.arange(length) >= length - settings.max_new_tokens, "other")
+    mask = np.arange(length) >= length - settings.max_new_tokens
+    rollout = Rollout(np.zeros(length, np.int32), mask, "other")
+    if settings.algorithm in config.WITH_CRITIC:
+        zeros = torch.zeros(int(mask.sum()))
+        rollout.tokens = {"advantages": zeros, "returns": zeros, "old_logps": zeros}
+    return rollout
+
+
+def rl_loss(settings):
+    """The loss of --algorithm."""
+    if settings.algorithm in config.WITH_CRITIC:
+        return actor_critic_loss(settings.clip, settings.critic_weight)
+    return policy_gradient_loss
 
 
 STAGES = {
@@ -185,15 +200,15 @@ STAGES = {
         start=keep_reference, check_first=loss_is_ln2,
         beside={"reference_logps": "file of the reference's log-probs, which several runs can share "
                                    "(default RUN/reference.safetensors)"}),
-    "rloo": Stage(
-        "Online RLOO: sample answers to a batch of prompts, score them, take one policy-gradient step.",
-        config.RLOO, load_fitting_prompts, blank_rollout, collate_rollouts,
-        lambda settings: policy_gradient_loss,
+    "rl": Stage(
+        "Online policy gradients: sample answers to a batch of prompts, score them, take a step.",
+        config.RL, load_fitting_prompts, blank_rollout, collate_rollouts, rl_loss,
         beside={"reward_model": "reward model folder with the same tokenizer"}, needs=("reward_model",),
         samples=True)}
 
 
 def stage_named(name):
+    name = OLD_STAGES.get(name, name)
     if name not in STAGES:
         raise ValueError(f"unknown stage {name!r}; known: {' '.join(STAGES)}")
     return STAGES[name]

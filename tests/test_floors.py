@@ -24,7 +24,8 @@ FLOORS = [
     {"alike", "checkpoint", "control_tokens", "journal", "lengths", "losses", "model", "report_data", "rows",
      "template_turns", "world"},
     # 3: text to ids, rows to batches, the engine's tensors, the oracle
-    {"data", "engine", "language_id", "mixture", "preferences", "report_table", "tokenizer", "world_oracle"},
+    {"critic", "data", "engine", "language_id", "mixture", "preferences", "report_table", "tokenizer",
+     "world_oracle"},
     # 4: what is done with a model or with folders
     {"arbitrage", "evaluate_languages", "loop", "merge_folders", "report", "reward", "sampling", "weights",
      "world_data", "world_translation"},

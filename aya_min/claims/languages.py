@@ -86,7 +86,7 @@ def online(name):
     def arm(lab):
         r, rows = lab.recipe, pairs(lab, name)
         asked = [{k: v for k, v in row.items() if k not in ("chosen", "rejected")} for row in rows]
-        return lab.train(f"languages-rloo-{name}", "rloo", lab.sft, asked, reward_model=lab.arbiter,
+        return lab.train(f"languages-rloo-{name}", "rl", lab.sft, asked, reward_model=lab.arbiter,
                          learning_rate=r.rloo_learning_rate, beta=r.rloo_beta, num_samples=r.rloo_samples,
                          max_new_tokens=r.max_new_tokens, max_steps=r.rloo_steps, too_long=r.too_long,
                          batch_size=min(r.batch_size, len(rows)), keep_cut=False)
