@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aya_min import distributed, estimate
 from aya_min.losses import sft_loss
 from aya_min.stages import STAGES, blank_example
-from aya_min.config import DPO, RLOO, SFT, ModelConfig, Pretrain, Reward
+from aya_min.config import DPO, KTO, RLOO, SFT, ModelConfig, Pretrain, Reward
 from aya_min.data import collate
 from aya_min.loop import train, training_flops
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights
@@ -228,7 +228,7 @@ def test_operations_are_those_that_torch_counts():
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
-MADE = {"pretrain": Pretrain, "sft": SFT, "reward": Reward, "dpo": DPO, "rloo": RLOO}
+MADE = {"pretrain": Pretrain, "sft": SFT, "reward": Reward, "dpo": DPO, "kto": KTO, "rloo": RLOO}
 
 
 def told(stage, ranks=2, **changes):
@@ -246,7 +246,12 @@ def test_every_stage_says_what_it_needs_without_data_a_gpu_or_weights(stage):
         word in text
         for word in ("optimizer moments", "logits chunk", "all-gathered", "tokens:", "operations")
     )
-    assert ("reference pass" in text) == (stage == "dpo") and ("KV cache" in text) == (stage == "rloo")
+    assert ("reference pass" in text) == (stage in ("dpo", "kto"))
+    assert ("KV cache" in text) == (stage == "rloo")
+
+
+def test_simpo_is_told_no_reference_pass():
+    assert "reference pass" not in told("dpo", loss="simpo", simpo_gamma=1.0)
 
 
 def test_the_kv_cache_by_hand():

@@ -28,7 +28,7 @@ FLOORS = [
     # 4: what is done with a model or with folders
     {"arbitrage", "loop", "merge_folders", "report", "reward", "sampling", "weights", "world_data"},
     # 5: run folders, conversations, log-probs under a fixed model, win rates, a recipe's checks
-    {"chat", "evaluate", "pipeline_checks", "reference", "runs"},
+    {"chat", "evaluate", "kto", "pipeline_checks", "reference", "runs"},
     # 6: samples of the policy as batches
     {"rollouts"},
     # 7: the stages
