@@ -100,8 +100,8 @@ def test_simpo_by_hand_and_without_a_margin_dpo_against_a_uniform_reference():
 
 
 def trl(loss, policy, ref, tokens, beta, label_smoothing=0.0, simpo_gamma=0.0):
-    """The losses of TRL 1.16's trainers of DPO and (simpo, label smoothing) CPO, and its ipo before it divided
-    by tokens, pair by pair and in plain Python."""
+    """The losses of TRL 1.16's trainers of DPO and (simpo, label smoothing) CPO, and of its ipo before it was
+    divided by tokens, pair by pair and in plain Python."""
     log_sigmoid = lambda x: -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
     losses = []
     for i in range(policy.shape[1]):
