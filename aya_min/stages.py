@@ -166,22 +166,26 @@ def keep_reference(model, items, pad_id, device, settings, folder, reference_log
 def check_first_loss(metrics, settings):
     """Raise ValueError unless the first loss of dpo is that of a margin of 0: policy and reference are still
     the same model. simpo, which has no reference, may start anywhere."""
-    name = {"sigmoid": "DPO", "cdpo": "cDPO", "ipo": "IPO", "hinge": "hinge"}
-    first = {"sigmoid": ("ln 2", math.log(2)), "cdpo": ("ln 2", math.log(2)), "hinge": ("1", 1.0),
-             "ipo": ("(1 / (2 beta))^2", 1 / (2 * settings.beta) ** 2)}
+    beta = settings.beta
+    # {loss: (its name, the first loss, that as a number, by how much a nat of margin changes it)}
+    first = {"sigmoid": ("DPO", "ln 2", math.log(2), beta / 2),
+             "cdpo": ("cDPO", "ln 2", math.log(2), beta / 2), "hinge": ("hinge", "1", 1.0, beta),
+             "ipo": ("IPO", "(1 / (2 beta))^2", 1 / (2 * beta) ** 2, 1 / beta)}
     if settings.loss in first:
-        refuse_start(f"{name[settings.loss]} loss", metrics["dpo_loss"], *first[settings.loss], settings)
+        name, *right = first[settings.loss]
+        refuse_start(f"{name} loss", metrics["dpo_loss"], *right, settings)
 
 
 def check_first_value(metrics, settings):
     """Raise ValueError unless the first value of kto, without its weights, is sigmoid(0)."""
-    refuse_start("KTO value", metrics["kto_value"], "sigmoid(0)", 0.5, settings)
+    refuse_start("KTO value", metrics["kto_value"], "sigmoid(0)", 0.5, settings.beta / 4, settings)
 
 
-def refuse_start(what, found, text, right, settings):
-    """Raise ValueError if the first loss or value is not what it is where policy and reference agree."""
-    tolerance = (1e-4 if settings.dtype == "float32" else 1e-2) * max(1, right)
-    if abs(found - right) > tolerance:
+def refuse_start(what, found, text, right, slope, settings):
+    """Raise ValueError if the first loss or value is not what it is where policy and reference agree, but for
+    rounding: that of the log-probs, in nats, times the slope of the loss there."""
+    nats = 2e-3 if settings.dtype == "float32" else 0.2
+    if abs(found - right) > slope * nats:
         raise ValueError(f"the first {what} is {found:.6f}, not {text} = {right:.6f}: policy and reference "
                          "differ at the start")
 

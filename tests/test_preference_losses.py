@@ -399,6 +399,15 @@ def test_a_bad_label_ends_the_command_with_one_line_and_leaves_nothing(world, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_a_step_without_an_unwanted_answer_logs_nothing_of_such(world, tmp_path):
+    """It logged rewards and log-probs of 0."""
+    rows = [{"prompt": f"Say {i}.", "completion": f"{i}", "label": i > 0} for i in range(12)]
+    write_jsonl(tmp_path / "labelled.jsonl", rows)
+    steps = logged(run("kto", tmp_path, tmp_path / "run", batch_size=4, max_steps=3))
+    assert sorted("logps/rejected" in row for row in steps) == [False, False, True]
+    assert all(row["logps/chosen"] < 0 for row in steps)
+
+
 def test_every_choice_of_loss_is_tested_here():
     [field] = [field for field in config.fields(DPO) if field.name == "loss"]
     assert set(field.metadata["choices"]) == set(LOSSES)

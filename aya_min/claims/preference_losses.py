@@ -11,7 +11,7 @@ Matched conditions: all arms start from lab.sft. The offline ones see the same p
 worst of the pool, in the same order and batches for the same number of steps (KTO: both answers of each pair,
 in batches of twice as many). "both-3", "offline-long" and "alone-5" take the same number of steps in all, on
 offline pairs and three online rounds, on offline pairs, and on five online rounds. The rounds of "both" and
-"weak" differ in the arbiter only. The two arms about rejected answers share prompts, chosen answers and steps.
+"weak" differ in the arbiter only. The arms about rejected answers share prompts, chosen answers and steps.
 Departures: the oracle judges, not GPT-4; online rounds have half as many prompts as the recipe's. A win at
 similar length is one among the questions whose two answers differ in length by at most a fifth.
 """
@@ -89,12 +89,12 @@ def pairs_with_own(lab):
     """The pairs whose chosen answer the arbiter prefers to a sample of the start too, with that as "own"."""
     r, rows = lab.recipe, pairs(lab)
     prompts = [answers_of(row, "chosen")[0] for row in rows]
-    groups = lab.sample("preference-own", lab.sft, prompts, 1, r.online_temperature)
+    groups = lab.sample("preference-own", lab.sft, prompts, 1, 1.0)
     own = [group[0]["completion"] for group in groups]
     answered = [{**row, "completion": text} for row, text in zip(prompts, own)]
     rewards = lab.scores("preference-own-scores", answered)
     return [{**row, "own": text} for row, text, score in zip(rows, own, rewards)
-            if text.strip() and score is not None and score + r.offline_margin < row["chosen_reward"]]
+            if text.strip() and score is not None and score < row["chosen_reward"]]
 
 
 def against(name, of):
@@ -204,8 +204,8 @@ def similar_length(a, b):
     """The win rate, in percent, of a over b where their answers are of similar length."""
     def wins(lab):
         both = zip(lab.answers(a, "sampled"), lab.answers(b, "sampled"), strict=True)
-        alike = [(x["grade"], y["grade"]) for x, y in both if alike_in_length(x["completion"], y["completion"])]
-        return [50.0 * (1 + (x > y) - (x < y)) for x, y in alike]
+        return [50.0 * (1 + (x["grade"] > y["grade"]) - (x["grade"] < y["grade"])) for x, y in both
+                if alike_in_length(x["completion"], y["completion"])]
     return Figure(f"wins of {a} over {b} at similar length, percent", wins, "above", 50.0)
 
 
