@@ -2,7 +2,7 @@
 
     torchrun train.py                                            the recipe on the embedded world, runs/tiny
     torchrun train.py recipe --preset smoke --out runs/smoke     a smaller recipe, under a minute
-    torchrun train.py sft --model DIR --data F.jsonl --out RUN   one stage: pretrain, sft, reward, dpo, rl
+    torchrun train.py sft --model DIR --data F.jsonl --out RUN   one stage: pretrain sft reward dpo kto rl
     torchrun train.py sft --resume RUN                           continue a stage that was stopped
     torchrun train.py claim NAME --seeds 1 2 3                   what a paper says, tried; `claims` lists them
 """
@@ -217,7 +217,7 @@ def check_flags(args, settings, device, ranks):
         raise ValueError("--tokenizer goes with a preset; a model folder brings its own")
     for path in [*(args.data or []), *args.eval_data]:
         refuse_pipe(path)
-    if getattr(args, "reference_logps", None):
+    if getattr(args, "reference_logps", None) and stages.has_reference(settings, args.reference_logps):
         reference.check_place(Path(args.reference_logps))
 
 

@@ -309,10 +309,46 @@ class Reward(Training):
 
 @dataclass
 class DPO(Training):
-    beta: float = setting(0.1, "(0, inf)", "strength of the pull to the reference, eq. 7 of arXiv 2305.18290")
+    loss: str = setting(
+        "sigmoid",
+        help="sigmoid: DPO; ipo: a squared distance, on sums of tokens as in the paper; cdpo: DPO with "
+             "--label-smoothing; hinge: SLiC's, on DPO's margin; simpo: no reference, with --simpo-gamma",
+        choices=["sigmoid", "ipo", "cdpo", "hinge", "simpo"])
+    beta: float = setting(
+        0.1, "(0, inf)",
+        "strength of the pull to the reference, eq. 7 of arXiv 2305.18290 (ipo: its tau; simpo and "
+        "--length-normalized, whose log-probs are means over tokens, want 1 to 10)")
+    label_smoothing: Optional[float] = setting(
+        None, "[0, 0.5)", "cdpo: the share of the pairs that are taken to be labelled the wrong way round")
+    simpo_gamma: Optional[float] = setting(
+        None, "[0, inf)", "simpo: the margin of rewards that is aimed at, eq. 6 of arXiv 2405.14734")
+    length_normalized: bool = setting(
+        False, help="divide log-probs by the answer's tokens: TRL's sigmoid_norm, and with ipo TRL's ipo")
     nll_weight: float = setting(
         0.0, "[0, inf)",
         "weight of the chosen answer's mean negative log-likelihood (nats per token) beside DPO")
+
+    def __post_init__(self):
+        """Refuse what the loss does not read, and the lack of what it needs."""
+        for name, its_loss, example in (("label_smoothing", "cdpo", "0.1"), ("simpo_gamma", "simpo", "1")):
+            value = getattr(self, name)
+            if value is None and self.loss == its_loss:
+                raise ValueError(f"--loss {its_loss} needs {flag_of(name)}, for example {example}")
+            if value is not None and self.loss != its_loss:
+                raise ValueError(f"{flag_of(name)} {value} goes with --loss {its_loss}; {self.loss} does not "
+                                 "read it, leave it out")
+        if self.length_normalized and self.loss == "simpo":
+            raise ValueError("--length-normalized: simpo always divides by the answer's tokens; leave it out")
+
+
+@dataclass
+class KTO(Training):
+    beta: float = setting(0.1, "(0, inf)", "risk aversion: how soon the value saturates, arXiv 2402.01306")
+    desirable_weight: float = setting(
+        1.0, "(0, inf)",
+        "lambda_D, the weight of wanted answers (label true); weight times number should be alike for both")
+    undesirable_weight: float = setting(
+        1.0, "(0, inf)", "lambda_U, the weight of unwanted answers (label false)")
 
 
 WITH_CRITIC = ("vanilla-pg", "ppo")         # the algorithms of rl whose actions are tokens

@@ -261,7 +261,7 @@ def phases_of(stage, model, settings, items, held_out, step, ranks):
     if held_out:
         peak = forward(stage.loss(settings), held_out, default(batches_in_order, "size"), stage.collate)
         phases["in all, in an evaluation"] = held + peak
-    if stage.start:
+    if stage.start and stages.has_reference(settings):
         peak = forward(sft_loss, texts, reference_rows(settings))
         phases["in all, in the reference pass before"] = size_of("parameters", "gathered by FSDP") + peak
     if stage.samples:

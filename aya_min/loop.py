@@ -117,13 +117,14 @@ def add_metrics(total, metrics):
 
 def reduced(metrics, slots):
     """Sum {name: (2, slots)} over ranks and divide: {"loss": mean, "loss/fr": mean, ...} as plain floats.
-    A collective."""
+    What nothing was counted for is left out. A collective."""
     names = list(metrics)
     table = torch.stack([metrics[name] for name in names])                  # (metrics, 2, slots)
     table = distributed.sum_over_ranks(table)
     row = {}
     for name, (sums, counts) in zip(names, table.tolist()):
-        row[name] = sum(sums) / max(sum(counts), 1e-12)
+        if sum(counts) > 0:
+            row[name] = sum(sums) / sum(counts)
         if name in PER_LANGUAGE:
             by_slot = zip(slots, sums, counts)
             row.update({f"{name}/{code}": s / c for code, s, c in by_slot if c > 0 and code != "other"})

@@ -9,7 +9,10 @@ makes the loss of each pair; loop.gradients divides the sum by the step's count.
 were stored with the pairs before training (reference.py).
 
 DPO: arXiv 2305.18290 eq. 7.  Bradley-Terry: eq. 2 there.  Policy gradients: arXiv 2402.14740, section 2.
+IPO: arXiv 2310.12036.  SimPO: arXiv 2405.14734.  Hinge: arXiv 2305.10425, 2309.06657.  KTO: arXiv 2402.01306.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,64 @@ def dpo_loss(policy_logps, ref_logps, beta):
     """
     rewards = beta * (policy_logps - ref_logps)                             # (2, B)
     return -F.logsigmoid(rewards[0] - rewards[1]), rewards.detach()
+
+
+def cdpo_loss(policy_logps, ref_logps, beta, label_smoothing):
+    """Conservative DPO, eq. 3 of ericmitchell.ai/cdpo.pdf: a share `label_smoothing` of the pairs is taken to
+    be labelled the wrong way round. It aims at a finite margin: log((1 - label_smoothing) / label_smoothing).
+
+    Arguments and results are those of dpo_loss.
+    """
+    losses, rewards = dpo_loss(policy_logps, ref_logps, beta)
+    flipped, _ = dpo_loss(policy_logps.flip(0), ref_logps.flip(0), beta)
+    return (1 - label_smoothing) * losses + label_smoothing * flipped, rewards
+
+
+def ipo_loss(policy_logps, ref_logps, beta):
+    """IPO, eq. 17 of arXiv 2310.12036: (h - 1 / (2 beta))^2, where h is the difference of the log ratios and
+    beta is the paper's tau. Least where h is 1 / (2 beta) nats: a margin that is reached, not exceeded.
+
+    h is made of log pi(y|x), so of sums over tokens, as in the paper and in the code of DPO's authors. TRL
+    (1.16) divides each log ratio by the answer's tokens, and says that the paper's authors confirmed it: that
+    is --length-normalized. Arguments and results are those of dpo_loss.
+    """
+    ratios = policy_logps - ref_logps                                       # (2, B)
+    return (ratios[0] - ratios[1] - 1 / (2 * beta)) ** 2, beta * ratios.detach()
+
+
+def hinge_loss(policy_logps, ref_logps, beta):
+    """max(0, 1 - margin): the hinge of SLiC-HF (arXiv 2305.10425) on DPO's margin, which arXiv 2309.06657
+    calls hinge-norm and TRL computes. A pair with a margin of 1 or more is left alone.
+
+    SLiC-HF itself has no reference in the hinge, and a next-token loss beside it (--nll-weight).
+    Arguments and results are those of dpo_loss.
+    """
+    rewards = beta * (policy_logps - ref_logps)                             # (2, B)
+    return F.relu(1 - (rewards[0] - rewards[1])), rewards.detach()
+
+
+def simpo_loss(mean_logps, beta, gamma):
+    """SimPO, eq. 6 of arXiv 2405.14734. mean_logps: (2, B) nats per token, row 0 chosen, row 1 rejected.
+
+    Returns the losses (B,) and the rewards beta * mean log pi, (2, B), detached. TRL's simpo is the same.
+    """
+    rewards = beta * mean_logps
+    return -F.logsigmoid(rewards[0] - rewards[1] - gamma), rewards.detach()
+
+
+def kto_loss(policy_logps, ref_logps, labels, kl, beta, desirable_weight, undesirable_weight):
+    """KTO, arXiv 2402.01306 section 4.1: lambda_y - v(x, y), with the log ratio r and z0 = max(0, kl):
+
+        v = lambda_D sigmoid(beta (r - z0)) if y is wanted, lambda_U sigmoid(beta (z0 - r)) if not.
+
+    policy_logps, ref_logps: (B,) sums over response tokens. labels: (B,) bool. kl: () nats, of the step.
+    Returns the losses (B,) and, detached, the rewards beta * r (B,) and the values v / lambda_y (B,).
+    """
+    rewards = beta * (policy_logps - ref_logps)                             # (B,)
+    sides = torch.where(labels, 1.0, -1.0)
+    values = torch.sigmoid(sides * (rewards - beta * kl.clamp(min=0)))      # (B,)
+    weights = torch.where(labels, desirable_weight, undesirable_weight)
+    return weights * (1 - values), rewards.detach(), values.detach()
 
 
 def bradley_terry_loss(chosen_scores, rejected_scores):
@@ -179,18 +240,42 @@ def reward_loss(lm_weight):
     return loss_fn
 
 
-def preference_loss(beta, nll_weight):
-    """DPO on pairs with stored reference log-probs + nll_weight times the chosen answer's nats per token."""
+def preference_loss(beta, nll_weight, loss="sigmoid", label_smoothing=None, simpo_gamma=None,
+                    length_normalized=False):
+    """One of DPO's losses on pairs with stored reference log-probs (simpo: without) + nll_weight times the
+    chosen answer's nats per token."""
+    equation = {"sigmoid": dpo_loss, "ipo": ipo_loss, "hinge": hinge_loss,
+                "cdpo": partial(cdpo_loss, label_smoothing=label_smoothing),
+                "simpo": lambda logps, _, beta: simpo_loss(logps, beta, simpo_gamma)}[loss]
+    per_token = length_normalized or loss == "simpo"
+
     def loss_fn(model, batch):
         P, tokens = batch.count, batch.mask.sum(1)
         logps = sum_by_row(supervised_logps(model, batch), batch.mask).view(2, P)       # (2, P) nats
-        dpo, rewards = dpo_loss(logps, batch.ref_logps, beta)
+        units = tokens.view(2, P) if per_token else 1
+        ref_logps = None if loss == "simpo" else batch.ref_logps / units
+        dpo, rewards = equation(logps / units, ref_logps, beta)
         losses = dpo + nll_weight * (-logps[0] / tokens[:P])                            # (P,)
         log = {"loss": losses, "rewards/accuracies": (rewards[0] > rewards[1]).float(),
                "rewards/margins": rewards[0] - rewards[1], "rewards/chosen": rewards[0],
                "rewards/rejected": rewards[1], "logps/chosen": logps[0], "logps/rejected": logps[1],
                "dpo_loss": dpo}
         return losses.sum(), means_by_language(batch, log)
+    return loss_fn
+
+
+def unpaired_loss(beta, desirable_weight, undesirable_weight):
+    """KTO on labelled answers with stored reference log-probs and the step's kl."""
+    def loss_fn(model, batch):
+        logps = sum_by_row(supervised_logps(model, batch), batch.mask)                  # (B,) nats
+        losses, rewards, values = kto_loss(logps, batch.ref_logps, batch.labels, batch.kl, beta,
+                                           desirable_weight, undesirable_weight)
+        log = {"loss": losses, "kto_value": values, "kl": batch.kl.expand_as(losses),
+               "rewards/accuracies": (values > 0.5).float()}
+        sides = {"chosen": batch.labels.float(), "rejected": (~batch.labels).float()}
+        by_side = {f"{name}/{side}": by_language(batch, each * ones, ones)
+                   for side, ones in sides.items() for name, each in (("rewards", rewards), ("logps", logps))}
+        return losses.sum(), means_by_language(batch, log) | by_side
     return loss_fn
 
 

@@ -1,5 +1,5 @@
-"""Log-probs without gradients: DPO's reference, computed once and stored with the pairs, and rl's reference
-and policy before a step."""
+"""Log-probs without gradients: the reference of DPO and KTO, computed once and stored with the items, and the
+reference and the policy of rl before a step."""
 
 import hashlib
 import os

@@ -36,7 +36,7 @@ from aya_min.world import answer, gold_answer, questions
 CPU = torch.device("cpu")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FILES = {"pretrain": "sft.jsonl", "sft": "sft.jsonl", "reward": "pairs.jsonl", "dpo": "pairs.jsonl",
-         "rl": "prompts.jsonl"}
+         "kto": "labelled.jsonl", "rl": "prompts.jsonl"}
 EVERY = {name: (partial(stages.train_stage, name), about.settings, FILES[name])
          for name, about in stages.STAGES.items()}
 STAGES = {name: stage for name, stage in EVERY.items() if name != "pretrain"}       # sft does the same
@@ -65,8 +65,8 @@ def reward_model(seed=1, **changes):
 
 
 def write_world(folder, count=36):
-    """Write sft.jsonl, pairs.jsonl, prompts.jsonl and a short held-out file of each. An answer has from one
-    word to several sentences."""
+    """Write sft.jsonl, pairs.jsonl, labelled.jsonl, prompts.jsonl and a short held-out file of each. An
+    answer has from one word to several sentences."""
     rng = random.Random(0)
     for name, split, size in (("", "train", count), ("held-out-", "validation", 10)):
         rows = questions(split, size, 0, level="tiny")
@@ -77,6 +77,9 @@ def write_world(folder, count=36):
                  for q, text in zip(rows, gold)]
         write_jsonl(folder / f"{name}pairs.jsonl", pairs)
         write_jsonl(folder / f"{name}prompts.jsonl", rows)
+        write_jsonl(folder / f"{name}labelled.jsonl",
+                    [{**q, "completion": pair["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
+                     for i, (q, pair) in enumerate(zip(rows, pairs))])
     return folder
 
 

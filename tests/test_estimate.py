@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aya_min import distributed, estimate
 from aya_min.losses import sft_loss
 from aya_min.stages import STAGES, blank_example
-from aya_min.config import DPO, RL, SFT, ModelConfig, Pretrain, Reward
+from aya_min.config import DPO, KTO, RL, SFT, ModelConfig, Pretrain, Reward
 from aya_min.data import collate
 from aya_min.loop import train, training_flops
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights
@@ -229,7 +229,7 @@ def test_operations_are_those_that_torch_counts():
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
-MADE = {"pretrain": Pretrain, "sft": SFT, "reward": Reward, "dpo": DPO, "rl": RL}
+MADE = {"pretrain": Pretrain, "sft": SFT, "reward": Reward, "dpo": DPO, "kto": KTO, "rl": RL}
 
 
 def told(stage, ranks=2, **changes):
@@ -247,7 +247,12 @@ def test_every_stage_says_what_it_needs_without_data_a_gpu_or_weights(stage):
         word in text
         for word in ("optimizer moments", "logits chunk", "all-gathered", "tokens:", "operations")
     )
-    assert ("reference pass" in text) == (stage == "dpo") and ("KV cache" in text) == (stage == "rl")
+    assert ("reference pass" in text) == (stage in ("dpo", "kto"))
+    assert ("KV cache" in text) == (stage == "rl")
+
+
+def test_simpo_is_told_no_reference_pass():
+    assert "reference pass" not in told("dpo", loss="simpo", simpo_gamma=1.0)
 
 
 def test_a_critic_is_counted_with_its_moments_and_gradients():

@@ -30,7 +30,7 @@ FLOORS = [
     {"arbitrage", "evaluate_languages", "loop", "merge_folders", "report", "reward", "sampling", "weights",
      "world_data", "world_translation"},
     # 5: run folders, conversations, log-probs under a fixed model, win rates, a recipe's checks
-    {"chat", "contrast", "evaluate", "pipeline_checks", "reference", "runs"},
+    {"chat", "contrast", "evaluate", "kto", "pipeline_checks", "reference", "runs"},
     # 6: samples of the policy as batches
     {"rollouts"},
     # 7: the stages

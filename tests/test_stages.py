@@ -330,7 +330,7 @@ def test_a_run_folder_holds_what_the_design_says(stage, world, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
         "eval.json",
-    } | ({"reference.safetensors"} if stage == "dpo" else set())
+    } | ({"reference.safetensors"} if stage in ("dpo", "kto") else set())
     assert {path.name for path in folder.iterdir()} == expected
     about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert (

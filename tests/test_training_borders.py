@@ -544,9 +544,9 @@ def test_a_variable_of_torchrun_that_is_no_number_of_its_range_is_refused_by_nam
 
 def test_an_unknown_stage_is_refused_by_the_estimate_which_knows_those_of_train():
     """It was given rloo's items and sft's loss."""
-    with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo rl"):
+    with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo kto rl"):
         estimate.dry_run("dance", "M", language_model(), config.SFT(), None, None, None, 1)
-    with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo rl"):
+    with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo kto rl"):
         stages.train_stage("dance", language_model(), tokenizer(), [], config.SFT(), "out", CPU)
     for stage in stages.STAGES.values():
         settings = stage.settings(max_length=256)
@@ -556,7 +556,7 @@ def test_an_unknown_stage_is_refused_by_the_estimate_which_knows_those_of_train(
 # ---- data --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo", "kto"])
 @pytest.mark.parametrize("policy", ["skip", "cut-left", "refuse"])
 def test_what_passes_the_models_positions_is_not_trained_whatever_max_length_says(
     policy, stage, models, world, tmp_path, command
