@@ -186,7 +186,7 @@ class Batch:
     count: int                                      # what the loss sums over: tokens, pairs or completions
     ref_logps: Optional[torch.Tensor] = None        # (2, B/2) pairs, or (B,) completions; summed, nats
     advantages: Optional[torch.Tensor] = None       # (B,) RLOO
-    rewards: Optional[torch.Tensor] = None          # (B,) RLOO, for the log
+    rewards: Optional[torch.Tensor] = None          # (B,) RLOO, for the log; (B, M) of M teachers, router
     cut: Optional[torch.Tensor] = None              # (B,) RLOO, 1.0 where the answer was cut, for the log
     # (2, B): an earlier row with the same beginning (or the row itself), and the tokens that both begin with.
     # None if no row shares its beginning with an earlier one.

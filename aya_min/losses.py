@@ -4,6 +4,7 @@ An equation gives one value per token, pair or completion, never a mean. A stage
 (model, batch) -> (sum over the batch's units, {name: (2, languages) sums and counts}), and the loop divides
 once. Log-probs are natural logarithms (nats), computed in fp32.
 DPO: arXiv 2305.18290 eq. 7.  Bradley-Terry: eq. 2 there.  RLOO: arXiv 2402.14740, section 2.
+Router: arXiv 2408.14960, learned routing.
 """
 
 import torch
@@ -46,6 +47,23 @@ def kl_shaped_rewards(rewards, policy_logps, ref_logps, beta):
     """R(x, y) = r(x, y) - beta * log(pi(y|x) / pi_ref(y|x)), with the whole completion as one action
     (arXiv 2402.14740). All arguments have the same shape; log-probs are sums over the completion."""
     return rewards - beta * (policy_logps - ref_logps)
+
+
+def router_targets(rewards, tau):
+    """softmax(rewards / tau) over the teachers: what a router shall predict (arXiv 2408.14960, which gives
+    neither tau nor the construction). -inf stands for no usable answer and gets probability 0.
+
+    (B, M) -> (B, M). tau to 0: all on the best teacher; tau to infinity: uniform over those with an answer.
+    """
+    return torch.softmax(rewards / tau, -1)
+
+
+def router_kl(targets, logps):
+    """KL(target || router) = sum over teachers of t (log t - log p), in nats; a teacher with t = 0 adds 0.
+
+    targets, logps: (B, M) -> (B,)
+    """
+    return (torch.xlogy(targets, targets) - targets * logps).sum(-1)
 
 
 # ---- what each stage minimises -----------------------------------------------------------------------------
@@ -109,6 +127,24 @@ def policy_gradient_loss(model, batch):
     # kl and entropy are estimates from the samples, in nats per completion.
     log = {"reward": batch.rewards, "kl": logps - batch.ref_logps, "entropy": -logps, "cut": batch.cut}
     return (-batch.advantages * logps).sum(), means_by_language(batch, log)
+
+
+def router_loss(tau):
+    """KL of a router's choice among teachers from softmax(rewards / tau). Beside it stands what the choice
+    is worth: how often the likeliest teacher is that of the best reward, its reward, and what that is short
+    of the best. A choice without a usable answer has no reward (it counts in `answered` alone)."""
+    def loss_fn(model, batch):
+        logps = model(batch.input_ids, batch.lengths, batch.repeats)        # (B, M)
+        losses = router_kl(router_targets(batch.rewards, tau), logps)       # (B,)
+        reward = batch.rewards.gather(1, logps.argmax(1, keepdim=True))[:, 0]
+        best, answered = batch.rewards.amax(1), reward.isfinite()
+        reward = reward.where(answered, 0)
+        log = {"loss": losses, "agreement": (answered & (reward == best)).float(),
+               "answered": answered.float()}
+        of_answered = {"reward": reward, "regret": (best - reward).where(answered, 0)}
+        return losses.sum(), means_by_language(batch, log) | {
+            name: by_language(batch, values, answered) for name, values in of_answered.items()}
+    return loss_fn
 
 
 def means_by_language(batch, values):

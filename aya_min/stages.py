@@ -1,4 +1,4 @@
-"""The training stages in one table: pretrain, sft, reward, dpo, rloo.
+"""The training stages in one table: pretrain, sft, reward, dpo, rloo, router.
 
 An entry says what differs between stages: settings, items, how they become a batch, the loss, and what the
 stage needs besides the model. loop.train does the rest. Each stage takes a model with its tokenizer, JSONL
@@ -13,13 +13,13 @@ from typing import Callable, Optional
 
 import numpy as np
 
-from . import config, distributed, weights
+from . import config, distributed, router, weights
 from .data import (Example, Pair, batches_in_order, collate, collate_pairs, count_steps, load_examples,
                    load_pairs, make_batches, slots_of)
 from .files import write_json
 from .loop import evaluate, read_metrics, spread, train
-from .losses import policy_gradient_loss, preference_loss, reward_loss, sft_loss
-from .model import CohereForCausalLM, RewardModel
+from .losses import policy_gradient_loss, preference_loss, reward_loss, router_loss, sft_loss
+from .model import CohereForCausalLM, RewardModel, Router
 from .reference import store_reference
 from .rollouts import Rollout, Rollouts, collate_rollouts, load_fitting_prompts
 from .runs import open_run
@@ -38,6 +38,8 @@ class Stage:
     check_first: (metrics of the first step, settings); may raise ValueError.
     beside: {what the stage takes besides the model: the help of its flag}. needs: those that are required.
     samples: whether it trains on the policy's own samples (rollouts.py).
+    head: (paths, settings) -> function config -> config, where the model's head depends on the data.
+    arrange: (model, items, held-out items, settings) -> both lists as they fit the model.
     """
     about: str
     settings: type
@@ -51,6 +53,18 @@ class Stage:
     beside: dict = field(default_factory=dict)
     needs: tuple = ()
     samples: bool = False
+    head: Optional[Callable] = None
+    arrange: Optional[Callable] = None
+
+
+def builder(name, data, settings):
+    """The function config -> the stage's model, by which a preset, or the decoder of a model folder
+    (weights.load's trunk), becomes it. data: paths, which may be needed to know the head."""
+    stage = stage_named(name)
+    if not stage.head:
+        return stage.architecture
+    to_config = stage.head(data, settings)
+    return lambda config: stage.architecture(to_config(config))
 
 
 def fitting(settings, *models):
@@ -74,6 +88,8 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
         raise ValueError(f"{name} keeps answers that are cut and scores them as they are; leave keep_cut out")
     items = stage.load(data, tokenizer, limit, settings)
     held_out = stage.load(eval_data, tokenizer, limit, settings) if eval_data else []
+    if stage.arrange:
+        items, held_out = stage.arrange(model, items, held_out, settings)
     loss_fn, stop = stage.loss(settings), distributed.Signals()
     if stage.samples:
         num_steps = count_steps(len(items), settings)
@@ -186,7 +202,12 @@ STAGES = {
         config.RLOO, load_fitting_prompts, blank_rollout, collate_rollouts,
         lambda settings: policy_gradient_loss,
         beside={"reward_model": "reward model folder with the same tokenizer"}, needs=("reward_model",),
-        samples=True)}
+        samples=True),
+    "router": Stage(
+        "A router, which chooses a teacher for a prompt, on candidates with rewards (arXiv 2408.14960).",
+        config.Routing, router.load_candidates, router.blank, router.collate_routed,
+        lambda settings: router_loss(settings.tau), architecture=Router, head=router.head,
+        arrange=router.arrange)}
 
 
 def stage_named(name):

@@ -30,7 +30,7 @@ FLOORS = [
     # 5: run folders, conversations, log-probs under a fixed model, win rates, a recipe's checks
     {"chat", "evaluate", "pipeline_checks", "reference", "runs"},
     # 6: samples of the policy as batches
-    {"rollouts"},
+    {"rollouts", "router"},
     # 7: the stages
     {"stages"},
     # 8: a recipe's run on disk; what a stage will need; what a search measures

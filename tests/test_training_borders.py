@@ -15,7 +15,8 @@ from dataclasses import fields
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import CPU, EVERY, ROOT, language_model, logged, on_ranks, reward_model, run, tokenizer
+from small import (CPU, EVERY, FRESH, ROOT, language_model, logged, on_ranks, reward_model, run,
+                   tokenizer)
 
 import train
 from aya_min import checkpoint, config, distributed, estimate, files, loop, reference, stages, weights
@@ -301,7 +302,7 @@ def test_every_setting_of_a_stage_is_read_by_its_code(stage, world, tmp_path):
     )
     settings = watched.of(settings_class)(**values)
     more = {"reward_model": reward_model()} if stage == "rloo" else {}
-    model = reward_model() if stage == "reward" else language_model()
+    model = FRESH.get(stage, language_model)()
     function(
         model,
         tokenizer(),
@@ -491,7 +492,7 @@ def test_the_largest_seed_trains_every_stage(stage, world, tmp_path):
         else settings_class(batch_size=8, max_steps=1, seed=2**63 - 1, max_new_tokens=4, num_samples=2)
     )
     function(
-        reward_model() if stage == "reward" else language_model(),
+        FRESH.get(stage, language_model)(),
         tokenizer(),
         [world / file],
         settings,
@@ -539,9 +540,9 @@ def test_a_variable_of_torchrun_that_is_no_number_of_its_range_is_refused_by_nam
 
 def test_an_unknown_stage_is_refused_by_the_estimate_which_knows_those_of_train():
     """It was given rloo's items and sft's loss."""
-    with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo rloo"):
+    with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo rloo router"):
         estimate.dry_run("dance", "M", language_model(), config.SFT(), None, None, None, 1)
-    with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo rloo"):
+    with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo rloo router"):
         stages.train_stage("dance", language_model(), tokenizer(), [], config.SFT(), "out", CPU)
     for stage in stages.STAGES.values():
         settings = stage.settings(max_length=256)
