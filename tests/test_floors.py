@@ -24,7 +24,8 @@ FLOORS = [
     {"alike", "checkpoint", "control_tokens", "journal", "lengths", "losses", "model", "report_data", "rows",
      "template_turns", "world"},
     # 3: text to ids, rows to batches, the engine's tensors, the oracle
-    {"data", "engine", "preferences", "report_table", "tokenizer", "world_oracle"},
+    {"data", "engine", "preferences", "report_table", "text_statistics", "tokenizer",
+     "world_oracle"},
     # 4: what is done with a model or with folders
     {"arbitrage", "loop", "merge_folders", "report", "reward", "sampling", "weights", "world_data"},
     # 5: run folders, conversations, log-probs under a fixed model, win rates, a recipe's checks
@@ -32,9 +33,9 @@ FLOORS = [
     # 6: samples of the policy as batches
     {"rollouts", "router"},
     # 7: the stages
-    {"stages"},
+    {"generate_pool", "stages"},
     # 8: a recipe's run on disk; what a stage will need; what a search measures
-    {"estimate", "merge_fitness", "pipeline_steps"},
+    {"estimate", "generate_route", "merge_fitness", "pipeline_steps"},
     # 9: what a run shows for itself; the search
     {"merge_search", "pipeline_results"},
     # 10: the recipe; train.py, generate.py and merge.py stand on it

@@ -95,8 +95,8 @@ def test_a_new_router_begins_with_all_teachers_equally_likely(tmp_path):
 # ---- items -------------------------------------------------------------------------------------------------
 
 def test_a_teachers_reward_is_the_mean_of_its_usable_answers(tmp_path):
-    rows = [row(("U", "a", 1.0), ("T", "b c", 2.0), ("U", "d", 4.0), ("U", "e", None), ("T", "f", 9, "length"),
-                ("V", "", 7.0)),
+    rows = [row(("U", "a", 1.0), ("T", "b c", 2.0), ("U", "d", 4.0), ("U", "e", None),
+                ("T", "f", 9, "length"), ("V", "", 7.0)),
             row(("U", "", 1.0), ("T", "b", None)), row(("V", "g", 1))]
     items = load(tmp_path / "c.jsonl", rows)
     assert [item.rewards for item in items] == [(2.0, 2.5, NONE), (NONE, NONE, 1.0)]
