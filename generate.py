@@ -5,6 +5,7 @@
     torchrun generate.py --model DIR --prompts F.jsonl --out G.jsonl --num-samples 4 --temperature 0.7
     torchrun generate.py --models A B C --arbiter RM --prompts F.jsonl --out best.jsonl --pairs pairs.jsonl
     python generate.py --answers G.jsonl --contrast translated.jsonl --out pairs.jsonl
+    python generate.py route --train candidates.jsonl --model DIR --out RUN       a router for --route learned
 """
 
 import gc
@@ -22,27 +23,25 @@ import torch
 
 from aya_min import contrast, distributed, weights
 from aya_min.alike import identity
-from aya_min.arbitrage import candidates_from, route, wins_table
 from aya_min.chat import chat
 from aya_min.command import WHOLE, Parser, is_text, number, printable
 from aya_min.config import TEMPERATURE, Reading, add_flags, settings_from
 from aya_min.data import load_prompts, without_added_keys
 from aya_min.engine import LEAST_TEMPERATURE, Fused, check_sampling
-from aya_min.files import dumps, jsonl, marked, read_json, taken
+from aya_min.files import dumps, jsonl, marked, taken
+from aya_min.generate_pool import FILES, OF_POOL, add_flags as add_pool_flags
+from aya_min.generate_pool import answers_of_pool, check_pool, check_router, read_table
 from aya_min.journal import PURPOSE, Journal
-from aya_min.languages import language_code
 from aya_min.lengths import cut_left, fit_prompts
-from aya_min.preferences import ANSWER, best_worst, cut_line
-from aya_min.reward import score_texts
+from aya_min.preferences import ANSWER, cut_line
 from aya_min.sampling import answer_rows, engine_size, stream
+from aya_min.world_oracle import check_question, grade
 
 gc.freeze()
 gc.enable()
 
 SAMPLING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos",
             "seed", "dtype")
-OF_POOL = ("arbiter", "pairs", "table", "route", "margin", "keep_cut")      # flags of arbitrage only
-POOL_LINE = "--models A B ... --prompts F.jsonl"
 
 
 def stop_text(text):
@@ -57,23 +56,17 @@ def make_parser():
     add = parser.add_argument
     add("--model", help="model folder")
     add("--models", nargs="+", help="model folders of the pool, for arbitrage; one or two with --chat")
-    add("--arbiter", help="reward model folder that scores the pool's answers")
     add("--prompt", help="one prompt; the answer is printed to standard output as it is generated")
     add("--chat", action="store_true", help="a conversation in the terminal; /help lists its commands")
     add("--prompts", nargs="+", help="JSONL files of prompts")
     add("--out", help="JSONL file to write; must not exist. Finished answers are kept in OUT.partial, from "
                       "which the same command resumes after an interruption")
-    add("--pairs", help="arbitrage: JSONL file to write best/worst pairs to; must not exist")
-    add("--margin", type=number(float, "[0, inf)"),
-        help="--pairs: the rewards of a pair differ by more than this (default 0)")
-    add("--route", choices=["reward", "random", "fixed"],
-        help="arbitrage: how the answer is chosen (default reward)")
-    add("--table", help="--route fixed: JSON file {language: model folder as given in --models}")
+    add_pool_flags(add)
     add("--answers", help="with --contrast: JSONL file of answers written in the prompts' languages")
     add("--contrast", help="JSONL file of answers to the same prompts that were translated from English; "
                            "--out gets pairs, --answers chosen, --contrast rejected. Takes no model")
     add("--num-samples", type=number(int, "[1, 1000000]"), default=1,
-        help="answers to each prompt (default 1)")
+        help="answers to each prompt, in arbitrage of each model that is asked (default 1)")
     add("--temperature", type=number(float, TEMPERATURE), default=0.3,
         help=f"0 is greedy, else {LEAST_TEMPERATURE} to 1000 (default 0.3, as in the model card)")
     add("--top-k", type=number(int, "[0, inf)"), default=0, help="0 keeps all (default 0)")
@@ -113,8 +106,8 @@ def check(args):
     of_files = args.columns or args.allow_control_tokens is not None or args.chat and args.too_long
     if of_files and not args.prompts:
         raise ValueError("--columns, --too-long and --allow-control-tokens go with --prompts F.jsonl")
-    outputs = [path for path in (args.out, args.pairs) if path]
-    for path in outputs:
+    outputs = outputs_of(args)
+    for path in outputs.values():
         folder = Path(path).absolute().parent
         if os.path.lexists(path) and not marked(f"{args.out}.partial", PURPOSE):
             raise taken(path)
@@ -122,33 +115,16 @@ def check(args):
             raise ValueError(f"{path}: its folder does not exist; make it first")
         if not os.access(folder, os.W_OK):
             raise ValueError(f"{path}: its folder is not writable; give another")
-    names = [Path(path).resolve() for path in outputs + [f"{args.out}.partial"] * bool(args.out)]
-    if len(set(names)) < len(names):
-        raise ValueError("--pairs and --out are the same file; give two, neither named OUT.partial")
+    seen = {Path(f"{args.out}.partial").resolve(): "--out"}
+    for flag, path in outputs.items():
+        if (other := seen.setdefault(Path(path).resolve(), flag)) != flag:
+            raise ValueError(f"{flag} and {other} are the same file; give each its own, none named "
+                             "OUT.partial")
 
 
-def check_pool(args):
-    """Refuse flags that arbitrage cannot take, or that only arbitrage takes."""
-    given = [f"--{name.replace('_', '-')}" for name in OF_POOL if getattr(args, name) is not None]
-    if not args.models or args.chat:
-        if given:
-            raise ValueError(f"--arbiter, --pairs and --table go with {POOL_LINE}, and so does {given[0]}")
-        return
-    if not args.prompts:
-        raise ValueError("arbitrage over --models needs --prompts F.jsonl --out G.jsonl")
-    args.route = args.route or "reward"
-    if (args.route == "reward" or args.pairs) and not args.arbiter:
-        raise ValueError("--route reward and --pairs need --arbiter RM")
-    if args.route == "fixed" and not args.table:
-        raise ValueError("--route fixed needs --table FILE.json")
-    if args.table and args.route != "fixed":
-        raise ValueError("--table goes with --route fixed")
-    if args.margin is not None and not args.pairs:
-        raise ValueError("--margin goes with --pairs FILE")
-    if args.num_samples != 1:
-        raise ValueError("arbitrage takes one answer from each of --models; leave --num-samples out")
-    if twice := [folder for folder in args.models if args.models.count(folder) > 1]:
-        raise ValueError(f"--models names {twice[0]} twice; name each once")
+def outputs_of(args):
+    """{flag: path} of the files that the command writes."""
+    return {f"--{name}": getattr(args, name) for name in FILES if getattr(args, name)}
 
 
 # ---- what is checked before any weights are read -----------------------------------------------------------
@@ -160,12 +136,13 @@ def read_metas(args):
     """
     metas = {folder: weights.load_meta(folder) for folder in args.models or [args.model]}
     for folder, (model, *_) in metas.items():
-        if isinstance(model, weights.RewardModel):
-            raise ValueError(f"{folder}: a reward model cannot generate; give a language model")
+        if not isinstance(model, weights.CohereForCausalLM):
+            raise ValueError(f"{folder}: a {weights.KINDS[type(model)]} cannot generate; give a language "
+                             "model")
     arbiter = weights.load_meta(args.arbiter) if args.arbiter else None
     if arbiter and not isinstance(arbiter[0], weights.RewardModel):
-        raise ValueError(f"--arbiter {args.arbiter}: a language model, not a reward model; give a folder "
-                         "that the reward stage wrote")
+        raise ValueError(f"--arbiter {args.arbiter}: a {weights.KINDS[type(arbiter[0])]}, not a reward "
+                         "model; give a folder that the reward stage wrote")
     return metas, arbiter
 
 
@@ -176,15 +153,17 @@ def read_rows(args, reading, tokenizer):
              "prompt_where": "--prompt"}]
 
 
-def fit(rows, metas, arbiter, args, reading):
+def fit(rows, metas, arbiter, router, args, reading):
     """(rows that fit, {model folder: [length of each row's prompt in tokens, ...]}).
 
-    A row fits if the positions of each model and of the arbiter hold prompt and answer. --too-long decides on
-    the other rows. ValueError if no row is left.
+    A row fits if the positions of each model and of the arbiter hold prompt and answer, and the router's the
+    prompt. --too-long decides on the other rows. ValueError if no row is left.
     """
     readers = [(folder, *about[:2], 0) for folder, about in metas.items()]
     if arbiter:
         readers.append((args.arbiter, *arbiter[:2], len(arbiter[1].closing["assistant"])))
+    if router:
+        readers.append((args.router, *router[:2], -args.max_new_tokens))        # it reads no answer
     lengths = {}
     for folder, model, tokenizer, ending in readers:
         positions = model.config.max_position_embeddings
@@ -208,25 +187,20 @@ def plan_cache(model, lengths, args, device):
     return engine_size(model.config, mine, limits, args.num_samples, args.batch_size, device, dtype)
 
 
-def read_table(path, rows, models):
-    """{language: model folder} for --route fixed; the key None is for rows without a language.
-
-    ValueError for an unknown language, two models for one language, or a language of the rows that has none
-    of --models.
-    """
-    table = {}
-    for name, folder in read_json(path).items():
-        if (code := language_code(name)) is None:
-            raise ValueError(f"--table {path}: unknown language {name!r}; give a code or an English name")
-        if table.setdefault(code, folder) != folder:
-            raise ValueError(f"--table {path}: {name!r} is {code}, which has another model already; keep one")
-    table[None] = table.get("other")
-    codes = {row.get("language") for row in rows}
-    wrong = sorted(code or "other" for code in codes if table.get(code) not in models)
-    if wrong:
-        raise ValueError(f"--table {path}: names none of --models for {' '.join(wrong)}; it needs "
-                         "a model folder for each language of the prompts (other: prompts without one)")
-    return table
+def detector(kind, rows):
+    """The function (row, text) -> language code or None of --language-guard, or None without the flag."""
+    if kind == "oracle":
+        for row in rows:
+            try:
+                check_question(row)
+            except (KeyError, ValueError) as error:
+                raise ValueError(f"{row['prompt_where']}: --language-guard oracle is for questions of the "
+                                 f"embedded world: {error}") from None
+        return lambda row, text: grade(row, text).language
+    if kind == "text":
+        from aya_min.language_id import identify           # its tables are read only if they are needed
+        return lambda row, text: identify(text)[0]
+    return None
 
 
 # ---- answers -----------------------------------------------------------------------------------------------
@@ -256,10 +230,11 @@ def stop_ids_of(tokenizer, args):
     return [] if args.ignore_eos else tokenizer.stop_ids
 
 
-def sample(folder, rows, lengths, args, device, reading, journal=None):
-    """([each row's samples], new tokens, seconds) of one model; answers in the journal are not made again."""
+def sample(folder, wanted, rows, lengths, args, device, reading, journal=None):
+    """([samples of each row of these indices], new tokens, seconds) of one model; answers in the journal are
+    not made again."""
     done = journal.done if journal else {}
-    left = [i for i in range(len(rows)) if f"{folder} {i}" not in done]
+    left = [i for i in wanted if f"{folder} {i}" not in done]
     tokens, seconds = 0, 0.0
     if left:
         model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
@@ -278,7 +253,7 @@ def sample(folder, rows, lengths, args, device, reading, journal=None):
         seconds = time.perf_counter() - (started or [time.perf_counter()])[0]
         tokens = sum(len(a["ids"]) for group in made for a in group)
         done = {**done, **{f"{folder} {i}": group for i, group in zip(left, made)}}
-    return [done[f"{folder} {i}"] for i in range(len(rows))], tokens, seconds
+    return [done[f"{folder} {i}"] for i in wanted], tokens, seconds
 
 
 def answer_prompt(args, device, reading):
@@ -326,7 +301,8 @@ def of_prompt(row):
 
 def answers_of_model(rows, lengths, args, device, reading, journal):
     """One model answers every prompt. Returns ({path: rows}, text lines, new tokens, seconds)."""
-    groups, tokens, seconds = sample(args.model, rows, lengths, args, device, reading, journal)
+    groups, tokens, seconds = sample(args.model, range(len(rows)), rows, lengths, args, device, reading,
+                                     journal)
     made = [{**of_prompt(row), "completion": a["completion"], "num_tokens": len(a["ids"]),
              "finish_reason": a["finish_reason"], "logp": round(a["logp"], 4), "model": args.model,
              "seed": args.seed, "sample": i} for row, group in zip(rows, groups) for i, a in enumerate(group)]
@@ -335,60 +311,6 @@ def answers_of_model(rows, lengths, args, device, reading, journal):
         distributed.say(f"{line} answers, at --max-new-tokens {args.max_new_tokens}")
     lines = [] if args.out else [a["completion"] for a in groups[0]]
     return {args.out: made}, lines, tokens, seconds
-
-
-def answers_of_pool(rows, lengths, args, device, reading, journal, table, same):
-    """Arbitrage: all models answer all prompts, the arbiter scores them, one answer is kept for each prompt.
-
-    table: {language: model folder} for --route fixed. same(text): a key that equal answers share. Returns
-    what `answers_of_model` returns.
-    """
-    answers = {}
-    tokens, seconds = 0, 0.0
-    for folder in args.models:
-        groups, new_tokens, its_seconds = sample(folder, rows, lengths, args, device, reading, journal)
-        answers[folder] = [group[0] for group in groups]
-        tokens += new_tokens
-        seconds += its_seconds
-    scores = {} if args.arbiter else None
-    if args.arbiter:
-        arbiter, tokenizer = weights.load(args.arbiter, device)
-        for folder in args.models:
-            answered = [{**row, "completion": a["completion"]} for row, a in zip(rows, answers[folder])]
-            scores[folder] = score_texts(arbiter, tokenizer, answered, name=args.arbiter,
-                                         too_long=reading.too_long)
-    candidates = candidates_from(rows, answers, scores)
-    chosen, counts = route(candidates, args.route, args.seed, table, reading.keep_cut, same)
-    rewards = {}
-    for row in candidates:      # keyed by identity: a file may be given twice
-        rewards[id(row["prompt_messages"])] = {c["teacher"]: c["reward"] for c in row["candidates"]}
-    outputs = {args.out: [{**without_added_keys(row), "scores": rewards[id(row["prompt_messages"])]}
-                          for row in chosen]}
-    lines = [wins_table(counts["wins"], args.models), counted(counts), cut_line(candidates)]
-    if args.pairs:
-        pairs, pair_counts = best_worst(candidates, args.margin or 0.0, reading.keep_cut, same)
-        outputs[args.pairs] = [without_added_keys(pair) for pair in pairs]
-        lines.append("pairs  " + counted(pair_counts))
-    refuse_empty(outputs, lines, args, some_cut=counts["cut"] and not reading.keep_cut)
-    return outputs, lines, tokens, seconds
-
-
-def refuse_empty(outputs, lines, args, some_cut):
-    """ValueError if an output of arbitrage ({path: rows}) has no row. lines: the counts, for the message."""
-    for path in (path for path, rows in outputs.items() if not rows):
-        remedy = "look at the models"
-        if some_cut:
-            remedy = f"give --keep-cut, or remove {args.out}.partial and raise --max-new-tokens"
-        elif path == args.pairs:
-            remedy = "lower --margin, or leave --pairs out"
-        raise ValueError(f"{path}: not a row is left ({'; '.join(lines[1:])}); {remedy}. Nothing is written, "
-                         f"the answers are in {args.out}.partial")
-
-
-def counted(counts):
-    """The counts as one line of text, without cut answers, which `cut_line` counts."""
-    numbers = {name: n for name, n in counts.items() if name != "cut" and type(n) is int}
-    return "  ".join(f"{name.replace('_', ' ')}: {n}" for name, n in numbers.items())
 
 
 def run_command(args, device):
@@ -403,12 +325,14 @@ def run_command(args, device):
     if args.chat:
         return talk(args, device)
     tokenizer = next(iter(metas.values()))[1]
-    rows, lengths = fit(read_rows(args, reading, tokenizer), metas, arbiter, args, reading)
+    router = check_router(args.router, args.models) if args.router else None
+    rows, lengths = fit(read_rows(args, reading, tokenizer), metas, arbiter, router, args, reading)
     for folder, (model, *_) in metas.items():
         plan_cache(model, lengths[folder], args, device)
     table = read_table(args.table, rows, args.models) if args.table else None
+    detect = detector(args.language_guard, rows)
     if args.out:
-        tokens, seconds = write_answers(rows, lengths, metas, arbiter, table, args, device, reading)
+        tokens, seconds = write_answers(rows, lengths, metas, arbiter, table, detect, args, device, reading)
     elif args.num_samples == 1 and not args.stop and distributed.num_ranks() == 1:
         tokens, seconds = answer_prompt(args, device, reading)
     else:
@@ -420,9 +344,9 @@ def run_command(args, device):
               f"tokens/s, and {rest:.1f} s for files, loading, compiling and scores", file=sys.stderr)
 
 
-def write_answers(rows, lengths, metas, arbiter, table, args, device, reading):
-    """Answer the prompts and publish --out and --pairs together. Returns (new tokens, seconds)."""
-    outputs = [path for path in (args.out, args.pairs) if path]
+def write_answers(rows, lengths, metas, arbiter, table, detect, args, device, reading):
+    """Answer the prompts and publish all outputs together. Returns (new tokens, seconds)."""
+    outputs = list(outputs_of(args).values())
     choice = {"table of languages": table and {str(k): v for k, v in table.items()},
               **{name: getattr(args, name) for name in OF_POOL}}
     with open_journal(rows, metas, args, reading) as journal:
@@ -434,15 +358,18 @@ def write_answers(rows, lengths, metas, arbiter, table, args, device, reading):
         for path in filter(os.path.lexists, outputs):
             raise taken(path)
         if journal.done:
-            distributed.say(f"resumes: {len(journal.done)} of {len(rows) * len(metas)} prompts were "
-                            "finished before")
+            num_asked = len(rows) * (1 if args.route == "learned" else len(metas))
+            distributed.say(f"resumes: {len(journal.done)} of {num_asked} prompts were finished before")
         if args.models:
-            same = (arbiter or metas[args.models[0]])[1].key
-            result = answers_of_pool(rows, lengths, args, device, reading, journal, table, same)
+            def ask(folder, wanted):
+                return sample(folder, wanted, rows, lengths, args, device, reading, journal)
+            tokenizer = (arbiter or metas[args.models[0]])[1]
+            result = answers_of_pool(rows, ask, args, device, reading, table, detect, tokenizer)
         else:
             result = answers_of_model(rows, lengths, args, device, reading, journal)
         made, lines, tokens, seconds = result
-        journal.publish({path: jsonl(rows) for path, rows in made.items()}, choice)
+        journal.publish({path: text if isinstance(text, str) else jsonl(text) for path, text in made.items()},
+                        choice)
         journal.remove()
     print_lines(lines)
     return tokens, seconds
@@ -455,6 +382,9 @@ def print_lines(lines):
 
 
 def main():
+    if sys.argv[1:2] == ["route"]:
+        from aya_min import generate_route          # it needs the stages, which the other commands do not
+        return generate_route.main(sys.argv[2:])
     args = make_parser().parse_args()
     try:
         distributed.launch(lambda device: run_command(args, device))

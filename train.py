@@ -3,6 +3,7 @@
     torchrun train.py                                            the recipe on the embedded world, runs/tiny
     torchrun train.py recipe --preset smoke --out runs/smoke     a smaller recipe, under a minute
     torchrun train.py sft --model DIR --data F.jsonl --out RUN   one stage: pretrain sft reward dpo kto rl
+                                                                 router
     torchrun train.py sft --resume RUN                           continue a stage that was stopped
     torchrun train.py claim NAME --seeds 1 2 3                   what a paper says, tried; `claims` lists them
 """
@@ -129,9 +130,9 @@ def load_model(args, device, settings):
     tokenizer. A dry run gets a model on the meta device, and no tokenizer if it has a preset and no data.
 
     A folder is read directly into the ranks' shards."""
+    architecture = stages.builder(args.command, args.data, settings)
     if is_preset(args.model):
         preset = config.model_preset(args.model)
-        architecture = stages.STAGES[args.command].architecture
         if args.dry_run and not args.tokenizer and not args.data:
             return on_meta(architecture, preset), None
         if args.tokenizer:
@@ -142,9 +143,10 @@ def load_model(args, device, settings):
         if args.dry_run:
             return on_meta(architecture, preset), tokenizer
         return init_weights(architecture(preset), torch.Generator().manual_seed(settings.seed)), tokenizer
-    trunk = stages.STAGES[args.command].architecture is weights.RewardModel
-    if not trunk and weights.read_config(args.model)[1] is weights.RewardModel:
-        raise ValueError(f"--model {args.model}: a reward model; {args.command} trains language models")
+    trunk = None if architecture is weights.CohereForCausalLM else architecture
+    if not trunk and (kind := weights.read_config(args.model)[1]) is not weights.CohereForCausalLM:
+        raise ValueError(f"--model {args.model}: a {weights.KINDS[kind]}; {args.command} trains language "
+                         "models")
     if args.dry_run:
         return weights.load_meta(args.model, trunk)[:2]
     place = "cpu" if settings.cpu_offload else device

@@ -3,12 +3,18 @@
     y*(x) = argmax over teachers m of r(x, y_m),   y_m ~ pi_m(. | x)
 
 Every teacher answers every prompt, a route chooses one of these candidates, and the choices are SFT data.
-Routes: "reward" (the answer that the arbiter r scores highest), "random", and "fixed" (a table language ->
-teacher; with one teacher for all languages it is the single-teacher baseline).
+Routes: "reward" (the answer that the arbiter r scores highest), "random", "fixed" (a table language ->
+teacher; with one teacher for all languages it is the single-teacher baseline), and "learned" (a router has
+chosen the only teacher that was asked, see router.py).
+
+Two corrections come before the choice. The language guard marks answers in another language than their
+prompt's. Length control takes the reward's regression on length away.
 """
 
 import random
 from collections import Counter, defaultdict
+
+import numpy as np
 
 from . import distributed
 from .control_tokens import Spelled
@@ -72,7 +78,8 @@ def read_answers(path, rows, reading=None, tokenizer=None):
 
 
 def route(rows, how, seed=0, table=None, keep_cut=False, same=None):
-    """Choose one candidate per prompt. how: "reward", "random" or "fixed" (table: {language: teacher}).
+    """Choose one candidate per prompt. how: "reward", "random", "learned" (rows hold candidates of the chosen
+    teacher only) or "fixed" (table: {language: teacher}).
 
     Returns (SFT rows with "completion", "teacher" and "finish_reason"; counts). Counted are prompts, wins by
     language and teacher, ties of the best reward, prompts whose candidates are all equal by same(text), and
@@ -90,7 +97,9 @@ def route(rows, how, seed=0, table=None, keep_cut=False, same=None):
         options, some_cut = usable(row, keep_cut)
         scored = [c for c in options if how != "reward" or c["reward"] is not None]
         if not scored:
-            counts["unscored" if options else "cut_prompts" if some_cut else "empty"] += 1
+            wrong = all(c.get("wrong_language") for c in row["candidates"])
+            counts["unscored" if options else "cut_prompts" if some_cut
+                   else "wrong_language" if wrong and row["candidates"] else "empty"] += 1
             continue
         counts["equal_texts"] += len(scored) > 1 and len({same(c["completion"]) for c in scored}) == 1
         if how == "reward":
@@ -101,6 +110,8 @@ def route(rows, how, seed=0, table=None, keep_cut=False, same=None):
         wins[row.get("language") or "other"][winner["teacher"]] += 1
         of_prompt = {k: v for k, v in row.items() if k not in ANSWER}
         chosen.append({**of_prompt, **{k: winner.get(k) for k in ("completion", "teacher", "finish_reason")}})
+        if "num_tokens" in winner:
+            chosen[-1] |= {"reward": winner["reward"], "num_tokens": winner["num_tokens"]}
     wins = {code: dict(by_teacher) for code, by_teacher in wins.items()}
     return chosen, {"prompts": len(rows), "wins": wins, **counts, **count_cut(rows)}
 
@@ -113,3 +124,109 @@ def wins_table(wins, teachers):
         shares = (100 * wins[code].get(teacher, 0) / total for teacher in teachers)
         lines.append(f"{code:<10}" + "  ".join(f"{share:11.0f}%" for share in shares))
     return "\n".join(lines)
+
+
+# ---- language and length -----------------------------------------------------------------------------------
+
+def language_guard(rows, detect):
+    """Mark the candidates that are in another language than their row's, as "wrong_language": the language
+    seen. No route chooses them, and they make no pairs.
+
+    detect(row, text) -> code or None. It is given the row, because a right answer may be a word of another
+    language (the world's task translate). A text without a known language is kept, and so is every answer to
+    a row without one. Returns counts: {"wrong": {language: {teacher: number}}, "unknown": number}.
+    """
+    wrong, unknown = defaultdict(Counter), 0
+    for row in (row for row in rows if row.get("language")):
+        for c in (c for c in row["candidates"] if c["completion"].strip()):
+            seen = detect(row, c["completion"])
+            unknown += seen is None
+            if seen not in (None, row["language"]):
+                c["wrong_language"] = seen
+                wrong[row["language"]][c["teacher"]] += 1
+    return {"wrong": {code: dict(wrong[code]) for code in sorted(wrong)}, "unknown": unknown}
+
+
+def length_fit(rows, keep_cut=False):
+    """{language: {"slope", "mean_length", "correlation", "answers"}}: the least-squares line of the reward on
+    the candidates' "num_tokens", over all usable answers with a reward. The slope is 0 where fewer than three
+    answers, or answers of one length, allow no line."""
+    points = defaultdict(list)
+    for row in rows:
+        points[row.get("language") or "other"] += [
+            (c["num_tokens"], c["reward"]) for c in usable(row, keep_cut)[0] if c["reward"] is not None]
+    fit = {}
+    for code in sorted(points):
+        x, y = np.array(points[code], np.float64).reshape(-1, 2).T
+        slope = correlation = 0.0
+        if len(x) > 2 and x.std() > 0:
+            covariance = ((x - x.mean()) * (y - y.mean())).mean()
+            slope = covariance / x.var()
+            correlation = covariance / (x.std() * y.std()) if y.std() > 0 else 0.0
+        fit[code] = {"slope": float(slope), "mean_length": float(x.mean()) if len(x) else 0.0,
+                     "correlation": float(correlation), "answers": len(x)}
+    return fit
+
+
+def control_length(rows, fit):
+    """Take the line of `length_fit` out of every reward, in place: reward - slope * (length - mean length).
+    The reward before is kept as "raw_reward"."""
+    for row in rows:
+        line = fit.get(row.get("language") or "other")
+        for c in (c for c in row["candidates"] if line and c["reward"] is not None):
+            c["raw_reward"] = c["reward"]
+            c["reward"] -= line["slope"] * (c["num_tokens"] - line["mean_length"])
+
+
+def guard_table(counts, teachers):
+    """Text lines of what the language guard found."""
+    lines = [f"wrong language: {sum(sum(each.values()) for each in counts['wrong'].values())} answers, "
+             f"language unknown: {counts['unknown']}"]
+    if counts["wrong"]:
+        lines.append("language  " + "  ".join(f"{teacher[-12:]:>12}" for teacher in teachers))
+    return lines + [f"{code:<10}" + "  ".join(f"{by.get(teacher, 0):12}" for teacher in teachers)
+                    for code, by in counts["wrong"].items()]
+
+
+def fit_table(fit):
+    """Text lines of `length_fit`."""
+    return ["length control: reward less slope * (length - mean length)",
+            f"{'language':<10}{'answers':>8}{'slope':>10}{'correlation':>13}{'mean length':>13}",
+            *(f"{code:<10}{f['answers']:8}{f['slope']:10.4f}{f['correlation']:13.2f}{f['mean_length']:13.1f}"
+              for code, f in fit.items())]
+
+
+def worth(rows, chosen, keep_cut=False):
+    """{language: {teacher or "chosen": {"reward", "length", "answers"}}}, with "all": means over the usable
+    candidates of each teacher, and over the answers that a route chose. The reward is None where no answer
+    has one, the length is the mean "num_tokens"."""
+    found = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        for c in usable(row, keep_cut)[0]:
+            found[row.get("language") or "other"][c["teacher"]].append(c)
+    for row in chosen:
+        found[row.get("language") or "other"]["chosen"].append(row)
+    for code in sorted(found):
+        for name, some in found[code].items():
+            found["all"][name] += some
+
+    def means(some):
+        rewards = [c["reward"] for c in some if c.get("reward") is not None]
+        return {"reward": sum(rewards) / len(rewards) if rewards else None,
+                "length": sum(c["num_tokens"] for c in some) / len(some), "answers": len(some)}
+    return {code: {name: means(some) for name, some in found[code].items()}
+            for code in sorted(found, key=lambda code: (code == "all", code))}
+
+
+def worth_table(found, teachers):
+    """Text lines of `worth`: reward and length of each teacher's answers and of the chosen ones."""
+    def cell(each):
+        if not each:
+            return f"{'-':>15}"
+        reward = "     -" if each["reward"] is None else f"{each['reward']:6.2f}"
+        return f"{reward} {each['length']:8.1f}"
+    names = [*teachers, "chosen"]
+    return ["reward and length of the answers, in tokens",
+            "language  " + "  ".join(f"{name[-15:]:>15}" for name in names),
+            *(f"{code:<10}" + "  ".join(cell(by.get(name)) for name in names)
+              for code, by in found.items())]

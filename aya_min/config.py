@@ -429,6 +429,17 @@ class RL(Training):
 
 
 @dataclass
+class Routing(Training):
+    """The router of arXiv 2408.14960, which publishes none of these numbers."""
+    epochs: float = setting(4.0, "(0, 1000000]", "passes over the data when --max-steps is 0")
+    learning_rate: float = setting(1e-3, "(0, inf)")
+    tau: float = setting(
+        1.0, "(0, inf)", "temperature of the targets softmax(rewards / tau), in units of the reward")
+    held_out: float = setting(
+        0.1, "[0, 0.9]", "share of the rows, drawn by --seed, that is held out without --eval-data")
+
+
+@dataclass
 class Recipe(Reading):
     """All settings of the recipe. The defaults, preset tiny, were chosen on the validation split (LOG.md)."""
     model: str = setting("tiny", help="size of base, teachers and students", choices=list(MODEL_PRESETS))

@@ -186,7 +186,7 @@ class Batch:
     count: int                                      # what the loss sums over: tokens, pairs or completions
     ref_logps: Optional[torch.Tensor] = None        # (2, B/2) pairs, or (B,) completions; summed, nats
     advantages: Optional[torch.Tensor] = None       # rl: (B,), or (N,) of all supervised tokens
-    rewards: Optional[torch.Tensor] = None          # rl: (B,), for the log
+    rewards: Optional[torch.Tensor] = None          # rl: (B,), for the log; router: (B, M) of M teachers
     cut: Optional[torch.Tensor] = None              # rl: (B,) 1.0 where the answer was cut, for the log
     rewards_so_far: Optional[torch.Tensor] = None   # reinforce: (2,) sum and number, this batch included
     trained: Optional[torch.Tensor] = None          # with a critic: (B,) 0.0 where the answer has no gradient

@@ -10,6 +10,7 @@ were stored with the pairs before training (reference.py).
 
 DPO: arXiv 2305.18290 eq. 7.  Bradley-Terry: eq. 2 there.  Policy gradients: arXiv 2402.14740, section 2.
 IPO: arXiv 2310.12036.  SimPO: arXiv 2405.14734.  Hinge: arXiv 2305.10425, 2309.06657.  KTO: arXiv 2402.01306.
+Router: arXiv 2408.14960, learned routing.
 """
 
 from functools import partial
@@ -200,6 +201,23 @@ def critic_loss(values, returns):
     return (values - returns).square() / 2
 
 
+def router_targets(rewards, tau):
+    """softmax(rewards / tau) over the teachers: what a router shall predict (arXiv 2408.14960, which gives
+    neither tau nor the construction). -inf stands for no usable answer and gets probability 0.
+
+    (B, M) -> (B, M). tau to 0: all on the best teacher; tau to infinity: uniform over those with an answer.
+    """
+    return torch.softmax(rewards / tau, -1)
+
+
+def router_kl(targets, logps):
+    """KL(target || router) = sum over teachers of t (log t - log p), in nats; a teacher with t = 0 adds 0.
+
+    targets, logps: (B, M) -> (B,)
+    """
+    return (torch.xlogy(targets, targets) - targets * logps).sum(-1)
+
+
 # ---- what each stage minimises -----------------------------------------------------------------------------
 
 def by_language(batch, sums, counts):
@@ -311,6 +329,24 @@ def actor_critic_loss(clip, critic_weight):
             by_token["clip_fraction"] = by_language(batch, sum_by_row(binds, batch.mask), tokens)
         loss = policy_loss.sum() + critic_weight * value_loss.sum()
         return loss, means_by_language(batch, log) | by_token
+    return loss_fn
+
+
+def router_loss(tau):
+    """KL of a router's choice among teachers from softmax(rewards / tau). Beside it stands what the choice
+    is worth: how often the likeliest teacher is that of the best reward, its reward, and what that is short
+    of the best. A choice without a usable answer has no reward (it counts in `answered` alone)."""
+    def loss_fn(model, batch):
+        logps = model(batch.input_ids, batch.lengths, batch.repeats)        # (B, M)
+        losses = router_kl(router_targets(batch.rewards, tau), logps)       # (B,)
+        reward = batch.rewards.gather(1, logps.argmax(1, keepdim=True))[:, 0]
+        best, answered = batch.rewards.amax(1), reward.isfinite()
+        reward = reward.where(answered, 0)
+        log = {"loss": losses, "agreement": (answered & (reward == best)).float(),
+               "answered": answered.float()}
+        of_answered = {"reward": reward, "regret": (best - reward).where(answered, 0)}
+        return losses.sum(), means_by_language(batch, log) | {
+            name: by_language(batch, values, answered) for name, values in of_answered.items()}
     return loss_fn
 
 

@@ -21,7 +21,7 @@ from .files import parse_json, scratch
 from .languages import CLUSTERS, home_clusters
 from .loop import evaluate as held_out_metrics
 from .merge_config import OUTPUT_DTYPES
-from .model import RewardModel
+from .model import CohereForCausalLM
 from .sampling import answer_rows
 from .merge_folders import is_finite, merge_folders, over_pieces_of, read_sources, refuse_infinite, workers
 from .stages import sft_loss
@@ -38,12 +38,13 @@ def of_models(folders, measure, dtype=None, device="cpu", allow_config_differenc
 
     Each call reads the folders piece by piece. Memory holds one fp32 model; the system's file cache holds as
     much of the pool as fits. The numbers are those of the folder that merge_folders would write: same sums,
-    rounded to the same dtype. Raises ValueError if the models do not match or one is a reward model.
+    rounded to the same dtype. Raises ValueError if the models do not match or one is no language model.
     """
     headers = read_sources([Path(folder) for folder in folders], allow_config_differences)[1]
-    if any(isinstance(model_folders.load_meta(folder)[0], RewardModel) for folder in folders):
-        raise ValueError("a reward model is among the models; a search by --prompts or --eval-data takes "
-                         "language models only")
+    kinds = [type(model_folders.load_meta(folder)[0]) for folder in folders]
+    if other := [kind for kind in kinds if kind is not CohereForCausalLM]:
+        raise ValueError(f"a {model_folders.KINDS[other[0]]} is among the models; a search by --prompts or "
+                         "--eval-data takes language models only")
     model, tokenizer = model_folders.load(folders[0], device)
     inputs = [places(header) for header in headers]
 

@@ -8,11 +8,15 @@ embeddings. Parameter names are those of the published safetensors.
 B batch, T tokens, H heads, K key-value heads, D head width, V vocabulary.
 """
 
+import math
+from dataclasses import asdict, dataclass, field
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .config import ModelConfig
 from .linear import Linear, linear
 from .token_logps import sum_by_row, token_logps
 
@@ -309,12 +313,53 @@ class RewardModel(nn.Module):
         return scores[:, 0].clone(), logps
 
 
+@dataclass
+class RouterConfig(ModelConfig):
+    """A decoder's config with the router's head: the teachers in the order of its rows, and the temperature
+    of the targets that it was trained on."""
+    teachers: list = field(default_factory=list)
+    tau: float = 1.0
+
+    def __post_init__(self, sliding_window_pattern):
+        super().__post_init__(sliding_window_pattern)
+        names, tau = self.teachers, self.tau
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)
+                and len(set(names)) == len(names) > 1):
+            raise ValueError(f"teachers {names!r:.80} must be a list of two names or more, each once")
+        if type(tau) not in (int, float) or not 0 < tau < math.inf:
+            raise ValueError(f"tau {tau!r:.80} must be a finite number above 0")
+
+    @classmethod
+    def of(cls, config, teachers, tau):
+        """The config of a router on the decoder of `config`."""
+        return cls(**{**asdict(config), "teachers": teachers, "tau": tau})
+
+
+class Router(nn.Module):
+    """The decoder with a linear head on the prompt's last hidden state: log p(teacher | x) of each teacher
+    (arXiv 2408.14960, learned routing). It reads the prompt alone."""
+    task = "Router"
+    config_class = RouterConfig
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.router = Linear(config.hidden_size, len(config.teachers), bias=False)
+
+    def forward(self, input_ids, lengths, repeats=None):
+        """Log-probs (B, M) of the M teachers, fp32, read at position lengths - 1."""
+        x = self.model(input_ids, lengths, repeats)
+        ends = x[torch.arange(len(x), device=x.device), lengths - 1]        # (B, hidden_size)
+        return F.linear(ends.float(), self.router.weight.float()).float().log_softmax(-1)
+
+
 def initial_value(config, name, shape, generator):
     """The initial value of the parameter `name`.
 
     Matrices: Normal(0, initializer_range), output projections scaled by 1/sqrt(2 layers) (GPT-2).
     Norms: ones. Reward head: Normal with deviation 1/sqrt(hidden_size + 1) (arXiv 2009.01325, appendix);
-    its weights for log-probs: 0.5.
+    its weights for log-probs: 0.5. Router's head: zeros, so that all teachers begin equally likely.
     """
     std = config.initializer_range
     if len(shape) == 1 or "norm" in name:
@@ -325,6 +370,8 @@ def initial_value(config, name, shape, generator):
         std = (config.hidden_size + 1) ** -0.5
     if name == "score_logps.weight":
         return torch.full(shape, 0.5)
+    if name == "router.weight":
+        return torch.zeros(shape)
     return torch.randn(shape, generator=generator) * std
 
 

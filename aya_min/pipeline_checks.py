@@ -92,9 +92,10 @@ def check_own(recipe, clusters, arms, base, prompts, teachers, arbiter, judge=No
     looked = {}
     for (flag, folder), wanted in models.items():
         looked[flag, folder] = model, tokenizer, _ = weights.load_meta(folder)
-        if isinstance(model, RewardModel) != wanted:
-            kinds = ("a language model, not a reward model", "a reward model, not a language model")
-            raise ValueError(f"{flag} {folder}: {kinds[not wanted]}; give the other kind")
+        kind = "reward model" if wanted else "language model"
+        if weights.KINDS[type(model)] != kind:
+            raise ValueError(f"{flag} {folder}: a {weights.KINDS[type(model)]}, not a {kind}; give the other "
+                             "kind")
     tokenizer = looked["--base", base][1]
     rows = [plain_prompt(row) for row in load_prompts(prompts, recipe, tokenizer)]
     eval_rows = None

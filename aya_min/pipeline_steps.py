@@ -17,11 +17,11 @@ import torch
 from . import checkpoint, distributed, weights
 from .config import Recipe
 from .files import MARK, parse_json, read_bytes, read_json, write_json, write_jsonl
-from .model import RewardModel
+from .model import CohereForCausalLM, RewardModel
 from .report import write_report
 from .reward import score_texts
 from .sampling import answer_rows
-from .stages import STAGES, train_stage
+from .stages import builder, train_stage
 from .tokenizer import FILES
 
 
@@ -148,7 +148,8 @@ def train_step(run, name, title, stage, start, rows, its_settings, **more):
     model folder"""
     def make(folder, resume):
         data = data_file(run, name, rows() if callable(rows) else rows)
-        trunk = STAGES[stage].architecture is RewardModel
+        build = builder(stage, [data], its_settings)
+        trunk = None if build is CohereForCausalLM else build
         model, tokenizer = weights.load(start, run.device, trunk=trunk, sharded=True,
                                         compute_dtype=getattr(torch, its_settings.dtype))
         train_stage(stage, model, tokenizer, [data], its_settings, folder, run.device, resume=resume, **more)

@@ -33,11 +33,12 @@ def cut_line(rows):
 
 
 def usable(row, keep_cut):
-    """(candidates that are not empty and, unless keep_cut, not cut; whether cut ones were left out).
+    """(candidates that are not empty, not in a wrong language (see arbitrage.language_guard) and, unless
+    keep_cut, not cut; whether cut ones were left out).
 
     ValueError for a reward that is not finite.
     """
-    options = [c for c in row["candidates"] if c["completion"].strip()]
+    options = [c for c in row["candidates"] if c["completion"].strip() and not c.get("wrong_language")]
     for c in options:
         if c.get("reward") is not None and not math.isfinite(c["reward"]):
             raise ValueError(f"the reward {c['reward']} of {c.get('teacher') or 'a sample'} for the prompt "

@@ -1,4 +1,4 @@
-"""The training stages in one table: pretrain, sft, reward, dpo, kto, rl.
+"""The training stages in one table: pretrain, sft, reward, dpo, kto, rl, router.
 
 A row's way to the loss, for example of {"messages"}: rows.conversation_of says what it means, data.py makes
 ids and loss mask of it (tokenizer.encode_chat) and batches in a seeded order, model.py gives the log-probs of
@@ -18,15 +18,15 @@ from typing import Callable, Optional
 import numpy as np
 import torch
 
-from . import config, distributed, weights
+from . import config, distributed, router, weights
 from .data import (Example, Pair, batches_in_order, collate, collate_pairs, count_steps, load_examples,
                    load_pairs, make_batches, slots_of)
 from .files import write_json
 from .kto import Labelled, collate_labelled, load_labelled, measure_kl
 from .loop import evaluate, read_metrics, spread, train
-from .losses import (actor_critic_loss, policy_gradient_loss, preference_loss, reward_loss, sft_loss,
-                     unpaired_loss)
-from .model import CohereForCausalLM, RewardModel
+from .losses import (actor_critic_loss, policy_gradient_loss, preference_loss, reward_loss, router_loss,
+                     sft_loss, unpaired_loss)
+from .model import CohereForCausalLM, RewardModel, Router
 from .reference import store_reference
 from .rollouts import Rollout, Rollouts, collate_rollouts, load_fitting_prompts
 from .runs import OLD_STAGES, open_run
@@ -46,6 +46,8 @@ class Stage:
     prepare: called with the batches of a step, or of an evaluation, before their loss; see kto.measure_kl.
     beside: {what the stage takes besides the model: the help of its flag}. needs: those that are required.
     samples: whether it trains on the policy's own samples (rollouts.py).
+    head: (paths, settings) -> function config -> config, where the model's head depends on the data.
+    arrange: (model, items, held-out items, settings) -> both lists as they fit the model.
     """
     about: str
     settings: type
@@ -60,6 +62,18 @@ class Stage:
     beside: dict = field(default_factory=dict)
     needs: tuple = ()
     samples: bool = False
+    head: Optional[Callable] = None
+    arrange: Optional[Callable] = None
+
+
+def builder(name, data, settings):
+    """The function config -> the stage's model, by which a preset, or the decoder of a model folder
+    (weights.load's trunk), becomes it. data: paths, which may be needed to know the head."""
+    stage = stage_named(name)
+    if not stage.head:
+        return stage.architecture
+    to_config = stage.head(data, settings)
+    return lambda config: stage.architecture(to_config(config))
 
 
 def fitting(settings, *models):
@@ -83,6 +97,8 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
         raise ValueError(f"{name} keeps answers that are cut and scores them as they are; leave keep_cut out")
     items = stage.load(data, tokenizer, limit, settings)
     held_out = stage.load(eval_data, tokenizer, limit, settings) if eval_data else []
+    if stage.arrange:
+        items, held_out = stage.arrange(model, items, held_out, settings)
     loss_fn, stop = stage.loss(settings), distributed.Signals()
     if stage.samples:
         num_steps = count_steps(len(items), settings)
@@ -262,7 +278,12 @@ STAGES = {
         "Online policy gradients: sample answers to a batch of prompts, score them, take a step.",
         config.RL, load_fitting_prompts, blank_rollout, collate_rollouts, rl_loss,
         beside={"reward_model": "reward model folder with the same tokenizer"}, needs=("reward_model",),
-        samples=True)}
+        samples=True),
+    "router": Stage(
+        "A router, which chooses a teacher for a prompt, on candidates with rewards (arXiv 2408.14960).",
+        config.Routing, router.load_candidates, router.blank, router.collate_routed,
+        lambda settings: router_loss(settings.tau), architecture=Router, head=router.head,
+        arrange=router.arrange)}
 
 
 def stage_named(name):

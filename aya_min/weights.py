@@ -24,13 +24,15 @@ from .alike import files_along
 from .checkpoint import others_in, replace_folder
 from .config import ModelConfig, stop_ids
 from .files import new_folder, own_file, read_bytes, read_json
-from .model import CohereForCausalLM, RewardModel, initial_value
+from .model import CohereForCausalLM, RewardModel, Router, initial_value
 from .tokenizer import FILES, load_tokenizer
 
 ARCHITECTURES = {"CohereForCausalLM": CohereForCausalLM, "Cohere2ForCausalLM": CohereForCausalLM,
                  "CohereRewardModel": RewardModel, "Cohere2RewardModel": RewardModel,
                  "CohereForSequenceClassification": RewardModel,
-                 "Cohere2ForSequenceClassification": RewardModel}
+                 "Cohere2ForSequenceClassification": RewardModel,
+                 "CohereRouter": Router, "Cohere2Router": Router}
+KINDS = {CohereForCausalLM: "language model", RewardModel: "reward model", Router: "router"}
 USUAL_HEAD_LACKS = "score_logps.weight"         # a head on the last token only computes as if this were 0
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
@@ -51,8 +53,9 @@ def read_config(folder):
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture!r:.80} is not supported; supported: "
                          f"{' '.join(ARCHITECTURES)}")
-    config = ModelConfig.from_published(raw, where=str(path))
-    if not re.fullmatch(f"{config.model_type}(For.*|RewardModel)", architecture, re.IGNORECASE):
+    config_class = getattr(ARCHITECTURES[architecture], "config_class", ModelConfig)
+    config = config_class.from_published(raw, where=str(path))
+    if not re.fullmatch(f"{config.model_type}(For.*|RewardModel|Router)", architecture, re.IGNORECASE):
         raise ValueError(f"{path}: architecture {architecture} does not go with model_type "
                          f"{config.model_type}; download the model again")
     return config, ARCHITECTURES[architecture]
@@ -88,8 +91,9 @@ def load_meta(folder, trunk=False):
     """(model on the meta device, tokenizer, header of tensorfiles.read_header) of a model folder.
 
     No weights are read, except a head that a tied model stores beside its embeddings. ValueError if the
-    folder's files do not fit together. trunk: the model is a reward model even if the folder holds a language
-    model, whose header then lacks the head.
+    folder's files do not fit together. trunk: what the model is although the folder may hold another on the
+    same decoder: a function of its config, such as Router's, or True for a reward model. The header then
+    lacks the head.
     """
     config, model_class = read_config(folder)
     header = tensorfiles.read_header(folder)
@@ -104,7 +108,8 @@ def load_meta(folder, trunk=False):
                          "they belong to different models")
     tokenizer.stop_ids = sorted({*tokenizer.stop_ids, *read_stop_ids(folder)})
     with torch.device("meta"):
-        found, model = model_class(config), (RewardModel if trunk else model_class)(config)
+        build = RewardModel if trunk is True else trunk or model_class
+        found, model = model_class(config), build(config)
     own = found.state_dict()
     alike = not config.tie_word_embeddings or tensorfiles.drop_tied_head(header)
     problems = [] if alike else [
@@ -130,8 +135,7 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
 
     model.came_with keeps the folder's generation_config.json and other files for `save`. sharded: the model
     is sharded first, by distributed.shard(model, compute_dtype, replicate, cpu_offload), and each rank reads
-    and holds only its rows. trunk: a reward model on the folder's decoder; if the folder has no head, one is
-    drawn with seed 0.
+    and holds only its rows. trunk: see `load_meta`; a head that the folder lacks is drawn with seed 0.
     """
     model, tokenizer, header = load_meta(folder, trunk)
     model = model.to(dtype)
@@ -184,8 +188,8 @@ def check_place(folder, model, tokenizer):
 def write_descriptions(folder, model, tokenizer, dtype):
     """Write all of a model folder but its weights: the configs, the tokenizer, the files of came_with."""
     config = model.config.published(model.task, str(dtype).removeprefix("torch."))
-    if isinstance(model, RewardModel):
-        config["tie_word_embeddings"] = True        # its log-probs are computed with the embeddings
+    if isinstance(model, (RewardModel, Router)):
+        config["tie_word_embeddings"] = True        # there is no lm_head; a score's log-probs use embeddings
     generation, others = getattr(model, "came_with", ({}, {}))
     eos = generation.get("eos_token_id")
     stops = stop_ids([*tokenizer.stop_ids, *(stop_ids(eos) if eos is not None else [])])

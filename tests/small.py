@@ -25,7 +25,7 @@ from aya_min import checkpoint, config, distributed, stages, tensorfiles, weight
 from aya_min.data import batches_in_order, collate, load_examples, load_prompts, make_batches, slots_of
 from aya_min.loop import evaluate, train
 from aya_min.losses import sft_loss
-from aya_min.model import CohereForCausalLM, RewardModel, init_weights
+from aya_min.model import CohereForCausalLM, RewardModel, Router, RouterConfig, init_weights
 from aya_min.reference import answer_logps
 from aya_min.reward import score_texts
 from aya_min.sampling import answer_rows
@@ -36,7 +36,7 @@ from aya_min.world import answer, gold_answer, questions
 CPU = torch.device("cpu")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FILES = {"pretrain": "sft.jsonl", "sft": "sft.jsonl", "reward": "pairs.jsonl", "dpo": "pairs.jsonl",
-         "kto": "labelled.jsonl", "rl": "prompts.jsonl"}
+         "kto": "labelled.jsonl", "rl": "prompts.jsonl", "router": "candidates.jsonl"}
 EVERY = {name: (partial(stages.train_stage, name), about.settings, FILES[name])
          for name, about in stages.STAGES.items()}
 STAGES = {name: stage for name, stage in EVERY.items() if name != "pretrain"}       # sft does the same
@@ -64,9 +64,19 @@ def reward_model(seed=1, **changes):
     return make(RewardModel, seed, **changes)
 
 
+def router(seed=2, teachers="TUV", **changes):
+    """A router whose head is drawn, as one of zeros says nothing of the decoder."""
+    model = make(lambda config: Router(RouterConfig.of(config, list(teachers), 1.0)), seed, **changes)
+    torch.nn.init.normal_(model.router.weight, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+FRESH = {"reward": reward_model, "router": router}      # a stage's model; of the others a language model
+
+
 def write_world(folder, count=36):
-    """Write sft.jsonl, pairs.jsonl, labelled.jsonl, prompts.jsonl and a short held-out file of each. An
-    answer has from one word to several sentences."""
+    """Write sft.jsonl, pairs.jsonl, labelled.jsonl, prompts.jsonl, candidates.jsonl and a short held-out file
+    of each. An answer has from one word to several sentences."""
     rng = random.Random(0)
     for name, split, size in (("", "train", count), ("held-out-", "validation", 10)):
         rows = questions(split, size, 0, level="tiny")
@@ -80,6 +90,10 @@ def write_world(folder, count=36):
         write_jsonl(folder / f"{name}labelled.jsonl",
                     [{**q, "completion": pair["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
                      for i, (q, pair) in enumerate(zip(rows, pairs))])
+        rewards = random.Random(split)
+        write_jsonl(folder / f"{name}candidates.jsonl", [{**q, "candidates": [
+            {"teacher": t, "completion": text, "reward": rewards.gauss(0, 1)} for t in "TUV"]}
+            for q, text in zip(rows, gold)])
     return folder
 
 
@@ -131,11 +145,11 @@ def run(stage, data, out, resume=False, held_out=False, architecture={}, start=N
     function, settings_class, file = STAGES[stage]
     values = dict(batch_size=8, max_steps=3, learning_rate=1e-3, warmup_steps=2, max_length=256)
     values |= {"reward": dict(lm_weight=0.3), "dpo": dict(nll_weight=0.2),
-               "rl": dict(num_samples=2, max_new_tokens=12)}.get(stage, {})
+               "rl": dict(num_samples=2, max_new_tokens=12), "router": dict(held_out=0.0)}.get(stage, {})
     if start:
         model, _ = weights.load(start, sharded=True)
     else:
-        model = (reward_model if stage == "reward" else language_model)(**architecture)
+        model = FRESH.get(stage, language_model)(**architecture)
     more = {}
     if stage == "rl":
         more["reward_model"] = reward_model()

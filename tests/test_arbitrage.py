@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 from small import tokenizer
 
-from aya_min.arbitrage import candidates_from, read_answers, route, wins_table
+from aya_min.arbitrage import (candidates_from, control_length, fit_table, guard_table, language_guard,
+                               length_fit, read_answers, route, wins_table, worth, worth_table)
 from aya_min.data import load_prompts
 from aya_min.preferences import best_worst, count_cut, cut_line
 from aya_min.files import write_jsonl
@@ -394,3 +395,77 @@ def test_neither_routes_nor_pairs_change_the_rows_they_read():
     before = json.dumps(rows)
     route(rows, "reward"), route(rows, "random"), best_worst(rows)
     assert json.dumps(rows) == before
+
+
+# language and length
+
+def measured(*candidates, **extra):
+    """A row whose candidates have a teacher, a reward and a number of tokens."""
+    made = row(*[(t, "x" * n, reward) for t, reward, n in candidates], **extra)
+    for c, (_, _, n) in zip(made["candidates"], candidates):
+        c["num_tokens"] = n
+    return made
+
+
+def test_the_language_guard_marks_answers_that_no_route_and_no_pair_then_takes():
+    rows = [row(("T", "en", 9.0), ("U", "fr", 1.0), ("V", "??", 0.0)),
+            row(("T", "en", 3.0), ("U", "de", 2.0)), row(("T", "en", 5.0), language=None)]
+    counts = language_guard(rows, lambda row, text: None if text == "??" else text)
+    assert counts == {"wrong": {"fr": {"T": 2, "U": 1}}, "unknown": 1}
+    assert [c.get("wrong_language") for c in rows[0]["candidates"]] == ["en", None, None]
+    chosen, counted = route(rows, "reward")
+    assert [c["completion"] for c in chosen] == ["fr", "en"]            # without a language no guard
+    assert counted["wrong_language"] == 1 and counted["empty"] == 0
+    for seed in range(9):
+        assert route(rows, "random", seed)[0][0]["completion"] in ("fr", "??")
+    assert [(p["chosen"], p["rejected"]) for p in best_worst(rows)[0]] == [("fr", "??")]
+    table = guard_table(counts, ["T", "U", "V"])
+    assert table[0] == "wrong language: 3 answers, language unknown: 1"
+    assert table[2].split() == ["fr", "2", "1", "0"]
+
+
+def test_the_language_guard_sees_the_row_since_a_translation_is_right_in_another_language():
+    question = row(("T", "rot", 1.0), task="translate")
+    assert language_guard([question], lambda row, text: row["language"])["wrong"] == {}
+
+
+def test_length_control_by_hand():
+    """fr: rewards 1, 2, 6 at 1, 2, 3 tokens: slope 2.5 around 2 tokens. en: two answers allow no line."""
+    rows = [measured(("T", 1.0, 1), ("U", 2.0, 2)), measured(("T", 6.0, 3), ("U", None, 50)),
+            measured(("T", 1.0, 1), ("U", 3.0, 9), language="en")]
+    fit = length_fit(rows)
+    assert fit["fr"] == {"slope": pytest.approx(2.5), "mean_length": 2, "answers": 3,
+                         "correlation": pytest.approx(2.5 / 7 ** 0.5)}
+    assert fit["en"] == {"slope": 0, "mean_length": 5, "correlation": 0, "answers": 2}
+    control_length(rows, fit)
+    assert [c["reward"] for row in rows for c in row["candidates"]] == [
+        pytest.approx(3.5), 2, pytest.approx(3.5), None, 1, 3]
+    assert rows[0]["candidates"][0]["raw_reward"] == 1 and "raw_reward" not in rows[1]["candidates"][1]
+    assert length_fit(rows)["fr"]["slope"] == pytest.approx(0)          # nothing is left of the length
+    assert len(fit_table(fit)) == 4
+
+
+def test_length_control_changes_who_wins_where_length_was_the_reason():
+    rows = [measured(("T", float(n), n), ("U", n / 2 + 1, n // 2)) for n in (4, 8, 12)]
+    assert {c["teacher"] for c in route(rows, "reward")[0]} == {"T"}
+    control_length(rows, length_fit(rows))
+    assert {c["teacher"] for c in route(rows, "reward")[0]} == {"U"}
+
+
+def test_the_reward_stands_beside_the_length_for_each_teacher_and_for_the_chosen_answers():
+    rows = [measured(("T", 1.0, 2), ("U", 3.0, 8)), measured(("T", 2.0, 4), ("U", None, 6), language="de")]
+    chosen, _ = route(rows, "reward")
+    assert [(c["reward"], c["num_tokens"]) for c in chosen] == [(3.0, 8), (2.0, 4)]
+    found = worth(rows, chosen)
+    assert list(found) == ["de", "fr", "all"]
+    assert found["all"]["T"] == {"reward": 1.5, "length": 3, "answers": 2}
+    assert found["all"]["chosen"] == {"reward": 2.5, "length": 6, "answers": 2}
+    assert found["de"]["U"] == {"reward": None, "length": 6, "answers": 1}
+    text = worth_table(found, ["T", "U"])
+    assert text[2].split() == ["de", "2.00", "4.0", "-", "6.0", "2.00", "4.0"]
+
+
+def test_the_learned_route_takes_what_its_only_teacher_answered():
+    rows = [row(("T", "a", None)), row(("U", "", None)), {"prompt": "p", "candidates": []}]
+    chosen, counts = route(rows, "learned")
+    assert [c["teacher"] for c in chosen] == ["T"] and counts["empty"] == 2

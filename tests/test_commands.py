@@ -250,7 +250,6 @@ GENERATE_MISTAKES = {
     "--models A B --prompts prompts.jsonl --out new.jsonl --route fixed --table half.json": (
         "half.json: not JSON"
     ),
-    f"{POOL} --num-samples 2": "arbitrage takes one answer from each",
     f"{ASK} --arbiter RM": "--arbiter, --pairs and --table go with --models",
     f"{ASK} --num-samples 0": "argument --num-samples: '0' must be a whole number of at least 1",
     f"{ASK} --temperature -1": "argument --temperature: '-1' must be a finite number of at least 0",

@@ -24,19 +24,19 @@ FLOORS = [
     {"alike", "checkpoint", "control_tokens", "journal", "lengths", "losses", "model", "report_data", "rows",
      "template_turns", "world"},
     # 3: text to ids, rows to batches, the engine's tensors, the oracle
-    {"critic", "data", "engine", "language_id", "mixture", "preferences", "report_table", "tokenizer",
-     "world_oracle"},
+    {"critic", "data", "engine", "language_id", "mixture", "preferences", "report_table", "text_statistics",
+     "tokenizer", "world_oracle"},
     # 4: what is done with a model or with folders
     {"arbitrage", "evaluate_languages", "loop", "merge_folders", "report", "reward", "sampling", "weights",
      "world_data", "world_translation"},
     # 5: run folders, conversations, log-probs under a fixed model, win rates, a recipe's checks
     {"chat", "contrast", "evaluate", "kto", "pipeline_checks", "reference", "runs"},
     # 6: samples of the policy as batches
-    {"rollouts"},
+    {"rollouts", "router"},
     # 7: the stages
-    {"stages"},
+    {"generate_pool", "stages"},
     # 8: a recipe's run on disk; what a stage will need; what a search measures
-    {"estimate", "merge_fitness", "pipeline_steps"},
+    {"estimate", "generate_route", "merge_fitness", "pipeline_steps"},
     # 9: what a run shows for itself; the search
     {"merge_search", "pipeline_results"},
     # 10: the recipe; train.py, generate.py and merge.py stand on it

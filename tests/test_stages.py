@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from small import (
     CPU,
+    FRESH,
     STAGES,
     assert_close,
     language_model,
@@ -412,7 +413,7 @@ def test_data_that_are_refused_leave_no_run_folder_in_the_way_of_the_next_attemp
     more = {"reward_model": reward_model()} if stage == "rl" else {}
     with pytest.raises(ValueError, match=says):
         function(
-            reward_model() if stage == "reward" else language_model(),
+            FRESH.get(stage, language_model)(),
             tokenizer(),
             [tmp_path / "bad.jsonl"],
             settings_class(batch_size=8),

@@ -15,7 +15,8 @@ from dataclasses import fields
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import CPU, EVERY, ROOT, language_model, logged, on_ranks, reward_model, run, tokenizer
+from small import (CPU, EVERY, FRESH, ROOT, language_model, logged, on_ranks, reward_model, run,
+                   tokenizer)
 
 import train
 from aya_min import checkpoint, config, distributed, estimate, files, loop, reference, stages, weights
@@ -301,7 +302,7 @@ def test_every_setting_of_a_stage_is_read_by_its_code(stage, world, tmp_path):
     )
     settings = watched.of(settings_class)(**values)
     more = {"reward_model": reward_model()} if stage == "rl" else {}
-    model = reward_model() if stage == "reward" else language_model()
+    model = FRESH.get(stage, language_model)()
     function(
         model,
         tokenizer(),
@@ -315,10 +316,10 @@ def test_every_setting_of_a_stage_is_read_by_its_code(stage, world, tmp_path):
     parser = stage_parser(stage)
     flags = {action.dest for action in parser._actions} & {f.name for f in fields(settings_class)}
     unread = flags - watched.read
-    # epochs counts only without --max-steps (and is refused beside it), the end of a cosine only in one
-    assert unread <= {"epochs", *READ_BY_DATA} | (
-        {"final_learning_rate"} if stage == "rl" else set()
-    ), unread
+    # epochs counts only without --max-steps (and is refused beside it), the end of a cosine only in one, the
+    # router's held-out share only without --eval-data
+    only_sometimes = {"rl": {"final_learning_rate"}, "router": {"held_out"}}.get(stage, set())
+    assert unread <= {"epochs", *READ_BY_DATA} | only_sometimes, unread
     assert "keep_cut" in flags or stage == "rl"
 
 
@@ -496,7 +497,7 @@ def test_the_largest_seed_trains_every_stage(stage, world, tmp_path):
         else settings_class(batch_size=8, max_steps=1, seed=2**63 - 1, max_new_tokens=4, num_samples=2)
     )
     function(
-        reward_model() if stage == "reward" else language_model(),
+        FRESH.get(stage, language_model)(),
         tokenizer(),
         [world / file],
         settings,
