@@ -93,8 +93,8 @@ def clip_fractions(lab):
 
 def losses_by_question(lab, before, after):
     """Question by question, the reward of the arm `before` less that of the arm `after`."""
-    return [a["reward"] - b["reward"] for a, b in zip(lab.answers(before, "sampled"),
-                                                      lab.answers(after, "sampled"), strict=True)]
+    both = zip(*(lab.answers(arm, "sampled", scored=True) for arm in (before, after)), strict=True)
+    return [a["reward"] - b["reward"] for a, b in both]
 
 
 def raft_loses_more(change):
