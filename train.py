@@ -83,7 +83,8 @@ def add_claim(commands):
     claim = commands.add_parser("claim", help="try a paper's claim on the embedded world, with a verdict")
     claim.add_argument("name", help="a claim file, or one of its claims; train.py claims lists both")
     claim.add_argument("--seeds", nargs="+", type=number(int, config.WHOLE), default=[1, 2, 3],
-                       help="the runs; no setting was chosen on the default ones")
+                       help="the runs (default 1 2 3); seed 0, to choose settings on, answers the "
+                            "validation questions")
     claim.add_argument("--preset", choices=list(config.RECIPES), default="tiny")
     claim.add_argument("--out", default="runs/claims",
                        help="folder of all claims; the same command continues (default runs/claims)")
@@ -311,8 +312,8 @@ def run_whole_recipe(args, device):
 
 def run_claim(args, device):
     from aya_min import experiments_records     # imports every claim file
-    if len(set(args.seeds)) < len(args.seeds):
-        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: a seed is given twice; give each once")
+    distributed.from_main(lambda: experiments_records.check(args.name, args.seeds, args.preset,
+                                                            Path(args.out), args.record))
     record = experiments_records.run_claims(args.name, args.seeds, args.preset, Path(args.out), device)
     if distributed.is_main():
         print(experiments_records.table(record), Path(args.out) / args.name / "report.html", sep="\n")

@@ -9,7 +9,8 @@ after the recipe's settings and the code, so that no arm of other code is taken 
 
 The verdict of a comparison in one seed: shown if its 95% interval, over questions, is clear of no difference
 on the expected side; reversed on the other side; else not shown. A comparison is shown, or reversed, if it is
-so in every seed; a claim, if all its comparisons are.
+so in every seed; a claim, if all its comparisons are. Seed 0 answers the validation questions, on which
+settings are chosen; all other seeds answer the test questions.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from typing import Callable, Optional
 from . import distributed, weights
 from .arbitrage import route
 from .config import RECIPES, Recipe, settings_from
-from .evaluate import bootstrap_mean, compare, join
+from .evaluate import bootstrap_mean, join, win_rates
 from .languages import CLUSTERS, LANGUAGES, SHARED
 from .merge_folders import merge_folders
 from .pipeline import (arbitrage, build_arbiter, build_base, build_teachers,
@@ -71,8 +72,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of one seed that is no answer's. of(lab) gives its values (one per step, question or example);
-    their mean, with its bootstrap interval, is compared with `bound`."""
+    """A figure of one seed that is no answer's. of(lab) gives its values, one per step or example, or pairs
+    (question id, value): a question in several languages is one draw of the bootstrap. Their mean, with its
+    interval, is compared with `bound`."""
     label: str
     of: Callable
     side: str
@@ -133,7 +135,8 @@ class Lab:
     out: the folder of all claims. module: the claim file."""
 
     def __init__(self, out, preset, seed, device, module):
-        self.recipe = settings_from(Recipe, {**RECIPES[preset], "seed": seed})
+        split = "test" if seed else "validation"
+        self.recipe = settings_from(Recipe, {**RECIPES[preset], "seed": seed, "eval_split": split})
         key = hash_of(asdict(self.recipe), code_version())
         self.folder, self.seed, self.device, self.module = out / f"seed-{seed}-{key}", seed, device, module
         self.run = Run(self.folder, self.recipe, device, CLUSTERS)
@@ -224,7 +227,7 @@ class Lab:
                 folder.mkdir(parents=True, exist_ok=True)
                 merge_folders(folders, folder / "model", method, **more)
             distributed.barrier()
-        self.step(f"merge-{method}", make, *content)
+        self._done(f"merge-{method}", make, *content)
         return self.folder / "steps" / f"merge-{method}-{hash_of(*content)}" / "model"
 
     def name_of(self, folder):
@@ -232,7 +235,20 @@ class Lab:
         return Path(folder).relative_to(self.folder).as_posix()
 
     def step(self, name, make, *content):
-        """Do make(folder) once for this name and content; it returns a JSON object, which is returned."""
+        """Do make(folder) once for this name, content and text of the claim file, since make is code of it.
+        -> the JSON object that make returned, with "folder", which make fills as it likes"""
+        source = Path(self.module.__file__).read_text(encoding="utf-8")
+        folder = self.folder / "steps" / f"{name}-{hash_of(source, *content)}" / "made"
+
+        def fill(above):
+            if distributed.is_main():
+                folder.mkdir(parents=True)
+            distributed.barrier()
+            return {"made": make(folder) or {}}
+        return self._done(name, fill, source, *content)["made"] | {"folder": folder}
+
+    def _done(self, name, make, *content):
+        """Do make(folder) once for this name and content, which must be all that it depends on."""
         return step(self.run, f"{name}-{hash_of(*content)}", name, lambda folder, resume: make(folder))
 
     def sample(self, name, model, rows, num_samples, temperature, seed=0):
@@ -240,13 +256,13 @@ class Lab:
         def make(folder):
             return {"groups": answers_of(self.run, model, rows, num_samples, temperature, seed, name)}
         content = "sample", self.name_of(model), rows, num_samples, temperature, seed
-        return self.step(f"{name}-samples", make, *content)["groups"]
+        return self._done(f"{name}-samples", make, *content)["groups"]
 
     def scores(self, name, rows, reward_model=None):
         """The reward model's (default: the arbiter's) scores of rows with a "completion"."""
         judge = reward_model or self.arbiter
-        return self.step(f"{name}-scores", lambda folder: {"scores": scores_of(self.run, judge, rows)},
-                         "scores", self.name_of(judge), rows)["scores"]
+        return self._done(f"{name}-scores", lambda folder: {"scores": scores_of(self.run, judge, rows)},
+                          "scores", self.name_of(judge), rows)["scores"]
 
     def arm(self, name):
         """The model folder of an arm of the claim file."""
@@ -296,8 +312,10 @@ def together(verdicts):
 def measured(lab, c):
     """{"value", "ci95", "none", "verdict", ...} of a Comparison or Figure in one seed."""
     if isinstance(c, Figure):
-        values = c.of(lab)
-        value, ci95 = bootstrap_mean(values, range(len(values)))
+        values = [each if isinstance(each, tuple) else (i, each) for i, each in enumerate(c.of(lab))]
+        if not values:
+            raise ValueError(f"{c.label}: no values with seed {lab.seed}")
+        value, ci95 = bootstrap_mean([each for _, each in values], [question for question, _ in values])
         return {"value": value, "ci95": ci95, "none": c.bound, "num": len(values),
                 "verdict": side_of(c.side, ci95, c.bound, LEVEL_SHARE * abs(c.bound))}
     pairs = [(a, b) for a, b in join(*(lab.answers(arm, c.decoding, c.measure == "reward")
@@ -305,16 +323,18 @@ def measured(lab, c):
              if c.languages is None or a["language"] in c.languages]
     if not pairs:
         raise ValueError(f"{c.label}: the evaluation has no question in these languages")
-    a, b = map(list, zip(*pairs))
+    ids = [str(a["question_id"]) for a, _ in pairs]
     if c.measure == "win rate":
-        found = compare(a, b)["overall"]
+        found = win_rates([a["grade"] for a, _ in pairs], [b["grade"] for _, b in pairs], ids)
         counts = {key: found[key] for key in ("win", "tie", "loss", "num")}
         return {"value": found["win_rate"], "ci95": found["ci95"], "none": 50.0, **counts,
                 "verdict": side_of(c.side, found["ci95"], 50.0, LEVEL_POINTS)}
     measure = (MEASURES | getattr(lab.module, "MEASURES", {}))[c.measure]
-    before = [measure(row) for row in b]
-    value, ci95 = bootstrap_mean([measure(row) - old for row, old in zip(a, before)],
-                                 [str(row["question_id"]) for row in a])
-    mean = sum(before) / len(before)
-    return {"value": value, "ci95": ci95, "none": 0.0, "num": len(a), "of_a": mean + value, "of_b": mean,
+    both = [(measure(a), measure(b), name) for (a, b), name in zip(pairs, ids)]
+    both = [(x, y, name) for x, y, name in both if x is not None and y is not None]     # no score: too long
+    if not both:
+        raise ValueError(f"{c.label}: no values with seed {lab.seed}")
+    value, ci95 = bootstrap_mean([x - y for x, y, _ in both], [name for _, _, name in both])
+    mean = float(sum(y for _, y, _ in both) / len(both))
+    return {"value": value, "ci95": ci95, "none": 0.0, "num": len(both), "of_a": mean + value, "of_b": mean,
             "verdict": side_of(c.side, ci95, 0.0, LEVEL_SHARE * abs(mean))}

@@ -5,8 +5,8 @@ results/README.md that are generated from the records in results/.
 """
 
 import platform
+import re
 import sys
-import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +17,31 @@ from . import distributed, linear, runs
 from .command import guarded, printable
 from .experiments import SIDES, Comparison, Lab, claim_files, find_claims, measured, together
 from .files import read_json, write_json, write_whole
-from .report_charts import STYLE, around, axis, chart, esc, html_table, mark, track
+from .report_charts import STYLE, around, axis, chart, esc, html_table, legend, mark, track
 
 RESULTS = Path(__file__).parent.parent / "results"
+LEAST_SEEDS = 3             # of a record in results/
 BEGIN, END = "<!-- claims: generated from results/*.json -->\n", "<!-- end of the claims -->\n"
 
 
 # ---- running -----------------------------------------------------------------------------------------------
+
+def check(name, seeds, preset, out, record):
+    """Refuse, before any work, an unknown name, a seed given twice, a folder that holds what no claim made,
+    and a record of less than a whole file with enough seeds that chose no setting."""
+    file, _, _ = find_claims(name)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, seeds))}: a seed is given twice; give each once")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: not a folder; give another")
+    for path in sorted(out.iterdir()) if out.exists() else ():
+        of_seed = re.fullmatch(r"seed-\d+-[0-9a-f]{10}", path.name)
+        if not (path.is_dir() and (of_seed or (path / "claim.json").is_file() or not any(path.iterdir()))):
+            raise ValueError(f"--out {out} holds {path.name}, which no claim made; give another folder")
+    if record and (name != file or preset != "tiny" or len(seeds) < LEAST_SEEDS or 0 in seeds):
+        raise ValueError(f"--record keeps a whole claim file at preset tiny with {LEAST_SEEDS} seeds or "
+                         "more, without seed 0, on which settings are chosen")
+
 
 def run_claims(name, seeds, preset, out, device):
     """Make the arms of a claim file (or of one of its claims) with every seed, compare them, write the record
@@ -37,16 +55,15 @@ def run_claims(name, seeds, preset, out, device):
     found = {claim.name: [] for claim in claims}
     with_seeds = []
     for seed in seeds:
-        started = time.perf_counter()
         lab = Lab(out, preset, seed, device, module)
         with ExitStack() as held:
             linear.choose(distributed.from_main(lambda: open_seed(lab, held)))
             for claim in claims:
                 found[claim.name].append([measured(lab, c) for c in claim.comparisons])
         with_seeds.append(seed)
-        record["recipe"] = {**asdict(lab.recipe), "seed": None}
+        record["recipe"] = {**asdict(lab.recipe), "seed": None, "eval_split": None}
         record["arms"][str(seed)] = arms_of(lab)
-        record["minutes"].append(round((time.perf_counter() - started) / 60, 1))
+        record["minutes"].append(round(seconds_of(lab) / 60, 1))
         record |= {"seeds": list(with_seeds), "results": [result(c, found[c.name]) for c in claims]}
         if distributed.is_main():
             folder = out / name
@@ -86,15 +103,22 @@ def machine():
             "ranks": distributed.num_ranks()}
 
 
+def seconds_of(lab):
+    """Seconds of all steps that a lab was asked for, also of those that an earlier command or claim made."""
+    paths = [lab.folder / "steps" / name / "done.json" for name in dict.fromkeys(lab.run.used)]
+    return sum(read_json(path)["seconds"] for path in paths)
+
+
 def arms_of(lab):
     """{arm: its folder, steps, tokens and seconds} of the arms that a claim asked for; of a merge those of
     the models that were trained for it."""
     about = {}
     for name, folder in lab.arms.items():
-        done = [read_json(path) for path in folder.parents[1].glob(f"{folder.parent.name}*/done.json")]
+        own = lab.name_of(folder).split("/")[1]
+        done = [read_json(path) for path in (lab.folder / "steps").glob(f"{own}*/done.json")]
         steps, tokens, seconds = (sum(one[key] for one in done)
                                   for key in ("training_steps", "tokens", "seconds"))
-        about[name] = {"folder": lab.name_of(folder.parent), "steps": steps, "tokens": tokens,
+        about[name] = {"folder": f"steps/{own}", "steps": steps, "tokens": tokens,
                        "seconds": round(seconds, 1)}
     return about
 
@@ -135,7 +159,8 @@ def table(record):
     return printable("\n".join(lines[1:]))
 
 
-TONES = ("a", "b", "c")
+SHAPE_OF = {"shown": ("dot", "a"), "not shown": ("ring", "b"), "reversed": ("diamond", "b")}
+KEY = legend(*((*mark, said) for said, mark in SHAPE_OF.items()))
 
 
 def forest(claim, seeds):
@@ -156,7 +181,8 @@ def forest_row(row, seeds, scale, none):
     marks = ""
     for i, (seed, one) in enumerate(zip(seeds, row["seeds"])):
         tip = f"seed {seed}: {shown(one)}"
-        marks += mark(one["value"], scale, "dot", 10 + 12 * i, TONES[i % len(TONES)], tip, one["ci95"])
+        shape, tone = SHAPE_OF[one["verdict"]]
+        marks += mark(one["value"], scale, shape, 10 + 12 * i, tone, tip, one["ci95"])
     label, height = f"{row['label']}: {row['verdict']}", 12 * len(seeds) + 10
     return track(label, marks, " / ".join(f"{one['value']:.3g}" for one in row["seeds"]), scale, none, height)
 
@@ -178,7 +204,8 @@ def page(record):
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     parts = [f"<h1>{esc(record['claims'])}</h1><p>{esc(record['paper'])}. Preset {esc(record['preset'])}, "
              f"seeds {esc(' '.join(map(str, record['seeds'])))}. Whiskers are 95% intervals over questions; "
-             "the dashed line is no difference.</p>"]
+             "the dashed line is no difference; the marks of a row, from top to bottom, are its seeds.</p>"
+             f"{KEY}"]
     for claim in record["results"]:
         parts.append(f"<h2>{esc(claim['name'])}: {esc(claim['verdict'])}</h2><p>{esc(claim['statement'])}. "
                      f"The paper: {esc(claim['theirs'])}.</p>{forest(claim, record['seeds'])}")
@@ -219,6 +246,19 @@ def listing():
     return printable("\n".join(lines))
 
 
+def ours(claim):
+    """The numbers of a claim's first comparison, seed by seed, and how many of its comparisons are shown."""
+    rows = claim["comparisons"]
+    first = f"{rows[0]['label']}: {'; '.join(map(shown, rows[0]['seeds']))}"
+    num = sum(row["verdict"] == "shown" for row in rows)
+    return first if len(rows) == 1 else f"{first}. {num} of {len(rows)} comparisons are shown"
+
+
+def row_of(cells):
+    """A row of a Markdown table; a bar in a text would begin another cell."""
+    return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+
+
 def generated(folder=RESULTS):
     """The generated part of results/README.md: a row a claim, then every comparison."""
     kept = records(folder)
@@ -227,10 +267,9 @@ def generated(folder=RESULTS):
     for record in kept.values():
         command = f"`train.py claim {record['claims']} --seeds {' '.join(map(str, record['seeds']))}`"
         for claim in record["results"]:
-            ours = "; ".join(map(shown, claim["comparisons"][0]["seeds"]))
-            cells = (claim["name"], record["paper"], claim["statement"], claim["theirs"], ours,
+            cells = (claim["name"], record["paper"], claim["statement"], claim["theirs"], ours(claim),
                      claim["verdict"], command, f"{sum(record['minutes']):.0f}")
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(row_of(cells))
     for file, record in kept.items():
         lines += ["", f"### {file}", "", *details(record)]
     return "\n".join(lines) + "\n"
@@ -245,7 +284,7 @@ def details(record):
              "|---|" + "---|" * (len(seeds) + 1)]
     for claim in record["results"]:
         lines.append(f"| **{claim['name']}** |{' |' * len(seeds)} **{claim['verdict']}** |")
-        lines += [f"| {row['label']} | {' | '.join(map(shown, row['seeds']))} | {row['verdict']} |"
+        lines += [row_of([row["label"], *map(shown, row["seeds"]), row["verdict"]])
                   for row in claim["comparisons"]]
     return lines
 

@@ -8,7 +8,7 @@ model score answers.
 import re
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
@@ -40,6 +40,7 @@ class Run:
     arbiter: Optional[Path] = None          #   reward model folder,
     judge: Optional[Path] = None            #   a second reward model,
     eval_prompts: Optional[list] = None     #   rows of prompts to be judged on
+    used: list = field(default_factory=list)    # names of the steps that this process asked for
 
     @property
     def embedded(self):
@@ -50,6 +51,7 @@ def step(run, name, title, make):
     """Do a step once. make(folder, resume) fills steps/<name> and returns a JSON object or None; a later run
     finds it in done.json. The page is kept fresh, so that the run can be watched."""
     folder = run.folder / "steps" / name
+    run.used.append(name)
     if not distributed.from_main(lambda: (folder / "done.json").is_file()):
         resume = distributed.from_main(lambda: _clear(folder))
         if distributed.is_main():
@@ -79,7 +81,7 @@ def refresh_page(folder, every=20):
 # What steps leave in their folders.
 OWN = {"config.json", "metrics.jsonl", "eval.json", "tokenizer.json", "tokenizer_config.json", "state",
        "model", "checkpoints", "reference.safetensors", "profile.json", ".lock", "candidates.jsonl",
-       "pairs.jsonl", "greedy.jsonl", "sampled.jsonl", "done.json", *FILES}
+       "pairs.jsonl", "greedy.jsonl", "sampled.jsonl", "made", "done.json", *FILES}
 
 
 def _clear(folder):

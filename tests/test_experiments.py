@@ -9,7 +9,7 @@ from small import CPU
 
 import train
 from aya_min import experiments, experiments_records
-from aya_min.experiments import Claim, Comparison, Figure, Lab, side_of, together
+from aya_min.experiments import Claim, Comparison, Figure, Lab, measured, side_of, together
 from aya_min.experiments_records import BEGIN, END, RESULTS, result, run_claims, with_claims
 from aya_min.pipeline_results import evaluate_model
 
@@ -41,6 +41,60 @@ def test_a_claim_is_shown_only_if_every_comparison_is_in_every_seed():
     assert result(claim, seeds[:1])["verdict"] == "shown"
 
 
+def lab_of(answers, **measures):
+    """A stand-in for a lab: {arm: rows} of answers, and what a claim file measures."""
+    return SimpleNamespace(seed=1, answers=lambda arm, decoding, scored=False: answers[arm],
+                           module=SimpleNamespace(MEASURES=measures))
+
+
+def graded(grades, copies=1, **more):
+    """Answers to len(grades) questions in `copies` languages."""
+    return [{"question_id": f"q{i}", "language": code, "prompt": "p", "grade": grade, **more}
+            for i, grade in enumerate(grades) for code in ("en", "fr", "de")[:copies]]
+
+
+def test_a_win_rate_by_hand():
+    """Of four questions one is won, two are ties, one is lost in English; in French all are won."""
+    a, b = graded([3, 1, 1, 0]), graded([0, 1, 1, 3])
+    fr = [{**row, "language": "fr"} for row in graded([3, 3, 3, 3])]
+    lab = lab_of({"a": a + fr, "b": b + [{**row, "grade": 0} for row in fr]})
+    english = measured(lab, Comparison("a", "b", languages=("en",)))
+    assert (english["win"], english["tie"], english["loss"], english["value"]) == (1, 2, 1, 50.0)
+    assert english["verdict"] == "not shown"
+    french = measured(lab, Comparison("a", "b", languages=("fr",)))
+    assert french["ci95"] == [100.0, 100.0] and french["verdict"] == "shown"
+    assert measured(lab, Comparison("a", "b"))["value"] == 75.0
+    with pytest.raises(ValueError, match="no question in these languages"):
+        measured(lab, Comparison("a", "b", languages=("xx",)))
+
+
+def test_level_in_another_measure_is_five_percent_of_the_second_arms_mean():
+    marks = lambda row: row["marks"]
+    lab = lab_of({"a": graded([0] * 9, marks=20.5), "b": graded([0] * 9, marks=20.0),
+                  "c": graded([0] * 9, marks=22.0)}, marks=marks)
+    level = measured(lab, Comparison("a", "b", "level", "marks"))
+    assert (level["value"], level["of_a"], level["of_b"], level["verdict"]) == (0.5, 20.5, 20.0, "shown")
+    assert measured(lab, Comparison("c", "b", "level", "marks"))["verdict"] == "reversed"
+    assert measured(lab, Comparison("b", "c", "below", "marks"))["verdict"] == "shown"
+
+
+def test_an_answer_without_a_score_leaves_its_question_out():
+    lab = lab_of({"a": [{**row, "reward": i} for i, row in enumerate(graded([0] * 4))],
+                  "b": [{**row, "reward": None if i == 3 else 0} for i, row in enumerate(graded([0] * 4))]})
+    found = measured(lab, Comparison("a", "b", measure="reward"))
+    assert (found["value"], found["num"]) == (1.0, 3)
+
+
+def test_a_question_in_several_languages_is_one_draw_of_a_figures_interval():
+    """A figure over questions resampled rows: its interval was narrower than its comparisons'."""
+    values = [(f"q{i}", float(i % 3)) for i in range(30) for _ in range(4)]
+    wide, narrow = (measured(None, Figure("f", lambda lab: some, "above", 0.5))["ci95"]
+                    for some in (values, [value for _, value in values]))
+    assert 1.7 < (wide[1] - wide[0]) / (narrow[1] - narrow[0]) < 2.3
+    with pytest.raises(ValueError, match="no values with seed 1"):
+        measured(lab_of({}), Figure("f", lambda lab: [], "above", 0.5))
+
+
 # ---- arms --------------------------------------------------------------------------------------------------
 
 def claim_file(**arms):
@@ -51,7 +105,8 @@ def claim_file(**arms):
                    Figure("losses", lambda lab: [row["loss"] for row in lab.metrics(a)], "above", 0.0))
     claims = (Claim("tried", "it", "1", comparisons),)
     measures = {"marks": lambda row: row["completion"].count("a")}
-    return SimpleNamespace(PAPER="a paper", MINUTES=1, ARMS=arms, MEASURES=measures, CLAIMS=claims)
+    return SimpleNamespace(PAPER="a paper", MINUTES=1, ARMS=arms, MEASURES=measures, CLAIMS=claims,
+                           __file__=__file__)
 
 
 def short_sft(count, **settings):
@@ -120,6 +175,34 @@ def test_arms_are_shared_by_content_and_another_setting_or_start_makes_another(r
     assert Lab(tmp_path / "out", "smoke", 2, CPU, None).folder != lab.folder
 
 
+def test_other_steps_are_done_once_again_after_a_kill_and_anew_when_the_claim_file_changes(tmp_path):
+    """A killed step was refused for the files of its own that it left, and a step without content went on
+    with what an earlier version of its claim file had made."""
+    file, calls = tmp_path / "claims.py", []
+    file.write_text("1")
+    lab = Lab(tmp_path, "smoke", 1, CPU, SimpleNamespace(__file__=file))
+
+    def make(folder):
+        calls.append(folder)
+        (folder / "half").write_text("half")
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return {"seconds": "of the object", "calls": len(calls)}
+    with pytest.raises(KeyboardInterrupt):
+        lab.step("a step", make)
+    for _ in range(2):
+        found = lab.step("a step", make)
+        assert found == {"seconds": "of the object", "calls": 2, "folder": calls[0]}
+    file.write_text("2")
+    assert lab.step("a step", make)["calls"] == 3 and calls[2] != calls[1]
+    assert lab.step("a step", make, "content")["calls"] == 4
+
+
+def test_seed_0_answers_the_validation_questions_and_others_those_of_the_test(tmp_path):
+    splits = [Lab(tmp_path, "smoke", seed, CPU, None).recipe.eval_split for seed in (0, 1, 2)]
+    assert splits == ["validation", "test", "test"]
+
+
 def test_an_arms_answers_are_those_of_its_model(run, tmp_path):
     run(file := claim_file(one=short_sft(32), two=short_sft(64)))
     lab = Lab(tmp_path / "out", "smoke", 1, CPU, file)
@@ -133,11 +216,25 @@ def test_an_arms_answers_are_those_of_its_model(run, tmp_path):
 
 @pytest.mark.parametrize("words, said", [
     ("claim nothing", "unknown claim 'nothing'"), ("claim expanse --seeds 1 1", "a seed is given twice"),
+    ("claim recipe --record", "a whole claim file"),
+    ("claim expanse --seeds 1 2 --record", "3 seeds or more"),
+    ("claim expanse --seeds 0 1 2 --record", "without seed 0"),
+    ("claim expanse --preset smoke --record", "at preset tiny"),
     ("claim expanse --seeds -1", "seeds"), ("claim expanse --preset huge", "preset")])
 def test_a_mistake_is_one_line_and_nothing_is_made(words, said, in_process, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = in_process(train, *words.split())
     assert code == 2 and said in err[-1] and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_what_no_claim_made_is_refused_and_stays(in_process, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "1.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for out, said in ((tmp_path, "which no claim made"), (tmp_path / "file", "not a folder")):
+        code, _, err = in_process(train, "claim", "expanse", "--preset", "smoke", "--out", out)
+        assert code == 2 and len(err) == 1 and said in err[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "thesis"]
 
 
 def test_the_list_names_every_claim_with_its_paper(capsys):
@@ -159,7 +256,7 @@ def test_the_page_of_results_is_what_the_records_give():
 
 
 def test_a_record_gives_a_row_and_its_comparisons(tmp_path):
-    claim = Claim("c", "says", "theirs", (Comparison("a", "b"),))
+    claim = Claim("c", "says | so", "theirs", (Comparison("a", "b"),))
     one = {"value": 53.25, "ci95": [51.0, 55.0], "none": 50.0, "verdict": "shown"}
     record = {"claims": "file", "paper": "P", "preset": "tiny", "seeds": [1, 2], "minutes": [3.0, 4.0],
               "versions": {"commit": "abc", "torch": "2"}, "machine": {"processor": "X", "threads": 2},
@@ -167,7 +264,8 @@ def test_a_record_gives_a_row_and_its_comparisons(tmp_path):
     (tmp_path / "file.json").write_text(json.dumps(record), encoding="utf-8")
     text = with_claims(f"before\n{BEGIN}old\n{END}after\n", tmp_path)
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| c | P | says | theirs | 53.2 [51.0, 55.0]; 53.2 [51.0, 55.0] | shown |" in text
+    both = "a above b, win rate, sampled: 53.2 [51.0, 55.0]; 53.2 [51.0, 55.0]"
+    assert f"| c | P | says \\| so | theirs | {both} | shown |" in text
     with pytest.raises(ValueError, match="lacks the lines"):
         with_claims("nothing")
 

@@ -163,7 +163,8 @@ def kept_of_gain(lab):
         rewards = {c["teacher"]: c["reward"] for c in row["candidates"] if c["reward"] is not None}
         if teacher in rewards:
             mean = sum(rewards.values()) / len(rewards)
-            values.append(rewards[teacher] - mean - 0.5 * (max(rewards.values()) - mean))
+            kept = rewards[teacher] - mean - 0.5 * (max(rewards.values()) - mean)
+            values.append((row["question_id"], kept))
     return values
 
 
@@ -171,8 +172,8 @@ def cost(lab):
     """For each prompt the tokens of the chosen teacher's answer as a share of those of all teachers."""
     def tokens(c):
         return len(lab.tokenizer.encode_answer(c["completion"]))
-    return [sum(tokens(c) for c in row["candidates"] if c["teacher"] == teacher)
-            / sum(map(tokens, row["candidates"]))
+    return [(row["question_id"], sum(tokens(c) for c in row["candidates"] if c["teacher"] == teacher)
+             / sum(map(tokens, row["candidates"])))
             for row, teacher in zip(lab.candidates, chosen_by_router(lab))]
 
 
@@ -182,11 +183,11 @@ def more_gain(unlike, like):
     def of(lab):
         def grades(how, kind):
             name, _ = arm(how, kind)
-            return {row["question_id"] + row["language"]: row["grade"]
+            return {(row["question_id"], row["language"]): row["grade"]
                     for row in lab.answers(name, "sampled")}
         pools = [(grades("reward", kind), grades("random", kind)) for kind in (unlike, like)]
         (more, base), (less, base_of_less) = pools
-        return [(more[q] - base[q]) - (less[q] - base_of_less[q]) for q in more]
+        return [(q[0], (more[q] - base[q]) - (less[q] - base_of_less[q])) for q in more]
     return of
 
 

@@ -44,8 +44,10 @@ def offline(lab):
 
 def after_round(t):
     def arm(lab):
-        rounds = online_rounds(lab.run, "online", lab.arm("offline"), lab.arbiter, lab.tokenizer.key)
-        return next(folder for name, folder in rounds if name == f"online-{t}")
+        start = lab.arm("offline")
+        prefix = f"online-{start.parent.name}"          # which is named after its content
+        rounds = online_rounds(lab.run, prefix, start, lab.arbiter, lab.tokenizer.key)
+        return next(folder for name, folder in rounds if name == f"{prefix}-{t}")
     return arm
 
 

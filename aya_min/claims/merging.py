@@ -69,8 +69,7 @@ def small_base(lab):
         model = init_weights(model, torch.Generator().manual_seed(r.seed))
         weights.save(folder / "model", model, lab.tokenizer)
         distributed.barrier()
-    lab.step("small-start", make, r.seed)
-    [start] = lab.folder.glob("steps/small-start-*/model")
+    start = lab.step("small-start", make)["folder"] / "model"
     rows = world_data.corpus(r.corpus, r.seed, r.level)
     return lab.train("a base of half the heads", "pretrain", start, rows, warmup_steps=50,
                      learning_rate=r.base_learning_rate)

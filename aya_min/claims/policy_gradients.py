@@ -94,14 +94,14 @@ def clip_fractions(lab):
 def losses_by_question(lab, before, after):
     """Question by question, the reward of the arm `before` less that of the arm `after`."""
     both = zip(*(lab.answers(arm, "sampled", scored=True) for arm in (before, after)), strict=True)
-    return [a["reward"] - b["reward"] for a, b in both]
+    return [(a["question_id"], a["reward"] - b["reward"]) for a, b in both]
 
 
 def raft_loses_more(change):
     """By how much more RAFT's reward falls under a change than RLOO's, question by question."""
     def of(lab):
         raft, rloo = (losses_by_question(lab, name, f"{name}-{change}") for name in ("raft", "rloo"))
-        return [a - b for a, b in zip(raft, rloo, strict=True)]
+        return [(question, a - b) for (question, a), (_, b) in zip(raft, rloo, strict=True)]
     return of
 
 

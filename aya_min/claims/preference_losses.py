@@ -213,8 +213,8 @@ def similar_length(a, b):
     """The win rate, in percent, of a over b where their answers are of similar length."""
     def wins(lab):
         both = zip(lab.answers(a, "sampled"), lab.answers(b, "sampled"), strict=True)
-        return [50.0 * (1 + (x["grade"] > y["grade"]) - (x["grade"] < y["grade"])) for x, y in both
-                if alike_in_length(x["completion"], y["completion"])]
+        return [(x["question_id"], 50.0 * (1 + (x["grade"] > y["grade"]) - (x["grade"] < y["grade"])))
+                for x, y in both if alike_in_length(x["completion"], y["completion"])]
     return Figure(f"wins of {a} over {b} at similar length, percent", wins, "above", 50.0)
 
 
@@ -222,7 +222,9 @@ def weak_rise(lab):
     """How much higher the weak arbiter scores the answers of its sixth round than those of its third."""
     third, sixth = (scores(lab, f"preference-{arm}-proxy", lab.answers(arm, "sampled"), weak_arbiter)
                     for arm in ("weak-3", "weak-6"))
-    return [b - a for a, b in zip(third, sixth, strict=True) if a is not None and b is not None]
+    ids = [row["question_id"] for row in lab.answers("weak-6", "sampled")]
+    return [(question, b - a) for question, a, b in zip(ids, third, sixth, strict=True)
+            if a is not None and b is not None]
 
 
 CLAIMS = (

@@ -7,7 +7,7 @@ questions, macro average over the task families; compared on the test questions.
 models of one size, the number of points tried is small, the search starts at the better of the two soups.
 """
 
-from .. import world_data
+from .. import distributed, world_data
 from ..arbitrage import route
 from ..experiments import Claim, Comparison, Figure
 from ..files import read_json, write_jsonl
@@ -47,11 +47,12 @@ def searched(lab):
 
     def make(folder):
         rows = questions("validation", count, f"recycle/{lab.seed}", level=lab.recipe.level, unique=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_jsonl(folder / "prompts.jsonl", rows)
-        search_folders(folders, folder / "search", prompts=[folder / "prompts.jsonl"], seed=lab.seed,
+        own = folder / f"rank-{distributed.rank()}"     # ranks share the questions, so that each searches
+        own.mkdir()
+        write_jsonl(own / "prompts.jsonl", rows)
+        search_folders(folders, own / "search", prompts=[own / "prompts.jsonl"], seed=lab.seed,
                        evaluations=10 * len(folders), leave_one_out=True)
-        return {"search": read_json(folder / "search" / "search.json")}
+        return {"search": read_json(own / "search" / "search.json")}
     return lab.step("search", make, [lab.name_of(folder) for folder in folders], count)["search"]
 
 
@@ -64,10 +65,11 @@ def found(name):
 
 
 def falls(lab):
-    """For each checkpoint how far the merge's fitness falls without it."""
+    """For each checkpoint how far the merge's grade falls without it, on the half of the validation questions
+    that the search did not see."""
     found = searched(lab)
     macro = lambda grades: sum(grades.values()) / len(grades)
-    whole = macro(found["rows"][-1]["fitness"])
+    whole = macro(found["rows"][-1]["held-out"])
     return [whole - macro(model["without"]) for model in found["models"]]
 
 
@@ -91,5 +93,5 @@ CLAIMS = (
           "almost all checkpoints receive non-zero weight",
           (Figure("share of checkpoints with a weight above 0.01",
                   lambda lab: [float(weight > 0.01) for weight in weights_of(lab)], "above", 0.8),
-           Figure("fall of fitness when one is left out", falls, "above", 0.0))),
+           Figure("fall of the grade when one is left out", falls, "above", 0.0))),
 )
