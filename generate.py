@@ -5,6 +5,7 @@
     torchrun generate.py --model DIR --prompts F.jsonl --out G.jsonl --num-samples 4 --temperature 0.7
     torchrun generate.py --models A B C --arbiter RM --prompts F.jsonl --out best.jsonl --pairs pairs.jsonl
     python generate.py route --train candidates.jsonl --model DIR --out RUN       a router for --route learned
+    python generate.py --answers G.jsonl --contrast translated.jsonl --out pairs.jsonl
 """
 
 import gc
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from aya_min import distributed, weights
+from aya_min import contrast, distributed, weights
 from aya_min.alike import identity
 from aya_min.chat import chat
 from aya_min.command import WHOLE, Parser, is_text, number, printable
@@ -29,12 +30,11 @@ from aya_min.data import load_prompts, without_added_keys
 from aya_min.engine import LEAST_TEMPERATURE, Fused, check_sampling
 from aya_min.files import dumps, jsonl, marked, taken
 from aya_min.generate_pool import FILES, OF_POOL, add_flags as add_pool_flags
-from aya_min.generate_pool import answers_of_pool, check_pool, check_router, read_table
+from aya_min.generate_pool import answers_of_pool, check_pool, check_router, detector, read_table
 from aya_min.journal import PURPOSE, Journal
 from aya_min.lengths import cut_left, fit_prompts
 from aya_min.preferences import ANSWER, cut_line
 from aya_min.sampling import answer_rows, engine_size, stream
-from aya_min.world_oracle import check_question, grade
 
 gc.freeze()
 gc.enable()
@@ -61,6 +61,9 @@ def make_parser():
     add("--out", help="JSONL file to write; must not exist. Finished answers are kept in OUT.partial, from "
                       "which the same command resumes after an interruption")
     add_pool_flags(add)
+    add("--answers", help="with --contrast: JSONL file of answers written in the prompts' languages")
+    add("--contrast", help="JSONL file of answers to the same prompts that were translated from English; "
+                           "--out gets pairs, --answers chosen, --contrast rejected. Takes no model")
     add("--num-samples", type=number(int, "[1, 1000000]"), default=1,
         help="answers to each prompt, in arbitrage of each model that is asked (default 1)")
     add("--temperature", type=number(float, TEMPERATURE), default=0.3,
@@ -183,22 +186,6 @@ def plan_cache(model, lengths, args, device):
     return engine_size(model.config, mine, limits, args.num_samples, args.batch_size, device, dtype)
 
 
-def detector(kind, rows):
-    """The function (row, text) -> language code or None of --language-guard, or None without the flag."""
-    if kind == "oracle":
-        for row in rows:
-            try:
-                check_question(row)
-            except (KeyError, ValueError) as error:
-                raise ValueError(f"{row['prompt_where']}: --language-guard oracle is for questions of the "
-                                 f"embedded world: {error}") from None
-        return lambda row, text: grade(row, text).language
-    if kind == "text":
-        from aya_min.language_id import identify           # its tables are read only if they are needed
-        return lambda row, text: identify(text)[0]
-    return None
-
-
 # ---- answers -----------------------------------------------------------------------------------------------
 
 def open_journal(rows, metas, args, reading):
@@ -312,8 +299,11 @@ def answers_of_model(rows, lengths, args, device, reading, journal):
 def run_command(args, device):
     """What one rank does for a command line."""
     started = time.perf_counter()
-    check(args)
     reading = settings_from(Reading, flags=vars(args))
+    if args.answers or args.contrast:
+        contrast.check(args, make_parser().parse_args([]))
+        return print_lines(contrast.write_pairs(args.answers, args.contrast, args.out, reading))
+    check(args)
     metas, arbiter = read_metas(args)
     if args.chat:
         return talk(args, device)

@@ -2,9 +2,10 @@
 
     torchrun train.py                                            the recipe on the embedded world, runs/tiny
     torchrun train.py recipe --preset smoke --out runs/smoke     a smaller recipe, under a minute
-    torchrun train.py sft --model DIR --data F.jsonl --out RUN   one stage: pretrain, sft, reward, dpo, rloo,
+    torchrun train.py sft --model DIR --data F.jsonl --out RUN   one stage: pretrain sft reward dpo kto rl
                                                                  router
     torchrun train.py sft --resume RUN                           continue a stage that was stopped
+    torchrun train.py claim NAME --seeds 1 2 3                   what a paper says, tried; `claims` lists them
 """
 
 import gc
@@ -45,6 +46,7 @@ def make_parser():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     add_recipe(commands)
+    add_claim(commands)
     for name, stage in stages.STAGES.items():
         add_stage(commands, name, stage)
     return parser
@@ -76,16 +78,31 @@ def add_recipe(commands):
     config.add_flags(recipe, config.Recipe)
 
 
+def add_claim(commands):
+    commands.add_parser("claims", help="list the claims: paper, statement, minutes, last verdict")
+    claim = commands.add_parser("claim", help="try a paper's claim on the embedded world, with a verdict")
+    claim.add_argument("name", help="a claim file, or one of its claims; train.py claims lists both")
+    claim.add_argument("--seeds", nargs="+", type=number(int, config.WHOLE), default=[1, 2, 3],
+                       help="the runs; no setting was chosen on the default ones")
+    claim.add_argument("--preset", choices=list(config.RECIPES), default="tiny")
+    claim.add_argument("--out", default="runs/claims",
+                       help="folder of all claims; the same command continues (default runs/claims)")
+    claim.add_argument("--record", action="store_true",
+                       help="also keep the record as results/NAME.json of this repository")
+    add_timeout(claim, 1800)
+
+
 def add_stage(commands, name, stage):
     """The command of a stage of stages.STAGES."""
-    parser = commands.add_parser(name, help=stage.about)
+    olds = [old for old, new in runs.OLD_STAGES.items() if new == name]
+    parser = commands.add_parser(name, aliases=olds, help=stage.about)
     presets = " ".join(config.MODEL_PRESETS)
     parser.add_argument("--model", help=f"model folder, or a preset's name for random weights ({presets})")
     parser.add_argument("--tokenizer", help="for a preset: folder with tokenizer.json (default: train one on "
                                             "the data)")
     parser.add_argument("--data", nargs="+", help="JSONL files")
     parser.add_argument("--eval-data", nargs="+", default=[],
-                        help="held-out JSONL files; reported per language (rloo: prompts, answered once)")
+                        help="held-out JSONL files; reported per language (rl: prompts, answered once)")
     parser.add_argument("--out", help="run folder; must be new")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     parser.add_argument("--config", help="JSON file of settings")
@@ -202,7 +219,7 @@ def check_flags(args, settings, device, ranks):
         raise ValueError("--tokenizer goes with a preset; a model folder brings its own")
     for path in [*(args.data or []), *args.eval_data]:
         refuse_pipe(path)
-    if getattr(args, "reference_logps", None):
+    if getattr(args, "reference_logps", None) and stages.has_reference(settings, args.reference_logps):
         reference.check_place(Path(args.reference_logps))
 
 
@@ -292,6 +309,22 @@ def run_whole_recipe(args, device):
         print(printable(f"\n{results_table(summary)}\n\n{out / 'report.html'}"))
 
 
+def run_claim(args, device):
+    from aya_min import experiments_records     # imports every claim file
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: a seed is given twice; give each once")
+    record = experiments_records.run_claims(args.name, args.seeds, args.preset, Path(args.out), device)
+    if distributed.is_main():
+        print(experiments_records.table(record), Path(args.out) / args.name / "report.html", sep="\n")
+        if args.record:
+            experiments_records.keep(record)
+
+
+def list_claims():
+    from aya_min import experiments_records
+    print(experiments_records.listing())
+
+
 # {start of a setting's name: the steps that read it}. Such a setting may change until one of them begins.
 LATE = {"offline_": "offline*", "rounds": "online*", "online_": "online*", "rloo_": "rloo*",
         "eval_count": "eval-*"}
@@ -331,7 +364,10 @@ def main():
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["recipe"] + argv
     args = make_parser().parse_args(argv)
-    work = run_whole_recipe if args.command == "recipe" else run_one_stage
+    if args.command == "claims":
+        return list_claims()
+    args.command = runs.OLD_STAGES.get(args.command, args.command)          # rloo: rl, whose default it is
+    work = {"recipe": run_whole_recipe, "claim": run_claim}.get(args.command, run_one_stage)
     try:
         distributed.launch(lambda device: work(args, device), args.collective_timeout)
     except KeyboardInterrupt:

@@ -71,6 +71,9 @@ def read_answers(path, rows, reading=None, tokenizer=None):
         raise ValueError(f"{path}: no answer for {len(missing)} of {len(rows)} prompts, the first: "
                          f"{missing[0].get('prompt_where', '')} {text[:60]!r} in {code or 'no language'}; "
                          "a teacher's file needs one line for each prompt, in its language if it names one")
+    if others := in_any_language.keys() - {repr(row["prompt_messages"]) for row in rows}:
+        distributed.say(f"{len(others)} of {len(in_any_language)} prompts were not asked; their answers are "
+                        "not taken", [path])
     return found
 
 

@@ -48,8 +48,9 @@ def state_tensors(model, optimizer):
 
 
 def state_bytes(model):
-    """The size of a state in bytes: each parameter and its two moments."""
-    return 3 * sum(p.numel() * p.itemsize for p in model.parameters())
+    """The size of a state in bytes: each parameter and its two moments, and buffers (critic.Learner)."""
+    buffers = sum(b.numel() * b.itemsize for b in model.buffers())
+    return 3 * sum(p.numel() * p.itemsize for p in model.parameters()) + buffers
 
 
 # ---- saving ------------------------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ def not_finite(tensors):
     element is checked.
     """
     own = {name: distributed.own_rows(tensor)[0] for name, tensor in tensors.items()}
-    sums = torch.stack([tensor.sum() for tensor in own.values()]).isfinite().tolist()
+    sums = torch.stack([tensor.sum().float() for tensor in own.values()]).isfinite().tolist()
     bad = {name for name, fine in zip(own, sums) if not fine and not own[name].isfinite().all()}
     bad = set.union(*distributed.gather_objects(bad))
     return next((name for name in tensors if name in bad), None)

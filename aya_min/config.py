@@ -7,7 +7,7 @@ Command-line flags are made from the fields of the dataclasses. Later ones win: 
 import argparse
 from dataclasses import InitVar, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Optional, Union
+from typing import ClassVar, Optional, Union
 
 from .command import WHOLE, describe, in_range, number
 from .files import read_json
@@ -243,6 +243,7 @@ class Reading:
 @dataclass
 class Training(Reading):
     """Settings that every stage shares. Counts of examples are over all ranks."""
+    gradient_steps: ClassVar[int] = 1           # optimizer steps on each batch; a setting of rl
     too_long: str = setting(
         "skip",
         help="examples longer than --max-length or the model's positions: skip leaves them out and counts "
@@ -308,25 +309,123 @@ class Reward(Training):
 
 @dataclass
 class DPO(Training):
-    beta: float = setting(0.1, "(0, inf)", "strength of the pull to the reference, eq. 7 of arXiv 2305.18290")
+    loss: str = setting(
+        "sigmoid",
+        help="sigmoid: DPO; ipo: a squared distance, on sums of tokens as in the paper; cdpo: DPO with "
+             "--label-smoothing; hinge: SLiC's, on DPO's margin; simpo: no reference, with --simpo-gamma",
+        choices=["sigmoid", "ipo", "cdpo", "hinge", "simpo"])
+    beta: float = setting(
+        0.1, "(0, inf)",
+        "strength of the pull to the reference, eq. 7 of arXiv 2305.18290 (ipo: its tau; simpo and "
+        "--length-normalized, whose log-probs are means over tokens, want 1 to 10)")
+    label_smoothing: Optional[float] = setting(
+        None, "[0, 0.5)", "cdpo: the share of the pairs that are taken to be labelled the wrong way round")
+    simpo_gamma: Optional[float] = setting(
+        None, "[0, inf)", "simpo: the margin of rewards that is aimed at, eq. 6 of arXiv 2405.14734")
+    length_normalized: bool = setting(
+        False, help="divide log-probs by the answer's tokens: TRL's sigmoid_norm, and with ipo TRL's ipo")
     nll_weight: float = setting(
         0.0, "[0, inf)",
         "weight of the chosen answer's mean negative log-likelihood (nats per token) beside DPO")
 
+    def __post_init__(self):
+        """Refuse what the loss does not read, and the lack of what it needs."""
+        for name, its_loss, example in (("label_smoothing", "cdpo", "0.1"), ("simpo_gamma", "simpo", "1")):
+            value = getattr(self, name)
+            if value is None and self.loss == its_loss:
+                raise ValueError(f"--loss {its_loss} needs {flag_of(name)}, for example {example}")
+            if value is not None and self.loss != its_loss:
+                raise ValueError(f"{flag_of(name)} {value} goes with --loss {its_loss}; {self.loss} does not "
+                                 "read it, leave it out")
+        if self.length_normalized and self.loss == "simpo":
+            raise ValueError("--length-normalized: simpo always divides by the answer's tokens; leave it out")
+
 
 @dataclass
-class RLOO(Training):
+class KTO(Training):
+    beta: float = setting(0.1, "(0, inf)", "risk aversion: how soon the value saturates, arXiv 2402.01306")
+    desirable_weight: float = setting(
+        1.0, "(0, inf)",
+        "lambda_D, the weight of wanted answers (label true); weight times number should be alike for both")
+    undesirable_weight: float = setting(
+        1.0, "(0, inf)", "lambda_U, the weight of unwanted answers (label false)")
+
+
+WITH_CRITIC = ("vanilla-pg", "ppo")         # the algorithms of rl whose actions are tokens
+# {setting of rl: (the algorithms that have it, its value there if it is unset)}
+ONLY = {"clip": (("ppo",), 0.2), "gae_lambda": (("ppo",), 0.95), "critic_weight": (WITH_CRITIC, 0.1),
+        "critic_learning_rate": (WITH_CRITIC, None), "normalize_advantages": (("grpo",), False)}
+
+
+@dataclass
+class RL(Training):
+    algorithm: str = setting(
+        "rloo",
+        help="rloo, grpo, reinforce: policy gradients on whole answers; the baseline is the mean of the "
+             "prompt's other samples, of all its samples, or of all rewards so far; raft: cross-entropy on "
+             "the best of k; vanilla-pg, ppo: tokens as actions, with a critic",
+        choices=["rloo", "reinforce", "vanilla-pg", "ppo", "raft", "grpo"])
     too_long: str = setting(
         "refuse", help="prompts that leave no room for --max-new-tokens",
         choices=["refuse", "skip", "cut-left"])
     max_length: int = setting(
         1 << 30, "[2, inf)", "tokens of a prompt with its answer; the models' positions bound them too")
     schedule: str = setting("constant", help="after the warm-up", choices=["cosine", "constant"])
-    num_samples: int = setting(4, "[2, 65536]", "completions per prompt, k; the baseline needs 2")
+    num_samples: int = setting(
+        4, "[1, 65536]", "completions per prompt, k; rloo, grpo and raft compare them and need 2")
     max_new_tokens: int = setting(64, "[1, inf)")
     beta: float = setting(
         0.03, "[0, inf)",
         "weight of the KL to the reference inside the reward (0.03: TL;DR setting of arXiv 2402.14740)")
+    gradient_steps: int = setting(
+        1, "[1, 1000]",
+        "optimizer steps on each batch of samples (arXiv 2402.14740 takes 2); steps are counted one by one, "
+        "and states are saved only after the last one on a batch")
+    clip: Optional[float] = setting(
+        None, "[0, inf)", "ppo: how far the ratio may go from 1 until it has no gradient (unset: 0.2; 0: no "
+                          "clip)")
+    gae_lambda: Optional[float] = setting(
+        None, "[0, 1]", "ppo: lambda of generalised advantage estimation (unset: 0.95, as usual); 1 is best "
+                        "in arXiv 2402.14740")
+    critic_weight: Optional[float] = setting(
+        None, "[0, inf)", "vanilla-pg, ppo: weight of the critic's loss (unset: 0.1, as in TRL)")
+    critic_learning_rate: Optional[float] = setting(
+        None, "(0, inf)", "vanilla-pg, ppo: the critic's peak (unset: --learning-rate), on the same schedule")
+    normalize_advantages: bool = setting(
+        False, help="grpo: divide advantages by the standard deviation of their group")
+    cut_answers: str = setting(
+        "keep",
+        help="what to do with answers that are cut at --max-new-tokens: keep them and their rewards; "
+             "penalize takes --cut-penalty off their rewards; drop leaves them out of the gradient and the "
+             "baseline",
+        choices=["keep", "penalize", "drop"])
+    cut_penalty: Optional[float] = setting(
+        None, "[0, inf)", "with --cut-answers penalize (unset: 1)")
+    reward_noise: float = setting(
+        0.0, "[0, inf)", "standard deviation of Gaussian noise that is added to the rewards of training, to "
+                         "see what an algorithm makes of it")
+
+    def __post_init__(self):
+        """Refuse what the algorithm does not read, and fill in what is unset, so that config.json says it."""
+        if self.algorithm in ("rloo", "grpo", "raft") and self.num_samples < 2:
+            raise ValueError(f"--num-samples {self.num_samples}: {self.algorithm} compares the samples of a "
+                             "prompt; give at least 2 samples, or another --algorithm")
+        for name, (algorithms, default) in ONLY.items():
+            value = getattr(self, name)
+            if self.algorithm in algorithms:
+                setattr(self, name, default if value is None else value)
+            elif value is not None and value is not False:
+                raise ValueError(f"{flag_of(name)} {value} is for {' and '.join(algorithms)}; "
+                                 f"{self.algorithm} does not read it, leave it out")
+        if self.cut_answers == "penalize":
+            self.cut_penalty = 1.0 if self.cut_penalty is None else self.cut_penalty
+        elif self.cut_penalty is not None:
+            raise ValueError(f"--cut-penalty {self.cut_penalty} goes with --cut-answers penalize, not "
+                             f"{self.cut_answers}")
+        for name in ("max_steps", "save_every", "publish_every", "eval_every"):
+            if getattr(self, name) % self.gradient_steps:
+                raise ValueError(f"{flag_of(name)} {getattr(self, name)} is no multiple of --gradient-steps "
+                                 f"{self.gradient_steps}: a run is saved and ends after all steps on a batch")
 
 
 @dataclass
@@ -351,7 +450,7 @@ class Recipe(Reading):
     max_new_tokens: int = setting(32, "[1, inf)")
     batch_size: int = setting(32, "[1, inf)")
     dtype: str = setting("float32", help="compute dtype", choices=["float32", "bfloat16"])
-    corpus: int = setting(108000, "[1, inf)", "rows of noisy text that the base is pretrained on, once")
+    corpus: int = setting(144000, "[1, inf)", "rows of noisy text that the base is pretrained on, once")
     base_learning_rate: float = setting(5e-3, "(0, inf)")
     lessons: int = setting(9600, "[1, inf)", "examples per teacher")
     teacher_learning_rate: float = setting(1.5e-3, "(0, inf)")
@@ -413,7 +512,8 @@ RECIPES = {
 
 def kind(f):
     """The type of a field's values, without its None."""
-    return {Optional[bool]: bool, Optional[int]: int, Optional[dict]: dict}.get(f.type, f.type)
+    optional = {Optional[bool]: bool, Optional[int]: int, Optional[float]: float, Optional[dict]: dict}
+    return optional.get(f.type, f.type)
 
 
 def flag_of(name):

@@ -185,9 +185,14 @@ class Batch:
     languages: torch.Tensor                         # (B,) index into slots
     count: int                                      # what the loss sums over: tokens, pairs or completions
     ref_logps: Optional[torch.Tensor] = None        # (2, B/2) pairs, or (B,) completions; summed, nats
-    advantages: Optional[torch.Tensor] = None       # (B,) RLOO
-    rewards: Optional[torch.Tensor] = None          # (B,) RLOO, for the log; (B, M) of M teachers, router
-    cut: Optional[torch.Tensor] = None              # (B,) RLOO, 1.0 where the answer was cut, for the log
+    advantages: Optional[torch.Tensor] = None       # rl: (B,), or (N,) of all supervised tokens
+    rewards: Optional[torch.Tensor] = None          # rl: (B,), for the log; router: (B, M)
+    cut: Optional[torch.Tensor] = None              # rl: (B,) 1.0 where the answer was cut, for the log
+    rewards_so_far: Optional[torch.Tensor] = None   # reinforce: (2,) sum and number, this batch included
+    trained: Optional[torch.Tensor] = None          # with a critic: (B,) 0.0 where the answer has no gradient
+    returns: Optional[torch.Tensor] = None          # with a critic: (N,) what it should say
+    old_logps: Optional[torch.Tensor] = None        # with a critic: (N,) under the policy that sampled
+    critic_errors: Optional[torch.Tensor] = None    # with a critic: (2, B), for the log, see rollouts.py
     # (2, B): an earlier row with the same beginning (or the row itself), and the tokens that both begin with.
     # None if no row shares its beginning with an earlier one.
     repeats: Optional[torch.Tensor] = None
@@ -313,7 +318,8 @@ class Sampler:
 
 def count_steps(num_items, settings):
     """The steps of a run: --max-steps, or else the steps that --epochs takes."""
-    num_steps = settings.max_steps or -(-int(settings.epochs * num_items) // settings.batch_size)
+    num_batches = -(-int(settings.epochs * num_items) // settings.batch_size)
+    num_steps = settings.max_steps or num_batches * settings.gradient_steps
     if num_steps < 1:
         raise ValueError(f"--epochs {settings.epochs} of {num_items} examples is less than one example; "
                          "give more, or --max-steps")

@@ -209,11 +209,17 @@ def make_mesh(replicate=1, device_type=None):
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
+def parts(model):
+    """The modules that are sharded each by itself: the model, or those that it lists (critic.Learner)."""
+    return getattr(model, "parts", [model])
+
+
 def is_sharded(thing):
     """Whether a model or a tensor is in shards.
 
     FSDP and DTensor take 0.7 s to import (sympy is among what they import), so that they are imported only
     where something is sharded."""
+    thing = parts(thing)[0]
     kinds = {"torch.distributed.fsdp": "FSDPModule", "torch.distributed.tensor": "DTensor"}
     return any(isinstance(thing, getattr(sys.modules[name], kind))
                for name, kind in kinds.items() if name in sys.modules)
@@ -235,9 +241,10 @@ def shard(model, dtype=torch.float32, replicate=1, cpu_offload=False, mesh=None)
                                          cast_forward_inputs=False)         # cos and sin stay fp32
     how = {"mesh": mesh or make_mesh(replicate), "mp_policy": precision,
            "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy()}
-    for block in model.model.layers:
-        fully_shard(block, **how)
-    fully_shard(model, **how)
+    for part in parts(model):
+        for block in part.model.layers:
+            fully_shard(block, **how)
+        fully_shard(part, **how)
     return model
 
 

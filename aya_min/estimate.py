@@ -25,6 +25,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import distributed, stages
+from .config import WITH_CRITIC
+from .critic import Critic, Learner
 from .data import batches_in_order, collate, length_of
 from .engine import cache_sizes, round_up
 from .loop import make_optimizer, training_flops
@@ -141,9 +143,9 @@ def without_masks(indices):
     return out
 
 
-def simulate(model_class, config, settings, loss_fn, batch, ranks, num_micro_batches=1):
+def simulate(model_class, config, settings, loss_fn, batch, ranks, num_micro_batches=1, critic_config=None):
     """A Watch of one optimizer step of rank 0, with its peak and traffic. Every micro-batch is taken to be
-    `batch` (plain tensors).
+    `batch` (plain tensors). critic_config: of the critic that is trained beside the model, or None.
 
     One micro-batch is simulated with optimizer moments and accumulated gradients already allocated; its peak
     equals the step's. With HSDP two are, because FSDP keeps accumulated gradients differently there.
@@ -154,11 +156,13 @@ def simulate(model_class, config, settings, loss_fn, batch, ranks, num_micro_bat
         mesh = distributed.make_mesh(settings.replicate, "cpu")
     try:
         with fake:
-            model = model_class(config).train()
+            model = model_class(config)
+            model = (Learner(model, Critic(critic_config)) if critic_config else model).train()
             if mesh:
                 distributed.shard(model, getattr(torch, settings.dtype), settings.replicate, mesh=mesh)
-        model.model.activation_checkpointing = settings.activation_checkpointing
-        model.model.packing = bool(settings.packing)
+        for part in distributed.parts(model):
+            part.model.activation_checkpointing = settings.activation_checkpointing
+            part.model.packing = bool(settings.packing)
         optimizer = make_optimizer(model, settings)
         with fake, watch:
             watch.mark(model.parameters(), "parameters")
@@ -227,7 +231,7 @@ def default(function, name):
 
 
 def cache_bytes(config, settings, items, ranks):
-    """Bytes of one rank's KV cache in fp32 while rloo samples, as in sampling.engine_size."""
+    """Bytes of one rank's KV cache in fp32 while rl samples, as in sampling.engine_size."""
     rows = min(default(answer_rows, "batch_size"), -(-settings.batch_size // ranks) * settings.num_samples)
     positions = sum(cache_sizes(config, round_up(max(map(length_of, items)))))         # of all layers
     return rows * positions * 2 * config.num_key_value_heads * config.head_dim * 4
@@ -257,7 +261,7 @@ def phases_of(stage, model, settings, items, held_out, step, ranks):
     if held_out:
         peak = forward(stage.loss(settings), held_out, default(batches_in_order, "size"), stage.collate)
         phases["in all, in an evaluation"] = held + peak
-    if stage.start:
+    if stage.start and stages.has_reference(settings):
         peak = forward(sft_loss, texts, reference_rows(settings))
         phases["in all, in the reference pass before"] = size_of("parameters", "gathered by FSDP") + peak
     if stage.samples:
@@ -271,8 +275,8 @@ def phases_of(stage, model, settings, items, held_out, step, ranks):
 
 
 def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, reward_model=None):
-    """The text of --dry-run. model, reward_model: on the meta device. Without a reward model rloo's is taken
-    to have the policy's size."""
+    """The text of --dry-run. model, reward_model: on the meta device. Without a reward model rl's is taken to
+    have the policy's size."""
     stage = stages.stage_named(command)
     fitting = replace(settings, max_length=stages.fitting(settings, model))
     items = items_of(stage, fitting, data, tokenizer)
@@ -280,7 +284,11 @@ def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, r
     share, samples = settings.batch_size // ranks, settings.num_samples if stage.samples else 1
     size = settings.micro_batch_size or share
     batch = largest(items, size, stage.collate, samples)
-    watch = simulate(type(model), model.config, settings, stage.loss(settings), batch, ranks, share // size)
+    critic_config = None
+    if stage.samples and settings.algorithm in WITH_CRITIC:
+        critic_config = (reward_model or model).config
+    watch = simulate(type(model), model.config, settings, stage.loss(settings), batch, ranks, share // size,
+                     critic_config)
     step = {part: watch.peak.get(part, 0) for part in PARTS}
     on_cpu = sum(step.pop(part) for part in PARTS[:3]) if settings.cpu_offload else 0
     if stage.samples:
@@ -294,7 +302,9 @@ def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, r
     peak = max(phases.values())
     texts = [side for item in items for side in item.sides * samples]
     lengths, supervised = [len(text.ids) for text in texts], sum(int(text.mask.sum()) for text in texts)
-    flops = settings.batch_size / len(items) * training_flops(model.config, lengths, supervised)
+    flops = settings.batch_size / len(items) * (
+        training_flops(model.config, lengths, supervised)
+        + (training_flops(critic_config, lengths, 0) if critic_config else 0))
     per_item = sum(lengths) / len(items)                                    # tokens
     source = "the data" if data else "--max-length" + (", the answer included" if stage.samples else "")
     fits = [f"{'fits' if peak <= card * 1e9 else 'does not fit'} {card} GB" for card in CARDS]
@@ -307,7 +317,8 @@ def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, r
         return f", {most / 1e9:.2f} at another moment" if most > 1.05 * size + 1e7 else ""
 
     return "\n".join([
-        f"{command} of {name}: {sum(p.numel() for p in model.parameters()):,} parameters on {ranks} ranks, "
+        f"{command} of {name}: {sum(p.numel() for p in model.parameters()):,} parameters"
+        f"{' and a critic of the size of the reward model' if critic_config else ''} on {ranks} ranks, "
         f"{settings.dtype}, activation checkpointing {settings.activation_checkpointing}",
         f"the largest of {share // size} micro-batches: {' x '.join(map(str, batch.mask.shape))} tokens, "
         f"{int(batch.mask.sum()):,} supervised; lengths from {source}",

@@ -13,10 +13,12 @@ is, and counted.
 
     python -m aya_min.evaluate arena --answers A.jsonl --baseline B.jsonl --judge oracle --out eval.json
     python -m aya_min.evaluate arena --answers A.jsonl --baseline B.jsonl --judge RM_FOLDER --out eval.json
+    python -m aya_min.evaluate languages --answers A.jsonl          # evaluate_languages.py
 """
 
 import json
 import os
+import sys
 from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from . import evaluate_languages
 from .command import Parser, guarded, is_spare_rank, printable
 from .config import Reading, add_flags, settings_from
 from .files import dumps, write_new
@@ -40,7 +43,7 @@ VERDICT = ["grade", "seen_language", "why", "score", "reward"]          # keys t
 # ---- figures -----------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def draws(num_questions, num_resamples, seed, start):
     """How often each question is drawn in each resample, (num_resamples, num_questions); start: the number of
     resamples before these. Kept, because a run compares answers to the same questions a thousand times."""
@@ -63,7 +66,7 @@ def bootstrap_mean(values, question_ids, num_resamples=2000, seed=0):
     sums = np.bincount(question, weights=values)                                            # (Q,)
     counts = np.bincount(question)                                                          # (Q,)
     means = []
-    piece = max(1, 1_000_000 // len(sums))      # resamples at a time: 8 MB of counts
+    piece = max(1, 250_000 // len(sums))        # resamples at a time: 2 MB of counts
     for start in range(0, num_resamples, piece):
         drawn = draws(len(sums), min(piece, num_resamples - start), seed, start)            # (piece, Q)
         means.append((drawn @ sums) / (drawn @ counts))                                     # (piece,)
@@ -355,15 +358,19 @@ def arena(answers, baseline, judge, out, reading):
 
 
 def main(argv=None):
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["languages"]:
+        return evaluate_languages.main(given[1:])
     parser = Parser(prog="aya_min.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["arena"])
+    parser.add_argument("command", choices=["arena", "languages"],
+                        help="languages has flags of its own: evaluate languages --help")
     parser.add_argument("--answers", required=True, help="JSONL of the model's answers")
     parser.add_argument("--baseline", required=True, help="JSONL of the answers to compare with")
     parser.add_argument("--judge", required=True,
                         help="'oracle' (of the embedded world), or a reward model's folder")
     parser.add_argument("--out", required=True, help="JSON file to write the figures to; must not exist")
     add_flags(parser, Reading, only=("columns", "too_long", "allow_control_tokens"))
-    args = parser.parse_args(argv)
+    args = parser.parse_args(given)
     if not is_spare_rank():
         arena(args.answers, args.baseline, args.judge, args.out, settings_from(Reading, flags=vars(args)))
 

@@ -47,11 +47,16 @@ def learning_rate(step, num_steps, settings):
 
 
 def make_optimizer(model, settings):
-    """torch's fused AdamW, with weight decay on matrices only. Tied weights are one parameter."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
+    """torch's fused AdamW, with weight decay on matrices only. Tied weights are one parameter. A group's
+    "scale" is its learning rate as a multiple of the policy's: a critic may have its own."""
+    of_critic = getattr(settings, "critic_learning_rate", None) or settings.learning_rate
+    groups = []
+    for part, peak in zip(distributed.parts(model), (settings.learning_rate, of_critic)):
+        matrices = [p for p in part.parameters() if p.dim() > 1]
+        vectors = [p for p in part.parameters() if p.dim() <= 1]
+        scale = peak / settings.learning_rate
+        groups += [{"params": matrices, "weight_decay": settings.weight_decay, "scale": scale},
+                   {"params": vectors, "weight_decay": 0.0, "scale": scale}]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.adam_beta2), fused=True)
 
 
@@ -112,13 +117,14 @@ def add_metrics(total, metrics):
 
 def reduced(metrics, slots):
     """Sum {name: (2, slots)} over ranks and divide: {"loss": mean, "loss/fr": mean, ...} as plain floats.
-    A collective."""
+    What nothing was counted for is left out. A collective."""
     names = list(metrics)
     table = torch.stack([metrics[name] for name in names])                  # (metrics, 2, slots)
     table = distributed.sum_over_ranks(table)
     row = {}
     for name, (sums, counts) in zip(names, table.tolist()):
-        row[name] = sum(sums) / max(sum(counts), 1e-12)
+        if sum(counts) > 0:
+            row[name] = sum(sums) / sum(counts)
         if name in PER_LANGUAGE:
             by_slot = zip(slots, sums, counts)
             row.update({f"{name}/{code}": s / c for code, s, c in by_slot if c > 0 and code != "other"})
@@ -229,18 +235,21 @@ def spread(model, settings, device):
 def made_ready(model, settings, device):
     """The model spread for training, with packing, activation checkpointing and torch.compile set."""
     model = spread(model, settings, device)
-    model.model.packing = settings.packing
-    model.model.activation_checkpointing = settings.activation_checkpointing
-    if settings.compile or (settings.compile is None and device.type == "cuda"):
-        for block in model.model.layers:
-            block.compile(dynamic=True)
+    for part in distributed.parts(model):
+        part.model.packing = settings.packing
+        part.model.activation_checkpointing = settings.activation_checkpointing
+        if settings.compile or (settings.compile is None and device.type == "cuda"):
+            for block in part.model.layers:
+                block.compile(dynamic=True)
     return model
 
 
 def counted(model, micro_batches, stop, device):
     """A step's [units of the loss, tokens, floating-point operations, a number that is not 0 after a signal],
     added over all ranks. A collective."""
-    flops = sum(training_flops(model.config, b.lengths.tolist(), int(b.mask.sum())) for b in micro_batches)
+    policy, *critic = distributed.parts(model)
+    flops = sum(training_flops(part.config, b.lengths.tolist(), int(b.mask.sum()) if part is policy else 0)
+                for part in (policy, *critic) for b in micro_batches)
     units, tokens = sum(b.count for b in micro_batches), sum(b.num_tokens for b in micro_batches)
     counts = torch.tensor([units, tokens, flops, stop.received], dtype=torch.float64, device=device)
     return distributed.sum_over_ranks(counts).tolist()
@@ -275,7 +284,8 @@ def refuse_infinite(step, loss, grad_norm, model, losses, micro_batches, setting
     """Raise ValueError, on all ranks together, if the loss or the gradient norm is not finite."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
-    first, last = step * settings.batch_size, (step + 1) * settings.batch_size - 1
+    first = step // settings.gradient_steps * settings.batch_size
+    last = first + settings.batch_size - 1
     raise ValueError(
         f"step {step}: loss {loss}, gradient norm {grad_norm} ({origin(model, losses, micro_batches)}; "
         f"positions {first} to {last} of the data order): stopped before the weights moved. "
@@ -313,6 +323,10 @@ class Keeper:
             self.leave(done)
         row = {"step": done, **{f"eval/{k}": v for k, v in values.items()}}
         write_metrics(self.folder / "metrics.jsonl", row)
+        name = next(iter(values))
+        if distributed.is_main():
+            tqdm.write(f"after {done:,} of {self.num_steps:,} steps: held-out {name} {values[name]:.3f}",
+                       file=sys.stderr)
 
     def is_due(self, done):
         """Whether to evaluate after `done` steps. The evaluation after the last step is not decided here."""
@@ -321,13 +335,14 @@ class Keeper:
 
     def after(self, done, stopping):
         """Publish, save, stop and evaluate as is due after `done` steps. The model is published before the
-        state is saved, so that a run resumed from the state has published it."""
+        state is saved, so that a run resumed from the state has published it. A run ends only where all
+        gradient steps of a batch are done (config.RL)."""
         if self.settings.publish_every and done % self.settings.publish_every == 0:
             checkpoint.check_finite(dict(self.model.named_parameters()), done, self.folder / "state")
             self.publish(self.model, done)
         if self.settings.save_every and done % self.settings.save_every == 0:
             self.save(done)
-        if stopping:
+        if stopping and done % self.settings.gradient_steps == 0:
             self.leave(done)
         if self.is_due(done):
             self.evaluate(done)
@@ -362,10 +377,10 @@ def train(model, num_steps, batches, loss_fn, settings, folder, device, evaluati
         patience.begin()
         started = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, num_steps, settings)
+            group["lr"] = learning_rate(step, num_steps, settings) * group["scale"]
         micro_batches = batches(step)
         count, tokens, flops, stopping = counted(model, micro_batches, stop, device)
-        if stopping:
+        if stopping and step % settings.gradient_steps == 0:
             keeper.leave(step)
         loss, losses, norm, total, stopping = gradients(model, micro_batches, loss_fn, count, settings, stop,
                                                         device)

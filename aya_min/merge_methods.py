@@ -19,6 +19,9 @@ Then it returns merge_piece(start, tensors), which is called on each piece. merg
 whether a method scans. tensors: the pieces of the N models, then the base's if the method takes a base; flat,
 each in its own floating dtype. start: index of the piece's first element.
 
+An infinity or NaN of any model must come out as one: merge_folders looks for it in the result alone. (A
+median would lose it.)
+
 All arithmetic is fp32. Accumulated in bf16, the average of 3 to 7 copies of one model differs from that model
 in 13-52% of its weights. Where the base cancels, models are summed instead of their differences from the
 base: a weight far smaller than the base's would lose its digits.

@@ -263,10 +263,11 @@ class CohereForCausalLM(nn.Module):
 
     def forward(self, input_ids, mask=None, lengths=None, repeats=None):
         """Logits (B, T, V). With `mask` (B, T) instead the log-probs (N,) of the masked tokens, each given
-        the tokens before it, in nats and in the order of mask.nonzero().
+        the tokens before it, in nats and in the order of mask.nonzero(). The first token has no such
+        log-prob: mask[:, 0] is False.
 
         lengths (B,) and repeats (2, B) are for packing. FSDP gathers the weights around a forward only, so
-        log-probs too come from this call; losses.supervised_logps names it.
+        log-probs come from this call too (losses.supervised_logps).
         """
         x = self.model(input_ids, lengths, repeats)
         if mask is not None:

@@ -21,7 +21,7 @@ from .arbitrage import candidates_from, read_answers, route
 from .report_charts import finite
 from .pipeline_checks import teacher_name
 from .command import printable
-from .config import DPO, RLOO, SFT, Pretrain, Reward, model_preset
+from .config import DPO, RL, SFT, Pretrain, Reward, model_preset
 from .data import without_added_keys
 from .files import write_jsonl
 from .languages import LANGUAGES, SHARED, cluster_languages, home_language
@@ -49,8 +49,14 @@ def build_base(run):
         tokenizer = train_tokenizer(texts, r.vocab_size)
         model = CohereForCausalLM(model_preset(r.model, tokenizer.vocab_size))
         model = init_weights(model, torch.Generator().manual_seed(r.seed))
-        its_settings = stage_settings(run, Pretrain, learning_rate=r.base_learning_rate, warmup_steps=50)
-        train_stage("pretrain", model, tokenizer, [data], its_settings, folder, run.device, resume=resume)
+        held_out = [{**q, "completion": gold_answer(q)}
+                    for q in questions("validation", min(240, r.corpus), f"base/{r.seed}", level=r.level)]
+        # four looks on the way, since the base takes the longest
+        every = max(1, r.corpus // r.batch_size // 4)
+        its_settings = stage_settings(run, Pretrain, learning_rate=r.base_learning_rate, warmup_steps=50,
+                                      eval_every=every)
+        train_stage("pretrain", model, tokenizer, [data], its_settings, folder, run.device,
+                    [data_file(run, "base-held-out", held_out)], resume)
     step(run, "base", f"pretraining a base on {r.corpus} rows of noisy text in 23 languages", make)
     return run.folder / "steps" / "base" / "model"
 
@@ -345,10 +351,10 @@ def more_arms(run, results, base, sft, reward_rows, same):
         prompts = questions("preference", r.rloo_steps * r.batch_size, f"rloo/{r.seed}", level=r.level)
     else:
         prompts = list(map(without_added_keys, run.prompts))
-    its_settings = stage_settings(run, RLOO, learning_rate=r.rloo_learning_rate, beta=r.rloo_beta,
+    its_settings = stage_settings(run, RL, learning_rate=r.rloo_learning_rate, beta=r.rloo_beta,
                                   num_samples=r.rloo_samples, max_steps=r.rloo_steps, too_long=r.too_long,
                                   max_new_tokens=r.max_new_tokens, keep_cut=False)
-    rloo = train_step(run, "rloo", "RLOO from the SFT model", "rloo", sft, prompts, its_settings,
+    rloo = train_step(run, "rloo", "RLOO from the SFT model", "rl", sft, prompts, its_settings,
                       reward_model=reward_model)
     results.keep("rloo", "SFT + RLOO", "arm", rloo, "sft")
     no_shared = train_clusters_and_merge(run, "no-shared", "SFT without shared languages", "sft", base,

@@ -5,6 +5,9 @@ Expanse, arXiv 2412.04261 and launch blog: "the highest and lowest reward respon
 as the chosen and rejected completions"; online, "we sample multiple online generations for each prompt [...],
 rank these generations with a Reward Model". One departure: answers that were cut at their limit are left out
 unless keep_cut is set.
+
+Or the pair is known without rewards: an answer written in the language against one translated from English
+(`contrast_pairs`), as in "RLHF Can Speak Many Languages", arXiv 2407.02552.
 """
 
 import math
@@ -73,3 +76,27 @@ def best_worst(rows, margin=0.0, keep_cut=False, same=None):
         pairs.append(pair)
         counts["pairs"] += 1
     return pairs, {**counts, **count_cut(rows)}
+
+
+def contrast_pairs(rows, chosen, rejected, keep_cut=False, same=None):
+    """(pairs, counts) of prompt rows with their answers {"completion", "finish_reason"} from two lists.
+
+    Prompts without a pair are counted under equal_texts (see `best_worst`), empty or cut_prompts.
+    """
+    same = same or str.strip
+    pairs, counts = [], Counter(pairs=0, equal_texts=0, empty=0, cut_prompts=0)
+    for row, best, worst in zip(rows, chosen, rejected, strict=True):
+        if not best["completion"].strip() or not worst["completion"].strip():
+            counts["empty"] += 1
+        elif not keep_cut and (is_cut(best) or is_cut(worst)):
+            counts["cut_prompts"] += 1
+        elif same(best["completion"]) == same(worst["completion"]):
+            counts["equal_texts"] += 1
+        else:
+            pair = {k: v for k, v in row.items() if k not in ANSWER}
+            pair |= {"chosen": best["completion"], "rejected": worst["completion"]}
+            pair |= {"chosen_finish_reason": best.get("finish_reason"),
+                     "rejected_finish_reason": worst.get("finish_reason")}
+            pairs.append(pair)
+            counts["pairs"] += 1
+    return pairs, dict(counts)

@@ -1,5 +1,5 @@
-"""Log-probs without gradients: DPO's reference, computed once and stored with the pairs, and RLOO's reference
-and policy before a step."""
+"""Log-probs without gradients: the reference of DPO and KTO, computed once and stored with the items, and the
+reference and the policy of rl before a step."""
 
 import hashlib
 import os
@@ -18,9 +18,11 @@ from .token_logps import sum_by_row
 
 
 @torch.no_grad()
-def answer_logps(model, items, pad_id, device, settings, size=64, name="the reference"):
+def answer_logps(model, items, pad_id, device, settings, size=64, name="the reference", by_token=False):
     """Log-probs (nats, summed over supervised tokens) of each example, (N,), or of each pair's two answers,
     (N, 2), under a plain or sharded model, on every rank. The ranks share the work, `size` rows at a time.
+    by_token: instead a list of the tensors (tokens,) of each example's supervised tokens, on the CPU; of a
+    critic.Critic they are its values.
 
     The dtype is that of the training: another one would put the rounding of every token into the ratio.
     Raises ValueError for a log-prob that is not finite; `name` names the model in it."""
@@ -34,9 +36,17 @@ def answer_logps(model, items, pad_id, device, settings, size=64, name="the refe
         with autocast(model, settings, device):
             logps = supervised_logps(model, batch)                          # (tokens,)
         sums = sum_by_row(logps, batch.mask)                                # (rows,)
-        done += zip(indices, sums.view(num_sides, -1).T.tolist())
+        found = sums.view(num_sides, -1).T.tolist()
+        if by_token:
+            # Copies, because a part of a tensor is sent to the other ranks with the whole of it.
+            found = [each.clone() for each in logps.cpu().split(batch.mask.sum(1).tolist())]
+        done += zip(indices, found)
     model.train(was_training)
     logps = dict(sum(distributed.gather_objects(done), []))
+    if by_token:
+        logps = [logps[i] for i in range(len(items))]
+        check_logps(torch.stack([each.sum() for each in logps]), items, name)
+        return logps
     logps = torch.tensor([logps[i] for i in range(len(items))]).squeeze(1)
     check_logps(logps, items, name)
     return logps
@@ -117,12 +127,15 @@ def sha256_of(tensor):
     return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
-def copy_of(model, settings, device):
-    """A copy of the model, sharded in the same way. RLOO's reference is the policy's copy at the start."""
+@torch.no_grad()
+def copy_of(model, settings, device, architecture=CohereForCausalLM):
+    """A copy of the model, sharded in the same way. rl's reference is the policy's copy at the start.
+    architecture: of the copy, which takes the tensors of its own names."""
     with torch.device("meta"):
-        other = CohereForCausalLM(model.config)
+        other = architecture(model.config)
     distributed.shard(other, getattr(torch, settings.dtype), settings.replicate, settings.cpu_offload)
     other.to_empty(device="cpu" if settings.cpu_offload else device)
-    for own, theirs in zip(other.state_dict().values(), model.state_dict().values(), strict=True):
-        distributed.own_rows(own)[0].copy_(distributed.own_rows(theirs)[0])
+    theirs = model.state_dict()
+    for name, own in other.state_dict().items():
+        distributed.own_rows(own)[0].copy_(distributed.own_rows(theirs[name])[0])
     return other

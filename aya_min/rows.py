@@ -284,7 +284,7 @@ def refuse_unwanted(row, where):
     label = row.get("label")
     if label is False or (type(label) is int and label == 0 and "completion" in row):
         raise ValueError(f"{where}: label {label!r} says that this answer is unwanted, and training would "
-                         "make it likelier; remove such rows, or rename the key")
+                         "make it likelier; remove such rows, or rename the key (kto learns from them)")
 
 
 def conversation_of(row, where):
@@ -338,6 +338,23 @@ def pair_of(row, where):
                          "remove the row, or the weight")
     cut = any(cut for _, _, cut in sides) or is_cut(row, (*ENDINGS, *OF_PAIRS))
     return prompt, sides[0][0], sides[1][0], cut, is_supervised(row, "", where) is not False
+
+
+def labelled_of(row, where):
+    """(messages, label, cut, supervised) of a prompt and its completion that is labelled as wanted (true) or
+    unwanted (false), as KTO learns from. supervised: False for a row of weight 0."""
+    if sides := {"chosen", "rejected"} & shapes_in(row):
+        raise ValueError(f"{where}: a preference pair ({' + '.join(sorted(sides))}), which reward and dpo "
+                         "learn from; kto needs prompt, completion and label")
+    if row.get("messages") is not None:
+        raise ValueError(f"{where}: messages cannot be labelled; kto needs prompt (a text or messages), "
+                         "completion and label")
+    if type(row.get("label")) is not bool:
+        got = shortened(row["label"]) if "label" in row else "none"
+        raise ValueError(f"{where}: label must be true (a wanted answer) or false (an unwanted one), "
+                         f"got {got}")
+    messages, supervised, cut = conversation_of({**row, "label": None}, where)
+    return messages, row["label"], cut[-1], supervised[-1]
 
 
 def preference(row, where):

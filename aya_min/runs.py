@@ -133,7 +133,7 @@ def read_run(folder, stage, settings_class):
     if wrong:
         raise ValueError(f"{path}: {wrong[0]} is not as a stage writes it; give the run folder of a stage, "
                          "or start anew with --out")
-    if about["stage"] != stage:
+    if OLD_STAGES.get(about["stage"], about["stage"]) != stage:
         raise ValueError(f"--resume {folder}: that is a run of {shortened(about['stage'])}, not {stage!r}")
     known = {f.name for f in fields(settings_class)}
     if unknown := sorted(about["settings"].keys() - known):
@@ -154,6 +154,8 @@ def products_before(about):
     return about.get("products") or ("default" if intel else "onednn")
 
 
+# {name of a stage in older versions: its name}
+OLD_STAGES = {"rloo": "rl"}
 # {setting: value} of settings that an older run's config.json lacks, where the value that reproduces the old
 # behaviour is not today's default.
 AS_BEFORE = {}

@@ -1,4 +1,8 @@
-"""The training stages in one table: pretrain, sft, reward, dpo, rloo, router.
+"""The training stages in one table: pretrain, sft, reward, dpo, kto, rl, router.
+
+A row's way to the loss, for example of {"messages"}: rows.conversation_of says what it means, data.py makes
+ids and loss mask of it (tokenizer.encode_chat) and batches in a seeded order, model.py gives the log-probs of
+the supervised tokens, losses.sft_loss adds them up, loop.gradients divides by the step's count.
 
 An entry says what differs between stages: settings, items, how they become a batch, the loss, and what the
 stage needs besides the model. loop.train does the rest. Each stage takes a model with its tokenizer, JSONL
@@ -12,17 +16,20 @@ from pathlib import Path
 from typing import Callable, Optional
 
 import numpy as np
+import torch
 
 from . import config, distributed, router, weights
 from .data import (Example, Pair, batches_in_order, collate, collate_pairs, count_steps, load_examples,
                    load_pairs, make_batches, slots_of)
 from .files import write_json
+from .kto import Labelled, collate_labelled, load_labelled, measure_kl
 from .loop import evaluate, read_metrics, spread, train
-from .losses import policy_gradient_loss, preference_loss, reward_loss, router_loss, sft_loss
+from .losses import (actor_critic_loss, policy_gradient_loss, preference_loss, reward_loss, router_loss,
+                     sft_loss, unpaired_loss)
 from .model import CohereForCausalLM, RewardModel, Router
 from .reference import store_reference
 from .rollouts import Rollout, Rollouts, collate_rollouts, load_fitting_prompts
-from .runs import open_run
+from .runs import OLD_STAGES, open_run
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Stage:
     loss: settings -> loss_fn(model, batch) -> (sum, metrics).
     start: called before the first step, see keep_reference.
     check_first: (metrics of the first step, settings); may raise ValueError.
+    prepare: called with the batches of a step, or of an evaluation, before their loss; see kto.measure_kl.
     beside: {what the stage takes besides the model: the help of its flag}. needs: those that are required.
     samples: whether it trains on the policy's own samples (rollouts.py).
     head: (paths, settings) -> function config -> config, where the model's head depends on the data.
@@ -49,6 +57,7 @@ class Stage:
     loss: Callable
     start: Optional[Callable] = None
     check_first: Optional[Callable] = None
+    prepare: Optional[Callable] = None
     architecture: type = CohereForCausalLM
     beside: dict = field(default_factory=dict)
     needs: tuple = ()
@@ -80,7 +89,7 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
     source: the paths that a resume needs besides the data. beside: what the stage takes besides the model
     (Stage.beside): reward_model, a model; reference_logps, a path.
     Raises ValueError for what a user can mend, and distributed.Stopped after a signal."""
-    stage = stage_named(name)
+    stage, name = stage_named(name), OLD_STAGES.get(name, name)
     reward_model = beside.pop("reward_model", None)
     models = {"model": model} | ({"reward_model": reward_model} if reward_model else {})
     limit = fitting(settings, *models.values())
@@ -105,10 +114,15 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
         if stage.samples:
             rollouts = Rollouts(model, reward_model, tokenizer, items, held_out, limit, settings, device,
                                 stop)
-            batches, evaluation = rollouts.batches, rollouts.evaluation
+            model, batches, evaluation = rollouts.learner, rollouts.batches, rollouts.evaluation
         else:
             in_order = batches_in_order(held_out, pad) if held_out else []
-            evaluation = lambda: evaluate(model, loss_fn, in_order, device, stop, settings)
+            prepare = lambda some: stage.prepare(model, some, settings, device) if stage.prepare else None
+            batches = prepared(batches, prepare)
+
+            def evaluation():
+                prepare(in_order)
+                return evaluate(model, loss_fn, in_order, device, stop, settings)
         check = (lambda metrics: stage.check_first(metrics, settings)) if stage.check_first else None
         return train_and_publish(name, model, tokenizer, num_steps, batches, loss_fn, settings, folder,
                                  device, stop, evaluation if held_out else None, check)
@@ -119,7 +133,8 @@ def train_and_publish(name, model, tokenizer, num_steps, batches, loss_fn, setti
     """Train in a RunFolder, write the last evaluation to eval.json and the model to model/, whose path is
     returned."""
     path, stop = folder.path, stop or distributed.Signals()
-    distributed.from_main(lambda: weights.check_place(path / "model", model, tokenizer))
+    policy = distributed.parts(model)[0]
+    distributed.from_main(lambda: weights.check_place(path / "model", policy, tokenizer))
     with stop:
         publish = lambda model, step: save_model(path / "checkpoints" / f"step-{step}", model, tokenizer)
         model = train(model, num_steps, batches, loss_fn, settings, path, device, evaluation, folder.state,
@@ -136,9 +151,10 @@ def train_and_publish(name, model, tokenizer, num_steps, batches, loss_fn, setti
 
 
 def save_model(folder, model, tokenizer):
-    """Write a model folder. An OSError becomes a ValueError that names the folder and the remedy."""
+    """Write a model folder, of a critic.Learner that of its policy. An OSError becomes a ValueError that
+    names the folder and the remedy."""
     try:
-        weights.save(folder, model, tokenizer)
+        weights.save(folder, distributed.parts(model)[0], tokenizer)
     except OSError as error:
         about = f"{folder}: the model could not be written ({error}); make room and --resume"
         raise ValueError(about) from None
@@ -146,20 +162,56 @@ def save_model(folder, model, tokenizer):
 
 # ---- functions of the table --------------------------------------------------------------------------------
 
-def keep_reference(model, pairs, pad_id, device, settings, folder, reference_logps=None):
-    """DPO's reference is the model before training. Its log-probs are computed once and stored in
-    RUN/reference.safetensors, or in the file `reference_logps`, which several runs can share."""
-    path = Path(reference_logps or folder.path / "reference.safetensors")
-    store_reference(model, pairs, pad_id, device, settings, path, folder.prints["model"])
+def prepared(batches, prepare):
+    """batches(step), prepared."""
+    def of_step(step):
+        micro_batches = batches(step)
+        prepare([([i], batch) for i, batch in enumerate(micro_batches)])
+        return micro_batches
+    return of_step
 
 
-def loss_is_ln2(metrics, settings):
-    """Raise ValueError unless the first DPO loss is ln 2: policy and reference are still the same model, so
-    the margin is 0."""
-    tolerance = 1e-4 if settings.dtype == "float32" else 1e-2
-    if abs(metrics["dpo_loss"] - math.log(2)) > tolerance:
-        raise ValueError(f"the first DPO loss is {metrics['dpo_loss']:.6f}, not ln 2 = {math.log(2):.6f}: "
-                         "policy and reference differ at the start")
+def has_reference(settings, reference_logps=None):
+    """Whether the loss of dpo or kto has a reference. ValueError for a file of log-probs if it has none."""
+    has = getattr(settings, "loss", None) != "simpo"
+    if reference_logps and not has:
+        raise ValueError(f"--reference-logps {reference_logps}: --loss simpo has no reference; leave it out")
+    return has
+
+
+def keep_reference(model, items, pad_id, device, settings, folder, reference_logps=None):
+    """The reference of DPO and KTO is the model before training. Its log-probs are computed once and stored
+    in RUN/reference.safetensors, or in the file `reference_logps`, which several runs can share."""
+    if has_reference(settings, reference_logps):
+        path = Path(reference_logps or folder.path / "reference.safetensors")
+        store_reference(model, items, pad_id, device, settings, path, folder.prints["model"])
+
+
+def check_first_loss(metrics, settings):
+    """Raise ValueError unless the first loss of dpo is that of a margin of 0: policy and reference are still
+    the same model. simpo, which has no reference, may start anywhere."""
+    beta = settings.beta
+    # {loss: (its name, the first loss, that as a number, by how much a nat of margin changes it)}
+    first = {"sigmoid": ("DPO", "ln 2", math.log(2), beta / 2),
+             "cdpo": ("cDPO", "ln 2", math.log(2), beta / 2), "hinge": ("hinge", "1", 1.0, beta),
+             "ipo": ("IPO", "(1 / (2 beta))^2", 1 / (2 * beta) ** 2, 1 / beta)}
+    if settings.loss in first:
+        name, *right = first[settings.loss]
+        refuse_start(f"{name} loss", metrics["dpo_loss"], *right, settings)
+
+
+def check_first_value(metrics, settings):
+    """Raise ValueError unless the first value of kto, without its weights, is sigmoid(0)."""
+    refuse_start("KTO value", metrics["kto_value"], "sigmoid(0)", 0.5, settings.beta / 4, settings)
+
+
+def refuse_start(what, found, text, right, slope, settings):
+    """Raise ValueError if the first loss or value is not what it is where policy and reference agree, but for
+    rounding: that of the log-probs, in nats, times the slope of the loss there."""
+    nats = 2e-3 if settings.dtype == "float32" else 0.2
+    if abs(found - right) > slope * nats:
+        raise ValueError(f"the first {what} is {found:.6f}, not {text} = {right:.6f}: policy and reference "
+                         "differ at the start")
 
 
 def blank_example(item, limit, settings):
@@ -173,12 +225,32 @@ def blank_pair(item, limit, settings):
     return replace(pair, ref_logps=np.zeros(2))
 
 
+def blank_labelled(item, limit, settings):
+    """The item, or a wanted blank example with a blank partner, with reference log-probs of 0."""
+    item = item or Labelled(blank_example(None, limit, settings), True, blank_example(None, limit, settings))
+    return replace(item, ref_logps=np.zeros(2))
+
+
 def blank_rollout(item, limit, settings):
     """The prompt with an answer of --max-new-tokens, or a rollout of `limit` tokens that ends with one."""
     length = len(item["prompt_ids"]) + settings.max_new_tokens if item else limit
-    return Rollout(np.zeros(length, np.int32), np.arange(length) >= length - settings.max_new_tokens, "other")
+    mask = np.arange(length) >= length - settings.max_new_tokens
+    rollout = Rollout(np.zeros(length, np.int32), mask, "other")
+    if settings.algorithm in config.WITH_CRITIC:
+        zeros = torch.zeros(int(mask.sum()))
+        rollout.tokens = {"advantages": zeros, "returns": zeros, "old_logps": zeros}
+    return rollout
 
 
+def rl_loss(settings):
+    """The loss of --algorithm."""
+    if settings.algorithm in config.WITH_CRITIC:
+        return actor_critic_loss(settings.clip, settings.critic_weight)
+    return policy_gradient_loss
+
+
+REFERENCE_FILE = {"reference_logps": "file of the reference's log-probs, which several runs can share "
+                                     "(default RUN/reference.safetensors)"}
 STAGES = {
     "pretrain": Stage(
         "Next-token training on texts (every token) and on conversations (answers only).",
@@ -191,16 +263,20 @@ STAGES = {
         config.Reward, load_pairs, blank_pair, collate_pairs,
         lambda settings: reward_loss(settings.lm_weight), architecture=RewardModel),
     "dpo": Stage(
-        "DPO against the model as it is at the start.",
+        "DPO, or another loss on preference pairs, against the model as it is at the start.",
         config.DPO, load_pairs, blank_pair, collate_pairs,
-        lambda settings: preference_loss(settings.beta, settings.nll_weight),
-        start=keep_reference, check_first=loss_is_ln2,
-        beside={"reference_logps": "file of the reference's log-probs, which several runs can share "
-                                   "(default RUN/reference.safetensors)"}),
-    "rloo": Stage(
-        "Online RLOO: sample answers to a batch of prompts, score them, take one policy-gradient step.",
-        config.RLOO, load_fitting_prompts, blank_rollout, collate_rollouts,
-        lambda settings: policy_gradient_loss,
+        lambda settings: preference_loss(settings.beta, settings.nll_weight, settings.loss,
+                                         settings.label_smoothing, settings.simpo_gamma,
+                                         settings.length_normalized),
+        start=keep_reference, check_first=check_first_loss, beside=REFERENCE_FILE),
+    "kto": Stage(
+        "KTO on answers that are labelled as wanted or unwanted, against the model as it is at the start.",
+        config.KTO, load_labelled, blank_labelled, collate_labelled,
+        lambda settings: unpaired_loss(settings.beta, settings.desirable_weight, settings.undesirable_weight),
+        start=keep_reference, check_first=check_first_value, prepare=measure_kl, beside=REFERENCE_FILE),
+    "rl": Stage(
+        "Online policy gradients: sample answers to a batch of prompts, score them, take a step.",
+        config.RL, load_fitting_prompts, blank_rollout, collate_rollouts, rl_loss,
         beside={"reward_model": "reward model folder with the same tokenizer"}, needs=("reward_model",),
         samples=True),
     "router": Stage(
@@ -211,6 +287,7 @@ STAGES = {
 
 
 def stage_named(name):
+    name = OLD_STAGES.get(name, name)
     if name not in STAGES:
         raise ValueError(f"unknown stage {name!r}; known: {' '.join(STAGES)}")
     return STAGES[name]

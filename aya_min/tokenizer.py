@@ -254,7 +254,8 @@ class Tokenizer:
 
         mask is True on the text and the end of supervised turns. Roles: an optional system turn, then user
         and assistant in turn. With `generation_prompt` the ids end where the assistant's answer begins.
-        supervised: a bool for each message, read for assistant turns only; None: all assistant turns.
+        supervised: a bool for each message (not for each assistant turn, as in rows.py), read for assistant
+        turns only; None: all assistant turns.
         """
         ids, mask = list(self.begin), [False] * len(self.begin)
         texts = self.turns.texts(messages)

@@ -7,7 +7,8 @@ be run and measured on a laptop. world_oracle.py grades the answers.
 A question is a dict, one line of JSONL: {"question_id", "language", "task", "args", "prompt"}; args are
 English words. Words and sentences are data that a speaker can read and correct: words/<code>.json. Its "also"
 holds what the oracle accepts beside the word of the world (synonyms and other spellings). Its "unclear" holds
-words that mean two things when they stand alone; the world does not ask for translations of them.
+words that mean two things when they stand alone; the world does not ask for translations of them. Its
+"translated" sentences and its "and" are for world_translation.py alone.
 """
 
 import argparse

@@ -3,6 +3,8 @@
 It stands in for the human judge of the report (arXiv 2412.04261). Its grades are
 0 wrong language or garbage, 1 right language but wrong answer, 2 right but bare or clumsy, and
 3 right, in a proper sentence.
+
+Apart from the grade it says whether an answer sounds translated from English (`naturalness`).
 """
 
 import re
@@ -14,6 +16,7 @@ from .languages import LANGUAGES
 from .world import TASKS, answer_language, listed, say, solve, words
 
 Grade = namedtuple("Grade", "grade language why")      # language: the code that the oracle saw, or None
+Reading = namedtuple("Reading", "task items marks")     # see `read_marks`
 ENOUGH = 0.6        # the share of letters in words of a language that makes a text one of that language
 
 
@@ -143,18 +146,27 @@ def see_language(text, prefer=None):
 # ---- grades ------------------------------------------------------------------------------------------------
 
 @cache
-def _frames(language, target):
-    """{task: (head, tail)}: the normalized text before and after the answer in each task's sentence."""
-    frames, name = {}, words(language)["language_names"][target]
+def _frames(language, name, kind="answer"):
+    """{task: (head, tail)}: the normalized text before and after the answer in each task's sentence.
+
+    name: of the language of the answer. kind: "answer", or "translated" for the sentences that follow the
+    English ones.
+    """
+    frames = {}
     for task in TASKS:
-        sentence = words(language)["tasks"][task]["answer"].replace("{language}", name)
+        sentence = words(language)["tasks"][task][kind].replace("{language}", name)
         frames[task] = tuple(map(_normal, sentence.split("{answer}")))
     return frames
 
 
-def _unframed(question, text):
-    """(task, answer) if the text is the sentence of a task with an answer in it, else (None, text)."""
-    frames = _frames(question["language"], answer_language(question))
+def _unframed(question, text, kind="answer", names="own"):
+    """(task, answer) if the text is the sentence of a task with an answer in it, else (None, text).
+
+    names: "own", or "en" for a sentence in which a language has its English name.
+    """
+    language = question["language"]
+    name = words(language if names == "own" else names)["language_names"][answer_language(question)]
+    frames = _frames(language, name, kind)
     for task in (question["task"], *TASKS):
         head, tail = frames[task]
         if text.startswith(head) and text.endswith(tail) and len(text) > len(head) + len(tail):
@@ -204,3 +216,74 @@ def grade(question, completion):
             return Grade(1, language, f"wrong word: {text!r}, not {say(target, question['args'][:1])[0]!r}")
         return Grade(0, seen, f"wrong language: {LANGUAGES[seen].name}")
     return Grade(1, language, "a wrong answer, or a sentence that the oracle does not know")
+
+
+# ---- marks of translation ----------------------------------------------------------------------------------
+
+@cache
+def concepts(code):
+    """{accepted spelling: the English word that it stands for} of a language."""
+    return {spelling: concept for concept in words(code)["lookup"] for spelling in accepted(code, concept)}
+
+
+def read_items(question, completion):
+    """(task, items): the sentence's task, or None for a bare answer, and the answer's normalized items."""
+    task, body = _unframed(question, _normal(completion))
+    return task, [item.strip() for item in body.split(",")]
+
+
+def read_marks(question, completion):
+    """The Reading of a completion: its sentence's task (or None), the answer's items in the words of the
+    language, and the marks of a translation from English, {kind: what was seen}.
+
+    The kinds: "sentence" (words and order of the English one), "list" (English commas, or a comma before the
+    last "and"), "untranslated" (an English word).
+    """
+    language, target = question["language"], answer_language(question)
+    text, marks = _normal(completion), {}
+    task, items = read_items(question, completion)
+    if language == "en":
+        return Reading(task, items, marks)
+    for kind, names in (("translated", "own"), ("answer", "en"), ("translated", "en")):
+        if task is None:
+            task, body = _unframed(question, text, kind, names)
+            if task:
+                items = [item.strip() for item in body.split(",")]
+                marks |= {"sentence": words("en")["tasks"][task]["answer"]} if kind == "translated" else {}
+                marks |= {"untranslated": words("en")["language_names"][target]} if names == "en" else {}
+    last = words(language)["and"] + words(language)["word_separator"]
+    if len(items) > 2 and items[-1].startswith(last) and items[-1] not in vocabulary(target):
+        items[-1] = items[-1][len(last):]
+        marks["list"] = f", {last.strip()}"
+    if len(items) > 1 and "," in completion and "," not in words(language)["list_separator"]:
+        marks["list"] = ","
+    for i, item in enumerate(items):
+        if question["task"] != "translate" and item in concepts("en") and item not in vocabulary(language):
+            marks["untranslated"] = item
+            items[i] = say(language, [concepts("en")[item]])[0]
+    return Reading(task, items, marks)
+
+
+def naturalness(question, completion):
+    """(natural, why): False if the answer shows marks of a translation from English, True if it is a sentence
+    of the language without them, None if the oracle cannot tell: it knows no other sentences."""
+    task, items, marks = read_marks(question, completion)
+    if marks:
+        return False, "translated from English: " + ", ".join(f"{kind} {seen!r}"
+                                                              for kind, seen in marks.items())
+    known = vocabulary(answer_language(question))
+    if task and all(item in known or item.isdecimal() for item in items):
+        return True, "a sentence of the language itself"
+    return None, "a sentence with words that the oracle does not know" if task else "no sentence it knows"
+
+
+def grade_apart(question, completion):
+    """The Grade of a completion apart from its marks of translation: that of the same answer without them."""
+    task, items, marks = read_marks(question, completion)
+    if not marks:
+        return grade(question, completion)
+    language, answer = question["language"], listed(question["language"], items)
+    if task:
+        name = words(language)["language_names"][answer_language(question)]
+        answer = words(language)["tasks"][task]["answer"].format(answer=answer, language=name)
+    return grade(question, answer)

@@ -36,7 +36,7 @@ from aya_min.world import answer, gold_answer, questions
 CPU = torch.device("cpu")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FILES = {"pretrain": "sft.jsonl", "sft": "sft.jsonl", "reward": "pairs.jsonl", "dpo": "pairs.jsonl",
-         "rloo": "prompts.jsonl", "router": "candidates.jsonl"}
+         "kto": "labelled.jsonl", "rl": "prompts.jsonl", "router": "candidates.jsonl"}
 EVERY = {name: (partial(stages.train_stage, name), about.settings, FILES[name])
          for name, about in stages.STAGES.items()}
 STAGES = {name: stage for name, stage in EVERY.items() if name != "pretrain"}       # sft does the same
@@ -75,8 +75,8 @@ FRESH = {"reward": reward_model, "router": router}      # a stage's model; of th
 
 
 def write_world(folder, count=36):
-    """Write sft.jsonl, pairs.jsonl, prompts.jsonl, candidates.jsonl and a short held-out file of each. An
-    answer has from one word to several sentences."""
+    """Write sft.jsonl, pairs.jsonl, labelled.jsonl, prompts.jsonl, candidates.jsonl and a short held-out file
+    of each. An answer has from one word to several sentences."""
     rng = random.Random(0)
     for name, split, size in (("", "train", count), ("held-out-", "validation", 10)):
         rows = questions(split, size, 0, level="tiny")
@@ -91,6 +91,9 @@ def write_world(folder, count=36):
         write_jsonl(folder / f"{name}candidates.jsonl", [{**q, "candidates": [
             {"teacher": t, "completion": text, "reward": rewards.gauss(0, 1)} for t in "TUV"]}
             for q, text in zip(rows, gold)])
+        write_jsonl(folder / f"{name}labelled.jsonl",
+                    [{**q, "completion": pair["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
+                     for i, (q, pair) in enumerate(zip(rows, pairs))])
     return folder
 
 
@@ -128,7 +131,12 @@ def on_ranks(ranks, function, *args):
 
 VARIANTS = {"sft-recomputed": dict(activation_checkpointing=True),
             "sft-untied": dict(architecture=dict(tie_word_embeddings=False, use_qk_norm=True)),
-            **{f"{stage}-bfloat16": dict(dtype="bfloat16", max_steps=1) for stage in STAGES}}
+            **{f"{stage}-bfloat16": dict(dtype="bfloat16", max_steps=1) for stage in STAGES},
+            # Two batches of two steps: the second has what the first left in the critic and in the baseline.
+            **{f"rl-{name}": dict(algorithm=name, max_steps=4, gradient_steps=2, max_new_tokens=8, **more)
+               for name, more in (("reinforce", {}), ("vanilla-pg", {}), ("raft", {}),
+                                  ("ppo", dict(cut_answers="penalize", clip=0.02)),
+                                  ("grpo", dict(normalize_advantages=True, reward_noise=0.5)))}}
 
 
 def run(stage, data, out, resume=False, held_out=False, architecture={}, start=None, **changes):
@@ -137,13 +145,13 @@ def run(stage, data, out, resume=False, held_out=False, architecture={}, start=N
     function, settings_class, file = STAGES[stage]
     values = dict(batch_size=8, max_steps=3, learning_rate=1e-3, warmup_steps=2, max_length=256)
     values |= {"reward": dict(lm_weight=0.3), "dpo": dict(nll_weight=0.2),
-               "rloo": dict(num_samples=2, max_new_tokens=12), "router": dict(held_out=0.0)}.get(stage, {})
+               "rl": dict(num_samples=2, max_new_tokens=12), "router": dict(held_out=0.0)}.get(stage, {})
     if start:
         model, _ = weights.load(start, sharded=True)
     else:
         model = FRESH.get(stage, language_model)(**architecture)
     more = {}
-    if stage == "rloo":
+    if stage == "rl":
         more["reward_model"] = reward_model()
     if "reference_logps" in changes:
         more["reference_logps"] = changes.pop("reference_logps")

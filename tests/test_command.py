@@ -15,7 +15,7 @@ SETTINGS = [
     config.SFT,
     config.Reward,
     config.DPO,
-    config.RLOO,
+    config.RL,
     config.Recipe,
 ]
 

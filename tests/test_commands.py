@@ -110,7 +110,17 @@ TRAIN_MISTAKES = {
     "sft --frobnicate 3": "unrecognized arguments: --frobnicate 3",
     "dance": "invalid choice: 'dance'",
     "sft": "sft needs --model --data --out",
-    "rloo --model A --data prompts.jsonl --out new": "rloo needs --reward-model",
+    "rl --model A --data prompts.jsonl --out new": "rl needs --reward-model",
+    "rl --num-samples 1 --model A --data prompts.jsonl --reward-model RM --out new": "--num-samples 1: rloo",
+    "rl --algorithm raft --gae-lambda 1 --model A --data prompts.jsonl --reward-model RM --out new": (
+        "--gae-lambda 1.0 is for ppo; raft does not read it"
+    ),
+    "rl --algorithm ppo --gae-lambda 1.5 --model A --data prompts.jsonl --reward-model RM --out new": (
+        "argument --gae-lambda: '1.5' must be a finite number of at least 0 and at most 1"
+    ),
+    "rl --gradient-steps 2 --max-steps 3 --model nowhere --data prompts.jsonl --reward-model RM --out new": (
+        "--max-steps 3 is no multiple of --gradient-steps 2"
+    ),
     f"{SFT} --data nowhere.jsonl": "nowhere.jsonl: cannot be read",
     f"{SFT} --data sft.jsonl nowhere.jsonl": "nowhere.jsonl: cannot be read",
     f"{SFT} --data sft.jsonl --eval-data nowhere.jsonl": "nowhere.jsonl: cannot be read",
@@ -314,7 +324,10 @@ def test_flags_win_over_the_config_file_and_that_over_the_defaults(call, folder,
         "sft --model A --data sft.jsonl --eval-data held-out-sft.jsonl",
         "reward --model A --data pairs.jsonl",
         "dpo --model B --data pairs.jsonl pairs.jsonl",
+        "rl --model A --data prompts.jsonl --reward-model RM --num-samples 2 --max-new-tokens 4",
         "rloo --model A --data prompts.jsonl --reward-model RM --num-samples 2 --max-new-tokens 4",
+        "rl --model A --data prompts.jsonl --reward-model RM --max-new-tokens 4 --algorithm ppo "
+        "--gae-lambda 1 --num-samples 1 --clip 0.3",
     ],
 )
 def test_every_stage_runs_from_its_command_and_prints_the_model_folder(line, call, folder, tmp_path):

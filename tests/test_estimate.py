@@ -7,6 +7,7 @@ This file is also what the tests start, alone and under torchrun, to be measured
 import gc
 import json
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aya_min import distributed, estimate
 from aya_min.losses import sft_loss
 from aya_min.stages import STAGES, blank_example, builder
-from aya_min.config import DPO, RLOO, SFT, ModelConfig, Pretrain, Reward, Routing
+from aya_min.config import DPO, KTO, RL, SFT, ModelConfig, Pretrain, Reward, Routing
 from aya_min.data import collate
 from aya_min.loop import train, training_flops
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights
@@ -228,7 +229,8 @@ def test_operations_are_those_that_torch_counts():
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
-MADE = {"pretrain": Pretrain, "sft": SFT, "reward": Reward, "dpo": DPO, "rloo": RLOO, "router": Routing}
+MADE = {"pretrain": Pretrain, "sft": SFT, "reward": Reward, "dpo": DPO, "kto": KTO, "rl": RL,
+        "router": Routing}
 
 
 def told(stage, ranks=2, **changes):
@@ -246,15 +248,35 @@ def test_every_stage_says_what_it_needs_without_data_a_gpu_or_weights(stage):
         for word in ("optimizer moments", "all-gathered", "tokens:", "operations")
     )
     assert ("logits chunk" in text) == (stage != "router")
-    assert ("reference pass" in text) == (stage == "dpo") and ("KV cache" in text) == (stage == "rloo")
+    assert ("reference pass" in text) == (stage in ("dpo", "kto"))
+    assert ("KV cache" in text) == (stage == "rl")
+
+
+def test_simpo_is_told_no_reference_pass():
+    assert "reference pass" not in told("dpo", loss="simpo", simpo_gamma=1.0)
+
+
+def test_a_critic_is_counted_with_its_moments_and_gradients():
+    """A critic of the policy's size, but for one row of the head."""
+    def gigabytes(text, part):
+        return float(re.search(rf"^ *([\d.]+)  {part}", text, re.MULTILINE)[1])
+
+    sizes = dict(SMALL, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4)
+    with torch.device("meta"):
+        model = CohereForCausalLM(ModelConfig(**sizes))
+    both = (RL(batch_size=8, max_length=128, algorithm=algorithm) for algorithm in ("rloo", "ppo"))
+    rloo, ppo = (estimate.dry_run("rl", "M", model, each, None, None, None, 2) for each in both)
+    for part in ("parameters", "gradients", "optimizer moments"):
+        assert gigabytes(ppo, part) == pytest.approx(2 * gigabytes(rloo, part), abs=0.011), part
+    assert "a critic of the size of the reward model" in ppo
 
 
 def test_the_kv_cache_by_hand():
     """16 rows of a rank (8 prompts x 4 samples over 2 ranks), 128 tokens, keys and values, 2 layers of 64
     numbers, fp32."""
-    items = estimate.items_of(STAGES["rloo"], RLOO(max_length=128), None, None)
+    items = estimate.items_of(STAGES["rl"], RL(max_length=128), None, None)
     assert (
-        estimate.cache_bytes(ModelConfig(**SMALL), RLOO(batch_size=8), items, 2) == 16 * 128 * 2 * 2 * 64 * 4
+        estimate.cache_bytes(ModelConfig(**SMALL), RL(batch_size=8), items, 2) == 16 * 128 * 2 * 2 * 64 * 4
     )
 
 

@@ -503,7 +503,7 @@ MOMENTS = {
     "step": ("sft", lambda folder: steps_logged(folder) >= 3),
     "save": ("sft", saving),
     "evaluation": ("sft", in_an_evaluation),
-    "generation": ("rloo", lambda folder: steps_logged(folder) >= 2),
+    "generation": ("rl", lambda folder: steps_logged(folder) >= 2),
 }
 
 
@@ -632,7 +632,7 @@ def test_a_signal_to_one_rank_of_four_stops_all_at_the_same_step_with_one_state(
     "stage, moment",
     [
         ("sft", "step"),
-        *(pytest.param(*each, marks=pytest.mark.long) for each in (("sft", "save"), ("rloo", "generation"))),
+        *(pytest.param(*each, marks=pytest.mark.long) for each in (("sft", "save"), ("rl", "generation"))),
     ],
 )
 def test_when_a_rank_is_killed_the_others_end_and_the_run_goes_on_from_the_last_state(

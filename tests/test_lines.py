@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PATTERNS = "*.py", "aya_min/*.py", "tests/**/*.py", "*.md", "results/*.md", ".ci/run"
+PATTERNS = "*.py", "aya_min/**/*.py", "tests/**/*.py", "*.md", "results/*.md", ".ci/run"
 WRITTEN = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 
 

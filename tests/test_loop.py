@@ -248,7 +248,7 @@ def test_a_first_step_that_its_stage_refuses_moves_nothing(world, tmp_path):
         "sft",
         pytest.param("reward", marks=pytest.mark.long),
         pytest.param("dpo", marks=pytest.mark.long),
-        "rloo",
+        "rl",
     ],
 )
 def test_stopped_twice_and_resumed_is_never_stopped_bit_for_bit(stage, world, tmp_path):

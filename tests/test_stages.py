@@ -24,7 +24,7 @@ from small import (
 
 from aya_min import reference, stages, weights
 from aya_min.losses import policy_gradient_loss, preference_loss, reward_loss, sft_loss
-from aya_min.config import DPO, RLOO, SFT
+from aya_min.config import DPO, RL, SFT
 from aya_min.data import collate, collate_pairs, load_examples, load_pairs, slots_of
 from aya_min.losses import rloo_advantages
 from aya_min.sampling import generate
@@ -227,7 +227,7 @@ def test_dpo_and_the_reward_model_learn_to_tell_chosen_from_rejected(world, tmp_
 def test_rloo_raises_the_reward_of_its_own_samples(world, tmp_path):
     rows = logged(
         run(
-            "rloo",
+            "rl",
             world,
             tmp_path / "run",
             max_steps=25,
@@ -247,7 +247,7 @@ def test_a_larger_beta_keeps_rloo_nearer_to_where_it_started(world, tmp_path):
     free, held = (
         logged(
             run(
-                "rloo",
+                "rl",
                 world,
                 tmp_path / str(beta),
                 max_steps=12,
@@ -331,7 +331,7 @@ def test_a_run_folder_holds_what_the_design_says(stage, world, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
         "eval.json",
-    } | ({"reference.safetensors"} if stage == "dpo" else set())
+    } | ({"reference.safetensors"} if stage in ("dpo", "kto") else set())
     assert {path.name for path in folder.iterdir()} == expected
     about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert (
@@ -351,7 +351,7 @@ def test_a_run_folder_holds_what_the_design_says(stage, world, tmp_path):
     assert [row["step"] for row in rows if "lr" not in row] == [0, 3]
     last = {k.removeprefix("eval/"): v for k, v in rows[-1].items() if k.startswith("eval/")}
     assert json.loads((folder / "eval.json").read_text()) == last
-    assert any(key.startswith("reward/" if stage == "rloo" else "loss/") for key in last)
+    assert any(key.startswith("reward/" if stage == "rl" else "loss/") for key in last)
 
 
 def test_published_checkpoints_are_the_model_at_their_steps_and_average_to_their_mean(world, tmp_path):
@@ -398,9 +398,9 @@ def test_the_run_is_described_before_its_first_step_and_nothing_is_left_if_that_
         ("sft", "{", "bad.jsonl:1: not JSON"),
         ("dpo", '{"prompt": "x", "chosen": "y"}', "bad.jsonl:1: no preference pair"),
         ("reward", '{"prompt": "x", "chosen": "", "rejected": "z"}', "'chosen' is empty"),
-        ("rloo", '{"question": "x"}', "bad.jsonl:1: no prompt"),
+        ("rl", '{"question": "x"}', "bad.jsonl:1: no prompt"),
         ("sft", '{"prompt": "x", "completion": "y"}', "1 examples are fewer than one batch of 8"),
-        ("rloo", '{"prompt": "x"}', "fewer than one batch"),
+        ("rl", '{"prompt": "x"}', "fewer than one batch"),
         ("dpo", '{"prompt": "x", "chosen": "y", "rejected": "z"}', "fewer than one batch"),
     ],
 )
@@ -410,7 +410,7 @@ def test_data_that_are_refused_leave_no_run_folder_in_the_way_of_the_next_attemp
     """The folder used to be made first: with the data mended, the same command was refused because of it."""
     function, settings_class, _ = STAGES[stage]
     (tmp_path / "bad.jsonl").write_text(line + "\n")
-    more = {"reward_model": reward_model()} if stage == "rloo" else {}
+    more = {"reward_model": reward_model()} if stage == "rl" else {}
     with pytest.raises(ValueError, match=says):
         function(
             FRESH.get(stage, language_model)(),
@@ -467,11 +467,11 @@ def test_rloo_refuses_a_prompt_that_leaves_no_room_and_a_single_sample_before_it
         (dict(num_samples=1), "at least 2 samples"),
     ):
         with pytest.raises(ValueError, match=says):
-            run("rloo", world, tmp_path / "run", **changes)
+            run("rl", world, tmp_path / "run", **changes)
         assert not (tmp_path / "run").exists()
 
 
 def test_every_setting_of_rloo_is_one_that_it_uses():
     """--temperature was accepted and had no effect: samples are drawn at temperature 1, where the
     log-probs are taken."""
-    assert "temperature" not in vars(RLOO())
+    assert "temperature" not in vars(RL())

@@ -40,7 +40,7 @@ def command(in_process):
 
 
 def line_of(stage, models, world, out):
-    more = f" --reward-model {models}/RM --num-samples 2 --max-new-tokens 6" if stage == "rloo" else ""
+    more = f" --reward-model {models}/RM --num-samples 2 --max-new-tokens 6" if stage == "rl" else ""
     return (
         f"{stage} --model {models}/A --data {world}/{EVERY[stage][2]} --out {out} --batch-size 8 --max-steps"
         f" 2{more}"
@@ -219,7 +219,7 @@ def test_held_out_figures_in_bfloat16_are_computed_in_bfloat16_and_do_not_depend
 
 def test_rloo_evaluates_its_held_out_prompts_before_in_between_and_after(models, world, tmp_path, command):
     line = (
-        line_of("rloo", models, world, tmp_path / "run")
+        line_of("rl", models, world, tmp_path / "run")
         + f" --eval-data {world}/held-out-prompts.jsonl --eval-every 1 --warmup-steps 0"
     )
     code, _, err = command(line)
@@ -243,7 +243,7 @@ def test_rloo_evaluates_its_held_out_prompts_before_in_between_and_after(models,
 def test_rloo_logs_the_share_of_answers_that_were_cut_and_says_once_what_becomes_of_them(
     world, tmp_path, capsys
 ):
-    rows = logged(run("rloo", world, tmp_path / "short", max_new_tokens=1))
+    rows = logged(run("rl", world, tmp_path / "short", max_new_tokens=1))
     err = capsys.readouterr().err
     assert rows[0]["cut"] > 0.5 and any(key.startswith("cut/") for key in rows[0])
     assert err.count("were cut at --max-new-tokens 1: they are kept and scored as they are") == 1
@@ -255,19 +255,19 @@ def test_max_length_bounds_an_rloo_prompt_and_its_answer_by_the_policy_of_too_lo
         for line in (world / "prompts.jsonl").read_text().splitlines()
     )
     with pytest.raises(ValueError, match=r"prompts.jsonl:\d+: the prompt has .* less --max-new-tokens 12: "):
-        run("rloo", world, tmp_path / "run", max_length=longest + 11)
+        run("rl", world, tmp_path / "run", max_length=longest + 11)
     assert not (tmp_path / "run").exists()
-    run("rloo", world, tmp_path / "whole", max_length=longest + 12, max_steps=1)
-    run("rloo", world, tmp_path / "skip", max_length=longest + 11, max_steps=1, too_long="skip")
+    run("rl", world, tmp_path / "whole", max_length=longest + 12, max_steps=1)
+    run("rl", world, tmp_path / "skip", max_length=longest + 11, max_steps=1, too_long="skip")
     capsys.readouterr()
-    cut = run("rloo", world, tmp_path / "cut", max_length=longest - 6, max_steps=1, too_long="cut-left")
+    cut = run("rl", world, tmp_path / "cut", max_length=longest - 6, max_steps=1, too_long="cut-left")
     assert capsys.readouterr().err and logged(cut)[0]["kl"] == pytest.approx(
         0, abs=1e-4
     )  # what is trained is what was sampled from
     with pytest.raises(
         ValueError, match="the 256 tokens .* less --max-new-tokens 500.* no room for a prompt"
     ):
-        run("rloo", world, tmp_path / "none", max_new_tokens=500)
+        run("rl", world, tmp_path / "none", max_new_tokens=500)
 
 
 # ---- flags -------------------------------------------------------------------------------------------------
@@ -298,10 +298,10 @@ def test_every_setting_of_a_stage_is_read_by_its_code(stage, world, tmp_path):
     function, settings_class, file = EVERY[stage]
     watched = Watched()
     values = dict(batch_size=8, max_steps=2, save_every=1, max_length=256, warmup_steps=0) | (
-        dict(num_samples=2, max_new_tokens=8) if stage == "rloo" else {}
+        dict(num_samples=2, max_new_tokens=8) if stage == "rl" else {}
     )
     settings = watched.of(settings_class)(**values)
-    more = {"reward_model": reward_model()} if stage == "rloo" else {}
+    more = {"reward_model": reward_model()} if stage == "rl" else {}
     model = FRESH.get(stage, language_model)()
     function(
         model,
@@ -318,9 +318,9 @@ def test_every_setting_of_a_stage_is_read_by_its_code(stage, world, tmp_path):
     unread = flags - watched.read
     # epochs counts only without --max-steps (and is refused beside it), the end of a cosine only in one
     assert unread <= {"epochs", *READ_BY_DATA} | (
-        {"final_learning_rate"} if stage == "rloo" else set()
+        {"final_learning_rate"} if stage == "rl" else set()
     ), unread
-    assert "keep_cut" in flags or stage == "rloo"
+    assert "keep_cut" in flags or stage == "rl"
 
 
 READ_BY_DATA = {
@@ -460,12 +460,17 @@ NUMBERS = [
         "dpo --nll-weight -1",
         "reward --lm-weight -1",
         "reward --lm-weight nan",
-        "rloo --beta -1",
-        "rloo --beta nan",
-        "rloo --max-new-tokens 0",
-        "rloo --max-new-tokens -1",
-        "rloo --num-samples 1",
-        "rloo --num-samples inf",
+        "rl --beta -1",
+        "rl --beta nan",
+        "rl --max-new-tokens 0",
+        "rl --max-new-tokens -1",
+        "rl --num-samples 0",
+        "rl --gae-lambda -0.1",
+        "rl --gae-lambda 1.01",
+        "rl --gradient-steps 0",
+        "rl --cut-penalty -1",
+        "rl --reward-noise inf",
+        "rl --num-samples inf",
         "rloo --num-samples 99999999999999",
     ],
 )
@@ -485,10 +490,10 @@ def test_a_number_out_of_its_range_is_refused_by_the_name_of_its_flag_before_any
 @pytest.mark.parametrize("stage", EVERY)
 def test_the_largest_seed_trains_every_stage(stage, world, tmp_path):
     function, settings_class, file = EVERY[stage]
-    more = {"reward_model": reward_model()} if stage == "rloo" else {}
+    more = {"reward_model": reward_model()} if stage == "rl" else {}
     settings = (
         settings_class(batch_size=8, max_steps=1, seed=2**63 - 1, max_length=256)
-        if stage != "rloo"
+        if stage != "rl"
         else settings_class(batch_size=8, max_steps=1, seed=2**63 - 1, max_new_tokens=4, num_samples=2)
     )
     function(
@@ -540,9 +545,9 @@ def test_a_variable_of_torchrun_that_is_no_number_of_its_range_is_refused_by_nam
 
 def test_an_unknown_stage_is_refused_by_the_estimate_which_knows_those_of_train():
     """It was given rloo's items and sft's loss."""
-    with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo rloo router"):
+    with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo kto rl router"):
         estimate.dry_run("dance", "M", language_model(), config.SFT(), None, None, None, 1)
-    with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo rloo router"):
+    with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo kto rl router"):
         stages.train_stage("dance", language_model(), tokenizer(), [], config.SFT(), "out", CPU)
     for stage in stages.STAGES.values():
         settings = stage.settings(max_length=256)
@@ -552,7 +557,7 @@ def test_an_unknown_stage_is_refused_by_the_estimate_which_knows_those_of_train(
 # ---- data --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo", "kto"])
 @pytest.mark.parametrize("policy", ["skip", "cut-left", "refuse"])
 def test_what_passes_the_models_positions_is_not_trained_whatever_max_length_says(
     policy, stage, models, world, tmp_path, command

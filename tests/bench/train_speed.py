@@ -100,7 +100,7 @@ def run_ours(stage, folder, out, compile):
         settings |= dict(num_samples=4, max_new_tokens=64)
         more["reward_model"] = weights.load(folder / "reward")[0]
     settings_class, data = (
-        stages.STAGES[stage].settings,
+        stages.stage_named(stage).settings,
         {"sft": "sft", "dpo": "pairs", "rloo": "prompts"}[stage],
     )
     if stage == "dpo":  # the reference pass over the pairs that the steps use, no more

@@ -1,0 +1,320 @@
+"""Claims of papers, tried on the embedded world: arms that differ in one decision, comparisons with the side
+that the paper expects, and a verdict by rule.
+
+A claim file, claims/NAME.py, holds ARMS {name: function(lab) -> model folder} and CLAIMS. A Lab is one seed's
+run on disk: it makes the shared start with the recipe's own functions, and arms with the stages. What it
+makes is a step of the seed's folder, named after everything that decides it (stage, settings, start, rows,
+reward model). So claims share arms, and a killed claim goes on where it stopped. The seed's folder is named
+after the recipe's settings and the code, so that no arm of other code is taken for one of this.
+
+The verdict of a comparison in one seed: shown if its 95% interval, over questions, is clear of no difference
+on the expected side; reversed on the other side; else not shown. A comparison is shown, or reversed, if it is
+so in every seed; a claim, if all its comparisons are.
+"""
+
+import hashlib
+import importlib
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Callable, Optional
+
+from . import distributed, weights
+from .arbitrage import route
+from .config import RECIPES, Recipe, settings_from
+from .evaluate import bootstrap_mean, compare, join
+from .languages import CLUSTERS, LANGUAGES, SHARED
+from .merge_folders import merge_folders
+from .pipeline import (arbitrage, build_arbiter, build_base, build_teachers,
+                       train_clusters_and_merge)
+from .pipeline_results import add_rewards, evaluate_model
+from .preferences import best_worst
+from .pipeline_steps import Run, answers_of, scores_of, stage_settings, step, train_step
+from .stages import STAGES
+from .tokenizer import load_tokenizer
+from .world import questions
+
+HERE = Path(__file__).parent
+# What a comparison of the side "level" may differ: points of a win rate, share of another measure's mean.
+LEVEL_POINTS, LEVEL_SHARE = 5.0, 0.05
+SIDES = ("above", "below", "level")
+# Figures of an answer that any claim file may compare, besides its own MEASURES.
+MEASURES = {"grade": lambda row: row["grade"], "length": lambda row: len(row["completion"]),
+            "right_language": lambda row: float(row["seen_language"] == row["language"]),
+            "reward": lambda row: row["reward"]}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """a against b on the evaluation's questions.
+
+    measure: "win rate" (percent by the oracle's grades, a tie is half a win; no difference is 50), or the
+    name of a figure of each answer (MEASURES, here or in the claim file), whose mean over a's answers less
+    that over b's is taken (no difference is 0). side: what the paper expects of a. languages: only the
+    questions in these; None: all. decoding: "greedy" or "sampled".
+    """
+    a: str
+    b: str
+    side: str = "above"
+    measure: str = "win rate"
+    decoding: str = "sampled"
+    languages: Optional[tuple] = None
+
+    @property
+    def label(self):
+        others = [code for code in LANGUAGES if code not in (self.languages or LANGUAGES)]
+        where = f", {' '.join(self.languages or [])}" if len(others) > 6 else f", without {' '.join(others)}"
+        where = where if self.languages else ""
+        return f"{self.a} {self.side} {self.b}, {self.measure}, {self.decoding}{where}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of one seed that is no answer's. of(lab) gives its values (one per step, question or example);
+    their mean, with its bootstrap interval, is compared with `bound`."""
+    label: str
+    of: Callable
+    side: str
+    bound: float
+
+
+@dataclass(frozen=True)
+class Claim:
+    """statement: what the paper says. theirs: its number or sentence. comparisons: of Comparison, Figure."""
+    name: str
+    statement: str
+    theirs: str
+    comparisons: tuple
+
+    @property
+    def arms(self):
+        """The names of the arms that its comparisons need, in order."""
+        both = [arm for c in self.comparisons if isinstance(c, Comparison) for arm in (c.a, c.b)]
+        return list(dict.fromkeys(both))
+
+
+# ---- claim files -------------------------------------------------------------------------------------------
+
+def claim_files():
+    """{name: module} of claims/*.py."""
+    names = sorted(path.stem for path in (HERE / "claims").glob("*.py") if path.stem != "__init__")
+    return {name: importlib.import_module(f"{__package__}.claims.{name}") for name in names}
+
+
+def find_claims(name):
+    """(the claim file's name, its module, claims) of a file, or of one claim in a file. ValueError for any
+    other name."""
+    files = claim_files()
+    if name in files:
+        return name, files[name], files[name].CLAIMS
+    for file, module in files.items():
+        for claim in module.CLAIMS:
+            if claim.name == name:
+                return file, module, (claim,)
+    raise ValueError(f"unknown claim {name!r:.80}; train.py claims lists them: {' '.join(files)}")
+
+
+# ---- one seed ----------------------------------------------------------------------------------------------
+
+def hash_of(*parts):
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:10]
+
+
+def code_version():
+    """A hash of the package's source, without the claim files and what only shows results."""
+    paths = [path for path in sorted(HERE.glob("*.py")) if not path.stem.startswith(("report", "chat"))]
+    return hash_of(*(path.read_text(encoding="utf-8") for path in paths))
+
+
+class Lab:
+    """One seed's run: the shared start, arms, answers. Everything is done once, on all ranks together.
+
+    out: the folder of all claims. module: the claim file."""
+
+    def __init__(self, out, preset, seed, device, module):
+        self.recipe = settings_from(Recipe, {**RECIPES[preset], "seed": seed})
+        key = hash_of(asdict(self.recipe), code_version())
+        self.folder, self.seed, self.device, self.module = out / f"seed-{seed}-{key}", seed, device, module
+        self.run = Run(self.folder, self.recipe, device, CLUSTERS)
+        self.arms, self.evaluated = {}, {}
+
+    @cached_property
+    def base(self):
+        return build_base(self.run)
+
+    @cached_property
+    def tokenizer(self):
+        return load_tokenizer(self.base)
+
+    @cached_property
+    def teachers(self):
+        return build_teachers(self.run, self.base)
+
+    @cached_property
+    def arbiter(self):
+        return build_arbiter(self.run, self.base, self.teachers)[0]
+
+    @cached_property
+    def candidates(self):
+        """The rows of the arbitrage: prompts with each teacher's answer and its reward."""
+        return arbitrage(self.run, self.teachers, self.arbiter)
+
+    @cached_property
+    def best_answers(self):
+        """The arbitrage's rows, each with the answer that the arbiter keeps."""
+        r = self.recipe
+        return route(self.candidates, "reward", r.seed, None, r.keep_cut, self.tokenizer.key)[0]
+
+    @cached_property
+    def pool_pairs(self):
+        """The pool's best answer against its worst, for each prompt where they differ enough."""
+        r = self.recipe
+        return best_worst(self.candidates, r.offline_margin, r.keep_cut, self.tokenizer.key)[0]
+
+    @cached_property
+    def sft(self):
+        """One model, SFT on the answers that the arbiter keeps: where most arms start."""
+        r = self.recipe
+        return self.train("SFT on the arbitrage", "sft", self.base, self.best_answers, epochs=r.sft_epochs,
+                          learning_rate=r.sft_learning_rate)
+
+    def questions(self, split, count, tag):
+        return questions(split, count, f"{tag}/{self.seed}", level=self.recipe.level)
+
+    def train(self, name, stage, start, rows, reward_model=None, **settings):
+        """Train a stage of stages.STAGES from a model folder on rows. -> the new model folder"""
+        r, entry = self.recipe, STAGES[stage]
+        if entry.samples:
+            settings = {"max_new_tokens": r.max_new_tokens, "keep_cut": False, **settings}
+        settings = stage_settings(self.run, entry.settings, **settings)
+        key = hash_of(stage, asdict(settings), self.name_of(start), rows, str(reward_model and
+                                                                             self.name_of(reward_model)))
+        more = {}
+        if reward_model:
+            more["reward_model"], _ = weights.load(reward_model, self.device)
+        return train_step(self.run, f"{stage}-{key}", name, stage, start, rows, settings, **more)
+
+    def clusters(self, name, stage, start, rows, settings, epochs, clusters=CLUSTERS, shared=SHARED,
+                 spill=None):
+        """Train one model per cluster of languages and average them: pipeline.train_clusters_and_merge.
+
+        start: a model folder, or {cluster: folder}. spill: the share of the other languages' rows that each
+        cluster also trains on; None: the recipe's."""
+        spill = self.recipe.cluster_spill if spill is None else spill
+        run = replace(self.run, recipe=replace(self.recipe, cluster_spill=spill), clusters=clusters)
+        starts = start if isinstance(start, dict) else dict.fromkeys(clusters, start)
+        begun = {cluster: self.name_of(starts[cluster]) for cluster in clusters}
+        plain = {key: value for key, value in settings.items() if key != "kind"}
+        key = hash_of("clusters", stage, plain, begun, rows, epochs, clusters, shared, spill)
+        return train_clusters_and_merge(run, f"{stage}-{key}", name, stage, start, rows, settings, epochs,
+                                        shared)
+
+    def parts(self, merged, clusters=CLUSTERS):
+        """{cluster: folder} of the models that `clusters` averaged into this one."""
+        return {c: merged.parent.with_name(f"{merged.parent.name}-{c}") / "model" for c in clusters}
+
+    def merge(self, name, folders, method, base=None, **settings):
+        """A merge of model folders by a method of merge_config.METHODS. -> its folder"""
+        content = [self.name_of(folder) for folder in folders], method, base and self.name_of(base), settings
+        more = {**settings, **({"base": base} if base else {})}
+
+        def make(folder):
+            if distributed.is_main():
+                folder.mkdir(parents=True, exist_ok=True)
+                merge_folders(folders, folder / "model", method, **more)
+            distributed.barrier()
+        self.step(f"merge-{method}", make, *content)
+        return self.folder / "steps" / f"merge-{method}-{hash_of(*content)}" / "model"
+
+    def name_of(self, folder):
+        """What a model folder of this seed is called: its path below the seed's folder."""
+        return Path(folder).relative_to(self.folder).as_posix()
+
+    def step(self, name, make, *content):
+        """Do make(folder) once for this name and content; it returns a JSON object, which is returned."""
+        return step(self.run, f"{name}-{hash_of(*content)}", name, lambda folder, resume: make(folder))
+
+    def sample(self, name, model, rows, num_samples, temperature, seed=0):
+        """For each row its num_samples answers {"completion", "finish_reason"}."""
+        def make(folder):
+            return {"groups": answers_of(self.run, model, rows, num_samples, temperature, seed, name)}
+        content = "sample", self.name_of(model), rows, num_samples, temperature, seed
+        return self.step(f"{name}-samples", make, *content)["groups"]
+
+    def scores(self, name, rows, reward_model=None):
+        """The reward model's (default: the arbiter's) scores of rows with a "completion"."""
+        judge = reward_model or self.arbiter
+        return self.step(f"{name}-scores", lambda folder: {"scores": scores_of(self.run, judge, rows)},
+                         "scores", self.name_of(judge), rows)["scores"]
+
+    def arm(self, name):
+        """The model folder of an arm of the claim file."""
+        if name not in self.arms:
+            self.arms[name] = self.module.ARMS[name](self)
+        return self.arms[name]
+
+    def metrics(self, name):
+        """The rows of an arm's metrics.jsonl."""
+        lines = (self.arm(name).parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def answers(self, name, decoding, scored=False):
+        """An arm's answers to the evaluation's questions, graded by the oracle. scored: with the arbiter's
+        "reward"."""
+        folder = self.arm(name)
+        own = self.name_of(folder).split("/")[1]
+        if own not in self.evaluated:
+            self.evaluated[own] = evaluate_model(self.run, own, folder)
+        if scored:
+            add_rewards(self.run, own, self.evaluated[own], self.arbiter)
+        return self.evaluated[own][decoding]
+
+
+# ---- comparisons and verdicts ------------------------------------------------------------------------------
+
+def side_of(side, ci95, none, level):
+    """"shown", "reversed" or "not shown" of one seed's interval. none: the value of no difference; level: how
+    far from it still counts as level."""
+    low, high = ci95
+    if side == "level":
+        if none - level <= low and high <= none + level:
+            return "shown"
+        return "reversed" if low > none + level or high < none - level else "not shown"
+    above, below = low > none, high < none
+    if side == "below":
+        above, below = below, above
+    return "shown" if above else "reversed" if below else "not shown"
+
+
+def together(verdicts):
+    """The verdict of several: theirs if they all agree, else "not shown"."""
+    verdicts = set(verdicts)
+    return verdicts.pop() if len(verdicts) == 1 else "not shown"
+
+
+def measured(lab, c):
+    """{"value", "ci95", "none", "verdict", ...} of a Comparison or Figure in one seed."""
+    if isinstance(c, Figure):
+        values = c.of(lab)
+        value, ci95 = bootstrap_mean(values, range(len(values)))
+        return {"value": value, "ci95": ci95, "none": c.bound, "num": len(values),
+                "verdict": side_of(c.side, ci95, c.bound, LEVEL_SHARE * abs(c.bound))}
+    pairs = [(a, b) for a, b in join(*(lab.answers(arm, c.decoding, c.measure == "reward")
+                                       for arm in (c.a, c.b)))
+             if c.languages is None or a["language"] in c.languages]
+    if not pairs:
+        raise ValueError(f"{c.label}: the evaluation has no question in these languages")
+    a, b = map(list, zip(*pairs))
+    if c.measure == "win rate":
+        found = compare(a, b)["overall"]
+        counts = {key: found[key] for key in ("win", "tie", "loss", "num")}
+        return {"value": found["win_rate"], "ci95": found["ci95"], "none": 50.0, **counts,
+                "verdict": side_of(c.side, found["ci95"], 50.0, LEVEL_POINTS)}
+    measure = (MEASURES | getattr(lab.module, "MEASURES", {}))[c.measure]
+    before = [measure(row) for row in b]
+    value, ci95 = bootstrap_mean([measure(row) - old for row, old in zip(a, before)],
+                                 [str(row["question_id"]) for row in a])
+    mean = sum(before) / len(before)
+    return {"value": value, "ci95": ci95, "none": 0.0, "num": len(a), "of_a": mean + value, "of_b": mean,
+            "verdict": side_of(c.side, ci95, 0.0, LEVEL_SHARE * abs(mean))}

@@ -1,0 +1,271 @@
+"""What a claim leaves: the table on the terminal, OUT/NAME/claim.json, OUT/NAME/report.html, and the rows of
+results/README.md that are generated from the records in results/.
+
+    python -m aya_min.experiments_records results        writes the generated part of results/README.md
+"""
+
+import platform
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from . import distributed, linear, runs
+from .command import guarded, printable
+from .experiments import SIDES, Comparison, Lab, claim_files, find_claims, measured, together
+from .files import read_json, write_json, write_whole
+from .report_charts import STYLE, around, axis, chart, esc, html_table, mark, track
+
+RESULTS = Path(__file__).parent.parent / "results"
+BEGIN, END = "<!-- claims: generated from results/*.json -->\n", "<!-- end of the claims -->\n"
+
+
+# ---- running -----------------------------------------------------------------------------------------------
+
+def run_claims(name, seeds, preset, out, device):
+    """Make the arms of a claim file (or of one of its claims) with every seed, compare them, write the record
+    and the page after each seed. Returns the record."""
+    file, module, claims = find_claims(name)
+    for claim in claims:
+        check_claim(claim, module)
+    record = {"claims": name, "file": file, "paper": module.PAPER, "preset": preset, "seeds": [],
+              "command": " ".join(sys.argv), "machine": machine(), "products": linear.chosen(),
+              "versions": runs.versions(), "recipe": None, "arms": {}, "minutes": [], "results": []}
+    found = {claim.name: [] for claim in claims}
+    with_seeds = []
+    for seed in seeds:
+        started = time.perf_counter()
+        lab = Lab(out, preset, seed, device, module)
+        with ExitStack() as held:
+            linear.choose(distributed.from_main(lambda: open_seed(lab, held)))
+            for claim in claims:
+                found[claim.name].append([measured(lab, c) for c in claim.comparisons])
+        with_seeds.append(seed)
+        record["recipe"] = {**asdict(lab.recipe), "seed": None}
+        record["arms"][str(seed)] = arms_of(lab)
+        record["minutes"].append(round((time.perf_counter() - started) / 60, 1))
+        record |= {"seeds": list(with_seeds), "results": [result(c, found[c.name]) for c in claims]}
+        if distributed.is_main():
+            folder = out / name
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "claim.json", record)
+            write_whole(folder / "report.html", page(record))
+        distributed.barrier()
+    return record
+
+
+def open_seed(lab, held):
+    """Lock a seed's folder and say in it what it holds. Returns the library of its matrix products."""
+    lab.folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(runs.lock(lab.folder))
+    path = lab.folder / "config.json"
+    if path.is_file():
+        return runs.products_before(read_json(path))
+    write_json(path, {"stage": "claims", "seed": lab.seed, "recipe": asdict(lab.recipe),
+                      "products": linear.chosen(), "versions": runs.versions()})
+    return linear.chosen()
+
+
+def check_claim(claim, module):
+    """Refuse a claim whose comparisons name what its file does not have, before any arm is made."""
+    for c in claim.comparisons:
+        assert c.side in SIDES, (claim.name, c)
+    missing = [arm for arm in claim.arms if arm not in module.ARMS]
+    assert not missing, (claim.name, missing)
+
+
+def machine():
+    """The processor's name, the threads of a rank and the number of ranks."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"processor": names[0] if names else platform.machine(), "threads": torch.get_num_threads(),
+            "ranks": distributed.num_ranks()}
+
+
+def arms_of(lab):
+    """{arm: its folder, steps, tokens and seconds} of the arms that a claim asked for; of a merge those of
+    the models that were trained for it."""
+    about = {}
+    for name, folder in lab.arms.items():
+        done = [read_json(path) for path in folder.parents[1].glob(f"{folder.parent.name}*/done.json")]
+        steps, tokens, seconds = (sum(one[key] for one in done)
+                                  for key in ("training_steps", "tokens", "seconds"))
+        about[name] = {"folder": lab.name_of(folder.parent), "steps": steps, "tokens": tokens,
+                       "seconds": round(seconds, 1)}
+    return about
+
+
+def result(claim, by_seed):
+    """A claim's part of the record. by_seed: for each seed what `measured` gave for each comparison."""
+    rows = []
+    for c, each in zip(claim.comparisons, zip(*by_seed)):
+        is_arms = isinstance(c, Comparison)
+        rows.append({"label": c.label, "side": c.side, "measure": c.measure if is_arms else "figure",
+                     "arms": [c.a, c.b] if is_arms else [], "seeds": list(each),
+                     "verdict": together(one["verdict"] for one in each)})
+    return {"name": claim.name, "statement": claim.statement, "theirs": claim.theirs, "comparisons": rows,
+            "verdict": together(row["verdict"] for row in rows)}
+
+
+# ---- showing -----------------------------------------------------------------------------------------------
+
+def shown(one, digits=1):
+    """"53.6 [52.1, 55.0]" of what `measured` gave."""
+    low, high = one["ci95"]
+    digits = digits if max(map(abs, (one["value"], low, high))) >= 10 else 3
+    return f"{one['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def table(record):
+    """The terminal's table: one row a comparison, one column a seed."""
+    lines = []
+    for claim in record["results"]:
+        lines += ["", f"{claim['name']}: {claim['statement']}", f"    the paper: {claim['theirs']}"]
+        width = max(len(row["label"]) for row in claim["comparisons"])
+        for row in claim["comparisons"]:
+            values = "  ".join(f"{shown(one):>22}" for one in row["seeds"])
+            lines.append(f"    {row['label']:{width}}  {values}  {row['verdict']}")
+        lines.append(f"    verdict: {claim['verdict']}")
+    seeds = " ".join(map(str, record["seeds"]))
+    lines.append(f"\nseeds {seeds}, preset {record['preset']}, minutes {record['minutes']}")
+    return printable("\n".join(lines[1:]))
+
+
+TONES = ("a", "b", "c")
+
+
+def forest(claim, seeds):
+    """A claim's comparisons, each with one mark a seed; those with the same value of no difference share a
+    chart."""
+    charts = []
+    for none in dict.fromkeys(row["seeds"][0]["none"] for row in claim["comparisons"]):
+        rows = [row for row in claim["comparisons"] if row["seeds"][0]["none"] == none]
+        bounds = [bound for row in rows for one in row["seeds"] for bound in one["ci95"]]
+        step = 5 if none == 50 else max(max(bounds) - min(bounds), 1e-6) / 4
+        scale = around(none, bounds, step)
+        drawn = [forest_row(row, seeds, scale, none) for row in rows] + [axis(scale, step)]
+        charts.append(chart("win rate, %" if none == 50 else f"beside {none:g}", drawn, "card forest"))
+    return "".join(charts)
+
+
+def forest_row(row, seeds, scale, none):
+    marks = ""
+    for i, (seed, one) in enumerate(zip(seeds, row["seeds"])):
+        tip = f"seed {seed}: {shown(one)}"
+        marks += mark(one["value"], scale, "dot", 10 + 12 * i, TONES[i % len(TONES)], tip, one["ci95"])
+    label, height = f"{row['label']}: {row['verdict']}", 12 * len(seeds) + 10
+    return track(label, marks, " / ".join(f"{one['value']:.3g}" for one in row["seeds"]), scale, none, height)
+
+
+def arms_table(record):
+    """Steps, tokens and seconds of every arm, a column a seed."""
+    names = dict.fromkeys(arm for arms in record["arms"].values() for arm in arms)
+    body = ""
+    for name in names:
+        cells = (", ".join(f"{arms[name][key]:,}" for key in ("steps", "tokens", "seconds"))
+                 if name in arms else "" for arms in record["arms"].values())
+        body += f"<tr><th>{esc(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    head = "".join(f"<th>seed {esc(str(seed))}: steps, tokens, seconds</th>" for seed in record["seeds"])
+    return html_table(f"<tr><th>arm</th>{head}</tr>", body)
+
+
+def page(record):
+    """The whole text of a claim's report.html."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    parts = [f"<h1>{esc(record['claims'])}</h1><p>{esc(record['paper'])}. Preset {esc(record['preset'])}, "
+             f"seeds {esc(' '.join(map(str, record['seeds'])))}. Whiskers are 95% intervals over questions; "
+             "the dashed line is no difference.</p>"]
+    for claim in record["results"]:
+        parts.append(f"<h2>{esc(claim['name'])}: {esc(claim['verdict'])}</h2><p>{esc(claim['statement'])}. "
+                     f"The paper: {esc(claim['theirs'])}.</p>{forest(claim, record['seeds'])}")
+    parts.append(f"<h2>Arms</h2>{arms_table(record)}<p><code>{esc(record['command'])}</code></p>")
+    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+            f"<title>{esc(record['claims'])}</title><style>{STYLE}</style></head>\n<body><main>"
+            + "\n".join(parts) + "</main></body></html>\n")
+
+
+# ---- results -----------------------------------------------------------------------------------------------
+
+def records(folder=RESULTS):
+    """The records that the repository keeps, {file: record}."""
+    return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+
+
+def keep(record, folder=RESULTS):
+    """Write the record to results/NAME.json, in place of an earlier one, and make results/README.md anew."""
+    write_json(folder / f"{record['claims']}.json", record)
+    path = folder / "README.md"
+    write_whole(path, with_claims(path.read_text(encoding="utf-8"), folder))
+
+
+def last_verdicts(folder=RESULTS):
+    return {claim["name"]: claim["verdict"] for record in records(folder).values()
+            for claim in record["results"]}
+
+
+def listing():
+    """The text of `train.py claims`."""
+    verdicts, lines = last_verdicts(), []
+    for file, module in claim_files().items():
+        lines.append(f"{file}: {module.PAPER}, {module.MINUTES} minutes a seed")
+        lines += [f"    {claim.name}: {claim.statement} [{verdicts.get(claim.name, '-')}]"
+                  for claim in module.CLAIMS]
+    return printable("\n".join(lines))
+
+
+def generated(folder=RESULTS):
+    """The generated part of results/README.md: a row a claim, then every comparison."""
+    kept = records(folder)
+    lines = ["| claim | paper | it says | the paper's figure | ours, by seed | verdict | command | minutes |",
+             "|---|---|---|---|---|---|---|---|"]
+    for record in kept.values():
+        command = f"`train.py claim {record['claims']} --seeds {' '.join(map(str, record['seeds']))}`"
+        for claim in record["results"]:
+            ours = "; ".join(map(shown, claim["comparisons"][0]["seeds"]))
+            cells = (claim["name"], record["paper"], claim["statement"], claim["theirs"], ours,
+                     claim["verdict"], command, f"{sum(record['minutes']):.0f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    for file, record in kept.items():
+        lines += ["", f"### {file}", "", *details(record)]
+    return "\n".join(lines) + "\n"
+
+
+def details(record):
+    """The lines of a record: what made it, and every comparison."""
+    versions, seeds = record["versions"], record["seeds"]
+    lines = [f"{record['paper']}. Preset {record['preset']}, commit {versions['commit']}, torch "
+             f"{versions['torch']},", f"{record['machine']['processor']}, {record['machine']['threads']} "
+             "threads.", "", f"| comparison | {' | '.join(f'seed {seed}' for seed in seeds)} | verdict |",
+             "|---|" + "---|" * (len(seeds) + 1)]
+    for claim in record["results"]:
+        lines.append(f"| **{claim['name']}** |{' |' * len(seeds)} **{claim['verdict']}** |")
+        lines += [f"| {row['label']} | {' | '.join(map(shown, row['seeds']))} | {row['verdict']} |"
+                  for row in claim["comparisons"]]
+    return lines
+
+
+def with_claims(text, folder=RESULTS):
+    """results/README.md with its generated part made anew. ValueError without the two marks."""
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"results/README.md lacks the lines {BEGIN.strip()} and {END.strip()}")
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + "\n" + generated(folder) + "\n" + END + rest.split(END)[1]
+
+
+def main(argv=None):
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments != ["results"]:
+        raise ValueError("give one word: python -m aya_min.experiments_records results")
+    path = RESULTS / "README.md"
+    write_whole(path, with_claims(path.read_text(encoding="utf-8")))
+    print(path)
+
+
+if __name__ == "__main__":
+    guarded(main, "aya_min.experiments_records")
