@@ -318,7 +318,7 @@ def test_every_setting_of_a_stage_is_read_by_its_code(stage, world, tmp_path):
     unread = flags - watched.read
     # epochs counts only without --max-steps (and is refused beside it), the end of a cosine only in one
     assert unread <= {"epochs", *READ_BY_DATA} | (
-        {"final_learning_rate"} if stage == "rl" else set()
+        {"rl": {"final_learning_rate"}, "router": {"held_out"}}.get(stage, set())   # nor with --eval-data
     ), unread
     assert "keep_cut" in flags or stage == "rl"
 
@@ -545,9 +545,10 @@ def test_a_variable_of_torchrun_that_is_no_number_of_its_range_is_refused_by_nam
 
 def test_an_unknown_stage_is_refused_by_the_estimate_which_knows_those_of_train():
     """It was given rloo's items and sft's loss."""
-    with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo kto rl router"):
+    says = "unknown stage 'dance'; known: pretrain sft reward dpo kto rl router"
+    with pytest.raises(ValueError, match=says):
         estimate.dry_run("dance", "M", language_model(), config.SFT(), None, None, None, 1)
-    with pytest.raises(ValueError, match="unknown stage 'dance'; known: pretrain sft reward dpo kto rl router"):
+    with pytest.raises(ValueError, match=says):
         stages.train_stage("dance", language_model(), tokenizer(), [], config.SFT(), "out", CPU)
     for stage in stages.STAGES.values():
         settings = stage.settings(max_length=256)

@@ -70,8 +70,8 @@ def asked(lab, name, teachers, rows):
         groups = lab.sample(f"{name}-{teacher}", folder, rows, 1, lab.recipe.teacher_temperature,
                             seed=1000 * lab.seed + i)
         answers[teacher] = [group[0] for group in groups]
-        scores[teacher] = lab.scores(f"{name}-{teacher}-scores",
-                                     [{**row, **answer} for row, answer in zip(rows, answers[teacher])])
+        answered = [{**row, **answer} for row, answer in zip(rows, answers[teacher])]
+        scores[teacher] = lab.scores(f"{name}-{teacher}", answered)
     return candidates_from(rows, answers, scores)
 
 
