@@ -4,8 +4,8 @@
     python generate.py --model DIR --chat           (or --models A B --chat: they answer side by side)
     torchrun generate.py --model DIR --prompts F.jsonl --out G.jsonl --num-samples 4 --temperature 0.7
     torchrun generate.py --models A B C --arbiter RM --prompts F.jsonl --out best.jsonl --pairs pairs.jsonl
-    python generate.py --answers G.jsonl --contrast translated.jsonl --out pairs.jsonl
     python generate.py route --train candidates.jsonl --model DIR --out RUN       a router for --route learned
+    python generate.py --answers G.jsonl --contrast translated.jsonl --out pairs.jsonl
 """
 
 import gc
@@ -30,12 +30,11 @@ from aya_min.data import load_prompts, without_added_keys
 from aya_min.engine import LEAST_TEMPERATURE, Fused, check_sampling
 from aya_min.files import dumps, jsonl, marked, taken
 from aya_min.generate_pool import FILES, OF_POOL, add_flags as add_pool_flags
-from aya_min.generate_pool import answers_of_pool, check_pool, check_router, read_table
+from aya_min.generate_pool import answers_of_pool, check_pool, check_router, detector, read_table
 from aya_min.journal import PURPOSE, Journal
 from aya_min.lengths import cut_left, fit_prompts
 from aya_min.preferences import ANSWER, cut_line
 from aya_min.sampling import answer_rows, engine_size, stream
-from aya_min.world_oracle import check_question, grade
 
 gc.freeze()
 gc.enable()
@@ -185,22 +184,6 @@ def plan_cache(model, lengths, args, device):
     limits = [args.max_new_tokens] * len(mine)
     dtype = getattr(torch, args.dtype)
     return engine_size(model.config, mine, limits, args.num_samples, args.batch_size, device, dtype)
-
-
-def detector(kind, rows):
-    """The function (row, text) -> language code or None of --language-guard, or None without the flag."""
-    if kind == "oracle":
-        for row in rows:
-            try:
-                check_question(row)
-            except (KeyError, ValueError) as error:
-                raise ValueError(f"{row['prompt_where']}: --language-guard oracle is for questions of the "
-                                 f"embedded world: {error}") from None
-        return lambda row, text: grade(row, text).language
-    if kind == "text":
-        from aya_min.language_id import identify           # its tables are read only if they are needed
-        return lambda row, text: identify(text)[0]
-    return None
 
 
 # ---- answers -----------------------------------------------------------------------------------------------

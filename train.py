@@ -210,10 +210,7 @@ def check_flags(args, settings, device, ranks):
         raise ValueError("--gpus goes with --dry-run; torchrun --nproc-per-node sets the number of ranks")
     if settings.cpu_offload and device.type == "cpu" and not args.dry_run:
         raise ValueError("--cpu-offload needs a GPU to offload from; remove it on a CPU")
-    if args.eval_every and not args.eval_data:
-        distributed.say("--eval-every has no effect without --eval-data")
-    if args.epochs and settings.max_steps:
-        distributed.say(f"--epochs has no effect beside --max-steps {settings.max_steps}")
+    runs.tell_no_effect(args, settings)
     if args.final_learning_rate is not None and settings.schedule == "constant":
         distributed.say("--final-learning-rate has no effect beside --schedule constant")
     if args.tokenizer and not is_preset(args.model):

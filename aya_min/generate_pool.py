@@ -19,6 +19,7 @@ from .preferences import best_worst, cut_line
 from .reward import score_texts
 from .router import choices, prompt_example
 from .text_statistics import statistics_table, text_statistics
+from .world_oracle import check_question, grade
 
 # Flags of arbitrage only.
 OF_POOL = ("arbiter", "pairs", "table", "route", "margin", "keep_cut", "router", "candidates", "summary",
@@ -113,6 +114,22 @@ def check_router(path, models):
     return model, tokenizer, header
 
 
+def detector(kind, rows):
+    """The function (row, text) -> language code or None of --language-guard, or None without the flag."""
+    if kind == "oracle":
+        for row in rows:
+            try:
+                check_question(row)
+            except (KeyError, ValueError) as error:
+                raise ValueError(f"{row['prompt_where']}: --language-guard oracle is for questions of the "
+                                 f"embedded world: {error}") from None
+        return lambda row, text: grade(row, text).language
+    if kind == "text":
+        from .language_id import identify           # its tables are read only if they are needed
+        return lambda row, text: identify(text)[0]
+    return None
+
+
 # ---- the answers -------------------------------------------------------------------------------------------
 
 def whom_to_ask(rows, args, device):
@@ -165,7 +182,7 @@ def scores_of(row, models):
 def answers_of_pool(rows, ask, args, device, reading, table, detect, tokenizer):
     """Arbitrage: the models answer the prompts, and one answer is kept for each.
 
-    table: {language: model folder} for --route fixed. detect: arbitrage.language_guard's, or None. tokenizer:
+    table: {language: model folder} for --route fixed. detect: see `detector`. tokenizer:
     the arbiter's, or the first model's, by which lengths are counted and answers are equal. Returns
     ({path: rows or a text}, text lines, new tokens, seconds).
     """

@@ -2,7 +2,7 @@
 
     python generate.py route --train candidates.jsonl --model SMALL_MODEL --out RUN
 
-It is the stage "router" (train.py router has presets, resuming with other settings and the dry run as well),
+It is the stage "router" (train.py router has the other flags of training, presets and the dry run as well),
 with a comparison of routes on held-out prompts after it: RUN/routes.json. The router is RUN/model. The same
 command continues a run that was stopped.
 """
@@ -21,6 +21,12 @@ from .router import arrange, choices, compare_routes, load_candidates, routes_ta
 from .stages import builder, fitting, train_stage
 
 
+# The settings of the stage that have a flag here.
+SETTINGS = ("columns", "too_long", "keep_cut", "allow_control_tokens", "tau", "held_out", "epochs",
+            "max_steps", "learning_rate", "warmup_steps", "batch_size", "micro_batch_size", "max_length",
+            "eval_every", "save_every", "seed", "dtype")
+
+
 def make_parser():
     parser = Parser(prog="generate.py route", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,7 +37,7 @@ def make_parser():
     add("--out", required=True, help="run folder; must be new, or a run of the same command")
     add("--eval-data", nargs="+", default=[],
         help="JSONL files of candidates to compare the routes on, instead of --held-out")
-    add_flags(parser, Routing)
+    add_flags(parser, Routing, SETTINGS)
     return parser
 
 
@@ -51,6 +57,7 @@ def run_command(args, device):
     config.check_training(settings, distributed.num_ranks())
     for path in [*args.train, *args.eval_data]:
         refuse_pipe(path)
+    distributed.from_main(lambda: runs.tell_no_effect(args, settings))
     resume = distributed.from_main(lambda: unfinished(out))
     build = builder("router", args.train, settings)
     model, tokenizer = weights.load(args.model, device, trunk=build, sharded=True,

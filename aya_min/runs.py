@@ -95,6 +95,17 @@ def check_new(folder):
                          "continue its run")
 
 
+def tell_no_effect(args, settings):
+    """Name on standard error the flags that have no effect beside the others."""
+    holds_out = getattr(settings, "held_out", 0)            # a stage that needs no --eval-data
+    if args.eval_every and not args.eval_data and not holds_out:
+        distributed.say("--eval-every has no effect without --eval-data")
+    if getattr(args, "held_out", None) is not None and args.eval_data:
+        distributed.say("--held-out has no effect beside --eval-data")
+    if args.epochs and settings.max_steps:
+        distributed.say(f"--epochs has no effect beside --max-steps {settings.max_steps}")
+
+
 def refuse_links(folder):
     """Raise ValueError if a file or folder of the run is a link: its target would be read or replaced."""
     for name in OURS:

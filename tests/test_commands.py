@@ -609,6 +609,7 @@ def test_torchrun_writes_the_file_of_one_process_to_the_last_byte(call, folder, 
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+@pytest.mark.long
 def test_torchrun_generates_what_one_process_generates(call, folder, tmp_path):
     line = "--models A B --arbiter RM --prompts prompts.jsonl --max-new-tokens 8 --temperature 0.7 --keep-cut"
     assert call(generate, f"{line} --out {tmp_path}/one --pairs {tmp_path}/one-pairs")[0] == 0

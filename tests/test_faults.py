@@ -305,7 +305,7 @@ def test_kill_9_at_each_point_of_a_save_leaves_two_whole_states(world, tmp_path)
     assert newest == sorted(newest) and set(newest) == {2, 3} and points >= 12 and LOST["F2"] == 0
 
 
-@pytest.mark.parametrize("every", [17, pytest.param(1 if LONG else 5, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [pytest.param(1 if LONG else 5, marks=pytest.mark.long)])
 def test_kill_9_at_any_point_of_a_resume_from_its_last_step_to_the_end_is_made_up_for_by_the_same_resume(
         every, world, tmp_path):
     """F2. The evaluation, eval.json, the model beside an older one, the renames: the same command
@@ -661,6 +661,7 @@ def test_when_a_rank_is_killed_the_others_end_and_the_run_goes_on_from_the_last_
         SURVIVED["F11"] += 1
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_takes_the_run_down_after_the_collective_timeout(world, tmp_path):
     TRIED["F11"] += 1
     folder = tmp_path / "run"

@@ -1239,8 +1239,8 @@ def peak(commands):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
-@pytest.mark.parametrize("method_names", [["linear"], pytest.param([*METHODS], marks=pytest.mark.long)],
-                         ids=["linear", "all methods and diff"])
+@pytest.mark.long
+@pytest.mark.parametrize("method_names", [["linear"], [*METHODS]], ids=["linear", "all methods and diff"])
 def test_memory_does_not_grow_with_the_model_or_its_largest_tensor(method_names, tmp_path):
     """F24, 3 models of 8 shards: far below (N + 2) x largest tensor + 300 MB. One tensor of one model is
     240 MB in fp32."""

@@ -289,6 +289,7 @@ def test_fixed_shapes_with_idle_rows_give_the_same_answers(changes, prompts, mon
     assert generate(model, prompts, **settings) == expected
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
 def test_the_compiled_step_of_a_cuda_graph_gives_the_same_answers(model, prompts, monkeypatch):
     """It once ran in inference mode, which torch.compile refuses; a GPU would have been the first to tell."""
