@@ -1,6 +1,7 @@
 """Claims: the rule of the verdict, arms that are made once and shared, a claim that was stopped, records."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -150,6 +151,7 @@ def test_a_claim_that_was_stopped_goes_on_where_it_stopped_to_the_same_record(ru
     record = run(claim_file(one=short_sft(32), two=late))
     assert len(made) == 3 and all(path.stat().st_mtime_ns == time for path, time in made.items())
     assert without_times(record) == without_times(first)
+    assert run(claim_file(one=short_sft(32), two=late)) == record       # minutes are those of the steps
     [claim] = record["results"]
     assert [row["measure"] for row in claim["comparisons"]] == ["win rate", "length", "marks", "figure"]
     assert claim["comparisons"][0]["seeds"][0]["num"] == 48 and claim["comparisons"][3]["verdict"] == "shown"
@@ -244,6 +246,18 @@ def test_the_list_names_every_claim_with_its_paper(capsys):
         assert module.PAPER in text and all(claim.statement in text for claim in module.CLAIMS)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", experiments.claim_files())
+def test_every_claim_file_runs_at_preset_smoke(name, in_process, tmp_path_factory):
+    out = tmp_path_factory.getbasetemp() / "claims"         # all files share it, and with it the start
+    code, printed, err = in_process(train, "claim", name, "--preset", "smoke", "--seeds", "1", "--out", out)
+    assert code == 0, err
+    record = json.loads((out / name / "claim.json").read_text(encoding="utf-8"))
+    assert [claim["name"] for claim in record["results"]] == [
+        claim.name for claim in experiments.claim_files()[name].CLAIMS]
+    assert printed.strip().endswith(str(out / name / "report.html")) and record["minutes"][0] > 0
+
+
 def test_every_claim_file_names_arms_that_it_has():
     for module in experiments.claim_files().values():
         for claim in module.CLAIMS:
@@ -268,6 +282,15 @@ def test_a_record_gives_a_row_and_its_comparisons(tmp_path):
     assert f"| c | P | says \\| so | theirs | {both} | shown |" in text
     with pytest.raises(ValueError, match="lacks the lines"):
         with_claims("nothing")
+
+
+def test_every_seeds_mark_has_a_colour_of_the_page():
+    """That of the third had none: it was black, also on a dark page."""
+    one = lambda verdict: {"value": 1.0, "ci95": [0.5, 2.0], "none": 0.0, "verdict": verdict}
+    seeds = [[one(verdict)] for verdict in ("shown", "not shown", "reversed", "shown")]
+    claim = result(Claim("c", "s", "t", (Comparison("a", "b"),)), seeds)
+    drawn = experiments_records.forest(claim, [1, 2, 3, 4])
+    assert sorted(re.findall('<g class="(.*?)">', drawn)) == ["a", "a", "b", "b"]
 
 
 def test_torch_threads_are_said_in_the_record():

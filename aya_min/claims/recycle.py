@@ -7,25 +7,26 @@ questions, macro average over the task families; compared on the test questions.
 models of one size, the number of points tried is small, the search starts at the better of the two soups.
 """
 
-from .. import distributed, world_data
+from .. import world_data
 from ..arbitrage import route
 from ..experiments import Claim, Comparison, Figure
-from ..files import read_json, write_jsonl
-from ..merge_search import search_folders
+from ..merge_fitness import by_oracle, halves, of_models
+from ..merge_search import compare, softmax
 from ..world import TINY_TASKS, questions
 
 PAPER = "If You Can't Use Them, Recycle Them, arXiv 2412.04144"
 MINUTES = 12
-STEPS = 60              # of a specialist; its learning rate is 1e-3: the first guess, with which each gains
-FITNESS = 345           # validation questions
+QUESTIONS = 690         # of the validation split
 
 
 def specialist(lab, task):
-    size = STEPS * lab.recipe.batch_size
+    """60 steps of SFT at preset tiny. The learning rate is the first guess, with which each gains."""
+    steps = max(2, lab.recipe.num_prompts // 100)
+    size = steps * lab.recipe.batch_size
     gold = world_data.gold(size * 5, f"recycle/{lab.seed}", "tiny")
     rows = [row for row in gold if row["task"] == task][:size]
-    return lab.train(f"specialist of {task}", "sft", lab.sft, rows, max_steps=STEPS, learning_rate=1e-3,
-                     warmup_steps=STEPS // 10)
+    return lab.train(f"specialist of {task}", "sft", lab.sft, rows, max_steps=steps, learning_rate=1e-3,
+                     warmup_steps=steps // 10)
 
 
 def pool(lab):
@@ -42,18 +43,25 @@ def pool(lab):
 
 
 def searched(lab):
-    """The search's record: {"rows": [{"name", "weights", ...}], "models": [...]}."""
-    folders, count = list(pool(lab).values()), min(FITNESS, 4 * lab.recipe.eval_count)
+    """{"rows": [{"name", "weights", ...}], "models": [...]}, see merge_search.compare. Half of the questions
+    are the search's, and the other half measure what it chose."""
+    folders, count = list(pool(lab).values()), min(QUESTIONS, lab.recipe.eval_count)
+    evaluations = min(10 * len(folders), lab.recipe.num_prompts // 10)
 
     def make(folder):
-        rows = questions("validation", count, f"recycle/{lab.seed}", level=lab.recipe.level, unique=True)
-        own = folder / f"rank-{distributed.rank()}"     # ranks share the questions, so that each searches
-        own.mkdir()
-        write_jsonl(own / "prompts.jsonl", rows)
-        search_folders(folders, own / "search", prompts=[own / "prompts.jsonl"], seed=lab.seed,
-                       evaluations=10 * len(folders), leave_one_out=True)
-        return {"search": read_json(own / "search" / "search.json")}
-    return lab.step("search", make, [lab.name_of(folder) for folder in folders], count)["search"]
+        asked = questions("validation", count, f"recycle/{lab.seed}", level=lab.recipe.level, unique=True)
+        splits = dict(zip(("fitness", "held-out"), halves(asked, lab.seed, lambda row: row["question_id"])))
+        measure = by_oracle(splits, ("task",), lab.recipe.max_new_tokens)
+        evaluate, known = of_models(folders, measure, device=lab.device), {}
+
+        def measured(kind, weights, split):
+            key = split, *weights
+            if key not in known:
+                known[key] = evaluate(weights, split)
+            return known[key]
+        rows, models = compare(measured, len(folders), evaluations, lab.seed, softmax, "held-out", True)
+        return {"rows": rows, "models": models}
+    return lab.step("search", make, [lab.name_of(folder) for folder in folders])
 
 
 def found(name):
