@@ -341,7 +341,12 @@ def arena(answers, baseline, judge, out, reading):
     """Compare two files of answers, write the figures to `out`, print the table."""
     check_out(out)
     sides = [answers_to_judge(path, judge, reading) for path in (answers, baseline)]
-    join(*sides)        # refuses rows that do not match before a model is loaded
+    # refuses rows that do not match before a model is loaded
+    for a, b in join(*sides):
+        if judge == "oracle" and (a["task"], a["args"]) != (b["task"], b["args"]):
+            raise ValueError(f"{prefix_of(b)}question {b['question_id']!r} ({b['language']}) has another "
+                             "task or other args than in the answers, so another right answer: generate "
+                             "both files from the same prompts")
     if judge == "oracle":
         sides = [grade_answers(rows) for rows in sides]
         key, title = "grade", "oracle"

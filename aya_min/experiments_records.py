@@ -38,6 +38,9 @@ def check(name, seeds, preset, out, record):
         of_seed = re.fullmatch(r"seed-\d+-[0-9a-f]{10}", path.name)
         if not (path.is_dir() and (of_seed or (path / "claim.json").is_file() or not any(path.iterdir()))):
             raise ValueError(f"--out {out} holds {path.name}, which no claim made; give another folder")
+    earlier = out / name / "claim.json"
+    if earlier.is_file() and (made := read_json(earlier).get("preset")) != preset:
+        raise ValueError(f"{earlier} is a record of preset {made}, which would be lost; give another --out")
     if record and (name != file or preset != "tiny" or len(seeds) < LEAST_SEEDS or 0 in seeds):
         raise ValueError(f"--record keeps a whole claim file at preset tiny with {LEAST_SEEDS} seeds or "
                          "more, without seed 0, on which settings are chosen")

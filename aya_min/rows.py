@@ -282,7 +282,10 @@ def refuse_unwanted(row, where):
                          "reward and dpo learn from; give another file, or rename the right answer: "
                          "--columns completion=chosen")
     label = row.get("label")
-    if label is False or (type(label) is int and label == 0 and "completion" in row):
+    says_false = isinstance(label, str) and label.strip().lower() == "false"
+    # Beside a completion 0 is TRL's false, and 0.0 what pandas makes of it; elsewhere it may be a class.
+    is_zero = type(label) in (int, float) and label == 0 and "completion" in row
+    if label is False or says_false or is_zero:
         raise ValueError(f"{where}: label {label!r} says that this answer is unwanted, and training would "
                          "make it likelier; remove such rows, or rename the key (kto learns from them)")
 

@@ -344,6 +344,18 @@ def test_equal_answers_tie_under_a_reward_model_though_their_batches_differ(tmp_
     assert overall["tie"] == 3
 
 
+def test_the_oracle_refuses_a_baseline_that_asks_for_another_right_answer(tmp_path, capsys):
+    """The same ids, prompts and answers with other args gave a win rate of 90."""
+    (good, _), (a, _) = world_answers(tmp_path)
+    for changed in ({"args": ["one", "two", "three"]}, {"task": "reverse"}):
+        rows = [{**row, **(changed if i == 0 else {})} for i, row in enumerate(good)]
+        other = tmp_path / "other.jsonl"
+        other.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        error = refusal(capsys, a, other, tmp_path / "eval.json")
+        assert "other.jsonl:1: " in error and "another right answer" in error
+    assert not (tmp_path / "eval.json").exists()
+
+
 def test_the_arena_runs_as_a_module(tmp_path):
     _, (a, b) = world_answers(tmp_path)
     done = program("-m", "aya_min.evaluate", "arena", "--answers", a, "--baseline", b, "--judge", "oracle",

@@ -239,6 +239,15 @@ def test_a_folder_that_holds_what_no_claim_made_is_refused_and_stays(in_process,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "thesis"]
 
 
+def test_a_record_of_another_preset_is_not_replaced(in_process, tmp_path):
+    (tmp_path / "expanse").mkdir()
+    record = tmp_path / "expanse" / "claim.json"
+    record.write_text('{"preset": "tiny"}', encoding="utf-8")
+    code, _, err = in_process(train, "claim", "expanse", "--preset", "smoke", "--out", tmp_path)
+    assert code == 2 and "a record of preset tiny" in err[0]
+    assert record.read_text(encoding="utf-8") == '{"preset": "tiny"}'
+
+
 def test_the_list_names_every_claim_with_its_paper(capsys):
     experiments_records.listing()
     text = experiments_records.listing()

@@ -291,6 +291,8 @@ def test_a_second_prompt_that_says_the_same_is_no_second_shape(write, tokenizer)
                           ({**GOOD, "rejected": "b"}, "a preference pair (rejected)"),
                           ({**GOOD, "label": False}, "label False says that this answer is unwanted"),
                           ({**GOOD, "label": 0}, "label 0 says"),
+                          ({**GOOD, "label": 0.0}, "label 0.0 says"),
+                          ({**GOOD, "label": "False"}, "label 'False' says"),
                           ({"messages": [user("a"), assistant("b")], "label": False}, "label False")])
 def test_an_answer_that_is_unwanted_or_one_of_two_is_no_example(row, says, write, tokenizer):
     path = write({**GOOD, "label": True}, row)
