@@ -25,7 +25,7 @@ import torch
 
 from aya_min import (config, distributed, linear, pipeline, pipeline_checks, pipeline_steps, reference, runs,
                      stages, weights)
-from aya_min.command import Parser, number, printable
+from aya_min.command import Parser, guarded, is_spare_rank, number, printable
 from aya_min.data import read_jsonl
 from aya_min.files import read_json, refuse_pipe, write_json
 from aya_min.languages import CLUSTERS, read_clusters
@@ -320,7 +320,8 @@ def run_claim(args, device):
 
 def list_claims():
     from aya_min import experiments_records
-    print(experiments_records.listing())
+    if not is_spare_rank():
+        print(experiments_records.listing())
 
 
 # {start of a setting's name: the steps that read it}. Such a setting may change until one of them begins.
@@ -363,7 +364,7 @@ def main():
         argv = ["recipe"] + argv
     args = make_parser().parse_args(argv)
     if args.command == "claims":
-        return list_claims()
+        guarded(list_claims, "train.py")
     args.command = runs.OLD_STAGES.get(args.command, args.command)          # rloo: rl, whose default it is
     work = {"recipe": run_whole_recipe, "claim": run_claim}.get(args.command, run_one_stage)
     try:

@@ -99,9 +99,19 @@ class Claim:
 # ---- claim files -------------------------------------------------------------------------------------------
 
 def claim_files():
-    """{name: module} of claims/*.py."""
-    names = sorted(path.stem for path in (HERE / "claims").glob("*.py") if path.stem != "__init__")
-    return {name: importlib.import_module(f"{__package__}.claims.{name}") for name in names}
+    """{name: module} of claims/*.py. ValueError for a file that is not finished."""
+    found = {}
+    for path in sorted((HERE / "claims").glob("*.py")):
+        if path.stem == "__init__":
+            continue
+        try:
+            found[path.stem] = module = importlib.import_module(f"{__package__}.claims.{path.stem}")
+            wrong = [name for name in ("PAPER", "MINUTES", "ARMS", "CLAIMS") if not hasattr(module, name)]
+        except Exception as error:
+            wrong = [f"what Python can import ({type(error).__name__}: {error})"]
+        if wrong:
+            raise ValueError(f"{path}: a claim file without {wrong[0]}; finish it, or move it elsewhere")
+    return found
 
 
 def find_claims(name):

@@ -9,7 +9,7 @@ import torch
 from small import CPU
 
 import train
-from aya_min import experiments, experiments_records
+from aya_min import claims, experiments, experiments_records
 from aya_min.experiments import Claim, Comparison, Figure, Lab, measured, side_of, together
 from aya_min.experiments_records import BEGIN, END, RESULTS, result, run_claims, with_claims
 from aya_min.pipeline_results import evaluate_model
@@ -310,3 +310,31 @@ def test_no_two_claims_or_files_share_a_name():
     files = experiments.claim_files()
     names = [*files, *(claim.name for module in files.values() for claim in module.CLAIMS)]
     assert len(set(names)) == len(names) and all(" " not in name for name in names)
+
+
+@pytest.mark.parametrize("text, said", [("def broken(", "SyntaxError"), ("PAPER = 'x'", "without MINUTES"),
+                                        ("import nothing_of_that_name", "ModuleNotFoundError")])
+def test_a_half_written_claim_file_is_refused_by_name(text, said, tmp_path, monkeypatch):
+    """`train.py claims` and `train.py claim` showed its traceback."""
+    name = f"half_{experiments.hash_of(text)}"
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / f"{name}.py").write_text(text)
+    monkeypatch.setattr(experiments, "HERE", tmp_path)
+    monkeypatch.setattr(claims, "__path__", [str(tmp_path / "claims")])
+    with pytest.raises(ValueError, match=f"{name}.py: a claim file without.*; finish it") as refused:
+        experiments.claim_files()
+    assert said in str(refused.value)
+
+
+def test_the_list_of_claims_is_guarded_and_printed_by_one_rank(in_process, monkeypatch):
+    """A broken record gave a traceback, and two ranks printed the list twice."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("RANK", "1")
+    assert in_process(train, "claims") == (None, "", [])
+    monkeypatch.setenv("RANK", "0")
+    assert "dense-weights: " in in_process(train, "claims")[1]
+
+    def broken():
+        raise ValueError("results/x.json: not JSON")
+    monkeypatch.setattr(experiments_records, "listing", broken)
+    assert in_process(train, "claims") == (2, "", ["train.py: results/x.json: not JSON"])
