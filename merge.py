@@ -201,7 +201,7 @@ def merge_or_diff(options):
     config, is_json, only_print = (options.pop(key, None) for key in ("config", "json", "print_config"))
     if config:
         allow = options.get("allow_config_differences", False)
-        options |= from_config(read_json(config))
+        options |= from_config(read_json(config, "give mergekit's configuration as a JSON object"))
         if allow:
             options["allow_config_differences"] = True
     method, folders, dtype = (options.get(key) for key in ("method", "folders", "dtype"))

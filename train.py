@@ -282,6 +282,8 @@ def run_whole_recipe(args, device):
     out = Path(args.out or f"runs/{args.preset}")
     record = {"preset": args.preset, "arms": args.arms, "seed": recipe.seed, "recipe": asdict(recipe),
               "clusters": clusters, **{k: v for k, v in own.items() if v}}
+    distributed.from_main(lambda: runs.check_writable(
+        out, ("config.json", "summary.json", "report.html", "report.md"), ("steps", "data")))
     distributed.from_main(lambda: check_run_folder(out, record, preset))
     pipeline_checks.check_clusters(clusters, own=bool(args.base))
     if args.base:
@@ -295,7 +297,8 @@ def run_whole_recipe(args, device):
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(runs.lock(out))
         before = out / "config.json"
-        products = runs.products_before(read_json(before)) if before.is_file() else linear.chosen()
+        recorded = read_json(before, "give another --out") if before.is_file() else None
+        products = runs.products_before(recorded) if recorded else linear.chosen()
         about = {**record, "products": products, "versions": runs.versions(), "command": " ".join(sys.argv)}
         write_json(before, about)
         return products
@@ -311,6 +314,9 @@ def run_claim(args, device):
     from aya_min import experiments_records     # imports every claim file
     distributed.from_main(lambda: experiments_records.check(args.name, args.seeds, args.preset,
                                                             Path(args.out), args.record))
+    distributed.from_main(lambda: runs.check_writable(Path(args.out)))
+    distributed.from_main(lambda: runs.check_writable(Path(args.out) / args.name,
+                                                      ("claim.json", "report.html")))
     record = experiments_records.run_claims(args.name, args.seeds, args.preset, Path(args.out), device)
     if distributed.is_main():
         print(experiments_records.table(record), Path(args.out) / args.name / "report.html", sep="\n")

@@ -232,11 +232,12 @@ class Lab:
         content = [self.name_of(folder) for folder in folders], method, base and self.name_of(base), settings
         more = {**settings, **({"base": base} if base else {})}
 
+        def merge(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            merge_folders(folders, folder / "model", method, **more)
+
         def make(folder):
-            if distributed.is_main():
-                folder.mkdir(parents=True, exist_ok=True)
-                merge_folders(folders, folder / "model", method, **more)
-            distributed.barrier()
+            distributed.from_main(lambda: merge(folder))
         self._done(f"merge-{method}", make, *content)
         return self.folder / "steps" / f"merge-{method}-{hash_of(*content)}" / "model"
 
@@ -251,9 +252,7 @@ class Lab:
         folder = self.folder / "steps" / f"{name}-{hash_of(source, *content)}" / "made"
 
         def fill(above):
-            if distributed.is_main():
-                folder.mkdir(parents=True)
-            distributed.barrier()
+            distributed.from_main(lambda: folder.mkdir(parents=True))
             return {"made": make(folder) or {}}
         return self._done(name, fill, source, *content)["made"] | {"folder": folder}
 

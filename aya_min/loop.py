@@ -190,7 +190,7 @@ def read_metrics(path):
 
     Raises ValueError with file and line for a line that the loop did not write."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    rows = [parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    rows = [parse_json(line, f"{path}:{number}", "remove the line") for number, line in enumerate(lines, 1)]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or type(row.get("step")) is not int:
             raise ValueError(f"{path}:{number}: not a row of metrics with its step; remove the line")

@@ -9,13 +9,13 @@ from . import distributed
 from .command import printable
 from .data import without_added_keys
 from .evaluate import compare, grade_answers, summarize
-from .files import read_json, write_json, write_jsonl
+from .files import read_json, write_json
 from .languages import cluster_languages
-from .pipeline_steps import answers_of, saved_rows, scores_of, step
-from .report import write_report
+from .pipeline_steps import answers_of, refresh_page, saved_rows, scores_of, step, write_rows
 from .world import questions
 
 DECODINGS = {"greedy": 0.0, "sampled": 1.0}                 # and their temperatures
+AGAIN = "remove the step's folder, and the same command makes it again"
 OPPONENTS = ("base", "single", "random", "mix", "sft", "offline")
 
 
@@ -65,9 +65,7 @@ def evaluate_model(run, name, folder):
                 # rounded: padding moves the last bits, and equal texts must tie
                 judged = [{**row, "grade": None if score is None else round(score, 4)}
                           for row, score in zip(judged, scores)]
-            if distributed.is_main():
-                own.mkdir(parents=True, exist_ok=True)
-                write_jsonl(own / f"{decoding}.jsonl", map(without_added_keys, judged))
+            write_rows(own / f"{decoding}.jsonl", map(without_added_keys, judged))
 
     asked = f"the {run.recipe.eval_split} questions" if run.embedded else "the evaluation prompts"
     step(run, f"eval-{name}", f"{name} answers {asked}", make)
@@ -113,8 +111,8 @@ class Results:
         self.answers[name] = evaluate_model(self.run, name, folder)
         if self.arbiter:
             add_rewards(self.run, name, self.answers[name], self.arbiter)
-        if distributed.is_main():
-            print(printable(f"    {name}: {self.said_of(name)}"), flush=True)
+        said = printable(f"    {name}: {self.said_of(name)}")
+        distributed.from_main(lambda: print(said, flush=True))
         return folder
 
     def said_of(self, name):
@@ -139,10 +137,11 @@ class Results:
     def show(self):
         """Write summary.json and the page with what is there by now. Returns the summary."""
         summary = self.summary()
-        if distributed.is_main():
+
+        def write():
             write_json(self.run.folder / "summary.json", summary)
-            write_report(self.run.folder)
-        distributed.barrier()
+            refresh_page(self.run.folder, every=0)
+        distributed.from_main(write)
         return summary
 
     def summarized(self, name, decoding):
@@ -178,7 +177,7 @@ class Results:
     def summary(self):
         run, entries = self.run, [self.entry(model) for model in self.models]
         paths = sorted((run.folder / "steps").glob("*/done.json"), key=lambda p: p.stat().st_mtime)
-        records = [read_json(path) for path in paths]
+        records = [read_json(path, AGAIN) for path in paths]
         rounds = ("offline", *(f"online-{t}" for t in range(1, run.recipe.rounds + 1)))
         online = [{d: {"reward": e[d]["reward"], "grade": e[d].get("grade")} for d in DECODINGS}
                   for e in entries if e["name"] in rounds]
@@ -203,7 +202,7 @@ def step_totals(run, name):
     """Steps, tokens and seconds that went into a model by itself (a merged stage: its clusters)."""
     names = [name] + [f"{name}-{cluster}" for cluster in run.clusters] + [f"{name}-pairs"]
     paths = [run.folder / "steps" / n / "done.json" for n in names]
-    records = [read_json(p) for p in paths if p.is_file()]
+    records = [read_json(p, AGAIN) for p in paths if p.is_file()]
     keys = {"steps": "training_steps", "tokens": "tokens", "seconds": "seconds"}
     return {name: sum(rec[key] for rec in records) for name, key in keys.items()}
 

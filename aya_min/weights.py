@@ -163,16 +163,24 @@ def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.
     specs = {name: (tensorfiles.CODES[dtype], tuple(tensor.shape)) for name, tensor in state.items()}
     files = tensorfiles.assign_files(specs, shard_bytes)
     tensors = (distributed.full(state[name]).to("cpu", dtype) for specs in files.values() for name in specs)
-    if distributed.is_main():
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(folder, replace_folder) as made:
-            tensorfiles.write(made, files, tensors)
-            write_descriptions(made, model, tokenizer, dtype)
-    else:
+
+    def take_part():
         for _ in tensors:                       # gathering a tensor is a collective
             pass
-    distributed.barrier()
+
+    def write(folder):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with new_folder(folder, replace_folder) as made:
+                tensorfiles.write(made, files, tensors)
+                write_descriptions(made, model, tokenizer, dtype)
+        except (ValueError, OSError):
+            take_part()
+            raise
+
+    if not distributed.is_main():
+        take_part()
+    distributed.from_main(lambda: write(Path(folder)))
 
 
 def check_place(folder, model, tokenizer):

@@ -68,7 +68,6 @@ def small_base(lab):
         model = CohereForCausalLM(config.ModelConfig(**{**preset, **halved}))
         model = init_weights(model, torch.Generator().manual_seed(r.seed))
         weights.save(folder / "model", model, lab.tokenizer)
-        distributed.barrier()
     start = lab.step("small-start", make)["folder"] / "model"
     rows = world_data.corpus(r.corpus, r.seed, r.level)
     return lab.train("a base of half the heads", "pretrain", start, rows, warmup_steps=50,
