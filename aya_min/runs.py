@@ -331,11 +331,15 @@ def make_new(folder, model):
 
 
 def check_steps(folder, old, settings, num_items, done):
-    """Raise ValueError if a resume asks for fewer steps than are done, or for another schedule of those."""
+    """Raise ValueError if a resume asks for fewer steps than are done, for another schedule of those, or to
+    profile one of them."""
     num_steps = count_steps(num_items, settings)
     if done > num_steps:
         raise ValueError(f"--resume {folder}: that run has done {done} steps, more than the {num_steps} that "
                          "are asked for; raise --max-steps or --epochs")
+    if settings.profile not in (None, old.profile) and settings.profile < done:
+        raise ValueError(f"--profile {settings.profile}: {done} steps of {folder} are done, counted from 0; "
+                         f"profile step {done} or a later one")
     check_schedule(folder, old, settings, num_items, done)
 
 

@@ -133,13 +133,14 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
          replicate=1, cpu_offload=False):
     """(model, tokenizer) of a model folder, read tensor by tensor into the module that its config.json names.
 
-    model.came_with keeps the folder's generation_config.json and other files for `save`. sharded: the model
-    is sharded first, by distributed.shard(model, compute_dtype, replicate, cpu_offload), and each rank reads
-    and holds only its rows. trunk: see `load_meta`; a head that the folder lacks is drawn with seed 0.
+    model.came_with keeps the folder's generation_config.json and other files for `save`, model.came_from its
+    name for messages. sharded: the model is sharded first, by distributed.shard(model, compute_dtype,
+    replicate, cpu_offload), and each rank reads and holds only its rows. trunk: see `load_meta`; a head that
+    the folder lacks is drawn with seed 0.
     """
     model, tokenizer, header = load_meta(folder, trunk)
     model = model.to(dtype)
-    model.came_with = read_generation(folder), read_others(folder)
+    model.came_with, model.came_from = (read_generation(folder), read_others(folder)), str(folder)
     if sharded:
         distributed.shard(model, compute_dtype, replicate, cpu_offload)
     generator = torch.Generator().manual_seed(0)
