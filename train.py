@@ -285,17 +285,21 @@ def run_whole_recipe(args, device):
     distributed.from_main(lambda: check_run_folder(out, record, preset))
     pipeline_checks.check_clusters(clusters, own=bool(args.base))
     if args.base:
+        brought = dict(own)
         own["prompts"], own["eval_prompts"] = pipeline_checks.check_own(recipe, clusters, args.arms, **own)
     else:
         pipeline_checks.check_world(recipe, clusters)
     num_prompts = len(own["prompts"]) if args.base else None
     pipeline_checks.check_sizes(recipe, clusters, distributed.num_ranks(), num_prompts)
+    if args.base:
+        record["sha256"] = distributed.from_main(lambda: pipeline_checks.contents(**brought))
+        distributed.from_main(lambda: pipeline_checks.check_contents(out, record["sha256"]))
 
     def open_folder():
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(runs.lock(out))
         before = out / "config.json"
-        products = runs.products_before(read_json(before)) if before.is_file() else linear.chosen()
+        products = runs.products_before(before) if before.is_file() else linear.chosen()
         about = {**record, "products": products, "versions": runs.versions(), "command": " ".join(sys.argv)}
         write_json(before, about)
         return products
@@ -343,12 +347,13 @@ def check_run_folder(out, record, preset):
     if not isinstance(recipes[1], dict):
         raise ValueError(f"{out} exists and is not a run of the recipe; give another --out")
     theirs = defaults | recipes[1]
+    runs.tell_missing(path, defaults, recipes[1])
 
     def may_change(name):
         begun = (step for start, steps in LATE.items() if name.startswith(start)
                  for step in [*out.glob(f"steps/{steps}/done.json"), *out.glob(f"steps/{steps}/state")])
         return name.startswith(tuple(LATE)) and not any(begun)
-    skipped = {"versions", "command", "arms", "products"}
+    skipped = {"versions", "command", "arms", "products", "sha256"}
     changed = [k for k in sorted((now.keys() | before.keys()) - skipped) if now.get(k) != before.get(k)]
     changed += [f"{config.flag_of(k)} ({theirs.get(k)!r})" for k in sorted(theirs.keys() | recipes[0].keys())
                 if theirs.get(k) != recipes[0].get(k) and not may_change(k)]

@@ -31,7 +31,7 @@ from .pipeline import (arbitrage, build_arbiter, build_base, build_teachers,
                        train_clusters_and_merge)
 from .pipeline_results import add_rewards, evaluate_model
 from .preferences import best_worst
-from .pipeline_steps import Run, answers_of, scores_of, stage_settings, step, train_step
+from .pipeline_steps import Run, answers_of, saved_rows, scores_of, stage_settings, step, train_step
 from .stages import STAGES
 from .tokenizer import load_tokenizer
 from .world import questions
@@ -272,8 +272,7 @@ class Lab:
 
     def metrics(self, name):
         """The rows of an arm's metrics.jsonl."""
-        lines = (self.arm(name).parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return saved_rows(self.arm(name).parent / "metrics.jsonl")
 
     def answers(self, name, decoding, scored=False):
         """An arm's answers to the evaluation's questions, graded by the oracle. scored: with the arbiter's

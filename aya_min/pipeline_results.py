@@ -9,9 +9,9 @@ from . import distributed
 from .command import printable
 from .data import without_added_keys
 from .evaluate import compare, grade_answers, summarize
-from .files import read_json, write_json, write_jsonl
+from .files import write_json, write_jsonl
 from .languages import cluster_languages
-from .pipeline_steps import answers_of, saved_rows, scores_of, step
+from .pipeline_steps import answers_of, read_done, saved_rows, scores_of, step
 from .report import write_report
 from .world import questions
 
@@ -178,7 +178,7 @@ class Results:
     def summary(self):
         run, entries = self.run, [self.entry(model) for model in self.models]
         paths = sorted((run.folder / "steps").glob("*/done.json"), key=lambda p: p.stat().st_mtime)
-        records = [read_json(path) for path in paths]
+        records = [read_done(path.parent) for path in paths]
         rounds = ("offline", *(f"online-{t}" for t in range(1, run.recipe.rounds + 1)))
         online = [{d: {"reward": e[d]["reward"], "grade": e[d].get("grade")} for d in DECODINGS}
                   for e in entries if e["name"] in rounds]
@@ -202,8 +202,8 @@ class Results:
 def step_totals(run, name):
     """Steps, tokens and seconds that went into a model by itself (a merged stage: its clusters)."""
     names = [name] + [f"{name}-{cluster}" for cluster in run.clusters] + [f"{name}-pairs"]
-    paths = [run.folder / "steps" / n / "done.json" for n in names]
-    records = [read_json(p) for p in paths if p.is_file()]
+    folders = [run.folder / "steps" / n for n in names]
+    records = [read_done(folder) for folder in folders if (folder / "done.json").is_file()]
     keys = {"steps": "training_steps", "tokens": "tokens", "seconds": "seconds"}
     return {name: sum(rec[key] for rec in records) for name, key in keys.items()}
 

@@ -40,5 +40,21 @@ def test_a_resumed_run_takes_the_library_of_products_that_it_began_with(world, t
     path.write_text(json.dumps({**about, "products": "onednn"}), encoding="utf-8")
     run("sft", world, tmp_path / "run", resume=True, max_steps=3, schedule="constant")
     assert linear.chosen() == "onednn"
-    assert runs.products_before({"products": "onednn"}) == "onednn"
-    assert runs.products_before({}) in linear.LIBRARIES
+    assert runs.products_before(path) == "onednn"
+    path.write_text("{}", encoding="utf-8")
+    assert runs.products_before(path) in linear.LIBRARIES
+    path.write_text('{"products": ["onednn"]}', encoding="utf-8")
+    with pytest.raises(ValueError, match="config.json: products .* known: default onednn; write one of them"):
+        runs.products_before(path)
+
+
+def test_a_setting_that_a_config_has_lost_is_named_at_a_resume(world, tmp_path, capsys):
+    """Today's default was taken without a word."""
+    run("sft", world, tmp_path / "run", max_steps=2, schedule="constant", save_every=1, learning_rate=1e-4)
+    path = tmp_path / "run" / "config.json"
+    about = json.loads(path.read_text(encoding="utf-8"))
+    del about["settings"]["learning_rate"]
+    path.write_text(json.dumps(about), encoding="utf-8")
+    run("sft", world, tmp_path / "run", resume=True, max_steps=3, schedule="constant")
+    said = f"config.json does not hold learning_rate {SFT().learning_rate}: today's default is taken"
+    assert said in capsys.readouterr().err
