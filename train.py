@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-from aya_min import (config, distributed, linear, pipeline, pipeline_checks, pipeline_steps, reference, runs,
-                     stages, weights)
+from aya_min import (config, distributed, linear, model_config, pipeline, pipeline_checks, pipeline_steps,
+                     reference, runs, stages, weights)
 from aya_min.command import Parser, number, printable
 from aya_min.data import read_jsonl
 from aya_min.files import read_json, refuse_pipe, write_json
@@ -97,7 +97,7 @@ def add_stage(commands, name, stage):
     """The command of a stage of stages.STAGES."""
     olds = [old for old, new in runs.OLD_STAGES.items() if new == name]
     parser = commands.add_parser(name, aliases=olds, help=stage.about)
-    presets = " ".join(config.MODEL_PRESETS)
+    presets = " ".join(model_config.MODEL_PRESETS)
     parser.add_argument("--model", help=f"model folder, or a preset's name for random weights ({presets})")
     parser.add_argument("--tokenizer", help="for a preset: folder with tokenizer.json (default: train one on "
                                             "the data)")
@@ -133,7 +133,7 @@ def load_model(args, device, settings):
     A folder is read directly into the ranks' shards."""
     architecture = stages.builder(args.command, args.data, settings)
     if is_preset(args.model):
-        preset = config.model_preset(args.model)
+        preset = model_config.model_preset(args.model)
         if args.dry_run and not args.tokenizer and not args.data:
             return on_meta(architecture, preset), None
         if args.tokenizer:
@@ -179,7 +179,7 @@ def on_meta(architecture, model_config):
 
 
 def is_preset(name):
-    return name in config.MODEL_PRESETS and not Path(name).is_dir()
+    return name in model_config.MODEL_PRESETS and not Path(name).is_dir()
 
 
 def resumed_from(args):

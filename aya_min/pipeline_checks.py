@@ -8,7 +8,8 @@ from . import weights, world_data
 from .alike import identity
 from .arbitrage import read_answers
 from .command import progress
-from .config import check_batch_size, flag_of, model_preset
+from .config import check_batch_size, flag_of
+from .model_config import model_preset
 from .data import load_prompts
 from .distributed import say
 from .files import Digests, read_json

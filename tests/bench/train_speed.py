@@ -29,7 +29,8 @@ from statistics import median
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from aya_min import config, stages, weights                                             # noqa: E402
+from aya_min import stages, weights                                                     # noqa: E402
+from aya_min.model_config import ModelConfig                                            # noqa: E402
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights                  # noqa: E402
 from aya_min.tokenizer import load_tokenizer, train_tokenizer                           # noqa: E402
 from aya_min.files import write_jsonl                                                   # noqa: E402
@@ -68,7 +69,7 @@ def make(folder):
     weights.save(
         folder / "model",
         init_weights(
-            CohereForCausalLM(config.ModelConfig(**SIZES, **sizes)), torch.Generator().manual_seed(0)
+            CohereForCausalLM(ModelConfig(**SIZES, **sizes)), torch.Generator().manual_seed(0)
         ),
         tokenizer,
     )
@@ -82,7 +83,7 @@ def make(folder):
     }
     weights.save(
         folder / "reward",
-        init_weights(RewardModel(config.ModelConfig(**small, **sizes)), torch.Generator().manual_seed(0)),
+        init_weights(RewardModel(ModelConfig(**small, **sizes)), torch.Generator().manual_seed(0)),
         tokenizer,
     )
 
