@@ -2,11 +2,12 @@
 its own, in turn.
 
     pip install trl && OMP_NUM_THREADS=2 python tests/bench/train_speed.py [--rounds 3] [--stages sft dpo
-    rloo] [--loaded]
+    rloo ppo] [--loaded]
 
 The 5.6M-parameter Cohere model; prompts of 32 words, answers of 32-96 words; SFT with 16 examples a step, DPO
-with 16 pairs (reference pass counted), RLOO
-with 4 prompts x 4 completions of 64 tokens. TRL runs without gradient checkpointing, without dropout, AdamW.
+with 16 pairs (reference pass counted), RLOO with 4 prompts x 4 completions of 64 tokens, PPO with 16 prompts
+x 1 completion, one gradient step on each batch, and a critic as small as the reward model. TRL runs without
+gradient checkpointing, without dropout, AdamW. The last TRL with PPO is 1.12.0 (trl.experimental.ppo).
 Figures: median seconds of the steps after the
 third, over the rounds the median [least, most]; peak resident memory of the process. --loaded: another
 process keeps a core busy meanwhile. "matmuls" is the time of one step's large matmuls alone
@@ -44,7 +45,7 @@ SIZES = dict(
     num_key_value_heads=2,
     max_position_embeddings=1024,
 )
-STEPS = {"sft": 16, "dpo": 10, "rloo": 10}
+STEPS = {"sft": 16, "dpo": 10, "rloo": 10, "ppo": 10}
 SYLLABLES = [a + b + c for a in "bcdfgklmnprstvz" for b in "aeiou" for c in ("", "n", "r", "s", "l")]
 
 
@@ -97,12 +98,13 @@ def run_ours(stage, folder, out, compile):
         save_every=0,
     )
     (model, tokenizer), more = weights.load(folder / "model"), {}
-    if stage == "rloo":
-        settings |= dict(num_samples=4, max_new_tokens=64)
+    if stage in ("rloo", "ppo"):
+        settings |= dict(num_samples=4 if stage == "rloo" else 1, max_new_tokens=64, algorithm=stage)
         more["reward_model"] = weights.load(folder / "reward")[0]
+        stage = "rl"
     settings_class, data = (
         stages.stage_named(stage).settings,
-        {"sft": "sft", "dpo": "pairs", "rloo": "prompts"}[stage],
+        {"sft": "sft", "dpo": "pairs", "rl": "prompts"}[stage],
     )
     if stage == "dpo":  # the reference pass over the pairs that the steps use, no more
         rows = (folder / "pairs.jsonl").read_text(encoding="utf-8").split("\n")[:16 * STEPS["dpo"]]
@@ -162,7 +164,7 @@ def run_trl(stage, folder, out, compile):
     )
     rows = [
         json.loads(line)
-        for line in (folder / {"sft": "sft", "dpo": "pairs", "rloo": "prompts"}[stage])
+        for line in (folder / {"sft": "sft", "dpo": "pairs"}.get(stage, "prompts"))
         .with_suffix(".jsonl")
         .read_text(encoding="utf-8")
         .split("\n")[:-1]
@@ -190,6 +192,8 @@ def run_trl(stage, folder, out, compile):
             processing_class=tokenizer,
             callbacks=[Clock()],
         )
+    elif stage == "ppo":
+        return run_trl_ppo(folder, common, data, tokenizer, model)
     else:
         trainer = trl.RLOOTrainer(
             model,
@@ -202,6 +206,37 @@ def run_trl(stage, folder, out, compile):
     del start
     trainer.train()
     return seconds
+
+
+def run_trl_ppo(folder, common, data, tokenizer, policy):
+    """Seconds between the ends of TRL's PPO steps. transformers has no Cohere model with a score: its trunk and
+    a linear layer make one, of our small reward model's size."""
+    import transformers
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    ends = [time.perf_counter()]
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            ends.append(time.perf_counter())
+
+    class Scored(torch.nn.Module):
+        base_model_prefix = "model"
+
+        def __init__(self):
+            super().__init__()
+            config = transformers.AutoConfig.from_pretrained(folder / "reward")
+            self.config, self.model = config, transformers.AutoModel.from_config(config, dtype=torch.float32)
+            self.score = torch.nn.Linear(config.hidden_size, 1, bias=False)
+
+    data = data.map(lambda row: tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True,
+                                                              return_dict=True), remove_columns=["prompt"])
+    count = common.pop("max_steps")
+    args = PPOConfig(total_episodes=16 * count, num_ppo_epochs=1, num_mini_batches=1, response_length=64,
+                     temperature=1.0, num_sample_generations=0, local_rollout_forward_batch_size=16, **common)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    PPOTrainer(args=args, processing_class=tokenizer, model=policy, ref_model=reference,
+               reward_model=Scored(), value_model=Scored(), train_dataset=data, callbacks=[Clock()]).train()
+    return [b - a for a, b in zip(ends, ends[1:])]
 
 
 def child(tool, stage, folder, out, compile):
