@@ -9,7 +9,7 @@ of pairs.
 
 import torch
 
-from .. import distributed, model_config, weights, world_data
+from .. import model_config, weights, world_data
 from ..experiments import Claim, Comparison
 from ..languages import LANGUAGES
 from ..model import CohereForCausalLM, init_weights
@@ -68,7 +68,6 @@ def small_base(lab):
         model = CohereForCausalLM(model_config.ModelConfig(**{**preset, **halved}))
         model = init_weights(model, torch.Generator().manual_seed(r.seed))
         weights.save(folder / "model", model, lab.tokenizer)
-        distributed.barrier()
     start = lab.step("small-start", make)["folder"] / "model"
     rows = world_data.corpus(r.corpus, r.seed, r.level)
     return lab.train("a base of half the heads", "pretrain", start, rows, warmup_steps=50,

@@ -209,8 +209,8 @@ def run_trl(stage, folder, out, compile):
 
 
 def run_trl_ppo(folder, common, data, tokenizer, policy):
-    """Seconds between the ends of TRL's PPO steps. transformers has no Cohere model with a score: its trunk and
-    a linear layer make one, of our small reward model's size."""
+    """Seconds between the ends of TRL's PPO steps. transformers has no Cohere model with a score: its trunk
+    and a linear layer make one, of our small reward model's size."""
     import transformers
     from trl.experimental.ppo import PPOConfig, PPOTrainer
     ends = [time.perf_counter()]
