@@ -16,7 +16,7 @@ from ..model import CohereForCausalLM, init_weights
 from ..pipeline import dpo_settings, sft_settings
 
 PAPER = "Mix Data or Merge Models, arXiv 2410.10801; Aya Expanse, 2412.04261"
-MINUTES = 14
+MINUTES = 11
 OF_EACH = {code: [code] for code in LANGUAGES}
 
 

@@ -30,7 +30,7 @@ from statistics import median
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from aya_min import stages, weights                                                     # noqa: E402
+from aya_min import rollouts, stages, weights                                              # noqa: E402
 from aya_min.model_config import ModelConfig                                            # noqa: E402
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights                  # noqa: E402
 from aya_min.tokenizer import load_tokenizer, train_tokenizer                           # noqa: E402
@@ -101,7 +101,14 @@ def run_ours(stage, folder, out, compile):
     if stage in ("rloo", "ppo"):
         settings |= dict(num_samples=4 if stage == "rloo" else 1, max_new_tokens=64, algorithm=stage)
         more["reward_model"] = weights.load(folder / "reward")[0]
-        stage = "rl"
+        stage, answer_rows, sampled = "rl", rollouts.answer_rows, []
+
+        def timed_answers(*args, **kwargs):
+            begin = time.perf_counter()
+            answers = answer_rows(*args, **kwargs)
+            sampled.append(time.perf_counter() - begin)
+            return answers
+        rollouts.answer_rows = timed_answers
     settings_class, data = (
         stages.stage_named(stage).settings,
         {"sft": "sft", "dpo": "pairs", "rl": "prompts"}[stage],
@@ -132,6 +139,8 @@ def run_ours(stage, folder, out, compile):
         for line in (out / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         if '"seconds"' in line
     ]
+    if stage == "rl":
+        print(f"sampling is {median(sampled[3:]) / median(seconds[3:]):.0%} of a step")
     return [s + more.get("reference", 0) for s in seconds]
 
 
@@ -306,14 +315,15 @@ def main():
                         )
                     if done.returncode:
                         sys.exit(done.stderr[-3000:])
-                    made.append(json.loads(done.stdout.strip().split("\n")[-1]))
+                    *said, found = done.stdout.strip().split("\n")
+                    made.append(json.loads(found) | {"said": [line for line in said if "sampling" in line]})
             text, middle = [], {}
             for tool, made in results.items():
                 seconds = sorted(m["seconds"] for m in made)
                 middle[tool] = median(seconds)
                 text.append(
                     f"{tool} {middle[tool]:.3f} [{seconds[0]:.3f}, {seconds[-1]:.3f}] s a step,"
-                    f" {max(m['gigabytes'] for m in made):.2f} GB"
+                    f" {max(m['gigabytes'] for m in made):.2f} GB {' '.join(made[0]['said'])}"
                 )
             print(
                 f"{stage:5} {text[0]}   {text[1]}   ratio {middle['TRL'] / middle['aya_min']:.2f}", flush=True
