@@ -26,8 +26,8 @@ from pathlib import Path
 
 import torch
 
-from aya_min import (config, distributed, linear, pipeline, pipeline_checks, pipeline_steps, reference, runs,
-                     stages, weights)
+from aya_min import (config, distributed, linear, model_config, pipeline, pipeline_checks, pipeline_steps,
+                     reference, runs, stages, weights)
 from aya_min.command import Parser, guarded, is_spare_rank, number, printable
 from aya_min.data import read_jsonl
 from aya_min.files import read_json, refuse_pipe, write_json
@@ -92,6 +92,8 @@ def add_claim(commands):
     claim.add_argument("--preset", choices=list(config.RECIPES), default="tiny")
     claim.add_argument("--out", default="runs/claims",
                        help="folder of all claims; the same command continues (default runs/claims)")
+    claim.add_argument("--config", help="JSON file of recipe settings, to try a claim under others than the "
+                                        "preset's")
     claim.add_argument("--record", action="store_true",
                        help="also keep the record as results/NAME.json of this repository")
     add_timeout(claim, 1800)
@@ -101,7 +103,7 @@ def add_stage(commands, name, stage):
     """The command of a stage of stages.STAGES."""
     olds = [old for old, new in runs.OLD_STAGES.items() if new == name]
     parser = commands.add_parser(name, aliases=olds, help=stage.about)
-    presets = " ".join(config.MODEL_PRESETS)
+    presets = " ".join(model_config.MODEL_PRESETS)
     parser.add_argument("--model", help=f"model folder, or a preset's name for random weights ({presets})")
     parser.add_argument("--tokenizer", help="for a preset: folder with tokenizer.json (default: train one on "
                                             "the data)")
@@ -137,7 +139,7 @@ def load_model(args, device, settings):
     A folder is read directly into the ranks' shards."""
     architecture = stages.builder(args.command, args.data, settings)
     if is_preset(args.model):
-        preset = config.model_preset(args.model)
+        preset = model_config.model_preset(args.model)
         if args.dry_run and not args.tokenizer and not args.data:
             return on_meta(architecture, preset), None
         if args.tokenizer:
@@ -183,7 +185,7 @@ def on_meta(architecture, model_config):
 
 
 def is_preset(name):
-    return name in config.MODEL_PRESETS and not Path(name).is_dir()
+    return name in model_config.MODEL_PRESETS and not Path(name).is_dir()
 
 
 def resumed_from(args):
@@ -291,18 +293,21 @@ def run_whole_recipe(args, device):
     distributed.from_main(lambda: check_run_folder(out, record, preset))
     pipeline_checks.check_clusters(clusters, own=bool(args.base))
     if args.base:
+        brought = dict(own)
         own["prompts"], own["eval_prompts"] = pipeline_checks.check_own(recipe, clusters, args.arms, **own)
     else:
         pipeline_checks.check_world(recipe, clusters)
     num_prompts = len(own["prompts"]) if args.base else None
     pipeline_checks.check_sizes(recipe, clusters, distributed.num_ranks(), num_prompts)
+    if args.base:
+        record["sha256"] = distributed.from_main(lambda: pipeline_checks.contents(**brought))
+        distributed.from_main(lambda: pipeline_checks.check_contents(out, record["sha256"]))
 
     def open_folder():
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(runs.lock(out))
         before = out / "config.json"
-        recorded = read_json(before, "give another --out") if before.is_file() else None
-        products = runs.products_before(recorded) if recorded else linear.chosen()
+        products = runs.products_before(before) if before.is_file() else linear.chosen()
         about = {**record, "products": products, "versions": runs.versions(), "command": " ".join(sys.argv)}
         write_json(before, about)
         return products
@@ -317,11 +322,13 @@ def run_whole_recipe(args, device):
 def run_claim(args, device):
     from aya_min import experiments_records     # imports every claim file
     distributed.from_main(lambda: experiments_records.check(args.name, args.seeds, args.preset,
-                                                            Path(args.out), args.record))
+                                                            Path(args.out), args.record, args.config))
+    changed = args.config and distributed.from_main(lambda: experiments_records.read_changes(args.config))
     distributed.from_main(lambda: runs.check_writable(Path(args.out)))
     distributed.from_main(lambda: runs.check_writable(Path(args.out) / args.name,
                                                       ("claim.json", "report.html")))
-    record = experiments_records.run_claims(args.name, args.seeds, args.preset, Path(args.out), device)
+    record = experiments_records.run_claims(args.name, args.seeds, args.preset, Path(args.out), device,
+                                            changed)
     if distributed.is_main():
         print(experiments_records.table(record), Path(args.out) / args.name / "report.html", sep="\n")
         if args.record:
@@ -354,12 +361,13 @@ def check_run_folder(out, record, preset):
     if not isinstance(recipes[1], dict):
         raise ValueError(f"{out} exists and is not a run of the recipe; give another --out")
     theirs = defaults | recipes[1]
+    runs.tell_missing(path, defaults, recipes[1])
 
     def may_change(name):
         begun = (step for start, steps in LATE.items() if name.startswith(start)
                  for step in [*out.glob(f"steps/{steps}/done.json"), *out.glob(f"steps/{steps}/state")])
         return name.startswith(tuple(LATE)) and not any(begun)
-    skipped = {"versions", "command", "arms", "products"}
+    skipped = {"versions", "command", "arms", "products", "sha256"}
     changed = [k for k in sorted((now.keys() | before.keys()) - skipped) if now.get(k) != before.get(k)]
     changed += [f"{config.flag_of(k)} ({theirs.get(k)!r})" for k in sorted(theirs.keys() | recipes[0].keys())
                 if theirs.get(k) != recipes[0].get(k) and not may_change(k)]

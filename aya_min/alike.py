@@ -8,7 +8,7 @@ layer_types was a pattern, merges were strings); such files count as equal.
 import os
 from pathlib import Path
 
-from .config import ROPE_THETA, ModelConfig, layer_pattern, stop_ids
+from .model_config import ROPE_THETA, ModelConfig, layer_pattern, stop_ids
 from .files import own_file, parse_json, parse_object, read_bytes, read_json, sha256
 
 # ---- config.json -------------------------------------------------------------------------------------------

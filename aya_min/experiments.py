@@ -31,7 +31,7 @@ from .pipeline import (arbitrage, build_arbiter, build_base, build_teachers,
                        train_clusters_and_merge)
 from .pipeline_results import add_rewards, evaluate_model
 from .preferences import best_worst
-from .pipeline_steps import Run, answers_of, scores_of, stage_settings, step, train_step
+from .pipeline_steps import Run, answers_of, saved_rows, scores_of, stage_settings, step, train_step
 from .stages import STAGES
 from .tokenizer import load_tokenizer
 from .world import questions
@@ -142,11 +142,13 @@ def code_version():
 class Lab:
     """One seed's run: the shared start, arms, answers. Everything is done once, on all ranks together.
 
-    out: the folder of all claims. module: the claim file."""
+    out: the folder of all claims. module: the claim file. changed: settings of the recipe that differ from
+    the preset's."""
 
-    def __init__(self, out, preset, seed, device, module):
+    def __init__(self, out, preset, seed, device, module, changed=None):
         split = "test" if seed else "validation"
-        self.recipe = settings_from(Recipe, {**RECIPES[preset], "seed": seed, "eval_split": split})
+        self.recipe = settings_from(Recipe, {**RECIPES[preset], **(changed or {}), "seed": seed,
+                                             "eval_split": split})
         key = hash_of(asdict(self.recipe), code_version())
         self.folder, self.seed, self.device, self.module = out / f"seed-{seed}-{key}", seed, device, module
         self.run = Run(self.folder, self.recipe, device, CLUSTERS)
@@ -281,8 +283,7 @@ class Lab:
 
     def metrics(self, name):
         """The rows of an arm's metrics.jsonl."""
-        lines = (self.arm(name).parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return saved_rows(self.arm(name).parent / "metrics.jsonl")
 
     def answers(self, name, decoding, scored=False):
         """An arm's answers to the evaluation's questions, graded by the oracle. scored: with the arbiter's

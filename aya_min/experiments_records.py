@@ -15,18 +15,22 @@ import torch
 
 from . import distributed, linear, runs
 from .command import guarded, printable
-from .experiments import SIDES, Comparison, Lab, claim_files, find_claims, measured, together
-from .files import read_json, write_json, write_whole
+from .experiments import (SIDES, Comparison, Lab, claim_files, code_version, find_claims, hash_of, measured,
+                          together)
+from .config import Recipe, settings_from
+from .files import parse_object, read_bytes, read_json, write_json, write_whole
+from .pipeline_steps import read_done
 from .report_charts import STYLE, around, axis, chart, esc, html_table, legend, mark, track
 
 RESULTS = Path(__file__).parent.parent / "results"
+ELSEWHERE = "move it elsewhere, or give another --out"
 LEAST_SEEDS = 3             # of a record in results/
 BEGIN, END = "<!-- claims: generated from results/*.json -->\n", "<!-- end of the claims -->\n"
 
 
 # ---- running -----------------------------------------------------------------------------------------------
 
-def check(name, seeds, preset, out, record):
+def check(name, seeds, preset, out, record, config=None):
     """Refuse, before any work, an unknown name, a seed given twice, a folder that holds what no claim made,
     and a record of less than a whole file with enough seeds that chose no setting."""
     file, _, _ = find_claims(name)
@@ -39,42 +43,90 @@ def check(name, seeds, preset, out, record):
         if not (path.is_dir() and (of_seed or (path / "claim.json").is_file() or not any(path.iterdir()))):
             raise ValueError(f"--out {out} holds {path.name}, which no claim made; give another folder")
     earlier = out / name / "claim.json"
-    if earlier.is_file() and (made := read_json(earlier).get("preset")) != preset:
+    if earlier.is_file() and (made := read_record(earlier).get("preset")) != preset:
         raise ValueError(f"{earlier} is a record of preset {made}, which would be lost; give another --out")
-    if record and (name != file or preset != "tiny" or len(seeds) < LEAST_SEEDS or 0 in seeds):
-        raise ValueError(f"--record keeps a whole claim file at preset tiny with {LEAST_SEEDS} seeds or "
-                         "more, without seed 0, on which settings are chosen")
+    if record and (name != file or preset != "tiny" or len(seeds) < LEAST_SEEDS or 0 in seeds or config):
+        raise ValueError(f"--record keeps a whole claim file at preset tiny as it is, with {LEAST_SEEDS} "
+                         "seeds or more, without seed 0, on which settings are chosen")
 
 
-def run_claims(name, seeds, preset, out, device):
+def read_changes(path):
+    """{setting of the recipe: value} of --config's JSON file."""
+    changed = read_json(path)
+    if chosen := sorted({"seed", "eval_split"} & changed.keys()):
+        raise ValueError(f"--config {path}: {chosen[0]} is chosen by --seeds; leave it out")
+    settings_from(Recipe, config_file=path)
+    return changed
+
+
+def run_claims(name, seeds, preset, out, device, changed=None):
     """Make the arms of a claim file (or of one of its claims) with every seed, compare them, write the record
-    and the page after each seed. Returns the record."""
+    and the page after each seed, beside the seeds that are there. Returns the record of these seeds.
+
+    changed: settings of the recipe that differ from the preset's."""
     file, module, claims = find_claims(name)
     for claim in claims:
         check_claim(claim, module)
-    record = {"claims": name, "file": file, "paper": module.PAPER, "preset": preset, "seeds": [],
-              "command": " ".join(sys.argv), "machine": machine(), "products": linear.chosen(),
-              "versions": runs.versions(), "recipe": None, "arms": {}, "minutes": [], "results": []}
-    found = {claim.name: [] for claim in claims}
-    with_seeds = []
+    folder, source = out / name, Path(module.__file__).read_text(encoding="utf-8")
+    code = hash_of(code_version(), source, changed or {})
+    with_seeds = distributed.from_main(lambda: earlier_seeds(folder, code))
     for seed in seeds:
-        lab = Lab(out, preset, seed, device, module)
+        lab = Lab(out, preset, seed, device, module, changed)
         with ExitStack() as held:
             linear.choose(distributed.from_main(lambda: open_seed(lab, held)))
-            for claim in claims:
-                found[claim.name].append([measured(lab, c) for c in claim.comparisons])
-        with_seeds.append(seed)
-        record["recipe"] = {**asdict(lab.recipe), "seed": None, "eval_split": None}
-        record["arms"][str(seed)] = arms_of(lab)
-        record["minutes"].append(round(seconds_of(lab) / 60, 1))
-        record |= {"seeds": list(with_seeds), "results": [result(c, found[c.name]) for c in claims]}
-        if distributed.is_main():
-            folder = out / name
+            found = {claim.name: [measured(lab, c) for c in claim.comparisons] for claim in claims}
+        about = {"claims": name, "file": file, "code": code, "paper": module.PAPER, "preset": preset,
+                 "command": " ".join(sys.argv), "machine": machine(), "products": linear.chosen(),
+                 "versions": runs.versions(),
+                 "recipe": {**asdict(lab.recipe), "seed": None, "eval_split": None}}
+        with_seeds[seed] = {"arms": arms_of(lab), "minutes": round(seconds_of(lab) / 60, 1), "found": found}
+        record = joined(about, claims, dict(sorted(with_seeds.items())))
+
+        def write():
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "claim.json", record)
             write_whole(folder / "report.html", page(record))
-        distributed.barrier()
+        distributed.from_main(write)
+    return joined(about, claims, {seed: with_seeds[seed] for seed in seeds})
+
+
+def joined(about, claims, with_seeds):
+    """The record of {seed: its arms, minutes and what `measured` found for each comparison of each claim}."""
+    return {**about, "seeds": list(with_seeds),
+            "arms": {str(seed): one["arms"] for seed, one in with_seeds.items()},
+            "minutes": [one["minutes"] for one in with_seeds.values()],
+            "results": [result(claim, [one["found"][claim.name] for one in with_seeds.values()])
+                        for claim in claims]}
+
+
+def earlier_seeds(folder, code):
+    """The seeds that the record in a claim's folder has of this code, as `joined` takes them: they stay in
+    the record. A record of other code is kept under another name."""
+    path, of_code = folder / "claim.json", folder / f"claim-{code}.json"
+    other = read_record(path).get("code") if path.is_file() else code
+    if other != code:
+        name = other if re.fullmatch("[0-9a-f]{10}", str(other)) else "earlier"
+        path.replace(folder / f"claim-{name}.json")
+    found = next((each for each in (path, of_code) if each.is_file()), None)
+    return seeds_in(read_record(found)) if found else {}
+
+
+def read_record(path):
+    """A claim's record. ValueError for any other file."""
+    record = parse_object(read_bytes(path), path, ELSEWHERE)
+    try:
+        seeds_in(record)
+    except (KeyError, TypeError, IndexError, AttributeError):
+        raise ValueError(f"{path}: not the record of a claim; {ELSEWHERE}") from None
     return record
+
+
+def seeds_in(record):
+    """{seed: its part of a record}, as `joined` takes them."""
+    return {seed: {"arms": record["arms"][str(seed)], "minutes": record["minutes"][i],
+                   "found": {claim["name"]: [row["seeds"][i] for row in claim["comparisons"]]
+                             for claim in record["results"]}}
+            for i, seed in enumerate(record["seeds"])}
 
 
 def open_seed(lab, held):
@@ -83,7 +135,7 @@ def open_seed(lab, held):
     held.enter_context(runs.lock(lab.folder))
     path = lab.folder / "config.json"
     if path.is_file():
-        return runs.products_before(read_json(path))
+        return runs.products_before(path)
     write_json(path, {"stage": "claims", "seed": lab.seed, "recipe": asdict(lab.recipe),
                       "products": linear.chosen(), "versions": runs.versions()})
     return linear.chosen()
@@ -108,8 +160,8 @@ def machine():
 
 def seconds_of(lab):
     """Seconds of all steps that a lab was asked for, also of those that an earlier command or claim made."""
-    paths = [lab.folder / "steps" / name / "done.json" for name in dict.fromkeys(lab.run.used)]
-    return sum(read_json(path)["seconds"] for path in paths)
+    folders = [lab.folder / "steps" / name for name in dict.fromkeys(lab.run.used)]
+    return sum(read_done(folder)["seconds"] for folder in folders)
 
 
 def arms_of(lab):
@@ -118,7 +170,7 @@ def arms_of(lab):
     about = {}
     for name, folder in lab.arms.items():
         own = lab.name_of(folder).split("/")[1]
-        done = [read_json(path) for path in (lab.folder / "steps").glob(f"{own}*/done.json")]
+        done = [read_done(path.parent) for path in (lab.folder / "steps").glob(f"{own}*/done.json")]
         steps, tokens, seconds = (sum(one[key] for one in done)
                                   for key in ("training_steps", "tokens", "seconds"))
         about[name] = {"folder": f"steps/{own}", "steps": steps, "tokens": tokens,
@@ -224,7 +276,7 @@ def page(record):
 
 def records(folder=RESULTS):
     """The records that the repository keeps, {file: record}."""
-    return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+    return {path.stem: read_record(path) for path in sorted(folder.glob("*.json"))}
 
 
 def keep(record, folder=RESULTS):

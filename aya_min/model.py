@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .config import ModelConfig
+from .model_config import ModelConfig
 from .linear import Linear, linear
 from .token_logps import sum_by_row, token_logps
 

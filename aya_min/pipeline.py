@@ -21,7 +21,8 @@ from .arbitrage import candidates_from, read_answers, route
 from .report_charts import finite
 from .pipeline_checks import teacher_name
 from .command import printable
-from .config import DPO, RL, SFT, Pretrain, Reward, model_preset
+from .config import DPO, RL, SFT, Pretrain, Reward
+from .model_config import model_preset
 from .data import without_added_keys
 from .languages import LANGUAGES, SHARED, cluster_languages, home_language
 from .model import CohereForCausalLM, init_weights

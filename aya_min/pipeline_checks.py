@@ -5,12 +5,18 @@ late costs the run. Each check raises ValueError with the flag, what is wrong an
 from pathlib import Path
 
 from . import weights, world_data
+from .alike import identity
 from .arbitrage import read_answers
-from .config import check_batch_size, flag_of, model_preset
+from .command import progress
+from .config import check_batch_size, flag_of
+from .model_config import model_preset
 from .data import load_prompts
+from .distributed import say
+from .files import Digests, read_json
 from .languages import LANGUAGES, SHARED, cluster_languages, home_language
 from .lengths import fit_prompts
 from .model import RewardModel
+from .tensorfiles import read_header
 from .tokenizer import train_tokenizer
 from .world import gold_answer, questions
 
@@ -151,6 +157,42 @@ def plain_prompt(row):
     """What the recipe takes of a user's row. No column of theirs can be taken for an answer or a judge's
     verdict."""
     return {key: value for key, value in row.items() if key in KEPT}
+
+
+def contents(base, prompts, teachers, arbiter, judge=None, eval_prompts=None):
+    """{flag: {file: SHA-256}} of all that a user brings, of a model folder the files that decide what it
+    computes."""
+    brought = {"base": [base], "prompts": prompts, "teachers": teachers, "arbiter": [arbiter],
+               "judge": [judge] if judge else [], "eval_prompts": eval_prompts or []}
+    files = {name: [file for path in paths for file in files_of(path)] for name, paths in brought.items()}
+    with Digests() as digests:
+        digests.begin(file for each in files.values() for file in each)
+        hashed = {file: digests[file] for file in progress(list(digests.found), desc="SHA-256", unit="file")}
+    return {flag_of(name): {str(file): hashed[file] for file in each}
+            for name, each in files.items() if each}
+
+
+def files_of(path):
+    """The file itself, or those of a model folder."""
+    return [path] if Path(path).is_file() else list(identity(path, read_header(path)))
+
+
+def check_contents(out, now):
+    """Raise ValueError if a run of the recipe began with other contents of what a user brings. now: what
+    `contents` gives."""
+    path = out / "config.json"
+    if not path.is_file():
+        return
+    before = read_json(path).get("sha256")
+    if before is None:
+        say(f"{path} does not say what the files of this run held when it began; they are not compared")
+    elif before != now:
+        was = {flag: each for flag, each in before.items() if isinstance(each, dict)
+               } if isinstance(before, dict) else {}
+        changed = [f"{flag} {file}" for flag, each in now.items() for file, digest in each.items()
+                   if was.get(flag, {}).get(file) != digest]
+        raise ValueError(f"{changed[0] if changed else path} does not hold what it held when the run in "
+                         f"{out} began; give what it held, or another --out")
 
 
 def check_answers(path, rows, recipe, tokenizer, arbiter, its_tokenizer):

@@ -9,13 +9,12 @@ from . import distributed
 from .command import printable
 from .data import without_added_keys
 from .evaluate import compare, grade_answers, summarize
-from .files import read_json, write_json
+from .files import write_json
 from .languages import cluster_languages
-from .pipeline_steps import answers_of, refresh_page, saved_rows, scores_of, step, write_rows
+from .pipeline_steps import answers_of, read_done, refresh_page, saved_rows, scores_of, step, write_rows
 from .world import questions
 
 DECODINGS = {"greedy": 0.0, "sampled": 1.0}                 # and their temperatures
-AGAIN = "remove the step's folder, and the same command makes it again"
 OPPONENTS = ("base", "single", "random", "mix", "sft", "offline")
 
 
@@ -177,7 +176,7 @@ class Results:
     def summary(self):
         run, entries = self.run, [self.entry(model) for model in self.models]
         paths = sorted((run.folder / "steps").glob("*/done.json"), key=lambda p: p.stat().st_mtime)
-        records = [read_json(path, AGAIN) for path in paths]
+        records = [read_done(path.parent) for path in paths]
         rounds = ("offline", *(f"online-{t}" for t in range(1, run.recipe.rounds + 1)))
         online = [{d: {"reward": e[d]["reward"], "grade": e[d].get("grade")} for d in DECODINGS}
                   for e in entries if e["name"] in rounds]
@@ -201,8 +200,8 @@ class Results:
 def step_totals(run, name):
     """Steps, tokens and seconds that went into a model by itself (a merged stage: its clusters)."""
     names = [name] + [f"{name}-{cluster}" for cluster in run.clusters] + [f"{name}-pairs"]
-    paths = [run.folder / "steps" / n / "done.json" for n in names]
-    records = [read_json(p, AGAIN) for p in paths if p.is_file()]
+    folders = [run.folder / "steps" / n for n in names]
+    records = [read_done(folder) for folder in folders if (folder / "done.json").is_file()]
     keys = {"steps": "training_steps", "tokens": "tokens", "seconds": "seconds"}
     return {name: sum(rec[key] for rec in records) for name, key in keys.items()}
 

@@ -5,6 +5,8 @@ Also what most steps do: train a stage from a model folder, let a model folder a
 model score answers.
 """
 
+import hashlib
+import json
 import re
 import shutil
 import sys
@@ -18,7 +20,8 @@ import torch
 from . import checkpoint, distributed, weights
 from .command import one_line
 from .config import Recipe
-from .files import MARK, parse_json, read_bytes, read_json, write_json, write_jsonl
+from .files import (MARK, dumps, own_file, parse_json, parse_object, read_bytes, sha256, write_json,
+                    write_jsonl)
 from .model import CohereForCausalLM, RewardModel
 from .report import write_report
 from .reward import score_texts
@@ -54,21 +57,71 @@ def step(run, name, title, make):
     finds it in done.json. The page is kept fresh, so that the run can be watched."""
     folder = run.folder / "steps" / name
     run.used.append(name)
-    if not distributed.from_main(lambda: (folder / "done.json").is_file()):
+    if distributed.from_main(lambda: (folder / "done.json").is_file()):
+        distributed.from_main(lambda: check_rows(folder))
+    else:
         resume = distributed.from_main(lambda: _clear(folder))
         if distributed.is_main():
             print(f"[{name}] {title}{', resumed' if resume else ''}", flush=True)
         started = time.perf_counter()
-        result = make(folder, resume) or {}
+        try:
+            result = make(folder, resume) or {}
+        except ValueError as error:
+            if not resume:
+                raise
+            # a stage's remedies are those of its own command
+            said = str(error).removeprefix("--resume ")
+            raise ValueError(f"{said}. {anew(folder)}") from None
         steps, tokens = distributed.from_main(lambda: _training_totals(folder))
         record = {"name": name, "title": title, "seconds": time.perf_counter() - started,
                   "training_steps": steps, "tokens": tokens, **result}
-        if distributed.is_main():
-            write_json(folder / "done.json", record)
+
+        def finish():
+            write_json(folder / "done.json", sealed(folder, record))
             _drop_states(folder / "state")
             refresh_page(run.folder)
-        distributed.barrier()
-    return read_json(folder / "done.json")
+        distributed.from_main(finish)
+    return read_done(folder)
+
+
+# The figures of every step in done.json, and their types.
+FIGURES = {"name": str, "title": str, "seconds": (int, float), "training_steps": int, "tokens": int}
+
+
+def anew(folder):
+    return f"In a run of the recipe or of a claim: remove {folder}, and the same command does that step anew"
+
+
+def sealed(folder, record):
+    """The record of a step with the SHA-256 of its rows and of the record itself."""
+    digests = {path.name: sha256(path) for path in sorted(folder.glob("*.jsonl"))}
+    return {**record, "sha256": {**digests, "done.json": digest_of(record)}}
+
+
+def digest_of(record):
+    as_read = json.loads(dumps(record))             # its keys are texts
+    return hashlib.sha256(dumps(as_read, sort_keys=True).encode()).hexdigest()
+
+
+def read_done(folder):
+    """The done.json of a step that is whole. ValueError if it is not as the step wrote it. That of an older
+    version has no digests."""
+    path = folder / "done.json"
+    record = parse_object(read_bytes(path), path, anew(folder))
+    digests = record.get("sha256", {})
+    right = isinstance(digests, dict) and all(isinstance(record.get(key), kind)
+                                              for key, kind in FIGURES.items())
+    rest = {key: value for key, value in record.items() if key != "sha256"}
+    if not right or digests and digests.get("done.json") != digest_of(rest):
+        raise ValueError(f"{path}: not as the step wrote it. {anew(folder)}")
+    return record
+
+
+def check_rows(folder):
+    """Raise ValueError if a file of a whole step's rows is not as the step wrote it."""
+    for name, digest in read_done(folder).get("sha256", {}).items():
+        if name != "done.json" and (not own_file(folder, name) or sha256(folder / name) != digest):
+            raise ValueError(f"{folder / name}: not as the step wrote it. {anew(folder)}")
 
 
 def refresh_page(folder, every=20):

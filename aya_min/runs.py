@@ -169,12 +169,24 @@ def read_run(folder, stage, settings_class):
     return about
 
 
-def products_before(about):
-    """The library of a run's matrix products (linear.chosen). Versions that did not record it took oneDNN
-    where the processor was not Intel's."""
+def products_before(path):
+    """The library of the matrix products (linear.chosen) of the run with this config.json. Versions that did
+    not record it took oneDNN where the processor was not Intel's."""
     cpu = Path("/proc/cpuinfo")
     intel = cpu.is_file() and "GenuineIntel" in cpu.read_text()
-    return about.get("products") or ("default" if intel else "onednn")
+    products = read_json(path).get("products") or ("default" if intel else "onednn")
+    if products not in linear.LIBRARIES:
+        raise ValueError(f"{path}: products {shortened(products)} are not known; known: "
+                         f"{' '.join(linear.LIBRARIES)}; write one of them there, or start anew with another "
+                         "--out")
+    return products
+
+
+def tell_missing(path, values, known):
+    """Name the settings that a run's config.json does not hold, and the values that they take."""
+    if missing := [name for name in values if name not in known]:
+        taken = ", ".join(f"{name} {shortened(values[name])}" for name in missing)
+        print(f"{path} does not hold {taken}: today's default is taken", file=sys.stderr)
 
 
 # {name of a stage in older versions: its name}
@@ -273,7 +285,9 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
         this = {"versions": versions(), "ranks": distributed.num_ranks(), "command": " ".join(sys.argv)}
         done = checkpoint.step_of(state) if state else 0
         if resume:
-            check_steps(folder, settings_before(before, type(settings)), settings, num_items, done)
+            old = settings_before(before, type(settings))
+            check_steps(folder, old, settings, num_items, done)
+            tell_missing(folder / "config.json", asdict(old), {**AS_BEFORE, **before["settings"]})
             tell_resumed(folder, state, done, changes, now)
             about = {**before, **{key: now[key] for key in ("settings", "eval_data") if key in now},
                      "resumed": (before.get("resumed") or []) + [{"step": done, **this}]}
@@ -288,7 +302,7 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
         try:
             before, now, changes = distributed.from_main(take)
             if resume:
-                linear.choose(products_before(before))
+                linear.choose(distributed.from_main(lambda: products_before(folder / "config.json")))
             state = checkpoint.newest_state(folder / "state") if resume else None
             distributed.from_main(write)
             yield RunFolder(folder, state, prints)

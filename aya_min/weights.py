@@ -22,7 +22,7 @@ import torch
 from . import distributed, tensorfiles
 from .alike import files_along
 from .checkpoint import others_in, replace_folder
-from .config import ModelConfig, stop_ids
+from .model_config import ModelConfig, stop_ids
 from .files import new_folder, own_file, read_bytes, read_json
 from .model import CohereForCausalLM, RewardModel, Router, initial_value
 from .tokenizer import FILES, load_tokenizer

@@ -21,7 +21,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from aya_min import checkpoint, config, distributed, stages, tensorfiles, weights
+from aya_min import checkpoint, config, distributed, model_config, stages, tensorfiles, weights
 from aya_min.data import batches_in_order, collate, load_examples, load_prompts, make_batches, slots_of
 from aya_min.loop import evaluate, train
 from aya_min.losses import sft_loss
@@ -52,7 +52,7 @@ def make(architecture, seed, **changes):
     sizes = dict(vocab_size=tokenizer().vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                  num_attention_heads=4, num_key_value_heads=2, logit_scale=1.0, max_position_embeddings=512,
                  initializer_range=0.2, eos_token_id=tokenizer().end_of_turn_id)
-    model = architecture(config.ModelConfig(**{**sizes, **changes}))
+    model = architecture(model_config.ModelConfig(**{**sizes, **changes}))
     return init_weights(model, torch.Generator().manual_seed(seed))
 
 

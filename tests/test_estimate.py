@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from aya_min import distributed, estimate
 from aya_min.losses import sft_loss
 from aya_min.stages import STAGES, blank_example, builder
-from aya_min.config import DPO, KTO, RL, SFT, ModelConfig, Pretrain, Reward, Routing
+from aya_min.config import DPO, KTO, RL, SFT, Pretrain, Reward, Routing
+from aya_min.model_config import ModelConfig
 from aya_min.data import collate
 from aya_min.loop import train, training_flops
 from aya_min.model import CohereForCausalLM, init_weights

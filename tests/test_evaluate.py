@@ -10,7 +10,7 @@ import torch
 from small import program
 
 from aya_min.command import guarded
-from aya_min.config import model_preset
+from aya_min.model_config import model_preset
 from aya_min.evaluate import (
     bootstrap_mean,
     compare,

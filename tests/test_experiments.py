@@ -229,6 +229,24 @@ def test_a_mistake_is_one_line_and_nothing_is_made(words, said, in_process, tmp_
     assert code == 2 and said in err[-1] and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("text, said", [('{"seed": 3}', "chosen by --seeds"), ('{"rounds": -1}', "rounds"),
+                                        ('{"epoch": 1}', "unknown setting epoch"), ("[]", "not an object")])
+def test_settings_to_try_a_claim_under_are_checked_and_are_no_record(text, said, in_process, tmp_path):
+    (tmp_path / "c.json").write_text(text)
+    words = "claim", "expanse", "--out", tmp_path / "out", "--config", tmp_path / "c.json"
+    code, _, err = in_process(train, *words)
+    assert code == 2 and len(err) == 1 and said in err[0]
+    (tmp_path / "c.json").write_text('{"rounds": 2}')
+    code, _, err = in_process(train, *words, "--record")
+    assert code == 2 and "as it is" in err[0] and not (tmp_path / "out").exists()
+
+
+def test_other_settings_of_the_recipe_make_another_start(tmp_path):
+    changes = {}, None, {"lessons": 96}
+    folders = {Lab(tmp_path, "smoke", 1, CPU, None, changed).folder for changed in changes}
+    assert len(folders) == 2
+
+
 def test_a_folder_that_holds_what_no_claim_made_is_refused_and_stays(in_process, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "1.txt").write_text("mine")
@@ -239,13 +257,33 @@ def test_a_folder_that_holds_what_no_claim_made_is_refused_and_stays(in_process,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "thesis"]
 
 
-def test_a_record_of_another_preset_is_not_replaced(in_process, tmp_path):
+def test_a_record_of_another_preset_or_a_users_own_file_is_not_replaced(in_process, tmp_path):
     (tmp_path / "expanse").mkdir()
     record = tmp_path / "expanse" / "claim.json"
-    record.write_text('{"preset": "tiny"}', encoding="utf-8")
-    code, _, err = in_process(train, "claim", "expanse", "--preset", "smoke", "--out", tmp_path)
-    assert code == 2 and "a record of preset tiny" in err[0]
-    assert record.read_text(encoding="utf-8") == '{"preset": "tiny"}'
+    of_tiny = json.dumps({"preset": "tiny", "seeds": [], "arms": {}, "minutes": [], "results": []})
+    for text, said in ((of_tiny, "a record of preset tiny"), ('{"mine": 1}', "not the record of a claim"),
+                       ('{"seeds": [1], "arms": {}, "results": 5}', "move it elsewhere"), ("[", "move it")):
+        record.write_text(text, encoding="utf-8")
+        code, _, err = in_process(train, "claim", "expanse", "--preset", "smoke", "--out", tmp_path)
+        assert code == 2 and len(err) == 1 and said in err[0]
+        assert record.read_text(encoding="utf-8") == text
+
+
+def test_seeds_of_one_after_the_other_are_in_one_record_and_other_code_keeps_its_own(run, tmp_path,
+                                                                                     monkeypatch):
+    """Seed 2 after seed 1 left a record of seed 2 alone."""
+    file, folder = claim_file(one=short_sft(32), two=short_sft(64)), tmp_path / "out" / "small"
+    both = run(file, "both", seeds=(1, 2))
+    assert run(file, seeds=(2,))["seeds"] == [2]
+    assert run(file, seeds=(1,))["seeds"] == [1]
+    joined = json.loads((folder / "claim.json").read_text(encoding="utf-8"))
+    assert without_times(joined) == without_times(both) and joined["seeds"] == [1, 2]
+    monkeypatch.setattr(experiments_records, "code_version", lambda: "other")
+    assert run(file, seeds=(3,))["seeds"] == [3]
+    kept = json.loads((folder / f"claim-{joined['code']}.json").read_text(encoding="utf-8"))
+    assert kept == joined
+    monkeypatch.undo()
+    assert experiments_records.earlier_seeds(folder, joined["code"]).keys() == {1, 2}
 
 
 def test_the_list_names_every_claim_with_its_paper(capsys):
@@ -282,6 +320,7 @@ def test_a_record_gives_a_row_and_its_comparisons(tmp_path):
     claim = Claim("c", "says | so", "theirs", (Comparison("a", "b"),))
     one = {"value": 53.25, "ci95": [51.0, 55.0], "none": 50.0, "verdict": "shown"}
     record = {"claims": "file", "paper": "P", "preset": "tiny", "seeds": [1, 2], "minutes": [3.0, 4.0],
+              "arms": {"1": {}, "2": {}},
               "versions": {"commit": "abc", "torch": "2"}, "machine": {"processor": "X", "threads": 2},
               "results": [result(claim, [[one], [one]])]}
     (tmp_path / "file.json").write_text(json.dumps(record), encoding="utf-8")

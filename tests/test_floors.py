@@ -14,34 +14,36 @@ SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "aya_min").rglob("*.py"), *(ROOT 
 PACKAGES = {"torch", "numpy", "tokenizers", "safetensors", "pytest", "tqdm"}
 
 FLOORS = [
-    # 0: settings of a command line, plain files, pure functions on texts and tensors
-    {"cmaes", "command", "files", "iso639", "linear", "merge_methods", "patience", "report_charts",
-     "rows_keys", "template_expressions"},
-    # 1: settings, languages, ranks, losses, templates, tensors on disk
+    # 0: the command line
+    {"command"},
+    # 1: a model's sizes, plain files, pure functions on texts and tensors
+    {"cmaes", "files", "iso639", "linear", "merge_methods", "model_config", "patience",
+     "report_charts", "rows_keys", "template_expressions"},
+    # 2: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "languages", "merge_config", "merge_front", "template",
      "tensorfiles", "token_logps"},
-    # 2: the decoder, the world, how to resume, what a line of JSONL means, whether two folders are alike
+    # 3: the decoder, the world, how to resume, what a line of JSONL means, whether two folders are alike
     {"alike", "checkpoint", "control_tokens", "journal", "lengths", "losses", "model", "report_data", "rows",
      "template_turns", "world"},
-    # 3: text to ids, rows to batches, the engine's tensors, the oracle
+    # 4: text to ids, rows to batches, the engine's tensors, the oracle
     {"critic", "data", "engine", "language_id", "mixture", "preferences", "report_table", "text_statistics",
      "tokenizer", "world_oracle"},
-    # 4: what is done with a model or with folders
+    # 5: what is done with a model or with folders
     {"arbitrage", "evaluate_languages", "loop", "merge_folders", "report", "reward", "sampling", "weights",
      "world_data", "world_translation"},
-    # 5: run folders, conversations, log-probs under a fixed model, win rates, a recipe's checks
+    # 6: run folders, conversations, log-probs under a fixed model, win rates, a recipe's checks
     {"chat", "contrast", "evaluate", "kto", "pipeline_checks", "reference", "runs"},
-    # 6: samples of the policy as batches
+    # 7: samples of the policy as batches
     {"rollouts", "router"},
-    # 7: the stages
+    # 8: the stages
     {"generate_pool", "stages"},
-    # 8: a recipe's run on disk; what a stage will need; what a search measures
+    # 9: a recipe's run on disk; what a stage will need; what a search measures
     {"estimate", "generate_route", "merge_fitness", "pipeline_steps"},
-    # 9: what a run shows for itself; the search
+    # 10: what a run shows for itself; the search
     {"merge_search", "pipeline_results"},
-    # 10: the recipe; train.py, generate.py and merge.py stand on it
+    # 11: the recipe; train.py, generate.py and merge.py stand on it
     {"pipeline"},
-    # 11: one seed of a claim; what claims leave
+    # 12: one seed of a claim; what claims leave
     {"experiments"},
     {"experiments_records"},
 ]

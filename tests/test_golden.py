@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from small import tokenizer
 
 from aya_min import weights
-from aya_min.config import ModelConfig
+from aya_min.model_config import ModelConfig
 from aya_min.model import CohereForCausalLM
 from aya_min.tokenizer import load_tokenizer, train_tokenizer
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.attention.varlen
 import torch.nn.functional as F
 
-from aya_min.config import ModelConfig, model_preset
+from aya_min.model_config import ModelConfig, model_preset
 from aya_min.token_logps import sum_by_row
 from aya_min.model import CohereForCausalLM, Line, RewardModel, init_weights, rotary
 

@@ -226,6 +226,68 @@ def test_what_a_user_put_into_a_step_is_refused_and_kept_and_a_killed_steps_own_
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+DAMAGED = ["", "{", "[]", "{}", '{"name": "s"}', "null", "\ufffd"]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_record_of_a_step_is_one_line_with_what_to_do(text, tmp_path):
+    """Half of them were a KeyError, the others did not say what to do."""
+    run = pipeline_steps.Run(tmp_path, config.Recipe(), CPU, {})
+    made = {"rewards": {"greedy": [1.5]}, "by": {2: 1}}
+    pipeline_steps.step(run, "s", "a step", lambda folder, resume: made)
+    done = tmp_path / "steps" / "s" / "done.json"
+    whole = done.read_text(encoding="utf-8")
+    done.write_text(text, encoding="utf-8")
+    for call in (lambda: pipeline_steps.step(run, "s", "a step", None),
+                 lambda: pipeline_steps.read_done(done.parent)):
+        with pytest.raises(ValueError, match=r"done.json: .*remove .*/s, and the same command does"):
+            call()
+    for wrong in ({"rewards": {"greedy": [1.25]}}, {"seconds": "1"}, {"tokens": None}, {"more": 1},
+                  {"sha256": []}):
+        done.write_text(json.dumps(json.loads(whole) | wrong))
+        with pytest.raises(ValueError, match="not as the step wrote it"):
+            pipeline_steps.step(run, "s", "a step", None)
+    done.write_text(whole)
+    assert pipeline_steps.step(run, "s", "a step", None)["rewards"] == {"greedy": [1.5]}
+    older = {key: value for key, value in json.loads(whole).items() if key != "sha256"}
+    done.write_text(json.dumps(older))                      # of a version that recorded no digests
+    assert pipeline_steps.step(run, "s", "a step", None) == older
+
+
+def test_rows_that_changed_after_their_step_are_refused(tmp_path):
+    """A recipe went on with half of its candidates."""
+    run = pipeline_steps.Run(tmp_path, config.Recipe(), CPU, {})
+    path = tmp_path / "steps" / "s" / "candidates.jsonl"
+
+    def make(folder, resume):
+        folder.mkdir(parents=True)
+        write_jsonl(path, [{"n": 1}, {"n": 2}])
+    for _ in range(2):
+        pipeline_steps.step(run, "s", "a step", make)
+    path.write_text('{"n": 1}\n')
+    with pytest.raises(ValueError, match="candidates.jsonl: not as the step wrote it.*remove"):
+        pipeline_steps.step(run, "s", "a step", make)
+    path.unlink()
+    with pytest.raises(ValueError, match="candidates.jsonl: not as the step wrote it.*remove"):
+        pipeline_steps.step(run, "s", "a step", make)
+    shutil.rmtree(path.parent)
+    pipeline_steps.step(run, "s", "a step", make)
+    assert len(pipeline_steps.saved_rows(path)) == 2
+
+
+def test_a_killed_step_that_cannot_go_on_says_how_to_do_it_anew(tmp_path):
+    """Its message was that of a stage's --resume, which the recipe does not have."""
+    run = pipeline_steps.Run(tmp_path, config.Recipe(), CPU, {})
+    (tmp_path / "steps" / "s" / "state" / "step-1").mkdir(parents=True)
+    (tmp_path / "steps" / "s" / "state" / "step-1" / "manifest.json").write_text("{}")
+
+    def make(folder, resume):
+        assert resume
+        raise ValueError(f"--resume {folder}: it is damaged")
+    with pytest.raises(ValueError, match=r"^/.*/s: it is damaged. .*remove .*/s, and the same command"):
+        pipeline_steps.step(run, "s", "a step", make)
+
+
 def test_a_nul_that_an_earlier_version_wrote_into_a_step_is_read(tmp_path):
     (tmp_path / "candidates.jsonl").write_text('{"a": "x\\u0000y", "b": "\\\\u0000"}\n')
     assert pipeline_steps.saved_rows(tmp_path / "candidates.jsonl") == [{"a": "x\ufffdy", "b": "\\u0000"}]

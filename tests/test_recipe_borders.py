@@ -1,6 +1,9 @@
 """`train.py recipe`: what is asked for and what a user brings are looked at before anything is made."""
 
 import json
+import os
+import shutil
+from dataclasses import asdict
 
 import pytest
 from small import TORCHRUN, language_model, program, reward_model, tokenizer
@@ -203,7 +206,7 @@ def test_a_column_of_the_users_is_never_taken_for_a_verdict(own, tmp_path):
 # ---- the run folder ----------------------------------------------------------------------------------------
 
 def record_of(**changes):
-    recipe = config.asdict(config.Recipe(**{**config.RECIPES["smoke"], **changes}))
+    recipe = asdict(config.Recipe(**{**config.RECIPES["smoke"], **changes}))
     return {"preset": "smoke", "arms": "main", "seed": recipe["seed"], "recipe": recipe, "clusters": CLUSTERS}
 
 
@@ -229,6 +232,62 @@ def test_another_run_is_refused_with_the_settings_that_differ(tmp_path):
         look(tmp_path, record_of(), record_of() | {"clusters": {"a": ["de"]}})
     with pytest.raises(ValueError, match="other arbiter"):
         look(tmp_path, record_of() | {"arbiter": "a"}, record_of() | {"arbiter": "b"})
+
+
+@pytest.mark.parametrize("name, path, flag", [
+    ("A/model.safetensors", "A", "--base"), ("RM/config.json", "RM", "--arbiter"),
+    ("B/tokenizer.json", "B", "--teachers"), ("p.jsonl", None, "--prompts"),
+    ("answers.jsonl", None, "--teachers")])
+def test_a_run_goes_on_only_with_what_its_users_files_held_when_it_began(name, path, flag, own, tmp_path,
+                                                                         capsys):
+    """Its paths were compared, not what they held: half of a run was of one model, half of another."""
+    copy = shutil.copytree(own, tmp_path / "own")
+    brought = {"base": copy / "A", "prompts": [copy / "p.jsonl"], "arbiter": copy / "RM",
+               "teachers": [copy / "A", copy / "B", copy / "answers.jsonl"]}
+    before, out = pipeline_checks.contents(**brought), tmp_path / "run"
+    out.mkdir()
+    pipeline_checks.check_contents(out, before)             # a new run
+    (out / "config.json").write_text(json.dumps({"sha256": before}))
+    for file in copy.rglob("*"):
+        os.utime(file, (1, 1))                              # copied, or moved: the same contents
+    pipeline_checks.check_contents(out, pipeline_checks.contents(**brought))
+    data = (copy / name).read_bytes()
+    (copy / name).write_bytes(data.replace(data[-40:], bytes(40)) if path == "A" else data + b" ")
+    with pytest.raises(ValueError, match=f"{name} does not hold what it held"):
+        pipeline_checks.check_contents(out, pipeline_checks.contents(**brought))
+    (out / "config.json").write_text("{}")                  # of an older version
+    pipeline_checks.check_contents(out, {})
+    assert "are not compared" in capsys.readouterr().err
+    for damaged in ("[]", "5", '{"--base": 5}', '{"--base": {}}'):
+        (out / "config.json").write_text(f'{{"sha256": {damaged}}}')
+        with pytest.raises(ValueError, match="does not hold what it held"):
+            pipeline_checks.check_contents(out, before)
+
+
+def test_the_recipe_refuses_another_content_before_any_work(own, tmp_path, in_process):
+    out = tmp_path / "run"
+    out.mkdir()
+    flags = flags_of(own, rounds="1", teachers="A B")
+    record = record_of(rounds=1)
+    brought = {"base": str(own / "A"), "prompts": [str(own / "p.jsonl")], "arbiter": str(own / "RM"),
+               "teachers": [str(own / "A"), str(own / "B")]}
+    record["recipe"].pop("keep_cut")
+    digests = pipeline_checks.contents(**brought)
+    digests["--arbiter"] = dict.fromkeys(digests["--arbiter"], "0" * 64)
+    (out / "config.json").write_text(json.dumps({**record, **brought, "sha256": digests}))
+    code, _, err = in_process(train, "recipe", "--preset", "smoke", "--out", out, *flags)
+    assert code == 2 and "does not hold what it held" in err[-1] and "--arbiter" in err[-1]
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+
+
+def test_settings_that_a_config_has_lost_are_named_with_what_they_take(tmp_path, capsys):
+    """Today's default was taken without a word."""
+    before = record_of()
+    del before["recipe"]["columns"]
+    look(tmp_path, before, record_of())
+    assert "config.json does not hold columns None: today's default is taken" in capsys.readouterr().err
+    look(tmp_path, record_of(), record_of())
+    assert capsys.readouterr().err == ""
 
 
 def test_a_setting_of_a_step_not_yet_begun_may_change_so_that_a_late_failure_does_not_cost_the_run(tmp_path):

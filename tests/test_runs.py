@@ -42,8 +42,26 @@ def test_a_resumed_run_takes_the_library_of_products_that_it_began_with(world, t
     path.write_text(json.dumps({**about, "products": "onednn"}), encoding="utf-8")
     run("sft", world, tmp_path / "run", resume=True, max_steps=3, schedule="constant")
     assert linear.chosen() == "onednn"
-    assert runs.products_before({"products": "onednn"}) == "onednn"
-    assert runs.products_before({}) in linear.LIBRARIES
+    assert runs.products_before(path) == "onednn"
+    path.write_text("{}", encoding="utf-8")
+    assert runs.products_before(path) in linear.LIBRARIES
+    path.write_text('{"products": ["onednn"]}', encoding="utf-8")
+    with pytest.raises(ValueError, match="config.json: products .* known: default onednn; write one of them"):
+        runs.products_before(path)
+
+
+def test_a_setting_that_a_config_has_lost_is_named_at_a_resume(world, tmp_path, capsys):
+    """Today's default was taken without a word."""
+    run("sft", world, tmp_path / "run", max_steps=2, schedule="constant", save_every=1, learning_rate=1e-4)
+    path = tmp_path / "run" / "config.json"
+    about = json.loads(path.read_text(encoding="utf-8"))
+    del about["settings"]["learning_rate"]
+    path.write_text(json.dumps(about), encoding="utf-8")
+    run("sft", world, tmp_path / "run", resume=True, max_steps=3, schedule="constant")
+    said = f"config.json does not hold learning_rate {SFT().learning_rate}: today's default is taken"
+    assert said in capsys.readouterr().err
+
+
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, in_process, monkeypatch):
@@ -84,5 +102,5 @@ def test_a_record_of_ours_that_is_not_json_is_refused_with_what_to_do(text, tmp_
     step.mkdir(parents=True)
     (step / "done.json").write_text(text)
     run = pipeline_steps.Run(tmp_path, None, None, {})
-    with pytest.raises(ValueError, match="base/done.json: .*; remove the step's folder, and the same"):
+    with pytest.raises(ValueError, match="base/done.json: .*remove .*base, and the same command"):
         pipeline_results.step_totals(run, "base")

@@ -11,7 +11,7 @@ import torch
 from small import language_model, on_ranks, reward_model, tokenizer
 
 from aya_min.reward import score_texts
-from aya_min import config, sampling
+from aya_min import model_config, sampling
 from aya_min.engine import Engine, Fused, choose, filtered
 from aya_min.sampling import answer_rows, complete, engine_size, generate, stream
 from aya_min.world import questions
@@ -593,7 +593,7 @@ def test_on_done_hears_of_each_prompt_once_with_all_its_samples(model, prompts):
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_the_batch_size_that_does():
-    model = config.model_preset("aya-expanse-32b")
+    model = model_config.model_preset("aya-expanse-32b")
     with pytest.raises(
         ValueError,
         match=(
@@ -602,7 +602,7 @@ def test_a_cache_that_does_not_fit_is_refused_with_the_batch_size_that_does():
         ),
     ):
         engine_size(model, [8000] * 1_000_000, [192] * 1_000_000, 1, 1_000_000, dtype=torch.bfloat16)
-    assert engine_size(config.model_preset("smoke"), [10, 20], [5, 5], 2, 3) == (
+    assert engine_size(model_config.model_preset("smoke"), [10, 20], [5, 5], 2, 3) == (
         3,
         32,
         3 * 32 * 2 * 2 * 32 * 4,

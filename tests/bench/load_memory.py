@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from aya_min import distributed, tensorfiles, weights
-from aya_min.config import ModelConfig
+from aya_min.model_config import ModelConfig
 from aya_min.model import CohereForCausalLM
 from aya_min.tokenizer import train_tokenizer
 

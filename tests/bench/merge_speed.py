@@ -42,7 +42,7 @@ def make(folder, seed, num_layers):
     import torch
 
     from aya_min import tensorfiles
-    from aya_min.config import ModelConfig
+    from aya_min.model_config import ModelConfig
     from aya_min.model import CohereForCausalLM
     from aya_min.tokenizer import train_tokenizer
     config = ModelConfig(

@@ -38,6 +38,7 @@ from aya_min.data import collate, load_examples, make_batches                   
 from aya_min.files import write_jsonl                                                   # noqa: E402
 from aya_min.loop import train                                                          # noqa: E402
 from aya_min.model import CohereForCausalLM, init_weights                               # noqa: E402
+from aya_min.model_config import model_preset                                           # noqa: E402
 from aya_min.losses import sft_loss                                                     # noqa: E402
 from aya_min.tokenizer import train_tokenizer                                           # noqa: E402
 
@@ -154,7 +155,7 @@ def base_batches(settings, recipe, num_rows=4000):
         examples = load_examples([Path(folder) / "base.jsonl"], tokenizer, settings.max_length, settings)
     slots = (*sorted({e.language for e in examples} - {"other"}), "other")
     _, batches = make_batches(examples, lambda some: collate(some, tokenizer.pad_id, slots), settings)
-    return config.model_preset(recipe.model, tokenizer.vocab_size), batches
+    return model_preset(recipe.model, tokenizer.vocab_size), batches
 
 
 def main():
