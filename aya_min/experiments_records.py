@@ -15,9 +15,9 @@ import torch
 
 from . import distributed, linear, runs
 from .command import guarded, printable
+from .config import Recipe, settings_from
 from .experiments import (SIDES, Comparison, Lab, claim_files, code_version, find_claims, hash_of, measured,
                           together)
-from .config import Recipe, settings_from
 from .files import parse_object, read_bytes, read_json, write_json, write_whole
 from .pipeline_steps import digest_of, read_done
 from .report_charts import STYLE, around, axis, chart, esc, html_table, legend, mark, track

@@ -187,11 +187,10 @@ def check_contents(out, now):
     if before is None:
         say(f"{path} does not say what the files of this run held when it began; they are not compared")
     elif before != now:
-        was = {flag: each for flag, each in before.items() if isinstance(each, dict)
-               } if isinstance(before, dict) else {}
+        whole = isinstance(before, dict) and all(isinstance(each, dict) for each in before.values())
         changed = [f"{flag} {file}" for flag, each in now.items() for file, digest in each.items()
-                   if was.get(flag, {}).get(file) != digest]
-        file = changed[0] if was and changed else path
+                   if whole and before.get(flag, {}).get(file) != digest]
+        file = changed[0] if changed else path
         raise ValueError(f"{file} does not hold what it held when the run in {out} began; give what it held, "
                          "or another --out")
 

@@ -71,7 +71,7 @@ def step(run, name, title, make):
                 raise
             # a stage's remedies are those of its own command
             said = str(error).removeprefix("--resume ")
-            raise ValueError(f"{said}. {anew(folder)}") from None
+            raise ValueError(f"{said}; or {anew(folder)}") from None
         steps, tokens = distributed.from_main(lambda: _training_totals(folder))
         record = {"name": name, "title": title, "seconds": time.perf_counter() - started,
                   "training_steps": steps, "tokens": tokens, **result}
@@ -89,7 +89,8 @@ FIGURES = {"name": str, "title": str, "seconds": (int, float), "training_steps":
 
 
 def anew(folder):
-    return f"In a run of the recipe or of a claim: remove {folder}, and the same command does that step anew"
+    """The remedy for a step that is damaged."""
+    return f"remove {folder}, and the same command does that step anew"
 
 
 def sealed(folder, record):
@@ -108,13 +109,13 @@ def read_done(folder):
     version has no digests."""
     path = folder / "done.json"
     record = parse_object(read_bytes(path), path, anew(folder))
-    digests = record.get("sha256", {})
-    right = isinstance(digests, dict) and all(isinstance(record.get(key), kind)
-                                              for key, kind in FIGURES.items())
-    rest = {key: value for key, value in record.items() if key != "sha256"}
+    digests, rest = record.get("sha256"), {key: value for key, value in record.items() if key != "sha256"}
+    right = all(isinstance(record.get(key), kind) for key, kind in FIGURES.items())
     right = right and record["name"] == folder.name
-    if not right or "sha256" in record and digests.get("done.json") != digest_of(rest):
-        raise ValueError(f"{path}: not as the step wrote it. {anew(folder)}")
+    if "sha256" in record:
+        right = right and isinstance(digests, dict) and digests.get("done.json") == digest_of(rest)
+    if not right:
+        raise ValueError(f"{path}: not as the step wrote it; {anew(folder)}")
     return record
 
 
@@ -122,7 +123,7 @@ def check_rows(folder):
     """Raise ValueError if a file of a whole step's rows is not as the step wrote it."""
     for name, digest in read_done(folder).get("sha256", {}).items():
         if name != "done.json" and (not own_file(folder, name) or sha256(folder / name) != digest):
-            raise ValueError(f"{folder / name}: not as the step wrote it. {anew(folder)}")
+            raise ValueError(f"{folder / name}: not as the step wrote it; {anew(folder)}")
 
 
 def refresh_page(folder, every=20):
@@ -152,8 +153,9 @@ def _clear(folder):
     if checkpoint.saved_states(folder / "state") and not (folder / "model").exists():
         return True
     if folder.exists():
-        files = [path.name for path in folder.iterdir() if path.is_dir() and path.suffix]
-        names = {path.name for path in folder.iterdir()} - OWN | set(files)
+        # a folder named like one of our files, for example done.json, is not ours
+        names = {path.name for path in folder.iterdir()
+                 if path.name not in OWN or path.is_dir() and path.suffix}
         if others := sorted(name for name in names if not name.endswith(MARK)):
             raise ValueError(f"{folder} holds what this run did not make ({' '.join(others[:5])}); move it "
                              "elsewhere")

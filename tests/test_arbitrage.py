@@ -281,6 +281,13 @@ def test_a_prompt_without_a_language_takes_the_answer_in_any(prompts, tmp_path):
     assert texts(read_answers(path, prompts)) == ["a", "a", "b", "nove"]
 
 
+def test_a_prompt_without_a_language_takes_its_own_answer_first(prompts, tmp_path):
+    """It took the first one in any language, also where it had one of its own."""
+    rows = [{"prompt": "9", "language": "fr", "completion": "neuf"}, {"prompt": "9", "completion": "nine"}]
+    path = answers(tmp_path, [{"prompt": p, "completion": p} for p in "78"] + rows)
+    assert texts(read_answers(path, prompts))[-1] == "nine"
+
+
 def test_an_answer_in_another_language_is_not_taken_for_the_prompts(prompts, tmp_path):
     """Without an answer in its own language a prompt used to get one in another, which the file said was
     another."""

@@ -238,7 +238,9 @@ def test_a_mistake_is_one_line_and_nothing_is_made(words, said, in_process, tmp_
 
 
 @pytest.mark.parametrize("text, said", [('{"seed": 3}', "chosen by --seeds"), ('{"rounds": -1}', "rounds"),
-                                        ('{"epoch": 1}', "unknown setting epoch"), ("[]", "not an object")])
+                                        ('{"epoch": 1}', "unknown setting epoch"), ("[]", "not an object"),
+                                        ('{"batch_size": 100000}', "fewer than one batch"),
+                                        ('{"max_new_tokens": 100000}', "positions")])
 def test_settings_to_try_a_claim_under_are_checked_and_are_no_record(text, said, in_process, tmp_path):
     (tmp_path / "c.json").write_text(text)
     words = "claim", "expanse", "--out", tmp_path / "out", "--config", tmp_path / "c.json"
@@ -247,6 +249,22 @@ def test_settings_to_try_a_claim_under_are_checked_and_are_no_record(text, said,
     (tmp_path / "c.json").write_text('{"rounds": 2}')
     code, _, err = in_process(train, *words, "--record")
     assert code == 2 and "as it is" in err[0] and not (tmp_path / "out").exists()
+
+
+def test_a_command_of_other_code_that_is_stopped_leaves_the_record_and_its_folder_usable(run, tmp_path,
+                                                                                         monkeypatch):
+    """The record got its other name before any work: after a stop the folder was refused for good."""
+    def stopped(lab):
+        raise KeyboardInterrupt
+    first, folder = claim_file(one=short_sft(32), two=short_sft(64)), tmp_path / "out" / "small"
+    run(first)
+    before = (folder / "claim.json").read_bytes()
+    monkeypatch.setattr(experiments_records, "code_version", lambda: "other")
+    with pytest.raises(KeyboardInterrupt):
+        run(claim_file(one=stopped, two=stopped))
+    assert (folder / "claim.json").read_bytes() == before
+    (folder / "claim.json").rename(folder / "claim-0123456789.json")       # stopped between both names
+    experiments_records.check("small", [1], "smoke", tmp_path / "out", False)
 
 
 def test_other_settings_of_the_recipe_make_another_start(tmp_path):

@@ -293,7 +293,7 @@ def test_a_killed_step_that_cannot_go_on_says_how_to_do_it_anew(tmp_path):
     def make(folder, resume):
         assert resume
         raise ValueError(f"--resume {folder}: it is damaged")
-    with pytest.raises(ValueError, match=r"^/.*/s: it is damaged. .*remove .*/s, and the same command"):
+    with pytest.raises(ValueError, match=r"^/.*/s: it is damaged; or remove .*/s, and the same command"):
         pipeline_steps.step(run, "s", "a step", make)
 
 
