@@ -139,7 +139,7 @@ VARIANTS = {"sft-recomputed": dict(activation_checkpointing=True),
                                   ("grpo", dict(normalize_advantages=True, reward_noise=0.5)))}}
 
 
-def run(stage, data, out, resume=False, held_out=False, architecture={}, start=None, **changes):
+def run(stage, data, out, resume=False, held_out=False, architecture={}, start=None, device=CPU, **changes):
     """Run a stage on write_world's files in this process (or on these ranks), from a model folder or from
     fresh weights. -> its run folder"""
     function, settings_class, file = STAGES[stage]
@@ -158,7 +158,7 @@ def run(stage, data, out, resume=False, held_out=False, architecture={}, start=N
     if held_out:
         more["eval_data"] = [data / f"held-out-{file}"]
     settings = settings_class(**{**values, **changes})
-    function(model, tokenizer(), [data / file], settings, out, CPU, resume=resume, **more)
+    function(model, tokenizer(), [data / file], settings, out, device, resume=resume, **more)
     return out
 
 
