@@ -1,5 +1,5 @@
-"""What a CUDA GPU computes beside the CPU: every stage's steps, compiled and not, packed, sharded, resumed; the
-engine's recorded step; scores and merges. All of it is skipped without a GPU."""
+"""What a CUDA GPU computes beside the CPU: every stage's steps, compiled and not, packed, sharded, resumed;
+the engine's recorded step; scores and merges. All of it is skipped without a GPU."""
 
 import shutil
 
@@ -90,7 +90,8 @@ def test_the_engine_answers_as_on_the_cpu(changes, settings, world):
     rng = torch.Generator().manual_seed(0)
     prompts = [torch.randint(13, tokenizer().vocab_size, (n,), generator=rng).tolist()
                for n in (5, 100, 1, 40, 7, 2, 17, 64)]
-    model, settings = language_model(**changes), dict(max_new_tokens=24, stop_ids=[20, 30, 40], seed=1) | settings
+    settings = dict(max_new_tokens=24, stop_ids=[20, 30, 40], seed=1) | settings
+    model = language_model(**changes)
     expected = generate(model, prompts, **settings)
     found = generate(model.to(CUDA), prompts, **settings)
     assert [[c.ids for c in group] for group in found] == [[c.ids for c in group] for group in expected]
@@ -130,7 +131,8 @@ def test_a_merge_on_the_gpu_is_the_merge_on_the_cpu(method, tmp_path, in_process
     models = [tmp_path / "0", tmp_path / "1"]
     base = [] if method in ("linear", "slerp") else ["--base", tmp_path / "2"]
     for device in ("cpu", "cuda"):
-        code, out, err = in_process(merge, method, *models, *base, "--device", device, "--out", tmp_path / device)
+        words = (method, *models, *base, "--device", device, "--out", tmp_path / device)
+        code, _, err = in_process(merge, *words)
         assert code == 0, err
     (one, _), (other, _) = (weights.load(tmp_path / device) for device in ("cpu", "cuda"))
     for (name, a), (_, b) in zip(one.state_dict().items(), other.state_dict().items()):

@@ -83,7 +83,8 @@ def train(args):
                               learning_rate=1e-5, dtype="bfloat16", packing=True, activation_checkpointing=1,
                               save_every=0, epochs=1.0)
         try:
-            stages.train_stage("sft", model, tokenizer, [folder / "rows.jsonl"], settings, folder / "run", DEVICE)
+            data, out = [folder / "rows.jsonl"], folder / "run"
+            stages.train_stage("sft", model, tokenizer, data, settings, out, DEVICE)
         except (ValueError, OSError) as error:      # a full disk at the end is not what is measured
             print("ended by", str(error)[:300])
         steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
