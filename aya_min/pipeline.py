@@ -24,25 +24,16 @@ from .command import printable
 from .config import DPO, RL, SFT, Pretrain, Reward
 from .model_config import model_preset
 from .data import without_added_keys
-<<<<<<< HEAD
 from .endpoint import is_endpoint
 from .endpoint_answers import num_missing, tally, tally_line
-from .files import write_jsonl
-=======
->>>>>>> main
 from .languages import LANGUAGES, SHARED, cluster_languages, home_language
 from .model import CohereForCausalLM, init_weights
 from .preferences import best_worst
 from .stages import train_stage
 from .pipeline_results import Results, judge_arbiter
 from .merge_folders import merge_folders
-<<<<<<< HEAD
 from .pipeline_steps import (answers_of, answers_of_endpoint, data_file, read_done, saved_rows, scores_of,
-                             stage_settings, step, train_step)
-=======
-from .pipeline_steps import (answers_of, data_file, saved_rows, scores_of, stage_settings, step, train_step,
-                             write_rows)
->>>>>>> main
+                             stage_settings, step, train_step, write_rows)
 from .tokenizer import load_tokenizer, train_tokenizer
 from .world import gold_answer, questions
 
@@ -124,7 +115,6 @@ def arbitrage(run, teachers, arbiter):
 
     def make(folder, resume):
         rows = run.prompts or questions("train", r.num_prompts, f"prompts/{r.seed}", level=r.level)
-<<<<<<< HEAD
         # endpoints first: a wrong key is seen before a model has answered for hours
         order = sorted(enumerate(teachers.items()), key=lambda item: item[1][1] not in run.endpoints)
         answers = {name: answers_of_teacher(run, i, name, source, rows) for i, (name, source) in order}
@@ -135,23 +125,8 @@ def arbitrage(run, teachers, arbiter):
             distributed.say(tally_line(found))
         scores = {name: scores_of_teacher(run, arbiter, rows, answers[name], name in tallies)
                   for name in teachers}
-        if distributed.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_jsonl(folder / "candidates.jsonl", map(scored, candidates_from(rows, answers, scores)))
-        return {"endpoints": tallies} if tallies else {}
-=======
-        answers, scores = {}, {}
-        for i, (name, source) in enumerate(teachers.items()):
-            if Path(source).is_file():
-                sampled = read_answers(source, rows, r)
-            else:
-                groups = answers_of(run, source, rows, temperature=r.teacher_temperature,
-                                    seed=1000 * r.seed + i, progress=f"{name} answers")
-                sampled = [answer for (answer,) in groups]
-            answers[name] = sampled
-            scores[name] = scores_of(run, arbiter, [{**row, **answer} for row, answer in zip(rows, sampled)])
         write_rows(folder / "candidates.jsonl", map(scored, candidates_from(rows, answers, scores)))
->>>>>>> main
+        return {"endpoints": tallies} if tallies else {}
     step(run, "arbitrage",
          f"arbitrage: {len(teachers)} teachers answer every prompt, the arbiter scores them", make)
     return saved_rows(run.folder / "steps" / "arbitrage" / "candidates.jsonl")
