@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 
 import pytest
 from bad_server import KEY, Server, error, message, reply
@@ -103,10 +104,24 @@ def test_answers_come_in_the_order_of_the_questions_and_kept_gets_whole_groups(a
 def test_the_samples_of_a_prompt_have_seeds_of_their_own_that_do_not_depend_on_the_others(asked):
     def echo(body, times):
         return reply(str(body["seed"]))
-    groups, _, _ = asked(echo, "a", "b", num_samples=3, concurrency=4)
-    assert len(set(texts_of(groups))) == 6
+    kept = []
+    groups, _, _ = asked(echo, "a", "b", num_samples=3, concurrency=4,
+                         kept=lambda i, group: kept.append((i, list(group))))
+    assert len(set(texts_of(groups))) == 6 and sorted(kept) == list(enumerate(groups))
     assert asked(echo, "b", num_samples=3, numbers=[1])[0] == groups[1:]
     assert not set(texts_of(asked(echo, "b", num_samples=3, numbers=[1], seed=1)[0])) & set(texts_of(groups))
+
+
+def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(asked, monkeypatch):
+    with Server() as proxy:
+        monkeypatch.setenv("http_proxy", f"http://{proxy.host}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        assert texts_of(asked(lambda body, times: reply("direct"), "q")[0]) == ["direct"]
+        assert not proxy.asked
+        one = Endpoint.of("http://elsewhere.invalid/v1#m")
+        assert texts_of(ask(one, questions("q"), max_new_tokens=4, temperature=0)) == ["ja"]
+        assert proxy.questions == ["q"]
 
 
 def test_no_more_requests_are_open_than_asked_for(asked):
@@ -190,6 +205,13 @@ def test_a_server_that_has_gone_ends_the_work_instead_of_failing_every_question(
     assert len(server.asked) <= 3 + 8 * 9
 
 
+def test_failures_between_answers_do_not_end_the_work(asked):
+    def answer(body, times):
+        return (500, {}, b"") if int(body["messages"][0]["content"]) % 2 else reply()
+    groups, _, _ = asked(answer, *map(str, range(24)))
+    assert texts_of(groups) == ["ja", None] * 12
+
+
 def test_a_server_that_is_not_there_is_one_line():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -233,7 +255,7 @@ def test_a_broken_connection_is_tried_again(broken, asked):
     assert texts_of(groups) == ["ja", None] and groups[1][0]["missing"] == "connection"
 
 
-def test_a_server_that_is_too_slow_is_left_though_it_sends_a_byte_now_and_then(asked, monkeypatch):
+def test_a_server_that_is_too_slow_is_left_though_it_sends_a_byte_now_and_then(asked):
     """The first waits for ever, the second sends bytes for ever; both are left at the time limit."""
     release = threading.Event()
 
@@ -245,9 +267,10 @@ def test_a_server_that_is_too_slow_is_left_though_it_sends_a_byte_now_and_then(a
         handler.end_headers()
         while not release.is_set():
             handler.wfile.write(b" ")
+    started = time.monotonic()
     groups, waits, _ = asked(flaky(silent, dripping), "q", timeout=0.1)
     release.set()
-    assert texts_of(groups) == ["ja"] and len(waits) == 2
+    assert texts_of(groups) == ["ja"] and len(waits) == 2 and time.monotonic() - started < 4
 
 
 def test_a_huge_body_is_not_read_to_its_end(asked, monkeypatch):
@@ -390,6 +413,7 @@ def test_a_server_that_wants_the_other_name_of_the_token_limit_gets_it(asked):
             reply(str(body.get("max_tokens"))))
     said, _, server = asked(old, "a", extra={"max_completion_tokens": 99})
     assert "extra field" in said and len(server.asked) == 1         # what the user chose is not changed
+    assert "max_tokens" not in server.asked[0]
     assert texts_of(asked(old, "a", extra={"max_tokens": 99})[0]) == ["99"]
     assert texts_of(asked(old, "a", extra={"max_tokens": None})[0]) == ["None"]
     both = asked(lambda body, times: (400, {}, error("max_tokens and max_completion_tokens: no")), "a")
