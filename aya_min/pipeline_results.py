@@ -8,7 +8,8 @@ import time
 from . import distributed
 from .command import printable
 from .data import without_added_keys
-from .evaluate import compare, grade_answers, summarize
+from .evaluate_answers import grade_answers
+from .evaluate_rates import compare, summarize
 from .files import write_json, write_jsonl
 from .languages import cluster_languages
 from .pipeline_steps import answers_of, read_done, saved_rows, scores_of, step
@@ -146,14 +147,14 @@ class Results:
         return summary
 
     def summarized(self, name, decoding):
-        """evaluate.summarize of a model's answers, computed once."""
+        """evaluate_rates.summarize of a model's answers, computed once."""
         key = name, decoding
         if key not in self.figures:
             self.figures[key] = summarize(self.answers[name][decoding])
         return self.figures[key]
 
     def compared(self, name, opponent, decoding):
-        """evaluate.compare of two models' answers, computed once."""
+        """evaluate_rates.compare of two models' answers, computed once."""
         key = name, opponent, decoding
         if key not in self.rates:
             by = "grade" if self.run.embedded or self.run.judge else "reward"

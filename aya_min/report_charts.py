@@ -342,6 +342,16 @@ def scatter(title, labels, series, front, box=(400, 260)):
 
 # ---- parts of the page -------------------------------------------------------------------------------------
 
+def html_page(title, body):
+    """A whole page. Its policy forbids fetching and scripts, whatever a model wrote."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+            f"<title>{esc(title)}</title><style>{STYLE}</style></head>\n<body><main><h1>{esc(title)}</h1>\n"
+            f"{body}</main></body></html>\n")
+
+
 def grid(charts, kind="", key=""):
     """As many charts side by side as fit the page, under the key to their marks; "" without charts."""
     drawn = "".join(charts)

@@ -1,0 +1,120 @@
+"""The judge of the arena and of the leaderboard: its flags, what is checked before it judges, and the journal
+from which a killed command resumes.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from .command import WHOLE, number
+from .config import TEMPERATURE, Reading, add_flags, flag_of
+from .distributed import say
+from .evaluate_answers import check_texts, grade_answers, score_answers, with_seen_language
+from .files import dumps, marked, taken
+from .journal import PURPOSE, Journal
+from .judges import PROTOCOLS, Judging, folder_judge, is_answer, judge, key_of, orders
+from .weights import load
+
+FOLDER_TOKENS = 2048        # of a model folder's verdict: the published limits pass many models' positions
+OF_PROTOCOL = ("max_new_tokens", "temperature", "seed", "dtype", "batch_size", "concurrency")
+
+
+def add_judge_flags(parser):
+    add = parser.add_argument
+    add("--judge", required=True, help="'oracle' (of the embedded world), a reward model's folder, or with "
+                                       "--protocol a language model's folder or an endpoint's URL#model")
+    add("--protocol", help=f"how a language model judges: {' or '.join(PROTOCOLS)} (judges.py)")
+    add("--max-new-tokens", type=number(int, "[1, inf)"),
+        help=f"of a verdict (default: of a folder {FOLDER_TOKENS}, of an endpoint as published, "
+             f"{' or '.join(str(each.max_new_tokens) for each in PROTOCOLS.values())})")
+    add("--temperature", type=number(float, TEMPERATURE), help="of the judge (default 0, as published)")
+    add("--seed", type=number(int, WHOLE), help="of a judge that is not greedy (default 0)")
+    add("--dtype", choices=["float32", "bfloat16"], help="of a judge's folder (default float32)")
+    add("--batch-size", type=number(int, "[1, inf)"), help="verdicts decoded together (default 256)")
+    add("--concurrency", type=number(int, "[1, 10000]"), help="requests to an endpoint at once (default 8)")
+    add_flags(parser, Reading, only=("columns", "too_long", "allow_control_tokens"))
+
+
+def is_url(judge):
+    return judge.startswith(("http://", "https://"))
+
+
+def judging_of(args, reading):
+    """The Judging of the flags, or None for the oracle and for reward models, which follow no protocol."""
+    given = {name: getattr(args, name) for name in OF_PROTOCOL if getattr(args, name) is not None}
+    if args.protocol is None:
+        if is_url(args.judge):
+            raise ValueError(f"--judge {args.judge}: an endpoint judges by a published protocol; give "
+                             "--protocol arena-hard or scores")
+        if given:
+            raise ValueError(f"{flag_of(next(iter(given)))} goes with --protocol, which the oracle and reward "
+                             "models do not follow; leave it out")
+        return None
+    if args.protocol not in PROTOCOLS:
+        raise ValueError(f"--protocol {args.protocol}: unknown; give one of {', '.join(PROTOCOLS)}")
+    if args.judge == "oracle":
+        raise ValueError("--judge oracle follows no protocol; leave --protocol out")
+    foreign = ("dtype", "batch_size") if is_url(args.judge) else ("concurrency",)
+    if wrong := [name for name in foreign if name in given]:
+        what = "a model folder" if is_url(args.judge) else "an endpoint"
+        raise ValueError(f"{flag_of(wrong[0])} is for {what}; leave it out")
+    tokens = PROTOCOLS[args.protocol].max_new_tokens if is_url(args.judge) else FOLDER_TOKENS
+    return Judging(args.judge, args.protocol, **{"max_new_tokens": tokens} | given, too_long=reading.too_long,
+                   allow_control_tokens=bool(reading.allow_control_tokens))
+
+
+def verdicts_path(out):
+    return str(out).removesuffix(".json") + ".verdicts.jsonl"
+
+
+def check_out(path, partial=None):
+    """Refuse, before any work, an output that exists (even as a dangling link) or that cannot be written.
+    partial: a journal, whose outputs may be there already."""
+    if os.path.lexists(path) and not (partial and marked(partial, PURPOSE)):
+        raise ValueError(f"{path} exists: remove it, or name another --out")
+    above = next(folder for folder in Path(path).absolute().parents if os.path.lexists(folder))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        fault = "a folder that you cannot write to" if above.is_dir() else "no folder"
+        raise ValueError(f"{path}: {above} is {fault}; name another --out")
+
+
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def scored(sides, judge, reading):
+    """(the sides' rows with the verdicts of the oracle or of a reward model's folder, the verdict's key, the
+    judge's name)."""
+    if judge == "oracle":
+        return [grade_answers(rows) for rows in sides], "grade", "oracle"
+    check_texts(sum(sides, []), judge, reading)
+    model, tokenizer = load(judge, device=device())
+    sides = score_answers(model, tokenizer, [with_seen_language(rows) for rows in sides], f"--judge {judge}",
+                          reading.too_long)
+    return sides, "score", f"reward model: {Path(judge).resolve().name}"
+
+
+def play(out, outputs, about, pairs, make):
+    """A language model judges pairs of rows; make(verdicts) -> {path: text} is published under the names of
+    `outputs`. A killed command resumes from out.partial."""
+    identity, ready = folder_judge(about, pairs)
+    keys = [key_of(each) for pair in pairs for each in orders(about.protocol, *pair)]
+    digest = hashlib.sha256(dumps(sorted(set(keys))).encode()).hexdigest()
+    # what changes a verdict; batch size and concurrency may change between runs
+    settings = {"judge": identity, "games": digest, "outputs": [Path(path).name for path in outputs],
+                **{name: getattr(about, name)
+                   for name in ("protocol", "max_new_tokens", "temperature", "seed", "dtype", "too_long")}}
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    with Journal(f"{out}.partial", settings, is_answer) as journal:
+        if journal.finish_publishing(outputs, None):
+            say(f"{out} had been finished before; the rest of {out}.partial is removed")
+            return journal.remove()
+        for path in filter(os.path.lexists, outputs):
+            raise taken(path)
+        if journal.done:
+            say(f"resumes: {len(journal.done)} verdicts of {len(set(keys))} games were there before")
+        verdicts = judge(*zip(*pairs), ready(device()), about.protocol, journal)
+        journal.publish(make(verdicts), None)
+        journal.remove()
