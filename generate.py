@@ -252,12 +252,9 @@ def answer_prompt(args, device, reading):
                         args.min_p, stop_ids, args.seed, name=args.model):
             ids.append(i)
             yield i
-    try:
-        for piece in tokenizer.stream(counted()):
-            print(printable(piece), end="", flush=True)
-        print(flush=True)
-    except OSError as error:                        # for example a full disk, or a pipe without a reader
-        raise OSError(error.errno, error.strerror, "standard output") from None
+    for piece in tokenizer.stream(counted()):
+        print(printable(piece), end="", flush=True)
+    print(flush=True)
     if ids[-1] not in stop_ids and not args.ignore_eos:
         print(f"cut: the answer was not finished after --max-new-tokens {args.max_new_tokens}",
               file=sys.stderr)

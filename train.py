@@ -25,7 +25,7 @@ import torch
 
 from aya_min import (config, distributed, linear, model_config, pipeline, pipeline_checks, pipeline_steps,
                      reference, runs, stages, weights)
-from aya_min.command import Parser, number, printable
+from aya_min.command import Parser, guarded, is_spare_rank, number, printable
 from aya_min.data import read_jsonl
 from aya_min.files import read_json, refuse_pipe, write_json
 from aya_min.languages import CLUSTERS, read_clusters
@@ -88,6 +88,8 @@ def add_claim(commands):
     claim.add_argument("--preset", choices=list(config.RECIPES), default="tiny")
     claim.add_argument("--out", default="runs/claims",
                        help="folder of all claims; the same command continues (default runs/claims)")
+    claim.add_argument("--config", help="JSON file of recipe settings, to try a claim under others than the "
+                                        "preset's")
     claim.add_argument("--record", action="store_true",
                        help="also keep the record as results/NAME.json of this repository")
     add_timeout(claim, 1800)
@@ -282,6 +284,8 @@ def run_whole_recipe(args, device):
     out = Path(args.out or f"runs/{args.preset}")
     record = {"preset": args.preset, "arms": args.arms, "seed": recipe.seed, "recipe": asdict(recipe),
               "clusters": clusters, **{k: v for k, v in own.items() if v}}
+    distributed.from_main(lambda: runs.check_writable(
+        out, ("config.json", "summary.json", "report.html", "report.md"), ("steps", "data")))
     distributed.from_main(lambda: check_run_folder(out, record, preset))
     pipeline_checks.check_clusters(clusters, own=bool(args.base))
     if args.base:
@@ -314,8 +318,13 @@ def run_whole_recipe(args, device):
 def run_claim(args, device):
     from aya_min import experiments_records     # imports every claim file
     distributed.from_main(lambda: experiments_records.check(args.name, args.seeds, args.preset,
-                                                            Path(args.out), args.record))
-    record = experiments_records.run_claims(args.name, args.seeds, args.preset, Path(args.out), device)
+                                                            Path(args.out), args.record, args.config))
+    changed = args.config and distributed.from_main(lambda: experiments_records.read_changes(args.config))
+    distributed.from_main(lambda: runs.check_writable(Path(args.out)))
+    distributed.from_main(lambda: runs.check_writable(Path(args.out) / args.name,
+                                                      ("claim.json", "report.html")))
+    record = experiments_records.run_claims(args.name, args.seeds, args.preset, Path(args.out), device,
+                                            changed)
     if distributed.is_main():
         print(experiments_records.table(record), Path(args.out) / args.name / "report.html", sep="\n")
         if args.record:
@@ -324,7 +333,8 @@ def run_claim(args, device):
 
 def list_claims():
     from aya_min import experiments_records
-    print(experiments_records.listing())
+    if not is_spare_rank():
+        print(experiments_records.listing())
 
 
 # {start of a setting's name: the steps that read it}. Such a setting may change until one of them begins.
@@ -368,7 +378,7 @@ def main():
         argv = ["recipe"] + argv
     args = make_parser().parse_args(argv)
     if args.command == "claims":
-        return list_claims()
+        guarded(list_claims, "train.py")
     args.command = runs.OLD_STAGES.get(args.command, args.command)          # rloo: rl, whose default it is
     work = {"recipe": run_whole_recipe, "claim": run_claim}.get(args.command, run_one_stage)
     try:

@@ -49,8 +49,8 @@ def judging_of(args, reading):
             raise ValueError(f"--judge {args.judge}: an endpoint judges by a published protocol; give "
                              "--protocol arena-hard or scores")
         if given:
-            raise ValueError(f"{flag_of(next(iter(given)))} goes with --protocol, which the oracle and reward "
-                             "models do not follow; leave it out")
+            raise ValueError(f"{flag_of(next(iter(given)))} goes with --protocol, which the oracle and "
+                             "reward models do not follow; leave it out")
         return None
     if args.protocol not in PROTOCOLS:
         raise ValueError(f"--protocol {args.protocol}: unknown; give one of {', '.join(PROTOCOLS)}")

@@ -17,7 +17,8 @@ from . import distributed, linear, runs
 from .command import guarded, printable
 from .experiments import (SIDES, Comparison, Lab, claim_files, code_version, find_claims, hash_of, measured,
                           together)
-from .files import parse_object, read_bytes, write_json, write_whole
+from .config import Recipe, settings_from
+from .files import parse_object, read_bytes, read_json, write_json, write_whole
 from .pipeline_steps import read_done
 from .report_charts import STYLE, around, axis, chart, esc, html_table, legend, mark, track
 
@@ -29,7 +30,7 @@ BEGIN, END = "<!-- claims: generated from results/*.json -->\n", "<!-- end of th
 
 # ---- running -----------------------------------------------------------------------------------------------
 
-def check(name, seeds, preset, out, record):
+def check(name, seeds, preset, out, record, config=None):
     """Refuse, before any work, an unknown name, a seed given twice, a folder that holds what no claim made,
     and a record of less than a whole file with enough seeds that chose no setting."""
     file, _, _ = find_claims(name)
@@ -44,21 +45,33 @@ def check(name, seeds, preset, out, record):
     earlier = out / name / "claim.json"
     if earlier.is_file() and (made := read_record(earlier).get("preset")) != preset:
         raise ValueError(f"{earlier} is a record of preset {made}, which would be lost; give another --out")
-    if record and (name != file or preset != "tiny" or len(seeds) < LEAST_SEEDS or 0 in seeds):
-        raise ValueError(f"--record keeps a whole claim file at preset tiny with {LEAST_SEEDS} seeds or "
-                         "more, without seed 0, on which settings are chosen")
+    if record and (name != file or preset != "tiny" or len(seeds) < LEAST_SEEDS or 0 in seeds or config):
+        raise ValueError(f"--record keeps a whole claim file at preset tiny as it is, with {LEAST_SEEDS} "
+                         "seeds or more, without seed 0, on which settings are chosen")
 
 
-def run_claims(name, seeds, preset, out, device):
+def read_changes(path):
+    """{setting of the recipe: value} of --config's JSON file."""
+    changed = read_json(path)
+    if chosen := sorted({"seed", "eval_split"} & changed.keys()):
+        raise ValueError(f"--config {path}: {chosen[0]} is chosen by --seeds; leave it out")
+    settings_from(Recipe, config_file=path)
+    return changed
+
+
+def run_claims(name, seeds, preset, out, device, changed=None):
     """Make the arms of a claim file (or of one of its claims) with every seed, compare them, write the record
-    and the page after each seed, beside the seeds that are there. Returns the record of these seeds."""
+    and the page after each seed, beside the seeds that are there. Returns the record of these seeds.
+
+    changed: settings of the recipe that differ from the preset's."""
     file, module, claims = find_claims(name)
     for claim in claims:
         check_claim(claim, module)
-    folder, code = out / name, hash_of(code_version(), Path(module.__file__).read_text(encoding="utf-8"))
+    folder, source = out / name, Path(module.__file__).read_text(encoding="utf-8")
+    code = hash_of(code_version(), source, changed or {})
     with_seeds = distributed.from_main(lambda: earlier_seeds(folder, code))
     for seed in seeds:
-        lab = Lab(out, preset, seed, device, module)
+        lab = Lab(out, preset, seed, device, module, changed)
         with ExitStack() as held:
             linear.choose(distributed.from_main(lambda: open_seed(lab, held)))
             found = {claim.name: [measured(lab, c) for c in claim.comparisons] for claim in claims}

@@ -112,7 +112,7 @@ MARKS = re.compile(r"<\|The (?:Start|End) of Assistant [AB]'s Answer\|>|<\|User 
 
 
 def read_label(text):
-    """The label of the last [[...]] of a text, or of its last [...] if it has none; None if it is no label."""
+    """The label in the last [[...]] of a text, in its last [...] if it has none; None if that is no label."""
     text = THOUGHTS.sub("", text).upper()
     found = re.findall(r"\[\[([AB<>=]+)\]\]", text) or re.findall(r"\[([AB<>=]+)\]", text)
     return SPELLED.get(found[-1]) if found else None

@@ -153,7 +153,7 @@ def home_clusters(clusters):
 
 def read_clusters(path):
     """{cluster: [language codes]} from a user's JSON file. No language may be in two clusters."""
-    clusters = read_json(Path(path))
+    clusters = read_json(Path(path), "give a JSON object of name -> list of languages")
     if not all(isinstance(codes, list) and codes for codes in clusters.values()):
         raise ValueError(f"{path}: clusters must be a JSON object of name -> non-empty list of languages")
     if not clusters:

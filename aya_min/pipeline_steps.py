@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Optional
 import torch
 
 from . import checkpoint, distributed, weights
+from .command import one_line
 from .config import Recipe
 from .files import (MARK, dumps, own_file, parse_json, parse_object, read_bytes, sha256, write_json,
                     write_jsonl)
@@ -73,11 +75,12 @@ def step(run, name, title, make):
         steps, tokens = distributed.from_main(lambda: _training_totals(folder))
         record = {"name": name, "title": title, "seconds": time.perf_counter() - started,
                   "training_steps": steps, "tokens": tokens, **result}
-        if distributed.is_main():
+
+        def finish():
             write_json(folder / "done.json", sealed(folder, record))
             _drop_states(folder / "state")
             refresh_page(run.folder)
-        distributed.barrier()
+        distributed.from_main(finish)
     return read_done(folder)
 
 
@@ -123,11 +126,14 @@ def check_rows(folder):
 
 def refresh_page(folder, every=20):
     """Write the page of a run anew, unless that was done in the last `every` seconds: it takes half a second
-    in the end."""
+    in the end. A page that cannot be written is said and stops no run."""
     page = folder / "report.html"
-    old = not page.is_file() or time.time() - page.stat().st_mtime > every
-    if old and (folder / "config.json").is_file():
-        write_report(folder)
+    try:
+        old = not page.is_file() or time.time() - page.stat().st_mtime > every
+        if old and (folder / "config.json").is_file():
+            write_report(folder)
+    except (ValueError, OSError) as error:
+        print(f"the page is not written: {one_line(error)}", file=sys.stderr)
 
 
 # What steps leave in their folders.
@@ -173,13 +179,18 @@ def _training_totals(folder):
 
 
 def data_file(run, name, rows):
-    """RUN/data/<name>.jsonl with the rows, written by rank 0."""
+    """RUN/data/<name>.jsonl with the rows."""
     path = run.folder / "data" / f"{name}.jsonl"
-    if distributed.is_main():
+    write_rows(path, rows)
+    return path
+
+
+def write_rows(path, rows):
+    """Write rows to a JSONL file, and make its folder, on rank 0. A collective."""
+    def write():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(path, rows)
-    distributed.barrier()
-    return path
+    distributed.from_main(write)
 
 
 def saved_rows(path):
