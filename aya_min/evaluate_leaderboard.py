@@ -237,6 +237,13 @@ def shares(figures, order):
     return found
 
 
+def around_half(rows):
+    """The ends of the shading of a heat map's rows: as far from 50% as the cell that is farthest."""
+    far = max((abs(share - 0.5) for row in rows if not isinstance(row, str) for share, _ in row[1]
+               if share is not None), default=0)
+    return 0.5 - max(far, 0.05), 0.5 + max(far, 0.05)
+
+
 def page_of(result):
     """The whole text of the page."""
     order, overall = order_of(result), result["overall"]
@@ -252,19 +259,19 @@ def page_of(result):
             cells.append((f"all of {cluster}", shares(result["by_cluster"][cluster], order)))
         cells += [(language(code), shares(result["by_language"][code], order)) for code in codes]
     outlined = "Outlined: the whole 95% interval over questions is above 50."
-    met = result["pairs"]
-    # against one baseline its column stands alone
-    columns = [result["baseline"]] if result["baseline"] else order
-    pair_rows = [(name, shares(met.get(name, {}), columns)) for name in order]
+    pair_rows = [(name, shares(result["pairs"].get(name, {}), order)) for name in order]
+    told = "The oracle says" if result["judge"] == "oracle" else "The text alone says"
     parts = [*(f'<p class="warning">{esc(each)}</p>' for each in result["warnings"]),
              section("All languages", f"{meaning(result)[0].upper()}{meaning(result)[1:]}; judged by the "
                      f"{result['judge']}. Whiskers are 95% intervals over questions.",
                      grid([chart("Win rate", rows)])),
              section("By language", f"{meaning(result)[0].upper()}{meaning(result)[1:]}. {outlined}",
-                     heat_map(order, cells)),
+                     heat_map(order, cells, around_half(cells))),
              section("Who beats whom", "Counted win rate of the row's model against the column's, %; a tie "
-                     f"is half a win. {outlined}", heat_map(columns, pair_rows)),
-             section("The answers", "Right language by the text alone; length in characters.",
+                     f"is half a win. {outlined}",
+                     # against a baseline, the first chart has said it
+                     "" if result["baseline"] else heat_map(order, pair_rows, around_half(pair_rows))),
+             section("The answers", f"{told} which answers are in the right language; length in characters.",
                      models_table(result, order))]
     return html_page("aya_min · leaderboard", "\n".join(filter(None, parts)))
 

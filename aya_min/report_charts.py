@@ -369,12 +369,12 @@ def html_table(head, body, kind=""):
     return f'<div class="scroll"><table{name}><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
-def heat_map(columns, rows):
-    """A table whose cells are shaded by their share.
+def heat_map(columns, rows, ends=(0, 1)):
+    """A table whose cells are shaded by their share, between the shares `ends`.
 
     rows: (label, [(share from 0 to 1 or None, whether to outline it), ...]), or a text, which is a heading.
     """
-    body = ""
+    body, (low, high) = "", ends
     for row in rows:
         if isinstance(row, str):
             width = len(columns) + 1
@@ -385,7 +385,8 @@ def heat_map(columns, rows):
         for share, home in cells:
             name = " class=home" if home else ""
             if finite(share):
-                body += f'<td style="--share:{share:.3f}"{name}>{100 * share:.0f}</td>'
+                shade = min(1, max(0, (share - low) / (high - low)))
+                body += f'<td style="--share:{shade:.3f}"{name}>{100 * share:.0f}</td>'
             else:
                 body += "<td>–</td>"
         body += "</tr>"
