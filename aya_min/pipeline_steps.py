@@ -61,8 +61,8 @@ def step(run, name, title, make):
         distributed.from_main(lambda: check_rows(folder))
     else:
         resume = distributed.from_main(lambda: _clear(folder))
-        if distributed.is_main():
-            print(f"[{name}] {title}{', resumed' if resume else ''}", flush=True)
+        said = f"[{name}] {title}{', resumed' if resume else ''}"
+        distributed.from_main(lambda: print(said, flush=True))
         started = time.perf_counter()
         try:
             result = make(folder, resume) or {}

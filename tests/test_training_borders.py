@@ -399,8 +399,8 @@ def test_every_flag_of_a_command_is_read_by_its_code(path):
 @pytest.mark.parametrize("name", ["recipe", *EVERY])
 def test_every_flag_of_train_is_read_by_the_functions_of_its_command(name):
     """--eval-data of rloo was read by run_one_stage, for the other stages."""
-    one = ["run_one_stage", "resumed_from", "check_flags", "load_model", "main"]
-    functions = ["run_whole_recipe", "check_own", "main"] if name == "recipe" else one
+    one = ["run_one_stage", "resumed_from", "check_flags", "load_model", "run_command"]
+    functions = ["run_whole_recipe", "check_own", "run_command"] if name == "recipe" else one
     settings = {f.name for f in fields(config.Recipe if name == "recipe" else EVERY[name][1])}
     parser = stage_parser(name)
     flags = {action.dest for action in parser._actions} - {"help"} - settings
