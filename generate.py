@@ -4,6 +4,7 @@
     python generate.py --model DIR --chat           (or --models A B --chat: they answer side by side)
     torchrun generate.py --model DIR --prompts F.jsonl --out G.jsonl --num-samples 4 --temperature 0.7
     torchrun generate.py --models A B C --arbiter RM --prompts F.jsonl --out best.jsonl --pairs pairs.jsonl
+    torchrun generate.py --models A http://host/v1#model --arbiter RM --prompts F.jsonl --out best.jsonl
     python generate.py route --train candidates.jsonl --model DIR --out RUN       a router for --route learned
     python generate.py --answers G.jsonl --contrast translated.jsonl --out pairs.jsonl
 """
@@ -31,6 +32,9 @@ from aya_min.command import WHOLE, Parser, is_text, number, printable
 from aya_min.config import TEMPERATURE, Reading, add_flags, settings_from
 from aya_min.data import load_prompts, without_added_keys
 from aya_min.engine import LEAST_TEMPERATURE, Fused, check_sampling
+from aya_min.endpoint import is_endpoint
+from aya_min.endpoint_answers import (add_flags as add_endpoint_flags, answer_rows as ask_rows,
+                                      check_all_there, endpoints_of, is_answer as is_endpoint_answer)
 from aya_min.files import dumps, jsonl, marked, taken
 from aya_min.generate_pool import FILES, OF_POOL, add_flags as add_pool_flags
 from aya_min.generate_pool import answers_of_pool, check_pool, check_router, detector, read_table
@@ -58,13 +62,15 @@ def make_parser():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="model folder")
-    add("--models", nargs="+", help="model folders of the pool, for arbitrage; one or two with --chat")
+    add("--models", nargs="+", help="the pool for arbitrage: model folders, and OpenAI-compatible endpoints "
+                                    "as http(s)://host/v1#model; with --chat one or two folders")
     add("--prompt", help="one prompt; the answer is printed to standard output as it is generated")
     add("--chat", action="store_true", help="a conversation in the terminal; /help lists its commands")
     add("--prompts", nargs="+", help="JSONL files of prompts")
     add("--out", help="JSONL file to write; must not exist. Finished answers are kept in OUT.partial, from "
                       "which the same command resumes after an interruption")
     add_pool_flags(add)
+    add_endpoint_flags(add)
     add("--answers", help="with --contrast: JSONL file of answers written in the prompts' languages")
     add("--contrast", help="JSONL file of answers to the same prompts that were translated from English; "
                            "--out gets pairs, --answers chosen, --contrast rejected. Takes no model")
@@ -104,6 +110,9 @@ def check(args):
     if args.chat and (not_for_chat or distributed.num_ranks() > 1 or len(args.models or []) > 2):
         raise ValueError("--chat is for one process and one or two models, without --out, --num-samples, "
                          "--stop and --ignore-eos")
+    if is_endpoint(args.model or "") or args.chat and args.endpoints:
+        raise ValueError("--model and --chat take model folders; an endpoint stands among --models, with "
+                         "--prompts")
     check_sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     check_pool(args)
     of_files = args.columns or args.allow_control_tokens is not None or args.chat and args.too_long
@@ -133,11 +142,12 @@ def outputs_of(args):
 # ---- what is checked before any weights are read -----------------------------------------------------------
 
 def read_metas(args):
-    """({folder: (model without weights, tokenizer, header)} of all models; the arbiter's such tuple or None).
+    """({folder: (model without weights, tokenizer, header)} of all folders; the arbiter's tuple or None).
 
     ValueError for a reward model that shall generate, or a language model that shall score.
     """
-    metas = {folder: weights.load_meta(folder) for folder in args.models or [args.model]}
+    metas = {folder: weights.load_meta(folder) for folder in args.models or [args.model]
+             if folder not in args.endpoints}
     for folder, (model, *_) in metas.items():
         if not isinstance(model, weights.CohereForCausalLM):
             raise ValueError(f"{folder}: a {weights.KINDS[type(model)]} cannot generate; give a language "
@@ -199,11 +209,13 @@ def open_journal(rows, metas, args, reading):
     for folder, (*_, header) in metas.items():
         made_by |= identity(folder, header)
     prompts = hashlib.sha256(dumps([row["prompt_messages"] for row in rows]).encode()).hexdigest()
-    settings = {"models": list(metas), "model files": made_by, "prompts": prompts,
-                "cut-left": reading.too_long == "cut-left", **{k: getattr(args, k) for k in SAMPLING}}
+    settings = {"models": args.models or [args.model], "model files": made_by, "prompts": prompts,
+                "cut-left": reading.too_long == "cut-left", **{k: getattr(args, k) for k in SAMPLING},
+                **({"extra": args.extra} if args.extra else {})}
 
     def fits(group):
-        return isinstance(group, list) and len(group) == args.num_samples and all(map(is_answer, group))
+        return isinstance(group, list) and len(group) == args.num_samples and (
+            all(map(is_answer, group)) or all(map(is_endpoint_answer, group)))
     return Journal(f"{args.out}.partial", settings, fits)
 
 
@@ -241,6 +253,17 @@ def sample(folder, wanted, rows, lengths, args, device, reading, journal=None):
         tokens = sum(len(a["ids"]) for group in made for a in group)
         done = {**done, **{f"{folder} {i}": group for i, group in zip(left, made)}}
     return [done[f"{folder} {i}"] for i in wanted], tokens, seconds
+
+
+def sample_endpoint(name, wanted, rows, args, journal):
+    """([answers to each row of these indices], new tokens, seconds) of an endpoint, see `sample`."""
+    before, started = set(journal.done), time.perf_counter()
+    groups = ask_rows(args.endpoints[name], name, rows, wanted, journal, args.concurrency,
+                      num_samples=args.num_samples, max_new_tokens=args.max_new_tokens,
+                      temperature=args.temperature, top_p=args.top_p, seed=args.seed, stop=args.stop)
+    tokens = sum(answer["usage"].get("completion_tokens", 0) for i, group in zip(wanted, groups)
+                 if f"{name} {i}" not in before for answer in group)
+    return groups, tokens, time.perf_counter() - started
 
 
 def answer_prompt(args, device, reading):
@@ -304,11 +327,13 @@ def run_command(args, device):
     if args.answers or args.contrast:
         contrast.check(args, make_parser().parse_args([]))
         return print_lines(contrast.write_pairs(args.answers, args.contrast, args.out, reading))
+    args.endpoints = endpoints_of(args.models or [], args)
     check(args)
     metas, arbiter = read_metas(args)
+    check_all_there(args.endpoints)
     if args.chat:
         return talk(args, device)
-    tokenizer = next(iter(metas.values()))[1]
+    tokenizer = (next(iter(metas.values()), None) or arbiter)[1]
     router = check_router(args.router, args.models) if args.router else None
     rows, lengths = fit(read_rows(args, reading, tokenizer), metas, arbiter, router, args, reading)
     for folder, (model, *_) in metas.items():
@@ -342,12 +367,14 @@ def write_answers(rows, lengths, metas, arbiter, table, detect, args, device, re
         for path in filter(os.path.lexists, outputs):
             raise taken(path)
         if journal.done:
-            num_asked = len(rows) * (1 if args.route == "learned" else len(metas))
+            num_asked = len(rows) * (1 if args.route == "learned" else len(args.models or [args.model]))
             distributed.say(f"resumes: {len(journal.done)} of {num_asked} prompts were finished before")
         if args.models:
             def ask(folder, wanted):
+                if folder in args.endpoints:
+                    return sample_endpoint(folder, wanted, rows, args, journal)
                 return sample(folder, wanted, rows, lengths, args, device, reading, journal)
-            tokenizer = (arbiter or metas[args.models[0]])[1]
+            tokenizer = (arbiter or next(iter(metas.values())))[1]
             result = answers_of_pool(rows, ask, args, device, reading, table, detect, tokenizer)
         else:
             result = answers_of_model(rows, lengths, args, device, reading, journal)

@@ -30,6 +30,7 @@ from aya_min import (config, distributed, linear, model_config, pipeline, pipeli
                      reference, runs, stages, weights)
 from aya_min.command import Parser, guarded, is_spare_rank, number, printable
 from aya_min.data import read_jsonl
+from aya_min.endpoint_answers import add_flags as add_endpoint_flags, check_all_there, endpoints_of
 from aya_min.files import read_json, refuse_pipe, write_json
 from aya_min.languages import CLUSTERS, read_clusters
 from aya_min.model import init_weights
@@ -71,13 +72,15 @@ def add_recipe(commands):
     recipe.add_argument("--base", help="your own model folder, instead of the embedded world's base")
     recipe.add_argument("--prompts", nargs="+", help="your own prompt files (JSONL with language)")
     recipe.add_argument("--teachers", nargs="+",
-                        help="model folders, or JSONL files of completions made elsewhere")
+                        help="model folders, JSONL files of completions made elsewhere, or OpenAI-compatible "
+                             "endpoints, http(s)://host/v1#model")
     recipe.add_argument("--arbiter", help="reward model folder")
     recipe.add_argument("--judge", help="another reward model folder, which judges the results")
     recipe.add_argument("--eval-prompts", nargs="+",
                         help="prompts whose answers are judged (default: --prompts)")
     recipe.add_argument("--clusters", help="JSON file {cluster: [languages]}")
     recipe.add_argument("--config", help="JSON file of recipe settings")
+    add_endpoint_flags(recipe.add_argument)
     add_timeout(recipe, 1800)
     config.add_flags(recipe, config.Recipe)
 
@@ -283,11 +286,13 @@ def run_whole_recipe(args, device):
                          "--arbiter")
     if args.judge and Path(args.judge).resolve() == Path(args.arbiter).resolve():
         raise ValueError("--judge must not be the arbiter: a model would be judged by what trained it")
+    endpoints = endpoints_of(args.teachers or [], args)
     clusters = read_clusters(args.clusters) if args.clusters else CLUSTERS
     own |= {"judge": args.judge, "eval_prompts": args.eval_prompts}
     out = Path(args.out or f"runs/{args.preset}")
     record = {"preset": args.preset, "arms": args.arms, "seed": recipe.seed, "recipe": asdict(recipe),
-              "clusters": clusters, **{k: v for k, v in own.items() if v}}
+              "clusters": clusters, **{k: v for k, v in own.items() if v},
+              **({"extra": args.extra} if args.extra else {})}
     distributed.from_main(lambda: runs.check_writable(
         out, ("config.json", "summary.json", "report.html", "report.md"), ("steps", "data")))
     distributed.from_main(lambda: check_run_folder(out, record, preset))
@@ -295,6 +300,8 @@ def run_whole_recipe(args, device):
     if args.base:
         brought = dict(own)
         own["prompts"], own["eval_prompts"] = pipeline_checks.check_own(recipe, clusters, args.arms, **own)
+        if not distributed.from_main(lambda: (out / "steps" / "arbitrage" / "done.json").is_file()):
+            check_all_there(endpoints)
     else:
         pipeline_checks.check_world(recipe, clusters)
     num_prompts = len(own["prompts"]) if args.base else None
@@ -314,6 +321,7 @@ def run_whole_recipe(args, device):
     own |= {k: Path(own[k]) for k in ("base", "arbiter", "judge") if own[k]}
     with ExitStack() as held:
         linear.choose(distributed.from_main(open_folder))
+        own |= {"endpoints": endpoints, "concurrency": args.concurrency}
         summary = pipeline.run_recipe(pipeline_steps.Run(out, recipe, device, clusters, args.arms, **own))
     if distributed.is_main():
         print(printable(f"\n{results_table(summary)}\n\n{out / 'report.html'}"))

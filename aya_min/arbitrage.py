@@ -25,7 +25,8 @@ from .rows import conversation_of, finish_reason, prompt_of, read_jsonl
 def candidates_from(rows, answers, scores=None):
     """The rows with "candidates": [{"teacher", "completion", "reward", "finish_reason"}, ...].
 
-    answers: {teacher: [{"completion", "finish_reason"} for each row]}.
+    answers: {teacher: [{"completion", "finish_reason"} for each row]}; a teacher whose completion is None has
+    no candidate in that row.
     scores: {teacher: [number, or None for no score, for each row]}.
     """
     def candidate(teacher, i):
@@ -33,7 +34,8 @@ def candidates_from(rows, answers, scores=None):
         reward = scores[teacher][i] if scores else None
         return {"teacher": teacher, "completion": answer["completion"], "reward": reward,
                 "finish_reason": answer.get("finish_reason")}
-    return [{**row, "candidates": [candidate(t, i) for t in answers]} for i, row in enumerate(rows)]
+    return [{**row, "candidates": [candidate(teacher, i) for teacher, its in answers.items()
+                                   if its[i]["completion"] is not None]} for i, row in enumerate(rows)]
 
 
 def read_answers(path, rows, reading=None, tokenizer=None):
@@ -83,8 +85,9 @@ def route(rows, how, seed=0, table=None, keep_cut=False, same=None):
 
     Returns (SFT rows with "completion", "teacher" and "finish_reason"; counts). Counted are prompts, wins by
     language and teacher, ties of the best reward, prompts whose candidates are all equal by same(text), and
-    prompts left out because all their answers are empty, were cut or have no score. The seed breaks a tie.
-    Empty answers are never chosen; answers that were cut at their limit are chosen only with keep_cut.
+    prompts left out because they have no answer, or all their answers are empty, were cut or have no score.
+    The seed breaks a tie. Empty answers are never chosen; answers that were cut at their limit are chosen
+    only with keep_cut.
     """
     same = same or str.strip
     rng = random.Random(f"route/{how}/{seed}")
@@ -98,8 +101,8 @@ def route(rows, how, seed=0, table=None, keep_cut=False, same=None):
         scored = [c for c in options if how != "reward" or c["reward"] is not None]
         if not scored:
             wrong = all(c.get("wrong_language") for c in row["candidates"])
-            counts["unscored" if options else "cut_prompts" if some_cut
-                   else "wrong_language" if wrong and row["candidates"] else "empty"] += 1
+            counts["no_answer" if not row["candidates"] else "unscored" if options else "cut_prompts"
+                   if some_cut else "wrong_language" if wrong else "empty"] += 1
             continue
         counts["equal_texts"] += len(scored) > 1 and len({same(c["completion"]) for c in scored}) == 1
         if how == "reward":

@@ -11,14 +11,17 @@ import torch
 from .command import WHOLE, number
 from .config import TEMPERATURE, Reading, add_flags, flag_of
 from .distributed import say
+from .endpoint import is_endpoint
+from .endpoint_answers import add_flags as add_endpoint_flags
+from .endpoint_answers import check_all_there, endpoints_of
 from .evaluate_answers import check_texts, grade_answers, score_answers, with_seen_language
 from .files import dumps, marked, taken
 from .journal import PURPOSE, Journal
-from .judges import PROTOCOLS, Judging, folder_judge, is_answer, judge, key_of, orders
+from .judges import PROTOCOLS, Judging, endpoint_judge, folder_judge, is_answer, judge, key_of, orders
 from .weights import load
 
 FOLDER_TOKENS = 2048        # of a model folder's verdict: the published limits pass many models' positions
-OF_PROTOCOL = ("max_new_tokens", "temperature", "seed", "dtype", "batch_size", "concurrency")
+OF_PROTOCOL = ("max_new_tokens", "temperature", "seed", "dtype", "batch_size")
 
 
 def add_judge_flags(parser):
@@ -33,35 +36,35 @@ def add_judge_flags(parser):
     add("--seed", type=number(int, WHOLE), help="of a judge that is not greedy (default 0)")
     add("--dtype", choices=["float32", "bfloat16"], help="of a judge's folder (default float32)")
     add("--batch-size", type=number(int, "[1, inf)"), help="verdicts decoded together (default 256)")
-    add("--concurrency", type=number(int, "[1, 10000]"), help="requests to an endpoint at once (default 8)")
+    add_endpoint_flags(add)
     add_flags(parser, Reading, only=("columns", "too_long", "allow_control_tokens"))
-
-
-def is_url(judge):
-    return judge.startswith(("http://", "https://"))
 
 
 def judging_of(args, reading):
     """The Judging of the flags, or None for the oracle and for reward models, which follow no protocol."""
     given = {name: getattr(args, name) for name in OF_PROTOCOL if getattr(args, name) is not None}
     if args.protocol is None:
-        if is_url(args.judge):
+        if is_endpoint(args.judge):
             raise ValueError(f"--judge {args.judge}: an endpoint judges by a published protocol; give "
                              "--protocol arena-hard or scores")
         if given:
             raise ValueError(f"{flag_of(next(iter(given)))} goes with --protocol, which the oracle and "
                              "reward models do not follow; leave it out")
+        endpoints_of([], args)                      # refuses the flags that go with an endpoint
         return None
     if args.protocol not in PROTOCOLS:
         raise ValueError(f"--protocol {args.protocol}: unknown; give one of {', '.join(PROTOCOLS)}")
     if args.judge == "oracle":
         raise ValueError("--judge oracle follows no protocol; leave --protocol out")
-    foreign = ("dtype", "batch_size") if is_url(args.judge) else ("concurrency",)
-    if wrong := [name for name in foreign if name in given]:
-        what = "a model folder" if is_url(args.judge) else "an endpoint"
-        raise ValueError(f"{flag_of(wrong[0])} is for {what}; leave it out")
-    tokens = PROTOCOLS[args.protocol].max_new_tokens if is_url(args.judge) else FOLDER_TOKENS
-    return Judging(args.judge, args.protocol, **{"max_new_tokens": tokens} | given, too_long=reading.too_long,
+    endpoint = endpoints_of([args.judge], args).get(args.judge)
+    foreign = [name for name in ("dtype", "batch_size") if name in given]
+    foreign += ["too_long"] if reading.too_long != "refuse" else []
+    if endpoint and foreign:
+        raise ValueError(f"{flag_of(foreign[0])} is for a model folder; the endpoint {endpoint.name} decides "
+                         "that itself, leave it out")
+    tokens = PROTOCOLS[args.protocol].max_new_tokens if endpoint else FOLDER_TOKENS
+    return Judging(args.judge, args.protocol, endpoint, **{"max_new_tokens": tokens} | given,
+                   concurrency=args.concurrency or 8, too_long=reading.too_long,
                    allow_control_tokens=bool(reading.allow_control_tokens))
 
 
@@ -99,7 +102,9 @@ def scored(sides, judge, reading):
 def play(out, outputs, about, pairs, make):
     """A language model judges pairs of rows; make(verdicts) -> {path: text} is published under the names of
     `outputs`. A killed command resumes from out.partial."""
-    identity, ready = folder_judge(about, pairs)
+    if about.endpoint:
+        check_all_there({about.judge: about.endpoint})
+    identity, ready = endpoint_judge(about) if about.endpoint else folder_judge(about, pairs)
     keys = [key_of(each) for pair in pairs for each in orders(about.protocol, *pair)]
     digest = hashlib.sha256(dumps(sorted(set(keys))).encode()).hexdigest()
     # what changes a verdict; batch size and concurrency may change between runs
@@ -115,6 +120,6 @@ def play(out, outputs, about, pairs, make):
             raise taken(path)
         if journal.done:
             say(f"resumes: {len(journal.done)} verdicts of {len(set(keys))} games were there before")
-        verdicts = judge(*zip(*pairs), ready(device()), about.protocol, journal)
+        verdicts = judge(*zip(*pairs), ready(device(), len(journal.done)), about.protocol, journal)
         journal.publish(make(verdicts), None)
         journal.remove()

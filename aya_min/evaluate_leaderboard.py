@@ -173,9 +173,9 @@ def leaderboard(args, reading):
         found = about_judge(kept)
         said = warnings(found, {name: [row["completion"] for row in side]
                                 for name, side in zip(names, sides)})
-        judge = f"{Path(about.judge).name} by the protocol {about.protocol}"
+        judge = f"{about.name} by the protocol {about.protocol}"
         texts = texts_of([with_seen_language(side) for side in sides], games, judge, warnings=said,
-                         about_judge=found, protocol=about._asdict())
+                         about_judge=found, protocol=about.record())
         return texts | {outputs[2]: jsonl(rows)}
     if about:
         play(out, outputs, about, sum(pairs.values(), []), make)

@@ -13,11 +13,13 @@ from .arbitrage import (control_length, fit_table, guard_table, language_guard, 
                         worth, worth_table)
 from .command import number
 from .data import without_added_keys
+from .endpoint_answers import tally, tally_line, without_control_tokens
 from .files import dumps, read_json
 from .languages import language_code
 from .preferences import best_worst, cut_line
 from .reward import score_texts
 from .router import choices, prompt_example
+from .sampling import cut_at
 from .text_statistics import statistics_table, text_statistics
 from .world_oracle import check_question, grade
 
@@ -71,8 +73,23 @@ def check_pool(args):
                          "--num-samples 2 or more")
     if args.margin is not None and not args.pairs:
         raise ValueError("--margin goes with --pairs FILE")
+    if args.endpoints:
+        check_endpoints(args)
     if twice := [folder for folder in args.models if args.models.count(folder) > 1]:
         raise ValueError(f"--models names {twice[0]} twice; name each once")
+
+
+def check_endpoints(args):
+    """Refuse what an endpoint of the pool cannot be asked for."""
+    for name, off in (("top_k", 0), ("min_p", 0.0), ("ignore_eos", False)):
+        if getattr(args, name) != off:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag}: the endpoint {next(iter(args.endpoints))} has no such field by the "
+                             f"protocol; leave it out, or give what the server takes by --extra, for example "
+                             "'{\"top_k\": 40}'")
+    if not args.arbiter and len(args.endpoints) == len(args.models):
+        raise ValueError("--models: endpoints alone have no tokenizer to count lengths by; give --arbiter "
+                         "RM, or a model folder among them")
 
 
 def read_table(path, rows, models):
@@ -142,19 +159,26 @@ def whom_to_ask(rows, args, device):
     return {folder: [i for i, name in enumerate(names) if name == folder] for folder in args.models}
 
 
-def asked(rows, ask, args, device):
-    """(rows with "candidates", new tokens, seconds). ask(folder, indices) -> what generate.sample returns."""
+def asked(rows, ask, args, device, reading, tokenizer):
+    """(rows with "candidates", {endpoint: its tally}, new tokens, seconds). ask(folder, indices) -> what
+    generate.sample returns. A missing answer of an endpoint is no candidate."""
     rows = [{**row, "candidates": []} for row in rows]
-    tokens, seconds = 0, 0.0
-    for folder, wanted in whom_to_ask(rows, args, device).items():
-        if not wanted:
-            continue
-        groups, new_tokens, its_seconds = ask(folder, wanted)
+    answers, tallies, tokens, seconds = {}, {}, 0, 0.0
+    plan = whom_to_ask(rows, args, device)
+    # endpoints first: a wrong key is seen before a folder's model has worked for hours
+    for folder in sorted(filter(plan.get, plan), key=lambda folder: folder not in args.endpoints):
+        groups, new_tokens, its_seconds = ask(folder, plan[folder])
         tokens, seconds = tokens + new_tokens, seconds + its_seconds
-        for i, group in zip(wanted, groups):
-            rows[i]["candidates"] += [{"teacher": folder, "completion": a["completion"], "reward": None,
-                                       "finish_reason": a["finish_reason"]} for a in group]
-    return rows, tokens, seconds
+        if folder in args.endpoints:
+            groups = without_control_tokens(groups, tokenizer, reading)
+            tallies[folder] = tally(args.endpoints[folder], [rows[i] for i in plan[folder]], groups)
+        answers[folder] = dict(zip(plan[folder], groups))
+    for folder in filter(answers.get, plan):
+        for i, group in answers[folder].items():
+            rows[i]["candidates"] += [
+                {"teacher": folder, "completion": cut_at(a["completion"], args.stop), "reward": None,
+                 "finish_reason": a["finish_reason"]} for a in group if a["completion"] is not None]
+    return rows, tallies, tokens, seconds
 
 
 def score(rows, args, reading, device):
@@ -165,8 +189,10 @@ def score(rows, args, reading, device):
                 if c["teacher"] == folder and not c.get("wrong_language")]
         if not some:
             continue
+        # nobody can shorten an endpoint's answer, whose limit is in tokens of its own
+        too_long = "skip" if folder in args.endpoints and reading.too_long == "refuse" else reading.too_long
         scores = score_texts(arbiter, tokenizer, [{**row, "completion": c["completion"]} for row, c in some],
-                             name=args.arbiter, too_long=reading.too_long)
+                             name=args.arbiter, too_long=too_long)
         for (_, c), reward in zip(some, scores):
             c["reward"] = reward
 
@@ -188,8 +214,11 @@ def answers_of_pool(rows, ask, args, device, reading, table, detect, tokenizer):
     """
     def count_tokens(text):
         return len(tokenizer.encode_answer(text))
-    candidates, tokens, seconds = asked(rows, ask, args, device)
+    candidates, tallies, tokens, seconds = asked(rows, ask, args, device, reading, tokenizer)
     summary, lines = {"route": args.route, "models": args.models, "new_tokens": tokens}, []
+    if tallies:
+        summary["endpoints"] = tallies
+        lines += map(tally_line, tallies.values())
     for c in (c for row in candidates for c in row["candidates"]):
         c["num_tokens"] = count_tokens(c["completion"])
     if detect:
@@ -214,7 +243,7 @@ def answers_of_pool(rows, ask, args, device, reading, table, detect, tokenizer):
              f"the texts of the route {args.route}", *statistics_table(summary["text_statistics"])]
     if args.candidates:
         outputs[args.candidates] = [{**without_added_keys(row), "candidates": row["candidates"]}
-                                    for row in candidates]
+                                    for row in candidates if row["candidates"]]
     if args.pairs:
         pairs, pair_counts = best_worst(candidates, args.margin or 0.0, reading.keep_cut, tokenizer.key)
         outputs[args.pairs] = [without_added_keys(pair) for pair in pairs]

@@ -18,12 +18,15 @@ Both messages are as published; both system prompts are copied from there (Apach
 
 import hashlib
 import re
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 
 from . import weights
 from .alike import identity
+from .endpoint import Endpoint
+from .endpoint import ask as ask_endpoint
 from .evaluate_rates import prefix_of
 from .files import dumps
 from .model import CohereForCausalLM
@@ -170,7 +173,8 @@ def orders(protocol, a, b):
 
 
 def answers_to(asked, ask, attempt, journal):
-    """{key: {"completion", "finish_reason"}} of {key: conversation}; those in the journal are not asked."""
+    """{key: {"completion", "finish_reason"}} of {key: conversation}; those in the journal are not asked. A
+    missing answer is not kept there, so that the next command asks for it."""
     done = {key: journal.done[f"{attempt} {key}"] for key in asked
             if journal and f"{attempt} {key}" in journal.done}
     left = [key for key in asked if key not in done]
@@ -179,7 +183,7 @@ def answers_to(asked, ask, attempt, journal):
         kept = {"completion": answer["completion"], "finish_reason": answer["finish_reason"]}
         if left[i] not in done:
             done[left[i]] = kept
-            if journal:
+            if journal and kept["completion"] is not None:
                 journal.add(f"{attempt} {left[i]}", kept)
     if left:
         answers = ask([asked[key] for key in left], attempt, keep)
@@ -189,19 +193,19 @@ def answers_to(asked, ask, attempt, journal):
 
 
 def is_answer(value):
-    """Whether a journal's value has the shape that `judge` adds. A completion of None is one that is missing,
-    and finish_reason says why."""
+    """Whether a journal's value has the shape that `judge` adds."""
     return (isinstance(value, dict) and value.keys() == {"completion", "finish_reason"}
-            and isinstance(value["completion"], str | None) and isinstance(value["finish_reason"], str))
+            and all(isinstance(part, str) for part in value.values()))
 
 
 def judge(rows_a, rows_b, ask, protocol, journal=None):
     """What a judge says of the answers a to the questions of the baseline's b, row by row.
 
     ask(conversations, attempt, keep) -> [{"completion", "finish_reason"}, ...]. attempt 1 asks once more for
-    verdicts that could not be read; keep(i, answer) may be called as soon as one is there. Returns [{"a", "b"
-    (the rows), "games": (game 1, game 2)}, ...]; a game is {"label" or None, "score" of the answers (1, 0.5,
-    0) or None, "weight", "first", "tries": [{"completion", "finish_reason"}, ...]}.
+    verdicts that could not be read; keep(i, answer) may be called as soon as one is there. A completion of
+    None is missing, and its finish_reason says why. Returns [{"a", "b" (the rows), "games": (game 1, game
+    2)}, ...]; a game is {"label" or None, "score" of the answers (1, 0.5, 0) or None, "weight", "first",
+    "tries": [{"completion", "finish_reason"}, ...]}.
     """
     read = PROTOCOLS[protocol].read
     games = [orders(protocol, a, b) for a, b in zip(rows_a, rows_b, strict=True)]
@@ -244,9 +248,10 @@ def verdict_rows(verdicts, **more):
 # ---- who is asked ------------------------------------------------------------------------------------------
 
 class Judging(NamedTuple):
-    """What the flags say about a judge that is a language model."""
+    """What the flags say about a judge that is a language model, a folder or an endpoint."""
     judge: str
     protocol: str
+    endpoint: Endpoint | None
     max_new_tokens: int
     temperature: float = 0.0
     seed: int = 0
@@ -260,10 +265,48 @@ class Judging(NamedTuple):
         """The temperature of an attempt: a greedy judge would only say the same again."""
         return self.temperature or float(attempt)
 
+    @property
+    def name(self):
+        return self.endpoint.name if self.endpoint else Path(self.judge).name
+
+    def record(self):
+        """A JSON object for the result, without the endpoint's key."""
+        return {key: value for key, value in self._asdict().items() if key != "endpoint"} | (
+            {"extra": self.endpoint.extra} if self.endpoint else {})
+
+
+def number_of(messages):
+    """What a game's random numbers are drawn by: they are its own, whatever was judged before a kill."""
+    return int(key_of(messages)[:12], 16)
+
+
+def endpoint_judge(about):
+    """(what identifies the judge, (device, answered) -> ask) of an endpoint. answered: the number of verdicts
+    that were there before."""
+    def ready(device, answered):
+        def as_kept(answer):
+            missing = answer["completion"] is None
+            return {"completion": answer["completion"],
+                    "finish_reason": answer["missing"] if missing else answer["finish_reason"] or "not said"}
+
+        def ask(conversations, attempt, keep):
+            nonlocal answered
+            groups = ask_endpoint(
+                about.endpoint, conversations, max_new_tokens=about.max_new_tokens,
+                temperature=about.heat(attempt), seed=about.seed + attempt, concurrency=about.concurrency,
+                numbers=list(map(number_of, conversations)), answered=answered, progress="verdicts",
+                kept=lambda i, group: keep(i, as_kept(group[0])))
+            answers = [as_kept(answer) for (answer,) in groups]
+            answered += sum(answer["completion"] is not None for answer in answers)
+            return answers
+        return ask
+    endpoint = about.endpoint
+    return {"judge": f"{endpoint.base_url}#{endpoint.model}", "extra": endpoint.extra}, ready
+
 
 def folder_judge(about, sides):
-    """(what identifies the judge, device -> ask) of a language model's folder. sides: rows whose answers it
-    shall read.
+    """(what identifies the judge, (device, answered) -> ask) of a language model's folder. sides: pairs of
+    rows whose answers it shall read.
 
     ValueError, before any weights are read, for another kind of model or a text that it cannot read.
     """
@@ -291,7 +334,7 @@ def folder_judge(about, sides):
                                  "lower it, or leave such games unjudged with --too-long skip")
             unfit |= {key_of(each)} if size > room else set()
 
-    def ready(device):
+    def ready(device, answered):
         model, tokenizer = weights.load(about.judge, device, getattr(torch, about.dtype))
 
         def ask(conversations, attempt, keep):
@@ -301,8 +344,7 @@ def folder_judge(about, sides):
             groups = answer_rows(
                 model, tokenizer, rows, 1, about.max_new_tokens, about.heat(attempt), about.seed + attempt,
                 about.batch_size, progress="verdicts",
-                # a game's random numbers are its own, whatever was judged before a kill
-                numbers=[int(key_of(conversations[i])[:12], 16) for i in fit],
+                numbers=[number_of(conversations[i]) for i in fit],
                 on_done=lambda j, group: keep(fit[j], group[0]), name=f"--judge {about.judge}")
             for i, (answer,) in zip(fit, groups, strict=True):
                 answers[i] = answer

@@ -24,14 +24,16 @@ from .command import printable
 from .config import DPO, RL, SFT, Pretrain, Reward
 from .model_config import model_preset
 from .data import without_added_keys
+from .endpoint import is_endpoint
+from .endpoint_answers import num_missing, tally, tally_line
 from .languages import LANGUAGES, SHARED, cluster_languages, home_language
 from .model import CohereForCausalLM, init_weights
 from .preferences import best_worst
 from .stages import train_stage
 from .pipeline_results import Results, judge_arbiter
 from .merge_folders import merge_folders
-from .pipeline_steps import (answers_of, data_file, saved_rows, scores_of, stage_settings, step, train_step,
-                             write_rows)
+from .pipeline_steps import (answers_of, answers_of_endpoint, data_file, read_done, saved_rows, scores_of,
+                             stage_settings, step, train_step, write_rows)
 from .tokenizer import load_tokenizer, train_tokenizer
 from .world import gold_answer, questions
 
@@ -113,20 +115,41 @@ def arbitrage(run, teachers, arbiter):
 
     def make(folder, resume):
         rows = run.prompts or questions("train", r.num_prompts, f"prompts/{r.seed}", level=r.level)
-        answers, scores = {}, {}
-        for i, (name, source) in enumerate(teachers.items()):
-            if Path(source).is_file():
-                sampled = read_answers(source, rows, r)
-            else:
-                groups = answers_of(run, source, rows, temperature=r.teacher_temperature,
-                                    seed=1000 * r.seed + i, progress=f"{name} answers")
-                sampled = [answer for (answer,) in groups]
-            answers[name] = sampled
-            scores[name] = scores_of(run, arbiter, [{**row, **answer} for row, answer in zip(rows, sampled)])
+        # endpoints first: a wrong key is seen before a model has answered for hours
+        order = sorted(enumerate(teachers.items()), key=lambda item: item[1][1] not in run.endpoints)
+        answers = {name: answers_of_teacher(run, i, name, source, rows) for i, (name, source) in order}
+        answers = {name: answers[name] for name in teachers}
+        tallies = {name: tally(run.endpoints[source], rows, [[answer] for answer in answers[name]])
+                   for name, source in teachers.items() if source in run.endpoints}
+        for found in tallies.values():
+            distributed.say(tally_line(found))
+        scores = {name: scores_of_teacher(run, arbiter, rows, answers[name], name in tallies)
+                  for name in teachers}
         write_rows(folder / "candidates.jsonl", map(scored, candidates_from(rows, answers, scores)))
+        return {"endpoints": tallies} if tallies else {}
     step(run, "arbitrage",
          f"arbitrage: {len(teachers)} teachers answer every prompt, the arbiter scores them", make)
     return saved_rows(run.folder / "steps" / "arbitrage" / "candidates.jsonl")
+
+
+def answers_of_teacher(run, i, name, source, rows):
+    """One answer of teacher number i to each row: from its file of completions, its endpoint or its model."""
+    temperature, seed = run.recipe.teacher_temperature, 1000 * run.recipe.seed + i
+    if source in run.endpoints:
+        return answers_of_endpoint(run, i, run.endpoints[source], rows, temperature, seed)
+    if Path(source).is_file():
+        return read_answers(source, rows, run.recipe)
+    groups = answers_of(run, source, rows, temperature=temperature, seed=seed, progress=f"{name} answers")
+    return [answer for (answer,) in groups]
+
+
+def scores_of_teacher(run, arbiter, rows, answers, of_endpoint):
+    """The arbiter's score of each answer, None where it is missing or too long. An endpoint's limit is in its
+    own tokens and nobody can shorten what it said, so that --too-long refuse leaves such answers out too."""
+    there = [i for i, answer in enumerate(answers) if answer["completion"] is not None]
+    too_long = "skip" if of_endpoint and run.recipe.too_long == "refuse" else None
+    scores = dict(zip(there, scores_of(run, arbiter, [{**rows[i], **answers[i]} for i in there], too_long)))
+    return [scores.get(i) for i in range(len(rows))]
 
 
 def scored(row):
@@ -272,7 +295,7 @@ def run_recipe(run):
         results.show()
         results.trust(*build_arbiter(run, base, teachers))
     else:
-        teachers = {teacher_name(t): Path(t) for t in run.teachers}
+        teachers = {teacher_name(t): t if is_endpoint(t) else Path(t) for t in run.teachers}
         results.trust(run.arbiter)
     arbiter = results.arbiter
     candidates = arbitrage(run, teachers, arbiter)
@@ -314,9 +337,13 @@ def sft_arms(run, results, base, teachers, candidates, same):
         return route(candidates, how, r.seed, teacher_of, r.keep_cut, same)
 
     reward_rows, counts = routed("reward")
+    tallies = read_done(run.folder / "steps" / "arbitrage").get("endpoints", {})
+    missing = sum(map(num_missing, tallies.values()))
     # too long for the arbiter
-    unscored = len(teachers) * len(candidates) - sum(len(row["candidates"]) for row in candidates)
+    unscored = len(teachers) * len(candidates) - sum(len(row["candidates"]) for row in candidates) - missing
     results.about["arbitrage"] = counts | ({"unscored": unscored} if unscored else {})
+    if tallies:
+        results.about["arbitrage"] |= {"missing": missing, "endpoints": tallies}
     print_counts(f"arbitrage of {len(teachers)} teachers", results.about["arbitrage"])
     to_single = {row.get("language"): single for row in candidates}
     arms = [("single", f"SFT: single best teacher ({single})", routed("fixed", to_single)[0]),

@@ -12,6 +12,7 @@ from .config import check_batch_size, flag_of
 from .model_config import model_preset
 from .data import load_prompts
 from .distributed import say
+from .endpoint import Endpoint, is_endpoint
 from .files import Digests, read_json
 from .languages import LANGUAGES, SHARED, cluster_languages, home_language
 from .lengths import fit_prompts
@@ -90,8 +91,9 @@ def check_world(recipe, clusters):
 def check_own(recipe, clusters, arms, base, prompts, teachers, arbiter, judge=None, eval_prompts=None):
     """(prompts, evaluation prompts) of a user's files, as far as --too-long keeps them, once all that the
     user brings has been looked at: files, folders, what kind of model is in each, and whether the texts fit
-    it."""
-    folders = [t for t in teachers if not Path(t).is_file()]
+    it. Teachers that are endpoints are not asked here, see endpoint_answers.check_all_there."""
+    at_home = [t for t in teachers if not is_endpoint(t)]
+    folders = [t for t in at_home if not Path(t).is_file()]
     models = {("--base", base): False, **{("--teachers", t): False for t in folders},
               ("--arbiter", arbiter): True}
     models |= {("--judge", judge): True} if judge else {}
@@ -123,7 +125,7 @@ def check_own(recipe, clusters, arms, base, prompts, teachers, arbiter, judge=No
         eval_rows = eval_rows and fit(eval_rows)
         if flag == "--judge" and eval_rows is None:             # the evaluation is on --prompts then
             eval_rows = fit(rows)
-    for path in filter(lambda t: Path(t).is_file(), teachers):
+    for path in filter(lambda t: Path(t).is_file(), at_home):
         check_answers(path, rows, recipe, tokenizer, *looked["--arbiter", arbiter][:2])
     if eval_rows == []:
         raise ValueError("--eval-prompts: none of them fits; give shorter ones, or take --too-long cut-left")
@@ -161,8 +163,9 @@ def plain_prompt(row):
 
 def contents(base, prompts, teachers, arbiter, judge=None, eval_prompts=None):
     """{flag: {file: SHA-256}} of all that a user brings, of a model folder the files that decide what it
-    computes."""
-    brought = {"base": [base], "prompts": prompts, "teachers": teachers, "arbiter": [arbiter],
+    computes. An endpoint has none."""
+    at_home = [t for t in teachers if not is_endpoint(t)]
+    brought = {"base": [base], "prompts": prompts, "teachers": at_home, "arbiter": [arbiter],
                "judge": [judge] if judge else [], "eval_prompts": eval_prompts or []}
     files = {name: [file for path in paths for file in files_of(path)] for name, paths in brought.items()}
     with Digests() as digests:
@@ -210,6 +213,9 @@ def check_answers(path, rows, recipe, tokenizer, arbiter, its_tokenizer):
 
 
 def teacher_name(path):
-    """What a user's teacher is called: its file or folder, or the run of a folder named model."""
+    """What a user's teacher is called: its file or folder, or the run of a folder named model; an endpoint's
+    host/model."""
+    if is_endpoint(path):
+        return Endpoint.of(path).name
     path = Path(path).resolve()
     return path.parent.name if path.name == "model" else path.stem

@@ -20,14 +20,16 @@ import torch
 from . import checkpoint, distributed, weights
 from .command import one_line
 from .config import Recipe
+from .endpoint_answers import answer_rows as ask_rows, is_answer, without_control_tokens
 from .files import (MARK, dumps, own_file, parse_json, parse_object, read_bytes, sha256, write_json,
                     write_jsonl)
+from .journal import Journal
 from .model import CohereForCausalLM, RewardModel
 from .report import write_report
 from .reward import score_texts
 from .sampling import answer_rows
 from .stages import builder, train_stage
-from .tokenizer import FILES
+from .tokenizer import FILES, load_tokenizer
 
 
 @dataclass
@@ -41,10 +43,12 @@ class Run:
     arms: str = "main"                      # "main" or "all"
     base: Optional[Path] = None             # a user's own: model folder,
     prompts: Optional[list] = None          #   rows of prompts,
-    teachers: Optional[list] = None         #   model folders or files of completions,
+    teachers: Optional[list] = None         #   model folders, files of completions or endpoints,
     arbiter: Optional[Path] = None          #   reward model folder,
     judge: Optional[Path] = None            #   a second reward model,
     eval_prompts: Optional[list] = None     #   rows of prompts to be judged on
+    endpoints: dict = field(default_factory=dict)   # {teacher that is an endpoint: its Endpoint}
+    concurrency: Optional[int] = None       # requests that they are asked at the same time
     used: list = field(default_factory=list)    # names of the steps that this process asked for
 
     @property
@@ -232,11 +236,36 @@ def answers_of(run, model_folder, rows, num_samples=1, temperature=1.0, seed=0, 
               "finish_reason": a["finish_reason"]} for a in group] for group in groups]
 
 
-def scores_of(run, reward_folder, rows):
+def answers_of_endpoint(run, number, endpoint, rows, temperature, seed):
+    """For each row an answer of an endpoint, see endpoint.ask, on every rank. number: of this teacher.
+
+    The answers are kept in RUN/data/answers-NUMBER, so that no killed run asks for one twice.
+    """
+    path = run.folder / "data" / f"answers-{number}"
+    distributed.from_main(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+    sampling = {"max_new_tokens": run.recipe.max_new_tokens, "temperature": temperature, "seed": seed}
+    prompts = hashlib.sha256(dumps([row["prompt_messages"] for row in rows]).encode()).hexdigest()
+    settings = {"url": endpoint.base_url, "model": endpoint.model, "extra": endpoint.extra,
+                "prompts": prompts, **sampling}
+
+    def fits(group):
+        return isinstance(group, list) and len(group) == 1 and is_answer(group[0])
+    with Journal(path, settings, fits) as journal:
+        if journal.done:
+            distributed.say(f"{endpoint.name}: {len(journal.done)} of {len(rows)} prompts were answered "
+                            "before")
+        wanted = range(len(rows))
+        groups = ask_rows(endpoint, endpoint.name, rows, wanted, journal, run.concurrency, **sampling)
+    groups = without_control_tokens(groups, load_tokenizer(run.base), run.recipe)
+    return [answer for (answer,) in groups]
+
+
+def scores_of(run, reward_folder, rows, too_long=None):
     """A reward model's score of each row, None where a text is too long for it and --too-long skip leaves it
-    out."""
+    out. too_long: another value than that of the recipe."""
     model, tokenizer = weights.load(reward_folder, run.device)
     if not isinstance(model, RewardModel):
         raise ValueError(f"{reward_folder}: a language model, not a reward model; give a folder that the "
                          "reward stage wrote")
-    return score_texts(model, tokenizer, rows, name=str(reward_folder), too_long=run.recipe.too_long)
+    return score_texts(model, tokenizer, rows, name=str(reward_folder),
+                       too_long=too_long or run.recipe.too_long)

@@ -468,4 +468,4 @@ def test_the_reward_stands_beside_the_length_for_each_teacher_and_for_the_chosen
 def test_the_learned_route_takes_what_its_only_teacher_answered():
     rows = [row(("T", "a", None)), row(("U", "", None)), {"prompt": "p", "candidates": []}]
     chosen, counts = route(rows, "learned")
-    assert [c["teacher"] for c in chosen] == ["T"] and counts["empty"] == 2
+    assert [c["teacher"] for c in chosen] == ["T"] and counts["empty"] == counts["no_answer"] == 1

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from bad_server import KEY, Server, message, reply
 from small import language_model, reward_model, tokenizer
+from test_judges import sides_of
 
 from aya_min import judges
 from aya_min.command import guarded
@@ -162,7 +164,11 @@ def test_a_killed_arena_resumes_to_the_same_files(tmp_path, files, folders, monk
     (("--judge", "judge"), "give --protocol arena-hard or scores"),
     (("--judge", "http://host/v1#m"), "give --protocol arena-hard or scores"),
     (("--judge", "RM", "--temperature", "0.5"), "--temperature goes with --protocol"),
-    (("--judge", "judge", "--protocol", "scores", "--concurrency", "2"), "--concurrency is for an endpoint"),
+    (("--judge", "RM", "--concurrency", "2"), "--concurrency goes with an endpoint"),
+    (("--judge", "http://127.0.0.1:9/v1", "--protocol", "scores"), "no model is named"),
+    (("--judge", "http://h:9/v1#m", "--protocol", "scores", "--dtype", "bfloat16"), "--dtype is for a model"),
+    (("--judge", "http://h:9/v1#m", "--protocol", "scores", "--too-long", "skip"), "--too-long is for a model"),
+    (("--judge", "judge", "--protocol", "scores", "--concurrency", "2"), "--concurrency goes with an end"),
     (("--judge", "short", "--protocol", "scores"), "leave such games unjudged with --too-long skip"),
     (("--judge", "judge", "--protocol", "scores", "--too-long", "cut-left"), "would cut the question away"),
     (("--judge", "judge", "--protocol", "scores", "--max-new-tokens", "0"), "at least 1"),
@@ -212,6 +218,61 @@ def test_a_verdict_file_that_exists_is_not_overwritten(tmp_path, files, folders,
     said = refusal(capsys, "arena", "--answers", files[0], "--baseline", files[1], "--judge",
                    folders["judge"], "--out", tmp_path / "e.json", *PROTOCOL)
     assert "e.verdicts.jsonl exists" in said and (tmp_path / "e.verdicts.jsonl").read_text() == "mine"
+
+
+# ---- an endpoint judges ------------------------------------------------------------------------------------
+
+def by_endpoint(prefers):
+    """A server's answer(body, times) that judges like `test_judges.judge_by`; of text it makes a reply."""
+    def answer(body, times):
+        found = prefers(*sides_of(body["messages"]), times)
+        return found if isinstance(found, bytes) else reply(found)
+    return answer
+
+
+def test_an_endpoint_judges_both_orders_and_its_key_is_written_nowhere(tmp_path, files, capsys, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    with Server(by_endpoint(lambda question, a, b, times: "[[A>>B]]" if "nine" in a or "neun" in a or "九" in a
+                            else "[[B>A]]")) as server:
+        arena(*files, tmp_path / "e.json", server.url + "#m", "--protocol", "arena-hard", "--key-from",
+              "JUDGE_KEY", "--concurrency", "3")
+        asked = server.asked
+    result = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+    assert result["judge"] == f"{server.host}/m by the protocol arena-hard"
+    # of four questions a language two are won in both games; of two the answers are equal
+    assert result["overall"]["win_rate"] == 75.0 and result["overall"]["unjudged"] == 0
+    assert result["weighted"]["win_rate"] == pytest.approx(100 * (6 * 4 + 6 * 0.5 * 2) / (6 * 4 + 6 * 2))
+    assert {(body["temperature"], body["max_tokens"]) for body in asked} == {(0.0, 16000)}
+    assert len(asked) == 18
+    assert asked[0]["messages"][0]["role"] == "system" and asked[0]["seed"] != asked[1]["seed"]
+    assert all(KEY not in path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
+    assert KEY not in capsys.readouterr().out
+
+
+def test_what_an_endpoint_does_not_answer_is_asked_again_then_unjudged_by_kind(tmp_path, files):
+    def prefers(question, a, b, times):
+        if question.startswith("de"):
+            return message(content=None, finish="content_filter")
+        if question.startswith("ja"):
+            return "I cannot say" if times == 0 else "[[B>A]]"
+        return "[[A>B]]"
+    with Server(by_endpoint(prefers)) as server:
+        arena(*files, tmp_path / "e.json", server.url + "#m", "--protocol", "arena-hard")
+        temperatures = [body["temperature"] for body in server.asked
+                        if "ja question" in body["messages"][1]["content"]]
+    result = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+    assert result["by_language"]["de"]["unjudged"] == 4 and result["by_language"]["de"]["bounds"] == [0, 100]
+    assert result["by_language"]["ja"]["num"] == 4 and sorted(temperatures) == [0.0] * 6 + [1.0] * 6
+    assert result["about_judge"]["unjudged"] == {"content_filter": 8}
+
+
+def test_an_endpoint_that_is_gone_or_refuses_the_key_is_refused_before_any_work(tmp_path, files, capsys):
+    def refused(url):
+        return refusal(capsys, "arena", "--answers", files[0], "--baseline", files[1], "--judge", url,
+                       "--protocol", "scores", "--out", tmp_path / "e.json")
+    with Server(models=lambda headers: (401, {}, b'{"error": {"message": "wrong key"}}')) as server:
+        assert "key" in refused(server.url + "#m")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
 
 
 # ---- the leaderboard ---------------------------------------------------------------------------------------

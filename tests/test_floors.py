@@ -22,15 +22,16 @@ FLOORS = [
     # 2: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "languages", "merge_config", "merge_front", "template",
      "tensorfiles", "token_logps"},
-    # 3: the decoder, the world, how to resume, what a line of JSONL means, whether two folders are alike
-    {"alike", "checkpoint", "control_tokens", "journal", "lengths", "losses", "model", "report_data", "rows",
-     "template_turns", "world"},
-    # 4: text to ids, rows to batches, the engine's tensors, the oracle
-    {"critic", "data", "engine", "evaluate_rates", "language_id", "mixture", "preferences", "report_table",
-     "text_statistics", "tokenizer", "world_oracle"},
+    # 3: the decoder, the world, one HTTP request, how to resume, what a line of JSONL means, whether two
+    # folders are alike
+    {"alike", "checkpoint", "control_tokens", "endpoint_http", "journal", "lengths", "losses", "model",
+     "report_data", "rows", "template_turns", "world"},
+    # 4: text to ids, rows to batches, the engine's tensors, an endpoint asked, figures, the oracle
+    {"critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture", "preferences",
+     "report_table", "text_statistics", "tokenizer", "world_oracle"},
     # 5: what is done with a model or with folders
-    {"arbitrage", "evaluate_languages", "loop", "merge_folders", "report", "reward", "sampling", "weights",
-     "world_data", "world_translation"},
+    {"arbitrage", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report", "reward",
+     "sampling", "weights", "world_data", "world_translation"},
     # 6: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks
     {"chat", "contrast", "evaluate_answers", "judges", "kto", "pipeline_checks", "reference", "runs"},
     # 7: samples of the policy as batches, what judges say
