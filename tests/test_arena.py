@@ -167,7 +167,7 @@ def test_a_killed_arena_resumes_to_the_same_files(tmp_path, files, folders, monk
     (("--judge", "RM", "--concurrency", "2"), "--concurrency goes with an endpoint"),
     (("--judge", "http://127.0.0.1:9/v1", "--protocol", "scores"), "no model is named"),
     (("--judge", "http://h:9/v1#m", "--protocol", "scores", "--dtype", "bfloat16"), "--dtype is for a model"),
-    (("--judge", "http://h:9/v1#m", "--protocol", "scores", "--too-long", "skip"), "--too-long is for a model"),
+    (("--judge", "http://h:9/v1#m", "--protocol", "scores", "--too-long", "skip"), "--too-long is for"),
     (("--judge", "judge", "--protocol", "scores", "--concurrency", "2"), "--concurrency goes with an end"),
     (("--judge", "short", "--protocol", "scores"), "leave such games unjudged with --too-long skip"),
     (("--judge", "judge", "--protocol", "scores", "--too-long", "cut-left"), "would cut the question away"),
