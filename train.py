@@ -332,6 +332,10 @@ def run_claim(args, device):
     distributed.from_main(lambda: experiments_records.check(args.name, args.seeds, args.preset,
                                                             Path(args.out), args.record, args.config))
     changed = args.config and distributed.from_main(lambda: experiments_records.read_changes(args.config))
+    recipe = config.settings_from(config.Recipe, {**config.RECIPES[args.preset], **(changed or {})})
+    if changed:
+        pipeline_checks.check_sizes(recipe, CLUSTERS, distributed.num_ranks())
+        pipeline_checks.check_world(recipe, CLUSTERS)
     distributed.from_main(lambda: runs.check_writable(Path(args.out)))
     distributed.from_main(lambda: runs.check_writable(Path(args.out) / args.name,
                                                       ("claim.json", "report.html")))

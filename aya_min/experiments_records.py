@@ -19,7 +19,7 @@ from .experiments import (SIDES, Comparison, Lab, claim_files, code_version, fin
                           together)
 from .config import Recipe, settings_from
 from .files import parse_object, read_bytes, read_json, write_json, write_whole
-from .pipeline_steps import read_done
+from .pipeline_steps import digest_of, read_done
 from .report_charts import STYLE, around, axis, chart, esc, html_table, legend, mark, track
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -40,7 +40,7 @@ def check(name, seeds, preset, out, record, config=None):
         raise ValueError(f"--out {out}: not a folder; give another")
     for path in sorted(out.iterdir()) if out.exists() else ():
         of_seed = re.fullmatch(r"seed-\d+-[0-9a-f]{10}", path.name)
-        if not (path.is_dir() and (of_seed or (path / "claim.json").is_file() or not any(path.iterdir()))):
+        if not (path.is_dir() and (of_seed or any(path.glob("claim*.json")) or not any(path.iterdir()))):
             raise ValueError(f"--out {out} holds {path.name}, which no claim made; give another folder")
     earlier = out / name / "claim.json"
     if earlier.is_file() and (made := read_record(earlier).get("preset")) != preset:
@@ -69,7 +69,8 @@ def run_claims(name, seeds, preset, out, device, changed=None):
         check_claim(claim, module)
     folder, source = out / name, Path(module.__file__).read_text(encoding="utf-8")
     code = hash_of(code_version(), source, changed or {})
-    with_seeds = distributed.from_main(lambda: earlier_seeds(folder, code))
+    distributed.from_main(lambda: earlier_seeds(folder, code))          # refuses a record that is damaged
+    made = {}
     for seed in seeds:
         lab = Lab(out, preset, seed, device, module, changed)
         with ExitStack() as held:
@@ -79,15 +80,17 @@ def run_claims(name, seeds, preset, out, device, changed=None):
                  "command": " ".join(sys.argv), "machine": machine(), "products": linear.chosen(),
                  "versions": runs.versions(),
                  "recipe": {**asdict(lab.recipe), "seed": None, "eval_split": None}}
-        with_seeds[seed] = {"arms": arms_of(lab), "minutes": round(seconds_of(lab) / 60, 1), "found": found}
-        record = joined(about, claims, dict(sorted(with_seeds.items())))
+        made[seed] = {"arms": arms_of(lab), "minutes": round(seconds_of(lab) / 60, 1), "found": found}
 
         def write():
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "claim.json", record)
+            # read only now: another command may have written other seeds meanwhile
+            record = joined(about, claims, dict(sorted((earlier_seeds(folder, code) | made).items())))
+            set_aside(folder, code)
+            write_json(folder / "claim.json", {**record, "sha256": digest_of(record)})
             write_whole(folder / "report.html", page(record))
         distributed.from_main(write)
-    return joined(about, claims, {seed: with_seeds[seed] for seed in seeds})
+    return joined(about, claims, made)
 
 
 def joined(about, claims, with_seeds):
@@ -100,25 +103,33 @@ def joined(about, claims, with_seeds):
 
 
 def earlier_seeds(folder, code):
-    """The seeds that the record in a claim's folder has of this code, as `joined` takes them: they stay in
-    the record. A record of other code is kept under another name."""
-    path, of_code = folder / "claim.json", folder / f"claim-{code}.json"
-    other = read_record(path).get("code") if path.is_file() else code
-    if other != code:
+    """The seeds that a claim's folder has records of by this code, as `joined` takes them."""
+    paths = (folder / "claim.json", folder / f"claim-{code}.json")
+    records = [record for path in paths if path.is_file() and (record := read_record(path))["code"] == code]
+    return seeds_in(records[0]) if records else {}
+
+
+def set_aside(folder, code):
+    """Give a record of other code in claim.json another name, under which it stays."""
+    path = folder / "claim.json"
+    if path.is_file() and (other := read_record(path)["code"]) != code:
         name = other if re.fullmatch("[0-9a-f]{10}", str(other)) else "earlier"
         path.replace(folder / f"claim-{name}.json")
-    found = next((each for each in (path, of_code) if each.is_file()), None)
-    return seeds_in(read_record(found)) if found else {}
 
 
 def read_record(path):
-    """A claim's record. ValueError for any other file."""
+    """A claim's record, whose "code" is None if an older version wrote it. ValueError for any other file, and
+    for a record that is not as a claim wrote it."""
     record = parse_object(read_bytes(path), path, ELSEWHERE)
+    digest = record.pop("sha256", None)
     try:
         seeds_in(record)
+        whole = digest == digest_of(record) if "code" in record else digest is None
     except (KeyError, TypeError, IndexError, AttributeError):
-        raise ValueError(f"{path}: not the record of a claim; {ELSEWHERE}") from None
-    return record
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: not the record of a claim, as a claim wrote it; {ELSEWHERE}")
+    return {"code": None, **record}
 
 
 def seeds_in(record):
@@ -281,7 +292,9 @@ def records(folder=RESULTS):
 
 def keep(record, folder=RESULTS):
     """Write the record to results/NAME.json, in place of an earlier one, and make results/README.md anew."""
-    write_json(folder / f"{record['claims']}.json", record)
+    command = f"train.py claim {record['claims']} --seeds {' '.join(map(str, record['seeds']))}"
+    kept = {**record, "command": command}           # without the paths of a machine
+    write_json(folder / f"{record['claims']}.json", {**kept, "sha256": digest_of(kept)})
     path = folder / "README.md"
     write_whole(path, with_claims(path.read_text(encoding="utf-8"), folder))
 
@@ -333,7 +346,7 @@ def generated(folder=RESULTS):
 def details(record):
     """The lines of a record: what made it, and every comparison."""
     versions, seeds = record["versions"], record["seeds"]
-    lines = [f"{record['paper']}. Preset {record['preset']}, commit {versions['commit']}, torch "
+    lines = [f"{record['paper']}.", f"Preset {record['preset']}, commit {versions['commit']}, torch "
              f"{versions['torch']},", f"{record['machine']['processor']}, {record['machine']['threads']} "
              "threads.", "", f"| comparison | {' | '.join(f'seed {seed}' for seed in seeds)} | verdict |",
              "|---|" + "---|" * (len(seeds) + 1)]

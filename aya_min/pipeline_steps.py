@@ -116,7 +116,8 @@ def read_done(folder):
     right = isinstance(digests, dict) and all(isinstance(record.get(key), kind)
                                               for key, kind in FIGURES.items())
     rest = {key: value for key, value in record.items() if key != "sha256"}
-    if not right or digests and digests.get("done.json") != digest_of(rest):
+    right = right and record["name"] == folder.name
+    if not right or "sha256" in record and digests.get("done.json") != digest_of(rest):
         raise ValueError(f"{path}: not as the step wrote it. {anew(folder)}")
     return record
 
@@ -155,7 +156,8 @@ def _clear(folder):
     if checkpoint.saved_states(folder / "state") and not (folder / "model").exists():
         return True
     if folder.exists():
-        names = {path.name for path in folder.iterdir()} - OWN
+        files = [path.name for path in folder.iterdir() if path.is_dir() and path.suffix]
+        names = {path.name for path in folder.iterdir()} - OWN | set(files)
         if others := sorted(name for name in names if not name.endswith(MARK)):
             raise ValueError(f"{folder} holds what this run did not make ({' '.join(others[:5])}); move it "
                              "elsewhere")

@@ -155,7 +155,15 @@ def test_a_claim_that_was_stopped_goes_on_where_it_stopped_to_the_same_record(ru
     [claim] = record["results"]
     assert [row["measure"] for row in claim["comparisons"]] == ["win rate", "length", "marks", "figure"]
     assert claim["comparisons"][0]["seeds"][0]["num"] == 48 and claim["comparisons"][3]["verdict"] == "shown"
-    assert json.loads((tmp_path / "out" / "small" / "claim.json").read_text(encoding="utf-8")) == record
+    path = tmp_path / "out" / "small" / "claim.json"
+    assert experiments_records.read_record(path) == record
+    text = path.read_text(encoding="utf-8")
+    for wrong in (text.replace('"value": ', '"value": 1'), text.replace('"code"', '"cod"'),
+                  text.replace('"seeds": [\n    1', '"seeds": [\n    2')):
+        path.write_text(wrong, encoding="utf-8")
+        with pytest.raises(ValueError, match="as a claim wrote it; move it elsewhere"):
+            run(claim_file(one=short_sft(32), two=late))
+    path.write_text(text, encoding="utf-8")
     page = (tmp_path / "out" / "small" / "report.html").read_text(encoding="utf-8")
     assert "Content-Security-Policy" in page and "one above two, win rate, sampled" in page
     assert "tried: it" in experiments_records.table(record)
@@ -276,11 +284,11 @@ def test_seeds_of_one_after_the_other_are_in_one_record_and_other_code_keeps_its
     both = run(file, "both", seeds=(1, 2))
     assert run(file, seeds=(2,))["seeds"] == [2]
     assert run(file, seeds=(1,))["seeds"] == [1]
-    joined = json.loads((folder / "claim.json").read_text(encoding="utf-8"))
+    joined = experiments_records.read_record(folder / "claim.json")
     assert without_times(joined) == without_times(both) and joined["seeds"] == [1, 2]
     monkeypatch.setattr(experiments_records, "code_version", lambda: "other")
     assert run(file, seeds=(3,))["seeds"] == [3]
-    kept = json.loads((folder / f"claim-{joined['code']}.json").read_text(encoding="utf-8"))
+    kept = experiments_records.read_record(folder / f"claim-{joined['code']}.json")
     assert kept == joined
     monkeypatch.undo()
     assert experiments_records.earlier_seeds(folder, joined["code"]).keys() == {1, 2}
