@@ -124,9 +124,8 @@ def arena(args, reading):
         return {"judge": judge, "answers": summaries[0], "baseline": summaries[1]} | figures
 
     def make(verdicts):
-        judge = f"{about.name} by the protocol {about.protocol}"
         figures = compared(verdicts) | {"protocol": about.record()}
-        result = result_of([with_seen_language(rows) for rows in sides], judge, figures)
+        result = result_of([with_seen_language(rows) for rows in sides], about.name, figures)
         return {out: dumps(result, indent=1) + "\n", outputs[1]: jsonl(verdict_rows(verdicts))}
     if about:
         play(out, outputs, about, pairs, make)

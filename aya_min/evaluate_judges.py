@@ -5,6 +5,7 @@ from which a killed command resumes.
 import hashlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -40,8 +41,9 @@ def add_judge_flags(parser):
     add_flags(parser, Reading, only=("columns", "too_long", "allow_control_tokens"))
 
 
-def judging_of(args, reading):
-    """The Judging of the flags, or None for the oracle and for reward models, which follow no protocol."""
+def judging_of(args, reading, endpoints=None):
+    """The Judging of the flags, or None for the oracle and for reward models, which follow no protocol.
+    endpoints: {text: Endpoint} of a command that has others too."""
     given = {name: getattr(args, name) for name in OF_PROTOCOL if getattr(args, name) is not None}
     if args.protocol is None:
         if is_endpoint(args.judge):
@@ -50,13 +52,15 @@ def judging_of(args, reading):
         if given:
             raise ValueError(f"{flag_of(next(iter(given)))} goes with --protocol, which the oracle and "
                              "reward models do not follow; leave it out")
-        endpoints_of([], args)                      # refuses the flags that go with an endpoint
+        if endpoints is None:
+            endpoints_of([], args)                  # refuses the flags that go with an endpoint
         return None
     if args.protocol not in PROTOCOLS:
         raise ValueError(f"--protocol {args.protocol}: unknown; give one of {', '.join(PROTOCOLS)}")
     if args.judge == "oracle":
         raise ValueError("--judge oracle follows no protocol; leave --protocol out")
-    endpoint = endpoints_of([args.judge], args).get(args.judge)
+    endpoints = endpoints_of([args.judge], args) if endpoints is None else endpoints
+    endpoint = endpoints.get(args.judge)
     foreign = [name for name in ("dtype", "batch_size") if name in given]
     foreign += ["too_long"] if reading.too_long != "refuse" else []
     if endpoint and foreign:
@@ -66,6 +70,23 @@ def judging_of(args, reading):
     return Judging(args.judge, args.protocol, endpoint, **{"max_new_tokens": tokens} | given,
                    concurrency=args.concurrency or 8, too_long=reading.too_long,
                    allow_control_tokens=bool(reading.allow_control_tokens))
+
+
+def judging_of_recipe(args, endpoints):
+    """The Judging of train.py recipe's flags, or None for a reward model. It leaves what is too long for the
+    judge unjudged, as nobody knows the answers' lengths before they are there."""
+    names = dict.fromkeys(OF_PROTOCOL) | {"judge": args.judge, "protocol": args.protocol,
+                                          "max_new_tokens": args.judge_max_new_tokens,
+                                          "concurrency": args.concurrency}
+    about = judging_of(SimpleNamespace(**names), Reading(), endpoints)
+    return about and about._replace(too_long="skip", allow_control_tokens=True)
+
+
+def check_judge_fits(about, rows):
+    """Refuse, before any work, a judge that cannot read these rows' questions even with empty answers."""
+    rows = [{**row, "completion": ""} for row in rows]
+    if not about.endpoint:
+        folder_judge(about._replace(too_long="refuse"), list(zip(rows, rows)))
 
 
 def verdicts_path(out):
@@ -99,18 +120,30 @@ def scored(sides, judge, reading):
     return sides, "score", f"reward model: {Path(judge).resolve().name}"
 
 
+def prepared(about, pairs):
+    """(settings of the journal of its verdicts, (device, verdicts that were there before) -> ask)."""
+    identity, ready = endpoint_judge(about) if about.endpoint else folder_judge(about, pairs)
+    keys = [key_of(each) for pair in pairs for each in orders(about.protocol, *pair)]
+    digest = hashlib.sha256(dumps(sorted(set(keys))).encode()).hexdigest()
+    # what changes a verdict; batch size and concurrency may change between runs
+    kept = ("protocol", "max_new_tokens", "temperature", "seed", "dtype", "too_long")
+    return {"judge": identity, "games": digest, **{name: getattr(about, name) for name in kept}}, ready
+
+
+def judged_in(folder, about, pairs, device):
+    """The verdicts on pairs of rows, kept in a journal that stays, for a step of the recipe. A collective."""
+    settings, ready = prepared(about, pairs)
+    with Journal(folder, settings, is_answer) as journal:
+        return judge(*zip(*pairs), ready(device, len(journal.done)), about.protocol, journal)
+
+
 def play(out, outputs, about, pairs, make):
     """A language model judges pairs of rows; make(verdicts) -> {path: text} is published under the names of
     `outputs`. A killed command resumes from out.partial."""
     if about.endpoint:
         check_all_there({about.judge: about.endpoint})
-    identity, ready = endpoint_judge(about) if about.endpoint else folder_judge(about, pairs)
-    keys = [key_of(each) for pair in pairs for each in orders(about.protocol, *pair)]
-    digest = hashlib.sha256(dumps(sorted(set(keys))).encode()).hexdigest()
-    # what changes a verdict; batch size and concurrency may change between runs
-    settings = {"judge": identity, "games": digest, "outputs": [Path(path).name for path in outputs],
-                **{name: getattr(about, name)
-                   for name in ("protocol", "max_new_tokens", "temperature", "seed", "dtype", "too_long")}}
+    settings, ready = prepared(about, pairs)
+    settings |= {"outputs": [Path(path).name for path in outputs]}
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with Journal(f"{out}.partial", settings, is_answer) as journal:
         if journal.finish_publishing(outputs, None):
@@ -119,7 +152,7 @@ def play(out, outputs, about, pairs, make):
         for path in filter(os.path.lexists, outputs):
             raise taken(path)
         if journal.done:
-            say(f"resumes: {len(journal.done)} verdicts of {len(set(keys))} games were there before")
+            say(f"resumes: {len(journal.done)} verdicts on {2 * len(pairs)} games were there before")
         verdicts = judge(*zip(*pairs), ready(device(), len(journal.done)), about.protocol, journal)
         journal.publish(make(verdicts), None)
         journal.remove()

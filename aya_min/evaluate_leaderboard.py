@@ -173,8 +173,7 @@ def leaderboard(args, reading):
         found = about_judge(kept)
         said = warnings(found, {name: [row["completion"] for row in side]
                                 for name, side in zip(names, sides)})
-        judge = f"{about.name} by the protocol {about.protocol}"
-        texts = texts_of([with_seen_language(side) for side in sides], games, judge, warnings=said,
+        texts = texts_of([with_seen_language(side) for side in sides], games, about.name, warnings=said,
                          about_judge=found, protocol=about.record())
         return texts | {outputs[2]: jsonl(rows)}
     if about:

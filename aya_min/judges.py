@@ -23,7 +23,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from . import weights
+from . import distributed, weights
 from .alike import identity
 from .endpoint import Endpoint
 from .endpoint import ask as ask_endpoint
@@ -174,19 +174,20 @@ def orders(protocol, a, b):
 
 def answers_to(asked, ask, attempt, journal):
     """{key: {"completion", "finish_reason"}} of {key: conversation}; those in the journal are not asked. A
-    missing answer is not kept there, so that the next command asks for it."""
+    missing answer is not kept there, so that the next command asks for it. A collective, if `ask` is one."""
     done = {key: journal.done[f"{attempt} {key}"] for key in asked
             if journal and f"{attempt} {key}" in journal.done}
-    left = [key for key in asked if key not in done]
+    left, whole = [key for key in asked if key not in done], False
 
     def keep(i, answer):
         kept = {"completion": answer["completion"], "finish_reason": answer["finish_reason"]}
         if left[i] not in done:
             done[left[i]] = kept
-            if journal and kept["completion"] is not None:
+            if journal and kept["completion"] is not None and (distributed.is_main() or not whole):
                 journal.add(f"{attempt} {left[i]}", kept)
     if left:
         answers = ask([asked[key] for key in left], attempt, keep)
+        whole = True                    # a rank writes what it was told meanwhile, the main one the rest
         for i, answer in enumerate(answers):
             keep(i, answer)
     return done
@@ -267,7 +268,9 @@ class Judging(NamedTuple):
 
     @property
     def name(self):
-        return self.endpoint.name if self.endpoint else Path(self.judge).name
+        """What records and tables call the judge."""
+        who = self.endpoint.name if self.endpoint else Path(self.judge).name
+        return f"{who} by the protocol {self.protocol}"
 
     def record(self):
         """A JSON object for the result, without the endpoint's key."""
@@ -291,11 +294,11 @@ def endpoint_judge(about):
 
         def ask(conversations, attempt, keep):
             nonlocal answered
-            groups = ask_endpoint(
+            groups = distributed.from_main(lambda: ask_endpoint(
                 about.endpoint, conversations, max_new_tokens=about.max_new_tokens,
                 temperature=about.heat(attempt), seed=about.seed + attempt, concurrency=about.concurrency,
                 numbers=list(map(number_of, conversations)), answered=answered, progress="verdicts",
-                kept=lambda i, group: keep(i, as_kept(group[0])))
+                kept=lambda i, group: keep(i, as_kept(group[0]))))
             answers = [as_kept(answer) for (answer,) in groups]
             answered += sum(answer["completion"] is not None for answer in answers)
             return answers
@@ -330,8 +333,9 @@ def folder_judge(about, sides):
             size = len(tokenizer.encode_prompt(each))
             if size > room and about.too_long == "refuse":
                 raise ValueError(f"{prefix_of(row_a)}the question with both answers has {size} tokens, the "
-                                 f"judge {room} positions beside --max-new-tokens {about.max_new_tokens}; "
-                                 "lower it, or leave such games unjudged with --too-long skip")
+                                 f"judge {room} positions beside the {about.max_new_tokens} new ones of a "
+                                 "verdict; lower --max-new-tokens (of a recipe --judge-max-new-tokens), or "
+                                 "leave such games unjudged with --too-long skip")
             unfit |= {key_of(each)} if size > room else set()
 
     def ready(device, answered):

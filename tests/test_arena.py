@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bad_server import KEY, Server, message, reply
-from small import language_model, reward_model, tokenizer
+from small import language_model, on_ranks, reward_model, tokenizer
 from test_judges import sides_of
 
 from aya_min import judges
+from aya_min.evaluate_judges import check_judge_fits, judged_in
+from aya_min.judges import Judging, verdict_rows
 from aya_min.command import guarded
 from aya_min.evaluate import main
 from aya_min.evaluate_leaderboard import against, board, board_table, names_of, page_of, strengths
@@ -150,7 +152,7 @@ def test_a_killed_arena_resumes_to_the_same_files(tmp_path, files, folders, monk
     # another batch size is not another judge
     arena(*files, tmp_path / "e.json", folders["silent"], *PROTOCOL, "--temperature", "1", "--batch-size",
           "3")
-    assert "resumes: 12 verdicts of 18 games were there before" in capsys.readouterr().err
+    assert "resumes: 12 verdicts on 24 games were there before" in capsys.readouterr().err
     for name in ("json", "verdicts.jsonl"):
         one, other = ((tmp_path / f"{stem}.{name}").read_text(encoding="utf-8") for stem in ("whole", "e"))
         assert other.replace('"batch_size": 3', '"batch_size": 256') == one
@@ -211,6 +213,31 @@ def test_games_that_are_too_long_are_unjudged_and_counted_by_kind(tmp_path, fold
     result = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
     assert (result["overall"]["unjudged"], result["overall"]["num"]) == (1, 5)
     assert result["about_judge"]["unjudged"] == {"too long": 2}
+
+
+def test_a_recipes_judge_that_can_read_no_question_is_refused_before_any_work(tmp_path, folders):
+    save(tmp_path / "short", language_model(), tokenizer())
+    rows = [{"prompt_messages": [{"role": "user", "content": "eins"}], "prompt_where": "p.jsonl:1"}]
+    for folder, message in ((str(tmp_path / "short"), "p.jsonl:1: .*--judge-max-new-tokens"),
+                            (folders["rm"], "a reward model, which follows no protocol")):
+        about = Judging(folder, "scores", None, max_new_tokens=64, too_long="skip")
+        with pytest.raises(ValueError, match=message):
+            check_judge_fits(about, rows)
+    check_judge_fits(about._replace(judge=folders["judge"]), rows)
+
+
+def test_two_ranks_give_the_verdicts_of_one(tmp_path, folders):
+    rows = [{**row, "prompt_messages": [{"role": "user", "content": row["prompt"]}]}
+            for row in answers(lambda i, code: 0, 2)]
+    pairs = list(zip(rows, [row | {"completion": "other"} for row in rows]))
+    about = Judging(folders["silent"], "arena-hard", None, max_new_tokens=6, temperature=1.0)
+
+    def said(folder):
+        torch.manual_seed(0)
+        return verdict_rows(judged_in(tmp_path / folder, about, pairs, "cpu"))
+    (one,), (two, other) = on_ranks(1, said, "one"), on_ranks(2, said, "two")
+    assert one == two == other and len(one) == 12
+    assert on_ranks(2, said, "two") == [one, one]           # from the journal
 
 
 def test_a_verdict_file_that_exists_is_not_overwritten(tmp_path, files, folders, capsys):
