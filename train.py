@@ -288,15 +288,13 @@ def run_whole_recipe(args, device):
     missing = ["--" + name for name, value in own.items() if not value]
     if any(own.values()) and missing:
         raise ValueError(f"your own pipeline also needs {' '.join(missing)}")
-    if (args.protocol or args.judge_max_new_tokens) and not args.judge:
-        raise ValueError("--protocol and --judge-max-new-tokens go with --judge")
     if missing and (args.judge or args.eval_prompts or args.columns):
         raise ValueError("--judge, --eval-prompts and --columns go with --base, --prompts, --teachers and "
                          "--arbiter")
     if args.judge and Path(args.judge).resolve() == Path(args.arbiter).resolve():
         raise ValueError("--judge must not be the arbiter: a model would be judged by what trained it")
     endpoints = endpoints_of([*(args.teachers or []), *([args.judge] if args.judge else [])], args)
-    judging = judging_of_recipe(args, endpoints) if args.judge else None
+    judging = judging_of_recipe(args, endpoints)
     clusters = read_clusters(args.clusters) if args.clusters else CLUSTERS
     own |= {"judge": None if judging else args.judge, "eval_prompts": args.eval_prompts}
     out = Path(args.out or f"runs/{args.preset}")
@@ -311,8 +309,7 @@ def run_whole_recipe(args, device):
     if args.base:
         brought = own | {"judge": None if args.judge in endpoints else args.judge}
         own["prompts"], own["eval_prompts"] = pipeline_checks.check_own(recipe, clusters, args.arms, **own)
-        if judging:
-            check_judge_fits(judging, own["eval_prompts"])
+        check_judge_fits(judging, own["eval_prompts"])
         answered = distributed.from_main(lambda: (out / "steps" / "arbitrage" / "done.json").is_file())
         check_all_there({text: endpoint for text, endpoint in endpoints.items()
                          if text == args.judge or not answered})

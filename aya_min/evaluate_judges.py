@@ -73,8 +73,12 @@ def judging_of(args, reading, endpoints=None):
 
 
 def judging_of_recipe(args, endpoints):
-    """The Judging of train.py recipe's flags, or None for a reward model. It leaves what is too long for the
-    judge unjudged, as nobody knows the answers' lengths before they are there."""
+    """The Judging of train.py recipe's flags, or None for a reward model and without a judge. It leaves what
+    is too long for the judge unjudged, as nobody knows the answers' lengths before they are there."""
+    if not args.judge:
+        if args.protocol or args.judge_max_new_tokens:
+            raise ValueError("--protocol and --judge-max-new-tokens go with --judge")
+        return None
     names = dict.fromkeys(OF_PROTOCOL) | {"judge": args.judge, "protocol": args.protocol,
                                           "max_new_tokens": args.judge_max_new_tokens,
                                           "concurrency": args.concurrency}
@@ -83,9 +87,10 @@ def judging_of_recipe(args, endpoints):
 
 
 def check_judge_fits(about, rows):
-    """Refuse, before any work, a judge that cannot read these rows' questions even with empty answers."""
+    """Refuse, before any work, a judge (or None) that cannot read these rows' questions even with empty
+    answers."""
     rows = [{**row, "completion": ""} for row in rows]
-    if not about.endpoint:
+    if about and not about.endpoint:
         folder_judge(about._replace(too_long="refuse"), list(zip(rows, rows)))
 
 

@@ -14,6 +14,7 @@ from test_judges import sides_of
 
 from aya_min import judges
 from aya_min.evaluate_judges import check_judge_fits, judged_in
+from aya_min.journal import Journal
 from aya_min.judges import Judging, verdict_rows
 from aya_min.command import guarded
 from aya_min.evaluate import main
@@ -157,6 +158,20 @@ def test_a_killed_arena_resumes_to_the_same_files(tmp_path, files, folders, monk
         one, other = ((tmp_path / f"{stem}.{name}").read_text(encoding="utf-8") for stem in ("whole", "e"))
         assert other.replace('"batch_size": 3', '"batch_size": 256') == one
     assert not (tmp_path / "e.json.partial").exists()
+
+
+def test_an_arena_that_was_killed_when_its_files_were_there_only_prints_its_table(tmp_path, files, folders,
+                                                                                 monkeypatch, capsys):
+    def dies(journal):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Journal, "remove", dies)
+        arena(*files, tmp_path / "e.json", folders["judge"], *PROTOCOL)
+    before = (tmp_path / "e.json").read_bytes()
+    capsys.readouterr()
+    arena(*files, tmp_path / "e.json", folders["judge"], *PROTOCOL)
+    assert "the judge is constant" in capsys.readouterr().out
+    assert (tmp_path / "e.json").read_bytes() == before and not (tmp_path / "e.json.partial").exists()
 
 
 @pytest.mark.parametrize("words, says", [
