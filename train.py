@@ -31,6 +31,7 @@ from aya_min import (config, distributed, linear, model_config, pipeline, pipeli
 from aya_min.command import Parser, guarded, is_spare_rank, number, printable
 from aya_min.data import read_jsonl
 from aya_min.endpoint_answers import add_flags as add_endpoint_flags, check_all_there, endpoints_of
+from aya_min.evaluate_judges import check_judge_fits, judging_of_recipe
 from aya_min.files import read_json, refuse_pipe, write_json
 from aya_min.languages import CLUSTERS, read_clusters
 from aya_min.model import init_weights
@@ -75,7 +76,13 @@ def add_recipe(commands):
                         help="model folders, JSONL files of completions made elsewhere, or OpenAI-compatible "
                              "endpoints, http(s)://host/v1#model")
     recipe.add_argument("--arbiter", help="reward model folder")
-    recipe.add_argument("--judge", help="another reward model folder, which judges the results")
+    recipe.add_argument("--judge", help="another reward model folder, which judges the results, or with "
+                                        "--protocol a language model's folder or an endpoint, which compares "
+                                        "each model with the one before and with the base")
+    recipe.add_argument("--protocol", help="how a language model judges: arena-hard or scores "
+                                           "(aya_min/judges.py)")
+    recipe.add_argument("--judge-max-new-tokens", type=number(int, "[1, inf)"),
+                        help="of a verdict (default as evaluate arena's)")
     recipe.add_argument("--eval-prompts", nargs="+",
                         help="prompts whose answers are judged (default: --prompts)")
     recipe.add_argument("--clusters", help="JSON file {cluster: [languages]}")
@@ -286,22 +293,26 @@ def run_whole_recipe(args, device):
                          "--arbiter")
     if args.judge and Path(args.judge).resolve() == Path(args.arbiter).resolve():
         raise ValueError("--judge must not be the arbiter: a model would be judged by what trained it")
-    endpoints = endpoints_of(args.teachers or [], args)
+    endpoints = endpoints_of([*(args.teachers or []), *([args.judge] if args.judge else [])], args)
+    judging = judging_of_recipe(args, endpoints)
     clusters = read_clusters(args.clusters) if args.clusters else CLUSTERS
-    own |= {"judge": args.judge, "eval_prompts": args.eval_prompts}
+    own |= {"judge": None if judging else args.judge, "eval_prompts": args.eval_prompts}
     out = Path(args.out or f"runs/{args.preset}")
     record = {"preset": args.preset, "arms": args.arms, "seed": recipe.seed, "recipe": asdict(recipe),
               "clusters": clusters, **{k: v for k, v in own.items() if v},
-              **({"extra": args.extra} if args.extra else {})}
+              **({"extra": args.extra} if args.extra else {}),
+              **({"judge": args.judge, "protocol": judging.record()} if judging else {})}
     distributed.from_main(lambda: runs.check_writable(
         out, ("config.json", "summary.json", "report.html", "report.md"), ("steps", "data")))
     distributed.from_main(lambda: check_run_folder(out, record, preset))
     pipeline_checks.check_clusters(clusters, own=bool(args.base))
     if args.base:
-        brought = dict(own)
+        brought = own | {"judge": None if args.judge in endpoints else args.judge}
         own["prompts"], own["eval_prompts"] = pipeline_checks.check_own(recipe, clusters, args.arms, **own)
-        if not distributed.from_main(lambda: (out / "steps" / "arbitrage" / "done.json").is_file()):
-            check_all_there(endpoints)
+        check_judge_fits(judging, own["eval_prompts"])
+        answered = distributed.from_main(lambda: (out / "steps" / "arbitrage" / "done.json").is_file())
+        check_all_there({text: endpoint for text, endpoint in endpoints.items()
+                         if text == args.judge or not answered})
     else:
         pipeline_checks.check_world(recipe, clusters)
     num_prompts = len(own["prompts"]) if args.base else None
@@ -321,7 +332,7 @@ def run_whole_recipe(args, device):
     own |= {k: Path(own[k]) for k in ("base", "arbiter", "judge") if own[k]}
     with ExitStack() as held:
         linear.choose(distributed.from_main(open_folder))
-        own |= {"endpoints": endpoints, "concurrency": args.concurrency}
+        own |= {"endpoints": endpoints, "concurrency": args.concurrency, "judging": judging}
         summary = pipeline.run_recipe(pipeline_steps.Run(out, recipe, device, clusters, args.arms, **own))
     if distributed.is_main():
         print(printable(f"\n{results_table(summary)}\n\n{out / 'report.html'}"))

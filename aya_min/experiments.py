@@ -24,7 +24,7 @@ from typing import Callable, Optional
 from . import distributed, weights
 from .arbitrage import route
 from .config import RECIPES, Recipe, settings_from
-from .evaluate import bootstrap_mean, join, win_rates
+from .evaluate_rates import bootstrap_mean, join, win_rates
 from .languages import CLUSTERS, LANGUAGES, SHARED
 from .merge_folders import merge_folders
 from .pipeline import (arbitrage, build_arbiter, build_base, build_teachers,

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from . import merge_methods, weights as model_folders
 from .config import Reading
 from .data import batches_in_order, collate, load_examples, load_prompts, slots_of
-from .evaluate import grade_answers, group
+from .evaluate_answers import grade_answers
+from .evaluate_rates import group
 from .files import parse_json, scratch
 from .languages import CLUSTERS, home_clusters
 from .loop import evaluate as held_out_metrics

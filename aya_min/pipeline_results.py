@@ -8,8 +8,12 @@ import time
 from . import distributed
 from .command import printable
 from .data import without_added_keys
-from .evaluate import compare, grade_answers, summarize
+from .evaluate_answers import grade_answers
+from .evaluate_judges import judged_in
+from .evaluate_rates import compare, join, summarize
 from .files import write_json
+from .judges import verdict_rows
+from .judges_rates import compared
 from .languages import cluster_languages
 from .pipeline_steps import answers_of, read_done, refresh_page, saved_rows, scores_of, step, write_rows
 from .world import questions
@@ -83,9 +87,32 @@ def add_rewards(run, name, answers, arbiter):
             row["reward"] = reward
 
 
+def judge_pair(run, name, opponent, answers):
+    """{decoding: the figures of judges_rates.compared} of a model's answers against another's, by the judge
+    that follows a protocol. Its verdicts stand in steps/judge-NAME-OPPONENT. answers: {model: {decoding:
+    rows}}."""
+    def make(own, resume):
+        asked, found = eval_rows(run), {}
+        for decoding in DECODINGS:
+            sides = [[{**question, **row}
+                      for question, row in zip(asked, answers[each][decoding], strict=True)]
+                     for each in (name, opponent)]
+            kept = run.folder / "data" / f"verdicts-{name}-{opponent}-{decoding}"
+            distributed.from_main(lambda: kept.parent.mkdir(parents=True, exist_ok=True))
+            verdicts = judged_in(kept, run.judging, join(*sides), run.device)
+            write_rows(own / f"{decoding}.jsonl", verdict_rows(verdicts))
+            found[decoding] = compared(verdicts, run.clusters)
+            for warning in found[decoding]["warnings"]:
+                distributed.say(f"{name} against {opponent}, {decoding}: {warning}")
+        return {"rates": found}
+    return step(run, f"judge-{name}-{opponent}", f"the judge compares {name} with {opponent}", make)["rates"]
+
+
 def judge_name(run):
     if run.embedded:
         return "oracle"
+    if run.judging:
+        return f"language model: {run.judging.name}"
     return f"reward model: {run.judge}" if run.judge else "arbiter (not a win rate)"
 
 
@@ -144,15 +171,18 @@ class Results:
         return summary
 
     def summarized(self, name, decoding):
-        """evaluate.summarize of a model's answers, computed once."""
+        """evaluate_rates.summarize of a model's answers, computed once."""
         key = name, decoding
         if key not in self.figures:
             self.figures[key] = summarize(self.answers[name][decoding])
         return self.figures[key]
 
     def compared(self, name, opponent, decoding):
-        """evaluate.compare of two models' answers, computed once."""
+        """evaluate_rates.compare of two models' answers, or the protocol's judge's figures, computed once."""
         key = name, opponent, decoding
+        if key not in self.rates and self.run.judging:
+            for each, found in judge_pair(self.run, name, opponent, self.answers).items():
+                self.rates[name, opponent, each] = {**found.pop("overall"), **found}
         if key not in self.rates:
             by = "grade" if self.run.embedded or self.run.judge else "reward"
             sides = self.answers[name][decoding], self.answers[opponent][decoding]
@@ -163,8 +193,11 @@ class Results:
 
     def entry(self, model):
         """What the report draws of one model."""
-        name, judged = model["name"], self.run.embedded or self.run.judge or self.arbiter
-        against = {other: other for other in OPPONENTS} | {"previous": model["previous"]}
+        run, name = self.run, model["name"]
+        judged = run.embedded or run.judge or run.judging or self.arbiter
+        # every pair costs two verdicts a question
+        opponents = ("base",) if run.judging else OPPONENTS
+        against = {other: other for other in opponents} | {"previous": model["previous"]}
         against = {label: other for label, other in against.items()
                    if other in self.answers and other != name}
         found = {decoding: {**self.summarized(name, decoding), "reward": mean_reward(rows),

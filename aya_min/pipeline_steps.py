@@ -24,6 +24,7 @@ from .endpoint_answers import answer_rows as ask_rows, is_answer, without_contro
 from .files import (MARK, dumps, own_file, parse_json, parse_object, read_bytes, sha256, write_json,
                     write_jsonl)
 from .journal import Journal
+from .judges import Judging
 from .model import CohereForCausalLM, RewardModel
 from .report import write_report
 from .reward import score_texts
@@ -45,7 +46,8 @@ class Run:
     prompts: Optional[list] = None          #   rows of prompts,
     teachers: Optional[list] = None         #   model folders, files of completions or endpoints,
     arbiter: Optional[Path] = None          #   reward model folder,
-    judge: Optional[Path] = None            #   a second reward model,
+    judge: Optional[Path] = None            #   a second reward model, or
+    judging: Optional[Judging] = None       #   a language model that judges by a protocol,
     eval_prompts: Optional[list] = None     #   rows of prompts to be judged on
     endpoints: dict = field(default_factory=dict)   # {teacher that is an endpoint: its Endpoint}
     concurrency: Optional[int] = None       # requests that they are asked at the same time

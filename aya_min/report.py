@@ -14,8 +14,9 @@ from pathlib import Path
 from .command import guarded, is_spare_rank
 from .files import write_whole
 from .merge_front import search_part
-from .report_charts import (STYLE, around, axis, bar, chart, clock, connector, curves, esc, finite, grid,
-                            heat_map, html_table, interval_text, legend, mark, number, section, track, within)
+from .report_charts import (around, axis, bar, chart, clock, connector, curves, esc, finite, grid, heat_map,
+                            html_page, html_table, interval_text, legend, mark, number, section, track,
+                            within)
 from .report_data import (DECODINGS, SUMMARY, by_cluster, final_model, has_win_rates, judged_by, language,
                           named, read, read_search, read_series, scored_by, title, versus)
 from .report_table import results_table, table_part
@@ -315,7 +316,7 @@ def config_part(config):
 
 
 def page(folder):
-    """The whole text of report.html. Its policy forbids fetching and scripts, whatever a model wrote."""
+    """The whole text of report.html."""
     summary = read(folder, "summary.json", SUMMARY)
     config = read(folder, "config.json", {})
     warning = judged_by(summary) if summary.get("models") else ""
@@ -329,13 +330,8 @@ def page(folder):
              online_part(summary), examples_part(summary), costs_part(summary)]
     body = "\n".join(filter(None, parts)) or "<p>This run has recorded only its settings so far.</p>"
     about = [str(config[key]) for key in ("stage", "preset") if key in config]
-    name = esc(" · ".join(["aya_min", *about, folder.resolve().name]))
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-            f"<title>{name}</title><style>{STYLE}</style></head>\n<body><main><h1>{name}</h1>\n{body}\n"
-            f"{config_part(config)}</main></body></html>\n")
+    name = " · ".join(["aya_min", *about, folder.resolve().name])
+    return html_page(name, f"{body}\n{config_part(config)}")
 
 
 def write_report(folder):

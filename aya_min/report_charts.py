@@ -342,6 +342,16 @@ def scatter(title, labels, series, front, box=(400, 260)):
 
 # ---- parts of the page -------------------------------------------------------------------------------------
 
+def html_page(title, body):
+    """A whole page. Its policy forbids fetching and scripts, whatever a model wrote."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+            f"<title>{esc(title)}</title><style>{STYLE}</style></head>\n<body><main><h1>{esc(title)}</h1>\n"
+            f"{body}</main></body></html>\n")
+
+
 def grid(charts, kind="", key=""):
     """As many charts side by side as fit the page, under the key to their marks; "" without charts."""
     drawn = "".join(charts)
@@ -359,12 +369,12 @@ def html_table(head, body, kind=""):
     return f'<div class="scroll"><table{name}><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
-def heat_map(columns, rows):
-    """A table whose cells are shaded by their share.
+def heat_map(columns, rows, ends=(0, 1)):
+    """A table whose cells are shaded by their share, between the shares `ends`.
 
     rows: (label, [(share from 0 to 1 or None, whether to outline it), ...]), or a text, which is a heading.
     """
-    body = ""
+    body, (low, high) = "", ends
     for row in rows:
         if isinstance(row, str):
             width = len(columns) + 1
@@ -375,7 +385,8 @@ def heat_map(columns, rows):
         for share, home in cells:
             name = " class=home" if home else ""
             if finite(share):
-                body += f'<td style="--share:{share:.3f}"{name}>{100 * share:.0f}</td>'
+                shade = min(1, max(0, (share - low) / (high - low)))
+                body += f'<td style="--share:{shade:.3f}"{name}>{100 * share:.0f}</td>'
             else:
                 body += "<td>–</td>"
         body += "</tr>"

@@ -149,7 +149,8 @@ def judged_by(summary):
     if judge.startswith("arbiter"):
         return ("Scored by the arbiter that chose the training data: its score is not a win rate, and rises "
                 "when a model learns to please it.")
-    return "" if judge == "oracle" else f"Judged by a reward model, not by people or an oracle ({judge})."
+    kind = "language" if judge.startswith("language model") else "reward"
+    return "" if judge == "oracle" else f"Judged by a {kind} model, not by people or an oracle ({judge})."
 
 
 def has_win_rates(summary):

@@ -11,17 +11,9 @@ from small import program
 
 from aya_min.command import guarded
 from aya_min.model_config import model_preset
-from aya_min.evaluate import (
-    bootstrap_mean,
-    compare,
-    grade_answers,
-    join,
-    main,
-    score_answers,
-    summarize,
-    win_rate_table,
-    win_rates,
-)
+from aya_min.evaluate import main, win_rate_table
+from aya_min.evaluate_answers import grade_answers, score_answers
+from aya_min.evaluate_rates import bootstrap_mean, compare, join, summarize, win_rates
 from aya_min.languages import CLUSTERS, LANGUAGES, SHARED
 from aya_min.model import RewardModel, init_weights
 from aya_min.reward import score_texts

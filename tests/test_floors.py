@@ -26,20 +26,20 @@ FLOORS = [
     # folders are alike
     {"alike", "checkpoint", "control_tokens", "endpoint_http", "journal", "lengths", "losses", "model",
      "report_data", "rows", "template_turns", "world"},
-    # 4: text to ids, rows to batches, the engine's tensors, an endpoint asked, the oracle
-    {"critic", "data", "endpoint", "engine", "language_id", "mixture", "preferences", "report_table",
-     "text_statistics", "tokenizer", "world_oracle"},
+    # 4: text to ids, rows to batches, the engine's tensors, an endpoint asked, figures, the oracle
+    {"critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture", "preferences",
+     "report_table", "text_statistics", "tokenizer", "world_oracle"},
     # 5: what is done with a model or with folders
     {"arbitrage", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report", "reward",
      "sampling", "weights", "world_data", "world_translation"},
-    # 6: run folders, conversations, log-probs under a fixed model, win rates, a recipe's checks
-    {"chat", "contrast", "evaluate", "kto", "pipeline_checks", "reference", "runs"},
-    # 7: samples of the policy as batches
-    {"rollouts", "router"},
-    # 8: the stages
-    {"generate_pool", "stages"},
+    # 6: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks
+    {"chat", "contrast", "evaluate_answers", "judges", "kto", "pipeline_checks", "reference", "runs"},
+    # 7: samples of the policy as batches, what judges say
+    {"evaluate_judges", "judges_rates", "rollouts", "router"},
+    # 8: the stages, the leaderboard
+    {"evaluate_leaderboard", "generate_pool", "stages"},
     # 9: a recipe's run on disk; what a stage will need; what a search measures
-    {"estimate", "generate_route", "merge_fitness", "pipeline_steps"},
+    {"estimate", "evaluate", "generate_route", "merge_fitness", "pipeline_steps"},
     # 10: what a run shows for itself; the search
     {"merge_search", "pipeline_results"},
     # 11: the recipe; train.py, generate.py and merge.py stand on it

@@ -16,7 +16,7 @@ from small import language_model, reward_model, run, tokenizer
 from aya_min import files, merge_front, merge_search, weights
 from aya_min.command import guarded
 from aya_min.config import Reading
-from aya_min.evaluate import summarize
+from aya_min.evaluate_rates import summarize
 from aya_min.merge_fitness import (by_loss, by_oracle, graded, halves, loss_splits, of_folders, of_models,
                              read_questions, together)
 from aya_min.merge_search import (

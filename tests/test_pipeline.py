@@ -9,7 +9,9 @@ import sys
 import time
 
 import pytest
+from bad_server import Server, reply
 from small import CPU, ROOT, program
+from test_judges import sides_of
 
 import train
 from aya_min import config, pipeline_steps
@@ -167,6 +169,32 @@ def test_a_users_own_judge_grades_the_users_models(own, smoke, tmp_path):
     assert all(isinstance(m["greedy"]["grade"], float) for m in summary["models"])
 
 
+@pytest.mark.long
+def test_a_judge_that_follows_a_protocol_compares_each_model_with_the_one_before_and_the_base(own, tmp_path):
+    def prefers(body, times):
+        _, a, b = sides_of(body["messages"])
+        return reply("[[A=B]]" if len(a) == len(b) else "[[A>B]]" if len(a) > len(b) else "[[B>A]]")
+    with Server(prefers) as server:
+        words = ["--out", tmp_path / "judged", *own, "--judge", server.url + "#m", "--protocol", "arena-hard"]
+        printed = recipe(*words)
+        num = len(server.asked)
+        recipe(*words)
+        assert len(server.asked) == num > 0                 # a rerun asks nothing again
+    assert f"Judged by a language model, not by people or an oracle (language model: {server.host}" in printed
+    run = tmp_path / "judged"
+    models = json.loads((run / "summary.json").read_text(encoding="utf-8"))["models"]
+    for model in models[1:]:
+        for decoding in ("greedy", "sampled"):
+            versus = model[decoding]["versus"]
+            assert versus.keys() <= {"base", "previous"} and "base" in versus
+            rates = versus["base"]
+            low, high = rates["bounds"]
+            assert low <= rates["win_rate"] <= high and rates["unjudged"] == 0 and "by_language" in rates
+            said = run / "steps" / f"judge-{model['name']}-base" / f"{decoding}.jsonl"
+            lines = said.read_text(encoding="utf-8").splitlines()
+            assert len(lines) == 2 * rates["num"] and "[[" in json.loads(lines[0])["said"][0]
+
+
 def test_what_a_user_brings_is_looked_at_before_any_work(smoke, tmp_path, in_process):
     steps, run = smoke[0] / "steps", tmp_path / "own"
     good = {
@@ -187,6 +215,9 @@ def test_what_a_user_brings_is_looked_at_before_any_work(smoke, tmp_path, in_pro
         "in no cluster": {"--clusters": tmp_path / "clusters.json"},
         "p.jsonl.missing": {"--prompts": tmp_path / "p.jsonl.missing"},
         "must not be the arbiter": {"--judge": good["--arbiter"]},
+        "give --protocol arena-hard or scores": {"--judge": "http://h/v1#m"},
+        "--protocol x: unknown": {"--judge": "http://h/v1#m", "--protocol": "x"},
+        "go with --judge": {"--protocol": "scores"},
     }
     for message, change in wrong.items():
         words = (word for pair in {**good, **change}.items() for word in pair)

@@ -10,7 +10,7 @@ from small import TORCHRUN, language_model, program, reward_model, tokenizer
 
 import train
 from aya_min import pipeline_checks, config, pipeline, report, pipeline_results, pipeline_steps, weights
-from aya_min.evaluate import summarize
+from aya_min.evaluate_rates import summarize
 from aya_min.files import write_jsonl
 from aya_min.languages import CLUSTERS
 from aya_min.tokenizer import train_tokenizer
