@@ -22,16 +22,17 @@ import torch
 from . import distributed, tensorfiles
 from .alike import files_along
 from .checkpoint import others_in, replace_folder
+from .families import FAMILIES, WRAPPERS
 from .model_config import ModelConfig, stop_ids
 from .files import new_folder, own_file, read_bytes, read_json
 from .model import CohereForCausalLM, RewardModel, Router, initial_value
 from .tokenizer import FILES, load_tokenizer
 
-ARCHITECTURES = {"CohereForCausalLM": CohereForCausalLM, "Cohere2ForCausalLM": CohereForCausalLM,
-                 "CohereRewardModel": RewardModel, "Cohere2RewardModel": RewardModel,
-                 "CohereForSequenceClassification": RewardModel,
-                 "Cohere2ForSequenceClassification": RewardModel,
-                 "CohereRouter": Router, "Cohere2Router": Router}
+# The names of a family's classes, behind its own: {the end: our class}. gemma3's classifier has a Text more.
+ENDINGS = {"ForCausalLM": CohereForCausalLM, "RewardModel": RewardModel,
+           "ForSequenceClassification": RewardModel, "Router": Router}
+ARCHITECTURES = {family.published + ending: build for ending, build in ENDINGS.items()
+                 for family in FAMILIES.values()}
 KINDS = {CohereForCausalLM: "language model", RewardModel: "reward model", Router: "router"}
 USUAL_HEAD_LACKS = "score_logps.weight"         # a head on the last token only computes as if this were 0
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
@@ -42,23 +43,37 @@ WRITTEN = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", 
 
 def read_config(folder):
     """(ModelConfig, class of the model) of a model folder. ValueError if either is not supported."""
-    raw = tensorfiles.read_config(folder)
     path = Path(folder) / "config.json"
-    named = raw.get("architectures")
-    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
-        raise ValueError(f"{path}: architectures {named!r:.80} is not a list of names; download the model "
-                         "again")
-    plain = str(raw.get("model_type")).capitalize() + "ForCausalLM"         # transformers' default
-    architecture = (named or [plain])[0]
+    raw, named = text_part(tensorfiles.read_config(folder), path)
+    family = FAMILIES.get(str(raw.get("model_type")))
+    plain = family.published if family else raw.get("model_type")
+    architecture = named[0] if named else f"{plain}ForCausalLM"             # transformers' default
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture!r:.80} is not supported; supported: "
                          f"{' '.join(ARCHITECTURES)}")
     config_class = getattr(ARCHITECTURES[architecture], "config_class", ModelConfig)
     config = config_class.from_published(raw, where=str(path))
-    if not re.fullmatch(f"{config.model_type}(For.*|RewardModel|Router)", architecture, re.IGNORECASE):
+    if architecture.removeprefix(config.family.published) not in ENDINGS:
         raise ValueError(f"{path}: architecture {architecture} does not go with model_type "
                          f"{config.model_type}; download the model again")
     return config, ARCHITECTURES[architecture]
+
+
+def text_part(raw, path):
+    """(config.json of a language model, the names of its class) of a config.json. That of a model that sees
+    images too (families.WRAPPERS) has it in its text_config."""
+    named = raw.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ValueError(f"{path}: architectures {named!r:.80} is not a list of names; download the model "
+                         "again")
+    if not named or named[0] not in WRAPPERS:
+        return raw, named
+    text, kinds = raw.get("text_config"), WRAPPERS[named[0]]
+    if not isinstance(text, dict) or text.get("model_type") not in kinds:
+        raise ValueError(f"{path}: the text_config of {named[0]} must be of model_type {' or '.join(kinds)}")
+    above = {key: raw[key] for key in ("quantization_config", "tie_word_embeddings", "eos_token_id")
+             if raw.get(key) is not None}
+    return above | text, None
 
 
 def read_generation(folder):

@@ -522,13 +522,13 @@ def test_a_description_that_is_no_json_object_is_refused_with_its_name(name, tex
     "changes, says",
     [
         (
-            {"architectures": ["LlamaForCausalLM"]},
+            {"architectures": ["GPT2LMHeadModel"]},
             (
-                "architecture 'LlamaForCausalLM' is not supported; supported: CohereForCausalLM"
+                "architecture 'GPT2LMHeadModel' is not supported; supported: CohereForCausalLM"
                 " Cohere2ForCausalLM"
             ),
         ),
-        ({"architectures": ["LlamaForCausalLM"]}, "architecture 'LlamaForCausalLM' is not supported"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "architecture 'GPT2LMHeadModel' is not supported"),
         ({"model_type": "cohere3"}, "model_type 'cohere3' is not supported; supported: cohere cohere2"),
         ({"model_type": "cohere2"}, "architecture CohereForCausalLM does not go with model_type cohere2"),
         ({"attention_bias": True}, "attention_bias"),
