@@ -53,8 +53,8 @@ def encode_example(tokenizer, messages, row, where="", prompt_key=""):
     """An Example of a prompt and its answer, the last message. Only the answer is supervised."""
     ids, mask = tokenizer.encode_chat(messages[:-1], generation_prompt=True)
     answer = tokenizer.encode_answer(messages[-1]["content"])
-    mask = np.array([False] * len(mask) + [True] * len(answer))
-    return Example(np.array(ids + answer, np.int32), mask, row.get("language") or "other", where, prompt_key)
+    mask = np.array([False] * len(mask) + [True] * len(answer) + [False] * len(tokenizer.after))
+    return Example(np.array(ids + answer + tokenizer.after, np.int32), mask, row.get("language") or "other", where, prompt_key)
 
 
 def encode_conversation(tokenizer, messages, supervised, language, where):
@@ -69,8 +69,9 @@ def encode_conversation(tokenizer, messages, supervised, language, where):
 def pieces_of(tokenizer, text, limit, language, where):
     """[Example, ...] of at most `limit` tokens: a text and its end token, all supervised but for each BOS."""
     ids = tokenizer.encode(text) + [tokenizer.end_of_turn_id]
-    pieces = [np.array([tokenizer.bos_id] + ids[start:start + limit - 1], np.int32)
-              for start in range(0, len(ids), limit - 1)]
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    room = limit - len(begin)
+    pieces = [np.array(begin + ids[start:start + room], np.int32) for start in range(0, len(ids), room)]
     return [Example(piece, np.arange(len(piece)) > 0, language, where, prompt_key=where) for piece in pieces]
 
 

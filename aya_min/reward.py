@@ -55,7 +55,7 @@ def fitted(examples, long, positions, too_long, name, places):
     found = f"{name}: {len(long)} of {len(examples)} texts to score pass its {positions} positions ({first})"
     if too_long == "refuse":
         raise ValueError(f"{found}; shorten them, or give --too-long skip or cut-left")
-    answer_tokens = {i: int(examples[i].mask.sum()) for i in long}
+    answer_tokens = {i: len(examples[i].ids) - int(examples[i].mask.argmax()) for i in long}
     unscored = [i for i in long if too_long == "skip" or answer_tokens[i] > positions - 2]
     fates = []
     if too_long == "cut-left":
