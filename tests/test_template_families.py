@@ -56,7 +56,7 @@ def test_a_prompt_and_an_answer_are_the_conversation_that_they_make(name):
         prompt = tokenizer.encode_prompt(turns(*said[:-1]))
         whole = prompt + tokenizer.encode_answer(said[-1]) + tokenizer.after
         assert tokenizer.encode_chat(turns(*said))[0] == whole
-        assert tokenizer.decode(tokenizer.encode_answer(said[-1])).endswith(said[-1].strip()[-1])
+        assert tokenizer.decode(tokenizer.encode_answer(said[-1])).strip().endswith(said[-1].strip())
         # white space at the beginning of an answer takes no letter of the prompt
         assert tokenizer.encode_chat(turns(*said[:-1], "\n b"))[0][:len(prompt)] == prompt
 
@@ -83,7 +83,7 @@ def test_a_system_turn_that_the_template_does_not_take_or_moves_is_refused_by_na
 
 def test_a_text_with_a_word_that_the_template_looks_for_is_refused_by_name():
     tokenizer = tokenizer_of("qwen 3")
-    assert tokenizer.turns.words == {"</think>", "<tool>", "</tool>"}
+    assert tokenizer.turns.words == {"</think>", "<tool>"}         # what the template asks first
     with pytest.raises(ValueError, match="treats a text with '</think>' in another way"):
         tokenizer.encode_chat(turns("a", "<think>b</think>c"))
 
