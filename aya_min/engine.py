@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from .families import NORMS
 from .linear import packed
-from .model import activation, capped_attention, rms_norm, scaled, window_mask
+from .model import activation, capped_attention, scaled, window_mask
+from .norms import rms_norm
 from .patience import Patience
 from .rope import doubled, rotary, rotate_halves
 from .token_logps import capped

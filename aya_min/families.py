@@ -69,6 +69,11 @@ class Family:
     windows: str = "never"
     scales_embedding: bool = False
     activation: tuple = ("hidden_act", "silu")
+    classifier: str = ""                # the beginning of its ForSequenceClassification, if it is another
+
+    def class_named(self, task):
+        """The name of a published class, such as LlamaForCausalLM."""
+        return (task == "ForSequenceClassification" and self.classifier or self.published) + task
 
 
 _COHERE = dict(vocab_size=256000, hidden_size=8192, intermediate_size=22528, num_hidden_layers=40,
@@ -102,7 +107,7 @@ FAMILIES = {
     "gemma3_text": Family("Gemma3", dict(
         _GEMMA, vocab_size=262208, max_position_embeddings=131072, rope_theta=1e6, sliding_window_pattern=6,
         rope_local_base_freq=10000.0, attn_logit_softcapping=None, final_logit_softcapping=None),
-        qk_norm="head", **_SANDWICH)}
+        qk_norm="head", classifier="Gemma3Text", **_SANDWICH)}
 
 # Keys of config.json that have one accepted value, beside null. Those of ModelConfig's fields are honoured.
 # Others are read by no class of the family in transformers and change nothing there; nor do they here.

@@ -21,50 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from .families import NORMS
 from .linear import Linear, linear
 from .model_config import ModelConfig
+from .norms import norm_of
 from .rope import rotary, rotate
 from .token_logps import capped, sum_by_row, token_logps
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm without bias, in fp32 inside.
-
-    The weight is (D,), or (H, D) for the optional query-key norm, which nn.LayerNorm cannot have: it would
-    normalise over both dimensions.
-    """
-
-    def __init__(self, shape, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(shape))
-        self.eps = eps
-
-    def forward(self, x):
-        if self.weight.dim() == 1:
-            return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), None, self.eps).to(x.dtype)
-        return (F.layer_norm(x.float(), x.shape[-1:], None, None, self.eps) * self.weight.float()).to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, times w (rms), or times 1 + w before the cast (rms + 1). The weight is (D,)."""
-
-    def __init__(self, shape, eps, plus=0):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((shape,), 1.0 - plus))
-        self.eps, self.plus = eps, plus
-
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps, self.plus)
-
-
-def rms_norm(x, weight, eps, plus=0):
-    y = F.rms_norm(x.float(), x.shape[-1:], None, eps)
-    return (y * (1 + weight.float())).to(x.dtype) if plus else y.to(x.dtype) * weight.to(x.dtype)
-
-
-def norm_of(config, shape):
-    """A norm of the config's family, over the last dimension."""
-    if config.family.norm == "layer":
-        return LayerNorm(shape, config.norm_eps)
-    return RMSNorm(shape, config.norm_eps, int(config.family.norm == "rms + 1"))
 
 
 def window_mask(config, num_tokens, device):
@@ -332,8 +291,8 @@ class RewardModel(nn.Module):
         r(x, y) = w . h_end + v . (mean_t, min_t) log p(y_t | x, y_<t)
 
     The second term departs from the usual last-token head, which is what remains without `score_logps` in
-    the folder. At a million parameters a last-token head learns form and language but not correctness
-    (LOG.md), and the least likely token is where a wrong word shows.
+    the folder, and all that SequenceClassifier has. At a million parameters a last-token head learns form and
+    language but not correctness (LOG.md), and the least likely token is where a wrong word shows.
     """
     task = "RewardModel"
 
@@ -343,15 +302,18 @@ class RewardModel(nn.Module):
         self.model = Decoder(config)
         self.score = Linear(config.hidden_size, 1, bias=False)
         self.score_logps = Linear(2, 1, bias=False)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    head_weight = CohereForCausalLM.head_weight
 
     def forward(self, input_ids, lengths, mask, repeats=None):
         """Scores (B,) in fp32, read at position lengths - 1, and the log-probs (N,) of the masked (answer)
         tokens, in nats and in the order of mask.nonzero()."""
         x = self.model(input_ids, lengths, repeats)
         ends = x[torch.arange(len(x), device=x.device), lengths - 1]        # (B, hidden_size)
-        head = self.model.embed_tokens.weight
-        logps = token_logps(x[:, :-1][mask[:, 1:]], head, input_ids[mask], self.config.logit_scale,
-                            cap=self.config.final_logit_softcapping)
+        logps = token_logps(x[:, :-1][mask[:, 1:]], self.head_weight, input_ids[mask],
+                            self.config.logit_scale, cap=self.config.final_logit_softcapping)
         rows = mask.nonzero()[:, 0]                                         # (N,)
         mean = sum_by_row(logps, mask) / mask.sum(1)                        # (B,)
         # An answer's minimum starts at 0, which no log-prob exceeds.
@@ -361,6 +323,24 @@ class RewardModel(nn.Module):
         scores = scores + F.linear(features, self.score_logps.weight.float())
         # FSDP warns when an output is a view.
         return scores[:, 0].clone(), logps
+
+
+class SequenceClassifier(RewardModel):
+    """The usual reward model, transformers' ForSequenceClassification with one label: w . h_end alone. The
+    end is the last token that is not padding."""
+    task = "ForSequenceClassification"
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.config = config
+        self.model = Decoder(config)
+        self.score = Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, input_ids, lengths, mask, repeats=None):
+        """Scores (B,) in fp32, and None in place of log-probs."""
+        x = self.model(input_ids, lengths, repeats)
+        ends = x[torch.arange(len(x), device=x.device), lengths - 1]        # (B, hidden_size)
+        return F.linear(ends.float(), self.score.weight.float())[:, 0].clone(), None
 
 
 @dataclass

@@ -194,7 +194,7 @@ class ModelConfig:
             local = plain | {"rope_theta": self.rope_local_base_freq}
             rope = {"full_attention": rope, "sliding_attention": local}
         name, act = self.family.activation
-        return {"architectures": [self.family.published + task], **own, "attention_bias": False,
+        return {"architectures": [self.family.class_named(task)], **own, "attention_bias": False,
                 "attention_dropout": 0.0, name: act, "rope_parameters": rope, "use_cache": True,
                 "dtype": dtype, "torch_dtype": dtype}
 

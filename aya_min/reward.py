@@ -46,7 +46,7 @@ def score_texts(model, tokenizer, rows, batch_size=64, name="the reward model", 
 def example_of(tokenizer, row):
     messages = row.get("prompt_messages") or [{"role": "user", "content": row["prompt"]}]
     return encode_example(tokenizer, messages + [{"role": "assistant", "content": row["completion"]}], {},
-                          prompt_key=str(messages))
+                          row.get("prompt_where") or "", prompt_key=str(messages))
 
 
 def fitted(examples, long, positions, too_long, name, places):

@@ -67,14 +67,16 @@ class Turns:
     refuses: str                # why a system turn is refused, or ""
     words: frozenset            # that the template looks for in texts
 
-    def texts(self, messages):
-        """[(role, text), ...] of the turns, with each text as the template writes it. ValueError for a
-        conversation that is not followed."""
+    def texts(self, messages, where=""):
+        """[(role, text), ...] of the turns, with each text as the template writes it. ValueError, with
+        its place, for a conversation that is not followed."""
+        place = where and f"{where}: "
         given = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
         for message in messages if self.words else ():
             if found := next((word for word in self.words if word in message["content"]), None):
-                raise ValueError(f"the chat template treats a text with {found!r} in another way, which is "
-                                 f"not known here: {message['content']!r:.60}; remove it from the text")
+                raise ValueError(f"{place}the chat template treats a text with {found!r} in another way, "
+                                 f"which is not known here: {message['content']!r:.60}; remove it from the "
+                                 "text")
         turns = [(m["role"], m["content"]) for m in messages[given is not None:]]
         if turns and turns[-1][0] == "assistant":
             turns[-1] = "last", turns[-1][1]
@@ -83,8 +85,8 @@ class Turns:
         if unset or (given and not given.strip() and not self.blank):
             return turns if self.no_system is None else [("system", self.no_system), *turns]
         if self.refuses:
-            raise ValueError(f"the chat template takes no system turn ({self.refuses}); put {given!r:.40} "
-                             "into the user's turn")
+            raise ValueError(f"{place}the chat template takes no system turn ({self.refuses}); put "
+                             f"{given!r:.40} into the user's turn")
         system = self.before + self.text("system", given) + self.after
         if not self.folds:
             return [("system", system), *turns]
@@ -170,14 +172,18 @@ def derive(render, control, bos):
 
 
 def system_turn(render, split, bos, head, opening, closing):
-    """The fields of Turns that a template's system turn has, and its opening and closing. opening, closing: of
-    the user's turn. head: what stands before the first one, bos included, without a given system text."""
+    """The fields of Turns that a template's system turn has, and its opening and closing.
+
+    opening, closing: of the user's turn. head: what stands before the first one, bos included, without a
+    given system text.
+    """
     user_turn, head = opening + USER + closing, head.removeprefix(bos)
     found = dict(opening="", closing="", before="", after="", empty=True, blank=True, folds=False, refuses="",
                  no_system=None)
     try:
         made = within(render(as_messages(USER, system=SYSTEM)), start=bos)
-        empty, blank = (render(as_messages(USER, system=text)) != bos + head + user_turn for text in ("", " "))
+        empty, blank = (render(as_messages(USER, system=text)) != bos + head + user_turn
+                        for text in ("", " "))
     except ValueError as error:
         if head:
             raise

@@ -182,14 +182,12 @@ class Tokenizer:
         self.inner = within_text(bpe)
         probes = [probe for probe in PROBES if not (self.turns.refuses and probe[0][0]["role"] == "system")]
         written = [self.turns.pieces(*probe) for probe in probes]
-        wanted = [[i for piece in pieces for i in self.inner.encode(piece, add_special_tokens=False).ids]
-                  for pieces in written]
+        wanted = [sum(map(self.encode_inner, pieces), []) for pieces in written]
         others = sorted((name for name in control if not CONTROL.fullmatch(name)), key=len, reverse=True)
         self.others = re.compile("|".join(map(re.escape, others)) or "(?!)")
         for each in {id(bpe): bpe, id(self.inner): self.inner}.values():
             each.encode_special_tokens = True       # "<BOS_TOKEN>" typed by a user is letters, not a token
-            # In published files <|USER_TOKEN|> and others are not special. Such tokens would be read out of a
-            # user's text and printed in answers.
+            # In published files some are not special. They would be read out of texts and printed in answers.
             each.add_special_tokens([token.content for token in added if token.content in control])
         self.set_turns(control, dict(specials))
         for probe, pieces, ids in zip(probes, written, wanted):
@@ -217,8 +215,7 @@ class Tokenizer:
         self.words = {role: each[1:3] for role, each in cuts.items()}
         self.opening, self.closing = ({role: each[i] for role, each in cuts.items()} for i in (0, 3))
         self.asks, self.begin = ids_of(self.turns.asks), ids_of(self.turns.bos)
-        # An answer ends with the control tokens that follow it, and at the first of them; words after these,
-        # such as a line break, are written by nobody but the template.
+        # An answer ends at the first of the control tokens that follow it; words after them are no answer's.
         ending = list(takewhile(control.__contains__, filter(None, split.split(self.turns.closing["last"]))))
         self.ending = [self.bpe.token_to_id(name) for name in ending]
         self.after = self.closing["last"][len(self.ending):]
@@ -229,15 +226,14 @@ class Tokenizer:
         self.end_of_turn_id = self.bpe.token_to_id(SPECIALS[9])
         if self.end_of_turn_id is None:
             self.end_of_turn_id = named.get("eos_token", self.ending[0])
-        pads = [self.bpe.token_to_id("<PAD>"), named.get("pad_token"), named.get("eos_token"), self.ending[-1]]
+        pads = self.bpe.token_to_id("<PAD>"), *map(named.get, ("pad_token", "eos_token")), self.ending[-1]
         self.pad_id = next(i for i in pads if i is not None)
 
     def check_tokens(self, names):
         """ValueError if the vocabulary lacks one of the names."""
         if missing := [name for name in names if self.bpe.token_to_id(name) is None]:
             raise ValueError(f"tokenizer.json lacks {' '.join(missing)}; it must be a Cohere tokenizer (Aya, "
-                             "Command R) or one trained here, or one of another family with a chat template "
-                             "and the tokenizer_class in tokenizer_config.json")
+                             "Command R), one trained here, or have a chat_template and a tokenizer_class")
 
     @property
     def vocab_size(self):
@@ -296,7 +292,7 @@ class Tokenizer:
         before, after = self.words[role]
         return self.encode_inner(before + text + after)
 
-    def encode_chat(self, messages, generation_prompt=False, supervised=None):
+    def encode_chat(self, messages, generation_prompt=False, supervised=None, where=""):
         """(ids, mask) of [{"role", "content"}, ...], two lists of equal length.
 
         mask is True on the text and the end of supervised turns. Roles: an optional system turn, then user
@@ -304,10 +300,10 @@ class Tokenizer:
         answer is encoded by itself, as it is sampled: white space at its beginning never joins a line break
         before it, as it may in transformers.
         supervised: a bool for each message (not for each assistant turn, as in rows.py), read for assistant
-        turns only; None: all assistant turns.
+        turns only; None: all assistant turns. where: its place, for errors.
         """
         ids, mask = list(self.begin), [False] * len(self.begin)
-        texts = self.turns.texts(messages)
+        texts = self.turns.texts(messages, where)
         supervised_turns = [role in ANSWERS for role, _ in texts]
         if supervised is not None:
             given = [bool(b) for m, b in zip(messages, supervised, strict=True) if m["role"] != "system"]
@@ -324,10 +320,10 @@ class Tokenizer:
             mask += [False] * len(self.asks)
         return ids, mask
 
-    def encode_prompt(self, prompt):
+    def encode_prompt(self, prompt, where=""):
         """The ids of a user's prompt (a string, or messages), which end where the answer begins."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.encode_chat(messages, generation_prompt=True)[0]
+        return self.encode_chat(messages, generation_prompt=True, where=where)[0]
 
     def save(self, folder):
         """Write tokenizer.json, tokenizer_config.json and the files that came with them, unchanged."""

@@ -25,16 +25,21 @@ from .checkpoint import others_in, replace_folder
 from .families import FAMILIES, WRAPPERS
 from .model_config import ModelConfig, stop_ids
 from .files import new_folder, own_file, read_bytes, read_json
-from .model import CohereForCausalLM, RewardModel, Router, initial_value
+from .model import CohereForCausalLM, RewardModel, Router, SequenceClassifier, initial_value
 from .tokenizer import FILES, load_tokenizer
 
-# The names of a family's classes, behind its own: {the end: our class}. gemma3's classifier has a Text more.
-ENDINGS = {"ForCausalLM": CohereForCausalLM, "RewardModel": RewardModel,
-           "ForSequenceClassification": RewardModel, "Router": Router}
-ARCHITECTURES = {family.published + ending: build for ending, build in ENDINGS.items()
-                 for family in FAMILIES.values()}
-KINDS = {CohereForCausalLM: "language model", RewardModel: "reward model", Router: "router"}
+# transformers has no ForSequenceClassification of Cohere's two; older folders of ours are called so.
+TASKS = {"ForCausalLM": CohereForCausalLM, "RewardModel": RewardModel,
+         "ForSequenceClassification": SequenceClassifier, "Router": Router}
+ARCHITECTURES = {family.class_named(task): RewardModel if family.block == "parallel" and
+                 build is SequenceClassifier else build
+                 for task, build in TASKS.items() for family in FAMILIES.values()}
+KINDS = {CohereForCausalLM: "language model", RewardModel: "reward model",
+         SequenceClassifier: "reward model", Router: "router"}
 USUAL_HEAD_LACKS = "score_logps.weight"         # a head on the last token only computes as if this were 0
+# The tensors of a language model inside another model, by older and newer names.
+WRAPPED = re.compile(r"(language_model\.model|model\.language_model)\.(?P<rest>.*)"
+                     r"|(language_model\.)?(?P<head>lm_head\.)(?P<weight>weight)")
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 # The files that `save` writes anew instead of copying them.
@@ -53,9 +58,14 @@ def read_config(folder):
                          f"{' '.join(ARCHITECTURES)}")
     config_class = getattr(ARCHITECTURES[architecture], "config_class", ModelConfig)
     config = config_class.from_published(raw, where=str(path))
-    if architecture.removeprefix(config.family.published) not in ENDINGS:
+    if architecture not in map(config.family.class_named, TASKS):
         raise ValueError(f"{path}: architecture {architecture} does not go with model_type "
                          f"{config.model_type}; download the model again")
+    labels = raw.get("num_labels") or raw.get("id2label") or 2      # transformers' default
+    labels = labels if type(labels) is int else len(labels)
+    if ARCHITECTURES[architecture] is SequenceClassifier and labels != 1:
+        raise ValueError(f"{path}: {architecture} with {labels} labels; a reward model has one (num_labels "
+                         "or id2label)")
     return config, ARCHITECTURES[architecture]
 
 
@@ -74,6 +84,18 @@ def text_part(raw, path):
     above = {key: raw[key] for key in ("quantization_config", "tie_word_embeddings", "eos_token_id")
              if raw.get(key) is not None}
     return above | text, None
+
+
+def text_tensors(folder, header):
+    """(header, {name: name in the files}) of the language model among the tensors of a model that sees images
+    too (families.WRAPPERS); of another model the whole header and {}."""
+    if not (tensorfiles.read_config(folder).get("architectures") or [""])[0] in WRAPPERS:
+        return header, {}
+    parts = {name: WRAPPED.fullmatch(name) for name in header}
+    stored = {(match["head"] or "model.") + (match["rest"] or match["weight"]): name for name, match in parts.items() if match}
+    others = len(header) - len(stored)
+    distributed.say(f"{folder}: {others} tensors of images are left out; a model made of it is text alone")
+    return {name: header[old] for name, old in stored.items()}, stored
 
 
 def read_generation(folder):
@@ -111,7 +133,7 @@ def load_meta(folder, trunk=False):
     lacks the head.
     """
     config, model_class = read_config(folder)
-    header = tensorfiles.read_header(folder)
+    header, stored = text_tensors(folder, tensorfiles.read_header(folder))
     num_layers = 1 + max((int(match[1]) for match in map(LAYER.match, header) if match), default=-1)
     if config.num_hidden_layers > max(num_layers, 1):       # checked before that many layers are built
         raise ValueError(f"{folder}: the tensors do not fit config.json: they are of {num_layers} layers, "
@@ -126,7 +148,7 @@ def load_meta(folder, trunk=False):
         build = RewardModel if trunk is True else trunk or model_class
         found, model = model_class(config), build(config)
     own = found.state_dict()
-    alike = not config.tie_word_embeddings or tensorfiles.drop_tied_head(header)
+    alike = not config.tie_word_embeddings or stored or tensorfiles.drop_tied_head(header)
     problems = [] if alike else [
         "lm_head.weight is not model.embed_tokens.weight, to which config.json ties it"]
     problems += [f"{name} is missing" for name in sorted(own.keys() - header.keys() - {USUAL_HEAD_LACKS})]
@@ -140,6 +162,7 @@ def load_meta(folder, trunk=False):
     if problems:
         listed = tensorfiles.first_of(problems, "; ")
         raise ValueError(f"{folder}: the tensors do not fit config.json: {listed}")
+    model.stored = stored
     return model, tokenizer, header
 
 
@@ -153,7 +176,7 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
     and holds only its rows. trunk: see `load_meta`; a head that the folder lacks is drawn with seed 0.
     """
     model, tokenizer, header = load_meta(folder, trunk)
-    model = model.to(dtype)
+    model, stored = model.to(dtype), model.stored
     model.came_with = read_generation(folder), read_others(folder)
     if sharded:
         distributed.shard(model, compute_dtype, replicate, cpu_offload)
@@ -161,7 +184,7 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
     for name, target in model.to_empty(device=device).state_dict().items():
         local, rows = distributed.own_rows(target)
         if name in header:
-            local.copy_(tensorfiles.read(header, name, rows))
+            local.copy_(tensorfiles.read(header, name, rows, stored.get(name)))
         elif name == USUAL_HEAD_LACKS and "score.weight" in header:
             local.zero_()
         else:
@@ -192,6 +215,11 @@ def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.
 
 def check_place(folder, model, tokenizer):
     """Refuse, before any work, a folder with other files, which `save` would refuse at the end."""
+    ending = tokenizer.ending + tokenizer.after
+    if isinstance(model, SequenceClassifier) and tokenizer.pad_id == ending[-1]:
+        raise ValueError("the tokenizer's pad token is the one that ends a text, and transformers' "
+                         "ForSequenceClassification looks before it; name another pad_token in "
+                         "tokenizer_config.json, or take --head log-probs")
     specs = {name: ("F32", tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     names = {*tensorfiles.assign_files(specs), "model.safetensors.index.json", "config.json", *WRITTEN,
              *map(str, getattr(model, "came_with", ({}, {}))[1])}
@@ -202,9 +230,13 @@ def check_place(folder, model, tokenizer):
 
 def write_descriptions(folder, model, tokenizer, dtype):
     """Write all of a model folder but its weights: the configs, the tokenizer, the files of came_with."""
-    config = model.config.published(model.task, str(dtype).removeprefix("torch."))
-    if isinstance(model, (RewardModel, Router)):
-        config["tie_word_embeddings"] = True        # there is no lm_head; a score's log-probs use embeddings
+    is_classifier, parallel = isinstance(model, SequenceClassifier), model.config.family.block == "parallel"
+    task = "RewardModel" if is_classifier and parallel else model.task
+    config = model.config.published(task, str(dtype).removeprefix("torch."))
+    if is_classifier or isinstance(model, Router):
+        config["tie_word_embeddings"] = True        # there is no lm_head
+    if is_classifier and not parallel:
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": tokenizer.pad_id}
     generation, others = getattr(model, "came_with", ({}, {}))
     eos = generation.get("eos_token_id")
     stops = stop_ids([*tokenizer.stop_ids, *(stop_ids(eos) if eos is not None else [])])

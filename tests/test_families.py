@@ -2,6 +2,7 @@
 way to compute them here says the same."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,13 +11,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from small import tokenizer
+from family_templates import tokenizer_of
+from small import CPU, language_model, logged, tokenizer
 
-from aya_min import model_config, weights
+from aya_min import config, estimate, model_config, stages, weights
+from aya_min.engine import Engine, Fused
 from aya_min.families import FAMILIES
-from aya_min.model import CohereForCausalLM
+from aya_min.merge_folders import merge_folders
+from aya_min.model import CohereForCausalLM, RewardModel, SequenceClassifier, init_weights
 from aya_min.model_config import ModelConfig
-from aya_min.sampling import generate
+from aya_min.reward import score_texts
+from aya_min.sampling import answer_rows, generate
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -117,7 +122,6 @@ def test_in_bf16_the_engine_and_the_model_agree_with_fp32(case):
         exact = model(torch.tensor([prompt]))[0]
         half = model.bfloat16()
         torch.testing.assert_close(half(torch.tensor([prompt]))[0].float(), exact, rtol=0.1, atol=0.5)
-    from aya_min.engine import Engine, Fused
     logits, _ = Engine(Fused(half), 1, 32, 8, 0).prefill([prompt])
     torch.testing.assert_close(logits[0], exact[-1], rtol=0.1, atol=0.5)
 
@@ -167,3 +171,185 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(raw, says):
     with pytest.raises(ValueError, match="^config.json: ") as error:
         ModelConfig.from_published(raw)
     assert says in str(error.value)
+
+
+# ---- folders of other shapes -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("names", [("language_model.model.", "language_model.lm_head."),
+                                   ("model.language_model.", "lm_head.")], ids=["older", "newer"])
+@pytest.mark.parametrize("case", ["gemma3_text: both kinds of layers, linear", "mistral: all layers slide"])
+def test_the_text_part_of_a_model_that_sees_images_is_read_and_published_as_a_language_model(
+        case, names, tmp_path, capsys):
+    folder, model = write(tmp_path / "model", case), model_of(case)
+    outer = {"gemma3_text": "Gemma3", "mistral": "Mistral3"}[model.config.model_type]
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": [f"{outer}ForConditionalGeneration"], "model_type": outer.lower(),
+        "text_config": {k: v for k, v in CONFIGS[case].items() if k != "architectures"}}))
+    state = {name.replace("model.", names[0], 1) if name.startswith("model.") else
+             name.replace("lm_head.", names[1]): tensor for name, tensor in model.state_dict().items()}
+    save_file(state | {"vision_tower.x": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    loaded, its_tokenizer = weights.load(folder)
+    assert "1 tensors of images are left out" in capsys.readouterr().err
+    assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in model.state_dict().items())
+    weights.save(tmp_path / "text", loaded, its_tokenizer)
+    published = json.loads((tmp_path / "text" / "config.json").read_text())["architectures"]
+    assert published == [CONFIGS[case]["architectures"][0]]
+    assert weights.load(tmp_path / "text")[0].config == model.config
+
+
+SMALL = {"llama": dict(model_type="llama", tie_word_embeddings=False, head_dim=10, rope_scaling={
+             "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 32}),
+         "qwen3": dict(model_type="qwen3", tie_word_embeddings=True, head_dim=10),
+         "gemma2": dict(model_type="gemma2", head_dim=10, sliding_window=9, query_pre_attn_scalar=8),
+         "gemma3": dict(model_type="gemma3_text", head_dim=10, sliding_window=9, sliding_window_pattern=2,
+                        query_pre_attn_scalar=8)}
+FORMAT = {"llama": "llama 3.1", "qwen3": "qwen 3", "gemma2": "gemma 2", "gemma3": "gemma 3"}
+
+
+def small(family, architecture=CohereForCausalLM, seed=0):
+    """(a small model of a family, a tokenizer with its turns)"""
+    own = tokenizer_of(FORMAT[family])
+    changes = dict(SMALL[family], vocab_size=own.largest_id + 1, eos_token_id=own.stop_ids)
+    made = language_model(**changes)
+    return init_weights(architecture(made.config), torch.Generator().manual_seed(seed)), own
+
+
+ROWS = [{"prompt": "red?", "completion": "blue and green"}, {"prompt": "how are you?", "completion": "fine"},
+        {"prompt": "x" * 40, "completion": "y"}]
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_a_classifiers_scores_are_those_of_transformers_for_the_chat_template_in_one_batch(family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, own = small(family, SequenceClassifier, seed=3)
+    weights.save(tmp_path / "rm", model, own)
+    loaded, its_tokenizer = weights.load(tmp_path / "rm")
+    assert type(loaded) is SequenceClassifier
+    scores = score_texts(loaded, its_tokenizer, ROWS)
+    theirs, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "rm", output_loading_info=True, attn_implementation="eager")
+    assert not any(report.values()), report
+    their = transformers.AutoTokenizer.from_pretrained(tmp_path / "rm")
+    texts = [their.apply_chat_template([{"role": "user", "content": row["prompt"]},
+                                        {"role": "assistant", "content": row["completion"]}], tokenize=False)
+             for row in ROWS]
+    bos = their.bos_token or "no bos"
+    batch = their([text.removeprefix(bos) for text in texts], padding=True, padding_side="right",
+                  return_tensors="pt", add_special_tokens=False)
+    if their.bos_token:
+        start = torch.full((len(ROWS), 1), their.bos_token_id)
+        batch = {"input_ids": torch.cat([start, batch["input_ids"]], 1),
+                 "attention_mask": torch.cat([torch.ones_like(start), batch["attention_mask"]], 1)}
+    with torch.no_grad():
+        logits = theirs(**batch).logits[:, 0]
+    assert logits.std() > 0.01 and scores == pytest.approx(logits.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_a_classifier_reads_the_last_token_alone_and_comes_back_from_its_folder(family, tmp_path):
+    model, own = small(family, SequenceClassifier, seed=3)
+    weights.save(tmp_path / "rm", model, own)
+    loaded, its_tokenizer = weights.load(tmp_path / "rm")
+    scores = score_texts(loaded, its_tokenizer, ROWS)
+    for row, score in zip(ROWS, scores):
+        ids = own.encode_chat([{"role": "user", "content": row["prompt"]},
+                               {"role": "assistant", "content": row["completion"]}])[0]
+        assert ids.count(own.bos_id) == (own.bos_id is not None)
+        with torch.no_grad():
+            expected = model.model(torch.tensor([ids]))[0, -1] @ model.score.weight[0]
+        assert score == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("damage, says", [
+    ({"id2label": {"0": "a", "1": "b"}}, "with 2 labels"), ({"id2label": None}, "with 2 labels"),
+    ("score.weight", "score.weight is missing")])
+def test_a_classifier_without_its_head_or_with_two_labels_is_refused(damage, says, tmp_path):
+    weights.save(tmp_path / "rm", *small("llama", SequenceClassifier))
+    if isinstance(damage, dict):
+        path = tmp_path / "rm" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    else:
+        state = small("llama", SequenceClassifier)[0].state_dict()
+        del state[damage]
+        save_file(state, tmp_path / "rm" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=says):
+        weights.load(tmp_path / "rm")
+
+
+# The example of its model card, and the scores that it and sglang#17992 print.
+JANE = ("Jane has 12 apples. She gives 4 apples to her friend Mark, then buys 1 more apple, and finally splits "
+        "all her apples equally among herself and her 2 siblings. How many apples does each person get?")
+STEPS = ("1. Jane starts with 12 apples and gives 4 to Mark. 12 - 4 = 8. Jane now has 8 apples.\n2. Jane buys "
+         "1 more apple. 8 + 1 = 9. Jane now has 9 apples.\n3. Jane splits the 9 apples equally among ")
+ENDS = ("herself and her 2 siblings (3 people in total). 9 ÷ 3 = 3 apples each. Each person gets 3 apples.",
+        "her 2 siblings (2 people in total). 9 ÷ 2 = 4.5 apples each. Each person gets 4 apples.")
+PRINTED = {("llama", 4096): (23.0, 3.59375), ("qwen3", 1024): (7.875, 0.9453)}
+
+
+@pytest.mark.skipif("AYA_MIN_SKYWORK" not in os.environ, reason="AYA_MIN_SKYWORK names no folder of "
+                    "Skywork-Reward-V2-Llama-3.1-8B or -Qwen3-0.6B")
+def test_skyworks_reward_model_gives_the_scores_of_its_model_card():
+    model, own = weights.load(os.environ["AYA_MIN_SKYWORK"], dtype=torch.bfloat16)
+    rows = [{"prompt": JANE, "completion": STEPS + end} for end in ENDS]
+    printed = PRINTED[model.config.model_type, model.config.hidden_size]
+    assert score_texts(model, own, rows) == pytest.approx(printed, abs=0.25)
+
+
+# ---- stages ------------------------------------------------------------------------------------------------
+
+BESIDE = {"sft": {}, "dpo": {}, "reward": {}, "reward, last-token": dict(head="last-token"),
+          "rl": dict(num_samples=2, max_new_tokens=6)}
+FILE = {"sft": "sft.jsonl", "dpo": "pairs.jsonl", "reward": "pairs.jsonl", "rl": "prompts.jsonl"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("what", BESIDE)
+def test_a_stage_trains_a_family_stops_and_goes_on_and_its_folder_is_read(family, what, world, tmp_path):
+    stage = what.partition(",")[0]
+    settings_class = stages.STAGES[stage].settings
+
+    def train(out, max_steps, resume=False):
+        settings = settings_class(**dict(batch_size=4, max_steps=max_steps, learning_rate=1e-3,
+                                         schedule="constant", max_length=256, warmup_steps=0, **BESIDE[what]))
+        weights.save(tmp_path / "start", *small(family))
+        build = stages.builder(stage, [], settings)
+        model, own = weights.load(tmp_path / "start", trunk=None if build is CohereForCausalLM else build,
+                                  sharded=True)
+        beside = {"reward_model": small(family, RewardModel, 1)[0]} if stage == "rl" else {}
+        return stages.train_stage(stage, model, own, [world / FILE[stage]], settings, out, CPU,
+                                  resume=resume, **beside), own
+    whole, own = train(tmp_path / "whole", 3)
+    train(tmp_path / "parts", 2)
+    parts, _ = train(tmp_path / "parts", 3, resume=True)
+    assert logged(tmp_path / "whole") == logged(tmp_path / "parts") and len(logged(tmp_path / "parts")) == 3
+    model, again = weights.load(whole)
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+    assert isinstance(model, RewardModel) == (stage == "reward")
+    assert type(model) is SequenceClassifier or "last" not in what
+    if stage == "sft":
+        [[answer]] = answer_rows(model, again, [{"prompt": "red?"}], max_new_tokens=8)
+        assert len(answer["ids"]) <= 8
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_dry_run_knows_a_familys_parameters_and_a_merge_of_two_is_their_mean(family, tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        weights.save(tmp_path / name, *small(family, seed=seed))
+    model, own = weights.load_meta(tmp_path / "a")[:2]
+    text = estimate.dry_run("sft", "a", model, config.SFT(batch_size=4, max_length=64), None, [], own, 1)
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in text
+    merge_folders([tmp_path / "a", tmp_path / "b"], tmp_path / "merged", "linear", progress=False)
+    states = [weights.load(tmp_path / name)[0].state_dict() for name in ("a", "b", "merged")]
+    for name, tensor in states[2].items():
+        torch.testing.assert_close(tensor, (states[0][name] + states[1][name]) / 2)
+
+
+def test_a_system_turn_that_a_familys_template_refuses_is_refused_with_its_line(tmp_path):
+    from aya_min.data import load_examples
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "system", "content": "Be kind."},
+                                             {"role": "user", "content": "hi"},
+                                             {"role": "assistant", "content": "ho"}]}) + "\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: the chat template takes no system turn"):
+        load_examples([path], tokenizer_of("gemma 2"), 100)

@@ -9,7 +9,8 @@ from test_tokenizer import environment, supervised, turns
 from tokenizers import Tokenizer as BPE
 
 PIECES = ["a", "red", " ", "\n", "\t", "नमस्ते", "世界", "{{ x }}", "'", "12", "<", "\r\n", "\n\n"]
-END = {"llama": "<|eot_id|>", "qwen ": "<|im_end|>", "gemma": "<end_of_turn>", "mistr": "</s>", "nemo": "</s>"}
+END = {"llama": "<|eot_id|>", "qwen ": "<|im_end|>", "gemma": "<end_of_turn>", "mistr": "</s>",
+       "nemo": "</s>"}
 
 
 def rendered(name):

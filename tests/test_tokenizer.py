@@ -227,7 +227,10 @@ REFUSED = {
         PLAIN.replace("m['content']", "m['content'] | replace('\u00a0', ' ')"),
         "replace",
     ),
-    "only spaces are stripped": (PLAIN.replace("m['content']", "m['content'].strip(' ')"), "changes the texts"),
+    "only spaces are stripped": (
+        PLAIN.replace("m['content']", "m['content'].strip(' ')"),
+        "changes the texts",
+    ),
     "only the last user turn is marked": (
         PLAIN.replace(
             "'<|START_OF_TURN_TOKEN|><|USER_TOKEN|>'",
