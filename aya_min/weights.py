@@ -92,7 +92,8 @@ def text_tensors(folder, header):
     if not (tensorfiles.read_config(folder).get("architectures") or [""])[0] in WRAPPERS:
         return header, {}
     parts = {name: WRAPPED.fullmatch(name) for name in header}
-    stored = {(match["head"] or "model.") + (match["rest"] or match["weight"]): name for name, match in parts.items() if match}
+    stored = {(match["head"] or "model.") + (match["rest"] or match["weight"]): name
+              for name, match in parts.items() if match}
     others = len(header) - len(stored)
     distributed.say(f"{folder}: {others} tensors of images are left out; a model made of it is text alone")
     return {name: header[old] for name, old in stored.items()}, stored

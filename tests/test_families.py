@@ -278,10 +278,11 @@ def test_a_classifier_without_its_head_or_with_two_labels_is_refused(damage, say
 
 
 # The example of its model card, and the scores that it and sglang#17992 print.
-JANE = ("Jane has 12 apples. She gives 4 apples to her friend Mark, then buys 1 more apple, and finally splits "
-        "all her apples equally among herself and her 2 siblings. How many apples does each person get?")
-STEPS = ("1. Jane starts with 12 apples and gives 4 to Mark. 12 - 4 = 8. Jane now has 8 apples.\n2. Jane buys "
-         "1 more apple. 8 + 1 = 9. Jane now has 9 apples.\n3. Jane splits the 9 apples equally among ")
+JANE = ("Jane has 12 apples. She gives 4 apples to her friend Mark, then buys 1 more apple, and finally "
+        "splits all her apples equally among herself and her 2 siblings. How many apples does each person "
+        "get?")
+STEPS = ("1. Jane starts with 12 apples and gives 4 to Mark. 12 - 4 = 8. Jane now has 8 apples.\n2. Jane "
+         "buys 1 more apple. 8 + 1 = 9. Jane now has 9 apples.\n3. Jane splits the 9 apples equally among ")
 ENDS = ("herself and her 2 siblings (3 people in total). 9 ÷ 3 = 3 apples each. Each person gets 3 apples.",
         "her 2 siblings (2 people in total). 9 ÷ 2 = 4.5 apples each. Each person gets 4 apples.")
 PRINTED = {("llama", 4096): (23.0, 3.59375), ("qwen3", 1024): (7.875, 0.9453)}
