@@ -4,8 +4,8 @@ one run.
     pip install transformers && OMP_NUM_THREADS=2 python tests/bench/generate_speed.py [--rounds 5] [--loaded]
     [--device cuda --dtype bfloat16] [--family llama]
 
-A 5.6M-parameter Cohere model, or one of another family with as many layers; prompts of 32 tokens and 64 new ones at batch 1, 16 and 64; then 256 requests
-with prompts of 8-128 and answers of 8-128
+A 5.6M-parameter Cohere model, or one of another family with as many layers; prompts of 32 tokens and 64 new
+ones at batch 1, 16 and 64; then 256 requests with prompts of 8-128 and answers of 8-128
 tokens, which transformers takes by 64 in the given order, each batch to its longest answer. Each figure is
 the median over the rounds, with minimum and maximum.
 --loaded: another process keeps a core busy meanwhile.
@@ -79,7 +79,10 @@ def main():
     import transformers
     dtype = getattr(torch, args.dtype)
     model = (
-        init_weights(CohereForCausalLM(ModelConfig(**CONFIG, model_type=args.family)), torch.Generator().manual_seed(0))
+        init_weights(
+            CohereForCausalLM(ModelConfig(**CONFIG, model_type=args.family)),
+            torch.Generator().manual_seed(0),
+        )
         .to(args.device, dtype)
         .eval()
     )
