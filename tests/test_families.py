@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from family_templates import tokenizer_of
-from small import CPU, language_model, logged, tokenizer
+from small import CPU, assert_close, language_model, logged, on_ranks, tokenizer
 
 from aya_min import config, estimate, model_config, stages, weights
 from aya_min.engine import Engine, Fused
@@ -331,6 +331,22 @@ def test_a_stage_trains_a_family_stops_and_goes_on_and_its_folder_is_read(family
     if stage == "sft":
         [[answer]] = answer_rows(model, again, [{"prompt": "red?"}], max_new_tokens=8)
         assert len(answer["ids"]) <= 8
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_two_ranks_train_and_answer_as_one_does(family, world, tmp_path):
+    weights.save(tmp_path / "start", *small(family))
+
+    def trained(out):
+        settings = config.SFT(batch_size=4, max_steps=2, learning_rate=1e-3, warmup_steps=0, max_length=256)
+        model, own = weights.load(tmp_path / "start", sharded=True)
+        folder = stages.train_stage("sft", model, own, [world / "sft.jsonl"], settings, tmp_path / out, CPU)
+        model, own = weights.load(folder)
+        prompts = [{"prompt": f"red? {i}"} for i in range(3)]
+        return [answer["ids"] for [answer] in answer_rows(model, own, prompts, max_new_tokens=8)]
+    alone = trained("alone")
+    assert on_ranks(2, trained, "two") == [alone, alone]
+    assert_close(logged(tmp_path / "two"), logged(tmp_path / "alone"), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
