@@ -184,7 +184,8 @@ def fit(rows, metas, arbiter, router, args, reading):
         what = f"room in {folder} ({positions} positions, --max-new-tokens {args.max_new_tokens})"
         if room < 2:
             raise ValueError(f"no {what} for a prompt; lower --max-new-tokens")
-        found = {id(row): len(tokenizer.encode_prompt(row["prompt_messages"])) for row in rows}
+        found = {id(row): len(tokenizer.encode_prompt(row["prompt_messages"], row["prompt_where"]))
+                 for row in rows}
         rows = fit_prompts(rows, lambda row: found[id(row)], room, reading.too_long, what)
         lengths[folder] = {key: min(room, length) for key, length in found.items()}
     if not rows:

@@ -8,7 +8,8 @@ layer_types was a pattern, merges were strings); such files count as equal.
 import os
 from pathlib import Path
 
-from .model_config import ROPE_THETA, ModelConfig, layer_pattern, stop_ids
+from .families import FAMILIES
+from .model_config import ModelConfig, layer_pattern, stop_ids
 from .files import own_file, parse_json, parse_object, read_bytes, read_json, sha256
 
 # ---- config.json -------------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ def meaning(config):
     Keys of inner objects are joined with points. null counts as absent.
     """
     found = flat(config)
-    if config.get("model_type") not in list(ROPE_THETA) or not few_layers(config):
+    if config.get("model_type") not in list(FAMILIES)[:2] or not few_layers(config):
         return found
     plain = {key: value for key, value in config.items()
              if key not in NOT_OURS} | {"rope_theta": found.get("rope_theta")}

@@ -102,6 +102,11 @@ class SFT(Training):
 class Reward(Training):
     lm_weight: float = setting(
         0.0, "[0, inf)", "weight of a next-token loss on the chosen answers beside the Bradley-Terry loss")
+    head: str = setting(
+        "log-probs",
+        help="what the score reads. log-probs: the last token's state and the answer's log-probs; "
+             "last-token: that state alone, as transformers' ForSequenceClassification does",
+        choices=["log-probs", "last-token"])
 
 
 @dataclass

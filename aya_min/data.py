@@ -51,17 +51,18 @@ class Pair:
 
 def encode_example(tokenizer, messages, row, where="", prompt_key=""):
     """An Example of a prompt and its answer, the last message. Only the answer is supervised."""
-    ids, mask = tokenizer.encode_chat(messages[:-1], generation_prompt=True)
+    ids, mask = tokenizer.encode_chat(messages[:-1], generation_prompt=True, where=where)
     answer = tokenizer.encode_answer(messages[-1]["content"])
-    mask = np.array([False] * len(mask) + [True] * len(answer))
-    return Example(np.array(ids + answer, np.int32), mask, row.get("language") or "other", where, prompt_key)
+    mask = np.array([False] * len(mask) + [True] * len(answer) + [False] * len(tokenizer.after))
+    ids = np.array(ids + answer + tokenizer.after, np.int32)
+    return Example(ids, mask, row.get("language") or "other", where, prompt_key)
 
 
 def encode_conversation(tokenizer, messages, supervised, language, where):
     """An Example of a whole conversation. supervised: a bool for each assistant turn."""
     answers = iter(supervised)
     of_turns = [message["role"] == "assistant" and next(answers) for message in messages]
-    ids, mask = tokenizer.encode_chat(messages, supervised=of_turns)
+    ids, mask = tokenizer.encode_chat(messages, supervised=of_turns, where=where)
     # A row that is drawn twice into one batch is stored once.
     return Example(np.array(ids, np.int32), np.array(mask), language, where, prompt_key=where)
 
@@ -69,8 +70,9 @@ def encode_conversation(tokenizer, messages, supervised, language, where):
 def pieces_of(tokenizer, text, limit, language, where):
     """[Example, ...] of at most `limit` tokens: a text and its end token, all supervised but for each BOS."""
     ids = tokenizer.encode(text) + [tokenizer.end_of_turn_id]
-    pieces = [np.array([tokenizer.bos_id] + ids[start:start + limit - 1], np.int32)
-              for start in range(0, len(ids), limit - 1)]
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    room = limit - len(begin)
+    pieces = [np.array(begin + ids[start:start + room], np.int32) for start in range(0, len(ids), room)]
     return [Example(piece, np.arange(len(piece)) > 0, language, where, prompt_key=where) for piece in pieces]
 
 
@@ -161,6 +163,8 @@ def load_prompts(paths, reading=None, tokenizer=None):
         for where, row in read_jsonl(path, reading):
             messages = prompt_of(row, where)
             spelled.look([message["content"] for message in messages], where)
+            if tokenizer:
+                tokenizer.turns.texts(messages, where)
             # A label of true or false (KTO) judges the answer; another one says something of the prompt.
             dropped = NOT_OF_PROMPTS | ({"label"} if type(row.get("label")) is bool else set())
             kept = {key: value for key, value in row.items() if key not in dropped}

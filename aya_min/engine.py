@@ -11,9 +11,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .families import NORMS
 from .linear import packed
-from .model import rotary, window_mask
+from .model import activation, capped_attention, scaled, window_mask
+from .norms import rms_norm
 from .patience import Patience
+from .rope import doubled, rotary, rotate_halves
+from .token_logps import capped
 
 # Keys. Attention kernels add in vectors and blocks; over whole ones masked keys change no bit.
 BLOCK = 32
@@ -87,9 +91,9 @@ def cache_sizes(config, max_tokens):
     return [min(max_tokens, config.window(i) or max_tokens) for i in range(config.num_hidden_layers)]
 
 
-def multiplier(weight, pack):
-    """The function x -> x W^T. pack: with a copy of the weight in oneDNN's layout (linear.packed)."""
-    return packed(weight) if pack else lambda x: F.linear(x, weight)
+def multiplier(weight, pack, bias=None):
+    """The function x -> x W^T + bias. pack: with a copy of the weight in oneDNN's layout (linear.packed)."""
+    return packed(weight, bias) if pack else lambda x: F.linear(x, weight, bias)
 
 
 def fuse(projections, dim, pack):
@@ -99,14 +103,32 @@ def fuse(projections, dim, pack):
     if not pack:
         for p, part in zip(projections, joined.split([p.weight.shape[dim] for p in projections], dim)):
             p.weight.data = part
-    return multiplier(joined, pack)
+    biases = [p.bias.detach() for p in projections if p.bias is not None]
+    return multiplier(joined, pack, torch.cat(biases) if biases else None)
+
+
+class FusedBlock:
+    """The weights of a block as the engine reads them: the parallel block has two matmuls, because q, k, v,
+    gate and up read the same normed input, and the outputs of o and down are added; others have four."""
+
+    def __init__(self, block, pack):
+        attention, mlp, self.kind = block.self_attn, block.mlp, block.kind
+        self.norms = [getattr(block, name).weight.detach() for name in NORMS[self.kind]]
+        self.qk_norms = []
+        if attention.has_qk_norm:
+            self.qk_norms = [attention.q_norm.weight.detach(), attention.k_norm.weight.detach()]
+        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+        if self.kind == "parallel":
+            self.project_in = fuse([*qkv, mlp.gate_proj, mlp.up_proj], 0, pack)
+            self.project_out = fuse([attention.o_proj, mlp.down_proj], 1, pack)
+        else:
+            self.qkv, self.gate_up = fuse(qkv, 0, pack), fuse([mlp.gate_proj, mlp.up_proj], 0, pack)
+            self.o, self.down = fuse([attention.o_proj], 1, pack), fuse([mlp.down_proj], 1, pack)
 
 
 class Fused:
-    """The weights of a plain model as the engine reads them: two matmuls per layer. In the parallel block
-    q, k, v, gate and up read the same normed input, and the outputs of o and down are added.
-
-    It can serve many calls, but must be made again when the weights have changed.
+    """The weights of a plain model as the engine reads them. It can serve many calls, but must be made again
+    when the weights have changed.
     """
 
     def __init__(self, model):
@@ -114,14 +136,7 @@ class Fused:
         self.config, self.device, self.dtype = model.config, parameters[0].device, parameters[0].dtype
         pack = self.can_pack(sum(p.nbytes for p in parameters))
         self.patience = Patience(self.device)
-        self.layers = []
-        for block in model.model.layers:
-            attention, mlp = block.self_attn, block.mlp
-            norms = [attention.q_norm, attention.k_norm] if self.config.use_qk_norm else []
-            inputs = [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
-            outputs = [attention.o_proj, mlp.down_proj]
-            self.layers.append((block.input_layernorm.weight.detach(), [n.weight.detach() for n in norms],
-                                fuse(inputs, 0, pack), fuse(outputs, 1, pack)))
+        self.layers = [FusedBlock(block, pack) for block in model.model.layers]
         self.embedding = model.model.embed_tokens.weight.detach()
         self.norm = model.model.norm.weight.detach()
         self.head = multiplier(model.head_weight.detach(), pack)
@@ -146,11 +161,18 @@ class Engine:
         config, self.device, dtype = fused.config, fused.device, fused.dtype
         self.fused, self.config, self.slots, self.max_tokens = fused, config, slots, round_up(max_tokens)
         self.temperature, self.filters = temperature, filters
-        cos, sin = rotary(config, torch.arange(self.max_tokens, device=self.device)[None])
-        # Complex numbers, one for each interleaved pair.
-        self.turns = torch.complex(cos[0], sin[0])                          # (max_tokens, 1, D/2)
+        places = torch.arange(self.max_tokens, device=self.device)[None]
+        # Complex numbers, one for each interleaved pair, (max_tokens, 1, D/2), or cos and sin for halves.
+        self.turns, self.act = {}, activation(config)
+        for theta in config.ropes:
+            cos, sin = (each[0] for each in rotary(config, places, theta))
+            self.turns[theta] = [torch.complex(cos, sin)] if config.family.interleaved else doubled(cos, sin)
+        self.ropes = [config.rope(i) for i in range(config.num_hidden_layers)]
+        self.norm_kind, self.eps = config.family.norm, config.norm_eps
+        self.scale, self.cap = config.softmax_scale, config.attn_logit_softcapping
         self.by_hand = self.device.type == "cpu" and dtype == torch.float32
         K, D = config.num_key_value_heads, config.head_dim
+        self.num_heads = config.num_attention_heads + 2 * K                 # queries, keys, values
 
         def zeros(*shape, dtype=torch.long):
             return torch.zeros(shape, device=self.device, dtype=dtype)
@@ -172,34 +194,59 @@ class Engine:
         if self.device.type == "cuda":
             self.capture()
 
+    def norm(self, x, weight):
+        """A norm of the family over the last dimension."""
+        if self.norm_kind == "layer":
+            return F.layer_norm(x, x.shape[-1:], weight, None, self.eps)
+        return rms_norm(x, weight, self.eps, int(self.norm_kind == "rms + 1"))
+
     def forward(self, ids, positions, attend, last=None):
         """Logits (N, V) in fp32 of tokens ids (N,) at positions (N,), or only those at the indices `last`.
 
         attend: (layer, q (N, H, D), k and v (N, K, D)) -> (N, H D).
         """
-        c = self.config
-        H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        x = F.embedding(ids, self.fused.embedding)                          # (N, hidden_size)
-        turns = self.turns[positions]                                       # (N, 1, D/2)
-        sizes = [(H + 2 * K) * D, c.intermediate_size, c.intermediate_size]
-        for i, (norm, qk_norms, project_in, project_out) in enumerate(self.fused.layers):
-            h = F.layer_norm(x, x.shape[-1:], norm, None, c.layer_norm_eps)
-            heads, gate, up = project_in(h).split_with_sizes(sizes, -1)
-            heads = heads.view(-1, H + 2 * K, D)                            # queries, keys, values
-            qk = heads[:, :H + K]
-            if qk_norms:
-                qk.copy_(F.layer_norm(qk.float(), (D,), eps=c.layer_norm_eps) * torch.cat(qk_norms).float())
-            if c.has_rope(i):
-                # In place if qk is fp32, because float() is then no copy.
-                pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))            # (N, H + K, D/2)
-                pairs.mul_(turns)
-                if qk.dtype != torch.float32:
-                    qk.copy_(torch.view_as_real(pairs).flatten(-2))
-            q, k, v = heads.split_with_sizes((H, K, K), 1)
-            x = x + project_out(torch.cat((attend(i, q, k, v), F.silu(gate).mul_(up)), 1))
+        c, sizes = self.config, [self.num_heads * self.config.head_dim, *[self.config.intermediate_size] * 2]
+        x = scaled(c, F.embedding(ids, self.fused.embedding))               # (N, hidden_size)
+        turns = {theta: [each[positions] for each in both] for theta, both in self.turns.items()}
+        for i, layer in enumerate(self.fused.layers):
+            h, turned = self.norm(x, layer.norms[0]), turns.get(self.ropes[i])
+            if layer.kind == "parallel":
+                heads, gate, up = layer.project_in(h).split_with_sizes(sizes, -1)
+                y = attend(i, *self.heads(layer, heads, turned))
+                x = x + layer.project_out(torch.cat((y, self.act(gate).mul_(up)), 1))
+                continue
+            h, second = layer.o(attend(i, *self.heads(layer, layer.qkv(h), turned))), layer.norms[-1]
+            if layer.kind == "sandwich":
+                h, second = self.norm(h, layer.norms[1]), layer.norms[2]
+            x = x + h
+            gate, up = layer.gate_up(self.norm(x, second)).chunk(2, -1)
+            h = layer.down(self.act(gate).mul_(up))
+            x = x + (self.norm(h, layer.norms[3]) if layer.kind == "sandwich" else h)
         x = x if last is None else x[last]
-        x = F.layer_norm(x, x.shape[-1:], self.fused.norm, None, c.layer_norm_eps)
-        return self.fused.head(x).float().mul_(c.logit_scale)
+        logits = self.fused.head(self.norm(x, self.fused.norm)).float().mul_(c.logit_scale)
+        return capped(logits, c.final_logit_softcapping)
+
+    def heads(self, layer, heads, turned):
+        """q (N, H, D), k and v (N, K, D), normed and rotated, of the projections (N, (H + 2 K) D), which are
+        overwritten. turned: the parts of self.turns at the tokens' positions, or None."""
+        H, K, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        heads = heads.view(-1, H + 2 * K, D)                                # queries, keys, values
+        qk = heads[:, :H + K]
+        if layer.qk_norms and self.norm_kind == "layer":
+            qk.copy_(F.layer_norm(qk.float(), (D,), eps=self.eps)
+                     * torch.cat(layer.qk_norms).float())
+        elif layer.qk_norms:
+            qk.copy_(torch.cat([self.norm(part, weight) for part, weight in
+                                zip(qk.split_with_sizes((H, K), 1), layer.qk_norms)], 1))
+        if turned and self.config.family.interleaved:
+            # In place if qk is fp32, because float() is then no copy.
+            pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))                # (N, H + K, D/2)
+            pairs.mul_(turned[0])
+            if qk.dtype != torch.float32:
+                qk.copy_(torch.view_as_real(pairs).flatten(-2))
+        elif turned:
+            qk.copy_(rotate_halves(qk.float(), *turned))
+        return heads.split_with_sizes((H, K, K), 1)
 
     @torch.inference_mode()
     def prefill(self, prompts):
@@ -225,8 +272,11 @@ class Engine:
             q, k, v = as_rows(q), as_rows(k), as_rows(v)
             kept.append((k, v))
             mask = band if self.config.window(i) else None
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                               enable_gqa=K != H)
+            if self.cap:
+                y = capped_attention(q, k, v, mask, self.scale, self.cap)
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                                   scale=self.scale, enable_gqa=K != H)
             return y.transpose(1, 2)[rows, positions].flatten(1)
         return self.forward(ids, positions, attend, last), kept
 
@@ -244,7 +294,7 @@ class Engine:
     def decode(self, n, T):
         """Append one token to rows 0 .. n-1, which attend to the first T positions of the cache. look_at(n,
         T) must come before. Returns tokens (n,) and log-probs (n,) in nats."""
-        K, D, rows = self.config.num_key_value_heads, self.config.head_dim, self.rows[:n]
+        K, rows = self.config.num_key_value_heads, self.rows[:n]
         positions = self.lengths[:n].clamp(max=self.max_tokens - 1)         # (n,)
         hidden = self.keys[:T] > positions[:, None]                         # (n, T) keys not yet written
         mask = self.uniforms.new_zeros(n, T).masked_fill_(hidden, float("-inf"))
@@ -261,10 +311,18 @@ class Engine:
             if self.by_hand:
                 # Two batched products take two fifths of the fused kernel's time on two CPU cores (LOG.md).
                 masked = by_key_head if T <= size else by_key_head[..., :size]
-                scores = torch.baddbmm(masked, q.reshape(n * K, -1, D), keys, alpha=D ** -0.5)
+                q = q.reshape(n * K, -1, q.shape[-1])
+                if self.cap:
+                    scores = capped(torch.bmm(q, keys).mul_(self.scale), self.cap) + masked
+                else:
+                    scores = torch.baddbmm(masked, q, keys, alpha=self.scale)
                 return torch.bmm(scores.softmax(-1), values).view(n, -1)
             q, masked = q.unflatten(1, (K, -1)), mask[:, None, :, :size]
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=masked).flatten(1)
+            if self.cap:
+                scores = capped((q @ keys.transpose(-1, -2)).float() * self.scale, self.cap) + masked
+                return (scores.softmax(-1).to(values.dtype) @ values).flatten(1)
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=masked,
+                                                  scale=self.scale).flatten(1)
         logits = self.forward(self.tokens[:n], positions, attend)
         uniforms = None
         if self.temperature:

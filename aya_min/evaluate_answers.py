@@ -111,7 +111,7 @@ def check_texts(rows, folder, reading):
     ValueError for a folder without a reward model, a text that spells a control token, or more tokens than
     the judge has positions.
     """
-    if read_config(folder)[1] is not RewardModel:
+    if not issubclass(read_config(folder)[1], RewardModel):
         raise ValueError(f"--judge {folder}: a language model, not a reward model; a language model judges "
                          "by a published protocol, give --protocol arena-hard or scores")
     model, tokenizer, _ = load_meta(folder)

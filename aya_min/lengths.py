@@ -75,7 +75,8 @@ def without_oldest(example, tokenizer, answer, room):
     None if BOS and the whole last answer with its opening do not fit. answer: its text. If the cut goes
     through an earlier answer, the rest of that is not supervised.
     """
-    if 1 + len(tokenizer.opening["assistant"]) + len(tokenizer.encode_answer(answer)) > room:
+    answer = tokenizer.asks + tokenizer.encode_answer(answer) + tokenizer.after
+    if 1 + len(answer) > room:
         return None
     mask = cut_left(example.mask, room)
     num_removed = len(example.mask) - room

@@ -136,13 +136,14 @@ def linear(x, weight):
 
 class Linear(nn.Linear):
     def forward(self, x):
-        return linear(x, self.weight)
+        y = linear(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def packed(weight):
-    """x -> x W^T for a weight that does not change, kept once more in oneDNN's own layout.
+def packed(weight, bias=None):
+    """x -> x W^T + bias for a weight that does not change, kept once more in oneDNN's own layout.
 
     Decoding uses it whatever is chosen(): each row's result does not depend on how many rows there are.
     """
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, blocked, None, "none", [], "")
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, blocked, bias, "none", [], "")

@@ -248,7 +248,9 @@ def reward_loss(lm_weight):
     def loss_fn(model, batch):
         P = batch.count
         scores, logps = model(batch.input_ids, batch.lengths, batch.mask, batch.repeats)
-        nll = sum_by_row(-logps, batch.mask)[:P] / batch.mask.sum(1)[:P]    # (P,) of the chosen answers
+        nll = scores.new_zeros(P)                                           # (P,) of the chosen answers
+        if logps is not None:
+            nll = sum_by_row(-logps, batch.mask)[:P] / batch.mask.sum(1)[:P]
         chosen, rejected = scores[:P], scores[P:]
         bt = bradley_terry_loss(chosen, rejected)                           # (P,)
         losses = bt + lm_weight * nll

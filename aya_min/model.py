@@ -1,67 +1,29 @@
 """The Cohere decoder, as in transformers' modeling_cohere (Aya Expanse, Aya 23, Command R) and
-modeling_cohere2 (Command R7B, Tiny Aya).
+modeling_cohere2 (Command R7B, Tiny Aya), and the other families of families.FAMILIES.
 
-It differs from other decoders in four points: one bias-free LayerNorm per block feeds attention and MLP in
-PARALLEL, rotary pairs are interleaved (GPT-J style), logits are scaled by `logit_scale`, and the head is
+Cohere's differs from other decoders in four points: one bias-free LayerNorm per block feeds attention and MLP
+in PARALLEL, rotary pairs are interleaved (GPT-J style), logits are scaled by `logit_scale`, and the head is
 tied to the embedding. In cohere2 most layers attend within a sliding window, and only those have rotary
-embeddings. Parameter names are those of the published safetensors.
+embeddings. How the others differ stands in the families' table. Parameter names are those of the published
+safetensors.
 B batch, T tokens, H heads, K key-value heads, D head width, V vocabulary.
 """
 
 import math
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .model_config import ModelConfig
+from .families import NORMS
 from .linear import Linear, linear
-from .token_logps import sum_by_row, token_logps
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm without bias, in fp32 inside.
-
-    The weight is (D,), or (H, D) for the optional query-key norm, which nn.LayerNorm cannot have: it would
-    normalise over both dimensions.
-    """
-
-    def __init__(self, shape, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(shape))
-        self.eps = eps
-
-    def forward(self, x):
-        if self.weight.dim() == 1:
-            return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), None, self.eps).to(x.dtype)
-        return (F.layer_norm(x.float(), x.shape[-1:], None, None, self.eps) * self.weight.float()).to(x.dtype)
-
-
-def rotary(config, positions):
-    """cos and sin of the rotary angles, in fp32. positions (B, T) -> 2 x (B, T, 1, D/2)."""
-    D = config.head_dim
-    exponents = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)
-    frequencies = config.rope_theta ** (-exponents / D)                     # (D/2,)
-    angles = (positions[..., None].float() * frequencies)[:, :, None]       # (B, T, 1, D/2)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
-    """Rotate the interleaved pairs: x0 + i x1 -> (x0 + i x1)(cos + i sin).
-
-    x (B, T, H, D); cos, sin (B, T, 1, D/2).
-    """
-    pairs = x.float().unflatten(-1, (-1, 2))                                # (B, T, H, D/2, 2)
-    if torch.compiler.is_compiling():
-        # Inductor fuses real products but does not support complex numbers.
-        x0, x1 = pairs.unbind(-1)
-        rotated = torch.stack((x0 * cos - x1 * sin, x1 * cos + x0 * sin), -1)
-    else:
-        # Complex numbers take a fifth of the time in eager mode on a CPU.
-        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
-    return rotated.flatten(-2).to(x.dtype)
+from .model_config import ModelConfig
+from .norms import norm_of
+from .rope import rotary, rotate
+from .token_logps import capped, sum_by_row, token_logps
 
 
 def window_mask(config, num_tokens, device):
@@ -119,7 +81,7 @@ class Line:
         # The backward of x[rows, positions] takes four times as long on a CPU.
         return x.flatten(0, 1).index_select(0, self.own)
 
-    def attend(self, q, k, v, window):
+    def attend(self, q, k, v, window, scale=None):
         """torch's variable-length attention, which exists on GPUs in half precision only.
 
         q (N, H, D), k and v (N, K, D) -> (N, H, D).
@@ -131,8 +93,21 @@ class Line:
             q, k, v = q[self.rows], k[self.rows], v[self.rows]              # (M, H or K, D)
         before = window - 1 if window else -1                               # keys before the query, -1: all
         y = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(before, 0),
-                        enable_gqa=k.shape[1] != q.shape[1])
+                        scale=scale, enable_gqa=k.shape[1] != q.shape[1])
         return y[self.is_first] if self.has_repeats else y
+
+
+def capped_attention(q, k, v, mask, scale, cap):
+    """Attention whose scores are cap tanh(score / cap), in fp32: no fused kernel of torch's computes it.
+
+    q (B, H, T, D), k and v (B, K, T, D), mask (T, T) or None for causal -> (B, H, T, D).
+    """
+    if mask is None:
+        mask = torch.ones(q.shape[-2], q.shape[-2], device=q.device, dtype=torch.bool).tril()
+    q = q.unflatten(1, (k.shape[1], -1))                                    # (B, K, H/K, T, D)
+    scores = capped((q @ k[:, :, None].transpose(-1, -2)).float() * scale, cap)
+    probs = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype)
+    return (probs @ v[:, :, None]).flatten(1, 2)
 
 
 class Attention(nn.Module):
@@ -141,15 +116,19 @@ class Attention(nn.Module):
     def __init__(self, config, window=None):
         super().__init__()
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        family = config.family
         self.H, self.K, self.D, self.window = H, K, D, window
-        self.q_proj = Linear(config.hidden_size, H * D, bias=False)
-        self.k_proj = Linear(config.hidden_size, K * D, bias=False)
-        self.v_proj = Linear(config.hidden_size, K * D, bias=False)
+        self.q_proj = Linear(config.hidden_size, H * D, bias=family.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, K * D, bias=family.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, K * D, bias=family.qkv_bias)
         self.o_proj = Linear(H * D, config.hidden_size, bias=False)
-        if config.use_qk_norm:
-            self.q_norm = LayerNorm((H, D), config.layer_norm_eps)
-            self.k_norm = LayerNorm((K, D), config.layer_norm_eps)
-        self.use_qk_norm = config.use_qk_norm
+        self.has_qk_norm = config.has_qk_norm
+        if self.has_qk_norm:
+            shapes = [D, D] if family.qk_norm == "head" else [(H, D), (K, D)]
+            self.q_norm, self.k_norm = (norm_of(config, shape) for shape in shapes)
+        self.interleaved, self.cap = family.interleaved, config.attn_logit_softcapping
+        # None is D^-1/2.
+        self.scale = config.softmax_scale if config.query_pre_attn_scalar else None
 
     def forward(self, x, cos=None, sin=None, mask=None, line=None):
         """x (B, T, hidden_size), or (N, hidden_size) with a Line -> the same shape.
@@ -160,46 +139,71 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.H, self.D))
         k = self.k_proj(x).unflatten(-1, (self.K, self.D))
         v = self.v_proj(x).unflatten(-1, (self.K, self.D))
-        if self.use_qk_norm:
+        if self.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if line and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            return self.o_proj(line.attend(q, k, v, self.window).flatten(-2))
+            q, k = rotate(q, cos, sin, self.interleaved), rotate(k, cos, sin, self.interleaved)
+        if line and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not self.cap:
+            return self.o_proj(line.attend(q, k, v, self.window, self.scale).flatten(-2))
         if line:
             q, k, v = line.unpack(q), line.unpack(k), line.unpack(v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H or K, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=self.K != self.H)
+        if self.cap:
+            y = capped_attention(q, k, v, mask, self.scale, self.cap)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                               scale=self.scale, enable_gqa=self.K != self.H)
         y = y.transpose(1, 2)                                               # (B, T, H, D)
         return self.o_proj((line.pack(y) if line else y).flatten(-2))
 
 
+def activation(config):
+    """The function of the MLP's gate."""
+    return {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}[
+        config.family.activation[1]]
+
+
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), or with the family's activation in place of silu."""
 
     def __init__(self, config):
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = activation(config)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    """x + attention(LN(x)) + mlp(LN(x)): the parallel block with one norm."""
+    """x + attention(LN(x)) + mlp(LN(x)), the parallel block with one norm, or one of the two blocks in
+    sequence (families.py)."""
 
     def __init__(self, config, window=None):
         super().__init__()
-        self.input_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.kind = config.family.block
+        for name in NORMS[self.kind]:
+            setattr(self, name, norm_of(config, config.hidden_size))
         self.self_attn = Attention(config, window)
         self.mlp = MLP(config)
 
     def forward(self, x, cos=None, sin=None, mask=None, line=None):
         h = self.input_layernorm(x)
-        return x + self.self_attn(h, cos, sin, mask, line) + self.mlp(h)
+        if self.kind == "parallel":
+            return x + self.self_attn(h, cos, sin, mask, line) + self.mlp(h)
+        h = self.self_attn(h, cos, sin, mask, line)
+        if self.kind == "sequence":
+            x = x + h
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(h)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+def scaled(config, x):
+    """Embeddings times sqrt(hidden_size), rounded to their precision, where the family scales them."""
+    return x * x.new_full((), config.hidden_size ** 0.5) if config.family.scales_embedding else x
 
 
 class Decoder(nn.Module):
@@ -215,7 +219,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, config.window(i)) for i in range(config.num_hidden_layers))
-        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.norm = norm_of(config, config.hidden_size)
         self.packing = None
         self.activation_checkpointing = 0
 
@@ -225,17 +229,20 @@ class Decoder(nn.Module):
         Rows are padded on the right, so the causal mask hides the padding from every real token.
         """
         T = input_ids.shape[1]
-        x, config = self.embed_tokens(input_ids), self.config
+        config = self.config
+        x = scaled(config, self.embed_tokens(input_ids))
         packing = x.device.type == "cpu" if self.packing is None else self.packing
         line = Line(lengths, T, repeats) if packing and lengths is not None else None
-        angles = rotary(config, torch.arange(T, device=x.device)[None])     # 2 x (1, T, 1, D/2)
+        positions = torch.arange(T, device=x.device)[None]
+        angles = {theta: rotary(config, positions, theta) for theta in config.ropes}    # 2 x (1, T, 1, D/2)
         if line:
             x = line.pack(x)                                                # (N, hidden_size)
-            angles = [each[0, line.positions] for each in angles]           # 2 x (N, 1, D/2)
+            angles = {theta: [each[0, line.positions] for each in both]     # 2 x (N, 1, D/2)
+                      for theta, both in angles.items()}
         mask = window_mask(config, T, x.device)
         every = self.activation_checkpointing if self.training else 0
         for i, block in enumerate(self.layers):
-            cos, sin = angles if config.has_rope(i) else (None, None)
+            cos, sin = angles.get(config.rope(i), (None, None))
             inputs = (cos, sin, mask if config.window(i) else None, line)
             if every and i % every == 0:
                 x = checkpoint(block, x, *inputs, use_reentrant=False)
@@ -247,7 +254,7 @@ class Decoder(nn.Module):
 
 class CohereForCausalLM(nn.Module):
     """The decoder with the language model's head. config.model_type says whether the published class is
-    CohereForCausalLM or Cohere2ForCausalLM."""
+    CohereForCausalLM or that of another family."""
     task = "ForCausalLM"
 
     def __init__(self, config):
@@ -273,8 +280,9 @@ class CohereForCausalLM(nn.Module):
         if mask is not None:
             # The selected states have no name here, so that they are freed once token_logps has padded them.
             return token_logps(x[:, :-1][mask[:, 1:]], self.head_weight, input_ids[mask],
-                               self.config.logit_scale)
-        return linear(x, self.head_weight) * self.config.logit_scale
+                               self.config.logit_scale, cap=self.config.final_logit_softcapping)
+        return capped(linear(x, self.head_weight) * self.config.logit_scale,
+                      self.config.final_logit_softcapping)
 
 
 class RewardModel(nn.Module):
@@ -283,8 +291,8 @@ class RewardModel(nn.Module):
         r(x, y) = w . h_end + v . (mean_t, min_t) log p(y_t | x, y_<t)
 
     The second term departs from the usual last-token head, which is what remains without `score_logps` in
-    the folder. At a million parameters a last-token head learns form and language but not correctness
-    (LOG.md), and the least likely token is where a wrong word shows.
+    the folder, and all that SequenceClassifier has. At a million parameters a last-token head learns form and
+    language but not correctness (LOG.md), and the least likely token is where a wrong word shows.
     """
     task = "RewardModel"
 
@@ -294,14 +302,18 @@ class RewardModel(nn.Module):
         self.model = Decoder(config)
         self.score = Linear(config.hidden_size, 1, bias=False)
         self.score_logps = Linear(2, 1, bias=False)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    head_weight = CohereForCausalLM.head_weight
 
     def forward(self, input_ids, lengths, mask, repeats=None):
         """Scores (B,) in fp32, read at position lengths - 1, and the log-probs (N,) of the masked (answer)
         tokens, in nats and in the order of mask.nonzero()."""
         x = self.model(input_ids, lengths, repeats)
         ends = x[torch.arange(len(x), device=x.device), lengths - 1]        # (B, hidden_size)
-        head = self.model.embed_tokens.weight
-        logps = token_logps(x[:, :-1][mask[:, 1:]], head, input_ids[mask], self.config.logit_scale)
+        logps = token_logps(x[:, :-1][mask[:, 1:]], self.head_weight, input_ids[mask],
+                            self.config.logit_scale, cap=self.config.final_logit_softcapping)
         rows = mask.nonzero()[:, 0]                                         # (N,)
         mean = sum_by_row(logps, mask) / mask.sum(1)                        # (B,)
         # An answer's minimum starts at 0, which no log-prob exceeds.
@@ -311,6 +323,24 @@ class RewardModel(nn.Module):
         scores = scores + F.linear(features, self.score_logps.weight.float())
         # FSDP warns when an output is a view.
         return scores[:, 0].clone(), logps
+
+
+class SequenceClassifier(RewardModel):
+    """The usual reward model, transformers' ForSequenceClassification with one label: w . h_end alone. The
+    end is the last token that is not padding."""
+    task = "ForSequenceClassification"
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.config = config
+        self.model = Decoder(config)
+        self.score = Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, input_ids, lengths, mask, repeats=None):
+        """Scores (B,) in fp32, and None in place of log-probs."""
+        x = self.model(input_ids, lengths, repeats)
+        ends = x[torch.arange(len(x), device=x.device), lengths - 1]        # (B, hidden_size)
+        return F.linear(ends.float(), self.score.weight.float())[:, 0].clone(), None
 
 
 @dataclass
@@ -358,12 +388,13 @@ def initial_value(config, name, shape, generator):
     """The initial value of the parameter `name`.
 
     Matrices: Normal(0, initializer_range), output projections scaled by 1/sqrt(2 layers) (GPT-2).
-    Norms: ones. Reward head: Normal with deviation 1/sqrt(hidden_size + 1) (arXiv 2009.01325, appendix);
-    its weights for log-probs: 0.5. Router's head: zeros, so that all teachers begin equally likely.
+    Norms multiply by 1; biases are 0. Reward head: Normal with deviation 1/sqrt(hidden_size + 1) (arXiv
+    2009.01325, appendix); its weights for log-probs: 0.5. Router's head: zeros, so that all teachers begin
+    equally likely.
     """
     std = config.initializer_range
     if len(shape) == 1 or "norm" in name:
-        return torch.ones(shape)
+        return torch.full(shape, float("norm" in name and config.family.norm != "rms + 1"))
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         std /= (2 * config.num_hidden_layers) ** 0.5
     if name == "score.weight":

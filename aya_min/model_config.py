@@ -4,70 +4,83 @@ from dataclasses import InitVar, asdict, dataclass, fields
 from typing import Optional, Union
 
 from .command import describe, in_range
+from .families import FAMILIES, ONLY, ONLY_PARALLEL, SCALINGS
 
-ROPE_THETA = {"cohere": 500000.0, "cohere2": 10000.0}       # {model type: rope_theta if config.json has none}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-         "head_dim", "max_position_embeddings")
+         "head_dim", "max_position_embeddings", "query_pre_attn_scalar")
+ABOVE_0 = ("layer_norm_eps", "rms_norm_eps", "rope_theta", "rope_local_base_freq", "attn_logit_softcapping",
+           "final_logit_softcapping", "logit_scale", "initializer_range")
 INTERVALS = {**dict.fromkeys(SIZES, (int, "[1, 2147483648)")), "num_hidden_layers": (int, "[1, 100000)"),
-             "layer_norm_eps": (float, "(0, inf)"), "rope_theta": (float, "(0, inf)"),
-             "logit_scale": (float, "(0, inf)"), "initializer_range": (float, "(0, inf)")}
-BOOLEANS = ("use_qk_norm", "tie_word_embeddings")
-# Keys that transformers reads and this program does not, with the only value, beside null, that is accepted.
-IGNORED = {"attention_bias": False, "attention_dropout": 0, "hidden_act": "silu",
-           "partial_rotary_factor": 1, "rotary_pct": 1, "quantization_config": None,
-           "compression_config": None}
+             **dict.fromkeys(ABOVE_0, (float, "(0, inf)"))}
+# Fields whose null is a value of its own. Of others null means the family's default, as an absent key does.
+NULLABLE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+# Fields that every family has, beside those with a default of its own.
+EVERYWHERE = {"model_type", "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling",
+              "initializer_range", "pad_token_id", "bos_token_id"}
+KINDS = ("sliding_attention", "full_attention")
 
 
 @dataclass
 class ModelConfig:
-    """A Cohere decoder as its config.json describes it.
+    """A decoder as its config.json describes it: a row of families.FAMILIES, and its sizes.
 
-    Defaults are those of transformers' CohereConfig and Cohere2Config (5.23). model_type cohere: Aya Expanse,
-    Aya 23, Command R. cohere2: Command R7B, Command A, Tiny Aya; there only the layers of type
-    "sliding_attention" rotate queries and keys, and they attend to the last sliding_window tokens.
+    Defaults are those of the family in transformers (5.24). A field that the family does not have is None.
     """
     model_type: str = "cohere"
-    vocab_size: int = 256000
-    hidden_size: int = 8192
-    intermediate_size: int = 22528
-    num_hidden_layers: int = 40
-    num_attention_heads: int = 64
-    num_key_value_heads: Optional[int] = None   # default num_attention_heads
-    head_dim: Optional[int] = None              # default hidden_size / num_attention_heads
-    max_position_embeddings: int = 8192
-    layer_norm_eps: float = 1e-5
-    rope_theta: Optional[float] = None          # default ROPE_THETA
-    sliding_window: Optional[int] = 4096        # tokens that a sliding layer sees, or None in cohere
-    layer_types: Optional[list] = None          # cohere2: "sliding_attention" or "full_attention" per layer
-    logit_scale: float = 0.0625
+    vocab_size: Optional[int] = None
+    hidden_size: Optional[int] = None
+    intermediate_size: Optional[int] = None
+    num_hidden_layers: Optional[int] = None
+    num_attention_heads: Optional[int] = None
+    num_key_value_heads: Optional[int] = None   # else num_attention_heads
+    head_dim: Optional[int] = None              # else hidden_size / num_attention_heads
+    max_position_embeddings: Optional[int] = None
+    layer_norm_eps: Optional[float] = None
+    rms_norm_eps: Optional[float] = None
+    rope_theta: Optional[float] = None
+    rope_scaling: Optional[dict] = None         # {"rope_type", ...} of families.SCALINGS
+    rope_local_base_freq: Optional[float] = None    # rope_theta of gemma3's sliding layers
+    sliding_window: Optional[int] = ...         # tokens that a sliding layer sees
+    layer_types: Optional[list] = None          # "sliding_attention" or "full_attention" per layer
+    query_pre_attn_scalar: Optional[int] = None     # the softmax scale is this^-1/2; None: head_dim^-1/2
+    attn_logit_softcapping: Optional[float] = ...
+    final_logit_softcapping: Optional[float] = ...
+    logit_scale: Optional[float] = None         # 1 where the family has none
     initializer_range: float = 0.02
-    use_qk_norm: bool = False
-    tie_word_embeddings: bool = True
-    pad_token_id: int = 0
-    bos_token_id: int = 5
-    eos_token_id: Union[int, list] = 255001     # a sorted list if there are several
-    sliding_window_pattern: InitVar[int] = 4    # older form of layer_types: every n-th layer is full
+    use_qk_norm: Optional[bool] = None
+    tie_word_embeddings: Optional[bool] = None
+    pad_token_id: Optional[int] = None
+    bos_token_id: Optional[int] = None
+    eos_token_id: Union[int, list, None] = None     # a sorted list if there are several
+    sliding_window_pattern: InitVar[int] = None     # older form of layer_types: every n-th layer is full
 
     def __post_init__(self, sliding_window_pattern):
+        if not isinstance(self.model_type, str):
+            raise ValueError(f"model_type {self.model_type!r:.80} must be a name")
+        if self.model_type not in FAMILIES:
+            raise ValueError(f"model_type {self.model_type!r} is not supported; supported: "
+                             f"{' '.join(FAMILIES)}")
+        defaults = self.family.defaults
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is ... or value is None and f.name not in NULLABLE:
+                setattr(self, f.name, defaults.get(f.name))
         self.check_types()
+        self.logit_scale = self.logit_scale or 1.0
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.rope_theta = self.rope_theta or ROPE_THETA[self.model_type]
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} must be a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: rotary embeddings turn pairs")
-        ids = stop_ids(self.eos_token_id)
-        self.eos_token_id = ids if len(ids) > 1 else ids[0]
-        if self.model_type == "cohere":
-            self.sliding_window = self.layer_types = None
-            return
-        if self.use_qk_norm:
-            raise ValueError("use_qk_norm is not known in cohere2, only in cohere")
-        if self.layer_types is None:
-            self.layer_types = layer_pattern(self.num_hidden_layers, sliding_window_pattern)
-        self.check_layers()
+        if self.eos_token_id is not None:
+            ids = stop_ids(self.eos_token_id)
+            self.eos_token_id = ids if len(ids) > 1 else ids[0]
+        if self.use_qk_norm and self.family.qk_norm != "asked":
+            raise ValueError(f"use_qk_norm is not known in {self.model_type}, only in cohere")
+        pattern = sliding_window_pattern
+        self.set_layers(defaults.get("sliding_window_pattern") if pattern is None else pattern)
 
     def check_types(self):
         """Refuse a field of a wrong type or outside its interval; ints for floats become floats."""
@@ -79,37 +92,67 @@ class ModelConfig:
             raise ValueError(f"{named}: must be {', '.join(describe(*INTERVALS[name]) for name in wrong)}")
         for name, value in given.items():
             setattr(self, name, INTERVALS[name][0](value))          # transformers refuses 1 for 1.0
-        for name in BOOLEANS:
-            if type(getattr(self, name)) is not bool:
+        for name in ("use_qk_norm", "tie_word_embeddings"):
+            if type(getattr(self, name)) not in (bool, type(self.family.defaults.get(name))):
                 raise ValueError(f"{name} {getattr(self, name)!r:.80} must be true or false")
         for name in ("pad_token_id", "bos_token_id"):
-            if type(getattr(self, name)) is not int:
+            if type(getattr(self, name)) not in (int, type(None)):
                 raise ValueError(f"{name} {getattr(self, name)!r:.80} must be a token's number")
-        if not isinstance(self.model_type, str):
-            raise ValueError(f"model_type {self.model_type!r:.80} must be a name")
-        if self.model_type not in ROPE_THETA:
-            raise ValueError(f"model_type {self.model_type!r} is not supported; supported: "
-                             f"{' '.join(ROPE_THETA)}")
+        if self.rope_scaling is not None:
+            self.rope_scaling = checked_scaling(self.rope_scaling, self)
 
-    def check_layers(self):
-        """Refuse a wrong layer_types or sliding_window of cohere2."""
+    def set_layers(self, pattern):
+        """Fill in layer_types, and refuse a wrong one or a wrong sliding_window."""
+        windows, num = self.family.windows, self.num_hidden_layers
+        if windows == "never":
+            self.sliding_window = self.layer_types = None
+            return
+        if windows == "all":
+            self.layer_types = [KINDS[self.sliding_window is None]] * num
+        if self.layer_types is None:
+            self.layer_types = [KINDS[1]] * num if windows == "late" else layer_pattern(num, pattern)
         kinds = self.layer_types
-        if not (isinstance(kinds, list) and len(kinds) == self.num_hidden_layers
-                and all(kind in ("sliding_attention", "full_attention") for kind in kinds)):
+        if not (isinstance(kinds, list) and len(kinds) == num and all(kind in KINDS for kind in kinds)):
             raise ValueError(f"layer_types {kinds!r:.80} must be sliding_attention or full_attention for "
-                             f"each of {self.num_hidden_layers} layers")
+                             f"each of {num} layers")
         whole = type(self.sliding_window) is int and self.sliding_window > 0
         if "sliding_attention" in kinds and not whole:
             raise ValueError(f"sliding_window {self.sliding_window!r} must be a whole number above 0")
+
+    @property
+    def family(self):
+        """The row of families.FAMILIES."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def norm_eps(self):
+        return self.layer_norm_eps or self.rms_norm_eps
+
+    @property
+    def has_qk_norm(self):
+        return self.family.qk_norm == "head" or bool(self.use_qk_norm)
+
+    @property
+    def softmax_scale(self):
+        """What scores are multiplied by."""
+        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
     def window(self, i):
         """The number of tokens that a token attends to in layer i, itself included; None: all before it."""
         slides = self.layer_types and self.layer_types[i] == "sliding_attention"
         return self.sliding_window if slides else None
 
-    def has_rope(self, i):
-        """Whether layer i rotates its queries and keys."""
-        return self.model_type == "cohere" or self.window(i) is not None
+    def rope(self, i):
+        """The field with the theta by which layer i rotates its queries and keys; None: it does not."""
+        slides = self.window(i) is not None
+        if slides and self.rope_local_base_freq:
+            return "rope_local_base_freq"
+        return "rope_theta" if slides or self.family.rotates == "all" else None
+
+    @property
+    def ropes(self):
+        """The different rope(i) of all layers."""
+        return {self.rope(i) for i in range(self.num_hidden_layers)} - {None}
 
     @classmethod
     def from_published(cls, raw, where="config.json"):
@@ -117,43 +160,129 @@ class ModelConfig:
 
         ValueError, with `where` as the file's name, for a value that is wrong or not supported.
         """
-        for name, value in IGNORED.items():
-            if raw.get(name) is None and name != "hidden_act" or raw.get(name, value) == value:
-                continue
-            raise ValueError(f"{where}: {name} {raw[name]!r:.80} is not supported; supported: {value}")
-        known = {f.name for f in fields(cls)} | {"sliding_window_pattern"}
-        given = {k: v for k, v in raw.items() if k in known and (v is not None or k == "sliding_window")}
+        kind = "cohere" if raw.get("model_type") is None else raw["model_type"]
+        family = FAMILIES.get(kind) if isinstance(kind, str) else None
         try:
-            return cls(**given | {"rope_theta": rope_theta_of(raw)})
+            if not family:
+                return cls(model_type=kind)                 # which says what is supported
+            refuse_others(raw, family)
+            names = own_fields(family) | {"teachers", "tau"} & {f.name for f in fields(cls)}
+            names -= {"rope_theta", "rope_scaling", "rope_local_base_freq"}
+            given = {k: raw[k] for k in names - NULLABLE if raw.get(k) is not None}
+            given |= {k: raw[k] for k in names & NULLABLE if k in raw}
+            if family.windows == "late":
+                given |= late_windows(raw, given, family)
+            return cls(**given | rope_of(raw, family))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}") from None
 
     def published(self, task="ForCausalLM", dtype="float32"):
         """The config.json to publish (a dict): the fields, and keys that old or new transformers read."""
-        own = {k: v for k, v in asdict(self).items() if v is not None}
-        patterns = [p for p in range(1, self.num_hidden_layers + 2)
-                    if layer_pattern(self.num_hidden_layers, p) == self.layer_types]
-        if patterns:
+        names, num = own_fields(self.family), self.num_hidden_layers
+        own = {k: v for k, v in asdict(self).items() if v is not None and (
+            k in names or k not in ModelConfig.__dataclass_fields__) or k in names & NULLABLE}
+        patterns = [p for p in range(1, num + 2) if layer_pattern(num, p) == self.layer_types]
+        if patterns and self.family.windows == "pattern":
             own["sliding_window_pattern"] = patterns[0]         # all that transformers 4.48-4.52 read
-        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
-        return {"architectures": [self.model_type.capitalize() + task], **own, "attention_bias": False,
-                "attention_dropout": 0.0, "hidden_act": "silu", "rope_parameters": rope, "use_cache": True,
+        if self.family.windows == "late":
+            slides = "sliding_attention" in self.layer_types
+            first = self.layer_types.index("sliding_attention") if slides else num
+            own |= {"use_sliding_window": slides, "max_window_layers": first}
+        plain = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        rope = plain | (self.rope_scaling or {})
+        if self.rope_local_base_freq:
+            local = plain | {"rope_theta": self.rope_local_base_freq}
+            rope = {"full_attention": rope, "sliding_attention": local}
+        name, act = self.family.activation
+        return {"architectures": [self.family.class_named(task)], **own, "attention_bias": False,
+                "attention_dropout": 0.0, name: act, "rope_parameters": rope, "use_cache": True,
                 "dtype": dtype, "torch_dtype": dtype}
 
 
-def rope_theta_of(raw):
-    """The rope_theta of a config.json, which newer files keep in rope_parameters or rope_scaling, or None.
+# ---- how a config.json says it -----------------------------------------------------------------------------
 
-    ValueError for rope that is scaled, partial, or set for each layer type.
+def own_fields(family):
+    """The fields that a family's config.json has."""
+    return EVERYWHERE | family.defaults.keys() | ({"layer_types"} if family.windows in ("pattern", "late")
+                                                  else set())
+
+
+def refuse_others(raw, family):
+    """Refuse a key of families.ONLY with another value."""
+    only = ONLY | (ONLY_PARALLEL if family.block == "parallel" else {})
+    act, value = family.activation
+    for name, value in {**only, act: value}.items():
+        if raw.get(name) is None and name != act or raw.get(name, value) == value:
+            continue
+        raise ValueError(f"{name} {raw[name]!r:.80} is not supported; supported: {value}")
+
+
+def late_windows(raw, given, family):
+    """qwen2 and qwen3: layer_types from max_window_layers on, if use_sliding_window; else no window."""
+    slides, first = raw.get("use_sliding_window") or False, raw.get("max_window_layers")
+    first = 28 if first is None else first          # transformers' default
+    if type(slides) is not bool or type(first) is not int:
+        raise ValueError(f"use_sliding_window {slides!r:.80} must be true or false, max_window_layers "
+                         f"{first!r:.80} a whole number")
+    window = given.get("sliding_window", family.defaults["sliding_window"]) if slides else None
+    num = given.get("num_hidden_layers", family.defaults["num_hidden_layers"])
+    if "layer_types" in given or window is None or type(num) is not int or num > 100_000:
+        return {"sliding_window": window}
+    return {"sliding_window": window, "layer_types": [KINDS[i < first] for i in range(num)]}
+
+
+def rope_of(raw, family):
+    """{field: value} of the rope of a config.json: theta and scaling may stand in rope_parameters, where
+    newer files keep them, or in rope_scaling; gemma3's rope_parameters have a part for each layer type.
+
+    ValueError for rope that is partial, of an unknown kind, or set for each layer type elsewhere.
     """
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    scaling, rope, found = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}, {}
+    two = "rope_local_base_freq" in family.defaults
+    if two and isinstance(rope, dict) and isinstance(scaling, dict):
+        local = rope.get("sliding_attention") or {}
+        scaling = {**(rope.get("full_attention") or {}), **scaling}
+        if rope.keys() - set(KINDS) or local.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_parameters {rope!r:.80}: scaled rope of sliding layers is not supported")
+        found["rope_local_base_freq"] = local.get("rope_theta") or raw.get("rope_local_base_freq")
+    rope = scaling or ({} if two else rope)
     if isinstance(rope, dict) and rope and all(isinstance(part, dict) for part in rope.values()):
         raise ValueError("rope_parameters for each layer type are not supported, nor is scaled rope")
-    plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
-    if not isinstance(rope, dict) or any(value not in (None, plain.get(name))
-                                         for name, value in rope.items() if name != "rope_theta"):
+    if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling or rope_parameters {rope!r:.80}: scaled rope is not supported")
-    return rope.get("rope_theta") or raw.get("rope_theta")
+    found["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta")
+    plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
+    more = {key: value for key, value in rope.items()
+            if key != "rope_theta" and value is not None and value != plain.get(key)}
+    if more:
+        kind = more.pop("rope_type", None) or more.get("type")
+        more.pop("type", None)
+        found["rope_scaling"] = {"rope_type": kind, **more}
+    return found
+
+
+def checked_scaling(rope, config):
+    """A rope_scaling whose keys are those of families.SCALINGS, floats as floats. ValueError if not."""
+    kind, family = rope.get("rope_type"), config.family
+    keys = SCALINGS.get(kind) if isinstance(kind, str) and kind in family.scalings else None
+    if keys is None:
+        known = f"only {' '.join(family.scalings)}" if family.scalings else "it is not known in this family"
+        raise ValueError(f"rope_scaling or rope_parameters {rope!r:.80}: scaled rope is not supported, "
+                         f"{known}")
+    given = {key: value for key, value in rope.items() if key != "rope_type"}
+    wrong = sorted(given.keys() - keys.keys()) + [key for key, (type_, interval, _) in keys.items()
+        if key in given and not (type(given[key]) in ({bool} if type_ is bool else {int, type_})
+                                 and (type_ is bool or in_range(given[key], interval)))]
+    missing = [key for key, (_, _, optional) in keys.items() if not optional and key not in given]
+    if wrong or missing:
+        raise ValueError(f"rope_scaling or rope_parameters {rope!r:.80}: scaled rope is not supported with "
+                         f"{' '.join(wrong) or 'no ' + ' '.join(missing)}; keys of {kind}: "
+                         f"{' '.join(keys)}")
+    if "original_max_position_embeddings" in keys:
+        given.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    if kind == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
+        raise ValueError(f"rope_scaling {rope!r:.80}: low_freq_factor must be below high_freq_factor")
+    return {"rope_type": kind, **{key: keys[key][0](value) for key, value in given.items()}}
 
 
 def layer_pattern(num_layers, every):

@@ -46,7 +46,7 @@ def score_texts(model, tokenizer, rows, batch_size=64, name="the reward model", 
 def example_of(tokenizer, row):
     messages = row.get("prompt_messages") or [{"role": "user", "content": row["prompt"]}]
     return encode_example(tokenizer, messages + [{"role": "assistant", "content": row["completion"]}], {},
-                          prompt_key=str(messages))
+                          row.get("prompt_where") or "", prompt_key=str(messages))
 
 
 def fitted(examples, long, positions, too_long, name, places):
@@ -55,7 +55,7 @@ def fitted(examples, long, positions, too_long, name, places):
     found = f"{name}: {len(long)} of {len(examples)} texts to score pass its {positions} positions ({first})"
     if too_long == "refuse":
         raise ValueError(f"{found}; shorten them, or give --too-long skip or cut-left")
-    answer_tokens = {i: int(examples[i].mask.sum()) for i in long}
+    answer_tokens = {i: len(examples[i].ids) - int(examples[i].mask.argmax()) for i in long}
     unscored = [i for i in long if too_long == "skip" or answer_tokens[i] > positions - 2]
     fates = []
     if too_long == "cut-left":

@@ -296,7 +296,8 @@ def answer_rows(model, tokenizer, rows, num_samples=1, max_new_tokens=64, temper
     """
     numbers = range(len(rows)) if numbers is None else numbers
     places = [row.get("prompt_where") or f"prompt {number}" for number, row in zip(numbers, rows)]
-    prompts = [tokenizer.encode_prompt(row.get("prompt_messages") or row["prompt"]) for row in rows]
+    prompts = [tokenizer.encode_prompt(row.get("prompt_messages") or row["prompt"], place)
+               for row, place in zip(rows, places)]
     room = model.config.max_position_embeddings - max_new_tokens
     if cut_left and room > 1:
         prompts = [shorten(ids, room) for ids in prompts]

@@ -26,7 +26,7 @@ from .kto import Labelled, collate_labelled, load_labelled, measure_kl
 from .loop import evaluate, read_metrics, spread, train
 from .losses import (actor_critic_loss, policy_gradient_loss, preference_loss, reward_loss, router_loss,
                      sft_loss, unpaired_loss)
-from .model import CohereForCausalLM, RewardModel, Router
+from .model import CohereForCausalLM, RewardModel, Router, SequenceClassifier
 from .reference import store_reference
 from .rollouts import Rollout, Rollouts, collate_rollouts, load_fitting_prompts
 from .runs import OLD_STAGES, open_run
@@ -44,6 +44,7 @@ class Stage:
     start: called before the first step, see keep_reference.
     check_first: (metrics of the first step, settings); may raise ValueError.
     prepare: called with the batches of a step, or of an evaluation, before their loss; see kto.measure_kl.
+    variant: settings -> the architecture, where it depends on them; a subclass of `architecture`.
     beside: {what the stage takes besides the model: the help of its flag}. needs: those that are required.
     samples: whether it trains on the policy's own samples (rollouts.py).
     head: (paths, settings) -> function config -> config, where the model's head depends on the data.
@@ -59,6 +60,7 @@ class Stage:
     check_first: Optional[Callable] = None
     prepare: Optional[Callable] = None
     architecture: type = CohereForCausalLM
+    variant: Optional[Callable] = None
     beside: dict = field(default_factory=dict)
     needs: tuple = ()
     samples: bool = False
@@ -70,6 +72,8 @@ def builder(name, data, settings):
     """The function config -> the stage's model, by which a preset, or the decoder of a model folder
     (weights.load's trunk), becomes it. data: paths, which may be needed to know the head."""
     stage = stage_named(name)
+    if stage.variant:
+        return stage.variant(settings)
     if not stage.head:
         return stage.architecture
     to_config = stage.head(data, settings)
@@ -247,6 +251,14 @@ def blank_rollout(item, limit, settings):
     return rollout
 
 
+def reward_head(settings):
+    """The class of --head. ValueError for one without log-probs beside a loss of them."""
+    if settings.head == "last-token" and settings.lm_weight:
+        raise ValueError(f"--lm-weight {settings.lm_weight} needs --head log-probs; last-token has no head "
+                         "for words")
+    return SequenceClassifier if settings.head == "last-token" else RewardModel
+
+
 def rl_loss(settings):
     """The loss of --algorithm."""
     if settings.algorithm in config.WITH_CRITIC:
@@ -266,7 +278,7 @@ STAGES = {
     "reward": Stage(
         "Bradley-Terry training of a reward model on preference pairs; accuracy by language in the metrics.",
         config.Reward, load_pairs, blank_pair, collate_pairs,
-        lambda settings: reward_loss(settings.lm_weight), architecture=RewardModel),
+        lambda settings: reward_loss(settings.lm_weight), architecture=RewardModel, variant=reward_head),
     "dpo": Stage(
         "DPO, or another loss on preference pairs, against the model as it is at the start.",
         config.DPO, load_pairs, blank_pair, collate_pairs,

@@ -10,6 +10,7 @@ we try (template_turns.PROBES) would not show it.
 
 import ast
 import operator
+from datetime import datetime
 from functools import partial
 from types import SimpleNamespace
 
@@ -23,8 +24,10 @@ UNDEFINED = ()                  # it is false and empty; the lists of a template
 class Said:
     """The text of a turn. Its letters must not decide anything: it is no str, and few operations take it."""
 
-    def __init__(self, text):
+    def __init__(self, text, words=None):
         self.text = text
+        # The words that the template looks for in texts, which are then refused in them. No probe has one.
+        self.words = set() if words is None else words
 
     def __bool__(self):
         return bool(self.text)
@@ -65,7 +68,8 @@ def joined(left, right):
     text = printed(left) + printed(right)
     if len(text) > LONGEST:
         raise ValueError(f"it makes a text of more than {LONGEST:,} characters")
-    return Said(text) if isinstance(left, Said) or isinstance(right, Said) else text
+    said = next((part for part in (left, right) if isinstance(part, Said)), None)
+    return Said(text, said.words) if said else text
 
 
 def calculated(function, left, right):
@@ -85,6 +89,8 @@ def equal(left, right):
 
 def contains(left, right):
     """left in right"""
+    if isinstance(right, Said):
+        return looked_for(right, left)
     if isinstance(right, str):
         return known(left, str, "in") in right
     # A longer search could take long.
@@ -105,19 +111,53 @@ def part_of(value, key):
     return refuse(f"the method {key}") if hasattr(value, key) else UNDEFINED
 
 
-def stripped(value):
-    """value.strip()"""
-    text = printed(known(value, TEXTS, "strip")).strip()
-    return Said(text) if isinstance(value, Said) else text
+def looked_for(said, word):
+    """Whether a word is in, begins or ends the text of a turn: never, as texts with it are refused."""
+    said.words.add(known(word, str, "in") or refuse("an empty word in the text of a turn"))
+    return False
+
+
+def stripping(method):
+    """The function value.strip(), lstrip() or rstrip(), with or without a text of characters."""
+    def function(value, characters=None):
+        known(characters, (str, type(None)), method.__name__)
+        text = method(printed(known(value, TEXTS, method.__name__)), characters)
+        return Said(text, value.words) if isinstance(value, Said) else text
+    return function
+
+
+def beginning(method):
+    """The function value.startswith(word) or endswith(word)."""
+    def function(value, word):
+        if isinstance(value, Said):
+            return looked_for(value, word)
+        return method(known(value, str, method.__name__), known(word, str, method.__name__))
+    return function
+
+
+def selected(values, key, test="", other=None):
+    """values | selectattr(key, "equalto", other)"""
+    if test not in ("equalto", "==", "eq"):
+        refuse(f"the filter selectattr with {test!r:.40}")
+    return [value for value in known(values, list, "the filter selectattr")
+            if equal(part_of(value, key), other)]
+
+
+def today(form):
+    """The date as transformers gives it to templates that ask (Llama 3.2): that of the day of reading."""
+    return datetime.now().strftime(known(form, str, "strftime_now"))
 
 
 GLOBALS = {
     "true": True, "false": False, "none": None, "True": True, "False": False, "None": None,
     "raise_exception": lambda message="": refuse(f"raise_exception: {printed(message)[:100]}"),
-    "namespace": SimpleNamespace, **{name: later(name + "()") for name in (
-        "range", "dict", "lipsum", "cycler", "joiner", "strftime_now", "self")}}
+    "namespace": SimpleNamespace, "strftime_now": today, **{name: later(name + "()") for name in (
+        "range", "dict", "lipsum", "cycler", "joiner", "self")}}
 ATTRIBUTES = {
-    "j_strip": stripped, "f_trim": stripped,
+    "j_strip": stripping(str.strip), "f_trim": stripping(str.strip),
+    "j_lstrip": stripping(str.lstrip), "j_rstrip": stripping(str.rstrip),
+    "j_startswith": beginning(str.startswith), "j_endswith": beginning(str.endswith),
+    "f_selectattr": selected, "f_list": lambda value: [*known(value, list, "the filter list")],
     "f_upper": lambda value: printed(known(value, SIMPLE, "the filter upper")).upper(),
     "f_lower": lambda value: printed(known(value, SIMPLE, "the filter lower")).lower(),
     "f_length": lambda value: len(known(value, (str, list), "the filter length")),
@@ -176,6 +216,8 @@ def built(tree):
             name = name[2:]
             return applied(lambda value: refuse(name) if callable(value) else value,
                            lambda scope: scope.get(name, UNDEFINED))
+        case ast.Attribute(value=ast.Name(id=name), attr="t_defined"):
+            return lambda scope: scope.get(name[2:], UNDEFINED) is not UNDEFINED
         case ast.Attribute(value=value, attr=name):
             part = partial(part_of, key=name[2:]) if name[0] == "j" else attribute(name)
             return applied(part, built(value))

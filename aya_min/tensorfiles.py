@@ -76,13 +76,15 @@ def read_header(folder):
     return header
 
 
-def read(header, name, rows=None):
-    """A tensor of a header, or a slice of its rows, mapped from the file and read when it is used.
+def read(header, name, rows=None, stored=None):
+    """A tensor of a header, or a slice of its rows, mapped from the file and read when it is used. stored:
+    its name in the file, if that is another.
 
     The file is opened anew each time, so that the mapped pages are freed with the tensor.
     """
     with safe_open(header[name][0], "pt") as tensors:
-        return tensors.get_tensor(name) if rows is None else tensors.get_slice(name)[rows]
+        stored = stored or name
+        return tensors.get_tensor(stored) if rows is None else tensors.get_slice(stored)[rows]
 
 
 def places(header):

@@ -12,10 +12,17 @@ from .linear import outer, product
 CHUNK_LOGITS = 2 ** 27
 
 
+def capped(logits, cap):
+    """cap tanh(logits / cap), or the logits where cap is None."""
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
 class TokenLogps(torch.autograd.Function):
     """log p(target), chunk by chunk, computed in place in a chunk's logits z. With log_z = log sum_v exp z_v:
 
         log p = z_target - log_z        d log p / d z = onehot(target) - softmax(z)
+
+    With a soft cap c, z = c tanh(y / c) of the product y, and d log p / d y has the slope 1 - (z / c)^2 more.
 
     A single chunk keeps its exp(z) for the backward. Several chunks recompute theirs in the backward, so that
     only one is in memory at a time.
@@ -30,26 +37,31 @@ class TokenLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def exponentials(hidden, weight, targets):
-        """exp(z - max z) (n, V) in fp32, its sums (n, 1) and log p(target) (n,) of a chunk of n rows."""
-        z = product(hidden, weight).float()
+    def exponentials(hidden, weight, targets, cap):
+        """exp(z - max z) (n, V) in fp32, its sums (n, 1), the cap's slope (n, V) or None, and log p(target)
+        (n,) of a chunk of n rows."""
+        z, slope = product(hidden, weight).float(), None
+        if cap:
+            z = torch.tanh(z / cap)
+            slope = 1 - z.square()
+            z *= cap
         top = z.amax(-1, keepdim=True)
         chosen = z.gather(1, targets[:, None]) - top
         sums = z.sub_(top).exp_().sum(-1, keepdim=True)
-        return z, sums, (chosen - sums.log())[:, 0]
+        return z, sums, slope, (chosen - sums.log())[:, 0]
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, logit_scale, rows):
+    def forward(ctx, hidden, weight, targets, logit_scale, rows, cap):
         device, dtype = hidden.device.type, weight.dtype
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
-        ctx.scale, ctx.rows = logit_scale, rows
+        ctx.scale, ctx.rows, ctx.cap = logit_scale, rows, cap
         ctx.only, logps = None, []
         scaled, cast = (hidden * logit_scale).to(ctx.dtype), weight.to(ctx.dtype)
         for h, t in zip(scaled.split(rows), targets.split(rows)):
-            exps, sums, part = TokenLogps.exponentials(h, cast, t)
-            ctx.only = (exps, sums) if len(hidden) <= rows else None
+            *computed, part = TokenLogps.exponentials(h, cast, t, cap)
+            ctx.only = computed if len(hidden) <= rows else None
             # Free this chunk before the next one is allocated.
-            del exps
+            del computed
             logps.append(part)
         ctx.save_for_backward(hidden, weight, targets)
         return torch.cat(logps)
@@ -63,21 +75,21 @@ class TokenLogps(torch.autograd.Function):
             # Several chunks are added up in fp32.
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
         for h, t, g in zip(scaled.split(ctx.rows), targets.split(ctx.rows), gradient.split(ctx.rows)):
-            exps, sums = ctx.only or TokenLogps.exponentials(h, cast, t)[:2]
+            exps, sums, slope = ctx.only or TokenLogps.exponentials(h, cast, t, ctx.cap)[:3]
             dz = exps.mul_(-g[:, None] / sums)                              # (n, V)
             dz.scatter_add_(1, t[:, None], g[:, None])
-            dz = dz.to(ctx.dtype)
+            dz = (dz if slope is None else dz.mul_(slope)).to(ctx.dtype)
             d_hidden.append(product(dz, cast.t()))
             part = outer(dz, h)
             d_weight = part if d_weight is None else d_weight.add_(part)
         ctx.only = None
         d_hidden = torch.cat(d_hidden).mul_(ctx.scale).to(hidden.dtype)
-        return d_hidden, d_weight.to(weight.dtype), None, None, None
+        return d_hidden, d_weight.to(weight.dtype), None, None, None, None
 
 
-def token_logps(hidden, weight, targets, logit_scale=1.0, chunk_size=None):
+def token_logps(hidden, weight, targets, logit_scale=1.0, chunk_size=None, cap=None):
     """log p(target) at each position. At most `chunk_size` rows of logits are in memory at a time, in the
-    backward too (default: as many rows as CHUNK_LOGITS allows).
+    backward too (default: as many rows as CHUNK_LOGITS allows). cap: of the logits (Gemma), see `capped`.
 
     hidden (N, D), weight (V, D), targets (N,) -> (N,) nats.
 
@@ -90,7 +102,7 @@ def token_logps(hidden, weight, targets, logit_scale=1.0, chunk_size=None):
     hidden, targets = F.pad(hidden, (0, 0, 0, -N % 128)), F.pad(targets, (0, -N % 128))
     rows = chunk_size or max(128, CHUNK_LOGITS // V // 128 * 128)
     # FSDP warns when an output is a view.
-    return TokenLogps.apply(hidden, weight, targets, logit_scale, rows)[:N].clone()
+    return TokenLogps.apply(hidden, weight, targets, logit_scale, rows, cap)[:N].clone()
 
 
 def sum_by_row(values, mask):

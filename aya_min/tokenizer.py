@@ -7,13 +7,14 @@
 Text is encoded turn by turn, and special tokens are never read out of it, so that boundaries are exact and
 user text cannot forge a turn. Aya Expanse, Aya 23 and Command R write turns like this. Command R7B, Command A
 and Tiny Aya put an answer between <|START_RESPONSE|>, which ends the prompt, and <|END_RESPONSE|>, which the
-model writes before it ends the turn. A model folder's chat template is followed exactly, or the folder is
-refused: see template_turns.py.
+model writes before it ends the turn. A model folder's chat template is followed exactly, of other families
+too, or the folder is refused: see template_turns.py.
 """
 
 import json
 import re
 import unicodedata
+from itertools import takewhile
 from pathlib import Path
 
 from tokenizers import (Regex, Tokenizer as BPE, decoders, models, normalizers, pre_tokenizers, processors,
@@ -21,7 +22,7 @@ from tokenizers import (Regex, Tokenizer as BPE, decoders, models, normalizers, 
 
 from .command import one_line
 from .files import dumps, own_file, parse_json, read_bytes
-from .template_turns import PROBES, read_turns
+from .template_turns import ANSWERS, PROBES, read_turns
 
 SPECIALS = ["<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK_TOKEN>", "<BOS_TOKEN>", "<EOS_TOKEN>", "<EOP_TOKEN>",
             "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>",
@@ -156,9 +157,10 @@ class Tokenizer:
         self.bpe.no_truncation()
         added = bpe.get_added_tokens_decoder().values()
         control = {token.content for token in added if token.special or CONTROL.fullmatch(token.content)}
-        self.check_tokens(NEEDED)
         jinja = self.files.get("chat_template.jinja")
         template = default_template(self.config) if jinja is None else decoded(jinja, "chat_template.jinja")
+        if is_coheres(self.config) or template is None:
+            self.check_tokens(NEEDED)
         if template is None:
             marked = all(bpe.token_to_id(name) is not None for name in RESPONSE)
             template = self.config["chat_template"] = RESPONSE_TEMPLATE if marked else CHAT_TEMPLATE
@@ -172,34 +174,66 @@ class Tokenizer:
         if is_coheres(self.config) and not is_rebuilt_alike(bpe, self.config):
             self.config = as_it_is(self.config)
             self.files.pop("tokenizer_config.json", None)
+        specials = special_tokens(self.config, self.files)
         try:
-            self.turns = read_turns(template, special_tokens(self.config, self.files), frozenset(control))
+            self.turns = read_turns(template, specials, frozenset(control))
         except ValueError as error:
             raise ValueError(f"the chat template cannot be followed: {error}") from None
-        written = [self.turns.written(*probe) for probe in PROBES]
-        wanted = [self.bpe.encode(text, add_special_tokens=False).ids for text in written]
-        self.bpe.encode_special_tokens = True       # "<BOS_TOKEN>" typed by a user is letters, not a token
-        # In published files <|USER_TOKEN|> and others are not special. Such tokens would be read out of a
-        # user's text and printed in answers.
-        self.bpe.add_special_tokens([token.content for token in added if token.content in control])
-        self.pad_id, self.bos_id = bpe.token_to_id("<PAD>"), bpe.token_to_id("<BOS_TOKEN>")
-        self.start_of_turn_id, self.end_of_turn_id = map(bpe.token_to_id, SPECIALS[8:10])
-        split = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
-        self.opening, self.closing = ({role: [bpe.token_to_id(name) for name in split.findall(text)]
-                                       for role, text in texts.items()}
-                                      for texts in (self.turns.opening, self.turns.closing))
-        self.begin = [self.bos_id] if self.turns.bos else []
-        self.stop_ids = sorted(set(self.closing["assistant"]))      # an answer ends at the first of these
-        for probe, text, ids in zip(PROBES, written, wanted):
+        self.inner = within_text(bpe)
+        probes = [probe for probe in PROBES if not (self.turns.refuses and probe[0][0]["role"] == "system")]
+        written = [self.turns.pieces(*probe) for probe in probes]
+        wanted = [sum(map(self.encode_inner, pieces), []) for pieces in written]
+        others = sorted((name for name in control if not CONTROL.fullmatch(name)), key=len, reverse=True)
+        self.others = re.compile("|".join(map(re.escape, others)) or "(?!)")
+        for each in {id(bpe): bpe, id(self.inner): self.inner}.values():
+            each.encode_special_tokens = True       # "<BOS_TOKEN>" typed by a user is letters, not a token
+            # In published files some are not special. They would be read out of texts and printed in answers.
+            each.add_special_tokens([token.content for token in added if token.content in control])
+        self.set_turns(control, dict(specials))
+        for probe, pieces, ids in zip(probes, written, wanted):
             if ids != self.encode_chat(*probe)[0]:
                 raise ValueError("the chat template cannot be followed: the tokens around turns take white "
-                                 f"space or letters of the text, in {text!r:.80}")
+                                 f"space or letters of the text, in {''.join(pieces)!r:.80}")
+
+    def set_turns(self, control, specials):
+        """Set the ids around turns. control: names of control tokens. specials: {name: text}."""
+        split = re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
+
+        def ids_of(text):
+            """The ids of a text of the template, in which control tokens are read as such."""
+            return [i for part in filter(None, split.split(text)) for i in (
+                [self.bpe.token_to_id(part)] if part in control else self.encode_inner(part))]
+
+        def cut(role):
+            """(ids, words that are encoded with the text, words after it that are, ids)"""
+            before, after = self.turns.opening[role], self.turns.closing[role]
+            asks = self.turns.asks if role in ANSWERS else ""
+            words = before[len(asks):] if role in ANSWERS else split.split(before)[-1]
+            ending = split.split(after)[0]
+            return (ids_of(before.removesuffix(words)), words, ending, ids_of(after.removeprefix(ending)))
+        cuts = {role: cut(role) for role in self.turns.opening}
+        self.words = {role: each[1:3] for role, each in cuts.items()}
+        self.opening, self.closing = ({role: each[i] for role, each in cuts.items()} for i in (0, 3))
+        self.asks, self.begin = ids_of(self.turns.asks), ids_of(self.turns.bos)
+        # An answer ends at the first of the control tokens that follow it; words after them are no answer's.
+        ending = list(takewhile(control.__contains__, filter(None, split.split(self.turns.closing["last"]))))
+        self.ending = [self.bpe.token_to_id(name) for name in ending]
+        self.after = self.closing["last"][len(self.ending):]
+        self.stop_ids = sorted(set(self.ending))
+        named = {name: self.bpe.token_to_id(text) for name, text in specials.items()}
+        self.bos_id = named.get("bos_token", self.bpe.token_to_id(SPECIALS[5]))
+        self.start_of_turn_id = self.bpe.token_to_id(SPECIALS[8])
+        self.end_of_turn_id = self.bpe.token_to_id(SPECIALS[9])
+        if self.end_of_turn_id is None:
+            self.end_of_turn_id = named.get("eos_token", self.ending[0])
+        pads = self.bpe.token_to_id("<PAD>"), *map(named.get, ("pad_token", "eos_token")), self.ending[-1]
+        self.pad_id = next(i for i in pads if i is not None)
 
     def check_tokens(self, names):
         """ValueError if the vocabulary lacks one of the names."""
         if missing := [name for name in names if self.bpe.token_to_id(name) is None]:
             raise ValueError(f"tokenizer.json lacks {' '.join(missing)}; it must be a Cohere tokenizer (Aya, "
-                             "Command R) or one trained here")
+                             "Command R), one trained here, or have a chat_template and a tokenizer_class")
 
     @property
     def vocab_size(self):
@@ -217,18 +251,22 @@ class Tokenizer:
 
     def key(self, text):
         """The ids of an answer, after the normalizer and the template's strip: equal for equal answers."""
-        return tuple(self.encode(self.turns.text("assistant", text)))
+        return tuple(self.encode_inner(self.turns.text("last", text)))
 
     def spelled(self, text):
         """The first name of a control token in a text, or None. `encode` reads it as letters."""
-        if "<" not in text:
-            return None
-        names = (found[0] for found in CONTROL.finditer(text))
+        if found := self.others.search(text):
+            return found[0]
+        names = (found[0] for found in CONTROL.finditer(text)) if "<" in text else ()
         return next((name for name in names if self.bpe.token_to_id(name) is not None), None)
 
     def encode(self, text):
         """The ids of a text, without BOS. Names of special tokens in it are letters."""
         return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def encode_inner(self, text):
+        """The ids of a text that follows other tokens, see `within_text`."""
+        return self.inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
         """The text of ids, without special tokens."""
@@ -247,37 +285,45 @@ class Tokenizer:
 
     def encode_answer(self, text):
         """The ids of an answer, which follow the generation prompt: its text and the end."""
-        return self.encode(self.turns.text("assistant", text)) + self.closing["assistant"]
+        return self.encode_turn("last", self.turns.text("last", text)) + self.ending
 
-    def encode_chat(self, messages, generation_prompt=False, supervised=None):
+    def encode_turn(self, role, text):
+        """The ids of a turn's text as the template writes it, with the words that touch it."""
+        before, after = self.words[role]
+        return self.encode_inner(before + text + after)
+
+    def encode_chat(self, messages, generation_prompt=False, supervised=None, where=""):
         """(ids, mask) of [{"role", "content"}, ...], two lists of equal length.
 
         mask is True on the text and the end of supervised turns. Roles: an optional system turn, then user
-        and assistant in turn. With `generation_prompt` the ids end where the assistant's answer begins.
+        and assistant in turn. With `generation_prompt` the ids end where the assistant's answer begins. An
+        answer is encoded by itself, as it is sampled: white space at its beginning never joins a line break
+        before it, as it may in transformers.
         supervised: a bool for each message (not for each assistant turn, as in rows.py), read for assistant
-        turns only; None: all assistant turns.
+        turns only; None: all assistant turns. where: its place, for errors.
         """
         ids, mask = list(self.begin), [False] * len(self.begin)
-        texts = self.turns.texts(messages)
-        supervised_turns = [role == "assistant" for role, _ in texts]
+        texts = self.turns.texts(messages, where)
+        supervised_turns = [role in ANSWERS for role, _ in texts]
         if supervised is not None:
             given = [bool(b) for m, b in zip(messages, supervised, strict=True) if m["role"] != "system"]
             # The template may add a system turn, which is not supervised.
             given = [False] * (len(texts) - len(given)) + given
             supervised_turns = [a and b for a, b in zip(supervised_turns, given)]
         for (role, text), counts in zip(texts, supervised_turns):
-            said = self.encode(text) + self.closing[role]
-            ids += self.opening[role] + said
-            mask += [False] * len(self.opening[role]) + [counts] * len(said)
+            said, closing = self.encode_turn(role, text), self.closing[role]
+            ids += self.opening[role] + said + closing
+            ended = [counts] * len(self.ending) + [False] * len(closing)
+            mask += [False] * len(self.opening[role]) + [counts] * len(said) + ended[:len(closing)]
         if generation_prompt:
-            ids += self.opening["assistant"]
-            mask += [False] * len(self.opening["assistant"])
+            ids += self.asks
+            mask += [False] * len(self.asks)
         return ids, mask
 
-    def encode_prompt(self, prompt):
+    def encode_prompt(self, prompt, where=""):
         """The ids of a user's prompt (a string, or messages), which end where the answer begins."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.encode_chat(messages, generation_prompt=True)[0]
+        return self.encode_chat(messages, generation_prompt=True, where=where)[0]
 
     def save(self, folder):
         """Write tokenizer.json, tokenizer_config.json and the files that came with them, unchanged."""
@@ -286,6 +332,17 @@ class Tokenizer:
                 "tokenizer_config.json": dumps(config, indent=2).encode()}
         for name, data in {**made, **self.files}.items():
             (Path(folder) / name).write_bytes(data)
+
+
+def within_text(bpe):
+    """The BPE as it encodes a text that follows other tokens: one that puts a space before a text
+    (SentencePiece's Metaspace, as in Mistral 0.3) does so at the beginning of all only."""
+    spec = json.loads(bpe.to_str())
+    cut = spec.get("pre_tokenizer") or {}
+    spaced = [part for part in cut.get("pretokenizers", [cut]) if part.get("prepend_scheme") == "first"]
+    for part in spaced:
+        part["prepend_scheme"] = "never"
+    return BPE.from_str(json.dumps(spec)) if spaced else bpe
 
 
 def read_bpe(data, where):

@@ -22,18 +22,24 @@ import torch
 from . import distributed, tensorfiles
 from .alike import files_along
 from .checkpoint import others_in, replace_folder
+from .families import FAMILIES, WRAPPERS
 from .model_config import ModelConfig, stop_ids
 from .files import new_folder, own_file, read_bytes, read_json
-from .model import CohereForCausalLM, RewardModel, Router, initial_value
+from .model import CohereForCausalLM, RewardModel, Router, SequenceClassifier, initial_value
 from .tokenizer import FILES, load_tokenizer
 
-ARCHITECTURES = {"CohereForCausalLM": CohereForCausalLM, "Cohere2ForCausalLM": CohereForCausalLM,
-                 "CohereRewardModel": RewardModel, "Cohere2RewardModel": RewardModel,
-                 "CohereForSequenceClassification": RewardModel,
-                 "Cohere2ForSequenceClassification": RewardModel,
-                 "CohereRouter": Router, "Cohere2Router": Router}
-KINDS = {CohereForCausalLM: "language model", RewardModel: "reward model", Router: "router"}
+# transformers has no ForSequenceClassification of Cohere's two; older folders of ours are called so.
+TASKS = {"ForCausalLM": CohereForCausalLM, "RewardModel": RewardModel,
+         "ForSequenceClassification": SequenceClassifier, "Router": Router}
+ARCHITECTURES = {family.class_named(task): RewardModel if family.block == "parallel" and
+                 build is SequenceClassifier else build
+                 for task, build in TASKS.items() for family in FAMILIES.values()}
+KINDS = {CohereForCausalLM: "language model", RewardModel: "reward model",
+         SequenceClassifier: "reward model", Router: "router"}
 USUAL_HEAD_LACKS = "score_logps.weight"         # a head on the last token only computes as if this were 0
+# The tensors of a language model inside another model, by older and newer names.
+WRAPPED = re.compile(r"(language_model\.model|model\.language_model)\.(?P<rest>.*)"
+                     r"|(language_model\.)?(?P<head>lm_head\.)(?P<weight>weight)")
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 # The files that `save` writes anew instead of copying them.
@@ -42,23 +48,55 @@ WRITTEN = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", 
 
 def read_config(folder):
     """(ModelConfig, class of the model) of a model folder. ValueError if either is not supported."""
-    raw = tensorfiles.read_config(folder)
     path = Path(folder) / "config.json"
-    named = raw.get("architectures")
-    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
-        raise ValueError(f"{path}: architectures {named!r:.80} is not a list of names; download the model "
-                         "again")
-    plain = str(raw.get("model_type")).capitalize() + "ForCausalLM"         # transformers' default
-    architecture = (named or [plain])[0]
+    raw, named = text_part(tensorfiles.read_config(folder), path)
+    family = FAMILIES.get(str(raw.get("model_type")))
+    plain = family.published if family else raw.get("model_type")
+    architecture = named[0] if named else f"{plain}ForCausalLM"             # transformers' default
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture!r:.80} is not supported; supported: "
                          f"{' '.join(ARCHITECTURES)}")
     config_class = getattr(ARCHITECTURES[architecture], "config_class", ModelConfig)
     config = config_class.from_published(raw, where=str(path))
-    if not re.fullmatch(f"{config.model_type}(For.*|RewardModel|Router)", architecture, re.IGNORECASE):
+    if architecture not in map(config.family.class_named, TASKS):
         raise ValueError(f"{path}: architecture {architecture} does not go with model_type "
                          f"{config.model_type}; download the model again")
+    labels = raw.get("num_labels") or raw.get("id2label") or 2      # transformers' default
+    labels = labels if type(labels) is int else len(labels)
+    if ARCHITECTURES[architecture] is SequenceClassifier and labels != 1:
+        raise ValueError(f"{path}: {architecture} with {labels} labels; a reward model has one (num_labels "
+                         "or id2label)")
     return config, ARCHITECTURES[architecture]
+
+
+def text_part(raw, path):
+    """(config.json of a language model, the names of its class) of a config.json. That of a model that sees
+    images too (families.WRAPPERS) has it in its text_config."""
+    named = raw.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ValueError(f"{path}: architectures {named!r:.80} is not a list of names; download the model "
+                         "again")
+    if not named or named[0] not in WRAPPERS:
+        return raw, named
+    text, kinds = raw.get("text_config"), WRAPPERS[named[0]]
+    if not isinstance(text, dict) or text.get("model_type") not in kinds:
+        raise ValueError(f"{path}: the text_config of {named[0]} must be of model_type {' or '.join(kinds)}")
+    above = {key: raw[key] for key in ("quantization_config", "tie_word_embeddings", "eos_token_id")
+             if raw.get(key) is not None}
+    return above | text, None
+
+
+def text_tensors(folder, header):
+    """(header, {name: name in the files}) of the language model among the tensors of a model that sees images
+    too (families.WRAPPERS); of another model the whole header and {}."""
+    if not (tensorfiles.read_config(folder).get("architectures") or [""])[0] in WRAPPERS:
+        return header, {}
+    parts = {name: WRAPPED.fullmatch(name) for name in header}
+    stored = {(match["head"] or "model.") + (match["rest"] or match["weight"]): name
+              for name, match in parts.items() if match}
+    others = len(header) - len(stored)
+    distributed.say(f"{folder}: {others} tensors of images are left out; a model made of it is text alone")
+    return {name: header[old] for name, old in stored.items()}, stored
 
 
 def read_generation(folder):
@@ -96,7 +134,7 @@ def load_meta(folder, trunk=False):
     lacks the head.
     """
     config, model_class = read_config(folder)
-    header = tensorfiles.read_header(folder)
+    header, stored = text_tensors(folder, tensorfiles.read_header(folder))
     num_layers = 1 + max((int(match[1]) for match in map(LAYER.match, header) if match), default=-1)
     if config.num_hidden_layers > max(num_layers, 1):       # checked before that many layers are built
         raise ValueError(f"{folder}: the tensors do not fit config.json: they are of {num_layers} layers, "
@@ -111,7 +149,7 @@ def load_meta(folder, trunk=False):
         build = RewardModel if trunk is True else trunk or model_class
         found, model = model_class(config), build(config)
     own = found.state_dict()
-    alike = not config.tie_word_embeddings or tensorfiles.drop_tied_head(header)
+    alike = not config.tie_word_embeddings or stored or tensorfiles.drop_tied_head(header)
     problems = [] if alike else [
         "lm_head.weight is not model.embed_tokens.weight, to which config.json ties it"]
     problems += [f"{name} is missing" for name in sorted(own.keys() - header.keys() - {USUAL_HEAD_LACKS})]
@@ -125,6 +163,7 @@ def load_meta(folder, trunk=False):
     if problems:
         listed = tensorfiles.first_of(problems, "; ")
         raise ValueError(f"{folder}: the tensors do not fit config.json: {listed}")
+    model.stored = stored
     return model, tokenizer, header
 
 
@@ -139,7 +178,7 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
     the folder lacks is drawn with seed 0.
     """
     model, tokenizer, header = load_meta(folder, trunk)
-    model = model.to(dtype)
+    model, stored = model.to(dtype), model.stored
     model.came_with, model.came_from = (read_generation(folder), read_others(folder)), str(folder)
     if sharded:
         distributed.shard(model, compute_dtype, replicate, cpu_offload)
@@ -147,7 +186,7 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
     for name, target in model.to_empty(device=device).state_dict().items():
         local, rows = distributed.own_rows(target)
         if name in header:
-            local.copy_(tensorfiles.read(header, name, rows))
+            local.copy_(tensorfiles.read(header, name, rows, stored.get(name)))
         elif name == USUAL_HEAD_LACKS and "score.weight" in header:
             local.zero_()
         else:
@@ -186,6 +225,11 @@ def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.
 
 def check_place(folder, model, tokenizer):
     """Refuse, before any work, a folder with other files, which `save` would refuse at the end."""
+    ending = tokenizer.ending + tokenizer.after
+    if isinstance(model, SequenceClassifier) and tokenizer.pad_id == ending[-1]:
+        raise ValueError("the tokenizer's pad token is the one that ends a text, and transformers' "
+                         "ForSequenceClassification looks before it; name another pad_token in "
+                         "tokenizer_config.json, or take --head log-probs")
     specs = {name: ("F32", tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     names = {*tensorfiles.assign_files(specs), "model.safetensors.index.json", "config.json", *WRITTEN,
              *map(str, getattr(model, "came_with", ({}, {}))[1])}
@@ -196,9 +240,13 @@ def check_place(folder, model, tokenizer):
 
 def write_descriptions(folder, model, tokenizer, dtype):
     """Write all of a model folder but its weights: the configs, the tokenizer, the files of came_with."""
-    config = model.config.published(model.task, str(dtype).removeprefix("torch."))
-    if isinstance(model, (RewardModel, Router)):
-        config["tie_word_embeddings"] = True        # there is no lm_head; a score's log-probs use embeddings
+    is_classifier, parallel = isinstance(model, SequenceClassifier), model.config.family.block == "parallel"
+    task = "RewardModel" if is_classifier and parallel else model.task
+    config = model.config.published(task, str(dtype).removeprefix("torch."))
+    if is_classifier or isinstance(model, Router):
+        config["tie_word_embeddings"] = True        # there is no lm_head
+    if is_classifier and not parallel:
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": tokenizer.pad_id}
     generation, others = getattr(model, "came_with", ({}, {}))
     eos = generation.get("eos_token_id")
     stops = stop_ids([*tokenizer.stop_ids, *(stop_ids(eos) if eos is not None else [])])

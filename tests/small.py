@@ -215,9 +215,9 @@ def loaded_sharded(model, folder, **options):
     weights.save(folder, model, tokenizer(), shard_bytes=30_000)
     numbers, read = [], tensorfiles.read
 
-    def counting(header, name, rows):
-        numbers.append(read(header, name, rows).numel())
-        return read(header, name, rows)
+    def counting(header, name, rows, stored=None):
+        numbers.append(read(header, name, rows, stored).numel())
+        return read(header, name, rows, stored)
 
     torch.use_deterministic_algorithms(True)            # new memory is filled with NaN
     tensorfiles.read = counting

@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
     shutil.copytree(folder / "C", folder / "llama")
     about = json.loads((folder / "C" / "config.json").read_text())
     (folder / "llama" / "config.json").write_text(
-        json.dumps({**about, "architectures": ["LlamaForCausalLM"]})
+        json.dumps({**about, "architectures": ["GPT2LMHeadModel"]})
     )
     good = '{"prompt": "x", "completion": "y"}\n'
     for name, text in {
@@ -178,7 +178,7 @@ TRAIN_MISTAKES = {
     ),
     "sft --model nowhere --data sft.jsonl --out new": "nowhere: not a model folder (no config.json)",
     "sft --model lacking --data sft.jsonl --out new": "model.layers.1.self_attn.o_proj.weight is missing",
-    "sft --model llama --data sft.jsonl --out new": "architecture 'LlamaForCausalLM' is not supported",
+    "sft --model llama --data sft.jsonl --out new": "architecture 'GPT2LMHeadModel' is not supported",
     "sft --model RM --data sft.jsonl --out new": "a reward model; sft trains language models",
     "sft --model A --tokenizer B --data sft.jsonl --out new": "--tokenizer goes with a preset",
     "sft --model smoke --tokenizer taken --data sft.jsonl --out new": "no tokenizer.json",

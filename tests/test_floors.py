@@ -14,11 +14,11 @@ SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "aya_min").rglob("*.py"), *(ROOT 
 PACKAGES = {"torch", "numpy", "tokenizers", "safetensors", "pytest", "tqdm"}
 
 FLOORS = [
-    # 0: the command line
-    {"command"},
+    # 0: the command line, the table of model families
+    {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
-    {"cmaes", "files", "iso639", "linear", "merge_methods", "model_config", "patience",
-     "report_charts", "rows_keys", "template_expressions"},
+    {"cmaes", "files", "iso639", "linear", "merge_methods", "model_config", "norms", "patience",
+     "report_charts", "rope", "rows_keys", "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "languages", "merge_config", "merge_front", "template",
      "tensorfiles", "token_logps"},

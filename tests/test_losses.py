@@ -74,9 +74,23 @@ def test_peak_memory_grows_with_the_chunk_and_not_with_tokens_times_vocabulary(N
     )
 
 
+@pytest.mark.parametrize("chunk_size", [None, 128], ids=["one chunk", "chunks"])
+def test_capped_logits_have_the_log_probs_and_gradients_of_their_formula(chunk_size):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(50, 8, generator=generator, requires_grad=True)
+    targets = torch.randint(50, (300,), generator=generator)
+    made = token_logps(hidden, weight, targets, 0.5, chunk_size, cap=2.0)
+    expected = (2 * torch.tanh(hidden @ weight.T / 4)).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(made, expected)
+    for one, two in zip(*(torch.autograd.grad((logps * hidden[:, 0].detach()).sum(), (hidden, weight))
+                          for logps in (made, expected))):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
 def test_the_default_chunk_is_half_a_gigabyte_of_fp32_logits_for_any_vocabulary(monkeypatch):
     rows = []
-    monkeypatch.setattr(TokenLogps, "apply", lambda *args: rows.append(args[-1]) or args[0].sum(1))
+    monkeypatch.setattr(TokenLogps, "apply", lambda *args: rows.append(args[-2]) or args[0].sum(1))
     for V in (4096, 256_000, 2_000_000):
         token_logps(torch.zeros(10, 2), torch.zeros(1, 2).expand(V, 2), torch.zeros(10, dtype=torch.long))
     assert rows == [32768, 512, 128] and 512 * 256_000 * 4 < 0.55e9

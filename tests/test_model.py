@@ -94,7 +94,7 @@ def reference_logits(model, ids):
         for head in range(H):
             group = head // (H // K)  # consecutive heads share keys and values
             zq, zk = (
-                (z[:, n, 0::2] + 1j * z[:, n, 1::2]) * (turn if c.has_rope(i) else 1)
+                (z[:, n, 0::2] + 1j * z[:, n, 1::2]) * (turn if c.rope(i) else 1)
                 for z, n in ((q, head), (k, group))
             )  # neighbours are one number
             scores = (zq @ zk.conj().T).real / np.sqrt(D)
@@ -332,9 +332,9 @@ def test_the_presets_have_the_published_number_of_parameters(preset, count, size
 def test_three_layers_of_four_slide_in_the_cohere2_presets(preset):
     config = model_preset(preset)
     assert [config.window(i) for i in range(8)] == [4096, 4096, 4096, None] * 2
-    assert [config.has_rope(i) for i in range(8)] == [True, True, True, False] * 2
+    assert [bool(config.rope(i)) for i in range(8)] == [True, True, True, False] * 2
     config = model_preset("aya-expanse-8b")
-    assert not any(map(config.window, range(32))) and all(map(config.has_rope, range(32)))
+    assert not any(map(config.window, range(32))) and all(map(config.rope, range(32)))
 
 
 LAYER = [
@@ -530,7 +530,7 @@ def test_a_cohere_config_has_no_window_whatever_its_file_says():
         ({"rope_parameters": {"rope_theta": 7.0, "partial_rotary_factor": 0.5}}, "scaled rope"),
         ({"rope_parameters": {SLIDING: {"rope_theta": 7.0}}}, "scaled rope"),
         ({"rope_scaling": "yarn"}, "scaled rope"),
-        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_attention_heads 6"),
         ({"head_dim": 7}, "head_dim 7 must be even"),
         ({"hidden_size": -8}, "hidden_size -8"),
@@ -644,7 +644,8 @@ def test_what_rows_begin_with_alike_is_computed_once_with_the_loss_and_gradients
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def slow_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+def slow_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa,
+                     scale=None):
     """What torch says that its varlen_attn computes, token by token: (W, 0) is causal with W keys to the
     left, -1 all of them."""
     assert (

@@ -531,7 +531,7 @@ def test_a_nul_in_an_answer_is_written_as_what_is_no_text():
     """Our own reader refuses a NUL, so a file of answers must not hold one."""
     class Naught:
         stop_ids = []
-        encode_prompt, decode = staticmethod(lambda text: [20]), staticmethod(lambda ids: "a\0b")
+        encode_prompt, decode = staticmethod(lambda text, where: [20]), staticmethod(lambda ids: "a\0b")
     [[answer]] = answer_rows(language_model(), Naught, [{"prompt": "x"}], 1, 2)
     assert answer["completion"] == "a\ufffdb"
 

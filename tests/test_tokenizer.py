@@ -163,6 +163,12 @@ FOLLOWED = {
         "{{ raise_exception('roles must alternate') }}{% endif %}{% set ns.n = ns.n + 1 %}{% endfor %}"
         + PLAIN
     ),
+    "a word put before texts": PLAIN.replace("<|USER_TOKEN|>' +", "<|USER_TOKEN|>Q: ' +"),
+    "a line before answers": PLAIN.replace("<|CHATBOT_TOKEN|>", "<|CHATBOT_TOKEN|>-\\n"),
+    "a line between turns": PLAIN.replace("{% endfor %}", "{{ '\\n' }}{% endfor %}"),
+    "only one side is stripped": PLAIN.replace("m['content']", "m['content'].lstrip()"),
+    "a word decides": PLAIN.replace("{% for", "{% if 'json' in messages[0].content %}x{% endif %}{% for"),
+    "a test of a function": "{% if strftime_now is defined %}{% endif %}" + PLAIN,
     "content may be a list": (
         "{{ bos_token }}{% for m in messages %}{% if m.content is string %}{% set text "
         "= m.content %}{% else %}"
@@ -197,26 +203,14 @@ ZEPHYR = ("{% for m in messages %}\n{% if m['role'] == 'user' %}\n{{ '<|user|>\n
           "+ eos_token }}\n{% endif %}\n"
           "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}")
 REFUSED = {
-    "chatml": (CHATML, "is not control tokens alone"),
-    "llama 3": (LLAMA3, "is not control tokens alone"),
-    "gemma": (GEMMA, "System role not supported"),
+    "chatml": (CHATML, "no control token"),               # here it is no token of the vocabulary
+    "llama 3": (LLAMA3, "no control token"),
+    "gemma": (GEMMA, "no control token"),
     "inst": (INST, "no control token"),
     "zephyr": (ZEPHYR, "turn format"),
-    "a date": ("{{ strftime_now('%Y') }}" + PLAIN, r"strftime_now\(\)"),
+    "a date in a form": ("{{ strftime_now(messages) }}" + PLAIN, "strftime_now"),
     "upper case": (PLAIN.replace("m['content']", "m['content'] | upper"), "the filter upper"),
     "upper case by a method": (PLAIN.replace("m['content']", "m['content'].upper()"), "upper"),
-    "a word put before texts": (
-        PLAIN.replace("<|USER_TOKEN|>' +", "<|USER_TOKEN|>Q: ' +"),
-        "'<.*Q: ' around a turn of the user",
-    ),
-    "a line before answers": (
-        PLAIN.replace("<|CHATBOT_TOKEN|>", "<|CHATBOT_TOKEN|>\n"),
-        "around a turn of the assistant",
-    ),
-    "a line between turns": (
-        PLAIN.replace("{% endfor %}", "{{ '\\n' }}{% endfor %}"),
-        "is not control tokens alone",
-    ),
     "another prompt than opening": (
         PLAIN.replace("CHATBOT_TOKEN|>' }}", "USER_TOKEN|>' }}"),
         "asks for an answer with",
@@ -225,22 +219,17 @@ REFUSED = {
         PLAIN.replace(
             "<|CHATBOT_TOKEN|>' + m['content'] + '<|END_OF_TURN_TOKEN|>'", "<|CHATBOT_TOKEN|>' + m['content']"
         ),
-        "opens or ends",
+        "no control token that ends it",
     ),
     "thinking is cut off": (PLAIN.replace("m['content']", "m['content'].split('</think>')[-1]"), "split"),
-    "a word decides": (
-        PLAIN.replace("{% for", "{% if 'json' in messages[0].content %}x{% endif %}{% for"),
-        "in of the text of a turn",
-    ),
     "texts are cut": (PLAIN.replace("m['content']", "m['content'][:20]"), "a slice"),
     "a letter is replaced": (
         PLAIN.replace("m['content']", "m['content'] | replace('\u00a0', ' ')"),
         "replace",
     ),
-    "only spaces are stripped": (PLAIN.replace("m['content']", "m['content'].strip(' ')"), "strip"),
-    "only one side is stripped": (
-        PLAIN.replace("m['content']", "m['content'].lstrip()"),
-        "the method lstrip",
+    "only spaces are stripped": (
+        PLAIN.replace("m['content']", "m['content'].strip(' ')"),
+        "changes the texts",
     ),
     "only the last user turn is marked": (
         PLAIN.replace(
@@ -256,16 +245,6 @@ REFUSED = {
     "a length decides": (
         PLAIN.replace("m['content'] +", "('' if m['content'] | length > 900 else " "m['content']) +"),
         "the filter length",
-    ),
-    "a system turn inside the first user turn": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == "
-        "'system' %}{% set s = m.content %}{% elif m.role == 'user' %}"
-        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{% if loop.index0 == 1 and messages[0].role == 'system' %}{{ "
-        "messages[0].content }}{% endif %}{{ m.content }}<|END_OF_TURN_TOKEN|>"
-        "{% else %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>{% endif "
-        "%}{% endfor %}"
-        "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}",
-        "turn format not known",
     ),
     "system turns vanish": (
         PLAIN.replace(
@@ -314,7 +293,6 @@ REFUSED = {
     "long numbers": ("{{ 'x' * 1000000000 }}" + PLAIN, "not known here"),
     "a power": ("{{ 9 ** 9 ** 9 }}" + PLAIN, "not known here"),
     "a macro that is called": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + PLAIN, "the macro f"),
-    "a test of a function": ("{% if strftime_now is defined %}{% endif %}" + PLAIN, "strftime_now"),
     "deep brackets": ("{{ " + "(" * 50000 + "1" + ")" * 50000 + " }}" + PLAIN, "not known here"),
     "deep blocks": ("{% if true %}" * 15000 + PLAIN + "{% endif %}" * 15000, "characters|nested too deeply"),
     "too long": (PLAIN + "{# x #}" * 50000, "characters, more than 200,000"),
@@ -586,8 +564,8 @@ def test_markers_in_the_vocabulary_count_only_if_the_template_uses_them_or_there
     ([{"name": "rag", "template": AYA}], "the chat templates are rag; one must be named default"),
     (AYA.replace("CHATBOT_TOKEN|>' }}", "CHATBOT_TOKEN|><|START_THINKING|>' }}"),
     r"asks for an answer with '.*<\|START_THINKING\|>', and opens answers with"),
-    (TINY_AYA.replace("- Be brief.", "Today is {{ strftime_now('%d') }}."),
-    r"cannot be followed: it uses strftime_now\(\)")])
+    (TINY_AYA.replace("- Be brief.", "Today is {{ lipsum() }}."),
+    r"cannot be followed: it uses lipsum\(\)")])
 def test_a_template_that_cannot_be_followed_is_refused_with_its_folder(template, match, tmp_path):
     with pytest.raises(ValueError, match=match) as error:
         load_tokenizer(publish(tmp_path / "model", template))
@@ -642,6 +620,7 @@ def test_a_template_with_random_faults_is_followed_exactly_or_refused(seed):
         for n in range(8):
             said = ["a" + "".join(rng.choices(["b", " ", "\n", "{{"], k=3)) for _ in range(rng.randint(1, 6))]
             messages = turns(*said, system=rng.choice([None, "Be kind.", "", " "]))
+            messages = messages[messages[0]["role"] == "system" and bool(turns_of.refuses):]
             wanted = render(messages=messages, add_generation_prompt=n % 2 == 0, tools=None, documents=None,
                 **tokens)
             assert turns_of.written(messages, n % 2 == 0) == wanted, "".join(parts)

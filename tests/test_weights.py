@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from small import language_model, reward_model, tokenizer
 
 from aya_min import weights
-from aya_min.model import RewardModel
+from aya_min.model import RewardModel, SequenceClassifier
 from aya_min.reward import score_texts
 
 BLOCK = [
@@ -262,11 +262,17 @@ def test_a_trunk_is_the_language_models_decoder_under_the_same_new_head_each_tim
     assert (first.score.weight != 0).all()
 
 
-def test_a_trunk_leaves_an_untied_head_behind(tmp_path):
-    weights.save(tmp_path / "model", language_model(tie_word_embeddings=False), tokenizer())
-    assert_same(
-        weights.load(tmp_path / "model", trunk=True)[0].model, language_model(tie_word_embeddings=False).model
-    )
+def test_a_reward_model_keeps_an_untied_head_for_its_log_probs_and_a_classifier_leaves_it_behind(tmp_path):
+    """The log-probs were once read off the embeddings."""
+    start = language_model(tie_word_embeddings=False)
+    weights.save(tmp_path / "model", start, tokenizer())
+    reward = weights.load(tmp_path / "model", trunk=True)[0]
+    assert_same(reward.model, start.model)
+    assert torch.equal(reward.lm_head.weight, start.lm_head.weight)
+    weights.save(tmp_path / "rm", reward, tokenizer())
+    assert_same(weights.load(tmp_path / "rm")[0], reward)
+    plain = weights.load(tmp_path / "model", trunk=SequenceClassifier)[0]
+    assert plain.state_dict().keys() == reward.state_dict().keys() - {"lm_head.weight", "score_logps.weight"}
 
 
 def test_the_trunk_of_a_reward_model_is_that_reward_model(tmp_path):
@@ -522,13 +528,13 @@ def test_a_description_that_is_no_json_object_is_refused_with_its_name(name, tex
     "changes, says",
     [
         (
-            {"architectures": ["LlamaForCausalLM"]},
+            {"architectures": ["GPT2LMHeadModel"]},
             (
-                "architecture 'LlamaForCausalLM' is not supported; supported: CohereForCausalLM"
+                "architecture 'GPT2LMHeadModel' is not supported; supported: CohereForCausalLM"
                 " Cohere2ForCausalLM"
             ),
         ),
-        ({"architectures": ["LlamaForCausalLM"]}, "architecture 'LlamaForCausalLM' is not supported"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "architecture 'GPT2LMHeadModel' is not supported"),
         ({"model_type": "cohere3"}, "model_type 'cohere3' is not supported; supported: cohere cohere2"),
         ({"model_type": "cohere2"}, "architecture CohereForCausalLM does not go with model_type cohere2"),
         ({"attention_bias": True}, "attention_bias"),

@@ -2,10 +2,10 @@
 one run.
 
     pip install transformers && OMP_NUM_THREADS=2 python tests/bench/generate_speed.py [--rounds 5] [--loaded]
-    [--device cuda --dtype bfloat16]
+    [--device cuda --dtype bfloat16] [--family llama]
 
-A 5.6M-parameter Cohere model; prompts of 32 tokens and 64 new ones at batch 1, 16 and 64; then 256 requests
-with prompts of 8-128 and answers of 8-128
+A 5.6M-parameter Cohere model, or one of another family with as many layers; prompts of 32 tokens and 64 new
+ones at batch 1, 16 and 64; then 256 requests with prompts of 8-128 and answers of 8-128
 tokens, which transformers takes by 64 in the given order, each batch to its longest answer. Each figure is
 the median over the rounds, with minimum and maximum.
 --loaded: another process keeps a core busy meanwhile.
@@ -74,17 +74,20 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--loaded", action="store_true")
+    parser.add_argument("--family", default="cohere", help="a model_type of families.FAMILIES")
     args = parser.parse_args()
     import transformers
     dtype = getattr(torch, args.dtype)
     model = (
-        init_weights(CohereForCausalLM(ModelConfig(**CONFIG)), torch.Generator().manual_seed(0))
+        init_weights(
+            CohereForCausalLM(ModelConfig(**CONFIG, model_type=args.family)),
+            torch.Generator().manual_seed(0),
+        )
         .to(args.device, dtype)
         .eval()
     )
-    theirs = transformers.CohereForCausalLM(
-        transformers.CohereConfig(**CONFIG, eos_token_id=None)
-    )  # the same defaults, rope's among them
+    config = transformers.AutoConfig.for_model(args.family, **CONFIG, eos_token_id=None)
+    theirs = transformers.AutoModelForCausalLM.from_config(config)  # the same defaults, rope's among them
     theirs.load_state_dict({**model.state_dict(), "lm_head.weight": model.head_weight})
     theirs = theirs.to(args.device, dtype).eval()
     print(
