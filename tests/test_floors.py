@@ -32,11 +32,11 @@ FLOORS = [
     {"arbitrage", "evaluate_languages", "loop", "merge_folders", "report", "reward", "sampling", "weights",
      "world_data", "world_translation"},
     # 6: run folders, conversations, log-probs under a fixed model, win rates, a recipe's checks
-    {"chat", "contrast", "evaluate", "kto", "pipeline_checks", "reference", "runs"},
-    # 7: samples of the policy as batches
-    {"rollouts", "router"},
-    # 8: the stages
-    {"generate_pool", "stages"},
+    {"chat", "contrast", "evaluate", "kto", "pipeline_checks", "reference", "runs", "serve_batch"},
+    # 7: samples of the policy as batches; what a client of the server asks
+    {"rollouts", "router", "serve_request"},
+    # 8: the stages; the server
+    {"generate_pool", "serve", "stages"},
     # 9: a recipe's run on disk; what a stage will need; what a search measures
     {"estimate", "generate_route", "merge_fitness", "pipeline_steps"},
     # 10: what a run shows for itself; the search
