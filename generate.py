@@ -10,7 +10,10 @@
 """
 
 import gc
+import signal
 
+# Ctrl-C while torch is imported ends the command, without a traceback.
+on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
 gc.disable()        # while importing torch, whose objects are permanent anyway: start-up is 1.1 s faster
 
 import argparse
@@ -41,6 +44,7 @@ from aya_min.serve_batch import Batch
 
 gc.freeze()
 gc.enable()
+signal.signal(signal.SIGINT, on_interrupt)
 
 SAMPLING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos",
             "seed", "dtype")
@@ -268,12 +272,9 @@ def answer_prompt(args, device, reading):
                         args.min_p, stop_ids, args.seed, name=args.model):
             ids.append(i)
             yield i
-    try:
-        for piece in tokenizer.stream(counted()):
-            print(printable(piece), end="", flush=True)
-        print(flush=True)
-    except OSError as error:                        # for example a full disk, or a pipe without a reader
-        raise OSError(error.errno, error.strerror, "standard output") from None
+    for piece in tokenizer.stream(counted()):
+        print(printable(piece), end="", flush=True)
+    print(flush=True)
     if ids[-1] not in stop_ids and not args.ignore_eos:
         print(f"cut: the answer was not finished after --max-new-tokens {args.max_new_tokens}",
               file=sys.stderr)
@@ -428,4 +429,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)        # in Python's own end it would be a traceback

@@ -107,7 +107,7 @@ def parse(arguments):
     """The command line as a dict; a mistake ends the program."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="merge.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, metavar="FILE",
+    parser.add_argument("--config", metavar="FILE",
                         help="mergekit's configuration as JSON, instead of METHOD and its flags")
     commands = parser.add_subparsers(dest="method", metavar="METHOD")
     diff = commands.add_parser("diff", help="how far two models are apart", description=DIFF,
@@ -201,7 +201,7 @@ def merge_or_diff(options):
     config, is_json, only_print = (options.pop(key, None) for key in ("config", "json", "print_config"))
     if config:
         allow = options.get("allow_config_differences", False)
-        options |= from_config(read_json(config))
+        options |= from_config(read_json(config, "give mergekit's configuration as a JSON object"))
         if allow:
             options["allow_config_differences"] = True
     method, folders, dtype = (options.get(key) for key in ("method", "folders", "dtype"))

@@ -9,7 +9,10 @@
 """
 
 import gc
+import signal
 
+# Ctrl-C while torch is imported ends the command, without a traceback.
+on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
 # Garbage collection is disabled while torch is imported, because its objects are permanent: start-up takes
 # 1.1 s less.
 gc.disable()
@@ -25,7 +28,7 @@ import torch
 
 from aya_min import (config, distributed, linear, model_config, pipeline, pipeline_checks, pipeline_steps,
                      reference, runs, stages, weights)
-from aya_min.command import Parser, number, printable
+from aya_min.command import Parser, guarded, is_spare_rank, number, printable
 from aya_min.data import read_jsonl
 from aya_min.files import read_json, refuse_pipe, write_json
 from aya_min.languages import CLUSTERS, read_clusters
@@ -36,6 +39,7 @@ from aya_min.tokenizer import load_tokenizer, train_tokenizer
 
 gc.freeze()
 gc.enable()
+signal.signal(signal.SIGINT, on_interrupt)
 
 # A timeout of up to a year.
 SECONDS = number(float, "[0.001, 31536000]")
@@ -88,6 +92,8 @@ def add_claim(commands):
     claim.add_argument("--preset", choices=list(config.RECIPES), default="tiny")
     claim.add_argument("--out", default="runs/claims",
                        help="folder of all claims; the same command continues (default runs/claims)")
+    claim.add_argument("--config", help="JSON file of recipe settings, to try a claim under others than the "
+                                        "preset's")
     claim.add_argument("--record", action="store_true",
                        help="also keep the record as results/NAME.json of this repository")
     add_timeout(claim, 1800)
@@ -282,6 +288,8 @@ def run_whole_recipe(args, device):
     out = Path(args.out or f"runs/{args.preset}")
     record = {"preset": args.preset, "arms": args.arms, "seed": recipe.seed, "recipe": asdict(recipe),
               "clusters": clusters, **{k: v for k, v in own.items() if v}}
+    distributed.from_main(lambda: runs.check_writable(
+        out, ("config.json", "summary.json", "report.html", "report.md"), ("steps", "data")))
     distributed.from_main(lambda: check_run_folder(out, record, preset))
     pipeline_checks.check_clusters(clusters, own=bool(args.base))
     if args.base:
@@ -314,8 +322,17 @@ def run_whole_recipe(args, device):
 def run_claim(args, device):
     from aya_min import experiments_records     # imports every claim file
     distributed.from_main(lambda: experiments_records.check(args.name, args.seeds, args.preset,
-                                                            Path(args.out), args.record))
-    record = experiments_records.run_claims(args.name, args.seeds, args.preset, Path(args.out), device)
+                                                            Path(args.out), args.record, args.config))
+    changed = args.config and distributed.from_main(lambda: experiments_records.read_changes(args.config))
+    recipe = config.settings_from(config.Recipe, {**config.RECIPES[args.preset], **(changed or {})})
+    if changed:
+        pipeline_checks.check_sizes(recipe, CLUSTERS, distributed.num_ranks())
+        pipeline_checks.check_world(recipe, CLUSTERS)
+    distributed.from_main(lambda: runs.check_writable(Path(args.out)))
+    distributed.from_main(lambda: runs.check_writable(Path(args.out) / args.name,
+                                                      ("claim.json", "report.html")))
+    record = experiments_records.run_claims(args.name, args.seeds, args.preset, Path(args.out), device,
+                                            changed)
     if distributed.is_main():
         print(experiments_records.table(record), Path(args.out) / args.name / "report.html", sep="\n")
         if args.record:
@@ -324,7 +341,8 @@ def run_claim(args, device):
 
 def list_claims():
     from aya_min import experiments_records
-    print(experiments_records.listing())
+    if not is_spare_rank():
+        print(experiments_records.listing())
 
 
 # {start of a setting's name: the steps that read it}. Such a setting may change until one of them begins.
@@ -362,21 +380,28 @@ def check_run_folder(out, record, preset):
                          "settings to continue it")
 
 
-def main():
+def run_command():
     argv = sys.argv[1:]
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["recipe"] + argv
     args = make_parser().parse_args(argv)
     if args.command == "claims":
-        return list_claims()
+        guarded(list_claims, "train.py")
     args.command = runs.OLD_STAGES.get(args.command, args.command)          # rloo: rl, whose default it is
     work = {"recipe": run_whole_recipe, "claim": run_claim}.get(args.command, run_one_stage)
+    distributed.launch(lambda device: work(args, device), args.collective_timeout)
+
+
+def main():
     try:
-        distributed.launch(lambda device: work(args, device), args.collective_timeout)
+        run_command()
     except KeyboardInterrupt:
         print("stopped; what was saved before is kept", file=sys.stderr)
         sys.exit(130)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)        # in Python's own end it would be a traceback

@@ -61,7 +61,7 @@ def read_answers(path, rows, reading=None, tokenizer=None):
 
     def answer_to(prompt, language):
         if not language:
-            return in_any_language.get(prompt)
+            return exact.get((prompt, None), in_any_language.get(prompt))
         return exact.get((prompt, language), exact.get((prompt, None)))
 
     found = [answer_to(repr(row["prompt_messages"]), row.get("language")) for row in rows]

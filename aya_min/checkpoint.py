@@ -68,6 +68,14 @@ def not_finite(tensors):
     return next((name for name in tensors if name in bad), None)
 
 
+def weights_fault(model):
+    """A text that names the first parameter that is not finite and the folder of the model; "" if all are. A
+    collective."""
+    name = not_finite(dict(model.named_parameters()))
+    folder = getattr(distributed.parts(model)[0], "came_from", None)
+    return f"its parameter {name} is not finite{f' (model {folder})' if folder else ''}" if name else ""
+
+
 def save_state(folder, model, optimizer, step):
     """Publish the state after `step` optimizer steps as folder/step-N. A collective: all ranks write.
 

@@ -27,11 +27,30 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **more)
 
     def parse_args(self, args=None, namespace=None):
+        open_streams()
         given = sys.argv[1:] if args is None else args
         for text in given:
             if not is_text(text):
                 self.error(f"the argument {text.encode('utf-8', 'replace').decode()!r} is not UTF-8")
         return super().parse_args(args, namespace)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuses an empty text, which as a path would be the working folder. An argument that may be empty
+        has type=str."""
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            if action.type is None and "" in (value if isinstance(value, list) else [value]):
+                name = " ".join(action.option_strings) or action.metavar or action.dest
+                self.error(f"{name} is empty; give a value, or leave it out")
+        return found, rest
+
+    def exit(self, status=0, message=None):
+        try:
+            flush_output()                  # of --help
+        except OSError as error:
+            status, message = 2, f"error: {one_line(error)}\n"
+        super().exit(status, message)
 
     def error(self, message):
         self.exit(2, f"error: {printable(message)} (see {self.prog} --help)\n")
@@ -122,10 +141,45 @@ def one_line(error):
     return printable(" ".join(text.split("\n")))
 
 
+def open_streams():
+    """Give a command that was started with a closed standard stream (2>&-) the null device in its place.
+
+    print(file=None) would write messages to standard output, and the next file that is opened would get the
+    stream's number, so that a library's warning went into it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
+
+
+def flush_output():
+    """Write out what standard output still holds. An OSError names it, and then the rest is dropped, since
+    Python would try again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def named(error):
+    """The error itself or, after a failed print, which names no file, one that names standard output."""
+    try:
+        flush_output()
+    except OSError as of_output:
+        if isinstance(error, OSError) and not error.filename:
+            return of_output
+    return error
+
+
 def guarded(main, name):
     """Run main() and end the process: with its exit code, 2 or 1 after an error, 130 after Ctrl-C."""
+    open_streams()
     try:
         code = main()
+        flush_output()
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         code = 130
@@ -134,7 +188,7 @@ def guarded(main, name):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 2
     except (ValueError, OSError) as error:
-        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        print(f"{name}: {one_line(named(error))}", file=sys.stderr)
         code = 2
     except Exception:
         traceback.print_exc()

@@ -356,7 +356,7 @@ def settings_from(settings_class, preset=None, config_file=None, flags=None):
     known = {f.name for f in fields(settings_class)}
     values = dict(preset or {})
     if config_file:
-        loaded = read_json(Path(config_file))
+        loaded = read_json(Path(config_file), "give a JSON object of settings")
         if unknown := sorted(set(loaded) - known):
             raise ValueError(f"--config {config_file}: unknown setting {' '.join(unknown)}; "
                              f"known: {' '.join(sorted(known))}")

@@ -62,6 +62,5 @@ def write_pairs(answers, translated, out, reading):
     line = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
     if not pairs:
         raise ValueError(f"{translated}: no pair is left ({line}); give answers that differ, or --keep-cut")
-    if distributed.is_main():
-        write_new({out: jsonl(pairs)})
+    distributed.from_main(lambda: write_new({out: jsonl(pairs)}))
     return [line, cut]

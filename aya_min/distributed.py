@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from . import linear
-from .command import OUR_FAULT, number, one_line
+from .command import OUR_FAULT, flush_output, named, number, one_line
 
 # With --cpu-offload the gradient norm is computed on the CPU, so a GPU run needs gloo too.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -92,6 +92,7 @@ def launch(command, timeout=1800):
     def program():
         try:
             command(setup(timeout))
+            flush_output()
         except Stopped as stopped:
             if is_main():
                 print(stopped, file=sys.stderr)
@@ -100,7 +101,8 @@ def launch(command, timeout=1800):
             if not is_main():
                 # Rank 0 nearly always reports the same error, and torchrun then ends this rank in its sleep.
                 time.sleep(2)
-            print(f"error{'' if is_main() else f' on rank {rank()}'}: {one_line(error)}", file=sys.stderr)
+            print(f"error{'' if is_main() else f' on rank {rank()}'}: {one_line(named(error))}",
+                  file=sys.stderr)
             leave(2, group=False)           # other ranks may still wait in a collective of the group
         except Exception:
             first = f"rank {rank()} failed; if no other did so before it, " if num_ranks() > 1 else ""

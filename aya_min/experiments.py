@@ -99,9 +99,19 @@ class Claim:
 # ---- claim files -------------------------------------------------------------------------------------------
 
 def claim_files():
-    """{name: module} of claims/*.py."""
-    names = sorted(path.stem for path in (HERE / "claims").glob("*.py") if path.stem != "__init__")
-    return {name: importlib.import_module(f"{__package__}.claims.{name}") for name in names}
+    """{name: module} of claims/*.py. ValueError for a file that is not finished."""
+    found = {}
+    for path in sorted((HERE / "claims").glob("*.py")):
+        if path.stem == "__init__":
+            continue
+        try:
+            found[path.stem] = module = importlib.import_module(f"{__package__}.claims.{path.stem}")
+            wrong = [name for name in ("PAPER", "MINUTES", "ARMS", "CLAIMS") if not hasattr(module, name)]
+        except Exception as error:
+            wrong = [f"what Python can import ({type(error).__name__}: {error})"]
+        if wrong:
+            raise ValueError(f"{path}: a claim file without {wrong[0]}; finish it, or move it elsewhere")
+    return found
 
 
 def find_claims(name):
@@ -132,11 +142,13 @@ def code_version():
 class Lab:
     """One seed's run: the shared start, arms, answers. Everything is done once, on all ranks together.
 
-    out: the folder of all claims. module: the claim file."""
+    out: the folder of all claims. module: the claim file. changed: settings of the recipe that differ from
+    the preset's."""
 
-    def __init__(self, out, preset, seed, device, module):
+    def __init__(self, out, preset, seed, device, module, changed=None):
         split = "test" if seed else "validation"
-        self.recipe = settings_from(Recipe, {**RECIPES[preset], "seed": seed, "eval_split": split})
+        self.recipe = settings_from(Recipe, {**RECIPES[preset], **(changed or {}), "seed": seed,
+                                             "eval_split": split})
         key = hash_of(asdict(self.recipe), code_version())
         self.folder, self.seed, self.device, self.module = out / f"seed-{seed}-{key}", seed, device, module
         self.run = Run(self.folder, self.recipe, device, CLUSTERS)
@@ -222,11 +234,12 @@ class Lab:
         content = [self.name_of(folder) for folder in folders], method, base and self.name_of(base), settings
         more = {**settings, **({"base": base} if base else {})}
 
+        def merge(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            merge_folders(folders, folder / "model", method, **more)
+
         def make(folder):
-            if distributed.is_main():
-                folder.mkdir(parents=True, exist_ok=True)
-                merge_folders(folders, folder / "model", method, **more)
-            distributed.barrier()
+            distributed.from_main(lambda: merge(folder))
         self._done(f"merge-{method}", make, *content)
         return self.folder / "steps" / f"merge-{method}-{hash_of(*content)}" / "model"
 
@@ -241,9 +254,7 @@ class Lab:
         folder = self.folder / "steps" / f"{name}-{hash_of(source, *content)}" / "made"
 
         def fill(above):
-            if distributed.is_main():
-                folder.mkdir(parents=True)
-            distributed.barrier()
+            distributed.from_main(lambda: folder.mkdir(parents=True))
             return {"made": make(folder) or {}}
         return self._done(name, fill, source, *content)["made"] | {"folder": folder}
 

@@ -17,8 +17,9 @@ from . import distributed, linear, runs
 from .command import guarded, printable
 from .experiments import (SIDES, Comparison, Lab, claim_files, code_version, find_claims, hash_of, measured,
                           together)
-from .files import parse_object, read_bytes, write_json, write_whole
-from .pipeline_steps import read_done
+from .config import Recipe, settings_from
+from .files import parse_object, read_bytes, read_json, write_json, write_whole
+from .pipeline_steps import digest_of, read_done
 from .report_charts import STYLE, around, axis, chart, esc, html_table, legend, mark, track
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -29,7 +30,7 @@ BEGIN, END = "<!-- claims: generated from results/*.json -->\n", "<!-- end of th
 
 # ---- running -----------------------------------------------------------------------------------------------
 
-def check(name, seeds, preset, out, record):
+def check(name, seeds, preset, out, record, config=None):
     """Refuse, before any work, an unknown name, a seed given twice, a folder that holds what no claim made,
     and a record of less than a whole file with enough seeds that chose no setting."""
     file, _, _ = find_claims(name)
@@ -39,26 +40,39 @@ def check(name, seeds, preset, out, record):
         raise ValueError(f"--out {out}: not a folder; give another")
     for path in sorted(out.iterdir()) if out.exists() else ():
         of_seed = re.fullmatch(r"seed-\d+-[0-9a-f]{10}", path.name)
-        if not (path.is_dir() and (of_seed or (path / "claim.json").is_file() or not any(path.iterdir()))):
+        if not (path.is_dir() and (of_seed or any(path.glob("claim*.json")) or not any(path.iterdir()))):
             raise ValueError(f"--out {out} holds {path.name}, which no claim made; give another folder")
     earlier = out / name / "claim.json"
     if earlier.is_file() and (made := read_record(earlier).get("preset")) != preset:
         raise ValueError(f"{earlier} is a record of preset {made}, which would be lost; give another --out")
-    if record and (name != file or preset != "tiny" or len(seeds) < LEAST_SEEDS or 0 in seeds):
-        raise ValueError(f"--record keeps a whole claim file at preset tiny with {LEAST_SEEDS} seeds or "
-                         "more, without seed 0, on which settings are chosen")
+    if record and (name != file or preset != "tiny" or len(seeds) < LEAST_SEEDS or 0 in seeds or config):
+        raise ValueError(f"--record keeps a whole claim file at preset tiny as it is, with {LEAST_SEEDS} "
+                         "seeds or more, without seed 0, on which settings are chosen")
 
 
-def run_claims(name, seeds, preset, out, device):
+def read_changes(path):
+    """{setting of the recipe: value} of --config's JSON file."""
+    changed = read_json(path)
+    if chosen := sorted({"seed", "eval_split"} & changed.keys()):
+        raise ValueError(f"--config {path}: {chosen[0]} is chosen by --seeds; leave it out")
+    settings_from(Recipe, config_file=path)
+    return changed
+
+
+def run_claims(name, seeds, preset, out, device, changed=None):
     """Make the arms of a claim file (or of one of its claims) with every seed, compare them, write the record
-    and the page after each seed, beside the seeds that are there. Returns the record of these seeds."""
+    and the page after each seed, beside the seeds that are there. Returns the record of these seeds.
+
+    changed: settings of the recipe that differ from the preset's."""
     file, module, claims = find_claims(name)
     for claim in claims:
         check_claim(claim, module)
-    folder, code = out / name, hash_of(code_version(), Path(module.__file__).read_text(encoding="utf-8"))
-    with_seeds = distributed.from_main(lambda: earlier_seeds(folder, code))
+    folder, source = out / name, Path(module.__file__).read_text(encoding="utf-8")
+    code = hash_of(code_version(), source, changed or {})
+    distributed.from_main(lambda: earlier_seeds(folder, code))          # refuses a record that is damaged
+    made = {}
     for seed in seeds:
-        lab = Lab(out, preset, seed, device, module)
+        lab = Lab(out, preset, seed, device, module, changed)
         with ExitStack() as held:
             linear.choose(distributed.from_main(lambda: open_seed(lab, held)))
             found = {claim.name: [measured(lab, c) for c in claim.comparisons] for claim in claims}
@@ -66,15 +80,17 @@ def run_claims(name, seeds, preset, out, device):
                  "command": " ".join(sys.argv), "machine": machine(), "products": linear.chosen(),
                  "versions": runs.versions(),
                  "recipe": {**asdict(lab.recipe), "seed": None, "eval_split": None}}
-        with_seeds[seed] = {"arms": arms_of(lab), "minutes": round(seconds_of(lab) / 60, 1), "found": found}
-        record = joined(about, claims, dict(sorted(with_seeds.items())))
+        made[seed] = {"arms": arms_of(lab), "minutes": round(seconds_of(lab) / 60, 1), "found": found}
 
         def write():
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "claim.json", record)
+            # read only now: another command may have written other seeds meanwhile
+            record = joined(about, claims, dict(sorted((earlier_seeds(folder, code) | made).items())))
+            set_aside(folder, code)
+            write_json(folder / "claim.json", {**record, "sha256": digest_of(record)})
             write_whole(folder / "report.html", page(record))
         distributed.from_main(write)
-    return joined(about, claims, {seed: with_seeds[seed] for seed in seeds})
+    return joined(about, claims, made)
 
 
 def joined(about, claims, with_seeds):
@@ -87,25 +103,33 @@ def joined(about, claims, with_seeds):
 
 
 def earlier_seeds(folder, code):
-    """The seeds that the record in a claim's folder has of this code, as `joined` takes them: they stay in
-    the record. A record of other code is kept under another name."""
-    path, of_code = folder / "claim.json", folder / f"claim-{code}.json"
-    other = read_record(path).get("code") if path.is_file() else code
-    if other != code:
+    """The seeds that a claim's folder has records of by this code, as `joined` takes them."""
+    paths = (folder / "claim.json", folder / f"claim-{code}.json")
+    records = [record for path in paths if path.is_file() and (record := read_record(path))["code"] == code]
+    return seeds_in(records[0]) if records else {}
+
+
+def set_aside(folder, code):
+    """Give a record of other code in claim.json another name, under which it stays."""
+    path = folder / "claim.json"
+    if path.is_file() and (other := read_record(path)["code"]) != code:
         name = other if re.fullmatch("[0-9a-f]{10}", str(other)) else "earlier"
         path.replace(folder / f"claim-{name}.json")
-    found = next((each for each in (path, of_code) if each.is_file()), None)
-    return seeds_in(read_record(found)) if found else {}
 
 
 def read_record(path):
-    """A claim's record. ValueError for any other file."""
+    """A claim's record, whose "code" is None if an older version wrote it. ValueError for any other file, and
+    for a record that is not as a claim wrote it."""
     record = parse_object(read_bytes(path), path, ELSEWHERE)
+    digest = record.pop("sha256", None)
     try:
         seeds_in(record)
+        whole = digest == digest_of(record) if "code" in record else digest is None
     except (KeyError, TypeError, IndexError, AttributeError):
-        raise ValueError(f"{path}: not the record of a claim; {ELSEWHERE}") from None
-    return record
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: not the record of a claim, as a claim wrote it; {ELSEWHERE}")
+    return {"code": None, **record}
 
 
 def seeds_in(record):
@@ -268,7 +292,9 @@ def records(folder=RESULTS):
 
 def keep(record, folder=RESULTS):
     """Write the record to results/NAME.json, in place of an earlier one, and make results/README.md anew."""
-    write_json(folder / f"{record['claims']}.json", record)
+    command = f"train.py claim {record['claims']} --seeds {' '.join(map(str, record['seeds']))}"
+    kept = {**record, "command": command}           # without the paths of a machine
+    write_json(folder / f"{record['claims']}.json", {**kept, "sha256": digest_of(kept)})
     path = folder / "README.md"
     write_whole(path, with_claims(path.read_text(encoding="utf-8"), folder))
 
@@ -320,7 +346,7 @@ def generated(folder=RESULTS):
 def details(record):
     """The lines of a record: what made it, and every comparison."""
     versions, seeds = record["versions"], record["seeds"]
-    lines = [f"{record['paper']}. Preset {record['preset']}, commit {versions['commit']}, torch "
+    lines = [f"{record['paper']}.", f"Preset {record['preset']}, commit {versions['commit']}, torch "
              f"{versions['torch']},", f"{record['machine']['processor']}, {record['machine']['threads']} "
              "threads.", "", f"| comparison | {' | '.join(f'seed {seed}' for seed in seeds)} | verdict |",
              "|---|" + "---|" * (len(seeds) + 1)]

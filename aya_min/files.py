@@ -119,9 +119,11 @@ def parse_object(data, where, remedy=None):
     return value
 
 
-def read_json(path):
-    """The JSON object in a file. ValueError with the file's name for anything else: a pipe, text, a list."""
-    return parse_object(read_bytes(path), path)
+def read_json(path, remedy="copy or download it again"):
+    """The JSON object in a file. ValueError with the file's name for anything else: a pipe, text, a list.
+
+    remedy: what to do then."""
+    return parse_object(read_bytes(path), path, remedy)
 
 
 def depth(value):
@@ -243,7 +245,8 @@ def scratch(path):
             # An empty folder is left if a kill hit before the mark was written or after it was removed.
             with suppress(OSError):
                 left.rmdir()
-    folder = marked_folder(path.parent, prefix, purpose)
+    with naming(path):
+        folder = marked_folder(path.parent, prefix, purpose)
     try:
         yield folder
     finally:
@@ -261,6 +264,16 @@ def marked_folder(parent, prefix, purpose):
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
+
+@contextmanager
+def naming(path):
+    """An OSError inside names this path, which the user knows, not a temporary one or, as that of a full
+    disk, none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
 
 def publish_file(made, path):
     """Give a finished file its name in one step. ValueError if the name is taken."""
@@ -316,10 +329,13 @@ def write_new(texts):
     made, done = {}, []
     with ExitStack() as stack:
         for path, text in texts.items():
-            made[path] = write_and_sync(stack.enter_context(scratch(path)) / "file", text)
+            folder = stack.enter_context(scratch(path))
+            with naming(path):
+                made[path] = write_and_sync(folder / "file", text)
         try:
             for path, file in made.items():
-                publish_file(file, path)
+                with naming(path):
+                    publish_file(file, path)
                 done.append(path)
         except BaseException:
             for path in done:
@@ -332,19 +348,16 @@ def write_whole(path, text):
 
     A link of that name is replaced, not followed.
     """
-    with scratch(path) as folder:
+    with scratch(path) as folder, naming(path):
         write_and_sync(folder / "file", text).replace(path)
 
 
 def write_and_sync(path, text):
     """Write a text to a file and fsync it. Returns the path; an OSError names it."""
-    try:
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:                        # the error of a full disk does not name the file
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    with naming(path), open(path, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     return path
 
 

@@ -82,7 +82,7 @@ def read_table(path, rows, models):
     of --models.
     """
     table = {}
-    for name, folder in read_json(path).items():
+    for name, folder in read_json(path, "give a JSON object of language -> model").items():
         if (code := language_code(name)) is None:
             raise ValueError(f"--table {path}: unknown language {name!r}; give a code or an English name")
         if table.setdefault(code, folder) != folder:

@@ -81,9 +81,9 @@ def report(args, settings, out, device):
         found["routes"] = compare_routes(items, held_out, choices(model, held_out, tokenizer.pad_id))
         lines = [f"{len(held_out)} held-out prompts ({where}), {len(model.config.teachers)} teachers",
                  *routes_table(found["routes"])]
+    distributed.from_main(lambda: write_json(out / "routes.json", found))
     if distributed.is_main():
         print(printable("\n".join([*lines, str(out / "model")])))
-        write_json(out / "routes.json", found)
 
 
 def main(argv):

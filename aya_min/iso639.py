@@ -121,16 +121,17 @@ zgh Standard Moroccan Tamazight; zun Zuni; zxx No linguistic content; zza Zaza
 
 # Codes that stand for another code: bibliographic codes of ISO 639-2, withdrawn codes, and the member of a
 # macrolanguage that published data mean by its name (arb: Standard Arabic). Its remaining members are
-# languages of their own (ary).
+# languages of their own (ary). zhs and zht, which some data have, are no codes of ISO 639.
 ALIASES = """
 alb sq; als sq; arb ar; arm hy; ayr ay; azj az; baq eu; bur my; chi zh; cmn zh; cnr sr-ME; cze cs; dik din;
 dut nl; ekk et; fat ak; fre fr; gaz om; geo ka; ger de; gre el; gug gn; hbs sr-Latn; ice is; ike iu; in id;
 iw he; ji yi; jw jv; khk mn; kmr ku; knc kr; kng kg; kpv kv; lvs lv; mac mk; mao mi; may ms; mo ro; mol ro;
 npi ne; ojg oj; ory or; pbt ps; pbu ps; per fa; pes fa; plt mg; quz qu; rum ro; scc sr; scr hr; sh sr-Latn;
-slo sk; src sc; swh sw; tib bo; und other; uzn uz; wel cy; ydd yi; zsm ms; zyb za
+slo sk; src sc; swh sw; tib bo; und other; uzn uz; wel cy; ydd yi; zhs zh; zht zh-Hant; zsm ms; zyb za
 """
 
-# Further English names: of the varieties of countries, and of languages that have several names.
+# Further English names: of the varieties of countries, and of languages that have several names, ISO 639-2's
+# among them.
 NAMES = """
 pt-BR Brazilian Portuguese; pt-PT European Portuguese; en-US American English; en-GB British English;
 en-AU Australian English; en-CA Canadian English; fr-CA Canadian French; fr-CH Swiss French;
@@ -142,7 +143,12 @@ bxr Buryat|Russia Buriat; nah Nahuatl; yua Yucatec Maya|Maya; lzh Classical Chin
 acm Iraqi Arabic; ayn Yemeni Arabic; aii Assyrian Neo-Aramaic; se Sami; ff Fulani|Pulaar|Fulfulde; luy Luhya;
 nr Southern Ndebele; nd Northern Ndebele|Ndebele; ss Swazi; bho Bihari; bal Balochi; lrc Luri; lhu Lahu;
 pam Kapampangan; tsg Tausug; pcm Naija; rom Roma; crs Seychellois Creole; mfe Mauritian Creole;
-gcf Guadeloupean Creole
+gcf Guadeloupean Creole; cu Old Slavonic|Church Slavonic|Old Bulgarian|Old Church Slavonic;
+ie Occidental; kj Kwanyama; li Limburger; dv Dhivehi; nv Navaho; za Chuang; oc Provençal;
+ia Interlingua (International Auxiliary Language Association); ast Bable|Leonese|Asturleonese;
+gsw Alemannic|Alsatian; nds Low Saxon; fil Pilipino; crh Crimean Turkish; bej Bedawiyet; bin Edo; byn Bilin;
+chp Dene Suline; xal Oirat; mic Micmac; rar Cook Islands Maori; rup Arumanian; nwc Old Newari|Classical Nepal
+Bhasa; zbl Blissymbolics|Bliss; tlh tlhIngan Hol
 """
 
 # The script in which a language is usually written, where it is not Latin: a tag does not repeat it.

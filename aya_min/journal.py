@@ -78,7 +78,7 @@ class Journal:
         if path is None:                                        # a kill left only the mark
             self.put("settings.json", settings)
         try:
-            before = read_json(self.folder / "settings.json")
+            before = read_json(self.folder / "settings.json", "copy it again")
         except ValueError as error:
             raise ValueError(f"{error}; or remove {self.folder} to start anew") from None
         if changed := differences(settings, before):
@@ -193,8 +193,7 @@ class Journal:
         """Close and remove the journal, once the output is in place. A collective."""
         self.file.close()
         distributed.barrier()
-        if distributed.is_main():
-            self.clear()
+        distributed.from_main(self.clear)
         self.close()
 
     def close(self):

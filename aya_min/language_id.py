@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .command import Parser, guarded, number, printable
+from .command import Parser, guarded, is_spare_rank, number, printable
 from .files import dumps, read_json, taken, write_new
 from .languages import LANGUAGES, home_language
 from .rows import read_jsonl
@@ -345,11 +345,13 @@ def main(argv=None):
     parser = Parser(prog="aya_min.language_id", description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--confusion", metavar="F.jsonl", help="rows with a text or completion and a language")
-    what.add_argument("--text", help="print the text's language and the confidence")
+    what.add_argument("--text", type=str, help="print the text's language and the confidence")
     parser.add_argument("--lengths", nargs="+", type=number(int, "[1, 100000]"), default=LENGTHS,
                         help="characters that are read of each text (default: 10 30 100)")
     parser.add_argument("--out", help="JSON file for the whole matrix; must not exist")
     args = parser.parse_args(argv)
+    if is_spare_rank():
+        return
     if args.text is not None:
         if args.out:
             raise ValueError("--out is for --confusion; leave it out with --text")

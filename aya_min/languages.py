@@ -68,9 +68,12 @@ TAG = re.compile(r"([a-z]{2,3})(?:-([a-z]{3}))?(?:-([a-z]{4}))?(?:-([a-z]{2}|[0-
                  r"(?:-x(?:-[a-z0-9]{1,8})+)?)")
 PRIVATE = re.compile("x(?:-[a-z0-9]{1,8})+")
 EXTENDED = ("ar", "kok", "lv", "ms", "sgn", "sw", "uz", "zh")       # may stand before a code: zh-yue is yue
-GRANDFATHERED = {"art-lojban": "jbo", "i-hak": "hak", "i-klingon": "tlh", "i-lux": "lb", "i-navajo": "nv",
-                 "no-bok": "nb", "no-nyn": "nn", "zh-guoyu": "zh", "zh-hakka": "hak", "zh-min-nan": "nan",
-                 "zh-xiang": "hsn"}
+# The registry gives no code for zh-min, which is not Minangkabau.
+GRANDFATHERED = {"art-lojban": "jbo", "en-gb-oed": "en-gb-oxendict", "i-ami": "ami", "i-bnn": "bnn",
+                 "i-hak": "hak", "i-klingon": "tlh", "i-lux": "lb", "i-navajo": "nv",
+                 "i-pwn": "pwn", "i-tao": "tao", "i-tay": "tay", "i-tsu": "tsu", "no-bok": "nb",
+                 "no-nyn": "nn", "sgn-be-fr": "sfb", "sgn-be-nl": "vgt", "sgn-ch-de": "sgg",
+                 "zh-guoyu": "zh", "zh-hakka": "hak", "zh-min": "", "zh-min-nan": "nan", "zh-xiang": "hsn"}
 CHINESE = {"cn": "hans", "sg": "hans", "my": "hans", "tw": "hant", "hk": "hant", "mo": "hant"}
 
 
@@ -102,6 +105,18 @@ SPELLINGS = "give a BCP 47 tag (pt-BR), an ISO 639 code (fr, fra) or an English 
 CODES, NAMES, TWO_LETTERS, SCRIPTS = read_table()
 
 
+def code_of_name(text):
+    """The code of an English name, or None. ISO 639 also writes "Spanish; Castilian" and "Greek, Modern"."""
+    if ";" in text:
+        codes = {language_code(part) for part in text.split(";")}
+        if None not in codes and len(codes) > 1:                # Dutch; Flemish: nl, nl-BE
+            codes = {re.sub("-[A-Z]{2}$", "", code) for code in codes}
+        return codes.pop() if len(codes) == 1 else None
+    name = plain_name(text)
+    first, _, last = name.partition(", ")
+    return NAMES.get(name) or NAMES.get(f"{last} {first}")
+
+
 @cache
 def language_code(text):
     """The code used here for a language as a file spells it, or None: 'fra', 'French', 'fr_Latn' -> 'fr'.
@@ -115,11 +130,11 @@ def language_code(text):
         return tag
     parts = TAG.fullmatch(GRANDFATHERED.get(tag, tag))
     if not parts:
-        return NAMES.get(plain_name(text))
+        return code_of_name(text)
     language, extended, script, region, rest = parts.groups()
     exists = len(language) == 3 or language in TWO_LETTERS or language in CODES
     if not exists or (extended and language not in EXTENDED):
-        return NAMES.get(plain_name(text))
+        return code_of_name(text)
     code = extended or language
     code = CODES.get(code, code)
     code, _, more = code.partition("-")                         # sh became sr-Latn, cnr sr-ME
@@ -153,7 +168,7 @@ def home_clusters(clusters):
 
 def read_clusters(path):
     """{cluster: [language codes]} from a user's JSON file. No language may be in two clusters."""
-    clusters = read_json(Path(path))
+    clusters = read_json(Path(path), "give a JSON object of name -> list of languages")
     if not all(isinstance(codes, list) and codes for codes in clusters.values()):
         raise ValueError(f"{path}: clusters must be a JSON object of name -> non-empty list of languages")
     if not clusters:

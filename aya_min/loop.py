@@ -157,9 +157,11 @@ def evaluate(model, loss_fn, batches, device, stop=None, settings=Training()):
     values, bad = reduced(total, batch.slots), sum(distributed.gather_objects(bad), [])
     wrong = ["loss"] if bad else [name for name, value in values.items() if not math.isfinite(value)]
     if wrong:
+        found = f"the held-out {' '.join(wrong)} of this model is not finite"
+        if fault := checkpoint.weights_fault(model):
+            raise ValueError(f"{found}: {fault}; lower --learning-rate, or copy or train the model again")
         rows = f" in a batch with {first_names(bad)}" if bad else ""
-        raise ValueError(f"the held-out {' '.join(wrong)} of this model is not finite{rows}; "
-                         "lower --learning-rate, or look at these rows and at the model")
+        raise ValueError(f"{found}{rows}; lower --learning-rate, or look at these rows and at the model")
     return values
 
 
@@ -190,7 +192,7 @@ def read_metrics(path):
 
     Raises ValueError with file and line for a line that the loop did not write."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    rows = [parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    rows = [parse_json(line, f"{path}:{number}", "remove the line") for number, line in enumerate(lines, 1)]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or type(row.get("step")) is not int:
             raise ValueError(f"{path}:{number}: not a row of metrics with its step; remove the line")
@@ -284,6 +286,10 @@ def refuse_infinite(step, loss, grad_norm, model, losses, micro_batches, setting
     """Raise ValueError, on all ranks together, if the loss or the gradient norm is not finite."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
+    if fault := checkpoint.weights_fault(model):
+        remedy = "lower --learning-rate" if step else "copy or train the model again"
+        raise ValueError(f"step {step}: loss {loss}: before the step {fault}. "
+                         f"{checkpoint.newest_name(folder / 'state')}; {remedy}")
     first = step // settings.gradient_steps * settings.batch_size
     last = first + settings.batch_size - 1
     raise ValueError(

@@ -24,14 +24,14 @@ from .command import printable
 from .config import DPO, RL, SFT, Pretrain, Reward
 from .model_config import model_preset
 from .data import without_added_keys
-from .files import write_jsonl
 from .languages import LANGUAGES, SHARED, cluster_languages, home_language
 from .model import CohereForCausalLM, init_weights
 from .preferences import best_worst
 from .stages import train_stage
 from .pipeline_results import Results, judge_arbiter
 from .merge_folders import merge_folders
-from .pipeline_steps import answers_of, data_file, saved_rows, scores_of, stage_settings, step, train_step
+from .pipeline_steps import (answers_of, data_file, saved_rows, scores_of, stage_settings, step, train_step,
+                             write_rows)
 from .tokenizer import load_tokenizer, train_tokenizer
 from .world import gold_answer, questions
 
@@ -123,9 +123,7 @@ def arbitrage(run, teachers, arbiter):
                 sampled = [answer for (answer,) in groups]
             answers[name] = sampled
             scores[name] = scores_of(run, arbiter, [{**row, **answer} for row, answer in zip(rows, sampled)])
-        if distributed.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_jsonl(folder / "candidates.jsonl", map(scored, candidates_from(rows, answers, scores)))
+        write_rows(folder / "candidates.jsonl", map(scored, candidates_from(rows, answers, scores)))
     step(run, "arbitrage",
          f"arbitrage: {len(teachers)} teachers answer every prompt, the arbiter scores them", make)
     return saved_rows(run.folder / "steps" / "arbitrage" / "candidates.jsonl")
@@ -153,11 +151,10 @@ def best_teacher(rows):
 
 def print_counts(title, counts):
     """One line of counts on rank 0: numbers, and those by language."""
-    if distributed.is_main():
-        shown = [f"{key.replace('_', ' ')} {value}" for key, value in counts.items() if finite(value)]
-        cut = ", ".join(f"{code} {n}" for code, n in counts.get("cut_by_language", {}).items())
-        print(printable(f"{title}: {', '.join(shown)}{f' (cut by language: {cut})' if cut else ''}"),
-              flush=True)
+    shown = [f"{key.replace('_', ' ')} {value}" for key, value in counts.items() if finite(value)]
+    cut = ", ".join(f"{code} {n}" for code, n in counts.get("cut_by_language", {}).items())
+    said = printable(f"{title}: {', '.join(shown)}{f' (cut by language: {cut})' if cut else ''}")
+    distributed.from_main(lambda: print(said, flush=True))
 
 
 def teacher_of_family(run, teachers):
@@ -198,11 +195,12 @@ def train_clusters_and_merge(run, name, title, stage, start, rows, its_settings,
         folders.append(train_step(run, f"{name}-{cluster}", f"{title}: {cluster}", stage, own, mine,
                                   stage_settings(run, **cluster_settings)))
 
+    def merge(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        merge_folders(folders, folder / "model", "linear")
+
     def make(folder, resume):
-        if distributed.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            merge_folders(folders, folder / "model", "linear")
-        distributed.barrier()
+        distributed.from_main(lambda: merge(folder))
     step(run, name, f"{title}: the average of {len(folders)} clusters", make)
     return run.folder / "steps" / name / "model"
 
@@ -242,9 +240,7 @@ def online_pairs(run, name, round_number, current, arbiter, same):
                              "raise --online-samples, --online-temperature or --online-prompts, and start "
                              "the same run again"
                              + ("; cut answers are left out, see --keep-cut" if counts["cut"] else ""))
-        if distributed.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_jsonl(folder / "pairs.jsonl", pairs)
+        write_rows(folder / "pairs.jsonl", pairs)
         return {"pairs": counts}
     step(run, f"{name}-pairs",
          f"online round {round_number}: {r.online_samples} samples a prompt, ranked by the arbiter", make)

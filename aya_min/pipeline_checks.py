@@ -191,8 +191,9 @@ def check_contents(out, now):
                } if isinstance(before, dict) else {}
         changed = [f"{flag} {file}" for flag, each in now.items() for file, digest in each.items()
                    if was.get(flag, {}).get(file) != digest]
-        raise ValueError(f"{changed[0] if changed else path} does not hold what it held when the run in "
-                         f"{out} began; give what it held, or another --out")
+        file = changed[0] if was and changed else path
+        raise ValueError(f"{file} does not hold what it held when the run in {out} began; give what it held, "
+                         "or another --out")
 
 
 def check_answers(path, rows, recipe, tokenizer, arbiter, its_tokenizer):

@@ -9,10 +9,9 @@ from . import distributed
 from .command import printable
 from .data import without_added_keys
 from .evaluate import compare, grade_answers, summarize
-from .files import write_json, write_jsonl
+from .files import write_json
 from .languages import cluster_languages
-from .pipeline_steps import answers_of, read_done, saved_rows, scores_of, step
-from .report import write_report
+from .pipeline_steps import answers_of, read_done, refresh_page, saved_rows, scores_of, step, write_rows
 from .world import questions
 
 DECODINGS = {"greedy": 0.0, "sampled": 1.0}                 # and their temperatures
@@ -65,9 +64,7 @@ def evaluate_model(run, name, folder):
                 # rounded: padding moves the last bits, and equal texts must tie
                 judged = [{**row, "grade": None if score is None else round(score, 4)}
                           for row, score in zip(judged, scores)]
-            if distributed.is_main():
-                own.mkdir(parents=True, exist_ok=True)
-                write_jsonl(own / f"{decoding}.jsonl", map(without_added_keys, judged))
+            write_rows(own / f"{decoding}.jsonl", map(without_added_keys, judged))
 
     asked = f"the {run.recipe.eval_split} questions" if run.embedded else "the evaluation prompts"
     step(run, f"eval-{name}", f"{name} answers {asked}", make)
@@ -113,8 +110,8 @@ class Results:
         self.answers[name] = evaluate_model(self.run, name, folder)
         if self.arbiter:
             add_rewards(self.run, name, self.answers[name], self.arbiter)
-        if distributed.is_main():
-            print(printable(f"    {name}: {self.said_of(name)}"), flush=True)
+        said = printable(f"    {name}: {self.said_of(name)}")
+        distributed.from_main(lambda: print(said, flush=True))
         return folder
 
     def said_of(self, name):
@@ -139,10 +136,11 @@ class Results:
     def show(self):
         """Write summary.json and the page with what is there by now. Returns the summary."""
         summary = self.summary()
-        if distributed.is_main():
+
+        def write():
             write_json(self.run.folder / "summary.json", summary)
-            write_report(self.run.folder)
-        distributed.barrier()
+            refresh_page(self.run.folder, every=0)
+        distributed.from_main(write)
         return summary
 
     def summarized(self, name, decoding):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Optional
 import torch
 
 from . import checkpoint, distributed, weights
+from .command import one_line
 from .config import Recipe
 from .files import (MARK, dumps, own_file, parse_json, parse_object, read_bytes, sha256, write_json,
                     write_jsonl)
@@ -59,8 +61,8 @@ def step(run, name, title, make):
         distributed.from_main(lambda: check_rows(folder))
     else:
         resume = distributed.from_main(lambda: _clear(folder))
-        if distributed.is_main():
-            print(f"[{name}] {title}{', resumed' if resume else ''}", flush=True)
+        said = f"[{name}] {title}{', resumed' if resume else ''}"
+        distributed.from_main(lambda: print(said, flush=True))
         started = time.perf_counter()
         try:
             result = make(folder, resume) or {}
@@ -73,11 +75,12 @@ def step(run, name, title, make):
         steps, tokens = distributed.from_main(lambda: _training_totals(folder))
         record = {"name": name, "title": title, "seconds": time.perf_counter() - started,
                   "training_steps": steps, "tokens": tokens, **result}
-        if distributed.is_main():
+
+        def finish():
             write_json(folder / "done.json", sealed(folder, record))
             _drop_states(folder / "state")
             refresh_page(run.folder)
-        distributed.barrier()
+        distributed.from_main(finish)
     return read_done(folder)
 
 
@@ -109,7 +112,8 @@ def read_done(folder):
     right = isinstance(digests, dict) and all(isinstance(record.get(key), kind)
                                               for key, kind in FIGURES.items())
     rest = {key: value for key, value in record.items() if key != "sha256"}
-    if not right or digests and digests.get("done.json") != digest_of(rest):
+    right = right and record["name"] == folder.name
+    if not right or "sha256" in record and digests.get("done.json") != digest_of(rest):
         raise ValueError(f"{path}: not as the step wrote it. {anew(folder)}")
     return record
 
@@ -123,11 +127,14 @@ def check_rows(folder):
 
 def refresh_page(folder, every=20):
     """Write the page of a run anew, unless that was done in the last `every` seconds: it takes half a second
-    in the end."""
+    in the end. A page that cannot be written is said and stops no run."""
     page = folder / "report.html"
-    old = not page.is_file() or time.time() - page.stat().st_mtime > every
-    if old and (folder / "config.json").is_file():
-        write_report(folder)
+    try:
+        old = not page.is_file() or time.time() - page.stat().st_mtime > every
+        if old and (folder / "config.json").is_file():
+            write_report(folder)
+    except (ValueError, OSError) as error:
+        print(f"the page is not written: {one_line(error)}", file=sys.stderr)
 
 
 # What steps leave in their folders.
@@ -145,7 +152,8 @@ def _clear(folder):
     if checkpoint.saved_states(folder / "state") and not (folder / "model").exists():
         return True
     if folder.exists():
-        names = {path.name for path in folder.iterdir()} - OWN
+        files = [path.name for path in folder.iterdir() if path.is_dir() and path.suffix]
+        names = {path.name for path in folder.iterdir()} - OWN | set(files)
         if others := sorted(name for name in names if not name.endswith(MARK)):
             raise ValueError(f"{folder} holds what this run did not make ({' '.join(others[:5])}); move it "
                              "elsewhere")
@@ -173,13 +181,18 @@ def _training_totals(folder):
 
 
 def data_file(run, name, rows):
-    """RUN/data/<name>.jsonl with the rows, written by rank 0."""
+    """RUN/data/<name>.jsonl with the rows."""
     path = run.folder / "data" / f"{name}.jsonl"
-    if distributed.is_main():
+    write_rows(path, rows)
+    return path
+
+
+def write_rows(path, rows):
+    """Write rows to a JSONL file, and make its folder, on rank 0. A collective."""
+    def write():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(path, rows)
-    distributed.barrier()
-    return path
+    distributed.from_main(write)
 
 
 def saved_rows(path):

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from . import distributed
+from . import checkpoint, distributed
 from .data import batches_in_order, collate, in_step, rows_of
 from .files import publish_file, scratch
 from .loop import autocast
@@ -45,20 +45,25 @@ def answer_logps(model, items, pad_id, device, settings, size=64, name="the refe
     logps = dict(sum(distributed.gather_objects(done), []))
     if by_token:
         logps = [logps[i] for i in range(len(items))]
-        check_logps(torch.stack([each.sum() for each in logps]), items, name)
+        check_logps(torch.stack([each.sum() for each in logps]), items, name, model)
         return logps
     logps = torch.tensor([logps[i] for i in range(len(items))]).squeeze(1)
-    check_logps(logps, items, name)
+    check_logps(logps, items, name, model)
     return logps
 
 
-def check_logps(logps, items, name):
-    """Raise ValueError, with model and row, if a log-prob of these items is not finite."""
+def check_logps(logps, items, name, model=None):
+    """Raise ValueError, with model and row, if a log-prob of these items is not finite. A collective if the
+    model is given, whose weights are looked at first then."""
     bad = [i for i, fine in enumerate(logps.isfinite().view(len(items), -1).all(1).tolist()) if not fine]
     if bad:
         first = items[bad[0]].sides[0]
+        fault = model is not None and checkpoint.weights_fault(model)
+        remedy = f"look at the weights of {name} and at this row"
+        if fault:
+            remedy = f"{fault}; copy or train the model again"
         raise ValueError(f"{first.where}: its log-prob under {name} is {logps[bad[0]].tolist()}, not finite "
-                         f"({len(bad)} of {len(items)} rows); look at the weights of {name} and at this row")
+                         f"({len(bad)} of {len(items)} rows); {remedy}")
 
 
 def reference_rows(settings):

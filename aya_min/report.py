@@ -356,7 +356,7 @@ def write_report(folder):
 
 def main(argv=None):
     arguments = sys.argv[1:] if argv is None else argv
-    if len(arguments) != 1 or arguments[0].startswith("-"):
+    if len(arguments) != 1 or not arguments[0] or arguments[0].startswith("-"):
         raise ValueError("give one run folder: python -m aya_min.report RUN")
     if not is_spare_rank():
         print(write_report(arguments[0]))

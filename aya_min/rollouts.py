@@ -217,8 +217,9 @@ class Rollouts:
         for own, theirs in zip(copies, shards, strict=True):
             own.copy_(distributed.full(theirs))                             # gathers one tensor at a time
         cuts = s.too_long == "cut-left"
+        name = f"the policy, which began as {getattr(self.model, 'came_from', 'fresh weights')}"
         groups = answer_rows(self.whole_policy, self.tokenizer, rows, k, s.max_new_tokens, seed=seed,
-                             cut_left=cuts)
+                             cut_left=cuts, name=name)
         if self.stop.any_rank(self.device):
             return None
         flat = [(row, answer) for row, group in zip(rows, groups) for answer in group]

@@ -81,15 +81,27 @@ def lock(folder):
     return file
 
 
-def check_new(folder):
-    """Raise ValueError unless `folder` is an empty folder or can be made as one, and no run holds it."""
-    if (folder / ".lock").is_file():
-        lock(folder).close()
+def check_writable(folder, files=(), folders=()):
+    """Raise ValueError unless `folder` is a folder that can be written, or can be made as one, in which these
+    names are files, or folders, or not taken."""
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f"{folder} exists and is no folder; give a new folder")
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise ValueError(f"{folder}: {nearest} is no folder that can be written; give another --out")
+    for kind, names in (("file", files), ("folder", folders)):
+        for path in map(folder.joinpath, names):
+            right = path.is_file() if kind == "file" else path.is_dir()
+            if os.path.lexists(path) and not right:
+                raise ValueError(f"{path} is no {kind}, and the run writes its own there; move it elsewhere, "
+                                 "or give another --out")
+
+
+def check_new(folder):
+    """Raise ValueError unless `folder` is an empty folder or can be made as one, and no run holds it."""
+    if (folder / ".lock").is_file():
+        lock(folder).close()
+    check_writable(folder)
     if folder.exists() and {path.name for path in folder.iterdir()} - {".lock"}:
         raise ValueError(f"{folder} exists and is not empty; give a new folder, or --resume {folder} to "
                          "continue its run")
@@ -122,7 +134,7 @@ def read_run(folder, stage, settings_class):
     if not path:
         raise ValueError(f"--resume {folder}: no config.json in it; give the run folder of a stage, or start "
                          "one with --out")
-    about = read_json(path)
+    about = read_json(path, "copy it again, or start anew with another --out")
     if "recipe" in about:
         raise ValueError(f"--resume {folder}: a run of the recipe, which the same command with --out "
                          "continues; give the run folder of a stage")
@@ -333,11 +345,15 @@ def make_new(folder, model):
 
 
 def check_steps(folder, old, settings, num_items, done):
-    """Raise ValueError if a resume asks for fewer steps than are done, or for another schedule of those."""
+    """Raise ValueError if a resume asks for fewer steps than are done, for another schedule of those, or to
+    profile one of them."""
     num_steps = count_steps(num_items, settings)
     if done > num_steps:
         raise ValueError(f"--resume {folder}: that run has done {done} steps, more than the {num_steps} that "
                          "are asked for; raise --max-steps or --epochs")
+    if settings.profile not in (None, old.profile) and settings.profile < done:
+        raise ValueError(f"--profile {settings.profile}: {done} steps of {folder} are done, counted from 0; "
+                         f"profile step {done} or a later one")
     check_schedule(folder, old, settings, num_items, done)
 
 

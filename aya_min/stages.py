@@ -139,15 +139,20 @@ def train_and_publish(name, model, tokenizer, num_steps, batches, loss_fn, setti
         publish = lambda model, step: save_model(path / "checkpoints" / f"step-{step}", model, tokenizer)
         model = train(model, num_steps, batches, loss_fn, settings, path, device, evaluation, folder.state,
                       check_first, name, stop, publish)
-        if distributed.is_main() and evaluation:
-            rows = [row for _, row in read_metrics(path / "metrics.jsonl")]
-            last = [row for row in rows if any(key.startswith("eval/") for key in row)][-1]
-            found = {k.removeprefix("eval/"): v for k, v in last.items() if k.startswith("eval/")}
-            write_json(path / "eval.json", found)
+        if evaluation:
+            distributed.from_main(lambda: write_evaluation(path))
         save_model(path / "model", model, tokenizer)
         if stop.any_rank(device):
             raise distributed.Stopped(f"stopped by a signal; {path / 'model'} is finished", stop.agreed())
     return path / "model"
+
+
+def write_evaluation(folder):
+    """Write the last evaluation in metrics.jsonl to eval.json."""
+    rows = [row for _, row in read_metrics(folder / "metrics.jsonl")]
+    last = [row for row in rows if any(key.startswith("eval/") for key in row)][-1]
+    found = {k.removeprefix("eval/"): v for k, v in last.items() if k.startswith("eval/")}
+    write_json(folder / "eval.json", found)
 
 
 def save_model(folder, model, tokenizer):

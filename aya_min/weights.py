@@ -133,13 +133,14 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
          replicate=1, cpu_offload=False):
     """(model, tokenizer) of a model folder, read tensor by tensor into the module that its config.json names.
 
-    model.came_with keeps the folder's generation_config.json and other files for `save`. sharded: the model
-    is sharded first, by distributed.shard(model, compute_dtype, replicate, cpu_offload), and each rank reads
-    and holds only its rows. trunk: see `load_meta`; a head that the folder lacks is drawn with seed 0.
+    model.came_with keeps the folder's generation_config.json and other files for `save`, model.came_from its
+    name for messages. sharded: the model is sharded first, by distributed.shard(model, compute_dtype,
+    replicate, cpu_offload), and each rank reads and holds only its rows. trunk: see `load_meta`; a head that
+    the folder lacks is drawn with seed 0.
     """
     model, tokenizer, header = load_meta(folder, trunk)
     model = model.to(dtype)
-    model.came_with = read_generation(folder), read_others(folder)
+    model.came_with, model.came_from = (read_generation(folder), read_others(folder)), str(folder)
     if sharded:
         distributed.shard(model, compute_dtype, replicate, cpu_offload)
     generator = torch.Generator().manual_seed(0)
@@ -163,16 +164,24 @@ def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.
     specs = {name: (tensorfiles.CODES[dtype], tuple(tensor.shape)) for name, tensor in state.items()}
     files = tensorfiles.assign_files(specs, shard_bytes)
     tensors = (distributed.full(state[name]).to("cpu", dtype) for specs in files.values() for name in specs)
-    if distributed.is_main():
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(folder, replace_folder) as made:
-            tensorfiles.write(made, files, tensors)
-            write_descriptions(made, model, tokenizer, dtype)
-    else:
+
+    def take_part():
         for _ in tensors:                       # gathering a tensor is a collective
             pass
-    distributed.barrier()
+
+    def write(folder):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with new_folder(folder, replace_folder) as made:
+                tensorfiles.write(made, files, tensors)
+                write_descriptions(made, model, tokenizer, dtype)
+        except (ValueError, OSError):
+            take_part()
+            raise
+
+    if not distributed.is_main():
+        take_part()
+    distributed.from_main(lambda: write(Path(folder)))
 
 
 def check_place(folder, model, tokenizer):

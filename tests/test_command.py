@@ -1,6 +1,7 @@
 """What every command line shares: text that is text, numbers with a range, how a mistake is told."""
 
 import math
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -152,3 +153,75 @@ def test_a_flag_of_several_values_that_is_given_twice_is_refused(capsys):
             parser.parse_args(argv)
         assert capsys.readouterr().err.startswith("error: --data is given twice")
         assert parser.parse_args(["--data", "a", "b", "--seed", "1", "--seed", "2"]).data == ["a", "b"]
+
+
+@pytest.mark.parametrize("value", ["--out=", "--model", "--data", "--judge", "name"])
+def test_an_empty_text_is_refused_by_the_name_of_its_flag(value, capsys):
+    """Path("") is the working folder: `--out ""` wrote there."""
+    parser = command.Parser(prog="prog")
+    inner = parser.add_subparsers().add_parser("do")
+    inner.add_argument("name")
+    inner.add_argument("--out")
+    inner.add_argument("--data", nargs="+")
+    inner.add_argument("--text", type=str)
+    group = inner.add_mutually_exclusive_group()
+    group.add_argument("--model")
+    group.add_argument("--judge")
+    assert parser.parse_args(["do", "x", "--text", ""]).text == ""
+    given = {
+        "--out=": ["x", "--out="],
+        "--data": ["x", "--data", "a", ""],
+        "name": [""],
+    }.get(value, ["x", value, ""])
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(["do", *given])
+    name = value.rstrip("=")
+    assert stopped.value.code == 2
+    said = f"error: {name} is empty; give a value, or leave it out (see prog do --help)\n"
+    assert capsys.readouterr().err == said
+
+
+STREAMS = """
+import os, sys
+from aya_min import command
+def main():
+    command.Parser(prog="prog").parse_args(sys.argv[1:])
+    for _ in command.progress(range(2)):
+        print("message", file=sys.stderr)
+    print("result")
+    with open(os.environ["FILE"], "w") as file:
+        assert file.fileno() > 2
+        os.write(2, b"a library's warning")
+command.guarded(main, "prog")
+"""
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&-", ">&- 2>&-"])
+def test_a_command_works_with_a_closed_standard_stream(closed, tmp_path):
+    """progress() asked None.isatty(); messages went to standard output, and a library's warnings would have
+    gone into the first file that was opened."""
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, STREAMS],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FILE": str(tmp_path / "f")},
+    )
+    assert done.returncode == 0
+    assert done.stdout == ("" if ">&-" in closed.split() else "result\n")
+    assert done.stderr == ("" if "2>&-" in closed else "message\nmessage\na library's warning")
+    assert (tmp_path / "f").read_text() == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("flags", ["", "--help"])
+def test_a_standard_output_that_is_full_is_one_line_that_names_it(flags):
+    """Python told it at exit, in two lines and with code 120, or the line named no file."""
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {flags} >/dev/full', sys.executable, STREAMS.replace('"message"', "0")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FILE": os.devnull, "PYTHONUNBUFFERED": ""},
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and lines[-1].endswith("standard output: No space left on device"), lines
+    assert "Traceback" not in done.stderr and "ignored" not in done.stderr

@@ -6,6 +6,7 @@ them.
 """
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -579,6 +580,16 @@ def test_a_mistake_in_a_process_of_its_own_is_exit_code_2_and_one_line_and_no_tr
     done = program(file, *words(line, folder))
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("file, line", [("train.py", "claims"), ("generate.py", "--model A --prompt hello")])
+def test_ctrl_c_while_torch_is_imported_shows_no_traceback(file, line, folder, tmp_path):
+    """It did and, worse, torch once swallowed it while it imported numpy, and trained with half of that."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt: pass\n"
+    )
+    done = program(file, *words(line, folder), env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.long

@@ -2,25 +2,37 @@
 refusals. One launch for all tests."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from small import (
+    CPU,
     STAGES,
     TORCHRUN,
     VARIANTS,
     assert_close,
     language_model,
     logged,
+    on_ranks,
     on_these_ranks,
     program,
     run,
     state_of,
+    tokenizer,
     write_world,
 )
 
-from aya_min import distributed
+from aya_min import distributed, weights
+from aya_min.command import one_line
+from aya_min.config import Recipe
+from aya_min.experiments import Lab
+from aya_min.files import write_new
+from aya_min.languages import CLUSTERS
+from aya_min.pipeline_results import Results
+from aya_min.pipeline_steps import Run, data_file
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +228,46 @@ def test_the_rotary_angles_of_a_sharded_model_in_bfloat16_stay_fp32():
     finally:
         distributed.close()
     assert seen == [torch.bfloat16, torch.float32, torch.float32]
+
+
+def refused_on_these_ranks(folder):
+    """{what: the error of each rank} where a file is in the way of what rank 0 writes alone."""
+    model = distributed.shard(language_model())
+    run = Run(folder / "a-file", Recipe(), CPU, CLUSTERS)
+    results = Results(replace(run, folder=folder))
+    results.summary = dict
+    lab = SimpleNamespace(folder=run.folder, module=distributed, _done=lambda name, fill, *_: fill(0))
+    calls = {
+        "model": lambda: weights.save(folder / "a-file" / "model", model, tokenizer()),
+        "taken": lambda: weights.save(folder / "in the way", model, tokenizer()),
+        "data": lambda: data_file(run, "base", [{}]),
+        "summary": results.show,
+        "lab": lambda: Lab.step(lab, "name", None),
+        "pairs": lambda: write_new({folder / "a-file" / "pairs": ""}),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            error = None
+        except (ValueError, OSError) as raised:
+            error = one_line(raised)
+        found[name] = distributed.gather_objects(error)
+    return found
+
+
+def test_what_rank_0_cannot_write_is_refused_by_all_ranks_with_the_path_that_the_user_knows(tmp_path):
+    """The other ranks waited in a barrier, and ended with a traceback of their own."""
+    (tmp_path / "a-file").write_text("")
+    (tmp_path / "summary.json").mkdir()
+    (tmp_path / "in the way").mkdir()
+    (tmp_path / "in the way" / "thesis.txt").write_text("")
+    of_ranks = on_ranks(2, refused_on_these_ranks, tmp_path)
+    assert of_ranks[0] == of_ranks[1]
+    for name, errors in of_ranks[0].items():
+        assert errors[0] and errors[0] == errors[1], name
+        assert ".aya_min" not in errors[0], name
+    said = {name: errors[0] for name, errors in of_ranks[0].items()}
+    assert said["summary"] == f"{tmp_path / 'summary.json'}: Is a directory"
+    assert said["pairs"] == f"{tmp_path / 'a-file' / 'pairs'}: Not a directory"
+    assert "move it elsewhere" in said["taken"]

@@ -122,6 +122,17 @@ def test_a_profiled_step_leaves_a_chrome_trace_and_a_table_of_ten_lines(world, t
     assert not (run("sft", world, tmp_path / "other", max_steps=1) / "profile.json").exists()
 
 
+def test_a_resume_refuses_to_profile_a_step_that_is_done(world, tmp_path):
+    """It was ignored. The profile of the run itself is no reason to refuse its resume."""
+    common = dict(schedule="constant", save_every=1)
+    folder = run("sft", world, tmp_path / "run", max_steps=2, **common)
+    with pytest.raises(ValueError, match="--profile 1: 2 steps of .* are done.*; profile step 2 or a later"):
+        run("sft", world, folder, resume=True, max_steps=4, profile=1, **common)
+    run("sft", world, folder, resume=True, max_steps=3, profile=2, **common)
+    assert (folder / "profile.json").is_file()
+    run("sft", world, folder, resume=True, max_steps=4, profile=2, **common)
+
+
 @pytest.mark.parametrize(
     "name, dtype, peak",
     [

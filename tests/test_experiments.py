@@ -9,7 +9,7 @@ import torch
 from small import CPU
 
 import train
-from aya_min import experiments, experiments_records
+from aya_min import claims, experiments, experiments_records
 from aya_min.experiments import Claim, Comparison, Figure, Lab, measured, side_of, together
 from aya_min.experiments_records import BEGIN, END, RESULTS, result, run_claims, with_claims
 from aya_min.pipeline_results import evaluate_model
@@ -155,7 +155,15 @@ def test_a_claim_that_was_stopped_goes_on_where_it_stopped_to_the_same_record(ru
     [claim] = record["results"]
     assert [row["measure"] for row in claim["comparisons"]] == ["win rate", "length", "marks", "figure"]
     assert claim["comparisons"][0]["seeds"][0]["num"] == 48 and claim["comparisons"][3]["verdict"] == "shown"
-    assert json.loads((tmp_path / "out" / "small" / "claim.json").read_text(encoding="utf-8")) == record
+    path = tmp_path / "out" / "small" / "claim.json"
+    assert experiments_records.read_record(path) == record
+    text = path.read_text(encoding="utf-8")
+    for wrong in (text.replace('"value": ', '"value": 1'), text.replace('"code"', '"cod"'),
+                  text.replace('"seeds": [\n    1', '"seeds": [\n    2')):
+        path.write_text(wrong, encoding="utf-8")
+        with pytest.raises(ValueError, match="as a claim wrote it; move it elsewhere"):
+            run(claim_file(one=short_sft(32), two=late))
+    path.write_text(text, encoding="utf-8")
     page = (tmp_path / "out" / "small" / "report.html").read_text(encoding="utf-8")
     assert "Content-Security-Policy" in page and "one above two, win rate, sampled" in page
     assert "tried: it" in experiments_records.table(record)
@@ -229,6 +237,24 @@ def test_a_mistake_is_one_line_and_nothing_is_made(words, said, in_process, tmp_
     assert code == 2 and said in err[-1] and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("text, said", [('{"seed": 3}', "chosen by --seeds"), ('{"rounds": -1}', "rounds"),
+                                        ('{"epoch": 1}', "unknown setting epoch"), ("[]", "not an object")])
+def test_settings_to_try_a_claim_under_are_checked_and_are_no_record(text, said, in_process, tmp_path):
+    (tmp_path / "c.json").write_text(text)
+    words = "claim", "expanse", "--out", tmp_path / "out", "--config", tmp_path / "c.json"
+    code, _, err = in_process(train, *words)
+    assert code == 2 and len(err) == 1 and said in err[0]
+    (tmp_path / "c.json").write_text('{"rounds": 2}')
+    code, _, err = in_process(train, *words, "--record")
+    assert code == 2 and "as it is" in err[0] and not (tmp_path / "out").exists()
+
+
+def test_other_settings_of_the_recipe_make_another_start(tmp_path):
+    changes = {}, None, {"lessons": 96}
+    folders = {Lab(tmp_path, "smoke", 1, CPU, None, changed).folder for changed in changes}
+    assert len(folders) == 2
+
+
 def test_a_folder_that_holds_what_no_claim_made_is_refused_and_stays(in_process, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "1.txt").write_text("mine")
@@ -258,11 +284,11 @@ def test_seeds_of_one_after_the_other_are_in_one_record_and_other_code_keeps_its
     both = run(file, "both", seeds=(1, 2))
     assert run(file, seeds=(2,))["seeds"] == [2]
     assert run(file, seeds=(1,))["seeds"] == [1]
-    joined = json.loads((folder / "claim.json").read_text(encoding="utf-8"))
+    joined = experiments_records.read_record(folder / "claim.json")
     assert without_times(joined) == without_times(both) and joined["seeds"] == [1, 2]
     monkeypatch.setattr(experiments_records, "code_version", lambda: "other")
     assert run(file, seeds=(3,))["seeds"] == [3]
-    kept = json.loads((folder / f"claim-{joined['code']}.json").read_text(encoding="utf-8"))
+    kept = experiments_records.read_record(folder / f"claim-{joined['code']}.json")
     assert kept == joined
     monkeypatch.undo()
     assert experiments_records.earlier_seeds(folder, joined["code"]).keys() == {1, 2}
@@ -331,3 +357,31 @@ def test_no_two_claims_or_files_share_a_name():
     files = experiments.claim_files()
     names = [*files, *(claim.name for module in files.values() for claim in module.CLAIMS)]
     assert len(set(names)) == len(names) and all(" " not in name for name in names)
+
+
+@pytest.mark.parametrize("text, said", [("def broken(", "SyntaxError"), ("PAPER = 'x'", "without MINUTES"),
+                                        ("import nothing_of_that_name", "ModuleNotFoundError")])
+def test_a_half_written_claim_file_is_refused_by_name(text, said, tmp_path, monkeypatch):
+    """`train.py claims` and `train.py claim` showed its traceback."""
+    name = f"half_{experiments.hash_of(text)}"
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / f"{name}.py").write_text(text)
+    monkeypatch.setattr(experiments, "HERE", tmp_path)
+    monkeypatch.setattr(claims, "__path__", [str(tmp_path / "claims")])
+    with pytest.raises(ValueError, match=f"{name}.py: a claim file without.*; finish it") as refused:
+        experiments.claim_files()
+    assert said in str(refused.value)
+
+
+def test_the_list_of_claims_is_guarded_and_printed_by_one_rank(in_process, monkeypatch):
+    """A broken record gave a traceback, and two ranks printed the list twice."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("RANK", "1")
+    assert in_process(train, "claims") == (None, "", [])
+    monkeypatch.setenv("RANK", "0")
+    assert "dense-weights: " in in_process(train, "claims")[1]
+
+    def broken():
+        raise ValueError("results/x.json: not JSON")
+    monkeypatch.setattr(experiments_records, "listing", broken)
+    assert in_process(train, "claims") == (2, "", ["train.py: results/x.json: not JSON"])

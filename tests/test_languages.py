@@ -74,6 +74,36 @@ def test_the_recipes_languages_keep_their_codes_and_names():
         assert language_code(code) == language_code(language.name) == code
 
 
+# As ISO 639-2 writes names, and tags of the BCP 47 registry that are no language, script and region.
+OF_ISO = {
+    "Spanish; Castilian": "es", "Castilian; Spanish": "es", "Dutch; Flemish": "nl",
+    "Catalan; Valencian": "ca",
+    "Romanian; Moldavian; Moldovan": "ro", "Chichewa; Chewa; Nyanja": "ny", "Panjabi; Punjabi": "pa",
+    "Church Slavic; Old Slavonic; Church Slavonic; Old Bulgarian; Old Church Slavonic": "cu",
+    "Greek, Modern (1453-)": "el", "Greek, Ancient (to 1453)": "grc", "Malay, Standard": "ms",
+    "Bokmål, Norwegian; Norwegian Bokmål": "nb", "Norwegian Nynorsk; Nynorsk, Norwegian": "nn",
+    "Ndebele, North; North Ndebele": "nd", "Sotho, Southern": "st", "Pedi; Sepedi; Northern Sotho": "nso",
+    "Limburgan; Limburger; Limburgish": "li", "Navajo; Navaho": "nv", "Divehi; Dhivehi; Maldivian": "dv",
+    "Interlingua (International Auxiliary Language Association)": "ia", "Interlingue; Occidental": "ie",
+    "Swiss German; Alemannic; Alsatian": "gsw", "Chinese, Min Nan": "nan", "nan": "nan", "zht": "zh-Hant",
+    "zhs": "zh", "zh_Hant_TW": "zh-Hant", "pt-br": "pt-BR", "ENG": "en", "en-GB-oed": "en-GB-oxendict",
+    "i-ami": "ami", "sgn-BE-FR": "sfb"}
+
+
+@pytest.mark.parametrize("text, code", OF_ISO.items())
+def test_the_names_of_iso_639_and_the_registered_tags_are_languages(text, code):
+    """Names with a semicolon or in another order were refused, and zht was a language of its own."""
+    assert language_code(text) == code
+
+
+@pytest.mark.parametrize("text", ["Spanish; French", "Spanish;", "; Spanish", ";", "Spanish; nonsense",
+                                  "zh-min", "French, Spanish", "English, Modern",
+                                  "Chinese; Traditional Chinese"])
+def test_two_languages_in_one_name_are_refused(text):
+    """zh-min was Minangkabau."""
+    assert language_code(text) is None
+
+
 @pytest.mark.parametrize("text", NO_LANGUAGE)
 def test_what_is_no_language_has_no_code(text):
     assert language_code(text) is None

@@ -247,6 +247,15 @@ def test_a_damaged_record_of_a_step_is_one_line_with_what_to_do(text, tmp_path):
         done.write_text(json.dumps(json.loads(whole) | wrong))
         with pytest.raises(ValueError, match="not as the step wrote it"):
             pipeline_steps.step(run, "s", "a step", None)
+    shutil.copytree(done.parent, tmp_path / "steps" / "t")
+    with pytest.raises(ValueError, match="t/done.json: not as the step wrote it"):       # another step's
+        (tmp_path / "steps" / "t" / "done.json").write_text(whole)
+        pipeline_steps.step(run, "t", "a step", None)
+    done.unlink()
+    done.mkdir()
+    with pytest.raises(ValueError, match=r"holds what this run did not make \(done.json\)"):
+        pipeline_steps.step(run, "s", "a step", None)
+    done.rmdir()
     done.write_text(whole)
     assert pipeline_steps.step(run, "s", "a step", None)["rewards"] == {"greedy": [1.5]}
     older = {key: value for key, value in json.loads(whole).items() if key != "sha256"}

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import asdict
 
 import pytest
 from small import TORCHRUN, language_model, program, reward_model, tokenizer
@@ -205,7 +206,7 @@ def test_a_column_of_the_users_is_never_taken_for_a_verdict(own, tmp_path):
 # ---- the run folder ----------------------------------------------------------------------------------------
 
 def record_of(**changes):
-    recipe = config.asdict(config.Recipe(**{**config.RECIPES["smoke"], **changes}))
+    recipe = asdict(config.Recipe(**{**config.RECIPES["smoke"], **changes}))
     return {"preset": "smoke", "arms": "main", "seed": recipe["seed"], "recipe": recipe, "clusters": CLUSTERS}
 
 

@@ -21,7 +21,7 @@ from small import (CPU, EVERY, FRESH, ROOT, language_model, logged, on_ranks, re
 import train
 from aya_min import checkpoint, config, distributed, estimate, files, loop, reference, stages, weights
 from aya_min.losses import sft_loss
-from aya_min.data import batches_in_order, collate, load_examples
+from aya_min.data import batches_in_order, collate, load_examples, make_batches
 from aya_min.loop import make_optimizer
 
 
@@ -65,6 +65,31 @@ def test_weights_that_became_nan_in_the_last_step_are_neither_kept_nor_published
     assert code == 2 and out == "" and "is not finite" in err[-1] and err[-1].startswith("error: "), err
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "checkpoints").exists()
     assert not list(tmp_path.glob("run/state/step-*"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("stage", EVERY)
+def test_a_model_that_holds_nan_is_named_with_its_tensor_before_any_row_is_blamed(
+    stage, value, models, world, tmp_path, command
+):
+    """The message named the rows of the first step."""
+    model = language_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = value
+    weights.save(tmp_path / "spoiled", model, tokenizer())
+    line = line_of(stage, models, world, tmp_path / "run").replace(f"{models}/A", f"{tmp_path}/spoiled")
+    code, out, err = command(line)
+    assert code == 2 and out == "" and err[-1].startswith("error: "), err
+    assert "its parameter model.layers.1.mlp.down_proj.weight" in err[-1], err
+    assert str(tmp_path / "spoiled") in err[-1] and "again" in err[-1] and "data order" not in err[-1], err
+
+
+def test_weights_that_an_earlier_step_spoiled_are_named_before_the_rows(world, tmp_path):
+    items = load_examples([world / "sft.jsonl"], tokenizer(), 256, config.SFT())
+    settings = config.SFT(batch_size=8, max_steps=2, learning_rate=1e38, warmup_steps=0)
+    num_steps, batches = make_batches(items, collate, settings)
+    with pytest.raises(ValueError, match="step 1: loss nan: before the step its parameter .* is not"):
+        loop.train(language_model(), num_steps, batches, sft_loss, settings, tmp_path, CPU)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -374,8 +399,8 @@ def test_every_flag_of_a_command_is_read_by_its_code(path):
 @pytest.mark.parametrize("name", ["recipe", *EVERY])
 def test_every_flag_of_train_is_read_by_the_functions_of_its_command(name):
     """--eval-data of rloo was read by run_one_stage, for the other stages."""
-    one = ["run_one_stage", "resumed_from", "check_flags", "load_model", "main"]
-    functions = ["run_whole_recipe", "check_own", "main"] if name == "recipe" else one
+    one = ["run_one_stage", "resumed_from", "check_flags", "load_model", "run_command"]
+    functions = ["run_whole_recipe", "check_own", "run_command"] if name == "recipe" else one
     settings = {f.name for f in fields(config.Recipe if name == "recipe" else EVERY[name][1])}
     parser = stage_parser(name)
     flags = {action.dest for action in parser._actions} - {"help"} - settings

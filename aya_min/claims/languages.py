@@ -30,7 +30,7 @@ from ..world_oracle import grade_apart, naturalness
 from ..world_translation import in_english, translated
 
 PAPER = "RLHF Can Speak Many Languages, arXiv 2407.02552"
-MINUTES = 20
+MINUTES = 11
 
 FIVE = ("en", "vi", "de", "tr", "pt")
 MIXTURES = {"one": ("en",), "five": FIVE, "all": None, "large": None}

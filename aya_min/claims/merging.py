@@ -9,14 +9,14 @@ of pairs.
 
 import torch
 
-from .. import distributed, model_config, weights, world_data
+from .. import model_config, weights, world_data
 from ..experiments import Claim, Comparison
 from ..languages import LANGUAGES
 from ..model import CohereForCausalLM, init_weights
 from ..pipeline import dpo_settings, sft_settings
 
 PAPER = "Mix Data or Merge Models, arXiv 2410.10801; Aya Expanse, 2412.04261"
-MINUTES = 14
+MINUTES = 11
 OF_EACH = {code: [code] for code in LANGUAGES}
 
 
@@ -68,7 +68,6 @@ def small_base(lab):
         model = CohereForCausalLM(model_config.ModelConfig(**{**preset, **halved}))
         model = init_weights(model, torch.Generator().manual_seed(r.seed))
         weights.save(folder / "model", model, lab.tokenizer)
-        distributed.barrier()
     start = lab.step("small-start", make)["folder"] / "model"
     rows = world_data.corpus(r.corpus, r.seed, r.level)
     return lab.train("a base of half the heads", "pretrain", start, rows, warmup_steps=50,

@@ -20,7 +20,7 @@ from ..experiments import Claim, Comparison, Figure
 from ..preferences import best_worst
 
 PAPER = "Back to Basics, arXiv 2402.14740"
-MINUTES = 18
+MINUTES = 14
 GRADIENT_STEPS = 2
 CRITIC_SCALE = 10           # the critic's learning rate over the policy's; at 1 it hardly explains variance
 LARGE_BETA = 0.3            # ten times the recipe's

@@ -25,7 +25,7 @@ from ..preferences import best_worst
 from ..world_data import graded_pairs
 
 PAPER = "Preference losses, arXiv 2305.18290, 2310.12036, 2305.10425, 2405.14734, 2402.01306"
-MINUTES = 20
+MINUTES = 17
 
 # What each loss has beside the recipe's settings of offline DPO without --nll-weight. Log-probs of one token
 # want a larger beta; IPO aims at a margin of 1 / (2 beta) nats.

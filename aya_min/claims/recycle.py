@@ -15,7 +15,7 @@ from ..merge_search import compare, softmax
 from ..world import TINY_TASKS, questions
 
 PAPER = "If You Can't Use Them, Recycle Them, arXiv 2412.04144"
-MINUTES = 12
+MINUTES = 8
 QUESTIONS = 690         # of the validation split
 
 

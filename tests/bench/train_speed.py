@@ -2,11 +2,12 @@
 its own, in turn.
 
     pip install trl && OMP_NUM_THREADS=2 python tests/bench/train_speed.py [--rounds 3] [--stages sft dpo
-    rloo] [--loaded]
+    rloo ppo] [--loaded]
 
 The 5.6M-parameter Cohere model; prompts of 32 words, answers of 32-96 words; SFT with 16 examples a step, DPO
-with 16 pairs (reference pass counted), RLOO
-with 4 prompts x 4 completions of 64 tokens. TRL runs without gradient checkpointing, without dropout, AdamW.
+with 16 pairs (reference pass counted), RLOO with 4 prompts x 4 completions of 64 tokens, PPO with 16 prompts
+x 1 completion, one gradient step on each batch, and a critic as small as the reward model. TRL runs without
+gradient checkpointing, without dropout, AdamW. The last TRL with PPO is 1.12.0 (trl.experimental.ppo).
 Figures: median seconds of the steps after the
 third, over the rounds the median [least, most]; peak resident memory of the process. --loaded: another
 process keeps a core busy meanwhile. "matmuls" is the time of one step's large matmuls alone
@@ -29,7 +30,7 @@ from statistics import median
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from aya_min import stages, weights                                                     # noqa: E402
+from aya_min import rollouts, stages, weights                                              # noqa: E402
 from aya_min.model_config import ModelConfig                                            # noqa: E402
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights                  # noqa: E402
 from aya_min.tokenizer import load_tokenizer, train_tokenizer                           # noqa: E402
@@ -44,7 +45,7 @@ SIZES = dict(
     num_key_value_heads=2,
     max_position_embeddings=1024,
 )
-STEPS = {"sft": 16, "dpo": 10, "rloo": 10}
+STEPS = {"sft": 16, "dpo": 10, "rloo": 10, "ppo": 10}
 SYLLABLES = [a + b + c for a in "bcdfgklmnprstvz" for b in "aeiou" for c in ("", "n", "r", "s", "l")]
 
 
@@ -97,12 +98,20 @@ def run_ours(stage, folder, out, compile):
         save_every=0,
     )
     (model, tokenizer), more = weights.load(folder / "model"), {}
-    if stage == "rloo":
-        settings |= dict(num_samples=4, max_new_tokens=64)
+    if stage in ("rloo", "ppo"):
+        settings |= dict(num_samples=4 if stage == "rloo" else 1, max_new_tokens=64, algorithm=stage)
         more["reward_model"] = weights.load(folder / "reward")[0]
+        stage, answer_rows, sampled = "rl", rollouts.answer_rows, []
+
+        def timed_answers(*args, **kwargs):
+            begin = time.perf_counter()
+            answers = answer_rows(*args, **kwargs)
+            sampled.append(time.perf_counter() - begin)
+            return answers
+        rollouts.answer_rows = timed_answers
     settings_class, data = (
         stages.stage_named(stage).settings,
-        {"sft": "sft", "dpo": "pairs", "rloo": "prompts"}[stage],
+        {"sft": "sft", "dpo": "pairs", "rl": "prompts"}[stage],
     )
     if stage == "dpo":  # the reference pass over the pairs that the steps use, no more
         rows = (folder / "pairs.jsonl").read_text(encoding="utf-8").split("\n")[:16 * STEPS["dpo"]]
@@ -130,6 +139,8 @@ def run_ours(stage, folder, out, compile):
         for line in (out / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         if '"seconds"' in line
     ]
+    if stage == "rl":
+        print(f"sampling is {median(sampled[3:]) / median(seconds[3:]):.0%} of a step")
     return [s + more.get("reference", 0) for s in seconds]
 
 
@@ -162,7 +173,7 @@ def run_trl(stage, folder, out, compile):
     )
     rows = [
         json.loads(line)
-        for line in (folder / {"sft": "sft", "dpo": "pairs", "rloo": "prompts"}[stage])
+        for line in (folder / {"sft": "sft", "dpo": "pairs"}.get(stage, "prompts"))
         .with_suffix(".jsonl")
         .read_text(encoding="utf-8")
         .split("\n")[:-1]
@@ -190,6 +201,8 @@ def run_trl(stage, folder, out, compile):
             processing_class=tokenizer,
             callbacks=[Clock()],
         )
+    elif stage == "ppo":
+        return run_trl_ppo(folder, common, data, tokenizer, model)
     else:
         trainer = trl.RLOOTrainer(
             model,
@@ -202,6 +215,37 @@ def run_trl(stage, folder, out, compile):
     del start
     trainer.train()
     return seconds
+
+
+def run_trl_ppo(folder, common, data, tokenizer, policy):
+    """Seconds between the ends of TRL's PPO steps. transformers has no Cohere model with a score: its trunk
+    and a linear layer make one, of our small reward model's size."""
+    import transformers
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    ends = [time.perf_counter()]
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            ends.append(time.perf_counter())
+
+    class Scored(torch.nn.Module):
+        base_model_prefix = "model"
+
+        def __init__(self):
+            super().__init__()
+            config = transformers.AutoConfig.from_pretrained(folder / "reward")
+            self.config, self.model = config, transformers.AutoModel.from_config(config, dtype=torch.float32)
+            self.score = torch.nn.Linear(config.hidden_size, 1, bias=False)
+
+    data = data.map(lambda row: tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True,
+                                                              return_dict=True), remove_columns=["prompt"])
+    count = common.pop("max_steps")
+    args = PPOConfig(total_episodes=16 * count, num_ppo_epochs=1, num_mini_batches=1, response_length=64,
+                     temperature=1.0, num_sample_generations=0, local_rollout_forward_batch_size=16, **common)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    PPOTrainer(args=args, processing_class=tokenizer, model=policy, ref_model=reference,
+               reward_model=Scored(), value_model=Scored(), train_dataset=data, callbacks=[Clock()]).train()
+    return [b - a for a, b in zip(ends, ends[1:])]
 
 
 def child(tool, stage, folder, out, compile):
@@ -271,14 +315,15 @@ def main():
                         )
                     if done.returncode:
                         sys.exit(done.stderr[-3000:])
-                    made.append(json.loads(done.stdout.strip().split("\n")[-1]))
+                    *said, found = done.stdout.strip().split("\n")
+                    made.append(json.loads(found) | {"said": [line for line in said if "sampling" in line]})
             text, middle = [], {}
             for tool, made in results.items():
                 seconds = sorted(m["seconds"] for m in made)
                 middle[tool] = median(seconds)
                 text.append(
                     f"{tool} {middle[tool]:.3f} [{seconds[0]:.3f}, {seconds[-1]:.3f}] s a step,"
-                    f" {max(m['gigabytes'] for m in made):.2f} GB"
+                    f" {max(m['gigabytes'] for m in made):.2f} GB {' '.join(made[0]['said'])}"
                 )
             print(
                 f"{stage:5} {text[0]}   {text[1]}   ratio {middle['TRL'] / middle['aya_min']:.2f}", flush=True
