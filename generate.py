@@ -1,7 +1,8 @@
-"""Generate: answers of one model, a conversation with one or two, or data arbitrage over several.
+"""Generate: answers of one model, a conversation with one or two, a server, data arbitrage over several.
 
     python generate.py --model DIR --prompt "..."
     python generate.py --model DIR --chat           (or --models A B --chat: they answer side by side)
+    python generate.py --model DIR --serve          (or --models A B --serve: OpenAI's chat API, and a page)
     torchrun generate.py --model DIR --prompts F.jsonl --out G.jsonl --num-samples 4 --temperature 0.7
     torchrun generate.py --models A B C --arbiter RM --prompts F.jsonl --out best.jsonl --pairs pairs.jsonl
     torchrun generate.py --models A http://host/v1#model --arbiter RM --prompts F.jsonl --out best.jsonl
@@ -42,6 +43,8 @@ from aya_min.journal import PURPOSE, Journal
 from aya_min.lengths import cut_left, fit_prompts
 from aya_min.preferences import ANSWER, cut_line
 from aya_min.sampling import answer_rows, engine_size, stream
+from aya_min.serve import listen, serve
+from aya_min.serve_batch import Batch
 
 gc.freeze()
 gc.enable()
@@ -49,6 +52,8 @@ signal.signal(signal.SIGINT, on_interrupt)
 
 SAMPLING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos",
             "seed", "dtype")
+DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")     # what a request may leave out
+MAX_LENGTH = 8192       # tokens of a row of the server, where a model has more positions
 
 
 def stop_text(text):
@@ -63,9 +68,16 @@ def make_parser():
     add = parser.add_argument
     add("--model", help="model folder")
     add("--models", nargs="+", help="the pool for arbitrage: model folders, and OpenAI-compatible endpoints "
-                                    "as http(s)://host/v1#model; with --chat one or two folders")
+                                    "as http(s)://host/v1#model; with --chat or --serve one or two folders")
     add("--prompt", help="one prompt; the answer is printed to standard output as it is generated")
     add("--chat", action="store_true", help="a conversation in the terminal; /help lists its commands")
+    add("--serve", action="store_true", help="answer chat completions, and a page at /, over HTTP; the "
+                                             "sampling flags are the defaults of requests")
+    add("--host", help="address to serve at (default 127.0.0.1: this machine only)")
+    add("--port", type=number(int, "[0, 65535]"), help="0 takes a free one (default 8000)")
+    add("--max-length", type=number(int, "[2, inf)"),
+        help="with --serve: tokens of a prompt and its answer (default the model's positions, at most "
+             f"{MAX_LENGTH})")
     add("--prompts", nargs="+", help="JSONL files of prompts")
     add("--out", help="JSONL file to write; must not exist. Finished answers are kept in OUT.partial, from "
                       "which the same command resumes after an interruption")
@@ -100,22 +112,25 @@ def check(args):
     """Refuse flags that exclude each other and outputs that cannot be written."""
     if bool(args.model) == bool(args.models):
         raise ValueError("give either --model DIR or --models A B ...")
-    if (args.prompt is not None) + bool(args.prompts) + args.chat != 1:
-        raise ValueError("give one of --prompt TEXT, --prompts F.jsonl and --chat")
+    if (args.prompt is not None) + bool(args.prompts) + args.chat + args.serve != 1:
+        raise ValueError("give one of --prompt TEXT, --prompts F.jsonl, --chat and --serve")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty; give a text")
     if args.prompts and not args.out:
         raise ValueError("--prompts needs --out G.jsonl")
     not_for_chat = args.out or args.num_samples != 1 or args.stop or args.ignore_eos
-    if args.chat and (not_for_chat or distributed.num_ranks() > 1 or len(args.models or []) > 2):
-        raise ValueError("--chat is for one process and one or two models, without --out, --num-samples, "
+    talks = "--chat" if args.chat else "--serve" if args.serve else None
+    if talks and (not_for_chat or distributed.num_ranks() > 1 or len(args.models or []) > 2):
+        raise ValueError(f"{talks} is for one process and one or two models, without --out, --num-samples, "
                          "--stop and --ignore-eos")
-    if is_endpoint(args.model or "") or args.chat and args.endpoints:
-        raise ValueError("--model and --chat take model folders; an endpoint stands among --models, with "
-                         "--prompts")
+    if is_endpoint(args.model or "") or talks and args.endpoints:
+        raise ValueError("--model, --chat and --serve take model folders; an endpoint stands among --models, "
+                         "with --prompts")
+    if not args.serve and (args.host, args.port, args.max_length) != (None, None, None):
+        raise ValueError("--host, --port and --max-length go with --serve")
     check_sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     check_pool(args)
-    of_files = args.columns or args.allow_control_tokens is not None or args.chat and args.too_long
+    of_files = args.columns or args.allow_control_tokens is not None or talks and args.too_long
     if of_files and not args.prompts:
         raise ValueError("--columns, --too-long and --allow-control-tokens go with --prompts F.jsonl")
     outputs = outputs_of(args)
@@ -289,13 +304,44 @@ def answer_prompt(args, device, reading):
     return len(ids), time.perf_counter() - started
 
 
+def name_of(folder):
+    """The name of a model folder, or of the run folder that holds it."""
+    path = Path(folder)
+    return path.name if path.name != "model" else path.parent.name
+
+
+def serve_models(args, metas, device):
+    """Answer requests until Ctrl-C."""
+    bound = listen(args.host or "127.0.0.1", 8000 if args.port is None else args.port)
+    dtype, batches = getattr(torch, args.dtype), []
+
+    def plan_rows(folder):
+        """(tokens per row, bytes of the KV cache). ValueError if that does not fit model or memory."""
+        config = metas[folder][0].config
+        positions = config.max_position_embeddings
+        tokens = args.max_length or min(positions, MAX_LENGTH)
+        if tokens > positions:
+            raise ValueError(f"--max-length {tokens}: {folder} has {positions} positions; give fewer")
+        return engine_size(config, [tokens - 1], [1], args.batch_size, args.batch_size, device, dtype,
+                           "lower --max-length")[1:]
+
+    for folder in metas:
+        plan_rows(folder)                           # before any weights are read
+    names = [name_of(folder) for folder in metas]
+    names = names if len({*names}) == len(names) else list(metas)
+    for name, folder in zip(names, metas):
+        loaded = weights.load(folder, device, dtype)
+        tokens, size = plan_rows(folder)
+        distributed.say(f"{name}: KV cache of {args.batch_size} rows x {tokens} tokens, {size / 1e6:,.1f} MB")
+        batches.append(Batch(name, *loaded, args.batch_size, tokens))
+    serve(bound, batches, {key: getattr(args, key) for key in DEFAULTS}, args.seed)
+
+
 def talk(args, device):
     models = []
     for folder in args.models or [args.model]:
         model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
-        path = Path(folder)
-        name = path.name if path.name != "model" else path.parent.name
-        models.append((name, Fused(model), tokenizer, stop_ids_of(tokenizer, args)))
+        models.append((name_of(folder), Fused(model), tokenizer, stop_ids_of(tokenizer, args)))
     chat(models, max_new_tokens=args.max_new_tokens, seed=args.seed, temperature=args.temperature,
          top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
 
@@ -334,6 +380,8 @@ def run_command(args, device):
     check_all_there(args.endpoints)
     if args.chat:
         return talk(args, device)
+    if args.serve:
+        return serve_models(args, metas, device)
     tokenizer = (next(iter(metas.values()), None) or arbiter)[1]
     router = check_router(args.router, args.models) if args.router else None
     rows, lengths = fit(read_rows(args, reading, tokenizer), metas, arbiter, router, args, reading)

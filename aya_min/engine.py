@@ -154,7 +154,8 @@ class Engine:
     which fills it, and decode, which appends a token.
 
     Rows 0 .. n-1 are in use. A layer with a sliding window keeps a ring of that many positions: position p is
-    stored at p mod window. filters: top-k, top-p, min-p.
+    stored at p mod window. filters: top-k, top-p, min-p. temperature None: `step` gives logits (n, V), and
+    the caller, who chooses, gives the tokens to `append`.
     """
 
     def __init__(self, fused, slots, max_tokens, max_new_tokens, temperature=1.0, filters=(0, 1.0, 0.0)):
@@ -324,15 +325,21 @@ class Engine:
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=masked,
                                                   scale=self.scale).flatten(1)
         logits = self.forward(self.tokens[:n], positions, attend)
+        if self.temperature is None:
+            return logits
         uniforms = None
         if self.temperature:
             column = self.counts[:n, None].clamp(max=self.uniforms.shape[1] - 1)
             uniforms = self.uniforms[:n].gather(1, column)[:, 0]            # (n,)
         tokens, logps = choose(logits, uniforms, self.temperature, *self.filters)
+        self.append(n, tokens)
+        return tokens, logps
+
+    def append(self, n, tokens):
+        """Append tokens (n,) to rows 0 .. n-1, of which the next step computes the keys and values."""
         self.tokens[:n] = tokens
         self.lengths[:n] += 1
         self.counts[:n] += 1
-        return tokens, logps
 
     def capture(self):
         """Record one step of all slots over the whole cache as a CUDA graph. Its shapes never change, so
@@ -351,21 +358,25 @@ class Engine:
         self.graph = graph
 
     def step(self, n, longest):
-        """Decode one token of rows 0 .. n-1. Returns lists of n tokens and n log-probs in nats.
+        """Decode one token of rows 0 .. n-1. Returns lists of n tokens and n log-probs in nats; without a
+        temperature logits (n, V), which the caller may overwrite.
 
         longest: the tokens of the longest row, the new one included."""
         if self.graph:
             self.graph.replay()
-            tokens, logps = (t[:n] for t in self.output)
+            made = self.output
         else:
             T = min(round_up(longest), self.max_tokens)
             self.fused.patience.begin()
             # Lighter than no_grad, but torch.compile refuses it.
             with torch.inference_mode():
                 self.look_at(n, T)
-                tokens, logps = self.decode(n, T)
+                made = self.decode(n, T)
             self.fused.patience.end()
-        return tokens.tolist(), logps.tolist()
+        if self.temperature is None:
+            return made[:n]
+        tokens, logps = made
+        return tokens[:n].tolist(), logps[:n].tolist()
 
     def place(self, slot, row, kept, p):
         """Copy a prefilled row into a slot. Its keys and values are row p of `kept`."""

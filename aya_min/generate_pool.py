@@ -56,7 +56,7 @@ def add_flags(add):
 def check_pool(args):
     """Refuse flags that arbitrage cannot take, or that only arbitrage takes."""
     given = [f"--{name.replace('_', '-')}" for name in OF_POOL if getattr(args, name) is not None]
-    if not args.models or args.chat:
+    if not args.models or args.chat or args.serve:
         if given:
             raise ValueError(f"--arbiter, --pairs and --table go with {POOL_LINE}, and so does {given[0]}")
         return

@@ -26,7 +26,8 @@ PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
 
 @dataclass
 class Row:
-    """One request while it is decoded: sample number `sample` of prompt number `prompt`.
+    """One request while it is decoded: sample number `sample` of prompt number `prompt` (in serve_batch.py of
+    the Request `prompt`).
 
     length: tokens of prompt and answer. limit: the most tokens that the answer may have.
     uniforms: (limit,) in [0, 1), or None if greedy. logp: nats, summed over ids.
@@ -52,11 +53,16 @@ class Row:
         return self.finish_reason is not None
 
 
-def next_group(waiting, prompts, num_tokens):
+def uniforms_of(seed, number, limit):
+    """The random numbers (limit,) of request `number`, fp32 in [0, 1): one decides each of its tokens."""
+    return np.random.default_rng([seed, number]).random(limit, np.float32)
+
+
+def next_group(waiting, length_of, num_tokens):
     """Take prompts from the deque `waiting`, as many as num_tokens padded tokens hold but at least one."""
     group, longest = [], 0
     while waiting:
-        longest = max(longest, len(prompts[waiting[0]]))
+        longest = max(longest, length_of(waiting[0]))
         if group and (len(group) + 1) * round_up(longest) > num_tokens:
             break
         group.append(waiting.popleft())
@@ -77,13 +83,12 @@ def complete(engine, prompts, limits, num_samples, numbers, seed, stop_ids, stop
     def row_of(i, sample):
         uniforms = None
         if engine.temperature:
-            generator = np.random.default_rng([seed, numbers[i] * num_samples + sample])
-            uniforms = generator.random(limits[i], np.float32)
+            uniforms = uniforms_of(seed, numbers[i] * num_samples + sample, limits[i])
         return Row(i, sample, len(prompts[i]), limits[i], uniforms)
 
     def prefill_some():
         """Prefill the next prompts and choose the first token of each sample. Returns the rows it ends."""
-        group = next_group(waiting, prompts, PREFILL_TOKENS[engine.device.type])
+        group = next_group(waiting, lambda i: len(prompts[i]), PREFILL_TOKENS[engine.device.type])
         logits, kept = engine.prefill([prompts[i] for i in group])
         made = [(row_of(i, sample), p) for p, i in enumerate(group) for sample in range(num_samples)]
         first = None
@@ -170,11 +175,12 @@ def not_finite(model, name, places=None):
     return fault
 
 
-def engine_size(config, lengths, limits, num_samples, batch_size, device="cpu", dtype=torch.float32):
+def engine_size(config, lengths, limits, num_samples, batch_size, device="cpu", dtype=torch.float32,
+                shorter="shorten the prompts or lower --max-new-tokens"):
     """(slots, tokens per slot, bytes of the KV cache) for prompts of these lengths and limits of new tokens.
 
     Raises ValueError, before anything runs, for a prompt that passes the model's positions and for a cache
-    that does not fit the free memory."""
+    that does not fit the free memory. shorter: the remedy where not even one slot fits."""
     check_lengths(config, lengths, limits)
     slots = min(batch_size, len(lengths) * num_samples)
     max_tokens = round_up(max(map(sum, zip(lengths, limits)), default=0))
@@ -187,7 +193,7 @@ def engine_size(config, lengths, limits, num_samples, batch_size, device="cpu", 
         most = int((free - prefilled) // per_slot)
         remedy = f"lower --batch-size to {most} or less"
         if most <= 0:
-            remedy = "shorten the prompts or lower --max-new-tokens"
+            remedy = shorter
         raise ValueError(f"the KV cache of {slots} rows of {max_tokens} tokens needs {needed / 1e9:.1f} GB, "
                          f"{free / 1e9:.1f} GB are free; {remedy}")
     return slots, max_tokens, slots * per_slot

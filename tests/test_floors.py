@@ -32,12 +32,13 @@ FLOORS = [
     # 5: what is done with a model or with folders
     {"arbitrage", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report", "reward",
      "sampling", "weights", "world_data", "world_translation"},
-    # 6: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks
-    {"chat", "contrast", "evaluate_answers", "judges", "kto", "pipeline_checks", "reference", "runs"},
-    # 7: samples of the policy as batches, what judges say
-    {"evaluate_judges", "judges_rates", "rollouts", "router"},
-    # 8: the stages, the leaderboard
-    {"evaluate_leaderboard", "generate_pool", "stages"},
+    # 6: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, requests batched
+    {"chat", "contrast", "evaluate_answers", "judges", "kto", "pipeline_checks", "reference", "runs",
+     "serve_batch"},
+    # 7: samples of the policy as batches, what judges say, what a client of the server asks
+    {"evaluate_judges", "judges_rates", "rollouts", "router", "serve_request"},
+    # 8: the stages, the leaderboard, the server
+    {"evaluate_leaderboard", "generate_pool", "serve", "stages"},
     # 9: a recipe's run on disk; what a stage will need; what a search measures
     {"estimate", "evaluate", "generate_route", "merge_fitness", "pipeline_steps"},
     # 10: what a run shows for itself; the search
