@@ -7,8 +7,8 @@ second of decoding beside transformers' generate and beside the memory's bandwid
 
 Weights are drawn at random. train: rows of about --row tokens, 2 rows in a micro-batch, bf16, packed,
 compiled, every block recomputed, fp32 master weights and Adam; medians of the steps after the third.
-generate: bf16, prompts of 128 tokens and 128 new ones, greedy; each batch once before the clock. "floor" is the time
-in which a copy on this device moves the bytes of all weights.
+generate: bf16, prompts of 128 tokens and 128 new ones, greedy; each batch once before the clock.
+"floor" is the time in which a copy on this device moves the bytes of all weights.
 --layers: as many as this of the model's layers. --kernels: where a step's time on the device goes.
 """
 
