@@ -106,6 +106,15 @@ def make_parser():
     return parser
 
 
+def parsed(words=None):
+    """The arguments of a command line, and in `given` the names of those that stand in it, with any value."""
+    args, parser = make_parser().parse_args(words), make_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    args.given = list(vars(parser.parse_args(words)))
+    return args
+
+
 # ---- what is checked before anything is read ---------------------------------------------------------------
 
 def check(args):
@@ -372,7 +381,7 @@ def run_command(args, device):
     started = time.perf_counter()
     reading = settings_from(Reading, flags=vars(args))
     if args.answers or args.contrast:
-        contrast.check(args, make_parser().parse_args([]))
+        contrast.check(args)
         return print_lines(contrast.write_pairs(args.answers, args.contrast, args.out, reading))
     args.endpoints = endpoints_of(args.models or [], args)
     check(args)
@@ -445,7 +454,7 @@ def main():
     if sys.argv[1:2] == ["route"]:
         from aya_min import generate_route          # it needs the stages, which the other commands do not
         return generate_route.main(sys.argv[2:])
-    args = make_parser().parse_args()
+    args = parsed()
     try:
         distributed.launch(lambda device: run_command(args, device))
     except KeyboardInterrupt:
