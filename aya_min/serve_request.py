@@ -163,7 +163,8 @@ class Text:
         has_ended = self.row.finish_reason is not None              # before the ids, which come first
         if has_ended and not self.starts and self.row.prompt.num_top is None:
             # All at once, in a tenth of the time.
-            self.text, self.has_ended = self.batch.tokenizer.decode(self.row.ids).replace("\0", "\ufffd"), True
+            self.text = self.batch.tokenizer.decode(self.row.ids).replace("\0", "\ufffd")
+            self.has_ended = True
             return cut_at(self.text, self.stops), None
         for token in self.row.ids[len(self.starts):]:
             self.starts.append(len(self.text))

@@ -20,8 +20,8 @@ import torch
 from small import ROOT, language_model, tokenizer
 
 import generate as generate_command
-from aya_min import serve, serve_request, weights
-from aya_min.sampling import Row, answer_rows, cut_at, generate
+from aya_min import serve, weights
+from aya_min.sampling import answer_rows, cut_at, generate
 from aya_min.serve import Server, listen
 from aya_min.serve_batch import Batch, Request
 from aya_min.serve_request import Text
@@ -219,7 +219,8 @@ def test_log_probs_are_the_models_at_temperature_1(temperature, port, model):
     for entry, token, row in zip(entries, text_ids, logps):
         assert entry["logprob"] == pytest.approx(row[token].item(), abs=1e-4)
         likely = row.topk(4)
-        assert [e["logprob"] for e in entry["top_logprobs"]] == pytest.approx(likely.values.tolist(), abs=1e-4)
+        got = [e["logprob"] for e in entry["top_logprobs"]]
+        assert got == pytest.approx(likely.values.tolist(), abs=1e-4)
         assert [e["token"] for e in entry["top_logprobs"]] == [
             tokenizer().decode([i]) or tokenizer().bpe.id_to_token(i) for i in likely.indices.tolist()]
     whole = bytes(b for entry in entries for b in entry["bytes"] or ())
@@ -229,8 +230,8 @@ def test_log_probs_are_the_models_at_temperature_1(temperature, port, model):
 def test_system_turns_earlier_turns_and_parts_are_what_the_template_writes(port, model):
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "red?"},
                 {"role": "assistant", "content": "blue"}, {"role": "user", "content": "two"}]
-    parts = [{**m, "content": [{"type": "text", "text": part} for part in (m["content"][:2], m["content"][2:])]}
-             if m["role"] == "user" and len(m["content"]) > 3 else m for m in messages]
+    halves = [{"type": "text", "text": "re"}, {"type": "text", "text": "d?"}]
+    parts = [{**m, "content": halves} if m["content"] == "red?" else m for m in messages]
     [[own]] = answer_rows(model, tokenizer(), [{"prompt_messages": messages}], 1, 16, temperature=0)
     for said in (messages, parts, [{**messages[0], "role": "developer"}, *messages[1:]]):
         [choice] = ask(port, messages=said, max_tokens=16, temperature=0)["choices"]
@@ -259,8 +260,8 @@ def test_requests_at_once_are_answered_as_each_alone(port):
 
 
 def test_a_request_joins_the_batch_while_another_runs_and_gives_its_row_back(model):
-    def request(prompt, limit, **more):
-        return Request(tokenizer().encode_prompt(prompt), 1, limit, (0, 0, 1.0, 0.0), 0, (), None, True, **more)
+    def request(prompt, limit):
+        return Request(tokenizer().encode_prompt(prompt), 1, limit, (0, 0, 1.0, 0.0), 0, (), None, True)
     batch = Batch("m", model, tokenizer(), 2, 400)
     first, second, third = request("red?", 30), request(PROMPTS[3], 8), request("two", 20)
     with torch.inference_mode():
@@ -444,7 +445,8 @@ HEAD = b"POST /v1/chat/completions HTTP/1.1\r\n"
 NONSENSE = {
     b"hello\r\n\r\n": 400, b"\x16\x03\x01\x02\x00\r\n\r\n": 400, b"GET / HTTP/1.1\r\nno colon\r\n\r\n": 400,
     b"GET / HTTP/1.1\r\nA: " + b"x" * 40_000 + b"\r\n\r\n": 431, HEAD + b"\r\n": 411,
-    HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n": 411, HEAD + b"Content-Length: 9999999999\r\n\r\n": 413,
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n": 411,
+    HEAD + b"Content-Length: 9999999999\r\n\r\n": 413,
     HEAD + b"Content-Length: -1\r\n\r\n": 400, HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n": 400,
     HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n": 413,
     HEAD + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}": 100}
@@ -542,7 +544,8 @@ def test_a_fault_of_ours_ends_the_requests_with_an_error_and_the_server_goes_on(
         for stream in (False, True):
             status, _, body = post(port, max_tokens=9, temperature=0, stream=stream)
             data = events_of(body)[-1] if stream else body
-            assert status == (200 if stream else 500) and "RuntimeError" in json.loads(data)["error"]["message"]
+            assert status == (200 if stream else 500)
+            assert "RuntimeError" in json.loads(data)["error"]["message"]
         assert ask(port, max_tokens=9, temperature=0)["choices"] and in_use(port) == (0, 0)
     shown = capfd.readouterr().err
     assert "RuntimeError: no memory to step" in shown and "RuntimeError: no memory to prefill" in shown
@@ -560,8 +563,9 @@ def folder(tmp_path_factory, model):
 @contextmanager
 def command(*words, **options):
     """generate.py --serve as a process of its own. Yields it and its port."""
-    child = subprocess.Popen([sys.executable, ROOT / "generate.py", *map(str, words), "--serve", "--port", "0"],
-                             stderr=subprocess.PIPE, text=True, **options)
+    child = subprocess.Popen(
+        [sys.executable, ROOT / "generate.py", *map(str, words), "--serve", "--port", "0"],
+        stderr=subprocess.PIPE, text=True, **options)
     try:
         for line in child.stderr:
             if found := re.match(r"serves (.*) at http://127.0.0.1:(\d+)/ \(Ctrl-C ends it\)", line):
@@ -627,13 +631,15 @@ def test_the_openai_client_talks_to_it(port, model):
     assert [c.message.content for c in got.choices] == [own["completion"]] * 2
     assert got.usage.completion_tokens == 2 * len(own["ids"])
     assert len(got.choices[0].logprobs.content[0].top_logprobs) == 2
-    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    chunks = list(client.chat.completions.create(**asked, stream=True,
+                                                 stream_options={"include_usage": True}))
     said = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert said == own["completion"] and chunks[-1].usage.completion_tokens == len(own["ids"])
     with pytest.raises(openai.NotFoundError, match="no model 'x' here"):
         client.chat.completions.create(**{**asked, "model": "x"})
     with pytest.raises(openai.BadRequestError, match="tools"):
         client.chat.completions.create(**asked, tools=[{"type": "function", "function": {"name": "f"}}])
-    with client.chat.completions.create(**{**asked, "max_tokens": MANY, "temperature": 1}, stream=True) as stream:
+    endless = {**asked, "max_tokens": MANY, "temperature": 1}
+    with client.chat.completions.create(**endless, stream=True) as stream:
         next(iter(stream))
     until(lambda: in_use(port) == (0, 0), 10)
