@@ -3,12 +3,14 @@ second of decoding beside transformers' generate and beside the memory's bandwid
 
     python tests/bench/gpu_speed.py train --model tiny-aya [--layers 12] [--tokens 8192] [--steps 8]
     python tests/bench/gpu_speed.py generate --model aya-expanse-8b [--layers 8] [--batches 1 64] [--theirs]
+        [--eager] [--kernels]
 
 Weights are drawn at random. train: rows of about --row tokens, 2 rows in a micro-batch, bf16, packed,
 compiled, every block recomputed, fp32 master weights and Adam; medians of the steps after the third.
 generate: bf16, prompts of 128 tokens and 128 new ones, greedy; each batch once before the clock, for the
 compiler. "floor" is the time in which a copy on this device moves the bytes of all weights.
---layers: as many as this of the model's layers.
+--layers: as many as this of the model's layers. --eager: the recorded step is not compiled. --kernels: where
+a step's time on the device goes.
 """
 
 import argparse
@@ -101,6 +103,8 @@ def train(args):
 
 
 def decode(args):
+    if args.eager:
+        torch.compile = lambda function, **options: function
     model = drawn(args.model, args.layers, torch.bfloat16).eval()
     rate, num_bytes = bandwidth(), 2 * sum(p.numel() for p in model.parameters())
     floor = num_bytes / rate
@@ -128,6 +132,13 @@ def decode(args):
         seconds, _ = min((timed(ours) for _ in range(2)), key=lambda pair: pair[0])
         line = (f"batch {batch:4}: {batch * new / seconds:9,.0f} tokens/s, {1000 * seconds / new:6.2f} ms a "
                 f"step ({seconds / new / floor:.2f} of the floor); the first call took {first:.1f} s")
+        if args.kernels:
+            with torch.profiler.profile() as profiler:
+                ours()
+            events = sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)[:10]
+            whole = sum(e.self_device_time_total for e in profiler.key_averages())
+            print("\n".join(f"    {e.self_device_time_total / whole:6.1%} {e.count:6} x {e.key[:90]}"
+                            for e in events))
         if theirs:
             on_device = ids.to(DEVICE)
 
@@ -149,7 +160,8 @@ def main():
     parser.add_argument("--row", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--theirs", action="store_true")
+    for flag in ("--theirs", "--eager", "--kernels"):
+        parser.add_argument(flag, action="store_true")
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}")
