@@ -8,6 +8,11 @@ One connection is one request ("Connection: close"), so that nothing of one can 
 loop reads and writes them all, and one thread owns the models (serve_batch.py). Whatever a client does costs
 a bounded time and space: the head, the body, the number of connections and of open answers, and the waits for
 a client that neither sends nor reads. When connections run out, the oldest that has not asked yet is closed.
+A client that closes its half of the connection has gone: nothing tells it from one that leaves.
+
+Pages of every site may ask and read the answers (Access-Control-Allow-Origin: *): a page that is open in a
+browser which reaches this address can use the models, but nothing else, as there are no files, accounts or
+conversations here. For the same reason nothing checks the Host. Put a proxy in front where that is too much.
 """
 
 import asyncio
@@ -308,7 +313,8 @@ class Server:
             self.news[reply.request].clear()
         if reply.request.error:
             raise Refused(reply.request.error, 500)
-        await respond(writer, 200, reply.whole())
+        # In a thread: many answers with log-probs take their time.
+        await respond(writer, 200, await asyncio.to_thread(lambda: dumps(reply.whole()).encode()))
 
     async def stream(self, reply, writer, with_usage):
         """Errors too are events once the head has been sent."""
