@@ -233,10 +233,10 @@ def test_games_that_are_too_long_are_unjudged_and_counted_by_kind(tmp_path, fold
 def test_a_recipes_judge_that_can_read_no_question_is_refused_before_any_work(tmp_path, folders):
     save(tmp_path / "short", language_model(), tokenizer())
     rows = [{"prompt_messages": [{"role": "user", "content": "eins"}], "prompt_where": "p.jsonl:1"}]
-    for folder, message in ((str(tmp_path / "short"), "p.jsonl:1: .*--judge-max-new-tokens"),
-                            (folders["rm"], "a reward model, which follows no protocol")):
+    for folder, said in ((str(tmp_path / "short"), "p.jsonl:1: .*--judge-max-new-tokens"),
+                         (folders["rm"], "a reward model, which follows no protocol")):
         about = Judging(folder, "scores", None, max_new_tokens=64, too_long="skip")
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=said):
             check_judge_fits(about, rows)
     check_judge_fits(about._replace(judge=folders["judge"]), rows)
 

@@ -374,7 +374,7 @@ def test_a_model_that_only_reasons_ends_the_work_before_all_is_spent(asked):
     (302, {}, b"", "it sends on to elsewhere")])
 def test_a_wrong_key_model_or_url_stops_at_once_with_one_line(status, headers, data, says, asked):
     said, waits, server = asked(lambda body, times: (status, headers, data), *"abcdefgh")
-    assert said.startswith(f"127.0.0.1:") and f"/m: HTTP {status}: " in said and says in said
+    assert said.startswith("127.0.0.1:") and f"/m: HTTP {status}: " in said and says in said
     assert not waits and len(server.asked) <= 2
 
 

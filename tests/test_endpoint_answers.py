@@ -1,7 +1,6 @@
 """Endpoints among the teachers of generate.py and of the recipe: flags, keys, resume, what is counted."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -132,9 +131,10 @@ def test_what_an_endpoint_cannot_be_asked_for_is_refused_before_it_is_asked(flag
 
 
 @pytest.mark.parametrize("words, says", [
-    ("--model URL --prompts prompts.jsonl --out out.jsonl", "--model and --chat take model folders"),
-    ("--model URL --prompt x", "--model and --chat take"),
-    ("--models A URL --chat", "--chat take model folders"),
+    ("--model URL --prompts prompts.jsonl --out out.jsonl", "--model, --chat and --serve take model folders"),
+    ("--model URL --prompt x", "--model, --chat and --serve take"),
+    ("--models A URL --chat", "--serve take model folders"),
+    ("--models A URL --serve", "--serve take model folders"),
     ("--models URL --route random --prompts prompts.jsonl --out out.jsonl", "no tokenizer to count lengths"),
     ("--models A http://h/v1 --route random --prompts prompts.jsonl --out o.jsonl", "no model is named"),
     ("--models A --route random --prompts prompts.jsonl --out o --concurrency 2", "goes with an endpoint"),

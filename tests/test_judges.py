@@ -1,6 +1,5 @@
 """Judges that are language models: protocols, two games, what is unjudged, the figures out of verdicts."""
 
-import json
 import math
 import random
 from collections import Counter
@@ -8,20 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from small import language_model, reward_model, tokenizer
 
-from aya_min import evaluate_judges, judges
-from aya_min.command import guarded
-from aya_min.evaluate import main, win_rate_table
-from aya_min.evaluate_leaderboard import against, board, met_pairs, order_of, page_of, strengths
-from aya_min.files import jsonl
+from aya_min.evaluate import win_rate_table
 from aya_min.journal import Journal
 from aya_min.judges import (LABELS, SPELLED, conversation, is_answer, judge, read_label, read_scores,
                             verdict_rows)
 from aya_min.judges_rates import (FEATURES, about_judge, compared, controlled, fit, rates, style_differences,
                                   style_of, value_of, weighted)
-from aya_min.weights import save
-from aya_min.world import gold_answer, make_question
 
 
 def rows_of(texts, language="en"):
