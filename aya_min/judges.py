@@ -294,11 +294,11 @@ def endpoint_judge(about):
 
         def ask(conversations, attempt, keep):
             nonlocal answered
-            groups = distributed.from_main(lambda: ask_endpoint(
+            groups = distributed.patiently(lambda: distributed.is_main() and ask_endpoint(
                 about.endpoint, conversations, max_new_tokens=about.max_new_tokens,
                 temperature=about.heat(attempt), seed=about.seed + attempt, concurrency=about.concurrency,
                 numbers=list(map(number_of, conversations)), answered=answered, progress="verdicts",
-                kept=lambda i, group: keep(i, as_kept(group[0]))))
+                kept=lambda i, group: keep(i, as_kept(group[0]))))[0]
             answers = [as_kept(answer) for (answer,) in groups]
             answered += sum(answer["completion"] is not None for answer in answers)
             return answers

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -14,7 +15,8 @@ import generate
 import train
 from aya_min import config, endpoint_answers, pipeline, pipeline_steps, weights
 from aya_min.endpoint import Endpoint
-from aya_min.endpoint_answers import answer_rows, endpoints_of, extra_fields, tally, tally_line
+from aya_min.endpoint_answers import (answer_rows, endpoints_of, extra_fields, share, tally,
+                                      tally_line)
 from aya_min.files import write_jsonl
 from aya_min.journal import Journal
 from aya_min.pipeline_checks import teacher_name
@@ -302,6 +304,27 @@ def refused_on_a_rank(url, folder):
         ask_on_a_rank(url, folder)
     except ValueError as found:
         return str(found)
+
+
+@pytest.mark.long
+def test_a_rank_may_wait_for_another_longer_than_in_a_collective(tmp_path):
+    """It was taken for dead: half an hour of answers, which the other rank still waits for, ended the run."""
+    def slow(body, times):
+        if body["messages"][-1]["content"] == "zwei":
+            time.sleep(9)
+        return shout(body, times)
+    with Server(slow) as server:
+        first, second = on_ranks(2, ask_on_a_rank, server.url + "#m", tmp_path / "two", timeout=5)
+    assert first == second and [answer["completion"] for [answer] in first][0] == "zwei!"
+
+
+@pytest.mark.parametrize("concurrency, ranks", [(1, 1), (8, 3), (3, 2), (1, 2), (2, 4)])
+def test_the_ranks_together_ask_as_much_at_a_time_as_is_said_and_every_question_once(concurrency, ranks):
+    """--concurrency 1 on two ranks asked two questions at a time."""
+    parts = [share(list(range(10)), concurrency, rank, ranks) for rank in range(ranks)]
+    assert sum(threads for threads, _ in parts) == concurrency
+    assert sorted(i for _, items in parts for i in items) == list(range(10))
+    assert all(bool(items) == bool(threads) for threads, items in parts)
 
 
 def test_a_wrong_key_is_refused_by_all_ranks(tmp_path):
