@@ -324,9 +324,9 @@ def gather_objects(items):
 
 
 def patiently(work, every=1.0):
-    """[what work() returns on rank 0, on rank 1, ...] on every rank. A collective for work of which a rank may
-    wait for another for hours, longer than in any collective: work runs in a thread, and the ranks meet every
-    so many seconds until all are done.
+    """[what work() returns on rank 0, on rank 1, ...] on every rank. A collective for work that may take one
+    rank hours longer than another, more than a collective waits: work runs in a thread, and the ranks meet
+    every so many seconds until all are done.
 
     A ValueError or OSError of one rank ends it on all.
     """

@@ -239,6 +239,18 @@ def test_why_a_game_is_unjudged_is_counted_by_kind_and_a_missing_answer_is_no_em
     assert rows[1]["finish_reason"] == ["length", "length"] and rows[2]["game"] == 1
 
 
+@pytest.mark.parametrize("reason", ["length", "content_filter"])
+def test_a_label_in_a_text_that_was_cut_is_no_verdict(reason):
+    """A judge that was cut while it weighed [[A>B]] against the others was taken to have said it."""
+    tries = Counter()
+
+    def ask(conversations, attempt, keep):
+        tries[attempt] += len(conversations)
+        return [said("if [[A>B]]", reason) if attempt == 0 else said("[[B>A]]") for _ in conversations]
+    found = verdicts_of(["mine"], ["theirs"], ask)
+    assert tries == {0: 2, 1: 2} and [game["label"] for game in found[0]["games"]] == ["B>A"] * 2
+
+
 def test_equal_conversations_are_asked_once():
     calls = []
     verdicts_of(["same"] * 3, ["same"] * 3, judge_by(lambda q, a, b: "[[A>B]]", calls))
