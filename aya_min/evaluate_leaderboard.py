@@ -176,8 +176,9 @@ def leaderboard(args, reading):
 
     def texts_of(sides, games, judge, said=(), **more):
         models = {name: {"path": str(path)} | averages(rows) for name, path, rows in zip(names, paths, sides)}
+        said = [*said, *(apart(games, names) if baseline is None else [])]
         result = {"judge": judge, "baseline": None if baseline is None else names[baseline], "models": models,
-                  **board(games, names, baseline), "warnings": [*said, *(apart(games, names) if baseline is None else [])], **more}
+                  **board(games, names, baseline), "warnings": said, **more}
         return {out: dumps(result, indent=1) + "\n", page: page_of(result)}
 
     def make(verdicts):

@@ -243,8 +243,8 @@ def why_unjudged(game):
 
 
 def used(verdicts):
-    """{"models_returned": {name: replies}, "usage": {kind of tokens: number}} of an endpoint's verdicts, {} of
-    other judges. What was asked once counts once."""
+    """{"models_returned": {name: replies}, "usage": {kind of tokens: number}} of an endpoint's verdicts, {}
+    of other judges. What was asked once counts once."""
     tries = {id(each): each for v in verdicts for game in v["games"] for each in game["tries"]
              if "usage" in each}
     usage, models = Counter(), Counter(each["model"] for each in tries.values())
