@@ -215,8 +215,7 @@ def warnings(found, sides):
     games = sum(found["unjudged"].values())
     if games:
         why = ", ".join(f"{reason} {n}" for reason, n in found["unjudged"].items())
-        said.append(f"{games} of {found['games']} games are unjudged ({why}); the bounds say what they could "
-                    "change")
+        said.append(f"{games} of {found['games']} games are unjudged ({why}); none counts as lost")
     return said
 
 

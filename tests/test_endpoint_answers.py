@@ -1,6 +1,7 @@
 """Endpoints among the teachers of generate.py and of the recipe: flags, keys, resume, what is counted."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import types
 
 import pytest
 from bad_server import KEY, Server, error, message, reply
-from small import CPU, ROOT, language_model, on_ranks, reward_model, tokenizer
+from small import CPU, ROOT, TORCHRUN, language_model, on_ranks, reward_model, tokenizer
 
 import generate
 import train
@@ -410,6 +411,29 @@ def test_the_recipe_looks_at_its_endpoints_before_any_work(url, says, own, here,
     assert (code, out) == (2, "") and says in err[-1] and not (here / "run").exists(), err
     code, out, err = in_process(train, *own, "--concurrency", "2")
     assert code == 2 and "--concurrency goes with an endpoint" in err[-1]
+
+
+@pytest.mark.long
+def test_a_recipe_on_two_ranks_that_is_killed_asks_only_for_what_is_missing(own, here):
+    def answered():
+        lines = [line for path in here.glob("run/data/answers-2/*.jsonl") for line in path.open()]
+        return {"wort " + json.loads(line)[0].split()[1] for line in lines if line.endswith("\n")}
+    with Server(of_recipe) as server:
+        words = [sys.executable, *TORCHRUN, ROOT / "train.py", *own, server.url + "#m", "--concurrency", "2"]
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(answered()) < 20 and process.poll() is None:
+            time.sleep(0.01)
+        ranks = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
+        for pid in [process.pid, *map(int, ranks)]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+        kept = answered()
+        assert 20 <= len(kept) < 60 and len(ranks) == 2
+        first = len(server.asked)
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert set(server.questions[first:]) == {f"wort {i}" for i in range(64)} - kept
+    assert_no_key(here / "run", done.stdout, done.stderr)
 
 
 @pytest.mark.long
