@@ -343,18 +343,18 @@ class Engine:
 
     def capture(self):
         """Record one step of all slots over the whole cache as a CUDA graph. Its shapes never change, so
-        nothing is compiled or recorded again."""
+        nothing is recorded again. Compiled, the step would be slower: Inductor copies what is written into
+        the cache (LOG.md)."""
         self.look_at(self.slots, self.max_tokens)
-        step = torch.compile(self.decode, dynamic=False)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                step(self.slots, self.max_tokens)
+                self.decode(self.slots, self.max_tokens)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.output = step(self.slots, self.max_tokens)
+            self.output = self.decode(self.slots, self.max_tokens)
         self.graph = graph
 
     def step(self, n, longest):
@@ -368,7 +368,6 @@ class Engine:
         else:
             T = min(round_up(longest), self.max_tokens)
             self.fused.patience.begin()
-            # Lighter than no_grad, but torch.compile refuses it.
             with torch.inference_mode():
                 self.look_at(n, T)
                 made = self.decode(n, T)

@@ -232,7 +232,8 @@ def generate(model, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, 
     numbers: the request number of each prompt (default its index); with `seed` it fixes the random numbers.
     batch_size: rows decoded together. progress: the text of a tqdm bar on rank 0, or None for no bar.
     on_done(i, completions) is called as soon as all samples of prompt i are finished, on_ready() when the
-    engine has been built (on a GPU: compiled). name, places: what messages call the model and each prompt.
+    engine has been built (on a GPU: its step recorded). name, places: what messages call the model and each
+    prompt.
     """
     check_sampling(temperature, top_k, top_p, min_p)
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)

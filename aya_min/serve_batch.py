@@ -20,8 +20,8 @@ from .distributed import say
 from .engine import Engine, Fused, choose
 from .sampling import PREFILL_TOKENS, Row, free_slots, next_group, not_finite, stop_test, uniforms_of
 
-# Seconds between two pieces of a streamed answer, and the pieces that all answers together get in a second. To
-# send each token by itself takes the model's thread its time: Python runs one thread at once.
+# Seconds between two pieces of a streamed answer, and the pieces that all answers together get in a second.
+# To send each token by itself takes the model's thread its time: Python runs one thread at once.
 PIECE_SECONDS, PIECES_PER_SECOND = 0.05, 500
 
 

@@ -14,6 +14,7 @@ of the same files (tests/test_transformers.py computes the score this way):
 where h_end is the last hidden state (after the norm) of the last token.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -44,6 +45,12 @@ LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 # The files that `save` writes anew instead of copying them.
 WRITTEN = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", *FILES}
+
+
+def name_of(folder):
+    """The name of a model folder, or of the run folder that holds it."""
+    path = Path(os.path.abspath(folder))
+    return path.name if path.name != "model" else path.parent.name
 
 
 def read_config(folder):

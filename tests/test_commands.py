@@ -219,7 +219,7 @@ GENERATE_MISTAKES = {
     "--model A --chat --port 8000": "--host, --port and --max-length go with --serve",
     "--model A --serve --port 99999": "argument --port: '99999' must be a whole number",
     "--model A --serve --host no.host.of.ours.invalid": "--host no.host.of.ours.invalid --port 8000: ",
-    "--model A --serve --port 0 --max-length 513": "--max-length 513: A has 512 positions",
+    "--model A --serve --port 0 --max-length 513": "A has 512 positions",
     "--model A --serve --port 0 --batch-size 100000000": "are free; lower --batch-size to ",
     "--model RM --serve": "a reward model cannot generate",
     "--models A B --serve --arbiter RM": "--arbiter, --pairs and --table go with",

@@ -16,6 +16,16 @@ from aya_min.sampling import answer_rows, generate
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = torch.device("cuda")
 WINDOWS = dict(model_type="cohere2", sliding_window=16, num_hidden_layers=4, logit_scale=0.25)
+_SLIDES = dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=16)
+FAMILIES = {"cohere": {}, "cohere2": WINDOWS,
+            "llama": dict(model_type="llama", tie_word_embeddings=False, rope_scaling={
+                "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32}),
+            "qwen2": dict(model_type="qwen2"), "qwen3": dict(model_type="qwen3", head_dim=16),
+            "mistral": dict(model_type="mistral", sliding_window=16),
+            "gemma2": dict(_SLIDES, model_type="gemma2"),
+            "gemma3": dict(_SLIDES, model_type="gemma3_text", sliding_window_pattern=2)}
+each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,19 +50,24 @@ def test_a_stage_takes_the_steps_that_it_takes_on_the_cpu(stage, changes, world,
     same_steps(expected, found, 1e-3 if stage == "rl" else 2e-4)
 
 
-@pytest.mark.parametrize("architecture", [{}, WINDOWS], ids=["full", "windows"])
-@pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])
-def test_bfloat16_without_padding_is_bfloat16_with_it_and_near_fp32(stage, architecture, world, tmp_path):
+@each_family
+def test_a_family_takes_the_steps_that_it_takes_on_the_cpu(family, world, tmp_path):
+    expected = logged(run("dpo", world, tmp_path / "cpu", architecture=FAMILIES[family]))
+    found = logged(run("dpo", world, tmp_path / "cuda", device=CUDA, architecture=FAMILIES[family]))
+    same_steps(expected, found, 5e-4)
+
+
+@pytest.mark.parametrize("stage, family", [("reward", "cohere"), *(("dpo", family) for family in FAMILIES)])
+def test_bfloat16_without_padding_is_bfloat16_with_it_and_near_fp32(stage, family, world, tmp_path):
     """Packed rows go through variable-length attention, which a CPU does not have."""
-    def first(name, **changes):
-        row, = logged(run(stage, world, tmp_path / name, device=CUDA, compile=False, max_steps=1,
-                          architecture=architecture, **changes))
-        return [row]
+    def first(name, compile=False, **changes):
+        return logged(run(stage, world, tmp_path / name, device=CUDA, compile=compile, max_steps=1,
+                          architecture=FAMILIES[family], **changes))
     exact, padded = first("fp32"), first("padded", dtype="bfloat16")
     packed = first("packed", dtype="bfloat16", packing=True)
     same_steps(exact, padded, 0.05)
     same_steps(padded, packed, 0.05)
-    same_steps(exact, first("compiled", dtype="bfloat16", packing=True), 0.05)
+    same_steps(exact, first("compiled", None, dtype="bfloat16", packing=True), 0.05)
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(cpu_offload=True)], ids=["on the GPU", "offloaded"])
@@ -83,15 +98,15 @@ def test_a_resumed_run_takes_the_steps_of_one_that_never_stopped(stage, world, t
     same_steps(expected, logged(run(stage, world, tmp_path / "stopped", resume=True, **settings)), 1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(use_qk_norm=True, tie_word_embeddings=False), WINDOWS], ids=str)
-@pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=0.7, num_samples=2),
+@each_family
+@pytest.mark.parametrize("settings", [dict(temperature=0, num_samples=2),
                                       dict(temperature=0.7, top_p=0.9, batch_size=3)], ids=str)
-def test_the_engine_answers_as_on_the_cpu(changes, settings, world):
+def test_the_engine_answers_as_on_the_cpu(family, settings):
     rng = torch.Generator().manual_seed(0)
     prompts = [torch.randint(13, tokenizer().vocab_size, (n,), generator=rng).tolist()
                for n in (5, 100, 1, 40, 7, 2, 17, 64)]
     settings = dict(max_new_tokens=24, stop_ids=[20, 30, 40], seed=1) | settings
-    model = language_model(**changes)
+    model = language_model(**FAMILIES[family])
     expected = generate(model, prompts, **settings)
     found = generate(model.to(CUDA), prompts, **settings)
     assert [[c.ids for c in group] for group in found] == [[c.ids for c in group] for group in expected]
@@ -101,11 +116,11 @@ def test_the_engine_answers_as_on_the_cpu(changes, settings, world):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, WINDOWS], ids=["full", "windows"])
-def test_in_bfloat16_the_log_probs_are_those_of_the_plain_forward(changes):
-    model = language_model(**changes).to(CUDA, torch.bfloat16)
+@each_family
+def test_in_bfloat16_the_log_probs_are_those_of_the_plain_forward(family):
+    model = language_model(**FAMILIES[family]).to(CUDA, torch.bfloat16)
     prompts = [list(range(20, 20 + n)) for n in (3, 30, 90)]
-    exact = language_model(**changes).to(CUDA)
+    exact = language_model(**FAMILIES[family]).to(CUDA)
     for prompt, [c] in zip(prompts, generate(Fused(model), prompts, max_new_tokens=20, temperature=1.0)):
         logits = exact(torch.tensor([prompt + c.ids], device=CUDA))[0].float().log_softmax(-1)
         at = torch.arange(len(prompt) - 1, len(prompt) + len(c.ids) - 1, device=CUDA)

@@ -32,7 +32,8 @@ FLOORS = [
     # 5: what is done with a model or with folders
     {"arbitrage", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report", "reward",
      "sampling", "weights", "world_data", "world_translation"},
-    # 6: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, requests batched
+    # 6: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
+    # batch
     {"chat", "contrast", "evaluate_answers", "judges", "kto", "pipeline_checks", "reference", "runs",
      "serve_batch"},
     # 7: samples of the policy as batches, what judges say, what a client of the server asks

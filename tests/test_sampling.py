@@ -2,7 +2,6 @@
 gets, whoever else is in the batch.
 And the scores of a reward model, which must not depend on the batch either."""
 
-import shutil
 import time
 
 import numpy as np
@@ -287,22 +286,6 @@ def test_fixed_shapes_with_idle_rows_give_the_same_answers(changes, prompts, mon
     expected = generate(model, prompts, **settings)
     monkeypatch.setattr(sampling, "Engine", AsOnGPU)
     assert generate(model, prompts, **settings) == expected
-
-
-@pytest.mark.long
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
-def test_the_compiled_step_of_a_cuda_graph_gives_the_same_answers(model, prompts, monkeypatch):
-    """It once ran in inference mode, which torch.compile refuses; a GPU would have been the first to tell."""
-    class Compiled(AsOnGPU):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.decode = torch.compile(self.decode, dynamic=False)
-    monkeypatch.setattr("aya_min.engine.PACK_BYTES", 0)
-    settings = dict(max_new_tokens=8, temperature=0.7, stop_ids=[20, 30, 40], batch_size=5)
-    expected = generate(language_model(num_hidden_layers=1), prompts, **settings)
-    monkeypatch.setattr(sampling, "Engine", Compiled)
-    compiled = generate(language_model(num_hidden_layers=1), prompts, **settings)
-    assert [[c.ids for c in g] for g in compiled] == [[c.ids for c in g] for g in expected]
 
 
 class Counting(Engine):

@@ -367,9 +367,14 @@ def functions_of(path, names=None):
     return [node for node in tree.body if getattr(node, "name", None) in names] if names else [tree]
 
 
+# Rooms that read the flags of endpoints and judges, wherever these stand.
+OF_ANY_COMMAND = ["aya_min/endpoint_answers.py", "aya_min/evaluate_judges.py"]
+
+
 def read_in(trees):
     """The attributes that some code reads, and the texts in it, of which lists of names of arguments are
     made."""
+    trees = trees + sum(map(functions_of, OF_ANY_COMMAND), [])
     nodes = [node for tree in trees for node in ast.walk(tree)]
     attributes = [
         node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
