@@ -22,7 +22,7 @@ from .families import NORMS
 from .linear import Linear, linear
 from .model_config import ModelConfig
 from .norms import norm_of
-from .rope import rotary, rotate
+from .rope import growth, rotary, rotate
 from .token_logps import capped, sum_by_row, token_logps
 
 
@@ -130,11 +130,11 @@ class Attention(nn.Module):
         # None is D^-1/2.
         self.scale = config.softmax_scale if config.query_pre_attn_scalar else None
 
-    def forward(self, x, cos=None, sin=None, mask=None, line=None):
+    def forward(self, x, cos=None, sin=None, mask=None, line=None, grown=None):
         """x (B, T, hidden_size), or (N, hidden_size) with a Line -> the same shape.
 
         cos, sin: of rotary(), None in a layer without rotary embeddings.
-        mask: (T, T) of window_mask(), or None for plain causal attention.
+        mask: (T, T) of window_mask(), or None for plain causal attention. grown: of growth().
         """
         q = self.q_proj(x).unflatten(-1, (self.H, self.D))
         k = self.k_proj(x).unflatten(-1, (self.K, self.D))
@@ -143,6 +143,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None:
             q, k = rotate(q, cos, sin, self.interleaved), rotate(k, cos, sin, self.interleaved)
+        if grown is not None:
+            q = q * grown.to(q.dtype)
         if line and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not self.cap:
             return self.o_proj(line.attend(q, k, v, self.window, self.scale).flatten(-2))
         if line:
@@ -189,11 +191,12 @@ class Block(nn.Module):
         self.self_attn = Attention(config, window)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos=None, sin=None, mask=None, line=None):
+    def forward(self, x, *inputs):
+        """x and the inputs are those of Attention."""
         h = self.input_layernorm(x)
         if self.kind == "parallel":
-            return x + self.self_attn(h, cos, sin, mask, line) + self.mlp(h)
-        h = self.self_attn(h, cos, sin, mask, line)
+            return x + self.self_attn(h, *inputs) + self.mlp(h)
+        h = self.self_attn(h, *inputs)
         if self.kind == "sequence":
             x = x + h
             return x + self.mlp(self.post_attention_layernorm(x))
@@ -235,7 +238,9 @@ class Decoder(nn.Module):
         line = Line(lengths, T, repeats) if packing and lengths is not None else None
         positions = torch.arange(T, device=x.device)[None]
         angles = {theta: rotary(config, positions, theta) for theta in config.ropes}    # 2 x (1, T, 1, D/2)
+        grown = growth(config, positions)                                   # (1, T, 1, 1) or None
         if line:
+            grown = None if grown is None else grown[0, line.positions]     # (N, 1, 1)
             x = line.pack(x)                                                # (N, hidden_size)
             angles = {theta: [each[0, line.positions] for each in both]     # 2 x (N, 1, D/2)
                       for theta, both in angles.items()}
@@ -243,7 +248,7 @@ class Decoder(nn.Module):
         every = self.activation_checkpointing if self.training else 0
         for i, block in enumerate(self.layers):
             cos, sin = angles.get(config.rope(i), (None, None))
-            inputs = (cos, sin, mask if config.window(i) else None, line)
+            inputs = (cos, sin, mask if config.window(i) else None, line, grown)
             if every and i % every == 0:
                 x = checkpoint(block, x, *inputs, use_reentrant=False)
             else:
@@ -327,7 +332,7 @@ class RewardModel(nn.Module):
 
 class SequenceClassifier(RewardModel):
     """The usual reward model, transformers' ForSequenceClassification with one label: w . h_end alone. The
-    end is the last token that is not padding."""
+    end is the last token that is not config.pad_token_id, even if that token ends the text."""
     task = "ForSequenceClassification"
 
     def __init__(self, config):
@@ -339,7 +344,12 @@ class SequenceClassifier(RewardModel):
     def forward(self, input_ids, lengths, mask, repeats=None):
         """Scores (B,) in fp32, and None in place of log-probs."""
         x = self.model(input_ids, lengths, repeats)
-        ends = x[torch.arange(len(x), device=x.device), lengths - 1]        # (B, hidden_size)
+        places = torch.arange(input_ids.shape[1], device=x.device)
+        is_text = places < lengths[:, None]                                 # (B, T)
+        if self.config.pad_token_id is not None:
+            is_text &= input_ids != self.config.pad_token_id
+        last = (places * is_text).amax(1)                                   # (B,)
+        ends = x[torch.arange(len(x), device=x.device), last]               # (B, hidden_size)
         return F.linear(ends.float(), self.score.weight.float())[:, 0].clone(), None
 
 

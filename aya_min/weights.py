@@ -155,6 +155,8 @@ def load_meta(folder, trunk=False):
     with torch.device("meta"):
         build = RewardModel if trunk is True else trunk or model_class
         found, model = model_class(config), build(config)
+    if isinstance(model, SequenceClassifier) and model_class is not SequenceClassifier:
+        config.pad_token_id = tokenizer.pad_id          # which is published, see write_descriptions
     own = found.state_dict()
     alike = not config.tie_word_embeddings or stored or tensorfiles.drop_tied_head(header)
     problems = [] if alike else [
