@@ -12,8 +12,9 @@ from small import program
 from aya_min.command import guarded
 from aya_min.model_config import model_preset
 from aya_min.evaluate import main, win_rate_table
-from aya_min.evaluate_answers import grade_answers, score_answers
+from aya_min.evaluate_answers import answers_to_judge, grade_answers, score_answers
 from aya_min.evaluate_rates import bootstrap_mean, compare, join, summarize, win_rates
+from aya_min.files import write_jsonl
 from aya_min.languages import CLUSTERS, LANGUAGES, SHARED
 from aya_min.model import RewardModel, init_weights
 from aya_min.reward import score_texts
@@ -572,3 +573,10 @@ def test_a_full_disk_leaves_no_cut_file(tmp_path, capsys, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
     assert "e.json" in said and [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_empty_answers_are_counted_aloud(tmp_path, capsys):
+    rows = [{"prompt": str(i), "language": "en", "completion": text} for i, text in enumerate(["", " ", "a"])]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    assert len(answers_to_judge(tmp_path / "a.jsonl", "RM")) == 3
+    assert "2 of 3 answers are empty" in capsys.readouterr().err
