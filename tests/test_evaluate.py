@@ -490,7 +490,7 @@ def test_an_earlier_judges_verdict_is_taken_from_no_row(tmp_path, judge):
                                   {"prompt": "p", "completion": "w" * 500},
                                   {"prompt": [*TURNS[:1], {"role": "assistant", "content": "w " * 70},
                                               TURNS[2]],
-                                   "completion": ""}])
+                                   "completion": "c"}])
 def test_what_passes_the_judges_positions_is_refused_before_work_or_left_unjudged_or_cut(long, tmp_path,
                                                                                          judge, capsys):
     """A reward model of 1,024 positions scored 3,000 tokens, exit code 0; one of 1 MB took 2.5 GB."""
