@@ -161,10 +161,10 @@ def load_model(args, device, settings):
             return on_meta(architecture, preset), tokenizer
         return init_weights(architecture(preset), torch.Generator().manual_seed(settings.seed)), tokenizer
     trunk = None if architecture is weights.CohereForCausalLM else architecture
-    if not trunk and (kind := weights.read_config(args.model)[1]) is not weights.CohereForCausalLM:
+    kind = weights.read_config(args.model)[1]
+    if not trunk and kind is not weights.CohereForCausalLM:
         raise ValueError(f"--model {args.model}: a {weights.KINDS[kind]}; {args.command} trains language "
                          "models")
-    kind = weights.read_config(args.model)[1]
     if kind is weights.SequenceClassifier and args.command == "reward" and args.head is None:
         distributed.say(f"--model {args.model} is a classifier on the last token; --head last-token keeps it "
                         "one, without it it becomes a reward model of ours")
