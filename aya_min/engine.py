@@ -424,7 +424,10 @@ class Engine:
         if self.temperature:
             self.uniforms[slot, :len(row.uniforms)] = torch.from_numpy(row.uniforms)
 
-    def move(self, source, target):
-        """Copy a slot over another one."""
-        for tensor in (*sum(self.cache, ()), self.tokens, self.lengths, self.counts, self.uniforms):
+    def move(self, source, target, length):
+        """Copy a slot of `length` tokens over another one."""
+        for size, (keys, values) in zip(self.sizes, self.cache):
+            used = slice(min(length, size))
+            keys[target, :, used], values[target, :, used] = keys[source, :, used], values[source, :, used]
+        for tensor in (self.tokens, self.lengths, self.counts, self.uniforms):
             tensor[target] = tensor[source]

@@ -67,3 +67,24 @@ def have_more_threads_than_cores(seconds):
     """Run in a thread of its own: its first parallel region gives it a team, which it keeps until it ends."""
     torch.zeros(1 << 20).add_(1)
     time.sleep(seconds)
+
+
+def in_own_thread(work):
+    """The result of work(), which runs in a thread that ends with it, and with the thread its team.
+
+    A thread's team stays while it lives. So where one thread has loaded a model and another one runs it, the
+    process has more OpenMP threads than cores, all waits are asleep, and the model takes twice as long.
+    """
+    made = {}
+
+    def run():
+        try:
+            made["result"] = work()
+        except BaseException as error:
+            made["error"] = error
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if "error" in made:
+        raise made["error"]
+    return made["result"]

@@ -135,7 +135,7 @@ def free_slots(engine, rows, slots):
     removed = [rows[slot] for slot in slots]
     for slot in reversed(slots):
         if slot < len(rows) - 1:
-            engine.move(len(rows) - 1, slot)
+            engine.move(len(rows) - 1, slot, rows[-1].length)
             rows[slot] = rows[-1]
         rows.pop()
     return removed

@@ -33,6 +33,7 @@ from . import weights
 from .command import OUR_FAULT, printable, shortened
 from .distributed import say
 from .files import dumps
+from .patience import in_own_thread
 from .sampling import engine_size
 from .serve_batch import Batch, Worker
 from .serve_request import Refused, Reply, error_as_json, event, read_request
@@ -381,11 +382,15 @@ def serve_models(args, metas, device):
     for folder, (model, *_) in metas.items():
         plan_rows(folder, model.config, args, device)           # before any weights are read
     names = [weights.name_of(folder) for folder in metas]
-    names, batches = names if len({*names}) == len(names) else list(metas), {}
-    for name, folder in zip(names, metas):
-        model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
-        tokens, size = plan_rows(folder, model.config, args, device)
-        say(f"{name}: KV cache of {args.batch_size} rows x {tokens} tokens, {size / 1e6:,.1f} MB")
-        batches[name] = Batch(name, model, tokenizer, args.batch_size, tokens)
+    names = names if len({*names}) == len(names) else list(metas)
+    batches = in_own_thread(lambda: {name: load_batch(name, folder, args, device)
+                                   for name, folder in zip(names, metas)})
     defaults = {name: getattr(args, name) for name in DEFAULTS}
     asyncio.run(Server(batches, defaults, args.seed).run(bound))
+
+
+def load_batch(name, folder, args, device):
+    model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
+    tokens, size = plan_rows(folder, model.config, args, device)
+    say(f"{name}: KV cache of {args.batch_size} rows x {tokens} tokens, {size / 1e6:,.1f} MB")
+    return Batch(name, model, tokenizer, args.batch_size, tokens)

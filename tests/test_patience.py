@@ -1,12 +1,13 @@
 """When torch's threads are made to sleep while they wait, and when they spin again; the clock is a fake."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from aya_min import patience as module
-from aya_min.patience import PAUSES, Patience, have_more_threads_than_cores
+from aya_min.patience import PAUSES, Patience, have_more_threads_than_cores, in_own_thread
 
 
 @pytest.fixture
@@ -80,3 +81,15 @@ def test_the_sleeper_computes_nothing_that_anyone_sees_and_ends():
     state = torch.get_rng_state()
     have_more_threads_than_cores(0.0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_thread_of_its_own_ends_with_its_work_and_its_errors_are_raised():
+    before, ran = threading.active_count(), []
+
+    def fail():
+        raise ValueError("no such model")
+    assert in_own_thread(lambda: ran.append(threading.current_thread()) or 7) == 7
+    assert ran[0] is not threading.main_thread() and not ran[0].is_alive()
+    with pytest.raises(ValueError, match="no such model"):
+        in_own_thread(fail)
+    assert threading.active_count() == before

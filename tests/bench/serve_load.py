@@ -2,9 +2,10 @@
 one run.
 
     OMP_NUM_THREADS=2 python tests/bench/serve_load.py [--clients 64] [--requests 256] [--rounds 5]
+        [--wide]
 
-A 5.6M-parameter Cohere model in fp32, greedy; prompts of one to four questions of the embedded world, answers
-of at most 8 to 128 tokens. Batch generation is sampling.generate with as many rows as there are clients,
+A Cohere model of 5.6M parameters in fp32 (--wide: 34M), greedy; prompts of one to four questions of the
+embedded world, answers of at most 8 to 128 tokens. Batch generation is sampling.generate with as many rows as there are clients,
 after the model has been loaded. The server is generate.py --serve, a process of its own; each client is a
 thread of this process that asks its next request when it has an answer, whole or streamed, so that clients,
 sockets and JSON are in the server's time. An answer that is not the batch's own text is counted as lost.
@@ -39,6 +40,7 @@ from aya_min.world import questions                                 # noqa: E402
 from tests.bench.generate_speed import CONFIG                       # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
+WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_key_value_heads": 4}
 
 
 def requests(count):
@@ -95,10 +97,12 @@ def main():
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--wide", action="store_true")
     args = parser.parse_args()
     tokenizer = train_tokenizer([q["prompt"] for q in questions("train", 2400, 0)], CONFIG["vocab_size"])
     model = init_weights(CohereForCausalLM(ModelConfig(**{
-        **CONFIG, "vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.end_of_turn_id})),
+        **CONFIG, **(WIDE if args.wide else {}), "vocab_size": tokenizer.vocab_size,
+        "eos_token_id": tokenizer.end_of_turn_id})),
         torch.Generator().manual_seed(0)).eval()
     asked = requests(args.requests)
     prompts = [tokenizer.encode_prompt(prompt) for prompt, _ in asked]
