@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import distributed, stages
+from . import balance, distributed, stages
 from .config import WITH_CRITIC
 from .critic import Critic, Learner
 from .data import batches_in_order, collate, length_of
@@ -234,7 +234,7 @@ def cache_bytes(config, settings, items, ranks):
     """Bytes of one rank's KV cache in fp32 while rl samples, as in sampling.engine_size."""
     rows = min(default(answer_rows, "batch_size"), -(-settings.batch_size // ranks) * settings.num_samples)
     positions = sum(cache_sizes(config, round_up(max(map(length_of, items)))))         # of all layers
-    return rows * positions * 2 * config.num_key_value_heads * config.head_dim * 4
+    return rows * positions * 2 * config.num_heads[1] * config.head_dim * 4
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -278,6 +278,7 @@ def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, r
     """The text of --dry-run. model, reward_model: on the meta device. Without a reward model rl's is taken to
     have the policy's size."""
     stage = stages.stage_named(command)
+    balance.weights_of(settings, model)
     fitting = replace(settings, max_length=stages.fitting(settings, model))
     items = items_of(stage, fitting, data, tokenizer)
     held_out = items_of(stage, fitting, eval_data, tokenizer) if eval_data else []

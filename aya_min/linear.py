@@ -140,6 +140,21 @@ class Linear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+def grouped_linear(x, weight, ends):
+    """Each group of rows times the transpose of its own matrix.
+
+    x (M, K), the rows of the first group first; weight (E, N, K); ends (E,) int32, where each group ends ->
+    (M, N).
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):       # which does not know grouped_mm
+        x, weight = (each.to(torch.get_autocast_dtype(device)) for each in (x, weight))
+    if not is_onednn(x, weight):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([Product.apply(part, own) for part, own in zip(x.split(sizes), weight)])
+
+
 def packed(weight, bias=None):
     """x -> x W^T + bias for a weight that does not change, kept once more in oneDNN's own layout.
 
