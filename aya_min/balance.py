@@ -56,7 +56,7 @@ class Auxiliary:
             self.sent = dict(enumerate(map(distributed.sum_over_ranks, sums)))
 
     def loss(self):
-        """The part of the micro-batch that has just run forward. The parts of all micro-batches on all ranks add
+        """The part of the micro-batch that has just run forward. Those of all micro-batches on all ranks add
         up to the losses of the step."""
         total = 0.0
         for i, decoder in enumerate(self.decoders):
@@ -72,7 +72,7 @@ class Auxiliary:
         return total
 
     def logged(self):
-        """{name: value} of the whole step: the two losses, summed over layers and not weighted, and the largest
+        """{name: value} of the whole step: the two losses, summed over layers, not weighted, and the largest
         and the smallest share of the tokens that an expert of a layer has got. A collective."""
         if not self.decoders:
             return {}

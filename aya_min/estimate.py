@@ -244,6 +244,13 @@ def plain_bytes(model):
     return sum(4 * p.numel() for p in model.parameters())
 
 
+def idle_parameters(model):
+    """The number of parameters of the experts to which a token is not sent."""
+    mixture = model.config.mixture
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
+    return experts * (len(mixture.experts) - mixture.top_k) // len(mixture.experts) if mixture else 0
+
+
 def phases_of(stage, model, settings, items, held_out, step, ranks):
     """{a phase of the stage: its peak bytes on one rank}. step: {part: bytes} of a training step."""
     config = model.config
@@ -317,8 +324,10 @@ def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, r
         most = watch.most[part]
         return f", {most / 1e9:.2f} at another moment" if most > 1.05 * size + 1e7 else ""
 
+    total, idle = sum(p.numel() for p in model.parameters()), idle_parameters(model)
+    active = f", {total - idle:,} of them active for a token" if idle else ""
     return "\n".join([
-        f"{command} of {name}: {sum(p.numel() for p in model.parameters()):,} parameters"
+        f"{command} of {name}: {total:,} parameters{active}"
         f"{' and a critic of the size of the reward model' if critic_config else ''} on {ranks} ranks, "
         f"{settings.dtype}, activation checkpointing {settings.activation_checkpointing}",
         f"the largest of {share // size} micro-batches: {' x '.join(map(str, batch.mask.shape))} tokens, "

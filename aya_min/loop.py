@@ -67,8 +67,8 @@ def training_flops(config, lengths, num_supervised):
 
     Each weight costs 6 operations per token that it multiplies, and each layer 12 head_dim per head and pair
     of a query and a key that it sees. The embedding's lookup is free, and the head multiplies supervised
-    tokens only; if all are supervised, the first term is the usual 6 N per token. Of a mixture's experts those
-    count that a token is sent to; what a router computes once for all tokens does not.
+    tokens only; if all are supervised, the first term is the usual 6 N per token. Of a mixture's experts
+    those count that a token is sent to; what a router computes once for all tokens does not.
     """
     (H, K), D, hidden, mixture = config.num_heads, config.head_dim, config.hidden_size, config.mixture
     mlps = mixture.top_k + mixture.shared if mixture else 1
@@ -246,7 +246,9 @@ def made_ready(model, settings, device):
         part.model.activation_checkpointing = settings.activation_checkpointing
         if settings.compile or (settings.compile is None and device.type == "cuda"):
             for block in part.model.layers:
-                block.compile(dynamic=True)
+                # torch (2.13) compiles a mixture's grouped products in bf16 only.
+                whole = not part.config.mixture or settings.dtype == "bfloat16"
+                (block if whole else block.self_attn).compile(dynamic=True)
     return model
 
 

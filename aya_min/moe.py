@@ -1,5 +1,5 @@
 """The layers of a mixture of experts, made of dense models of one seed: Nexus (arXiv 2408.15901) and BAM
-(arXiv 2408.08274). model.MixtureBlock puts them into a block; losses.py has their balance and router z losses.
+(arXiv 2408.08274). model.MixtureBlock puts them into a block; balance.py has their losses.
 
     router      linear: x . w_i       nexus: x . e_i, e_i = W2 SwiGLU(W1 d_i) of the domain's embedding d_i
     MLP         s = softmax(scores) over all experts;  y = [shared(x) +] sum over the top k of s_i MLP_i(x)
