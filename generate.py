@@ -43,8 +43,7 @@ from aya_min.journal import PURPOSE, Journal
 from aya_min.lengths import cut_left, fit_prompts
 from aya_min.preferences import ANSWER, cut_line
 from aya_min.sampling import answer_rows, engine_size, stream
-from aya_min.serve import listen, serve
-from aya_min.serve_batch import Batch
+from aya_min.serve import MAX_LENGTH, serve_models
 
 gc.freeze()
 gc.enable()
@@ -52,8 +51,6 @@ signal.signal(signal.SIGINT, on_interrupt)
 
 SAMPLING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos",
             "seed", "dtype")
-DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")     # what a request may leave out
-MAX_LENGTH = 8192       # tokens of a row of the server, where a model has more positions
 
 
 def stop_text(text):
@@ -104,6 +101,15 @@ def make_parser():
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add_flags(parser, Reading)
     return parser
+
+
+def parsed(words=None):
+    """The arguments of a command line, and in `given` the names of those that stand in it, with any value."""
+    args, parser = make_parser().parse_args(words), make_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    args.given = list(vars(parser.parse_args(words)))
+    return args
 
 
 # ---- what is checked before anything is read ---------------------------------------------------------------
@@ -304,44 +310,11 @@ def answer_prompt(args, device, reading):
     return len(ids), time.perf_counter() - started
 
 
-def name_of(folder):
-    """The name of a model folder, or of the run folder that holds it."""
-    path = Path(folder)
-    return path.name if path.name != "model" else path.parent.name
-
-
-def serve_models(args, metas, device):
-    """Answer requests until Ctrl-C."""
-    bound = listen(args.host or "127.0.0.1", 8000 if args.port is None else args.port)
-    dtype, batches = getattr(torch, args.dtype), []
-
-    def plan_rows(folder):
-        """(tokens per row, bytes of the KV cache). ValueError if that does not fit model or memory."""
-        config = metas[folder][0].config
-        positions = config.max_position_embeddings
-        tokens = args.max_length or min(positions, MAX_LENGTH)
-        if tokens > positions:
-            raise ValueError(f"--max-length {tokens}: {folder} has {positions} positions; give fewer")
-        return engine_size(config, [tokens - 1], [1], args.batch_size, args.batch_size, device, dtype,
-                           "lower --max-length")[1:]
-
-    for folder in metas:
-        plan_rows(folder)                           # before any weights are read
-    names = [name_of(folder) for folder in metas]
-    names = names if len({*names}) == len(names) else list(metas)
-    for name, folder in zip(names, metas):
-        loaded = weights.load(folder, device, dtype)
-        tokens, size = plan_rows(folder)
-        distributed.say(f"{name}: KV cache of {args.batch_size} rows x {tokens} tokens, {size / 1e6:,.1f} MB")
-        batches.append(Batch(name, *loaded, args.batch_size, tokens))
-    serve(bound, batches, {key: getattr(args, key) for key in DEFAULTS}, args.seed)
-
-
 def talk(args, device):
     models = []
     for folder in args.models or [args.model]:
         model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
-        models.append((name_of(folder), Fused(model), tokenizer, stop_ids_of(tokenizer, args)))
+        models.append((weights.name_of(folder), Fused(model), tokenizer, stop_ids_of(tokenizer, args)))
     chat(models, max_new_tokens=args.max_new_tokens, seed=args.seed, temperature=args.temperature,
          top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
 
@@ -372,7 +345,7 @@ def run_command(args, device):
     started = time.perf_counter()
     reading = settings_from(Reading, flags=vars(args))
     if args.answers or args.contrast:
-        contrast.check(args, make_parser().parse_args([]))
+        contrast.check(args)
         return print_lines(contrast.write_pairs(args.answers, args.contrast, args.out, reading))
     args.endpoints = endpoints_of(args.models or [], args)
     check(args)
@@ -445,7 +418,7 @@ def main():
     if sys.argv[1:2] == ["route"]:
         from aya_min import generate_route          # it needs the stages, which the other commands do not
         return generate_route.main(sys.argv[2:])
-    args = make_parser().parse_args()
+    args = parsed()
     try:
         distributed.launch(lambda device: run_command(args, device))
     except KeyboardInterrupt:

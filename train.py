@@ -229,6 +229,8 @@ def check_flags(args, settings, device, ranks):
     runs.tell_no_effect(args, settings)
     if args.final_learning_rate is not None and settings.schedule == "constant":
         distributed.say("--final-learning-rate has no effect beside --schedule constant")
+    if args.command == "dpo" and settings.loss == "simpo" and args.length_normalized is False:
+        raise ValueError("--no-length-normalized: simpo always divides by the answer's tokens; leave it out")
     if args.tokenizer and not is_preset(args.model):
         raise ValueError("--tokenizer goes with a preset; a model folder brings its own")
     for path in [*(args.data or []), *args.eval_data]:

@@ -29,7 +29,7 @@ CHANGE_NOTHING = set("""
     peft_type model_name bos_token tf_legacy_loss""".split())
 # An absent one is off.
 FLAGS_OFF = {"use_mrope", "is_decoder", "is_encoder_decoder", "add_cross_attention", "rope_interleaved",
-             "use_sliding_window", "attention_bias", "mlp_bias", "qkv_bias"}
+             "use_sliding_window", "attention_bias", "mlp_bias", "qkv_bias", "use_bidirectional_attention"}
 TRAINING_ONLY = ("dropout", "dropout_prob", "dropout_p", "pdrop", "layerdrop")         # endings of their keys
 # Differences in these are reported, not refused. So are those of max_position_embeddings without scaled rope,
 # where it is only a limit.
@@ -37,8 +37,11 @@ REPORTED = {"eos_token_id", "bos_token_id", "pad_token_id", "sep_token_id", "dec
 # Compared only if both files have the key: the tensors show the value, or older files leave it out.
 IF_BOTH = {"architectures", "layer_types", "model_type", "tie_word_embeddings", "vocab_size",
            "num_attention_heads", "num_key_value_heads"}
-# Keys of cohere and cohere2 that ModelConfig may refuse.
-NOT_OURS = ("attention_bias", "attention_dropout", "hidden_act", "rope_parameters", "rope_scaling")
+# Keys by which ModelConfig may refuse a model; without them it knows the defaults of the others.
+NOT_OURS = ("attention_bias", "attention_dropout", "hidden_act", "hidden_activation", "mlp_bias",
+            "rope_parameters", "rope_scaling")
+# Keys that the fields of a ModelConfig say in other words.
+SAID = ("rope_parameters", "use_sliding_window", "max_window_layers", "max_position_embeddings")
 OLD_NAMES = {"CohereForSequenceClassification": "CohereRewardModel",
              "Cohere2ForSequenceClassification": "Cohere2RewardModel"}
 PLAIN_ROPE = [("type", "default"), ("rope_type", "default")]
@@ -69,19 +72,24 @@ def meaning(config):
 
     Keys of inner objects are joined with points. null counts as absent.
     """
-    found = flat(config)
-    if config.get("model_type") not in list(FAMILIES)[:2] or not few_layers(config):
+    found, kind = flat(config), config.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if not family or not few_layers(config):
         return found
     plain = {key: value for key, value in config.items()
              if key not in NOT_OURS} | {"rope_theta": found.get("rope_theta")}
-    try:
-        ours = vars(ModelConfig.from_published(plain))
-    except ValueError:                  # a model that our own class does not support can still be merged
+    for given, said in ((config, SAID), (plain, ())):
+        try:
+            ours = vars(ModelConfig.from_published(given))
+            break
+        except ValueError:              # a model that our own class does not support can still be merged
+            continue
+    else:
         return found
-    ours = {key: value for key, value in ours.items()
-            if key not in CHANGE_NOTHING | REPORTED | {"max_position_embeddings"}}
-    found = {key: value for key, value in found.items() if key not in ours}
-    return {"hidden_act": "silu"} | found | {key: value for key, value in ours.items() if value is not None}
+    found = {key: value for key, value in found.items() if key not in ours and not key.startswith(said)}
+    ours = {key: value for key, value in flat(ours).items() if key != "max_position_embeddings"}
+    act, function = family.activation
+    return {act: function} | found | ours
 
 
 def few_layers(config):

@@ -20,16 +20,15 @@ from .preferences import contrast_pairs, cut_line
 OF_ONE_ANSWER = ("num_tokens", "logp", "model", "seed", "sample", "teacher", "scores")
 
 
-def check(args, default):
+def check(args):
     """ValueError for flags that are missing or go with a model, or an output that cannot be written.
 
-    args, default: what was given to generate.py, and its flags without any.
+    args: those of generate.py; args.given: the names of the flags that were given.
     """
     if not (args.answers and args.contrast and args.out):
         raise ValueError("give --answers G.jsonl, --contrast translated.jsonl and --out pairs.jsonl together")
     mine = {"answers", "contrast", "out", *(field.name for field in fields(Reading))} - {"too_long"}
-    given = [name for name, value in vars(args).items() if value != getattr(default, name)]
-    if others := [name for name in given if name not in mine]:
+    if others := [name for name in args.given if name not in mine]:
         raise ValueError("--contrast takes two files of answers and no model; leave out "
                          f"{flag_of(others[0])}")
     if os.path.lexists(args.out):

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from datetime import timedelta
 from math import ceil, prod
@@ -330,6 +331,37 @@ def gather_objects(items):
     gathered = [None] * num_ranks()
     dist.all_gather_object(gathered, items)
     return gathered
+
+
+def patiently(work, every=1.0):
+    """[what work() returns on rank 0, on rank 1, ...] on every rank. A collective for work that may take one
+    rank hours longer than another, more than a collective waits: work runs in a thread, and the ranks meet
+    every so many seconds until all are done.
+
+    A ValueError or OSError of one rank ends it on all.
+    """
+    if not dist.is_initialized():
+        return [work()]
+    found = []                                  # [(result, error)]
+
+    def one():
+        try:
+            found.append((work(), None))
+        except Exception as error:              # it is raised below
+            found.append((None, error))
+    thread = threading.Thread(target=one, daemon=True)
+    thread.start()
+    while True:
+        thread.join(every)
+        error = found[0][1] if found else None
+        if error and not isinstance(error, (ValueError, OSError)):
+            raise error
+        states = gather_objects((bool(found), error))
+        for _, error in states:
+            if error:
+                raise error
+        if all(done for done, _ in states):
+            return gather_objects(found[0][0])
 
 
 def from_main(make):

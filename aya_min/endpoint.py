@@ -14,7 +14,7 @@ from collections import Counter
 
 from .command import progress as progress_bar
 from .endpoint_http import (AGAIN, TIMEOUT, Endpoint, Wrong, backoff, check_status, is_endpoint, message_in,
-                            send, shortened_line)
+                            send)
 from .files import dumps, parse_object
 
 __all__ = ["Endpoint", "ask", "is_endpoint"]
@@ -72,7 +72,7 @@ def answer_in(endpoint, data, used):
     try:
         reply = endpoint.hidden(parse_object(data, "the reply"))
     except ValueError as error:
-        raise Wrong("not JSON", shortened_line(endpoint.hidden(str(error)))) from None
+        raise Wrong("not JSON", endpoint.line(str(error))) from None
     usage = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
     counts = {name: usage[name] for name in USAGE
               if type(usage.get(name)) is int and 0 <= usage[name] < 2 ** 40}
@@ -85,17 +85,17 @@ def answer_in(endpoint, data, used):
     if not isinstance(message, dict):
         raise Wrong("no choices", "a reply without a message")
     reason = choice.get("finish_reason")
-    reason = shortened_line(reason) if isinstance(reason, str) else None
+    reason = endpoint.line(reason) if isinstance(reason, str) else None
     if reason == "error":
-        raise Wrong("error in 200", shortened_line(dumps(choice.get("error") or "finish_reason error")))
+        raise Wrong("error in 200", endpoint.line(dumps(choice.get("error") or "finish_reason error")))
     text, thought = text_in(message)
     if not (text or "").strip():
-        said = shortened_line(str(message.get("refusal") or f"finish_reason {reason}"))
+        said = endpoint.line(str(message.get("refusal") or f"finish_reason {reason}"))
         raise Wrong(kind_without_text(text, thought, reason, message), said,
                     again=reason not in ("content_filter", "length"))
     named = reply.get("model")
     return {"completion": text, "finish_reason": reason, "thought": thought,
-            "model": shortened_line(named) if isinstance(named, str) else None}
+            "model": endpoint.line(named) if isinstance(named, str) else None}
 
 
 # ---- many conversations ------------------------------------------------------------------------------------

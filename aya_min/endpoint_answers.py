@@ -129,24 +129,26 @@ def answer_rows(endpoint, label, rows, wanted, journal, concurrency=None, **samp
     The ranks share the requests. journal: answers are kept under "LABEL INDEX" and not asked for again; where
     one is missing, the row is asked again by the next command.
     """
-    left = [i for i in wanted if f"{label} {i}" not in journal.done]
-    before = {i: journal.done[f"{label} {i}"] for i in wanted if i not in set(left)}
-    mine = left[distributed.rank()::distributed.num_ranks()]
-    groups, error = [], None
-    try:
-        groups = ask(endpoint, [rows[i]["prompt_messages"] for i in mine], numbers=mine,
-                     concurrency=max(1, (concurrency or 8) // distributed.num_ranks()), answered=len(before),
-                     kept=lambda j, group: journal.add(f"{label} {mine[j]}", group),
+    done = {i: journal.done[key] for i in wanted if (key := f"{label} {i}") in journal.done}
+    left = [i for i in wanted if i not in done]
+    threads, mine = share(left, concurrency or 8, distributed.rank(), distributed.num_ranks())
+
+    def work():
+        groups = ask(endpoint, [rows[i]["prompt_messages"] for i in mine], numbers=mine, concurrency=threads,
+                     kept=lambda j, group: journal.add(f"{label} {mine[j]}", group), answered=len(done),
                      progress=endpoint.name if distributed.is_main() else None, **sampling)
-    except ValueError as found:
-        error = found               # raised on every rank below, so that no rank waits for another
-    parts = distributed.gather_objects((dict(zip(mine, groups)), error))
-    for _, error in parts:
-        if error:
-            raise error
-    for part, _ in parts:
-        before |= part
-    return [before[i] for i in wanted]
+        return dict(zip(mine, groups))
+    for part in distributed.patiently(work):
+        done |= part
+    return [done[i] for i in wanted]
+
+
+def share(items, concurrency, rank, num_ranks):
+    """(threads, items) of a rank, of so many threads over all ranks; a rank without a thread has no item."""
+    working = min(concurrency, num_ranks)
+    if rank >= working:
+        return 0, []
+    return concurrency // working + (rank < concurrency % working), items[rank::working]
 
 
 def without_control_tokens(groups, tokenizer, reading):

@@ -6,9 +6,11 @@ repeats it, and redirects are named and not followed. Standard library alone.
 
 import email.utils
 import math
+import queue
 import random
 import re
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,7 +25,8 @@ LOOK_TRIES = 3          # of the request that sees whether the server is there
 LONGEST_WAIT = 600      # seconds: a server that asks to wait longer stops the command
 TIMEOUT = 600           # seconds for one request, as in openai-python
 MAX_BODY = 1 << 24      # bytes of a reply
-HIDDEN = 12             # a key of fewer characters is no secret ("EMPTY"), and might be a word of an answer
+HIDDEN = 12             # a key of fewer characters might be a word of an answer, where it is left
+HIDDEN_IN_MESSAGES = 4
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 AGAIN = (408, 409, 429)                             # and 500 to 599
 
@@ -78,15 +81,21 @@ class Endpoint:
         """What records and messages call it."""
         return f"{self.host}/{self.model}"
 
-    def hidden(self, value):
-        """A text or a JSON value in which the key, should the server repeat it, is replaced."""
-        if isinstance(value, str) and self.key and len(self.key) >= HIDDEN:
+    def hidden(self, value, least=HIDDEN):
+        """A text or a JSON value in which the key, should the server repeat it, is replaced. least: a key of
+        fewer characters is no secret."""
+        if isinstance(value, str) and self.key and len(self.key) >= least:
             return value.replace(self.key, "[the key]")
         if isinstance(value, list):
             return [self.hidden(part) for part in value]
         if isinstance(value, dict):
             return {self.hidden(name): self.hidden(part) for name, part in value.items()}
         return value
+
+    def line(self, text):
+        """What the server says as one line of at most 200 characters. The key is hidden first, as a cut key
+        would not be found."""
+        return " ".join(printable(self.hidden(text, HIDDEN_IN_MESSAGES)).split())[:200]
 
 
 # ---- one request -------------------------------------------------------------------------------------------
@@ -109,8 +118,37 @@ def send(endpoint, path, body=None, timeout=TIMEOUT):
     """(status, headers, bytes) of one request: a POST of the JSON value `body`, or a GET without one.
 
     `Wrong` if the server is not reached, is too slow, or breaks off. ValueError for a certificate that is not
-    trusted.
+    trusted. The request has a thread, as a slow name server, or a server that sends a byte now and then,
+    never meets the socket's own timeout.
     """
+    found = queue.SimpleQueue()
+
+    def work():
+        try:
+            found.put(exchange(endpoint, path, body, timeout))
+        except Exception as error:                      # it is raised below
+            found.put(error)
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        reply = found.get(timeout=timeout)
+    except queue.Empty:
+        reply = TimeoutError()
+    if not isinstance(reply, Exception):
+        return reply
+    cause = getattr(reply, "reason", reply)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        raise ValueError(f"{endpoint.name}: its certificate is not trusted ({cause.verify_message}); look at "
+                         "the URL, or set SSL_CERT_FILE")
+    if isinstance(cause, TimeoutError):
+        raise Wrong("timeout", f"no whole reply in {timeout:g} s")
+    if isinstance(reply, (OSError, HTTPException)):
+        raise Wrong("connection", endpoint.line(f"{type(cause).__name__}: {cause}"))
+    raise reply
+
+
+def exchange(endpoint, path, body, timeout):
+    """(status, headers, bytes) of a request, or what urllib raises. timeout: seconds of each wait for the
+    socket."""
     headers = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": "aya_min"}
     if endpoint.key:
         headers["Authorization"] = f"Bearer {endpoint.key}"
@@ -118,35 +156,24 @@ def send(endpoint, path, body=None, timeout=TIMEOUT):
     # the environment's proxies, but for this machine itself
     of_this_machine = urlsplit(endpoint.base_url).hostname in LOOPBACK
     proxies = urllib.request.ProxyHandler({} if of_this_machine else None)
-    end = time.monotonic() + timeout
     try:
-        try:
-            reply = urllib.request.build_opener(proxies, NoRedirect).open(request, timeout=timeout)
-        except urllib.error.HTTPError as error:         # a status that is no success has a reply too
-            reply = error
-        with reply:
-            return reply.status, reply.headers, read_all(reply, end)
-    except (OSError, HTTPException) as error:
-        cause = getattr(error, "reason", error)
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            raise ValueError(f"{endpoint.name}: its certificate is not trusted ({cause.verify_message}); "
-                             "look at the URL, or set SSL_CERT_FILE") from None
-        if isinstance(cause, TimeoutError):
-            raise Wrong("timeout", f"no whole reply in {timeout:g} s") from None
-        said = endpoint.hidden(f"{type(cause).__name__}: {cause}"[:200])
-        raise Wrong("connection", said) from None
+        reply = urllib.request.build_opener(proxies, NoRedirect).open(request, timeout=timeout)
+    except urllib.error.HTTPError as error:             # a status that is no success has a reply too
+        reply = error
+    with reply:
+        if (coding := reply.headers.get("content-encoding", "identity")) != "identity":
+            raise Wrong("compressed", f"a reply of {endpoint.line(coding)}, which was not asked for",
+                        again=False)
+        return reply.status, reply.headers, read_all(reply)
 
 
-def read_all(reply, end):
-    """The bytes of a reply, MAX_BODY at most. end: the moment of time.monotonic() by which it must be whole;
-    a server that sends a byte now and then never meets the socket's own timeout."""
+def read_all(reply):
+    """The bytes of a reply, MAX_BODY at most."""
     data, announced = bytearray(), getattr(reply, "length", None)       # Content-Length
     while len(data) != announced and (part := reply.read1(1 << 16)):
         data += part
         if len(data) > MAX_BODY:
             raise Wrong("too large", f"a reply of more than {MAX_BODY >> 20} MiB", again=False)
-        if time.monotonic() > end:
-            raise TimeoutError
     if announced and len(data) < announced:
         raise HTTPException(f"the reply broke off after {len(data)} of {announced} bytes")
     return bytes(data)
@@ -181,13 +208,9 @@ def message_in(endpoint, data):
         error = found.get("error") or found.get("message") or found.get("detail") or found
         text = error.get("message") or error.get("code") or error if isinstance(error, dict) else error
     except ValueError:
-        text = data[:2000].decode("utf-8", "replace")
+        text = data.decode("utf-8", "replace")
     text = text if isinstance(text, str) else dumps(text)
-    return shortened_line(endpoint.hidden(text)) or "it says nothing"
-
-
-def shortened_line(text):
-    return " ".join(printable(text).split())[:200]
+    return endpoint.line(text) or "it says nothing"
 
 
 def check_status(endpoint, status, headers, data):
@@ -198,8 +221,8 @@ def check_status(endpoint, status, headers, data):
     said, again = message_in(endpoint, data), f"{endpoint.name}: HTTP {status}"
     key = f"the key in {endpoint.key_from}" if endpoint.key else "no key, as none is set,"
     if 300 <= status < 400:
-        parts = urlsplit(endpoint.hidden(headers.get("location") or "elsewhere"))
-        place = shortened_line(f"{parts.scheme}://{parts.netloc}{parts.path}" if parts.netloc else parts.path)
+        parts = urlsplit(headers.get("location") or "elsewhere")
+        place = endpoint.line(f"{parts.scheme}://{parts.netloc}{parts.path}" if parts.netloc else parts.path)
         raise ValueError(f"{again}: it sends on to {place}, which is not followed, as the key is for "
                          f"{endpoint.host}; give the URL itself")
     if status == 402 or status == 429 and b"insufficient_quota" in data:

@@ -16,7 +16,7 @@ from .linear import packed
 from .model import activation, capped_attention, scaled, window_mask
 from .norms import rms_norm
 from .patience import Patience
-from .rope import doubled, rotary, rotate_halves
+from .rope import doubled, growth, rotary, rotate_halves
 from .token_logps import capped
 
 # Keys. Attention kernels add in vectors and blocks; over whole ones masked keys change no bit.
@@ -96,34 +96,115 @@ def multiplier(weight, pack, bias=None):
     return packed(weight, bias) if pack else lambda x: F.linear(x, weight, bias)
 
 
-def fuse(projections, dim, pack):
+def fuse(projections, dim, pack, order=None):
     """One multiplier for projections that read the same input (dim 0), or whose outputs are added (dim 1).
-    Without `pack` the parameters become views of the joined matrix, so that nothing is held twice."""
+    Without `pack` the parameters become views of the joined matrix, so that nothing is held twice.
+
+    order: with `pack`, the order in which its outputs stand, as indices of those of the projections."""
     joined = torch.cat([p.weight.detach() for p in projections], dim)
     if not pack:
         for p, part in zip(projections, joined.split([p.weight.shape[dim] for p in projections], dim)):
             p.weight.data = part
     biases = [p.bias.detach() for p in projections if p.bias is not None]
-    return multiplier(joined, pack, torch.cat(biases) if biases else None)
+    bias = torch.cat(biases) if biases else None
+    if order is not None:
+        joined, bias = joined[order], bias if bias is None else bias[order]
+    return multiplier(joined, pack, bias)
+
+
+def normalizer(config, weight):
+    """The function x -> the norm of the config's family with this weight, over the last dimension."""
+    eps, D = config.norm_eps, weight.shape[-1]
+    if config.family.norm == "layer" and weight.dim() == 1:
+        return lambda x: F.layer_norm(x, (D,), weight, None, eps)
+    if config.family.norm == "layer":               # one for each head, which torch's function cannot have
+        return lambda x: F.layer_norm(x.float(), (D,), eps=eps) * weight.float()
+    plus = int(config.family.norm == "rms + 1")
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return lambda x: rms_norm(x, weight, eps, plus)
+    # x w / sqrt(|x|^2 / D + eps) in four passes. F.rms_norm takes twice as many on a CPU, and the time.
+    lengthened, least = (weight + plus) * D ** 0.5, weight.new_tensor((D * eps) ** 0.5)
+    return lambda x: (x * lengthened).div_(
+        torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), least))
 
 
 class FusedBlock:
     """The weights of a block as the engine reads them: the parallel block has two matmuls, because q, k, v,
-    gate and up read the same normed input, and the outputs of o and down are added; others have four."""
+    gate and up read the same normed input, and the outputs of o and down are added; others have four.
 
-    def __init__(self, block, pack):
+    weigh: (heads' outputs, input) -> those times the gates of a mixture's attention experts, or None. routed: a
+    mixture's MLPs, or None."""
+
+    def __init__(self, block, config, pack, domains=None):
         attention, mlp, self.kind = block.self_attn, block.mlp, block.kind
-        self.norms = [getattr(block, name).weight.detach() for name in NORMS[self.kind]]
-        self.qk_norms = []
+        self.weigh = self.routed = None
+        if config.mixture:
+            self.routed = RoutedMLP(mlp, domains, pack)
+        if config.mixture and config.mixture.attention:
+            experts, scores = attention, multiplier(attention.router.weight.detach().float(), pack)
+            attention = experts.side_by_side()
+            self.weigh = lambda y, h: experts.weigh(y, scores(h.float())).flatten(1)
+        H, K, D = attention.H, attention.K, attention.D
+        self.norms = [normalizer(config, getattr(block, name).weight.detach()) for name in NORMS[self.kind]]
+        order = torch.arange((H + 2 * K) * D, device=attention.q_proj.weight.device).view(-1, D)
+        if has_pairs(config, pack) and not config.family.interleaved:
+            # A number of the first half of a query or key, then the one D/2 behind it, then the next.
+            order[:H + K] = order[:H + K].unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
+        self.qk_norm = None
         if attention.has_qk_norm:
-            self.qk_norms = [attention.q_norm.weight.detach(), attention.k_norm.weight.detach()]
+            weights = [norm.weight.detach().expand(num, D) for norm, num in
+                       ((attention.q_norm, H), (attention.k_norm, K))]
+            self.qk_norm = normalizer(config, torch.cat(weights)[:, order[0]])          # (H + K, D)
         qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-        if self.kind == "parallel":
+        if self.routed:
+            self.qkv = fuse(qkv, 0, pack, order.flatten() if pack else None)
+            self.o = fuse([attention.o_proj], 1, pack)
+        elif self.kind == "parallel":
             self.project_in = fuse([*qkv, mlp.gate_proj, mlp.up_proj], 0, pack)
             self.project_out = fuse([attention.o_proj, mlp.down_proj], 1, pack)
         else:
-            self.qkv, self.gate_up = fuse(qkv, 0, pack), fuse([mlp.gate_proj, mlp.up_proj], 0, pack)
+            self.qkv = fuse(qkv, 0, pack, order.flatten() if pack else None)
+            self.gate_up = fuse([mlp.gate_proj, mlp.up_proj], 0, pack)
             self.o, self.down = fuse([attention.o_proj], 1, pack), fuse([mlp.down_proj], 1, pack)
+
+
+class RoutedMLP:
+    """The MLPs of a mixture as the engine reads them. With `pack` each expert's products are its own, so that a
+    token's bits do not depend on how many tokens it shares an expert with."""
+
+    def __init__(self, mlp, domains, pack):
+        router, self.mlp, self.top_k, self.act = mlp.router, mlp, mlp.top_k, mlp.experts.act
+        vectors = router.weight if domains is None else router.embeddings(domains)      # (E, h)
+        self.scores, self.experts = multiplier(vectors.detach().float(), pack), None
+        if pack:
+            of_all = (getattr(mlp.experts, f"{name}_proj").weight.detach() for name in ("gate", "up", "down"))
+            self.experts = [(packed(torch.cat((gate, up))), packed(down)) for gate, up, down in zip(*of_all)]
+        shared = mlp.shared
+        self.shared = shared and (fuse([shared.gate_proj, shared.up_proj], 0, pack),
+                                  fuse([shared.down_proj], 1, pack))
+
+    def __call__(self, x):
+        """(N, h) -> (N, h)"""
+        gates, chosen = self.scores(x.float()).softmax(-1).topk(self.top_k, -1)         # (N, k)
+        if self.experts is None:
+            y = self.mlp.experts(x, chosen, gates)
+        else:
+            y, gates = torch.zeros_like(x), gates.to(x.dtype)
+            for i in chosen.unique().tolist():
+                rows, places = (chosen == i).nonzero(as_tuple=True)
+                y.index_add_(0, rows, self.product(x[rows], *self.experts[i]) * gates[rows, places, None])
+        return y + self.product(x, *self.shared) if self.shared else y
+
+    def product(self, x, gate_up, down):
+        gate, up = gate_up(x).chunk(2, -1)
+        return down(self.act(gate).mul_(up))
+
+
+def has_pairs(config, pack):
+    """Whether the engine has neighbours as rotary pairs: where the family has, and where weights are copied
+    anyhow, with the rows of queries and keys in that order. Scores do not depend on the order within a head,
+    and complex numbers turn neighbours in place."""
+    return config.family.interleaved or pack
 
 
 class Fused:
@@ -136,9 +217,11 @@ class Fused:
         self.config, self.device, self.dtype = model.config, parameters[0].device, parameters[0].dtype
         pack = self.can_pack(sum(p.nbytes for p in parameters))
         self.patience = Patience(self.device)
-        self.layers = [FusedBlock(block, pack) for block in model.model.layers]
+        self.pairs = has_pairs(self.config, pack)
+        domains = getattr(model.model, "domains", None)         # of a mixture of experts
+        self.layers = [FusedBlock(block, self.config, pack, domains) for block in model.model.layers]
         self.embedding = model.model.embed_tokens.weight.detach()
-        self.norm = model.model.norm.weight.detach()
+        self.norm = normalizer(self.config, model.model.norm.weight.detach())
         self.head = multiplier(model.head_weight.detach(), pack)
 
     def can_pack(self, nbytes):
@@ -163,17 +246,16 @@ class Engine:
         self.fused, self.config, self.slots, self.max_tokens = fused, config, slots, round_up(max_tokens)
         self.temperature, self.filters = temperature, filters
         places = torch.arange(self.max_tokens, device=self.device)[None]
-        # Complex numbers, one for each interleaved pair, (max_tokens, 1, D/2), or cos and sin for halves.
+        # Complex numbers, one for each pair of neighbours, (max_tokens, 1, D/2), or cos and sin for halves.
         self.turns, self.act = {}, activation(config)
         for theta in config.ropes:
             cos, sin = (each[0] for each in rotary(config, places, theta))
-            self.turns[theta] = [torch.complex(cos, sin)] if config.family.interleaved else doubled(cos, sin)
+            self.turns[theta] = [torch.complex(cos, sin)] if fused.pairs else doubled(cos, sin)
         self.ropes = [config.rope(i) for i in range(config.num_hidden_layers)]
-        self.norm_kind, self.eps = config.family.norm, config.norm_eps
         self.scale, self.cap = config.softmax_scale, config.attn_logit_softcapping
         self.by_hand = self.device.type == "cpu" and dtype == torch.float32
-        K, D = config.num_key_value_heads, config.head_dim
-        self.num_heads = config.num_attention_heads + 2 * K                 # queries, keys, values
+        (H, K), D = config.num_heads, config.head_dim
+        self.num_heads = H + 2 * K                                          # queries, keys, values
 
         def zeros(*shape, dtype=torch.long):
             return torch.zeros(shape, device=self.device, dtype=dtype)
@@ -195,12 +277,6 @@ class Engine:
         if self.device.type == "cuda":
             self.capture()
 
-    def norm(self, x, weight):
-        """A norm of the family over the last dimension."""
-        if self.norm_kind == "layer":
-            return F.layer_norm(x, x.shape[-1:], weight, None, self.eps)
-        return rms_norm(x, weight, self.eps, int(self.norm_kind == "rms + 1"))
-
     def forward(self, ids, positions, attend, last=None):
         """Logits (N, V) in fp32 of tokens ids (N,) at positions (N,), or only those at the indices `last`.
 
@@ -209,37 +285,42 @@ class Engine:
         c, sizes = self.config, [self.num_heads * self.config.head_dim, *[self.config.intermediate_size] * 2]
         x = scaled(c, F.embedding(ids, self.fused.embedding))               # (N, hidden_size)
         turns = {theta: [each[positions] for each in both] for theta, both in self.turns.items()}
+        grown = growth(c, positions)                                        # (N, 1, 1) or None
         for i, layer in enumerate(self.fused.layers):
-            h, turned = self.norm(x, layer.norms[0]), turns.get(self.ropes[i])
-            if layer.kind == "parallel":
+            h, turned = layer.norms[0](x), turns.get(self.ropes[i])
+            if layer.kind == "parallel" and not layer.routed:
                 heads, gate, up = layer.project_in(h).split_with_sizes(sizes, -1)
-                y = attend(i, *self.heads(layer, heads, turned))
+                y = attend(i, *self.heads(layer, heads, turned, grown))
                 x = x + layer.project_out(torch.cat((y, self.act(gate).mul_(up)), 1))
                 continue
-            h, second = layer.o(attend(i, *self.heads(layer, layer.qkv(h), turned))), layer.norms[-1]
+            y = attend(i, *self.heads(layer, layer.qkv(h), turned, grown))
+            y = layer.o(layer.weigh(y, h) if layer.weigh else y)
+            if layer.kind == "parallel":
+                x = x + y + layer.routed(h)
+                continue
+            h, second = y, layer.norms[-1]
             if layer.kind == "sandwich":
-                h, second = self.norm(h, layer.norms[1]), layer.norms[2]
+                h, second = layer.norms[1](h), layer.norms[2]
             x = x + h
-            gate, up = layer.gate_up(self.norm(x, second)).chunk(2, -1)
-            h = layer.down(self.act(gate).mul_(up))
-            x = x + (self.norm(h, layer.norms[3]) if layer.kind == "sandwich" else h)
+            if layer.routed:
+                h = layer.routed(second(x))
+            else:
+                gate, up = layer.gate_up(second(x)).chunk(2, -1)
+                h = layer.down(self.act(gate).mul_(up))
+            x = x + (layer.norms[3](h) if layer.kind == "sandwich" else h)
         x = x if last is None else x[last]
-        logits = self.fused.head(self.norm(x, self.fused.norm)).float().mul_(c.logit_scale)
+        logits = self.fused.head(self.fused.norm(x)).float().mul_(c.logit_scale)
         return capped(logits, c.final_logit_softcapping)
 
-    def heads(self, layer, heads, turned):
+    def heads(self, layer, heads, turned, grown):
         """q (N, H, D), k and v (N, K, D), normed and rotated, of the projections (N, (H + 2 K) D), which are
-        overwritten. turned: the parts of self.turns at the tokens' positions, or None."""
-        H, K, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        overwritten. turned: the parts of self.turns at the tokens' positions, or None; grown: of growth()."""
+        (H, K), D = self.config.num_heads, self.config.head_dim
         heads = heads.view(-1, H + 2 * K, D)                                # queries, keys, values
         qk = heads[:, :H + K]
-        if layer.qk_norms and self.norm_kind == "layer":
-            qk.copy_(F.layer_norm(qk.float(), (D,), eps=self.eps)
-                     * torch.cat(layer.qk_norms).float())
-        elif layer.qk_norms:
-            qk.copy_(torch.cat([self.norm(part, weight) for part, weight in
-                                zip(qk.split_with_sizes((H, K), 1), layer.qk_norms)], 1))
-        if turned and self.config.family.interleaved:
+        if layer.qk_norm:
+            qk.copy_(layer.qk_norm(qk))
+        if turned and self.fused.pairs:
             # In place if qk is fp32, because float() is then no copy.
             pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))                # (N, H + K, D/2)
             pairs.mul_(turned[0])
@@ -247,12 +328,14 @@ class Engine:
                 qk.copy_(torch.view_as_real(pairs).flatten(-2))
         elif turned:
             qk.copy_(rotate_halves(qk.float(), *turned))
+        if grown is not None:
+            heads[:, :H] *= grown.to(heads.dtype)
         return heads.split_with_sizes((H, K, K), 1)
 
     @torch.inference_mode()
     def prefill(self, prompts):
         """Logits (P, V) after each prompt (a list of ids), and each layer's keys and values, (P, K, T, D)."""
-        H, K = self.config.num_attention_heads, self.config.num_key_value_heads
+        H, K = self.config.num_heads
         lengths = [len(prompt) for prompt in prompts]
         P, T = len(prompts), round_up(max(lengths))
 
@@ -295,7 +378,7 @@ class Engine:
     def decode(self, n, T):
         """Append one token to rows 0 .. n-1, which attend to the first T positions of the cache. look_at(n,
         T) must come before. Returns tokens (n,) and log-probs (n,) in nats."""
-        K, rows = self.config.num_key_value_heads, self.rows[:n]
+        K, rows = self.config.num_heads[1], self.rows[:n]
         positions = self.lengths[:n].clamp(max=self.max_tokens - 1)         # (n,)
         hidden = self.keys[:T] > positions[:, None]                         # (n, T) keys not yet written
         mask = self.uniforms.new_zeros(n, T).masked_fill_(hidden, float("-inf"))

@@ -104,6 +104,10 @@ def protocol_lines(result):
                     for key, name in names.items()], [74, 7, 16])
     lines.append(f"{about['asked_again']} games were asked for once more; {about['equal_answers']} questions "
                  "with equal answers say nothing of the judge and are left out of these four")
+    if "usage" in about:
+        tokens = ", ".join(f"{kind} {number:,}" for kind, number in sorted(about["usage"].items()))
+        models = ", ".join(f"{name} {number}" for name, number in about["models_returned"].items())
+        lines.append(f"usage: {tokens}; replies of {models}")
     return lines
 
 

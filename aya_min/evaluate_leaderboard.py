@@ -38,14 +38,15 @@ NOTHING = {"win_rate": None, "ci95": [None, None], "num": 0}
 
 def strengths(games, names):
     """{model: {"win_rate" against the mean of the others, "ci95", "elo", "elo_ci95", "num" (judged games),
-    "unjudged"}}, by Bradley-Terry. A model without a judged game has a win_rate of None."""
+    "unjudged"}}, by Bradley-Terry. A model without a judged game has a win_rate of None; so have all where
+    judged games do not join them, as one group's strengths say nothing of another's."""
     judged = [game for game in games if game[4] is not None]
     num, unjudged = counts(judged, names), counts([game for game in games if game[4] is None], names)
     met = [i for i, name in enumerate(names) if num[name]]
     found = {name: NOTHING | {"elo": None, "elo_ci95": [None, None], "unjudged": unjudged[name]}
              for name in names}
-    if not met:
-        return found
+    if len(groups_of(judged, met)) != 1:
+        return {name: each | {"num": num[name]} for name, each in found.items()}
     pairs, questions = list(combinations(range(len(names)), 2)), {}
     rows = [questions.setdefault(game[0], len(questions)) for game in judged]
     columns = [pairs.index((i, j)) for _, _, i, j, _ in judged]
@@ -70,6 +71,24 @@ def strengths(games, names):
             "win_rate": float(rates[0, i]), "ci95": ends(all_rates[:, i]), "elo": float(elos[0, i]),
             "elo_ci95": ends(all_elos[:, i]), "num": num[names[i]]}
     return found
+
+
+def groups_of(judged, met):
+    """The models in met, as sets of those that judged games join, directly or through others."""
+    groups = [{i} for i in met]
+    for i, j in {game[2:4] for game in judged}:
+        joined = [group for group in groups if group & {i, j}]
+        groups = [group for group in groups if group not in joined] + [set().union(*joined)]
+    return groups
+
+
+def apart(games, names):
+    """The warning, in a list, that judged games do not join all models that have any."""
+    judged = [game for game in games if game[4] is not None]
+    groups = groups_of(judged, {i for game in judged for i in game[2:4]})
+    said = "; ".join(" ".join(names[i] for i in sorted(group)) for group in groups)
+    return [f"no judged game joins these groups of models, so that none has a strength: {said}"] * (
+        len(groups) > 1)
 
 
 def ends(values):
@@ -155,10 +174,11 @@ def leaderboard(args, reading):
         (i, baseline) for i in range(len(paths)) if i != baseline]
     pairs = {(i, j): matched(sides[i], sides[j], args.judge, (paths[i], paths[j])) for i, j in matches}
 
-    def texts_of(sides, games, judge, **more):
+    def texts_of(sides, games, judge, said=(), **more):
         models = {name: {"path": str(path)} | averages(rows) for name, path, rows in zip(names, paths, sides)}
+        said = [*said, *(apart(games, names) if baseline is None else [])]
         result = {"judge": judge, "baseline": None if baseline is None else names[baseline], "models": models,
-                  **board(games, names, baseline), "warnings": [], **more}
+                  **board(games, names, baseline), "warnings": said, **more}
         return {out: dumps(result, indent=1) + "\n", page: page_of(result)}
 
     def make(verdicts):
@@ -173,7 +193,7 @@ def leaderboard(args, reading):
         found = about_judge(kept)
         said = warnings(found, {name: [row["completion"] for row in side]
                                 for name, side in zip(names, sides)})
-        texts = texts_of([with_seen_language(side) for side in sides], games, about.name, warnings=said,
+        texts = texts_of([with_seen_language(side) for side in sides], games, about.name, said,
                          about_judge=found, protocol=about.record())
         return texts | {outputs[2]: jsonl(rows)}
     if about:

@@ -134,9 +134,12 @@ def hash_of(*parts):
 
 
 def code_version():
-    """A hash of the package's source, without the claim files and what only shows results."""
+    """A hash of the package's source and of the files that it reads, without the claim files and what only
+    shows results."""
     paths = [path for path in sorted(HERE.glob("*.py")) if not path.stem.startswith(("report", "chat"))]
-    return hash_of(*(path.read_text(encoding="utf-8") for path in paths))
+    paths += [path for name in ("words", "profiles") for path in sorted((HERE / name).iterdir())
+              if path.is_file()]
+    return hash_of(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths))
 
 
 class Lab:
@@ -210,6 +213,13 @@ class Lab:
             more["reward_model"], _ = weights.load(reward_model, self.device)
         return train_step(self.run, f"{stage}-{key}", name, stage, start, rows, settings, **more)
 
+    def batch_of(self, rows, name):
+        """The batch size of an arm that trains on rows. ValueError without rows."""
+        if not rows:
+            raise ValueError(f"{name}: no row is left to train on with seed {self.seed}; of the settings, "
+                             "lower offline_margin or online_margin, or raise num_prompts or online_prompts")
+        return min(self.recipe.batch_size, len(rows))
+
     def clusters(self, name, stage, start, rows, settings, epochs, clusters=CLUSTERS, shared=SHARED,
                  spill=None):
         """Train one model per cluster of languages and average them: pipeline.train_clusters_and_merge.
@@ -268,6 +278,14 @@ class Lab:
             return {"groups": answers_of(self.run, model, rows, num_samples, temperature, seed, name)}
         content = "sample", self.name_of(model), rows, num_samples, temperature, seed
         return self._done(f"{name}-samples", make, *content)["groups"]
+
+    def scored_samples(self, name, model, rows, num_samples, temperature, seed=0, reward_model=None):
+        """The rows with num_samples answers of a model as candidates, each with its reward."""
+        groups = self.sample(name, model, rows, num_samples, temperature, seed)
+        flat = [{**row, **answer} for row, group in zip(rows, groups) for answer in group]
+        rewards = iter(self.scores(name, flat, reward_model))
+        return [{**row, "candidates": [{**answer, "reward": next(rewards)} for answer in group]}
+                for row, group in zip(rows, groups)]
 
     def scores(self, name, rows, reward_model=None):
         """The reward model's (default: the arbiter's) scores of rows with a "completion"."""

@@ -15,7 +15,7 @@ import torch
 
 from . import distributed, linear, runs
 from .command import guarded, printable
-from .config import Recipe, settings_from
+from .config import RECIPES, Recipe, settings_from
 from .experiments import (SIDES, Comparison, Lab, claim_files, code_version, find_claims, hash_of, measured,
                           together)
 from .files import parse_object, read_bytes, read_json, write_json, write_whole
@@ -32,8 +32,9 @@ BEGIN, END = "<!-- claims: generated from results/*.json -->\n", "<!-- end of th
 
 def check(name, seeds, preset, out, record, config=None):
     """Refuse, before any work, an unknown name, a seed given twice, a folder that holds what no claim made,
-    and a record of less than a whole file with enough seeds that chose no setting."""
-    file, _, _ = find_claims(name)
+    the record of another claim, and a record of less than a whole file with enough seeds that chose no
+    setting."""
+    file, module, claims = find_claims(name)
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: a seed is given twice; give each once")
     if out.exists() and not out.is_dir():
@@ -43,19 +44,28 @@ def check(name, seeds, preset, out, record, config=None):
         if not (path.is_dir() and (of_seed or any(path.glob("claim*.json")) or not any(path.iterdir()))):
             raise ValueError(f"--out {out} holds {path.name}, which no claim made; give another folder")
     earlier = out / name / "claim.json"
-    if earlier.is_file() and (made := read_record(earlier).get("preset")) != preset:
-        raise ValueError(f"{earlier} is a record of preset {made}, which would be lost; give another --out")
+    made = read_record(earlier) if earlier.is_file() else {}
+    for key, this in (("preset", preset), ("claims", name)) if made else ():
+        if made.get(key) != this:
+            raise ValueError(f"{earlier} is a record of {key} {made.get(key)}, which would be lost; "
+                             "give another --out")
     if record and (name != file or preset != "tiny" or len(seeds) < LEAST_SEEDS or 0 in seeds or config):
         raise ValueError(f"--record keeps a whole claim file at preset tiny as it is, with {LEAST_SEEDS} "
                          "seeds or more, without seed 0, on which settings are chosen")
+    if hasattr(module, "check"):
+        changed = read_changes(config) if config else {}
+        module.check(settings_from(Recipe, RECIPES[preset] | changed), claims)
 
 
 def read_changes(path):
     """{setting of the recipe: value} of --config's JSON file."""
-    changed = read_json(path)
+    changed = read_json(path, "give a JSON object of recipe settings")
     if chosen := sorted({"seed", "eval_split"} & changed.keys()):
         raise ValueError(f"--config {path}: {chosen[0]} is chosen by --seeds; leave it out")
-    settings_from(Recipe, config_file=path)
+    try:
+        settings_from(Recipe, config_file=path)
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {str(error).removeprefix(f'--config {path}: ')}") from None
     return changed
 
 
@@ -77,7 +87,7 @@ def run_claims(name, seeds, preset, out, device, changed=None):
             linear.choose(distributed.from_main(lambda: open_seed(lab, held)))
             found = {claim.name: [measured(lab, c) for c in claim.comparisons] for claim in claims}
         about = {"claims": name, "file": file, "code": code, "paper": module.PAPER, "preset": preset,
-                 "command": " ".join(sys.argv), "machine": machine(), "products": linear.chosen(),
+                 "changed": changed or {}, "machine": machine(), "products": linear.chosen(),
                  "versions": runs.versions(),
                  "recipe": {**asdict(lab.recipe), "seed": None, "eval_split": None}}
         made[seed] = {"arms": arms_of(lab), "minutes": round(seconds_of(lab) / 60, 1), "found": found}
@@ -95,7 +105,9 @@ def run_claims(name, seeds, preset, out, device, changed=None):
 
 def joined(about, claims, with_seeds):
     """The record of {seed: its arms, minutes and what `measured` found for each comparison of each claim}."""
+    seeds = " ".join(map(str, with_seeds))
     return {**about, "seeds": list(with_seeds),
+            "command": f"train.py claim {about['claims']} --seeds {seeds} --preset {about['preset']}",
             "arms": {str(seed): one["arms"] for seed, one in with_seeds.items()},
             "minutes": [one["minutes"] for one in with_seeds.values()],
             "results": [result(claim, [one["found"][claim.name] for one in with_seeds.values()])
@@ -110,11 +122,16 @@ def earlier_seeds(folder, code):
 
 
 def set_aside(folder, code):
-    """Give a record of other code in claim.json another name, under which it stays."""
+    """Give a record of other code in claim.json, and its page, other names, under which they stay."""
     path = folder / "claim.json"
-    if path.is_file() and (other := read_record(path)["code"]) != code:
-        name = other if re.fullmatch("[0-9a-f]{10}", str(other)) else "earlier"
-        path.replace(folder / f"claim-{name}.json")
+    if not path.is_file() or (other := read_record(path)["code"]) == code:
+        return
+    name = other if re.fullmatch("[0-9a-f]{10}", str(other)) else "earlier"
+    if name == "earlier" and (before := len(list(folder.glob("claim-earlier*.json")))):
+        name += f"-{before + 1}"
+    path.replace(folder / f"claim-{name}.json")
+    if (shown_on := folder / "report.html").is_file():
+        shown_on.replace(folder / f"report-{name}.html")
 
 
 def read_record(path):
@@ -221,8 +238,14 @@ def table(record):
             lines.append(f"    {row['label']:{width}}  {values}  {row['verdict']}")
         lines.append(f"    verdict: {claim['verdict']}")
     seeds = " ".join(map(str, record["seeds"]))
-    lines.append(f"\nseeds {seeds}, preset {record['preset']}, minutes {record['minutes']}")
+    lines.append(f"\nseeds {seeds}, {preset_of(record)}, minutes {record['minutes']}")
     return printable("\n".join(lines[1:]))
+
+
+def preset_of(record):
+    """"preset tiny", with the settings that --config changed."""
+    changed = ", ".join(f"{name} {value}" for name, value in record.get("changed", {}).items())
+    return f"preset {record['preset']}" + (f" with {changed}" if changed else "")
 
 
 SHAPE_OF = {"shown": ("dot", "a"), "not shown": ("ring", "b"), "reversed": ("diamond", "b")}
@@ -268,9 +291,10 @@ def arms_table(record):
 def page(record):
     """The whole text of a claim's report.html."""
     policy = "default-src 'none'; style-src 'unsafe-inline'"
-    parts = [f"<h1>{esc(record['claims'])}</h1><p>{esc(record['paper'])}. Preset {esc(record['preset'])}, "
-             f"seeds {esc(' '.join(map(str, record['seeds'])))}. Whiskers are 95% intervals over questions; "
-             "the dashed line is no difference; the marks of a row, from top to bottom, are its seeds.</p>"
+    parts = [f"<h1>{esc(record['claims'])}</h1><p>{esc(record['paper'])}. P{esc(preset_of(record)[1:])}, "
+             f"seeds {esc(' '.join(map(str, record['seeds'])))}. Whiskers are 95% intervals over questions "
+             "(of figures of training over its steps, as if these were independent); the dashed line is no "
+             "difference; the marks of a row, from top to bottom, are its seeds.</p>"
              f"{KEY}"]
     for claim in record["results"]:
         parts.append(f"<h2>{esc(claim['name'])}: {esc(claim['verdict'])}</h2><p>{esc(claim['statement'])}. "

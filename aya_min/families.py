@@ -10,7 +10,7 @@
     q, k norm       as asked     -            -         -         each head -         -          each head
     windows         -            1 - 3 of 4   -         as asked  as asked  all       1 of 2     5 of 6
     softmax scale   D^-1/2       D^-1/2       D^-1/2    D^-1/2    D^-1/2    D^-1/2    asked      asked
-    soft caps       -            -            -         -         -         -         both       as asked
+    soft caps       -            -            -         -         -         -         both       logits'
     embedding       -            -            -         -         -         -         sqrt(hidden_size)
     activation      silu         silu         silu      silu      silu      silu      gelu_tanh  gelu_tanh
     head            tied         tied         as asked  as asked  as asked  as asked  tied       tied
@@ -24,8 +24,9 @@ transformers 5.24, from which every row was read):
     sandwich        y = x + N2 A(N1 x),     y + N4 M(N3 y)
 
 Models: cohere is Aya Expanse, Aya 23, Command R; cohere2 Command R7B, Command A, Tiny Aya; llama Llama 2 and
-3; mistral also Mistral Small's text part, gemma3_text that of Gemma 3. Known gaps: Ministral 3 (its queries
-grow with their positions), Gemma 4 and mixtures of experts are refused.
+3; mistral also Mistral Small's text part, gemma3_text that of Gemma 3; ministral3 (the text part of Ministral
+3) is mistral with yarn, and with queries that grow with their positions. Known gaps: Gemma 4 and mixtures of
+experts are refused.
 """
 
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Family:
     """A row. defaults: {field of ModelConfig: value} where config.json does not have the key, as in
     transformers' configuration classes; fields that are not among them do not exist in the family.
 
+    grows: whether queries grow with their positions, by llama_4_scaling_beta (rope.growth).
     windows: how layer_types follows from config.json if it lacks them: "never", "pattern" (every
     sliding_window_pattern-th layer is full), "late" (from max_window_layers on, if use_sliding_window), or
     "all". published: the beginning of its classes' names.
@@ -64,11 +66,13 @@ class Family:
     interleaved: bool = False
     rotates: str = "all"                # or "sliding": only those layers
     scalings: tuple = ("linear", "llama3", "yarn")
+    grows: bool = False
     qkv_bias: bool = False
     qk_norm: str = "never"              # or "asked" (use_qk_norm, a weight for each head), or "head"
     windows: str = "never"
     scales_embedding: bool = False
     activation: tuple = ("hidden_act", "silu")
+    only: tuple = ()                    # more pairs of ONLY
     classifier: str = ""                # the beginning of its ForSequenceClassification, if it is another
 
     def class_named(self, task):
@@ -103,14 +107,22 @@ FAMILIES = {
     "qwen3": Family("Qwen3", dict(_QWEN, head_dim=128), qk_norm="head", windows="late"),
     "mistral": Family("Mistral", dict(_LLAMA, intermediate_size=14336, num_key_value_heads=8,
                                       max_position_embeddings=131072, sliding_window=4096), windows="all"),
-    "gemma2": Family("Gemma2", _GEMMA, **_SANDWICH),
+    "ministral3": Family("Ministral3", dict(
+        _LLAMA, vocab_size=131072, intermediate_size=14336, num_hidden_layers=34, num_key_value_heads=8,
+        head_dim=128, max_position_embeddings=262144, rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
+        pad_token_id=11, rope_scaling=dict(
+            rope_type="yarn", factor=16.0, original_max_position_embeddings=16384, beta_fast=32.0,
+            beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)),
+        windows="all", scalings=("yarn",), grows=True),
+    "gemma2": Family("Gemma2", _GEMMA, only=(("sliding_window_pattern", 2),), **_SANDWICH),
     "gemma3_text": Family("Gemma3", dict(
         _GEMMA, vocab_size=262208, max_position_embeddings=131072, rope_theta=1e6, sliding_window_pattern=6,
         rope_local_base_freq=10000.0, attn_logit_softcapping=None, final_logit_softcapping=None),
-        qk_norm="head", classifier="Gemma3Text", **_SANDWICH)}
+        qk_norm="head", classifier="Gemma3Text", only=(("attn_logit_softcapping", None),), **_SANDWICH)}
 
 # Keys of config.json that have one accepted value, beside null. Those of ModelConfig's fields are honoured.
-# Others are read by no class of the family in transformers and change nothing there; nor do they here.
+# Others are read by no class of the family in transformers and change nothing there; nor do they here. (It
+# reads neither gemma2's pattern of layers nor gemma3's cap of scores, which could mean another model.)
 ONLY = {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0,
         "use_bidirectional_attention": False, "partial_rotary_factor": 1, "rotary_pct": 1,
         "quantization_config": None, "compression_config": None}
@@ -120,4 +132,4 @@ ONLY_PARALLEL = {"use_parallel_block": True, "use_gated_activation": True,
 # Whose text part is read: {architecture: the model types that its text_config may have}. Its tensors are
 # named language_model.* or, by transformers 5, model.language_model.*
 WRAPPERS = {"Gemma3ForConditionalGeneration": ("gemma3_text",),
-            "Mistral3ForConditionalGeneration": ("mistral",)}
+            "Mistral3ForConditionalGeneration": ("mistral", "ministral3")}

@@ -115,7 +115,8 @@ def parse_object(data, where, remedy=None):
     value = parse_json(data, where, remedy)
     if not isinstance(value, dict):
         remedy = remedy or "copy or download it again"
-        raise ValueError(f"{where}: a JSON {type(value).__name__}, not an object; {remedy}")
+        said = "null" if value is None else type(value).__name__
+        raise ValueError(f"{where}: a JSON {said}, not an object; {remedy}")
     return value
 
 

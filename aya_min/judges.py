@@ -12,12 +12,14 @@ game is unjudged: counted, never a loss.
 Both messages are as published; both system prompts are copied from there (Apache License 2.0). We depart so:
 - a label must be one of the published map, and a score within 0 to 10 (arena-hard-auto's table fails on
   [[A]]; JudgeArena reads 8.5 as 8, and the first score where we read the last);
+- what was cut at its limit or by a filter has no verdict, as its last label need not be the judge's last;
 - thoughts in <think> are not read, closed or not;
 - a conversation is written out turn by turn where a single prompt would stand, and answers are never cut.
 """
 
 import hashlib
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -30,6 +32,7 @@ from .endpoint import ask as ask_endpoint
 from .evaluate_rates import prefix_of
 from .files import dumps
 from .model import CohereForCausalLM
+from .rows import is_cut
 from .sampling import answer_rows
 
 # ---- protocols ---------------------------------------------------------------------------------------------
@@ -104,6 +107,7 @@ score_B: <a number between 0 and 10 to indicate the quality of Assistant B's ans
 ```
 """
 
+KEPT = ("completion", "finish_reason", "model", "usage")    # of an answer; a folder's has the first two
 WEIGHT = 3      # how often arena-hard-auto counts a verdict of ">>"
 # {label: (score of the first answer, its weight)}
 LABELS = {"A>>B": (1.0, WEIGHT), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, WEIGHT)}
@@ -180,7 +184,7 @@ def answers_to(asked, ask, attempt, journal):
     left, whole = [key for key in asked if key not in done], False
 
     def keep(i, answer):
-        kept = {"completion": answer["completion"], "finish_reason": answer["finish_reason"]}
+        kept = {name: answer[name] for name in KEPT if name in answer}
         if left[i] not in done:
             done[left[i]] = kept
             if journal and kept["completion"] is not None and (distributed.is_main() or not whole):
@@ -195,8 +199,9 @@ def answers_to(asked, ask, attempt, journal):
 
 def is_answer(value):
     """Whether a journal's value has the shape that `judge` adds."""
-    return (isinstance(value, dict) and value.keys() == {"completion", "finish_reason"}
-            and all(isinstance(part, str) for part in value.values()))
+    return (isinstance(value, dict) and value.keys() in (set(KEPT[:2]), set(KEPT))
+            and all(isinstance(value[name], str) for name in KEPT[:2])
+            and isinstance(value.get("usage", {}), dict))
 
 
 def judge(rows_a, rows_b, ask, protocol, journal=None):
@@ -206,7 +211,7 @@ def judge(rows_a, rows_b, ask, protocol, journal=None):
     verdicts that could not be read; keep(i, answer) may be called as soon as one is there. A completion of
     None is missing, and its finish_reason says why. Returns [{"a", "b" (the rows), "games": (game 1, game
     2)}, ...]; a game is {"label" or None, "score" of the answers (1, 0.5, 0) or None, "weight", "first",
-    "tries": [{"completion", "finish_reason"}, ...]}.
+    "tries": [{"completion", "finish_reason"}, ...]}. A try of an endpoint also has "model" and "usage".
     """
     read = PROTOCOLS[protocol].read
     games = [orders(protocol, a, b) for a, b in zip(rows_a, rows_b, strict=True)]
@@ -214,7 +219,7 @@ def judge(rows_a, rows_b, ask, protocol, journal=None):
     first = answers_to(asked, ask, 0, journal)
 
     def label_of(answer):
-        return None if answer["completion"] is None else read(answer["completion"])
+        return None if answer["completion"] is None or is_cut(answer) else read(answer["completion"])
     again = {key: each for key, each in asked.items() if label_of(first[key]) is None}
     second = answers_to(again, ask, 1, journal)
 
@@ -234,7 +239,18 @@ def why_unjudged(game):
     last = game["tries"][-1]
     if last["completion"] is None:
         return last["finish_reason"]
-    return "cut" if last["finish_reason"] == "length" else "no verdict"
+    return "cut" if is_cut(last) else "no verdict"
+
+
+def used(verdicts):
+    """{"models_returned": {name: replies}, "usage": {kind of tokens: number}} of an endpoint's verdicts, {}
+    of other judges. What was asked once counts once."""
+    tries = {id(each): each for v in verdicts for game in v["games"] for each in game["tries"]
+             if "usage" in each}
+    usage, models = Counter(), Counter(each["model"] for each in tries.values())
+    for each in tries.values():
+        usage.update(each["usage"])
+    return {"models_returned": dict(models), "usage": dict(usage)} if tries else {}
 
 
 def verdict_rows(verdicts, **more):
@@ -273,8 +289,9 @@ class Judging(NamedTuple):
         return f"{who} by the protocol {self.protocol}"
 
     def record(self):
-        """A JSON object for the result, without the endpoint's key."""
-        return {key: value for key, value in self._asdict().items() if key != "endpoint"} | (
+        """A JSON object of what decides the verdicts, without the endpoint's key."""
+        return {key: value for key, value in self._asdict().items()
+                if key not in ("endpoint", "batch_size", "concurrency")} | (
             {"extra": self.endpoint.extra} if self.endpoint else {})
 
 
@@ -289,16 +306,17 @@ def endpoint_judge(about):
     def ready(device, answered):
         def as_kept(answer):
             missing = answer["completion"] is None
-            return {"completion": answer["completion"],
+            return {"completion": answer["completion"], "usage": answer["usage"],
+                    "model": "no answer" if missing else answer["model"] or "not named",
                     "finish_reason": answer["missing"] if missing else answer["finish_reason"] or "not said"}
 
         def ask(conversations, attempt, keep):
             nonlocal answered
-            groups = distributed.from_main(lambda: ask_endpoint(
+            groups = distributed.patiently(lambda: distributed.is_main() and ask_endpoint(
                 about.endpoint, conversations, max_new_tokens=about.max_new_tokens,
                 temperature=about.heat(attempt), seed=about.seed + attempt, concurrency=about.concurrency,
                 numbers=list(map(number_of, conversations)), answered=answered, progress="verdicts",
-                kept=lambda i, group: keep(i, as_kept(group[0]))))
+                kept=lambda i, group: keep(i, as_kept(group[0]))))[0]
             answers = [as_kept(answer) for (answer,) in groups]
             answered += sum(answer["completion"] is not None for answer in answers)
             return answers

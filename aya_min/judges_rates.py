@@ -19,7 +19,7 @@ from collections import Counter
 import numpy as np
 
 from .evaluate_rates import bootstrap_mean, by_cluster_and_language, draws
-from .judges import MARKS, why_unjudged
+from .judges import MARKS, used, why_unjudged
 from .languages import CLUSTERS
 
 PENALTY = 0.1           # of each squared coefficient, halved; keeps a judge of length alone finite
@@ -188,7 +188,7 @@ def about_judge(verdicts):
         "games": 2 * len(verdicts), "equal_answers": len(verdicts) - len(different),
         "labels": dict(Counter(game["label"] for _, game in games).most_common()),
         "asked_again": sum(len(game["tries"]) > 1 for v in verdicts for game in v["games"]),
-        "unjudged": dict(reasons.most_common())}
+        "unjudged": dict(reasons.most_common()), **used(verdicts)}
 
 
 def warnings(found, sides):
@@ -215,8 +215,7 @@ def warnings(found, sides):
     games = sum(found["unjudged"].values())
     if games:
         why = ", ".join(f"{reason} {n}" for reason, n in found["unjudged"].items())
-        said.append(f"{games} of {found['games']} games are unjudged ({why}); the bounds say what they could "
-                    "change")
+        said.append(f"{games} of {found['games']} games are unjudged ({why}); none counts as lost")
     return said
 
 

@@ -96,6 +96,10 @@ def shift_of_partners(prompts, paths):
     if min(equal) == len(prompts):
         raise ValueError(f"{' '.join(map(str, paths))}: all prompts are the same, and kto compares each "
                          "answer with answers to other prompts; give rows of several prompts")
+    if min(equal):
+        distributed.say(f"{min(equal)} of {len(prompts)} prompts meet an answer to themselves as their "
+                        "mismatched one, because too many rows share a prompt: kto's KL is too high by their "
+                        "part; give more prompts", paths)
     return equal.index(min(equal)) + 1
 
 

@@ -195,4 +195,5 @@ def packed(weight, bias=None):
     Decoding uses it whatever is chosen(): each row's result does not depend on how many rows there are.
     """
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, blocked, bias, "none", [], "")
+    multiply = torch.ops.mkldnn._linear_pointwise.default       # found once, not at each call
+    return lambda x: multiply(x, blocked, bias, "none", [], "")

@@ -344,7 +344,8 @@ def actor_critic_loss(clip, critic_weight):
         errors, spread = batch.critic_errors
         by_token = {"explained_variance": by_language(batch, spread - errors, spread)}
         if clip is not None:
-            by_token["clip_fraction"] = by_language(batch, sum_by_row(binds, batch.mask), tokens)
+            by_token["clip_fraction"] = by_language(batch, sum_by_row(binds, batch.mask) * trained,
+                                                    tokens * trained)
         loss = policy_loss.sum() + critic_weight * value_loss.sum()
         return loss, means_by_language(batch, log) | by_token
     return loss_fn

@@ -135,6 +135,8 @@ def main(argv=None):
         raise ValueError(f"{args.out}: its folder does not exist; make it first")
     if len({Path(path).resolve() for path in args.files}) < len(args.files):
         raise ValueError("a file is given twice, and its rows would be; give each file once")
+    if args.languages and len(set(args.languages)) < len(args.languages):
+        raise ValueError(f"--languages {' '.join(args.languages)}: one is given twice; give each once")
     rows = read_lines(args.files)
     drawn = mix(rows, args.total, args.languages, args.temperature, args.cap_language, args.cap_source,
                 args.seed)

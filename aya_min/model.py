@@ -24,7 +24,7 @@ from .linear import Linear, linear
 from .model_config import ModelConfig
 from .moe import AttentionExperts, MixtureMLP
 from .norms import norm_of
-from .rope import rotary, rotate
+from .rope import growth, rotary, rotate
 from .token_logps import capped, sum_by_row, token_logps
 
 
@@ -71,15 +71,17 @@ class Attention(nn.Module):
         # None is D^-1/2.
         self.scale = config.softmax_scale if config.query_pre_attn_scalar else None
 
-    def forward(self, x, cos=None, sin=None, mask=None, line=None):
+    def forward(self, x, cos=None, sin=None, mask=None, line=None, grown=None):
         """x (B, T, hidden_size), or (N, hidden_size) with a Line -> the same shape.
 
         cos, sin: of rotary(), None in a layer without rotary embeddings.
-        mask: (T, T) of window_mask(), or None for plain causal attention.
+        mask: (T, T) of window_mask(), or None for plain causal attention. grown: of growth().
         """
         q, k, v = self.heads(x)
         if cos is not None:
             q, k = rotate(q, cos, sin, self.interleaved), rotate(k, cos, sin, self.interleaved)
+        if grown is not None:
+            q = q * grown.to(q.dtype)
         if line and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not self.cap:
             return self.output(line.attend(q, k, v, self.window, self.scale).flatten(-2), x)
         if line:
@@ -218,7 +220,9 @@ class Decoder(nn.Module):
         line = Line(lengths, T, repeats) if packing and lengths is not None else None
         positions = torch.arange(T, device=x.device)[None]
         angles = {theta: rotary(config, positions, theta) for theta in config.ropes}    # 2 x (1, T, 1, D/2)
+        grown = growth(config, positions)                                   # (1, T, 1, 1) or None
         if line:
+            grown = None if grown is None else grown[0, line.positions]     # (N, 1, 1)
             x = line.pack(x)                                                # (N, hidden_size)
             angles = {theta: [each[0, line.positions] for each in both]     # 2 x (N, 1, D/2)
                       for theta, both in angles.items()}
@@ -228,7 +232,7 @@ class Decoder(nn.Module):
             more = self.times(line, lengths, T), getattr(self, "domains", None)
         for i, block in enumerate(self.layers):
             cos, sin = angles.get(config.rope(i), (None, None))
-            inputs = (*more, cos, sin, mask if config.window(i) else None, line)
+            inputs = (*more, cos, sin, mask if config.window(i) else None, line, grown)
             if every and i % every == 0:
                 x = checkpoint(block, x, *inputs, use_reentrant=False)
             else:
@@ -324,7 +328,7 @@ class RewardModel(nn.Module):
 
 class SequenceClassifier(RewardModel):
     """The usual reward model, transformers' ForSequenceClassification with one label: w . h_end alone. The
-    end is the last token that is not padding."""
+    end is the last token that is not config.pad_token_id, even if that token ends the text."""
     task = "ForSequenceClassification"
 
     def __init__(self, config):
@@ -336,7 +340,12 @@ class SequenceClassifier(RewardModel):
     def forward(self, input_ids, lengths, mask, repeats=None):
         """Scores (B,) in fp32, and None in place of log-probs."""
         x = self.model(input_ids, lengths, repeats)
-        ends = x[torch.arange(len(x), device=x.device), lengths - 1]        # (B, hidden_size)
+        places = torch.arange(input_ids.shape[1], device=x.device)
+        is_text = places < lengths[:, None]                                 # (B, T)
+        if self.config.pad_token_id is not None:
+            is_text &= input_ids != self.config.pad_token_id
+        last = (places * is_text).amax(1)                                   # (B,)
+        ends = x[torch.arange(len(x), device=x.device), last]               # (B, hidden_size)
         return F.linear(ends.float(), self.score.weight.float())[:, 0].clone(), None
 
 

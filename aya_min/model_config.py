@@ -254,7 +254,8 @@ class ModelConfig:
         own = {k: v for k, v in asdict(self).items() if v is not None and (
             k in names or k not in ModelConfig.__dataclass_fields__) or k in names & NULLABLE}
         patterns = [p for p in range(1, num + 2) if layer_pattern(num, p) == self.layer_types]
-        if patterns and self.family.windows == "pattern":
+        is_read = "sliding_window_pattern" not in dict(self.family.only)
+        if patterns and is_read and self.family.windows == "pattern":
             own["sliding_window_pattern"] = patterns[0]         # all that transformers 4.48-4.52 read
         if self.family.windows == "late":
             slides = "sliding_attention" in self.layer_types
@@ -283,7 +284,7 @@ def own_fields(family):
 
 def refuse_others(raw, family):
     """Refuse a key of families.ONLY with another value."""
-    only = ONLY | (ONLY_PARALLEL if family.block == "parallel" else {})
+    only = ONLY | dict(family.only) | (ONLY_PARALLEL if family.block == "parallel" else {})
     act, value = family.activation
     for name, value in {**only, act: value}.items():
         if raw.get(name) is None and name != act or raw.get(name, value) == value:
@@ -324,11 +325,13 @@ def rope_of(raw, family):
         raise ValueError("rope_parameters for each layer type are not supported, nor is scaled rope")
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling or rope_parameters {rope!r:.80}: scaled rope is not supported")
-    found["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta")
-    plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
+    plain, theta = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}, "rope_theta"
+    if family.grows:            # its default is a whole rope_parameters, with a key that nothing reads
+        plain["max_position_embeddings"] = rope.get("max_position_embeddings")
+    found[theta] = rope.get(theta) or (raw.get(theta) if rope or not family.grows else None)
     more = {key: value for key, value in rope.items()
-            if key != "rope_theta" and value is not None and value != plain.get(key)}
-    if more:
+            if key != theta and value is not None and value != plain.get(key)}
+    if more or rope and family.grows:
         kind = more.pop("rope_type", None) or more.get("type")
         more.pop("type", None)
         found["rope_scaling"] = {"rope_type": kind, **more}
@@ -343,6 +346,8 @@ def checked_scaling(rope, config):
         known = f"only {' '.join(family.scalings)}" if family.scalings else "it is not known in this family"
         raise ValueError(f"rope_scaling or rope_parameters {rope!r:.80}: scaled rope is not supported, "
                          f"{known}")
+    if family.grows:
+        keys = keys | {"llama_4_scaling_beta": (float, "[0, inf)", False)}
     given = {key: value for key, value in rope.items() if key != "rope_type"}
     wrong = sorted(given.keys() - keys.keys()) + [key for key, (type_, interval, _) in keys.items()
         if key in given and not (type(given[key]) in ({bool} if type_ is bool else {int, type_})

@@ -16,6 +16,8 @@ have not, are one for all experts. Scores and softmax are fp32.
 N tokens, E experts, k top_k, h hidden_size, H heads, K key-value heads, D head width of one expert.
 """
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -168,18 +170,45 @@ class AttentionExperts:
 
     def output(self, y, x):
         """sum_i g_i W_i y_i of the heads' outputs y (..., E H D) for the input x (..., h)."""
-        gates = self.gates(x).to(y.dtype)[..., None]                        # (..., E, 1)
-        if not self.own:
-            y = y.unflatten(-1, (self.K, self.num_experts, -1)).transpose(-3, -2).flatten(-2)
-        else:
-            y = y.unflatten(-1, (self.num_experts, -1))                     # (..., E, H D)
         # One product with the experts' matrices side by side, (h, E H D).
-        return linear((y * gates).flatten(-2), self.o_proj.weight.transpose(0, 1).flatten(1))
+        matrix = self.o_proj.weight.transpose(0, 1).flatten(1)
+        return linear(self.weigh(y, self.router(x)).flatten(-2), matrix)
 
-    def gates(self, x):
-        """The weights of the experts, those outside the top k 0. (..., h) -> (..., E)"""
-        gates = self.router(x).softmax(-1)
-        if self.top_k == self.num_experts:
-            return gates
-        kept, chosen = gates.topk(self.top_k, -1)
-        return torch.zeros_like(gates).scatter(-1, chosen, kept)
+    def weigh(self, y, scores):
+        """The heads' outputs y (..., E H D) times the gates of the scores (..., E), those outside the top k 0.
+        -> (..., E, H D)"""
+        gates = scores.softmax(-1)
+        if self.top_k < self.num_experts:
+            kept, chosen = gates.topk(self.top_k, -1)
+            gates = torch.zeros_like(gates).scatter(-1, chosen, kept)
+        if self.own:
+            y = y.unflatten(-1, (self.num_experts, -1))
+        else:
+            y = y.unflatten(-1, (self.K, self.num_experts, -1)).transpose(-3, -2).flatten(-2)
+        return y * gates.to(y.dtype)[..., None]
+
+    def side_by_side(self):
+        """The attributes of a dense attention with the same heads, for the engine. Its output's matrix
+        (h, E H D) is that of what `weigh` gives."""
+        E, K, D = self.num_experts, self.K, self.D
+
+        def rows(stacked):
+            """The rows of all queries (E, H D, ...), as `heads` has them."""
+            if self.own:
+                return stacked.flatten(0, 1)
+            return stacked.unflatten(1, (K, -1)).transpose(0, 1).flatten(0, 2)
+
+        def all_of(projection, rows):
+            weight, bias = projection.weight.detach(), projection.bias
+            return SimpleNamespace(weight=rows(weight), bias=None if bias is None else rows(bias.detach()))
+        of_keys = rows if self.own else lambda weight: weight
+        dense = SimpleNamespace(
+            H=E * self.H, K=E * K if self.own else K, D=D, has_qk_norm=self.has_qk_norm,
+            q_proj=all_of(self.q_proj, rows), k_proj=all_of(self.k_proj, of_keys),
+            v_proj=all_of(self.v_proj, of_keys),
+            o_proj=SimpleNamespace(weight=self.o_proj.weight.detach().transpose(0, 1).flatten(1), bias=None))
+        if self.has_qk_norm:
+            q = self.q_norm.weight.detach().expand(self.H, D).repeat(E, 1, 1).flatten(1)        # (E, H D)
+            k = self.k_norm.weight.detach().expand(K, D).repeat(E if self.own else 1, 1)
+            dense.q_norm, dense.k_norm = SimpleNamespace(weight=rows(q).view(-1, D)), SimpleNamespace(weight=k)
+        return dense

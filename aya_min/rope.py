@@ -44,7 +44,8 @@ def llama3(frequencies, theta, rope_type, factor, low_freq_factor, high_freq_fac
 
 
 def yarn(frequencies, theta, rope_type, factor, original_max_position_embeddings, beta_fast=32.0,
-         beta_slow=1.0, attention_factor=None, mscale=None, mscale_all_dim=None, truncate=True):
+         beta_slow=1.0, attention_factor=None, mscale=None, mscale_all_dim=None, truncate=True,
+         llama_4_scaling_beta=None):
     """Pairs that turn more than beta_fast times in the original length stay, those that turn less than
     beta_slow times are divided by the factor, and between the two a line over the pairs joins both. cos and
     sin are lengthened, so that attention stays as sharp."""
@@ -66,6 +67,16 @@ def yarn(frequencies, theta, rope_type, factor, original_max_position_embeddings
         both = mscale and mscale_all_dim
         attention_factor = sharpness(mscale) / sharpness(mscale_all_dim) if both else sharpness(1)
     return frequencies / factor * divided + frequencies * (1 - divided), attention_factor
+
+
+def growth(config, positions):
+    """What queries are multiplied by, (..., 1, 1) for positions (...): 1 + beta ln(1 + floor(p / original)),
+    so that attention stays as sharp over more tokens. None in a family where they do not grow."""
+    if not config.family.grows:
+        return None
+    beta = config.rope_scaling["llama_4_scaling_beta"]
+    lengths = positions // config.rope_scaling["original_max_position_embeddings"]
+    return (1 + beta * torch.log(1 + lengths.float()))[..., None, None]
 
 
 def rotate(x, cos, sin, interleaved=True):

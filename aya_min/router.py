@@ -136,19 +136,22 @@ def collate_routed(items, pad_id=0, slots=("other",)):
 
 def arrange(model, items, held_out, settings):
     """(items, held-out items) with the rewards in the order of the model's teachers. Without held-out items
-    a share of the items is held out, which depends on --seed and on their number."""
+    a share of the items is held out, which depends on --seed and on their number; a prompt that several
+    items share stands on one side."""
     items, held_out = ([for_teachers(item, tuple(model.config.teachers)) for item in some]
                        for some in (items, held_out))
     if held_out:
         return items, held_out
-    order = np.random.default_rng([settings.seed, 1]).permutation(len(items))
-    size = round(settings.held_out * len(items))
-    if settings.held_out and not 0 < size < len(items):
-        raise ValueError(f"--held-out {settings.held_out} of {len(items)} prompts holds out {size}; give "
+    prompts = list(dict.fromkeys(item.ids.tobytes() for item in items))
+    order = np.random.default_rng([settings.seed, 1]).permutation(len(prompts))
+    size = round(settings.held_out * len(prompts))
+    if settings.held_out and not 0 < size < len(prompts):
+        raise ValueError(f"--held-out {settings.held_out} of {len(prompts)} prompts holds out {size}; give "
                          "more prompts, another share, or 0")
-    chosen = set(order[:size].tolist())
-    return ([item for i, item in enumerate(items) if i not in chosen],
-            [item for i, item in enumerate(items) if i in chosen])
+    chosen = {prompts[i] for i in order[:size]}
+    sides = [item.ids.tobytes() in chosen for item in items]
+    return tuple([item for item, is_held_out in zip(items, sides) if is_held_out == side]
+                 for side in (False, True))
 
 
 def for_teachers(item, names):

@@ -1,4 +1,4 @@
-"""The server: OpenAI's chat completions over HTTP/1.1, and a page to chat in the browser. Standard library only.
+"""The server: OpenAI's chat completions over HTTP/1.1, and a page to chat in the browser.
 
     GET  /                          the page (serve_page.html)
     GET  /v1/models, /health        what is served; how busy it is
@@ -8,6 +8,11 @@ One connection is one request ("Connection: close"), so that nothing of one can 
 loop reads and writes them all, and one thread owns the models (serve_batch.py). Whatever a client does costs
 a bounded time and space: the head, the body, the number of connections and of open answers, and the waits for
 a client that neither sends nor reads. When connections run out, the oldest that has not asked yet is closed.
+A client that closes its half of the connection has gone: nothing tells it from one that leaves.
+
+Pages of every site may ask and read the answers (Access-Control-Allow-Origin: *): a page that is open in a
+browser which reaches this address can use the models, but nothing else, as there are no files, accounts or
+conversations here. For the same reason nothing checks the Host. Put a proxy in front where that is too much.
 """
 
 import asyncio
@@ -22,13 +27,19 @@ from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import unquote
 
+import torch
+
+from . import weights
 from .command import OUR_FAULT, printable, shortened
 from .distributed import say
 from .files import dumps
-from .serve_batch import Worker
+from .sampling import engine_size
+from .serve_batch import Batch, Worker
 from .serve_request import Refused, Reply, error_as_json, event, read_request
 
 PAGE = Path(__file__).with_name("serve_page.html")
+MAX_LENGTH = 8192               # tokens of a row, where a model has more positions
+DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")     # what a request may leave out
 MAX_HEAD, MAX_BODY = 16 << 10, 1 << 20          # bytes; MAX_BODY grows with the rows, see Server
 BYTES_PER_TOKEN = 64                            # of a body at most: JSON may write a character in 12 bytes
 HEAD_SECONDS, BODY_SECONDS, WRITE_SECONDS, LINGER_SECONDS = 10, 30, 30, 2
@@ -302,7 +313,8 @@ class Server:
             self.news[reply.request].clear()
         if reply.request.error:
             raise Refused(reply.request.error, 500)
-        await respond(writer, 200, reply.whole())
+        # In a thread: many answers with log-probs take their time.
+        await respond(writer, 200, await asyncio.to_thread(lambda: dumps(reply.whole()).encode()))
 
     async def stream(self, reply, writer, with_usage):
         """Errors too are events once the head has been sent."""
@@ -337,7 +349,7 @@ def busy(why):
 
 
 def listen(host, port):
-    """A socket that is bound, and does not listen before the models are loaded. ValueError names the flags."""
+    """A bound socket, which does not listen before the models are loaded. ValueError names the flags."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, proto)
@@ -353,6 +365,27 @@ def url_of(bound):
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
-def serve(bound, batches, defaults, seed):
-    """Serve until Ctrl-C, which raises KeyboardInterrupt."""
-    asyncio.run(Server({batch.name: batch for batch in batches}, defaults, seed).run(bound))
+def plan_rows(folder, config, args, device):
+    """(tokens per row, bytes of the KV cache). ValueError if that does not fit model or memory."""
+    positions = config.max_position_embeddings
+    tokens = args.max_length or min(positions, MAX_LENGTH)
+    if tokens > positions:
+        raise ValueError(f"--max-length {tokens}: {folder} has {positions} positions; give fewer")
+    return tokens, engine_size(config, [tokens - 1], [1], args.batch_size, args.batch_size, device,
+                               getattr(torch, args.dtype), "lower --max-length")[2]
+
+
+def serve_models(args, metas, device):
+    """Serve the models of these folders until Ctrl-C, which raises KeyboardInterrupt."""
+    bound = listen(args.host or "127.0.0.1", 8000 if args.port is None else args.port)
+    for folder, (model, *_) in metas.items():
+        plan_rows(folder, model.config, args, device)           # before any weights are read
+    names = [weights.name_of(folder) for folder in metas]
+    names, batches = names if len({*names}) == len(names) else list(metas), {}
+    for name, folder in zip(names, metas):
+        model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
+        tokens, size = plan_rows(folder, model.config, args, device)
+        say(f"{name}: KV cache of {args.batch_size} rows x {tokens} tokens, {size / 1e6:,.1f} MB")
+        batches[name] = Batch(name, model, tokenizer, args.batch_size, tokens)
+    defaults = {name: getattr(args, name) for name in DEFAULTS}
+    asyncio.run(Server(batches, defaults, args.seed).run(bound))

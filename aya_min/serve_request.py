@@ -4,6 +4,7 @@ What a request says is honoured, or refused with its name. A field that nothing 
 the server says once. Texts are sent in whole characters, and without what may still become a stop string.
 """
 
+import re
 import time
 from collections import deque
 
@@ -22,11 +23,16 @@ READ = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature
         "seed", "n", "stop", "stream", "stream_options", "logprobs", "top_logprobs"}
 ONLY = {"presence_penalty": [0], "frequency_penalty": [0], "repetition_penalty": [1], "min_tokens": [0],
         "response_format": [{"type": "text"}], "modalities": [["text"]], "tool_choice": ["none", "auto"],
+        "repeat_penalty": [1], "length_penalty": [1], "typical_p": [1], "best_of": [1],
+        "reasoning_effort": ["none"], "skip_special_tokens": [True], "add_generation_prompt": [True],
         **{name: [] for name in ("system", "prompt", "logit_bias", "ignore_eos", "stop_token_ids",
                                  "web_search_options", "guided_json", "guided_regex", "guided_choice",
-                                 "structured_outputs")}}
+                                 "structured_outputs", "grammar", "json_schema", "bad_words",
+                                 "allowed_token_ids", "use_beam_search", "truncate_prompt_tokens", "echo",
+                                 "include_stop_str_in_output", "prompt_logprobs", "prediction")}}
 LEAST_LOGP = -9999.0         # in place of minus infinity, which JSON cannot write; as OpenAI has it
 MAX_SAMPLES, MAX_TOP, MAX_STOPS, MAX_STOP_LENGTH = 128, 20, 16, 200
+MAX_LOGPS = 200_000         # log-probs of a request: about 5 MB of JSON, made in half a second
 
 
 class Refused(ValueError):
@@ -123,6 +129,9 @@ def read_request(data, batches, defaults, seed, ignored):
     seed = number_of(body, "seed", int, "[0, 9223372036854775808)", seed)
     prompt = batch.tokenizer.encode_prompt(messages)
     limit = limit_of(body, len(prompt), batch, defaults["max_new_tokens"])
+    if num_top is not None and (count := num_samples * limit * (1 + num_top)) > MAX_LOGPS:
+        raise Refused(f"{num_samples} answers of {limit} tokens with top_logprobs {num_top} are {count} "
+                      f"log-probs, at most {MAX_LOGPS} are told; lower n, max_tokens or top_logprobs")
     request = Request(prompt, num_samples, limit, sampling, seed, stops, num_top, is_streamed)
     return batch, request, flag_of(options or {}, "include_usage")
 
@@ -131,6 +140,8 @@ def limit_of(body, length, batch, default):
     """The most new tokens for a prompt of this length. Refused if they do not fit the rows of the batch."""
     given = [name for name in ("max_completion_tokens", "max_tokens") if body.get(name) is not None]
     limits = [number_of(body, name, int, "[1, inf)", None) for name in given]
+    if len({*limits}) > 1:
+        raise Refused(f"max_completion_tokens {limits[0]} and max_tokens {limits[1]} differ; give one")
     room = batch.max_tokens - length
     if room < 1 or limits and limits[0] > room:
         wanted = f" and {given[0]} {limits[0]}" if limits else ""
@@ -163,7 +174,8 @@ class Text:
         has_ended = self.row.finish_reason is not None              # before the ids, which come first
         if has_ended and not self.starts and self.row.prompt.num_top is None:
             # All at once, in a tenth of the time.
-            self.text, self.has_ended = self.batch.tokenizer.decode(self.row.ids).replace("\0", "\ufffd"), True
+            self.text = self.batch.tokenizer.decode(self.row.ids).replace("\0", "\ufffd")
+            self.has_ended = True
             return cut_at(self.text, self.stops), None
         for token in self.row.ids[len(self.starts):]:
             self.starts.append(len(self.text))
@@ -205,15 +217,21 @@ def letters():
 
 
 LETTERS = letters()
+BYTE = re.compile("<0x[0-9A-F]{2}>")        # a byte in SentencePiece's vocabularies
 
 
 def token_as_json(token, logp, tokenizer):
     """A token with its log-prob in nats. bytes: those of a part of a character too; null for a control token,
     which is no text, and where they are not known."""
     name, text = tokenizer.bpe.id_to_token(token) or "", tokenizer.decode([token])
-    data = list(text.encode()) or None
-    if "\ufffd" in text:
+    if BYTE.fullmatch(name):
+        data = [int(name[3:5], 16)]
+    elif "\ufffd" in text:
         data = [LETTERS[c] for c in name] if LETTERS.keys() >= set(name) else None
+    else:
+        # A second time, as it follows another: some tokenizers take the space from the beginning of a text.
+        text = tokenizer.decode([token, token])[len(text):]
+        data = list(text.encode()) or None
     return {"token": text or name, "logprob": max(logp, LEAST_LOGP), "bytes": data}
 
 

@@ -73,9 +73,11 @@ def joined(left, right):
 
 
 def calculated(function, left, right):
-    """function(left, right) of whole numbers; a sum of texts joins them."""
+    """function(left, right) of whole numbers; a sum of texts or lists joins them."""
     if function is operator.add and isinstance(left, TEXTS) and isinstance(right, TEXTS):
         return joined(left, right)
+    if function is operator.add and isinstance(left, list) and isinstance(right, list):
+        return left + right if len(left) + len(right) <= 1000 else refuse("a list of more than 1,000 parts")
     return function(known(left, int, function.__name__), known(right, int, function.__name__))
 
 
@@ -156,6 +158,7 @@ GLOBALS = {
 ATTRIBUTES = {
     "j_strip": stripping(str.strip), "f_trim": stripping(str.strip),
     "j_lstrip": stripping(str.lstrip), "j_rstrip": stripping(str.rstrip),
+    "j_get": lambda value, key: known(value, dict, "the method get").get(known(key, str, "the method get")),
     "j_startswith": beginning(str.startswith), "j_endswith": beginning(str.endswith),
     "f_selectattr": selected, "f_list": lambda value: [*known(value, list, "the filter list")],
     "f_upper": lambda value: printed(known(value, SIMPLE, "the filter upper")).upper(),

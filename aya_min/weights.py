@@ -14,6 +14,7 @@ of the same files (tests/test_transformers.py computes the score this way):
 where h_end is the last hidden state (after the norm) of the last token.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -45,6 +46,12 @@ LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 # The files that `save` writes anew instead of copying them.
 WRITTEN = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", *FILES}
+
+
+def name_of(folder):
+    """The name of a model folder, or of the run folder that holds it."""
+    path = Path(os.path.abspath(folder))
+    return path.name if path.name != "model" else path.parent.name
 
 
 def read_config(folder):
@@ -151,6 +158,8 @@ def load_meta(folder, trunk=False):
     with torch.device("meta"):
         build = RewardModel if trunk is True else trunk or model_class
         found, model = model_class(config), build(config)
+    if isinstance(model, SequenceClassifier) and model_class is not SequenceClassifier:
+        config.pad_token_id = tokenizer.pad_id          # which is published, see write_descriptions
     own = found.state_dict()
     alike = not config.tie_word_embeddings or stored or tensorfiles.drop_tied_head(header)
     problems = [] if alike else [

@@ -142,6 +142,17 @@ TEKKEN = """{%- if messages[0]["role"] != "system" %}
     {%- set rest = messages[1:] %}
 {%- endif %}
 {{- bos_token + "[SYSTEM_PROMPT]" + said + "[/SYSTEM_PROMPT]" }}
+{%- set filtered = [] %}
+{%- for message in rest %}
+    {%- if message["role"] not in ["tool"] and not message.get("tool_calls") %}
+        {%- set filtered = filtered + [message] %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in filtered %}
+    {%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}
+        {{- raise_exception("alternate") }}
+    {%- endif %}
+{%- endfor %}
 {%- for message in rest %}
     {%- if message["role"] == "user" %}{{- "[INST]" + message["content"] + "[/INST]" }}
     {%- else %}{{- message["content"] + eos_token }}{%- endif %}

@@ -103,14 +103,14 @@ def program(*words, **options):
     return subprocess.run([sys.executable, *map(str, words)], **options)
 
 
-def on_ranks(ranks, function, *args):
+def on_ranks(ranks, function, *args, timeout=60):
     """Run function(*args) on this number of ranks (gloo), forked from this process, which has torch imported.
-    All must end well. -> what each returns"""
+    All must end well. timeout: seconds of a collective. -> what each returns"""
     def one_rank(rank):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         torch.set_num_threads(1)
-        distributed.setup(60)
+        distributed.setup(timeout)
         # a rank that refuses at once must not be gone before the others have connected to it
         distributed.gather_objects(None)
         results.put((rank, function(*args)))

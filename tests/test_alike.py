@@ -68,7 +68,7 @@ def refused(capsys, *arguments):
     (COHERE | {"model_type": "cohere2"}, {"layer_types": ["full_attention"] * 2}),
     (LLAMA, {"rms_norm_eps": 1e-6}), (LLAMA, {"num_key_value_heads": 2}),
     (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
-    (LLAMA, {"rope_theta": None}), (LLAMA, {"model_type": "mistral"}), (LLAMA, {"hidden_act": "silu"}),
+    (LLAMA, {"rope_theta": None}), (LLAMA, {"model_type": "mistral"}), (LLAMA, {"hidden_act": "gelu"}),
     (LLAMA, {"id2label": {"0": "no", "1": "yes"}}),
     (GEMMA, {"text_config": GEMMA["text_config"] | {"sliding_window": 1024}}),
     (GEMMA, {"vision_config": {"patch_size": 16}}),
@@ -147,6 +147,11 @@ def test_a_key_that_changes_the_computation_is_named(start, change):
                 "pretraining_tp": 1,
                 "attention_dropout": 0.0,
             },
+        ),
+        (LLAMA, {"hidden_act": "silu", "intermediate_size": 11008, "tie_word_embeddings": False}),
+        (
+            LLAMA | {"model_type": "qwen2", "num_key_value_heads": 4},
+            {"max_window_layers": 28, "use_sliding_window": False, "sliding_window": 131072},
         ),
         (LLAMA, {"rope_theta": None, "rope_parameters": {"rope_theta": 500000, "rope_type": "default"}}),
         (

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from small import tokenizer
 
 from aya_min.claims import languages
+from aya_min.arbitrage import route
 from aya_min.config import RECIPES, Recipe
+from aya_min.experiments import Lab
 from aya_min.world import _sentence, _wrong_concepts, gold_answer, questions, say
 from aya_min.world_oracle import grade, naturalness
 
@@ -45,6 +47,12 @@ class StandIn(SimpleNamespace):
         if name not in self.done:
             self.done[name] = make(None)
         return self.done[name]
+
+    @property
+    def best_answers(self):
+        return route(self.candidates, "reward", 0)[0]
+
+    batch_of = Lab.batch_of
 
     def train(self, name, stage, start, rows, **settings):
         self.trained[name] = rows

@@ -49,7 +49,7 @@ def contrasted(folder, *flags, out="pairs.jsonl"):
     """What `generate.py --contrast` does in its process."""
     words = ["--answers", folder / "own.jsonl", "--contrast", folder / "translated.jsonl", "--out",
              folder / out, *flags]
-    generate.run_command(generate.make_parser().parse_args(list(map(str, words))), CPU)
+    generate.run_command(generate.parsed(list(map(str, words))), CPU)
 
 
 def test_the_command_joins_two_files_by_prompt_and_language_into_pairs_that_dpo_reads(folder, capsys):
@@ -76,6 +76,7 @@ def test_the_command_joins_two_files_by_prompt_and_language_into_pairs_that_dpo_
     (TRANSLATED, ["--model", "M"], "leave out --model"),
     (TRANSLATED, ["--prompts", "P.jsonl"], "leave out --prompts"),
     (TRANSLATED, ["--num-samples", "4"], "leave out --num-samples"),
+    (TRANSLATED, ["--temperature", "0.3"], "leave out --temperature"),      # its default
 ])
 def test_what_makes_no_pair_or_asks_a_model_is_refused_before_it_writes(folder, rows, flags, message):
     write_jsonl(folder / "translated.jsonl", rows)

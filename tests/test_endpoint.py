@@ -256,7 +256,7 @@ def test_a_broken_connection_is_tried_again(broken, asked):
 
 
 def test_a_server_that_is_too_slow_is_left_though_it_sends_a_byte_now_and_then(asked):
-    """The first waits for ever, the second sends bytes for ever; both are left at the time limit."""
+    """The first waits for ever, the others send bytes for ever; all are left at the time limit."""
     release = threading.Event()
 
     def silent(handler):
@@ -267,10 +267,35 @@ def test_a_server_that_is_too_slow_is_left_though_it_sends_a_byte_now_and_then(a
         handler.end_headers()
         while not release.is_set():
             handler.wfile.write(b" ")
+
+    def dripping_headers(handler):
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\n")
+        for number in range(90):
+            if not release.wait(0.05):
+                handler.wfile.write(b"X: y\r\n")
     started = time.monotonic()
-    groups, waits, _ = asked(flaky(silent, dripping), "q", timeout=0.1)
+    groups, waits, _ = asked(flaky(silent, dripping, dripping_headers), "q", timeout=0.1)
     release.set()
-    assert texts_of(groups) == ["ja"] and len(waits) == 2 and time.monotonic() - started < 4
+    assert texts_of(groups) == ["ja"] and len(waits) == 3 and time.monotonic() - started < 4
+
+
+def status_line(text):
+    return lambda handler: handler.wfile.write(text.encode() + b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("key, found", [
+    ("hunter2", (401, {}, error("Incorrect key hunter2"))), (KEY, (500, {}, b" " * 1990 + KEY.encode())),
+    (KEY, status_line("Bearer " + KEY)), (KEY, status_line("HTTP/1.0 " + "a" * 175 + KEY)),
+    (KEY, error(KEY)), (KEY, message(content=None, refusal="x" * 195 + KEY))])
+def test_a_key_that_the_server_says_again_is_hidden_before_the_message_is_cut(key, found, asked):
+    """The beginning of a cut key stood in messages, and a key of fewer than 12 characters all of it."""
+    said, _, _ = asked(lambda body, times: found, "q", key=key)
+    assert key[:6] not in said and "\n" not in said
+
+
+def test_a_compressed_reply_is_named(asked):
+    said, waits, _ = asked(lambda body, times: (200, {"Content-Encoding": "gzip"}, b"x"), "q")
+    assert "(compressed: a reply of gzip, which was not asked for)" in said and not waits
 
 
 def test_a_huge_body_is_not_read_to_its_end(asked, monkeypatch):
@@ -374,7 +399,7 @@ def test_a_model_that_only_reasons_ends_the_work_before_all_is_spent(asked):
     (302, {}, b"", "it sends on to elsewhere")])
 def test_a_wrong_key_model_or_url_stops_at_once_with_one_line(status, headers, data, says, asked):
     said, waits, server = asked(lambda body, times: (status, headers, data), *"abcdefgh")
-    assert said.startswith(f"127.0.0.1:") and f"/m: HTTP {status}: " in said and says in said
+    assert said.startswith("127.0.0.1:") and f"/m: HTTP {status}: " in said and says in said
     assert not waits and len(server.asked) <= 2
 
 

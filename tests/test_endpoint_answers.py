@@ -5,17 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
 from bad_server import KEY, Server, error, message, reply
-from small import CPU, ROOT, language_model, on_ranks, reward_model, tokenizer
+from small import CPU, ROOT, TORCHRUN, language_model, on_ranks, reward_model, tokenizer
 
 import generate
 import train
 from aya_min import config, endpoint_answers, pipeline, pipeline_steps, weights
 from aya_min.endpoint import Endpoint
-from aya_min.endpoint_answers import answer_rows, endpoints_of, extra_fields, tally, tally_line
+from aya_min.endpoint_answers import (answer_rows, endpoints_of, extra_fields, share, tally,
+                                      tally_line)
 from aya_min.files import write_jsonl
 from aya_min.journal import Journal
 from aya_min.pipeline_checks import teacher_name
@@ -134,7 +136,8 @@ def test_what_an_endpoint_cannot_be_asked_for_is_refused_before_it_is_asked(flag
 @pytest.mark.parametrize("words, says", [
     ("--model URL --prompts prompts.jsonl --out out.jsonl", "--model, --chat and --serve take model folders"),
     ("--model URL --prompt x", "--model, --chat and --serve take"),
-    ("--models A URL --chat", "--chat and --serve take model folders"),
+    ("--models A URL --chat", "--serve take model folders"),
+    ("--models A URL --serve", "--serve take model folders"),
     ("--models URL --route random --prompts prompts.jsonl --out out.jsonl", "no tokenizer to count lengths"),
     ("--models A http://h/v1 --route random --prompts prompts.jsonl --out o.jsonl", "no model is named"),
     ("--models A --route random --prompts prompts.jsonl --out o --concurrency 2", "goes with an endpoint"),
@@ -304,6 +307,27 @@ def refused_on_a_rank(url, folder):
         return str(found)
 
 
+@pytest.mark.long
+def test_a_rank_may_wait_for_another_longer_than_in_a_collective(tmp_path):
+    """It was taken for dead: half an hour of answers, which the other rank still waits for, ended the run."""
+    def slow(body, times):
+        if body["messages"][-1]["content"] == "zwei":
+            time.sleep(9)
+        return shout(body, times)
+    with Server(slow) as server:
+        first, second = on_ranks(2, ask_on_a_rank, server.url + "#m", tmp_path / "two", timeout=5)
+    assert first == second and [answer["completion"] for [answer] in first][0] == "zwei!"
+
+
+@pytest.mark.parametrize("concurrency, ranks", [(1, 1), (8, 3), (3, 2), (1, 2), (2, 4)])
+def test_the_ranks_together_ask_as_much_at_a_time_as_is_said_and_every_question_once(concurrency, ranks):
+    """--concurrency 1 on two ranks asked two questions at a time."""
+    parts = [share(list(range(10)), concurrency, rank, ranks) for rank in range(ranks)]
+    assert sum(threads for threads, _ in parts) == concurrency
+    assert sorted(i for _, items in parts for i in items) == list(range(10))
+    assert all(bool(items) == bool(threads) for threads, items in parts)
+
+
 def test_a_wrong_key_is_refused_by_all_ranks(tmp_path):
     with Server(lambda body, times: (401, {}, error("no"))) as server:
         both = on_ranks(2, refused_on_a_rank, server.url + "#m", tmp_path / "j")
@@ -387,6 +411,29 @@ def test_the_recipe_looks_at_its_endpoints_before_any_work(url, says, own, here,
     assert (code, out) == (2, "") and says in err[-1] and not (here / "run").exists(), err
     code, out, err = in_process(train, *own, "--concurrency", "2")
     assert code == 2 and "--concurrency goes with an endpoint" in err[-1]
+
+
+@pytest.mark.long
+def test_a_recipe_on_two_ranks_that_is_killed_asks_only_for_what_is_missing(own, here):
+    def answered():
+        lines = [line for path in here.glob("run/data/answers-2/*.jsonl") for line in path.open()]
+        return {"wort " + json.loads(line)[0].split()[1] for line in lines if line.endswith("\n")}
+    with Server(of_recipe) as server:
+        words = [sys.executable, *TORCHRUN, ROOT / "train.py", *own, server.url + "#m", "--concurrency", "2"]
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(answered()) < 20 and process.poll() is None:
+            time.sleep(0.01)
+        ranks = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
+        for pid in [process.pid, *map(int, ranks)]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+        kept = answered()
+        assert 20 <= len(kept) < 60 and len(ranks) == 2
+        first = len(server.asked)
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert set(server.questions[first:]) == {f"wort {i}" for i in range(64)} - kept
+    assert_no_key(here / "run", done.stdout, done.stderr)
 
 
 @pytest.mark.long

@@ -267,6 +267,51 @@ def test_a_command_of_other_code_that_is_stopped_leaves_the_record_and_its_folde
     experiments_records.check("small", [1], "smoke", tmp_path / "out", False)
 
 
+def test_a_record_of_another_claim_is_refused_before_any_work(run, tmp_path):
+    """A copied folder was read at the end, after all the training."""
+    run(claim_file(one=short_sft(32), two=short_sft(64)))
+    (tmp_path / "out" / "small").rename(tmp_path / "out" / "other")
+    other = claim_file(one=short_sft(32), two=short_sft(64))
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(ValueError, match="record of claims small"):
+        patched.setattr(experiments, "claim_files", lambda: {"other": other})
+        experiments_records.check("other", [1], "smoke", tmp_path / "out", False)
+
+
+def test_fewer_rounds_than_are_compared_are_refused_before_any_work(tmp_path, in_process):
+    (tmp_path / "c.json").write_text('{"rounds": 2}')
+    words = "claim", "expanse", "--preset", "smoke", "--config", tmp_path / "c.json", "--out"
+    code, _, err = in_process(train, *words, tmp_path / "new")
+    assert code == 2 and err == ["error: --config: rounds 2, and 3 are compared; give as many"]
+
+
+def test_an_arm_without_rows_is_named(tmp_path):
+    lab = Lab(tmp_path, "smoke", 1, CPU, None)
+    assert lab.batch_of(range(1000), "arm x") == lab.recipe.batch_size
+    with pytest.raises(ValueError, match="arm x: no row is left to train on with seed 1; .*offline_margin"):
+        lab.batch_of([], "arm x")
+
+
+def test_the_words_of_the_world_are_code(monkeypatch, tmp_path):
+    """Arms of other words were taken for those of these."""
+    (tmp_path / "words").mkdir()
+    (tmp_path / "profiles").mkdir()
+    monkeypatch.setattr(experiments, "HERE", tmp_path)
+    before = experiments.code_version()
+    (tmp_path / "words" / "tr.json").write_text("{}")
+    assert experiments.code_version() != before
+
+
+def test_a_run_under_other_settings_says_so_and_what_it_replaces_stays(run, tmp_path, monkeypatch):
+    file, folder = claim_file(one=short_sft(32), two=short_sft(64)), tmp_path / "out" / "small"
+    code = run(file, seeds=(1,))["code"]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    changed = run_claims("small", (2,), "smoke", tmp_path / "out", CPU, {"sft_epochs": 0.5})
+    assert "preset smoke with sft_epochs 0.5" in experiments_records.table(changed)
+    assert "Preset smoke with sft_epochs 0.5" in (folder / "report.html").read_text(encoding="utf-8")
+    assert (folder / f"report-{code}.html").read_text(encoding="utf-8") == page
+    assert changed["command"] == "train.py claim small --seeds 2 --preset smoke"
+
+
 def test_other_settings_of_the_recipe_make_another_start(tmp_path):
     changes = {}, None, {"lessons": 96}
     folders = {Lab(tmp_path, "smoke", 1, CPU, None, changed).folder for changed in changes}

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from family_templates import tokenizer_of
 from small import CPU, assert_close, language_model, logged, on_ranks, tokenizer
 
-from aya_min import config, estimate, model_config, stages, weights
+from aya_min import config, engine, estimate, model_config, stages, weights
+from aya_min.alike import config_differences
 from aya_min.engine import Engine, Fused
 from aya_min.families import FAMILIES
 from aya_min.merge_folders import merge_folders
@@ -112,6 +113,19 @@ def test_the_engine_says_what_the_model_says_without_a_cache_alone_and_beside_ot
             answer.logp if model.config.head_dim >= 8 else pytest.approx(answer.logp, abs=2e-5))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_engine_without_packed_weights_as_on_a_gpu_says_the_same(case, monkeypatch):
+    """There q and k keep the order of the folder, and halves are turned; packed they are pairs."""
+    model, (ids, _) = model_of(case), tokens(0)
+    fused = [Fused(model)]
+    monkeypatch.setattr(engine, "PACK_BYTES", 0)
+    fused.append(Fused(model))
+    assert [each.pairs for each in fused] == [True, False]
+    [[one]], [[two]] = (generate(each, [ids[0, :9].tolist()], max_new_tokens=24, temperature=0)
+                        for each in fused)
+    assert one.ids == two.ids and one.logp == pytest.approx(two.logp, abs=2e-5)
+
+
 @pytest.mark.parametrize("case", ["llama: untied", "qwen2: yarn", "qwen3: the second layer slides, tied",
                                   "gemma2: both kinds of layers",
                                   "gemma3_text: both kinds of layers, linear"])
@@ -145,6 +159,20 @@ def test_transformers_loads_what_we_save_unchanged_and_computes_the_same(case, t
     assert again == model.config
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_as_older_files_say_it_and_resaved_by_transformers_or_us_is_one_to_a_merge(case):
+    """Defaults were known of Cohere's families alone; a merge of a published Gemma 3 with its fine-tune saved
+    by transformers 5 was refused."""
+    old, new = settings(case), CONFIGS[case]
+    ours = json.loads(json.dumps(ModelConfig.from_published(new).published()))
+    same = {"max_position_embeddings": new["max_position_embeddings"]}
+    for one, two in ((old, new), (new, ours), (ours, old)):
+        assert config_differences("B", two | same, "A", one | same) == []
+    assert config_differences("B", ours | {"rms_norm_eps": 0.5}, "A", old) == [
+        f"B: rms_norm_eps is 0.5, in A {ModelConfig.from_published(old).rms_norm_eps}"]
+    assert config_differences("B", ours | {"num_key_value_heads": 1}, "A", old)
+
+
 LLAMA, GEMMA3 = dict(model_type="llama"), dict(model_type="gemma3_text")
 
 
@@ -164,8 +192,13 @@ LLAMA, GEMMA3 = dict(model_type="llama"), dict(model_type="gemma3_text")
     (GEMMA3 | {"hidden_activation": "silu"}, "hidden_activation 'silu'"),
     (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     (GEMMA3 | {"final_logit_softcapping": -1.0}, "final_logit_softcapping -1.0"),
+    (GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported"),
+    ({"model_type": "gemma2", "sliding_window_pattern": 3}, "sliding_window_pattern 3 is not supported"),
     ({"model_type": "qwen2", "use_sliding_window": "yes"}, "use_sliding_window 'yes'"),
     ({"model_type": "mistral", "sliding_window": 0}, "sliding_window 0"),
+    ({"model_type": "ministral3", "rope_parameters": YARN}, "no llama_4_scaling_beta"),
+    ({"model_type": "ministral3", "rope_parameters": {"rope_theta": 5.0}}, "only yarn"),
+    (LLAMA | {"rope_scaling": YARN | {"llama_4_scaling_beta": 0.1}}, "with llama_4_scaling_beta"),
     ({"model_type": "gemma4_text"}, "model_type 'gemma4_text' is not supported")])
 def test_what_would_be_computed_wrongly_is_refused_by_name(raw, says):
     with pytest.raises(ValueError, match="^config.json: ") as error:
@@ -177,11 +210,12 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(raw, says):
 
 @pytest.mark.parametrize("names", [("language_model.model.", "language_model.lm_head."),
                                    ("model.language_model.", "lm_head.")], ids=["older", "newer"])
-@pytest.mark.parametrize("case", ["gemma3_text: both kinds of layers, linear", "mistral: all layers slide"])
+@pytest.mark.parametrize("case", ["gemma3_text: both kinds of layers, linear", "mistral: all layers slide",
+                                  "ministral3: queries grow"])
 def test_the_text_part_of_a_model_that_sees_images_is_read_and_published_as_a_language_model(
         case, names, tmp_path, capsys):
     folder, model = write(tmp_path / "model", case), model_of(case)
-    outer = {"gemma3_text": "Gemma3", "mistral": "Mistral3"}[model.config.model_type]
+    outer = "Gemma3" if model.config.model_type == "gemma3_text" else "Mistral3"
     (folder / "config.json").write_text(json.dumps({
         "architectures": [f"{outer}ForConditionalGeneration"], "model_type": outer.lower(),
         "text_config": {k: v for k, v in CONFIGS[case].items() if k != "architectures"}}))
@@ -200,11 +234,17 @@ def test_the_text_part_of_a_model_that_sees_images_is_read_and_published_as_a_la
 SMALL = {"llama": dict(model_type="llama", tie_word_embeddings=False, head_dim=10, rope_scaling={
              "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
              "original_max_position_embeddings": 32}),
+         "qwen2": dict(model_type="qwen2", tie_word_embeddings=False),
          "qwen3": dict(model_type="qwen3", tie_word_embeddings=True, head_dim=10),
+         "mistral": dict(model_type="mistral", tie_word_embeddings=False, head_dim=10, sliding_window=9),
+         "ministral3": dict(model_type="ministral3", head_dim=10, rope_scaling=dict(
+             YARN, original_max_position_embeddings=8, llama_4_scaling_beta=0.5)),
          "gemma2": dict(model_type="gemma2", head_dim=10, sliding_window=9, query_pre_attn_scalar=8),
          "gemma3": dict(model_type="gemma3_text", head_dim=10, sliding_window=9, sliding_window_pattern=2,
                         query_pre_attn_scalar=8)}
-FORMAT = {"llama": "llama 3.1", "qwen3": "qwen 3", "gemma2": "gemma 2", "gemma3": "gemma 3"}
+FORMAT = {"llama": "llama 3.1", "qwen2": "qwen 2.5", "qwen3": "qwen 3", "mistral": "mistral 0.3",
+          "ministral3": "mistral small",
+          "gemma2": "gemma 2", "gemma3": "gemma 3"}
 
 
 def small(family, architecture=CohereForCausalLM, seed=0):
@@ -244,6 +284,31 @@ def test_a_classifiers_scores_are_those_of_transformers_for_the_chat_template_in
     with torch.no_grad():
         logits = theirs(**batch).logits[:, 0]
     assert logits.std() > 0.01 and scores == pytest.approx(logits.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_published_classifier_whose_pad_token_ends_its_texts_is_read_before_it_as_in_transformers(
+        family, tmp_path):
+    """It was read at the last token. transformers looks for the last one that is not the pad token, so its
+    scores, which the head was trained for, are those before."""
+    model, own = small(family, SequenceClassifier, seed=3)
+    weights.save(tmp_path / "rm", model, own)
+    path, [pad] = tmp_path / "rm" / "config.json", (own.ending + own.after)[-1:]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": pad}))
+    ids = [own.encode_chat([{"role": "user", "content": row["prompt"]},
+                            {"role": "assistant", "content": row["completion"]}])[0] for row in ROWS]
+    assert all(each[-1] == pad != each[-2] for each in ids)
+    scores = score_texts(*weights.load(tmp_path / "rm"), ROWS)
+    for each, score in zip(ids, scores):
+        with torch.no_grad():
+            expected = model.model(torch.tensor([each]))[0, -2] @ model.score.weight[0]
+        assert score == pytest.approx(expected.item(), abs=1e-5)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "rm", attn_implementation="eager")
+    with torch.no_grad():
+        logits = [theirs(input_ids=torch.tensor([each])).logits.item() for each in ids]
+    assert scores == pytest.approx(logits, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", SMALL)

@@ -1,6 +1,5 @@
 """Judges that are language models: protocols, two games, what is unjudged, the figures out of verdicts."""
 
-import json
 import math
 import random
 from collections import Counter
@@ -8,20 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from small import language_model, reward_model, tokenizer
 
-from aya_min import evaluate_judges, judges
-from aya_min.command import guarded
-from aya_min.evaluate import main, win_rate_table
-from aya_min.evaluate_leaderboard import against, board, met_pairs, order_of, page_of, strengths
-from aya_min.files import jsonl
+from aya_min.evaluate import win_rate_table
 from aya_min.journal import Journal
 from aya_min.judges import (LABELS, SPELLED, conversation, is_answer, judge, read_label, read_scores,
                             verdict_rows)
 from aya_min.judges_rates import (FEATURES, about_judge, compared, controlled, fit, rates, style_differences,
                                   style_of, value_of, weighted)
-from aya_min.weights import save
-from aya_min.world import gold_answer, make_question
 
 
 def rows_of(texts, language="en"):
@@ -245,6 +237,18 @@ def test_why_a_game_is_unjudged_is_counted_by_kind_and_a_missing_answer_is_no_em
     assert [row["said"] for row in rows] == [["[[A>B]]"], ["hm", "hm"], [None, None], ["", ""]]
     assert [row["score"] for row in rows] == [0.0, None, None, None]
     assert rows[1]["finish_reason"] == ["length", "length"] and rows[2]["game"] == 1
+
+
+@pytest.mark.parametrize("reason", ["length", "content_filter"])
+def test_a_label_in_a_text_that_was_cut_is_no_verdict(reason):
+    """A judge that was cut while it weighed [[A>B]] against the others was taken to have said it."""
+    tries = Counter()
+
+    def ask(conversations, attempt, keep):
+        tries[attempt] += len(conversations)
+        return [said("if [[A>B]]", reason) if attempt == 0 else said("[[B>A]]") for _ in conversations]
+    found = verdicts_of(["mine"], ["theirs"], ask)
+    assert tries == {0: 2, 1: 2} and [game["label"] for game in found[0]["games"]] == ["B>A"] * 2
 
 
 def test_equal_conversations_are_asked_once():

@@ -112,7 +112,7 @@ def test_the_command_keeps_the_lines_as_they_are_and_prints_what_came_out(files,
     (["--temperature", "-1"], "of at least 0 and at most 10"),
     (["--out", "a.jsonl"], "exists; give a new file"),
     (["--out", "none/mixed.jsonl"], "its folder does not exist"),
-    (["b.jsonl"], "given twice"),
+    (["b.jsonl"], "given twice"), (["--languages", "en", "English"], "one is given twice"),
 ])
 def test_the_command_refuses_in_one_line_with_code_2_and_writes_nothing(files, tmp_path, flags, message,
                                                                         capsys, monkeypatch):

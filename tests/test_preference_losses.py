@@ -367,6 +367,12 @@ def test_rows_of_another_shape_and_labels_that_are_no_booleans_are_refused_with_
         loaded(tmp_path, GOOD, {**BAD, **row})
 
 
+def test_prompts_that_meet_their_own_answers_are_counted(tmp_path, capsys):
+    rows = [{"prompt": "a" if i < 8 else str(i), "completion": "b", "label": i % 2 == 0} for i in range(10)]
+    loaded(tmp_path, *rows)
+    assert "6 of 10 prompts meet an answer to themselves" in capsys.readouterr().err
+
+
 def test_a_row_without_a_label_is_refused(tmp_path):
     with pytest.raises(ValueError, match="rows.jsonl:2: label must be true .*got none"):
         loaded(tmp_path, BAD, {"prompt": "a", "completion": "b"})

@@ -141,6 +141,13 @@ def test_the_held_out_share_is_drawn_by_the_seed_and_no_row_is_lost(tmp_path):
         held_out(held_out=0.01)
 
 
+def test_no_prompt_is_held_out_and_learned_from(tmp_path):
+    rows = [row(("T", f"a {i}", 1.0), ("U", "b", 3.0), prompt=f"p {i % 4}") for i in range(40)]
+    kept, held = routing.arrange(router(teachers="TU"), load(tmp_path / "c.jsonl", rows), [],
+                                 Routing(held_out=0.25))
+    assert len(kept) == 30 and not {i.ids.tobytes() for i in kept} & {i.ids.tobytes() for i in held}
+
+
 def test_held_out_rows_of_fewer_teachers_get_the_routers_order_and_unknown_ones_are_refused(tmp_path):
     [item] = load(tmp_path / "c.jsonl", [row(("V", "a", 1.0), ("T", "b", 3.0))])
     [fitted], _ = routing.arrange(router(), [item], [item], Routing())

@@ -14,17 +14,20 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from family_templates import tokenizer_of
 from small import ROOT, language_model, tokenizer
 
 import generate as generate_command
-from aya_min import serve, serve_request, weights
-from aya_min.sampling import Row, answer_rows, cut_at, generate
+from aya_min import serve, weights
+from aya_min.sampling import answer_rows, cut_at, generate
 from aya_min.serve import Server, listen
 from aya_min.serve_batch import Batch, Request
-from aya_min.serve_request import Text
+from aya_min.serve_request import Text, token_as_json
 from aya_min.world import questions
 
 DEFAULTS = dict(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0, max_new_tokens=24)
@@ -168,7 +171,7 @@ def test_seed_and_samples_and_filters_are_those_of_generate(port, model):
     settings = dict(temperature=0.9, top_p=0.8, top_k=30, seed=7)
     own = own_answers(model, PROMPTS[0], 3, max_new_tokens=30, **settings)
     assert len({a["completion"] for a in own}) == 3
-    got = ask(port, PROMPTS[0], max_completion_tokens=30, max_tokens=5, n=3, **settings)
+    got = ask(port, PROMPTS[0], max_completion_tokens=30, n=3, **settings)
     assert [c["message"]["content"] for c in got["choices"]] == [a["completion"] for a in own]
     assert got["usage"]["completion_tokens"] == sum(len(a["ids"]) for a in own)
     choices, _ = streamed(port, PROMPTS[0], max_tokens=30, n=3, **settings)
@@ -219,7 +222,8 @@ def test_log_probs_are_the_models_at_temperature_1(temperature, port, model):
     for entry, token, row in zip(entries, text_ids, logps):
         assert entry["logprob"] == pytest.approx(row[token].item(), abs=1e-4)
         likely = row.topk(4)
-        assert [e["logprob"] for e in entry["top_logprobs"]] == pytest.approx(likely.values.tolist(), abs=1e-4)
+        got = [e["logprob"] for e in entry["top_logprobs"]]
+        assert got == pytest.approx(likely.values.tolist(), abs=1e-4)
         assert [e["token"] for e in entry["top_logprobs"]] == [
             tokenizer().decode([i]) or tokenizer().bpe.id_to_token(i) for i in likely.indices.tolist()]
     whole = bytes(b for entry in entries for b in entry["bytes"] or ())
@@ -229,8 +233,8 @@ def test_log_probs_are_the_models_at_temperature_1(temperature, port, model):
 def test_system_turns_earlier_turns_and_parts_are_what_the_template_writes(port, model):
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "red?"},
                 {"role": "assistant", "content": "blue"}, {"role": "user", "content": "two"}]
-    parts = [{**m, "content": [{"type": "text", "text": part} for part in (m["content"][:2], m["content"][2:])]}
-             if m["role"] == "user" and len(m["content"]) > 3 else m for m in messages]
+    halves = [{"type": "text", "text": "re"}, {"type": "text", "text": "d?"}]
+    parts = [{**m, "content": halves} if m["content"] == "red?" else m for m in messages]
     [[own]] = answer_rows(model, tokenizer(), [{"prompt_messages": messages}], 1, 16, temperature=0)
     for said in (messages, parts, [{**messages[0], "role": "developer"}, *messages[1:]]):
         [choice] = ask(port, messages=said, max_tokens=16, temperature=0)["choices"]
@@ -259,8 +263,8 @@ def test_requests_at_once_are_answered_as_each_alone(port):
 
 
 def test_a_request_joins_the_batch_while_another_runs_and_gives_its_row_back(model):
-    def request(prompt, limit, **more):
-        return Request(tokenizer().encode_prompt(prompt), 1, limit, (0, 0, 1.0, 0.0), 0, (), None, True, **more)
+    def request(prompt, limit):
+        return Request(tokenizer().encode_prompt(prompt), 1, limit, (0, 0, 1.0, 0.0), 0, (), None, True)
     batch = Batch("m", model, tokenizer(), 2, 400)
     first, second, third = request("red?", 30), request(PROMPTS[3], 8), request("two", 20)
     with torch.inference_mode():
@@ -284,7 +288,7 @@ def test_a_request_joins_the_batch_while_another_runs_and_gives_its_row_back(mod
         assert (asked.rows[0].ids, asked.rows[0].finish_reason) == (own.ids, own.finish_reason)
 
 
-def told(ids, stops=()):
+def told(ids, stops=(), tokenizer=tokenizer):
     """What Text tells as tokens arrive one by one, piece by piece."""
     request = Request([1], 1, len(ids), (0, 0, 1.0, 0.0), 0, tuple(stops), None, True)
     batch, pieces = type("", (), {"tokenizer": tokenizer(), "stop_ids": set()}), []
@@ -304,6 +308,17 @@ def test_a_stream_sends_whole_characters_only():
     assert "\ufffd" not in "".join(pieces) and "🙂" in pieces
     broken = tokenizer().encode("a🙂")[:-1]
     assert "".join(told(broken)) == tokenizer().decode(broken) == "a\ufffd"
+
+
+@pytest.mark.parametrize("name", ["gemma 2", "mistral 0.3", "nemo"])
+def test_a_stream_of_another_family_is_its_text_and_log_probs_hold_its_bytes(name):
+    """Of a token <0xF0> the five letters were told as its bytes, and spaces that begin a token were lost."""
+    other, text = tokenizer_of(name), "red and blue 🙂 世界"
+    ids = other.encode(text)
+    pieces = told(ids, tokenizer=lambda: other)
+    assert "".join(pieces) == other.decode(ids) and not any("\ufffd" in piece for piece in pieces)
+    entries = [token_as_json(i, -1.0, other) for i in ids]
+    assert bytes(b for entry in entries for b in entry["bytes"]).decode().strip() == text
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -363,7 +378,7 @@ WRONG = {
     "top_logprobs": [5, 21], "logprobs": [3], "stream_options": [True], "response_format": [{"type": "json"}],
     "tools": [[{"type": "function"}]], "functions": [[{}]], "logit_bias": [{"5": 1}], "system": ["be kind"],
     "presence_penalty": [0.5], "tool_choice": ["required"], "chat_template": ["x"],
-    "continue_final_message": [True]}
+    "continue_final_message": [True], "echo": [True], "best_of": [2], "reasoning_effort": ["low"]}
 
 
 @pytest.mark.parametrize("body", MISTAKES, ids=lambda body: body[:40])
@@ -390,6 +405,15 @@ def test_a_prompt_that_is_too_long_is_a_400_with_the_numbers(port):
     assert f"the prompt has {length} tokens; m0 holds 20000" in error["message"]
     status, _, body = post(port, max_tokens=20_000)
     assert status == 400 and "max_tokens 20000; m0 holds 20000" in json.loads(body)["error"]["message"]
+
+
+def test_limits_that_differ_and_millions_of_log_probs_are_refused(port):
+    """max_tokens was ignored beside the other; 4 million log-probs kept all other clients waiting."""
+    status, _, body = post(port, max_tokens=5, max_completion_tokens=6)
+    assert status == 400 and b"max_completion_tokens 6 and max_tokens 5 differ" in body
+    assert ask(port, max_tokens=3, max_completion_tokens=3)["choices"]
+    status, _, body = post(port, n=100, max_tokens=200, logprobs=True, top_logprobs=10)
+    assert status == 400 and b"are 220000 log-probs, at most 200000" in body
 
 
 def test_fields_that_nothing_knows_are_ignored_and_told_of_once(port, capfd):
@@ -444,7 +468,8 @@ HEAD = b"POST /v1/chat/completions HTTP/1.1\r\n"
 NONSENSE = {
     b"hello\r\n\r\n": 400, b"\x16\x03\x01\x02\x00\r\n\r\n": 400, b"GET / HTTP/1.1\r\nno colon\r\n\r\n": 400,
     b"GET / HTTP/1.1\r\nA: " + b"x" * 40_000 + b"\r\n\r\n": 431, HEAD + b"\r\n": 411,
-    HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n": 411, HEAD + b"Content-Length: 9999999999\r\n\r\n": 413,
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n": 411,
+    HEAD + b"Content-Length: 9999999999\r\n\r\n": 413,
     HEAD + b"Content-Length: -1\r\n\r\n": 400, HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n": 400,
     HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n": 413,
     HEAD + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}": 100}
@@ -474,7 +499,7 @@ def test_a_client_that_does_not_read_is_dropped(port, monkeypatch):
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     client.connect(("127.0.0.1", port))
-    body = json.dumps({"messages": [{"role": "user", "content": "x"}], "max_tokens": MANY, "n": 8,
+    body = json.dumps({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1190, "n": 8,
                        "temperature": 1.0, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
     client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     until(lambda: in_use(port)[0] == 8)
@@ -542,7 +567,8 @@ def test_a_fault_of_ours_ends_the_requests_with_an_error_and_the_server_goes_on(
         for stream in (False, True):
             status, _, body = post(port, max_tokens=9, temperature=0, stream=stream)
             data = events_of(body)[-1] if stream else body
-            assert status == (200 if stream else 500) and "RuntimeError" in json.loads(data)["error"]["message"]
+            assert status == (200 if stream else 500)
+            assert "RuntimeError" in json.loads(data)["error"]["message"]
         assert ask(port, max_tokens=9, temperature=0)["choices"] and in_use(port) == (0, 0)
     shown = capfd.readouterr().err
     assert "RuntimeError: no memory to step" in shown and "RuntimeError: no memory to prefill" in shown
@@ -560,8 +586,9 @@ def folder(tmp_path_factory, model):
 @contextmanager
 def command(*words, **options):
     """generate.py --serve as a process of its own. Yields it and its port."""
-    child = subprocess.Popen([sys.executable, ROOT / "generate.py", *map(str, words), "--serve", "--port", "0"],
-                             stderr=subprocess.PIPE, text=True, **options)
+    child = subprocess.Popen(
+        [sys.executable, ROOT / "generate.py", *map(str, words), "--serve", "--port", "0"],
+        stderr=subprocess.PIPE, text=True, **options)
     try:
         for line in child.stderr:
             if found := re.match(r"serves (.*) at http://127.0.0.1:(\d+)/ \(Ctrl-C ends it\)", line):
@@ -585,6 +612,15 @@ def test_ctrl_c_ends_the_command_with_one_line_whatever_is_open(folder):
             child.send_signal(signal.SIGINT)
             assert child.wait(20) == 130
         assert child.stderr.read() == "stopped\n"
+
+
+def test_a_row_has_the_tokens_that_were_asked_for(model):
+    """They were rounded up to a multiple of 32, beyond the positions of some models."""
+    flags = dict(max_length=None, batch_size=2, dtype="float32")
+    config = replace(model.config, max_position_embeddings=100)
+    assert serve.plan_rows("A", config, SimpleNamespace(**flags), "cpu")[0] == 100
+    flags["max_length"] = 50
+    assert serve.plan_rows("A", config, SimpleNamespace(**flags), "cpu")[0] == 50
 
 
 def test_a_port_in_use_is_one_line(folder, in_process):
@@ -627,13 +663,15 @@ def test_the_openai_client_talks_to_it(port, model):
     assert [c.message.content for c in got.choices] == [own["completion"]] * 2
     assert got.usage.completion_tokens == 2 * len(own["ids"])
     assert len(got.choices[0].logprobs.content[0].top_logprobs) == 2
-    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    chunks = list(client.chat.completions.create(**asked, stream=True,
+                                                 stream_options={"include_usage": True}))
     said = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert said == own["completion"] and chunks[-1].usage.completion_tokens == len(own["ids"])
     with pytest.raises(openai.NotFoundError, match="no model 'x' here"):
         client.chat.completions.create(**{**asked, "model": "x"})
     with pytest.raises(openai.BadRequestError, match="tools"):
         client.chat.completions.create(**asked, tools=[{"type": "function", "function": {"name": "f"}}])
-    with client.chat.completions.create(**{**asked, "max_tokens": MANY, "temperature": 1}, stream=True) as stream:
+    endless = {**asked, "max_tokens": MANY, "temperature": 1}
+    with client.chat.completions.create(**endless, stream=True) as stream:
         next(iter(stream))
     until(lambda: in_use(port) == (0, 0), 10)

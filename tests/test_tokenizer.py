@@ -280,8 +280,8 @@ REFUSED = {
         "not known here",
     ),
     "a list that doubles": (
-        "{% set ns = namespace(x=[1]) %}{% set ns.x = ns.x + ns.x %}" + PLAIN,
-        "add of list",
+        "{% set ns = namespace(x=[1]) %}" + "{% set ns.x = ns.x + ns.x %}" * 99 + PLAIN,
+        "a list of more than 1,000 parts",
     ),
     "a list in a list": (
         "{% set ns = namespace(x=[1]) %}" + "{% set ns.x = [ns.x, ns.x] %}" * 99 + "{{ ns.x }}" + PLAIN,

@@ -793,3 +793,11 @@ def test_a_models_place_is_looked_at_before_the_work_and_an_older_model_of_its_o
             weights.save(tmp_path / "model", model, tokenizer)
         assert (tmp_path / "model" / name).read_text() == "thesis"
         (tmp_path / "model" / name).unlink()
+
+
+def test_a_folder_has_a_name_however_it_is_written(tmp_path, monkeypatch):
+    """`--model model` and `--model .` had none."""
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run" / "model")
+    written = [".", "../model", "../../run", f"{tmp_path}/run/model/"]
+    assert [weights.name_of(folder) for folder in written] == ["run"] * 4

@@ -57,8 +57,16 @@ ARMS = {"base": lambda lab: lab.base, "reward routing": lambda lab: lab.sft,
         **{f"online {t}": after_round(t) for t in (1, 2, 3)}}
 
 
-def both(a, b, side="above"):
-    return tuple(Comparison(a, b, side, decoding=decoding) for decoding in ("greedy", "sampled"))
+def both(a, b):
+    return tuple(Comparison(a, b, decoding=decoding) for decoding in ("greedy", "sampled"))
+
+
+def check(recipe, claims):
+    """Refuse fewer rounds than the claims compare."""
+    arms = {arm for claim in claims for arm in claim.arms}
+    most = max(t if f"online {t}" in arms else 0 for t in (1, 2, 3))
+    if recipe.rounds < most:
+        raise ValueError(f"--config: rounds {recipe.rounds}, and {most} are compared; give as many")
 
 
 CLAIMS = (

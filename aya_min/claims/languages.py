@@ -21,7 +21,7 @@ same answer without its marks. English, which has no marks, is left out.
 
 import random
 
-from ..arbitrage import candidates_from, route
+from ..arbitrage import candidates_from
 from ..experiments import Claim, Comparison
 from ..languages import LANGUAGES
 from ..mixture import mix
@@ -78,7 +78,7 @@ def offline(name):
         r, rows = lab.recipe, pairs(lab, name)
         return lab.train(f"languages-dpo-{name}", "dpo", lab.sft, rows, learning_rate=r.offline_learning_rate,
                          beta=r.offline_beta, nll_weight=r.offline_nll_weight, max_steps=r.rloo_steps,
-                         batch_size=min(r.batch_size, len(rows)))
+                         batch_size=lab.batch_of(rows, f"arm dpo {name}"))
     return arm
 
 
@@ -89,7 +89,7 @@ def online(name):
         return lab.train(f"languages-rloo-{name}", "rl", lab.sft, asked, reward_model=lab.arbiter,
                          learning_rate=r.rloo_learning_rate, beta=r.rloo_beta, num_samples=r.rloo_samples,
                          max_new_tokens=r.max_new_tokens, max_steps=r.rloo_steps, too_long=r.too_long,
-                         batch_size=min(r.batch_size, len(rows)), keep_cut=False)
+                         batch_size=lab.batch_of(rows, f"arm rloo {name}"), keep_cut=False)
     return arm
 
 
@@ -107,10 +107,6 @@ def in_translation(lab, name, model, rows):
     return [{**a, "completion": translated(row, a["completion"], lab.seed)} for row, a in zip(rows, english)]
 
 
-def sft_rows(lab):
-    return route(lab.candidates, "reward", lab.seed, keep_cut=lab.recipe.keep_cut)[0]
-
-
 def sft(lab, name, rows):
     r = lab.recipe
     return lab.train(name, "sft", lab.base, rows, learning_rate=r.sft_learning_rate, epochs=r.sft_epochs)
@@ -118,13 +114,13 @@ def sft(lab, name, rows):
 
 def weak(lab):
     """A student that saw an eighth of the SFT data."""
-    rows = sft_rows(lab)
+    rows = lab.best_answers
     return sft(lab, "languages-weak", rows[:max(lab.recipe.batch_size, len(rows) // 8)])
 
 
 def marked(lab):
     """The start of the contrast: half of its SFT answers are translated from the strong student's English."""
-    rows, rng = sft_rows(lab), random.Random(f"marked/{lab.seed}")
+    rows, rng = lab.best_answers, random.Random(f"marked/{lab.seed}")
     said = in_translation(lab, "sft-rows", lab.sft, rows)
     mixed = [{**row, **answer} if rng.random() < 0.5 and answer["completion"].strip() else row
              for row, answer in zip(rows, said)]
@@ -154,7 +150,7 @@ def contrasted(name):
         return lab.train(f"languages-{name.replace(' ', '-')}", "dpo", marked(lab), made,
                          learning_rate=r.offline_learning_rate, beta=r.offline_beta,
                          nll_weight=r.offline_nll_weight, epochs=r.offline_epochs,
-                         batch_size=min(r.batch_size, len(made)))
+                         batch_size=lab.batch_of(made, f"arm {name}"))
     return arm
 
 

@@ -56,14 +56,9 @@ def online_dpo(lab):
     """Best against worst of 4 samples of the start, for as many prompts and steps as the other arms take."""
     r = lab.recipe
     rows = prompts(lab)[:num_batches(lab) * r.batch_size]
-    groups = lab.sample("samples-of-sft", lab.sft, rows, 4, 1.0)
-    flat = [{**row, **answer} for row, group in zip(rows, groups) for answer in group]
-    scores = iter(lab.scores("scores-of-sft", flat))
-    scored = [{**row, "candidates": [{**answer, "reward": next(scores)} for answer in group]}
-              for row, group in zip(rows, groups)]
-    pairs, _ = best_worst(scored, keep_cut=True)
+    pairs, _ = best_worst(lab.scored_samples("of-sft", lab.sft, rows, 4, 1.0), keep_cut=True)
     return lab.train("online-dpo", "dpo", lab.sft, pairs, beta=r.online_beta, nll_weight=r.online_nll_weight,
-                     learning_rate=r.online_learning_rate, batch_size=min(r.batch_size, len(pairs)),
+                     learning_rate=r.online_learning_rate, batch_size=lab.batch_of(pairs, "online-dpo"),
                      max_steps=GRADIENT_STEPS * num_batches(lab))
 
 

@@ -20,7 +20,6 @@ similar length is one among the questions whose two answers differ in length by 
 """
 
 from ..experiments import Claim, Comparison, Figure
-from ..pipeline_steps import scores_of
 from ..preferences import best_worst
 from ..world_data import graded_pairs
 
@@ -45,29 +44,23 @@ SIMILAR = 0.2               # by how much the lengths of two answers may differ,
 
 # ---- offline -----------------------------------------------------------------------------------------------
 
-def pairs(lab):
-    """The arbiter's best and worst of the pool's answers to each prompt."""
-    r = lab.recipe
-    return best_worst(lab.candidates, r.offline_margin, r.keep_cut, lab.tokenizer.key)[0]
-
-
 def offline_settings(lab, rows, share=1.0):
     r = lab.recipe
-    size = min(r.batch_size, len(rows))
+    size = lab.batch_of(rows, "offline preference training")
     return dict(learning_rate=share * r.offline_learning_rate, batch_size=size,
                 max_steps=max(1, round(r.offline_epochs * len(rows) / size)))
 
 
 def offline(name, share, **more):
     def arm(lab):
-        rows = pairs(lab)
+        rows = lab.pool_pairs
         settings = offline_settings(lab, rows, share) | dict(beta=lab.recipe.offline_beta) | more
         return lab.train(f"preference-{name}", "dpo", lab.sft, rows, **settings)
     return arm
 
 
 def offline_long(lab):
-    rows = pairs(lab)
+    rows = lab.pool_pairs
     settings = offline_settings(lab, rows) | dict(max_steps=all_steps(lab), beta=lab.recipe.offline_beta)
     return lab.train("preference-offline-long", "dpo", lab.sft, rows, **settings | LOSSES["dpo-nll"])
 
@@ -79,7 +72,7 @@ def answers_of(row, *sides):
 
 
 def kto(lab):
-    rows = pairs(lab)
+    rows = lab.pool_pairs
     settings = offline_settings(lab, rows, GENTLE)
     labelled = [answer for row in rows for answer in answers_of(row, "chosen", "rejected")]
     return lab.train("preference-kto", "kto", lab.sft, labelled, beta=lab.recipe.offline_beta,
@@ -87,7 +80,7 @@ def kto(lab):
 
 
 def sft_on_chosen(lab):
-    rows = pairs(lab)
+    rows = lab.pool_pairs
     chosen = [answer for row in rows for answer in answers_of(row, "chosen")]
     return lab.train("preference-chosen", "sft", lab.sft, chosen,
                      **offline_settings(lab, rows, OF_CHOSEN))
@@ -95,7 +88,7 @@ def sft_on_chosen(lab):
 
 def pairs_with_own(lab):
     """The pairs whose chosen answer the arbiter prefers to a sample of the start too, with that as "own"."""
-    rows = pairs(lab)
+    rows = lab.pool_pairs
     prompts = [answers_of(row, "chosen")[0] for row in rows]
     groups = lab.sample("preference-own", lab.sft, prompts, 1, 1.0)
     own = [group[0]["completion"] for group in groups]
@@ -127,7 +120,7 @@ def round_steps(lab):
 
 def all_steps(lab):
     """Those of offline DPO and three online rounds."""
-    return offline_settings(lab, pairs(lab))["max_steps"] + 3 * round_steps(lab)
+    return offline_settings(lab, lab.pool_pairs)["max_steps"] + 3 * round_steps(lab)
 
 
 def weak_arbiter(lab):
@@ -136,14 +129,8 @@ def weak_arbiter(lab):
     rows = lab.questions("train", max(2 * r.batch_size, r.arbiter_pairs // WEAK), "preference-weak")
     labelled = graded_pairs(rows, [None] * len(rows), f"weak/{lab.seed}", WEAK_FLIP)
     return lab.train("preference-weak-arbiter", "reward", lab.base, labelled, epochs=1.0,
-                     batch_size=min(r.batch_size, len(labelled)), learning_rate=r.arbiter_learning_rate)
-
-
-def scores(lab, name, rows, judge):
-    """The scores of the recipe's arbiter, or of another reward model, judge(lab)."""
-    if judge is None:
-        return lab.scores(name, rows)
-    return lab.step(name, lambda folder: {"scores": scores_of(lab.run, judge(lab), rows)})["scores"]
+                     batch_size=lab.batch_of(labelled, "the weak arbiter"),
+                     learning_rate=r.arbiter_learning_rate)
 
 
 def online(name, number, previous, steps=round_steps, judge=None):
@@ -151,16 +138,12 @@ def online(name, number, previous, steps=round_steps, judge=None):
     def arm(lab):
         r, start = lab.recipe, lab.arm(previous)
         rows = lab.questions("preference", round_prompts(lab), f"preference-round-{number}")
-        groups = lab.sample(f"preference-{name}-samples", start, rows, r.online_samples, r.online_temperature,
-                            seed=number)
-        flat = [{**row, **answer} for row, group in zip(rows, groups) for answer in group]
-        rewards = iter(scores(lab, f"preference-{name}-scores", flat, judge))
-        candidates = [{**row, "candidates": [{**answer, "reward": next(rewards)} for answer in group]}
-                      for row, group in zip(rows, groups)]
+        candidates = lab.scored_samples(f"preference-{name}", start, rows, r.online_samples,
+                                        r.online_temperature, number, judge and judge(lab))
         found = best_worst(candidates, r.online_margin, r.keep_cut, lab.tokenizer.key)[0]
         return lab.train(f"preference-{name}", "dpo", start, found, beta=r.online_beta,
                          nll_weight=r.online_nll_weight, learning_rate=r.online_learning_rate,
-                         batch_size=min(r.batch_size, len(found)), max_steps=steps(lab))
+                         batch_size=lab.batch_of(found, f"arm {name}"), max_steps=steps(lab))
     return arm
 
 
@@ -220,7 +203,7 @@ def similar_length(a, b):
 
 def weak_rise(lab):
     """How much higher the weak arbiter scores the answers of its sixth round than those of its third."""
-    third, sixth = (scores(lab, f"preference-{arm}-proxy", lab.answers(arm, "sampled"), weak_arbiter)
+    third, sixth = (lab.scores(f"preference-{arm}-proxy", lab.answers(arm, "sampled"), weak_arbiter(lab))
                     for arm in ("weak-3", "weak-6"))
     ids = [row["question_id"] for row in lab.answers("weak-6", "sampled")]
     return [(question, b - a) for question, a, b in zip(ids, third, sixth, strict=True)

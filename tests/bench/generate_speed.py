@@ -6,14 +6,16 @@ one run.
 
 A 5.6M-parameter Cohere model, or one of another family with as many layers; prompts of 32 tokens and 64 new
 ones at batch 1, 16 and 64; then 256 requests with prompts of 8-128 and answers of 8-128
-tokens, which transformers takes by 64 in the given order, each batch to its longest answer. Each figure is
-the median over the rounds, with minimum and maximum.
+tokens, which transformers takes by 64 in the given order, each batch to its longest answer, and once more by
+its continuous batching ("continuous": what generate_batch does, with a limit for each request, at most 64 at
+a time). Each figure is the median over the rounds, with minimum and maximum.
 --loaded: another process keeps a core busy meanwhile.
 "matmuls" is the time of the two large products of each layer and the head alone, at the same numbers of rows,
 with torch's F.linear and as the engine packs them.
 """
 
 import argparse
+import copy
 import os
 import platform
 import sys
@@ -90,6 +92,7 @@ def main():
     theirs = transformers.AutoModelForCausalLM.from_config(config)  # the same defaults, rope's among them
     theirs.load_state_dict({**model.state_dict(), "lm_head.weight": model.head_weight})
     theirs = theirs.to(args.device, dtype).eval()
+    paged = copy.deepcopy(theirs)           # its attention becomes another
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()}"
         f" threads, torch {torch.__version__}, transformers {transformers.__version__}, {args.device}"
@@ -130,12 +133,33 @@ def main():
             answers += [row[longest:longest + n].tolist() for row, n in zip(made, wanted)]
         return answers
 
+    def continuous(prompts, limits, batch):
+        greedy = transformers.GenerationConfig(
+            do_sample=False, max_new_tokens=max(limits), eos_token_id=-1, pad_token_id=0
+        )
+        places = transformers.ContinuousBatchingConfig(
+            page_size=32, num_blocks=8 * batch, max_batch_tokens=512, max_requests_per_batch=batch
+        )
+        with paged.continuous_batching_context_manager(
+            generation_config=greedy, continuous_batching_config=places
+        ) as manager:
+            names = [
+                manager.add_request(p, max_new_tokens=n, eos_token_id=-1) for p, n in zip(prompts, limits)
+            ]
+            answers = {}
+            while len(answers) < len(names):
+                made = manager.get_result(timeout=1)
+                if made is not None and made.is_finished():
+                    answers[made.request_id] = made.generated_tokens
+                assert made is not None or manager.is_running(), "continuous batching ended"
+        return [answers[name] for name in names]
+
     print(
-        f"{'':10} {'transformers':>26} {'aya_min':>26} {'ratio':>6} {'same tokens':>12}"
+        f"{'':10} {'transformers':>26} {'continuous':>26} {'aya_min':>26} {'ratio':>6} {'same tokens':>12}"
         f" {'matmuls: F.linear':>18} {'packed':>8} {'share of packed':>16}"
     )
     for name, prompts, limits, batch in cases:
-        times = {by_transformers: [], ours: []}
+        times = {by_transformers: [], ours: []} | ({continuous: []} if "mixed" in name else {})
         with busy_process(args.loaded):
             for _ in range(args.rounds + 1):
                 for function in times:
@@ -148,7 +172,7 @@ def main():
         text = {f: f"{middle[f]:8.0f} [{rates[f][0]:6.0f}, {rates[f][-1]:6.0f}]" for f in rates}
         matmul = [batch / matmul_seconds(model, batch, pack) for pack in (False, args.device == "cpu")]
         print(
-            f"{name:10} {text[by_transformers]:>26} {text[ours]:>26}"
+            f"{name:10} {text[by_transformers]:>26} {text.get(continuous, ''):>26} {text[ours]:>26}"
             f" {middle[ours] / middle[by_transformers]:6.2f} {same:12.0%} {matmul[0]:18.0f} {matmul[1]:8.0f}"
             f" {middle[ours] / matmul[1]:16.0%}",
             flush=True,

@@ -112,8 +112,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         weights.save(Path(folder) / "model", model, tokenizer)
         server = subprocess.Popen(
-            [sys.executable, ROOT / "generate.py", "--model", Path(folder) / "model", "--serve", "--port", "0",
-             "--batch-size", str(args.clients)], stderr=subprocess.PIPE, text=True)
+            [sys.executable, ROOT / "generate.py", "--model", Path(folder) / "model", "--serve",
+             "--port", "0", "--batch-size", str(args.clients)], stderr=subprocess.PIPE, text=True)
         try:
             port = next(int(found[1]) for line in server.stderr if (found := re.search(r":(\d+)/ \(", line)))
             compare(args, fused, tokenizer, asked, prompts, limits, port)

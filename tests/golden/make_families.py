@@ -49,6 +49,11 @@ CASES = {
     "gemma3_text: full layers, final cap": dict(
         model_type="gemma3_text", head_dim=6, layer_types=["full_attention"] * 2,
         final_logit_softcapping=5.0),
+    "ministral3: queries grow": dict(
+        model_type="ministral3", head_dim=10, rope_parameters=YARN | dict(
+            rope_theta=500.0, llama_4_scaling_beta=0.6, original_max_position_embeddings=8)),
+    "ministral3: all layers slide, tied": dict(
+        model_type="ministral3", head_dim=6, sliding_window=5, tie_word_embeddings=True),
 }
 
 
