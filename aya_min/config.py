@@ -61,7 +61,7 @@ class Training(Reading):
     adam_beta2: float = setting(0.98, "[0, 1)")
     max_grad_norm: float = setting(1.0, "(0, inf)")
     balance_weight: Optional[float] = setting(
-        None, "[0, inf)", "mixtures of experts: weight of the loss that evens out how many tokens each expert "
+        None, "[0, inf)", "mixtures of experts: weight of the loss that evens out how many tokens an expert "
                           "gets (unset: 0.05, arXiv 2408.15901)")
     router_z_weight: Optional[float] = setting(
         None, "[0, inf)", "mixtures of experts: weight of the loss that keeps the router's scores small "

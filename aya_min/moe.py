@@ -175,8 +175,8 @@ class AttentionExperts:
         return linear(self.weigh(y, self.router(x)).flatten(-2), matrix)
 
     def weigh(self, y, scores):
-        """The heads' outputs y (..., E H D) times the gates of the scores (..., E), those outside the top k 0.
-        -> (..., E, H D)"""
+        """The heads' outputs y (..., E H D) times the gates of the scores (..., E), where those outside the top
+        k are 0 -> (..., E, H D)"""
         gates = scores.softmax(-1)
         if self.top_k < self.num_experts:
             kept, chosen = gates.topk(self.top_k, -1)
@@ -210,5 +210,6 @@ class AttentionExperts:
         if self.has_qk_norm:
             q = self.q_norm.weight.detach().expand(self.H, D).repeat(E, 1, 1).flatten(1)        # (E, H D)
             k = self.k_norm.weight.detach().expand(K, D).repeat(E if self.own else 1, 1)
-            dense.q_norm, dense.k_norm = SimpleNamespace(weight=rows(q).view(-1, D)), SimpleNamespace(weight=k)
+            dense.q_norm = SimpleNamespace(weight=rows(q).view(-1, D))
+            dense.k_norm = SimpleNamespace(weight=k)
         return dense

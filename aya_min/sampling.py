@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from . import command, distributed
-from .engine import Engine, Fused, cache_sizes, check_sampling, choose, round_up
+from .engine import Engine, cache_sizes, check_sampling, choose, round_up
+from .fused import Fused
 from .lengths import cut_left as shorten
 
 # ids end with the stop token if finish_reason is "stop"; logp is the sum over all ids in nats.

@@ -16,7 +16,8 @@ from small import CPU, assert_close, language_model, logged, on_ranks, tokenizer
 
 from aya_min import config, engine, estimate, model_config, stages, weights
 from aya_min.alike import config_differences
-from aya_min.engine import Engine, Fused
+from aya_min.engine import Engine
+from aya_min.fused import Fused
 from aya_min.families import FAMILIES
 from aya_min.merge_folders import merge_folders
 from aya_min.model import CohereForCausalLM, RewardModel, SequenceClassifier, init_weights

@@ -20,7 +20,7 @@ FLOORS = [
     {"cmaes", "files", "iso639", "line", "linear", "merge_methods", "model_config", "norms", "patience",
      "report_charts", "rope", "rows_keys", "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
-    {"config", "distributed", "languages", "merge_config", "merge_front", "template",
+    {"config", "distributed", "fused", "languages", "merge_config", "merge_front", "template",
      "tensorfiles", "token_logps"},
     # 3: losses, the world, one HTTP request, how to resume, what a line of JSONL means, whether two
     # folders are alike

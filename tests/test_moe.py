@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aya_min import estimate, linear, weights
 from aya_min.config import SFT
-from aya_min.engine import Engine, Fused
+from aya_min.engine import Engine
+from aya_min.fused import Fused
 from aya_min.loop import training_flops
 from aya_min.losses import load_balance, router_z
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights
@@ -434,8 +435,8 @@ def test_a_weight_of_a_mixtures_loss_is_refused_for_a_dense_model(flag, more, wo
 
 # ---- the engine --------------------------------------------------------------------------------------------
 
-OF_FAMILIES = [*(("cohere", kind) for kind in KINDS), *((family, kind) for family in FAMILY if family != "cohere"
-                                                       for kind in ("bam own", "bam shared"))]
+OF_FAMILIES = [("cohere", kind) for kind in KINDS]
+OF_FAMILIES += [(family, f"bam {kv}") for family in FAMILY if family != "cohere" for kv in ("own", "shared")]
 
 
 @pytest.mark.parametrize("family, kind", OF_FAMILIES)
