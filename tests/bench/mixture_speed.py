@@ -1,5 +1,5 @@
 """A mixture of experts beside the dense model of equal active parameters: milliseconds of a training step,
-and of decoding 48 tokens.
+and of decoding 96 tokens.
 
     python tests/bench/mixture_speed.py [--rounds 5] [--experts 4] [--hidden 96 256] [--attention own]
 
@@ -8,6 +8,7 @@ experts the dense side has the plain attention: the ratio then shows what those 
 """
 
 import argparse
+import copy
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch                                                                    
 from aya_min.balance import Auxiliary                                                   # noqa: E402
 from aya_min.config import SFT                                                          # noqa: E402
 from aya_min.data import collate                                                        # noqa: E402
+from aya_min.fused import Fused                                                         # noqa: E402
 from aya_min.loop import make_optimizer, training_flops                                 # noqa: E402
 from aya_min.losses import sft_loss                                                     # noqa: E402
 from aya_min.model import CohereForCausalLM, init_weights                               # noqa: E402
@@ -60,10 +62,11 @@ def main():
     batch = collate([blank_example(None, 64, None)] * 32)
     batch.input_ids = torch.randint(10, 6000, batch.input_ids.shape, generator=rng)
     prompts = torch.randint(10, 6000, (64, 16), generator=rng).tolist()
+    fused = {name: Fused(copy.deepcopy(model)) for name, model in models.items()}
     optimizers = {name: make_optimizer(model, settings) for name, model in models.items()}
     kinds = {"step, ms": lambda name: step(models[name], optimizers[name], batch, settings),
              **{f"decoding {n} rows, ms": lambda name, n=n: generate(
-                 models[name], prompts[:n], max_new_tokens=48, temperature=1.0, seed=0, batch_size=n)
+                 fused[name], prompts[:n], max_new_tokens=96, temperature=1.0, seed=0, batch_size=n)
                 for n in (1, 64)}}
     flops = [training_flops(model.config, batch.lengths.tolist(), int(batch.mask.sum()))
              for model in models.values()]
