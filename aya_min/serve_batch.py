@@ -91,7 +91,7 @@ class Batch:
         free_slots(self.engine, self.rows, [i for i, row in enumerate(self.rows) if row.prompt.is_over()])
         if len(self.rows) < self.slots and self.waiting and not self.ready:
             self.gathered += 1
-            if self.gathered >= GATHER or 2 * len(self.rows) < self.slots:
+            if self.gathered >= GATHER or 2 * len(self.rows) <= self.slots:
                 self.gathered = 0
                 self.prefill(news)
         while self.ready and len(self.rows) < self.slots:

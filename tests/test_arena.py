@@ -242,6 +242,7 @@ def test_a_recipes_judge_that_can_read_no_question_is_refused_before_any_work(tm
     check_judge_fits(about._replace(judge=folders["judge"]), rows)
 
 
+@pytest.mark.long
 def test_two_ranks_give_the_verdicts_of_one(tmp_path, folders):
     rows = [{**row, "prompt_messages": [{"role": "user", "content": row["prompt"]}]}
             for row in answers(lambda i, code: 0, 2)]
@@ -424,6 +425,7 @@ def test_the_leaderboard_orders_models_writes_a_page_and_prints_a_table(world_fi
     assert "win rate against weak" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_leaderboard_by_a_language_model_keeps_what_it_said(files, folders, tmp_path, capsys):
     c = write(tmp_path / "c.jsonl", answers(lambda i, code: 0))
     out = tmp_path / "b.json"

@@ -370,7 +370,7 @@ BESIDE = {"sft": {}, "dpo": {}, "reward": {}, "reward, last-token": dict(head="l
 FILE = {"sft": "sft.jsonl", "dpo": "pairs.jsonl", "reward": "pairs.jsonl", "rl": "prompts.jsonl"}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.long)])
 @pytest.mark.parametrize("what", BESIDE)
 def test_a_stage_trains_a_family_stops_and_goes_on_and_its_folder_is_read(family, what, world, tmp_path):
     stage = what.partition(",")[0]
@@ -399,7 +399,7 @@ def test_a_stage_trains_a_family_stops_and_goes_on_and_its_folder_is_read(family
         assert len(answer["ids"]) <= 8
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.long)])
 def test_two_ranks_train_and_answer_as_one_does(family, world, tmp_path):
     weights.save(tmp_path / "start", *small(family))
 
