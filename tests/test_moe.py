@@ -9,7 +9,8 @@ import pytest
 import torch
 import train
 from safetensors.torch import load_file, save_file
-from small import EVERY, STAGES, assert_close, language_model, logged, on_ranks, run, state_of, tokenizer
+from small import (EVERY, STAGES, assert_close, language_model, loaded_sharded, logged, on_ranks, run,
+                   state_of, tokenizer)
 from torch._inductor import config as inductor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -328,6 +329,17 @@ def test_two_ranks_have_the_loss_norm_balance_and_weights_of_one(
     two, _ = weights.load(tmp_path / "run" / "model")
     for name, tensor in one.state_dict().items():
         torch.testing.assert_close(two.state_dict()[name], tensor, rtol=0, atol=5e-5, msg=name)
+
+
+@pytest.mark.parametrize("names", [NAMES, [*NAMES, "news"]], ids=["cut by rows", "cut by experts"])
+def test_each_of_two_ranks_reads_and_holds_its_part_of_the_experts(names, tmp_path):
+    model = mixture_model(names=names, shared=True, **NEXUS)
+    for found in on_ranks(2, lambda: loaded_sharded(model, tmp_path / "model")):
+        assert found["differ"] == found["not finite"] == []
+        domains = 5 * len(names)                                    # whole on each rank
+        held = [held - domains for held, _ in found["held and read"]]
+        assert sum(held) + domains == found["all"] and min(held) > 0.48 * sum(held)
+        assert all(held == read for held, read in found["held and read"])
 
 
 def test_a_resumed_run_is_the_run_to_the_last_bit(world, tmp_path):
