@@ -49,14 +49,16 @@ class Mixture:
             if not any(type(value) is type(right) and value == right for right in known):
                 raise ValueError(f"mixture: {name} {value!r:.80} must be one of "
                                  f"{' '.join(json.dumps(value) for value in known)}")
-        most = f"[0, {E}]" if self.attention else "[0, 0]"
-        sizes = {"top_k": f"[1, {E}]", "attention_top_k": most}
+        if self.attention is None and self.attention_top_k != 0:
+            raise ValueError(f"mixture: attention_top_k {self.attention_top_k!r:.80} goes with attention own or "
+                             "shared; leave it out")
+        sizes = {"top_k": f"[1, {E}]", "attention_top_k": f"[0, {E}]"}
         sizes |= {"domain_size": "[1, 2147483648)"} if self.router == "nexus" else {}
         for name, interval in sizes.items():
             value = getattr(self, name)
             if not (type(value) is int and in_range(value, interval)):
-                raise ValueError(f"mixture: {name} {value!r:.80} must be {describe(int, interval)}, of {E} "
-                                 f"experts{'' if self.attention else ' of the MLP alone'}")
+                raise ValueError(f"mixture: {name} {value!r:.80} must be {describe(int, interval)}; there "
+                                 f"are {E} experts")
         if self.router != "nexus" and self.domain_size is not None:
             raise ValueError(f"mixture: domain_size {self.domain_size!r:.80} goes with router nexus, not "
                              f"{self.router}")
