@@ -50,8 +50,8 @@ class Mixture:
                 raise ValueError(f"mixture: {name} {value!r:.80} must be one of "
                                  f"{' '.join(json.dumps(value) for value in known)}")
         if self.attention is None and self.attention_top_k != 0:
-            raise ValueError(f"mixture: attention_top_k {self.attention_top_k!r:.80} goes with attention own or "
-                             "shared; leave it out")
+            raise ValueError(f"mixture: attention_top_k {self.attention_top_k!r:.80} goes with attention own "
+                             "or shared; leave it out")
         sizes = {"top_k": f"[1, {E}]", "attention_top_k": f"[0, {E}]"}
         sizes |= {"domain_size": "[1, 2147483648)"} if self.router == "nexus" else {}
         for name, interval in sizes.items():
