@@ -53,8 +53,10 @@ def make_optimizer(model, settings):
     of_critic = getattr(settings, "critic_learning_rate", None) or settings.learning_rate
     groups = []
     for part, peak in zip(distributed.parts(model), (settings.learning_rate, of_critic)):
-        matrices = [p for p in part.parameters() if p.dim() > 1]
-        vectors = [p for p in part.parameters() if p.dim() <= 1]
+        # The biases of stacked experts, (E, out), are no matrices.
+        is_matrix = {p: p.dim() > 1 and not name.endswith("bias") for name, p in part.named_parameters()}
+        matrices = [p for p, yes in is_matrix.items() if yes]
+        vectors = [p for p, yes in is_matrix.items() if not yes]
         scale = peak / settings.learning_rate
         groups += [{"params": matrices, "weight_decay": settings.weight_decay, "scale": scale},
                    {"params": vectors, "weight_decay": 0.0, "scale": scale}]

@@ -175,8 +175,8 @@ class AttentionExperts:
         return linear(self.weigh(y, self.router(x)).flatten(-2), matrix)
 
     def weigh(self, y, scores):
-        """The heads' outputs y (..., E H D) times the gates of the scores (..., E), which are 0 outside the top
-        k. -> (..., E, H D)"""
+        """The heads' outputs y (..., E H D) times the gates of the scores (..., E), 0 outside the top k ->
+        (..., E, H D)"""
         gates = scores.softmax(-1)
         if self.top_k < self.num_experts:
             kept, chosen = gates.topk(self.top_k, -1)

@@ -18,7 +18,7 @@ from aya_min import estimate, linear, weights
 from aya_min.config import SFT
 from aya_min.engine import Engine
 from aya_min.fused import Fused
-from aya_min.loop import training_flops
+from aya_min.loop import make_optimizer, training_flops
 from aya_min.losses import load_balance, router_z
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights
 from aya_min.model_config import ModelConfig
@@ -368,6 +368,14 @@ def test_in_bf16_a_step_has_about_the_loss_of_fp32(world, plain, tmp_path):
     half = logged(trained("sft", "nexus", world, tmp_path / "run", dtype="bfloat16"))
     assert half[0]["loss"] == pytest.approx(plain("sft", "nexus")[0]["loss"], rel=0.02)
     assert half[0]["loss"] != plain("sft", "nexus")[0]["loss"]
+
+
+def test_the_biases_of_stacked_experts_decay_no_more_than_a_dense_layers():
+    model = mixture_model(attention="own", changes=dict(model_type="qwen2"))
+    decayed, others = (group["params"] for group in make_optimizer(model, SFT(weight_decay=0.1)).param_groups)
+    names = {p: name for name, p in model.named_parameters()}
+    assert not [names[p] for p in decayed if "bias" in names[p]] and len(decayed) + len(others) == len(names)
+    assert sum("bias" in names[p] for p in others) == 2 * 3
 
 
 # ---- config and folder -------------------------------------------------------------------------------------
