@@ -161,9 +161,13 @@ def load_model(args, device, settings):
             return on_meta(architecture, preset), tokenizer
         return init_weights(architecture(preset), torch.Generator().manual_seed(settings.seed)), tokenizer
     trunk = None if architecture is weights.CohereForCausalLM else architecture
-    if not trunk and (kind := weights.read_config(args.model)[1]) is not weights.CohereForCausalLM:
+    kind = weights.read_config(args.model)[1]
+    if not trunk and kind is not weights.CohereForCausalLM:
         raise ValueError(f"--model {args.model}: a {weights.KINDS[kind]}; {args.command} trains language "
                          "models")
+    if kind is weights.SequenceClassifier and args.command == "reward" and args.head is None:
+        distributed.say(f"--model {args.model} is a classifier on the last token; --head last-token keeps it "
+                        "one, without it it becomes a reward model of ours")
     if args.dry_run:
         return weights.load_meta(args.model, trunk)[:2]
     place = "cpu" if settings.cpu_offload else device
@@ -273,7 +277,7 @@ def run_one_stage(args, device):
         return
     folder = stages.train_stage(args.command, model, tokenizer, args.data, settings, args.out, device,
                                 args.eval_data, bool(args.resume), source, **beside)
-    if stage.architecture is weights.RewardModel:
+    if getattr(settings, "head", None) == "log-probs":
         distributed.say("transformers loads the language model in it; the score: head of aya_min/weights.py",
                         [folder])
     if distributed.is_main():

@@ -6,6 +6,7 @@ and a row without a language counts as "other". An answer that was cut at its li
 is, and counted.
 """
 
+from . import distributed
 from .evaluate_rates import asked, join, prefix_of
 from .files import dumps
 from .language_id import identify, is_in_language, profile_of
@@ -21,8 +22,11 @@ VERDICT = ["grade", "seen_language", "why", "score", "reward"]          # keys t
 # ---- rows --------------------------------------------------------------------------------------------------
 
 def answers_to_judge(path, judge, reading=None):
-    """The rows of a JSONL file as the judge reads them."""
-    return [checked(where, row, judge) for where, row in read_jsonl(path, reading)]
+    """The rows of a JSONL file as the judge reads them. Empty answers are judged, and counted aloud."""
+    rows = [checked(where, row, judge) for where, row in read_jsonl(path, reading)]
+    if empty := sum(not row["completion"].strip() for row in rows):
+        distributed.say(f"{empty} of {len(rows)} answers are empty; they are judged as they are", [path])
+    return rows
 
 
 def checked(where, row, judge):

@@ -6,6 +6,7 @@ becomes of the answers.
 With --route learned a router chooses first, and only its teacher answers.
 """
 
+import os
 from pathlib import Path
 
 from . import weights
@@ -54,7 +55,9 @@ def add_flags(add):
 # ---- what is checked before anything is read ---------------------------------------------------------------
 
 def check_pool(args):
-    """Refuse flags that arbitrage cannot take, or that only arbitrage takes."""
+    """Refuse flags that arbitrage cannot take, or that only arbitrage takes, and a model named twice."""
+    if not args.chat:
+        check_twice(args)
     given = [f"--{name.replace('_', '-')}" for name in OF_POOL if getattr(args, name) is not None]
     if not args.models or args.chat or args.serve:
         if given:
@@ -75,8 +78,18 @@ def check_pool(args):
         raise ValueError("--margin goes with --pairs FILE")
     if args.endpoints:
         check_endpoints(args)
-    if twice := [folder for folder in args.models if args.models.count(folder) > 1]:
-        raise ValueError(f"--models names {twice[0]} twice; name each once")
+
+
+def check_twice(args):
+    """Refuse a model that is named twice, in one spelling or in two."""
+    seen = {}
+    for text in args.models or []:
+        endpoint = args.endpoints.get(text)
+        what = (endpoint.base_url, endpoint.model) if endpoint else os.path.realpath(text)
+        if what in seen:
+            other = "" if seen[what] == text else f", also as {seen[what]}"
+            raise ValueError(f"--models names {text} twice{other}; name each once")
+        seen[what] = text
 
 
 def check_endpoints(args):

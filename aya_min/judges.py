@@ -351,9 +351,9 @@ def folder_judge(about, sides):
             size = len(tokenizer.encode_prompt(each))
             if size > room and about.too_long == "refuse":
                 raise ValueError(f"{prefix_of(row_a)}the question with both answers has {size} tokens, the "
-                                 f"judge {room} positions beside the {about.max_new_tokens} new ones of a "
-                                 "verdict; lower --max-new-tokens (of a recipe --judge-max-new-tokens), or "
-                                 "leave such games unjudged with --too-long skip")
+                                 f"judge {max(room, 0)} positions beside the {about.max_new_tokens} new ones "
+                                 "of a verdict; lower --max-new-tokens (of a recipe --judge-max-new-tokens), "
+                                 "or leave such games unjudged with --too-long skip")
             unfit |= {key_of(each)} if size > room else set()
 
     def ready(device, answered):

@@ -216,7 +216,7 @@ def train_clusters_and_merge(run, name, title, stage, start, rows, its_settings,
                             "learning_rate": r.cluster_scale * its_settings["learning_rate"]}
         own = start[cluster] if isinstance(start, dict) else start
         folders.append(train_step(run, f"{name}-{cluster}", f"{title}: {cluster}", stage, own, mine,
-                                  stage_settings(run, **cluster_settings)))
+                                  stage_settings(run, **cluster_settings), smaller_batches=True))
 
     def merge(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -356,7 +356,8 @@ def sft_arms(run, results, base, teachers, candidates, same):
         if len(rows) < r.batch_size:
             raise ValueError(f"{title}: {len(rows)} of {len(candidates)} prompts have an answer to train on, "
                              f"fewer than one batch of {r.batch_size}; give more prompts, raise "
-                             "--max-new-tokens, or take cut answers with --keep-cut, and give another --out")
+                             "--max-new-tokens, or take cut answers with --keep-cut, and give another --out "
+                             f"(the answers are in {run.folder / 'steps' / 'arbitrage'})")
         its_settings = stage_settings(run, **sft_settings(run), epochs=r.sft_epochs)
         folder = train_step(run, name, title, "sft", base, rows, its_settings)
         results.keep(name, title, "arm", folder, "base")

@@ -86,11 +86,12 @@ def fitting(settings, *models):
 
 
 def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(), resume=False, source=None,
-                **beside):
+                smaller_batches=False, **beside):
     """Train a stage of STAGES on JSONL files in the run folder `out`. Returns the path of its model folder.
 
     eval_data: held-out files, reported by language; for a stage that samples, prompts that are answered once.
-    source: the paths that a resume needs besides the data. beside: what the stage takes besides the model
+    source: the paths that a resume needs besides the data. smaller_batches: where the examples are fewer than
+    --batch-size, a batch is all of them. beside: what the stage takes besides the model
     (Stage.beside): reward_model, a model; reference_logps, a path.
     Raises ValueError for what a user can mend, and distributed.Stopped after a signal."""
     stage, name = stage_named(name), OLD_STAGES.get(name, name)
@@ -102,6 +103,9 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
         raise ValueError(f"{name} keeps answers that are cut and scores them as they are; leave keep_cut out")
     items = stage.load(data, tokenizer, limit, settings)
     held_out = stage.load(eval_data, tokenizer, limit, settings) if eval_data else []
+    if smaller_batches and len(items) < settings.batch_size:
+        ranks = distributed.num_ranks()
+        settings = replace(settings, batch_size=max(ranks, len(items) // ranks * ranks))
     if stage.arrange:
         items, held_out = stage.arrange(model, items, held_out, settings)
     loss_fn, stop = stage.loss(settings), distributed.Signals()

@@ -12,8 +12,9 @@ from small import program
 from aya_min.command import guarded
 from aya_min.model_config import model_preset
 from aya_min.evaluate import main, win_rate_table
-from aya_min.evaluate_answers import grade_answers, score_answers
+from aya_min.evaluate_answers import answers_to_judge, grade_answers, score_answers
 from aya_min.evaluate_rates import bootstrap_mean, compare, join, summarize, win_rates
+from aya_min.files import write_jsonl
 from aya_min.languages import CLUSTERS, LANGUAGES, SHARED
 from aya_min.model import RewardModel, init_weights
 from aya_min.reward import score_texts
@@ -489,7 +490,7 @@ def test_an_earlier_judges_verdict_is_taken_from_no_row(tmp_path, judge):
                                   {"prompt": "p", "completion": "w" * 500},
                                   {"prompt": [*TURNS[:1], {"role": "assistant", "content": "w " * 70},
                                               TURNS[2]],
-                                   "completion": ""}])
+                                   "completion": "c"}])
 def test_what_passes_the_judges_positions_is_refused_before_work_or_left_unjudged_or_cut(long, tmp_path,
                                                                                          judge, capsys):
     """A reward model of 1,024 positions scored 3,000 tokens, exit code 0; one of 1 MB took 2.5 GB."""
@@ -572,3 +573,10 @@ def test_a_full_disk_leaves_no_cut_file(tmp_path, capsys, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
     assert "e.json" in said and [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_empty_answers_are_counted_aloud(tmp_path, capsys):
+    rows = [{"prompt": str(i), "language": "en", "completion": text} for i, text in enumerate(["", " ", "a"])]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    assert len(answers_to_judge(tmp_path / "a.jsonl", "RM")) == 3
+    assert "2 of 3 answers are empty" in capsys.readouterr().err

@@ -132,6 +132,9 @@ def test_a_model_that_is_named_twice_is_refused(call, here):
     before = tree(here)
     code, _, err = call(POOL.replace("--models A B", "--models A A"))
     assert (code, len(err)) == (2, 1) and "--models names A twice" in err[0] and tree(here) == before
+    for line in (POOL.replace("--models A B", "--models A ./A/"), "--models A A --serve"):
+        code, _, err = call(line)
+        assert (code, len(err)) == (2, 1) and " twice" in err[0] and tree(here) == before, err
 
 
 @pytest.mark.parametrize("words, says", [

@@ -475,3 +475,14 @@ def test_every_setting_of_rloo_is_one_that_it_uses():
     """--temperature was accepted and had no effect: samples are drawn at temperature 1, where the
     log-probs are taken."""
     assert "temperature" not in vars(RL())
+
+
+def test_a_recipes_batch_holds_all_rows_where_some_are_too_long_for_a_whole_one(world, tmp_path):
+    """A cluster as small as a batch, one of whose rows was longer than --max-length, ended the recipe."""
+    with pytest.raises(ValueError, match="fewer than one batch of 500"):
+        stages.train_stage("sft", language_model(), tokenizer(), [world / "sft.jsonl"],
+                           SFT(batch_size=500, max_steps=1), tmp_path / "strict", CPU)
+    stages.train_stage("sft", language_model(), tokenizer(), [world / "sft.jsonl"],
+                       SFT(batch_size=500, max_steps=1), tmp_path / "run", CPU, smaller_batches=True)
+    about = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert 1 < about["settings"]["batch_size"] < 500
