@@ -32,11 +32,12 @@ from aya_min.chat import chat
 from aya_min.command import WHOLE, Parser, is_text, number, printable
 from aya_min.config import TEMPERATURE, Reading, add_flags, settings_from
 from aya_min.data import load_prompts, without_added_keys
-from aya_min.engine import LEAST_TEMPERATURE, Fused, check_sampling
+from aya_min.engine import LEAST_TEMPERATURE, check_sampling
 from aya_min.endpoint import is_endpoint
 from aya_min.endpoint_answers import (add_flags as add_endpoint_flags, answer_rows as ask_rows,
                                       check_all_there, endpoints_of, is_answer as is_endpoint_answer)
 from aya_min.files import dumps, jsonl, marked, taken
+from aya_min.fused import Fused
 from aya_min.generate_pool import FILES, OF_POOL, add_flags as add_pool_flags
 from aya_min.generate_pool import answers_of_pool, check_pool, check_router, detector, read_table
 from aya_min.journal import PURPOSE, Journal

@@ -60,6 +60,12 @@ class Training(Reading):
     weight_decay: float = setting(0.0, "[0, inf)")
     adam_beta2: float = setting(0.98, "[0, 1)")
     max_grad_norm: float = setting(1.0, "(0, inf)")
+    balance_weight: Optional[float] = setting(
+        None, "[0, inf)", "mixtures of experts: weight of the loss that evens out how many tokens an expert "
+                          "gets (unset: 0.05, arXiv 2408.15901)")
+    router_z_weight: Optional[float] = setting(
+        None, "[0, inf)", "mixtures of experts: weight of the loss that keeps the router's scores small "
+                          "(unset: 0)")
     seed: int = setting(0, WHOLE)
     save_every: int = setting(0, "[0, inf)", "steps between saved states; 0 = only at the end")
     publish_every: int = setting(

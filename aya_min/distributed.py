@@ -244,6 +244,8 @@ def shard(model, dtype=torch.float32, replicate=1, cpu_offload=False, mesh=None)
                                          cast_forward_inputs=False)         # cos and sin stay fp32
     how = {"mesh": mesh or make_mesh(replicate), "mp_policy": precision,
            "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy()}
+    num_shards = how["mesh"].size(how["mesh"].ndim - 1)
+    how["shard_placement_fn"] = lambda parameter: shard_dimension(parameter, num_shards)
     for part in parts(model):
         for block in part.model.layers:
             fully_shard(block, **how)
@@ -251,20 +253,28 @@ def shard(model, dtype=torch.float32, replicate=1, cpu_offload=False, mesh=None)
     return model
 
 
+def shard_dimension(parameter, num_shards):
+    """How FSDP cuts a parameter: None for the rows; the rows of each expert's matrix (E, out, in) where the
+    experts do not divide over the ranks, and the rows do."""
+    from torch.distributed.tensor import Shard
+    by_rows = parameter.dim() == 3 and parameter.shape[0] % num_shards and not parameter.shape[1] % num_shards
+    return Shard(1) if by_rows else None
+
+
 def own_rows(tensor):
-    """(this rank's part of a parameter, the slice of its rows); a plain tensor with all its rows."""
+    """(this rank's part of a parameter, the slice of its rows); a plain tensor with all its rows. Of a
+    parameter that is cut along dimension 1 (shard_dimension) the slices of both dimensions."""
     if not is_sharded(tensor):
         return tensor, slice(0, len(tensor))
-    placements = tensor.placements
-    assert placements[-1].is_shard(0) and all(p.is_replicate() for p in placements[:-1]), placements
-    mesh = tensor.device_mesh
+    *others, cut = tensor.placements
+    assert cut.is_shard() and cut.dim in (0, 1) and all(p.is_replicate() for p in others), tensor.placements
+    mesh, size = tensor.device_mesh, tensor.shape[cut.dim]
     part, parts = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
     local = tensor.to_local()
-    num_rows = ceil(len(tensor) / parts)        # cut as by torch.chunk: the last ranks may have fewer
-    start = min(part * num_rows, len(tensor))
-    end = min((part + 1) * num_rows, len(tensor))
-    assert len(local) == end - start, (local.shape, start, end)
-    return local, slice(start, end)
+    num_rows = ceil(size / parts)               # cut as by torch.chunk: the last ranks may have fewer
+    rows = slice(min(part * num_rows, size), min((part + 1) * num_rows, size))
+    assert local.shape[cut.dim] == rows.stop - rows.start, (local.shape, rows)
+    return local, (slice(None), rows) if cut.dim else rows
 
 
 def full(tensor):

@@ -1,5 +1,5 @@
-"""The engine of sampling: logits to token, the model's weights as decoding reads them, and prefill and decode
-on a static KV cache. sampling.py keeps its rows full.
+"""The engine of sampling: logits to token, and prefill and decode on a static KV cache with the weights of
+fused.py. sampling.py keeps its rows full.
 
 The mathematics is that of model.py without padding: the tokens of all rows stand one after the other,
 (N, ...), and only attention sees them as rows. Attention always runs over a multiple of BLOCK keys, so that
@@ -11,11 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .families import NORMS
-from .linear import packed
 from .model import activation, capped_attention, scaled, window_mask
-from .norms import rms_norm
-from .patience import Patience
 from .rope import doubled, growth, rotary, rotate_halves
 from .token_logps import capped
 
@@ -23,8 +19,6 @@ from .token_logps import capped
 BLOCK = 32
 # Logits are some thousands at most; divided by this they are far from the end of fp32.
 LEAST_TEMPERATURE = 1e-6
-# Models of up to this size are kept a second time on the CPU, in oneDNN's layout (linear.packed).
-PACK_BYTES = 4e9
 
 
 # ---- logits to token ---------------------------------------------------------------------------------------
@@ -91,101 +85,6 @@ def cache_sizes(config, max_tokens):
     return [min(max_tokens, config.window(i) or max_tokens) for i in range(config.num_hidden_layers)]
 
 
-def multiplier(weight, pack, bias=None):
-    """The function x -> x W^T + bias. pack: with a copy of the weight in oneDNN's layout (linear.packed)."""
-    return packed(weight, bias) if pack else lambda x: F.linear(x, weight, bias)
-
-
-def fuse(projections, dim, pack, order=None):
-    """One multiplier for projections that read the same input (dim 0), or whose outputs are added (dim 1).
-    Without `pack` the parameters become views of the joined matrix, so that nothing is held twice.
-
-    order: with `pack`, the order in which its outputs stand, as indices of those of the projections."""
-    joined = torch.cat([p.weight.detach() for p in projections], dim)
-    if not pack:
-        for p, part in zip(projections, joined.split([p.weight.shape[dim] for p in projections], dim)):
-            p.weight.data = part
-    biases = [p.bias.detach() for p in projections if p.bias is not None]
-    bias = torch.cat(biases) if biases else None
-    if order is not None:
-        joined, bias = joined[order], bias if bias is None else bias[order]
-    return multiplier(joined, pack, bias)
-
-
-def normalizer(config, weight):
-    """The function x -> the norm of the config's family with this weight, over the last dimension."""
-    eps, D = config.norm_eps, weight.shape[-1]
-    if config.family.norm == "layer" and weight.dim() == 1:
-        return lambda x: F.layer_norm(x, (D,), weight, None, eps)
-    if config.family.norm == "layer":               # one for each head, which torch's function cannot have
-        return lambda x: F.layer_norm(x.float(), (D,), eps=eps) * weight.float()
-    plus = int(config.family.norm == "rms + 1")
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return lambda x: rms_norm(x, weight, eps, plus)
-    # x w / sqrt(|x|^2 / D + eps) in four passes. F.rms_norm takes twice as many on a CPU, and the time.
-    lengthened, least = (weight + plus) * D ** 0.5, weight.new_tensor((D * eps) ** 0.5)
-    return lambda x: (x * lengthened).div_(
-        torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), least))
-
-
-class FusedBlock:
-    """The weights of a block as the engine reads them: the parallel block has two matmuls, because q, k, v,
-    gate and up read the same normed input, and the outputs of o and down are added; others have four."""
-
-    def __init__(self, block, config, pack):
-        attention, mlp, self.kind = block.self_attn, block.mlp, block.kind
-        H, K, D = attention.H, attention.K, attention.D
-        self.norms = [normalizer(config, getattr(block, name).weight.detach()) for name in NORMS[self.kind]]
-        order = torch.arange((H + 2 * K) * D, device=attention.q_proj.weight.device).view(-1, D)
-        if has_pairs(config, pack) and not config.family.interleaved:
-            # A number of the first half of a query or key, then the one D/2 behind it, then the next.
-            order[:H + K] = order[:H + K].unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
-        self.qk_norm = None
-        if attention.has_qk_norm:
-            weights = [norm.weight.detach().expand(num, D) for norm, num in
-                       ((attention.q_norm, H), (attention.k_norm, K))]
-            self.qk_norm = normalizer(config, torch.cat(weights)[:, order[0]])          # (H + K, D)
-        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-        if self.kind == "parallel":
-            self.project_in = fuse([*qkv, mlp.gate_proj, mlp.up_proj], 0, pack)
-            self.project_out = fuse([attention.o_proj, mlp.down_proj], 1, pack)
-        else:
-            self.qkv = fuse(qkv, 0, pack, order.flatten() if pack else None)
-            self.gate_up = fuse([mlp.gate_proj, mlp.up_proj], 0, pack)
-            self.o, self.down = fuse([attention.o_proj], 1, pack), fuse([mlp.down_proj], 1, pack)
-
-
-def has_pairs(config, pack):
-    """Whether the engine has neighbours as rotary pairs: where the family has, and where weights are copied
-    anyhow, with the rows of queries and keys in that order. Scores do not depend on the order within a head,
-    and complex numbers turn neighbours in place."""
-    return config.family.interleaved or pack
-
-
-class Fused:
-    """The weights of a plain model as the engine reads them. It can serve many calls, but must be made again
-    when the weights have changed.
-    """
-
-    def __init__(self, model):
-        parameters = list(model.parameters())
-        self.config, self.device, self.dtype = model.config, parameters[0].device, parameters[0].dtype
-        pack = self.can_pack(sum(p.nbytes for p in parameters))
-        self.patience = Patience(self.device)
-        self.pairs = has_pairs(self.config, pack)
-        self.layers = [FusedBlock(block, self.config, pack) for block in model.model.layers]
-        self.embedding = model.model.embed_tokens.weight.detach()
-        self.norm = normalizer(self.config, model.model.norm.weight.detach())
-        self.head = multiplier(model.head_weight.detach(), pack)
-
-    def can_pack(self, nbytes):
-        """Whether weights of this size are kept a second time, in oneDNN's layout."""
-        if self.device.type != "cpu" or nbytes > PACK_BYTES or not torch.backends.mkldnn.is_available():
-            return False
-        is_bf16 = self.dtype == torch.bfloat16
-        return self.dtype == torch.float32 or is_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 class Engine:
     """A static KV cache of `slots` rows of `max_tokens` tokens each, and the two forwards on it: prefill,
     which fills it, and decode, which appends a token.
@@ -208,8 +107,8 @@ class Engine:
         self.ropes = [config.rope(i) for i in range(config.num_hidden_layers)]
         self.scale, self.cap = config.softmax_scale, config.attn_logit_softcapping
         self.by_hand = self.device.type == "cpu" and dtype == torch.float32
-        K, D = config.num_key_value_heads, config.head_dim
-        self.num_heads = config.num_attention_heads + 2 * K                 # queries, keys, values
+        (H, K), D = config.num_heads, config.head_dim
+        self.num_heads = H + 2 * K                                          # queries, keys, values
 
         def zeros(*shape, dtype=torch.long):
             return torch.zeros(shape, device=self.device, dtype=dtype)
@@ -242,18 +141,25 @@ class Engine:
         grown = growth(c, positions)                                        # (N, 1, 1) or None
         for i, layer in enumerate(self.fused.layers):
             h, turned = layer.norms[0](x), turns.get(self.ropes[i])
-            if layer.kind == "parallel":
+            if layer.kind == "parallel" and not layer.routed:
                 heads, gate, up = layer.project_in(h).split_with_sizes(sizes, -1)
                 y = attend(i, *self.heads(layer, heads, turned, grown))
                 x = x + layer.project_out(torch.cat((y, self.act(gate).mul_(up)), 1))
                 continue
-            h = layer.o(attend(i, *self.heads(layer, layer.qkv(h), turned, grown)))
-            second = layer.norms[-1]
+            y = attend(i, *self.heads(layer, layer.qkv(h), turned, grown))
+            y = layer.o(layer.weigh(y, h) if layer.weigh else y)
+            if layer.kind == "parallel":
+                x = x + y + layer.routed(h)
+                continue
+            h, second = y, layer.norms[-1]
             if layer.kind == "sandwich":
                 h, second = layer.norms[1](h), layer.norms[2]
             x = x + h
-            gate, up = layer.gate_up(second(x)).chunk(2, -1)
-            h = layer.down(self.act(gate).mul_(up))
+            if layer.routed:
+                h = layer.routed(second(x))
+            else:
+                gate, up = layer.gate_up(second(x)).chunk(2, -1)
+                h = layer.down(self.act(gate).mul_(up))
             x = x + (layer.norms[3](h) if layer.kind == "sandwich" else h)
         x = x if last is None else x[last]
         logits = self.fused.head(self.fused.norm(x)).float().mul_(c.logit_scale)
@@ -262,7 +168,7 @@ class Engine:
     def heads(self, layer, heads, turned, grown):
         """q (N, H, D), k and v (N, K, D), normed and rotated, of the projections (N, (H + 2 K) D), which are
         overwritten. turned: the parts of self.turns at the tokens' positions, or None; grown: of growth()."""
-        H, K, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        (H, K), D = self.config.num_heads, self.config.head_dim
         heads = heads.view(-1, H + 2 * K, D)                                # queries, keys, values
         qk = heads[:, :H + K]
         if layer.qk_norm:
@@ -282,7 +188,7 @@ class Engine:
     @torch.inference_mode()
     def prefill(self, prompts):
         """Logits (P, V) after each prompt (a list of ids), and each layer's keys and values, (P, K, T, D)."""
-        H, K = self.config.num_attention_heads, self.config.num_key_value_heads
+        H, K = self.config.num_heads
         lengths = [len(prompt) for prompt in prompts]
         P, T = len(prompts), round_up(max(lengths))
 
@@ -325,7 +231,7 @@ class Engine:
     def decode(self, n, T):
         """Append one token to rows 0 .. n-1, which attend to the first T positions of the cache. look_at(n,
         T) must come before. Returns tokens (n,) and log-probs (n,) in nats."""
-        K, rows = self.config.num_key_value_heads, self.rows[:n]
+        K, rows = self.config.num_heads[1], self.rows[:n]
         positions = self.lengths[:n].clamp(max=self.max_tokens - 1)         # (n,)
         hidden = self.keys[:T] > positions[:, None]                         # (n, T) keys not yet written
         mask = self.uniforms.new_zeros(n, T).masked_fill_(hidden, float("-inf"))

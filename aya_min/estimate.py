@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import distributed, stages
+from . import balance, distributed, stages
 from .config import WITH_CRITIC
 from .critic import Critic, Learner
 from .data import batches_in_order, collate, length_of
@@ -234,7 +234,7 @@ def cache_bytes(config, settings, items, ranks):
     """Bytes of one rank's KV cache in fp32 while rl samples, as in sampling.engine_size."""
     rows = min(default(answer_rows, "batch_size"), -(-settings.batch_size // ranks) * settings.num_samples)
     positions = sum(cache_sizes(config, round_up(max(map(length_of, items)))))         # of all layers
-    return rows * positions * 2 * config.num_key_value_heads * config.head_dim * 4
+    return rows * positions * 2 * config.num_heads[1] * config.head_dim * 4
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -242,6 +242,13 @@ def cache_bytes(config, settings, items, ranks):
 def plain_bytes(model):
     """Bytes of a whole copy of the model in fp32."""
     return sum(4 * p.numel() for p in model.parameters())
+
+
+def idle_parameters(model):
+    """The number of parameters of the experts to which a token is not sent."""
+    mixture = model.config.mixture
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
+    return experts * (len(mixture.experts) - mixture.top_k) // len(mixture.experts) if mixture else 0
 
 
 def phases_of(stage, model, settings, items, held_out, step, ranks):
@@ -278,6 +285,7 @@ def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, r
     """The text of --dry-run. model, reward_model: on the meta device. Without a reward model rl's is taken to
     have the policy's size."""
     stage = stages.stage_named(command)
+    balance.weights_of(settings, model)
     fitting = replace(settings, max_length=stages.fitting(settings, model))
     items = items_of(stage, fitting, data, tokenizer)
     held_out = items_of(stage, fitting, eval_data, tokenizer) if eval_data else []
@@ -316,8 +324,10 @@ def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, r
         most = watch.most[part]
         return f", {most / 1e9:.2f} at another moment" if most > 1.05 * size + 1e7 else ""
 
+    total, idle = sum(p.numel() for p in model.parameters()), idle_parameters(model)
+    active = f", {total - idle:,} of them active for a token" if idle else ""
     return "\n".join([
-        f"{command} of {name}: {sum(p.numel() for p in model.parameters()):,} parameters"
+        f"{command} of {name}: {total:,} parameters{active}"
         f"{' and a critic of the size of the reward model' if critic_config else ''} on {ranks} ranks, "
         f"{settings.dtype}, activation checkpointing {settings.activation_checkpointing}",
         f"the largest of {share // size} micro-batches: {' x '.join(map(str, batch.mask.shape))} tokens, "

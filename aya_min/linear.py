@@ -140,6 +140,55 @@ class Linear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+def grouped(x, weight, ends):
+    """Each group of rows times its own matrix, without a derivative. x (M, K), weight (E, K, N), ends (E,) ->
+    (M, N). The dry run's fake tensors have no groups, and torch's own have no fake kernel in fp32."""
+    if type(x) is not torch.Tensor:
+        return x.new_empty(len(x), weight.shape[2])
+    if not is_onednn(x, weight):
+        return F.grouped_mm(x, weight, offs=ends)
+    return torch.cat([by_onednn(part, own.t()) for part, own in zip(split(x, ends), weight)])
+
+
+def split(x, ends):
+    return x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+
+
+class GroupedProduct(torch.autograd.Function):
+    """grouped_linear and its derivatives by the same library."""
+
+    @staticmethod
+    def forward(ctx, x, weight, ends):
+        ctx.save_for_backward(x, weight, ends)
+        return grouped(x, weight.transpose(1, 2), ends)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, ends = ctx.saved_tensors
+        dy = dy.contiguous()
+        if type(x) is not torch.Tensor:
+            dw = torch.empty_like(weight)
+        elif is_onednn(x, weight):
+            dw = torch.stack([outer(*both) for both in zip(split(dy, ends), split(x, ends))])
+        else:
+            dw = F.grouped_mm(dy.t(), x, offs=ends)
+        return grouped(dy, weight, ends), dw, None
+
+
+def grouped_linear(x, weight, ends):
+    """Each group of rows times the transpose of its own matrix.
+
+    x (M, K), the rows of the first group first; weight (E, N, K); ends (E,) int32, where each group ends ->
+    (M, N).
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):       # which does not know grouped_mm
+        x, weight = (each.to(torch.get_autocast_dtype(device)) for each in (x, weight))
+    if torch.compiler.is_compiling():
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    return GroupedProduct.apply(x, weight, ends)
+
+
 def packed(weight, bias=None):
     """x -> x W^T + bias for a weight that does not change, kept once more in oneDNN's own layout.
 

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from . import checkpoint, distributed
+from .balance import Auxiliary
 from .command import progress
 from .config import Training
 from .data import in_step
@@ -52,8 +53,10 @@ def make_optimizer(model, settings):
     of_critic = getattr(settings, "critic_learning_rate", None) or settings.learning_rate
     groups = []
     for part, peak in zip(distributed.parts(model), (settings.learning_rate, of_critic)):
-        matrices = [p for p in part.parameters() if p.dim() > 1]
-        vectors = [p for p in part.parameters() if p.dim() <= 1]
+        # The biases of stacked experts, (E, out), are no matrices.
+        is_matrix = {p: p.dim() > 1 and not name.endswith("bias") for name, p in part.named_parameters()}
+        matrices = [p for p, yes in is_matrix.items() if yes]
+        vectors = [p for p, yes in is_matrix.items() if not yes]
         scale = peak / settings.learning_rate
         groups += [{"params": matrices, "weight_decay": settings.weight_decay, "scale": scale},
                    {"params": vectors, "weight_decay": 0.0, "scale": scale}]
@@ -66,11 +69,14 @@ def training_flops(config, lengths, num_supervised):
 
     Each weight costs 6 operations per token that it multiplies, and each layer 12 head_dim per head and pair
     of a query and a key that it sees. The embedding's lookup is free, and the head multiplies supervised
-    tokens only; if all are supervised, the first term is the usual 6 N per token.
+    tokens only; if all are supervised, the first term is the usual 6 N per token. Of a mixture's experts
+    those count that a token is sent to; what a router computes once for all tokens does not.
     """
-    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    hidden = config.hidden_size
-    block = hidden * (2 * (H + K) * D + 3 * config.intermediate_size)       # q, k, v, o; gate, up, down
+    (H, K), D, hidden, mixture = config.num_heads, config.head_dim, config.hidden_size, config.mixture
+    mlps = mixture.top_k + mixture.shared if mixture else 1
+    routers = (1 + bool(mixture.attention)) * len(mixture.experts) if mixture else 0
+    # q, k, v, o; gate, up, down; the routers' scores
+    block = hidden * (2 * (H + K) * D + 3 * mlps * config.intermediate_size + routers)
     windows = [config.window(i) or max(lengths) for i in range(config.num_hidden_layers)]
     pairs = sum(min(T, w) * (min(T, w) + 1) // 2 + max(T - w, 0) * w for w in windows for T in lengths)
     products = config.num_hidden_layers * block * sum(lengths) + hidden * config.vocab_size * num_supervised
@@ -242,7 +248,9 @@ def made_ready(model, settings, device):
         part.model.activation_checkpointing = settings.activation_checkpointing
         if settings.compile or (settings.compile is None and device.type == "cuda"):
             for block in part.model.layers:
-                block.compile(dynamic=True)
+                # torch (2.13) compiles a mixture's grouped products in bf16 only.
+                whole = not part.config.mixture or settings.dtype == "bfloat16"
+                (block if whole else block.self_attn).compile(dynamic=True)
     return model
 
 
@@ -261,16 +269,21 @@ def gradients(model, micro_batches, loss_fn, count, settings, stop, device):
     """Forward and backward of a step. p.grad becomes the gradient of the loss, which is the sum over all
     ranks divided by `count`.
 
-    Returns (loss, this rank's sums by micro-batch, gradient norm, metrics, a number that is not 0 after a
-    signal on any rank)."""
+    Returns (loss, this rank's sums by micro-batch, gradient norm, metrics, what a mixture of experts logs, a
+    number that is not 0 after a signal on any rank)."""
     ranks, losses, total = distributed.num_ranks(), [], {}
+
+    def forward(batch):
+        with autocast(model, settings, device):
+            return loss_fn(model, batch.to(device))
+    auxiliary = Auxiliary(model, micro_batches, settings, device, forward)
     for i, batch in enumerate(micro_batches):
         if distributed.is_sharded(model):
             # Every micro-batch's gradients are reduced to shards at once, because whole ones may not fit in
             # memory. HSDP's copies exchange theirs only after the last micro-batch.
             model.set_requires_all_reduce(i == len(micro_batches) - 1)
-        with autocast(model, settings, device):
-            loss_sum, logged = loss_fn(model, batch.to(device))
+        loss_sum, logged = forward(batch)
+        loss_sum = loss_sum + count * auxiliary.loss()
         # FSDP averages gradients over ranks; the factor `ranks` makes that a sum.
         (loss_sum * (ranks / count)).backward()
         losses.append(loss_sum.detach())
@@ -279,7 +292,7 @@ def gradients(model, micro_batches, loss_fn, count, settings, stop, device):
     sums = torch.stack([sum(loss.double() for loss in losses), stopping])
     loss, stopping = distributed.sum_over_ranks(sums).tolist()
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return loss / count, losses, norm, total, stopping
+    return loss / count, losses, norm, total, auxiliary.logged(), stopping
 
 
 def refuse_infinite(step, loss, grad_norm, model, losses, micro_batches, settings, folder):
@@ -388,8 +401,8 @@ def train(model, num_steps, batches, loss_fn, settings, folder, device, evaluati
         count, tokens, flops, stopping = counted(model, micro_batches, stop, device)
         if stopping and step % settings.gradient_steps == 0:
             keeper.leave(step)
-        loss, losses, norm, total, stopping = gradients(model, micro_batches, loss_fn, count, settings, stop,
-                                                        device)
+        loss, losses, norm, total, routed, stopping = gradients(model, micro_batches, loss_fn, count,
+                                                                settings, stop, device)
         grad_norm = distributed.full(norm).item()
         refuse_infinite(step, loss, grad_norm, model, losses, micro_batches, settings, folder)
         nn.utils.clip_grads_with_norm_(model.parameters(), settings.max_grad_norm, norm)
@@ -402,6 +415,7 @@ def train(model, num_steps, batches, loss_fn, settings, folder, device, evaluati
         patience.end()
         row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"],
                "tokens": int(tokens), "seconds": seconds, "tokens_per_second": tokens / seconds}
+        row |= routed
         row |= {"mfu": flops / (seconds * distributed.num_ranks() * peak)} if peak else {}
         write_metrics(folder / "metrics.jsonl", {"step": step, **metrics, **row})
         shown = {"mfu": f"{row['mfu']:.0%}"} if peak else {}

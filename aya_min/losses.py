@@ -10,7 +10,7 @@ were stored with the pairs before training (reference.py).
 
 DPO: arXiv 2305.18290 eq. 7.  Bradley-Terry: eq. 2 there.  Policy gradients: arXiv 2402.14740, section 2.
 IPO: arXiv 2310.12036.  SimPO: arXiv 2405.14734.  Hinge: arXiv 2305.10425, 2309.06657.  KTO: arXiv 2402.01306.
-Router: arXiv 2408.14960, learned routing.
+Router: arXiv 2408.14960, learned routing.  Mixtures of experts: arXiv 2408.08274.
 """
 
 from functools import partial
@@ -216,6 +216,22 @@ def router_kl(targets, logps):
     targets, logps: (B, M) -> (B,)
     """
     return (torch.xlogy(targets, targets) - targets * logps).sum(-1)
+
+
+# ---- mixtures of experts: BAM, arXiv 2408.08274 ------------------------------------------------------------
+
+def load_balance(shares, mean_gates):
+    """L_LB = N sum_i f_i P_i of a layer of N experts (arXiv 2408.08274): f_i is the share of the tokens that
+    is sent to expert i, P_i the mean of its gate over the tokens. 1 where both are even and top_k is 1.
+
+    Only P has a gradient. (..., N), (..., N) -> (...)
+    """
+    return shares.shape[-1] * (shares.detach() * mean_gates).sum(-1)
+
+
+def router_z(scores):
+    """logsumexp(scores)^2 of each token; the mean over the tokens is L_z of a layer. (..., N) -> (...)"""
+    return scores.logsumexp(-1).square()
 
 
 # ---- what each stage minimises -----------------------------------------------------------------------------

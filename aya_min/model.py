@@ -19,8 +19,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .families import NORMS
+from .line import Line
 from .linear import Linear, linear
 from .model_config import ModelConfig
+from .moe import AttentionExperts, MixtureMLP
 from .norms import norm_of
 from .rope import growth, rotary, rotate
 from .token_logps import capped, sum_by_row, token_logps
@@ -34,67 +36,6 @@ def window_mask(config, num_tokens, device):
     positions = torch.arange(num_tokens, device=device)
     distance = positions[:, None] - positions                               # (T, T)
     return (distance >= 0) & (distance < config.sliding_window)
-
-
-class Line:
-    """A micro-batch without its padding: the tokens of all rows one after the other, (N,).
-
-        rows, B = 3, T = 5           the line, N = 10
-        p p p a b                    p p p a b  c d  q q e
-        p p p c d                    the prompt p of the second row is that of the first: computed once
-        q q e - -                    padding (-) is not computed
-
-    Only attention sees the tokens as rows, so each token attends within its own row; positions are counted
-    within each row.
-
-    lengths (B,): of right-padded rows of `num_tokens` tokens. repeats (2, B): see data.Batch.
-    torch's nested tensors hold rows without padding too, but cannot share a prefix.
-    """
-
-    def __init__(self, lengths, num_tokens, repeats=None):
-        positions = torch.arange(num_tokens, device=lengths.device)
-        is_token = positions < lengths[:, None]                             # (B, T)
-        is_own = is_token
-        if repeats is not None:
-            is_own = is_token & (positions >= repeats[1][:, None])
-        self.shape, self.lengths = (len(lengths), num_tokens), lengths
-        self.has_repeats = repeats is not None
-        self.own = is_own.flatten().nonzero()[:, 0]                         # (N,) index in the flattened rows
-        self.positions = self.own % num_tokens
-        if self.has_repeats:
-            indices = torch.arange(len(self.own), device=lengths.device)
-            at = torch.zeros_like(is_token, dtype=torch.long).masked_scatter(is_own, indices)
-            self.at = torch.where(is_own, at, at[repeats[0]])               # (B, T) index in the line
-            # M tokens of all rows, repeated prefixes included.
-            self.rows = self.at[is_token]                                   # (M,) index in the line
-            self.is_first = is_own[is_token]                                # (M,) True once for each of the N
-
-    def unpack(self, x):
-        """(N, ...) -> (B, T, ...). The values in the padding have no meaning."""
-        if self.has_repeats:
-            return x.index_select(0, self.at.flatten()).unflatten(0, self.shape)
-        rows = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
-        return rows.index_copy(0, self.own, x).unflatten(0, self.shape)
-
-    def pack(self, x):
-        """(B, T, ...) -> (N, ...)"""
-        # The backward of x[rows, positions] takes four times as long on a CPU.
-        return x.flatten(0, 1).index_select(0, self.own)
-
-    def attend(self, q, k, v, window, scale=None):
-        """torch's variable-length attention, which exists on GPUs in half precision only.
-
-        q (N, H, D), k and v (N, K, D) -> (N, H, D).
-        """
-        from torch.nn.attention.varlen import varlen_attn
-        ends = F.pad(self.lengths.cumsum(0), (1, 0)).int()                  # (B + 1,) borders of the rows
-        longest = self.shape[1]
-        if self.has_repeats:
-            q, k, v = q[self.rows], k[self.rows], v[self.rows]              # (M, H or K, D)
-        before = window - 1 if window else -1                               # keys before the query, -1: all
-        y = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(before, 0),
-                        scale=scale, enable_gqa=k.shape[1] != q.shape[1])
-        return y[self.is_first] if self.has_repeats else y
 
 
 def capped_attention(q, k, v, mask, scale, cap):
@@ -136,17 +77,13 @@ class Attention(nn.Module):
         cos, sin: of rotary(), None in a layer without rotary embeddings.
         mask: (T, T) of window_mask(), or None for plain causal attention. grown: of growth().
         """
-        q = self.q_proj(x).unflatten(-1, (self.H, self.D))
-        k = self.k_proj(x).unflatten(-1, (self.K, self.D))
-        v = self.v_proj(x).unflatten(-1, (self.K, self.D))
-        if self.has_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.heads(x)
         if cos is not None:
             q, k = rotate(q, cos, sin, self.interleaved), rotate(k, cos, sin, self.interleaved)
         if grown is not None:
             q = q * grown.to(q.dtype)
         if line and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not self.cap:
-            return self.o_proj(line.attend(q, k, v, self.window, self.scale).flatten(-2))
+            return self.output(line.attend(q, k, v, self.window, self.scale).flatten(-2), x)
         if line:
             q, k, v = line.unpack(q), line.unpack(k), line.unpack(v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H or K, T, D)
@@ -154,9 +91,28 @@ class Attention(nn.Module):
             y = capped_attention(q, k, v, mask, self.scale, self.cap)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                               scale=self.scale, enable_gqa=self.K != self.H)
+                                               scale=self.scale, enable_gqa=k.shape[1] != q.shape[1])
         y = y.transpose(1, 2)                                               # (B, T, H, D)
-        return self.o_proj((line.pack(y) if line else y).flatten(-2))
+        return self.output((line.pack(y) if line else y).flatten(-2), x)
+
+    def heads(self, x):
+        """Queries (..., H, D), keys and values (..., K, D), normed where the family does that."""
+        q = self.q_proj(x).unflatten(-1, (self.H, self.D))
+        k = self.k_proj(x).unflatten(-1, (self.K, self.D))
+        v = self.v_proj(x).unflatten(-1, (self.K, self.D))
+        return (self.q_norm(q), self.k_norm(k), v) if self.has_qk_norm else (q, k, v)
+
+    def output(self, y, x):
+        """The heads' outputs y (..., H D) for the input x, projected."""
+        return self.o_proj(y)
+
+
+class MixtureAttention(AttentionExperts, Attention):
+    """The attention experts of a mixture: their heads side by side in one attention (moe.py)."""
+
+    def __init__(self, config, window=None):
+        Attention.__init__(self, config, window)
+        self.set_experts(config)
 
 
 def activation(config):
@@ -188,20 +144,39 @@ class Block(nn.Module):
         self.kind = config.family.block
         for name in NORMS[self.kind]:
             setattr(self, name, norm_of(config, config.hidden_size))
-        self.self_attn = Attention(config, window)
-        self.mlp = MLP(config)
+        mixture = config.mixture
+        self.self_attn = (MixtureAttention if mixture and mixture.attention else Attention)(config, window)
+        self.mlp = MixtureMLP(config, MLP, activation(config)) if mixture else MLP(config)
 
     def forward(self, x, *inputs):
         """x and the inputs are those of Attention."""
+        return self.joined(x, self.mlp, *inputs)
+
+    def joined(self, x, mlp, *inputs):
         h = self.input_layernorm(x)
         if self.kind == "parallel":
-            return x + self.self_attn(h, *inputs) + self.mlp(h)
+            return x + self.self_attn(h, *inputs) + mlp(h)
         h = self.self_attn(h, *inputs)
         if self.kind == "sequence":
             x = x + h
-            return x + self.mlp(self.post_attention_layernorm(x))
+            return x + mlp(self.post_attention_layernorm(x))
         x = x + self.post_attention_layernorm(h)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return x + self.post_feedforward_layernorm(mlp(self.pre_feedforward_layernorm(x)))
+
+
+class MixtureBlock(Block):
+    """A block whose MLP is a mixture of experts, and its attention too if the config says so."""
+
+    def forward(self, x, counted, domains, *inputs):
+        """x and the inputs are those of Attention, counted and domains those of MixtureMLP. -> (x, moe's
+        routing_sums)"""
+        sums = []
+
+        def mlp(h):
+            y, routed = self.mlp(h, counted, domains)
+            sums.append(routed)
+            return y
+        return self.joined(x, mlp, *inputs), sums[0]
 
 
 def scaled(config, x):
@@ -215,16 +190,23 @@ class Decoder(nn.Module):
     packing: whether padding is left out of the computation, and shared prefixes are computed once (see
     Line), when the lengths are given. None: on a CPU only.
     activation_checkpointing: which blocks are recomputed in the backward: 0 none, 1 all, n every n-th.
+    routing: of a mixture of experts, what the last forward leaves for the losses on it: moe.routing_sums of
+    each layer, (layers, 2 E + 1).
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, config.window(i)) for i in range(config.num_hidden_layers))
+        block, mixture = (MixtureBlock if config.mixture else Block), config.mixture
+        self.layers = nn.ModuleList(block(config, config.window(i)) for i in range(config.num_hidden_layers))
+        if mixture and mixture.router == "nexus":
+            # Not a parameter, because it is fixed, but published.
+            self.register_buffer("domains", torch.zeros(len(mixture.experts), mixture.domain_size))
         self.norm = norm_of(config, config.hidden_size)
         self.packing = None
         self.activation_checkpointing = 0
+        self.routing = None
 
     def forward(self, input_ids, lengths=None, repeats=None):
         """input_ids (B, T) -> hidden states (B, T, hidden_size).
@@ -245,16 +227,30 @@ class Decoder(nn.Module):
             angles = {theta: [each[0, line.positions] for each in both]     # 2 x (N, 1, D/2)
                       for theta, both in angles.items()}
         mask = window_mask(config, T, x.device)
-        every = self.activation_checkpointing if self.training else 0
+        every, more, routing = self.activation_checkpointing if self.training else 0, (), []
+        if config.mixture:
+            more = self.times(line, lengths, T), getattr(self, "domains", None)
         for i, block in enumerate(self.layers):
             cos, sin = angles.get(config.rope(i), (None, None))
-            inputs = (cos, sin, mask if config.window(i) else None, line, grown)
+            inputs = (*more, cos, sin, mask if config.window(i) else None, line, grown)
             if every and i % every == 0:
                 x = checkpoint(block, x, *inputs, use_reentrant=False)
             else:
                 x = block(x, *inputs)
+            if config.mixture:
+                x, sums = x
+                routing.append(sums)
+        self.routing = torch.stack(routing) if routing else None
         x = self.norm(x)
         return line.unpack(x) if line else x
+
+    def times(self, line, lengths, num_tokens):
+        """How often each token that is computed counts: once for each row that it stands in, padding not. A
+        flat tensor in fp32, or None where that is once for all."""
+        if line or lengths is None:
+            return line.times() if line else None
+        places = torch.arange(num_tokens, device=lengths.device)
+        return (places < lengths[:, None]).flatten().float()
 
 
 class CohereForCausalLM(nn.Module):
@@ -403,10 +399,12 @@ def initial_value(config, name, shape, generator):
     equally likely.
     """
     std = config.initializer_range
-    if len(shape) == 1 or "norm" in name:
+    if len(shape) == 1 or "norm" in name or name.endswith("bias"):
         return torch.full(shape, float("norm" in name and config.family.norm != "rms + 1"))
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         std /= (2 * config.num_hidden_layers) ** 0.5
+    if name == "model.domains":
+        std = shape[1] ** -0.5
     if name == "score.weight":
         std = (config.hidden_size + 1) ** -0.5
     if name == "score_logps.weight":
@@ -418,7 +416,7 @@ def initial_value(config, name, shape, generator):
 
 @torch.no_grad()
 def init_weights(model, generator):
-    """Fill every parameter with its initial_value, which depends on `generator` only, not on the device."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(initial_value(model.config, name, parameter.shape, generator))
+    """Fill every tensor with its initial_value, which depends on `generator` only, not on the device."""
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(initial_value(model.config, name, tensor.shape, generator))
     return model

@@ -1,5 +1,6 @@
 """The settings of a model, named as in the published config.json, and the sizes of some published models."""
 
+import json
 from dataclasses import InitVar, asdict, dataclass, fields
 from typing import Optional, Union
 
@@ -16,8 +17,65 @@ INTERVALS = {**dict.fromkeys(SIZES, (int, "[1, 2147483648)")), "num_hidden_layer
 NULLABLE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
 # Fields that every family has, beside those with a default of its own.
 EVERYWHERE = {"model_type", "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling",
-              "initializer_range", "pad_token_id", "bos_token_id"}
+              "initializer_range", "pad_token_id", "bos_token_id", "mixture"}
 KINDS = ("sliding_attention", "full_attention")
+# What stands before the seed's model_type in a mixture's config.json. By the plain name transformers (5.24)
+# would load the folder as a dense model, with a warning and random MLPs.
+MIXTURE_OF = "mixture_of_"
+
+
+@dataclass
+class Mixture:
+    """What a mixture of experts (moe.py) has beside its seed's config: the "mixture" of its config.json.
+
+    attention: experts of the attention too (BAM), with keys and values of their "own" or "shared" ones.
+    """
+    experts: list                               # their names
+    router: str = "linear"                      # or "nexus", which projects domain embeddings
+    top_k: int = 1                              # experts of the MLP that a token is sent to
+    shared: bool = False                        # the seed's MLP is added for every token
+    attention: Optional[str] = None
+    attention_top_k: int = 0                    # experts of the attention that count for a token; 0: all
+    domain_size: Optional[int] = None           # numbers in a domain's embedding, of nexus only
+
+    def __post_init__(self):
+        """Refuse a value of a wrong type or outside its range."""
+        names, E = self.experts, len(self.experts) if isinstance(self.experts, list) else 0
+        if not (E and all(isinstance(name, str) and name for name in names) and len(set(names)) == E):
+            raise ValueError(f"mixture: experts {names!r:.80} must be a list of names, each once")
+        for name, known in (("router", ("linear", "nexus")), ("attention", (None, "own", "shared")),
+                            ("shared", (True, False))):
+            value = getattr(self, name)
+            if not any(type(value) is type(right) and value == right for right in known):
+                raise ValueError(f"mixture: {name} {value!r:.80} must be one of "
+                                 f"{' '.join(json.dumps(value) for value in known)}")
+        if self.attention is None and self.attention_top_k != 0:
+            raise ValueError(f"mixture: attention_top_k {self.attention_top_k!r:.80} goes with attention own "
+                             "or shared; leave it out")
+        sizes = {"top_k": f"[1, {E}]", "attention_top_k": f"[0, {E}]"}
+        sizes |= {"domain_size": "[1, 2147483648)"} if self.router == "nexus" else {}
+        for name, interval in sizes.items():
+            value = getattr(self, name)
+            if not (type(value) is int and in_range(value, interval)):
+                raise ValueError(f"mixture: {name} {value!r:.80} must be {describe(int, interval)}; there "
+                                 f"are {E} experts")
+        if self.router != "nexus" and self.domain_size is not None:
+            raise ValueError(f"mixture: domain_size {self.domain_size!r:.80} goes with router nexus, not "
+                             f"{self.router}")
+
+    @classmethod
+    def from_published(cls, raw):
+        """A Mixture from the "mixture" of a config.json. ValueError for a key or value that is wrong."""
+        if isinstance(raw, cls):
+            return raw
+        if not isinstance(raw, dict):
+            raise ValueError(f"mixture {raw!r:.80} must be an object")
+        if unknown := sorted(map(str, raw.keys() - {f.name for f in fields(cls)})):
+            raise ValueError(f"mixture: unknown key {' '.join(unknown):.80}; known: "
+                             f"{' '.join(f.name for f in fields(cls))}")
+        if "experts" not in raw:
+            raise ValueError("mixture: experts, the list of their names, is missing")
+        return cls(**raw)
 
 
 @dataclass
@@ -52,6 +110,7 @@ class ModelConfig:
     pad_token_id: Optional[int] = None
     bos_token_id: Optional[int] = None
     eos_token_id: Union[int, list, None] = None     # a sorted list if there are several
+    mixture: Optional[Mixture] = None           # of a mixture of experts
     sliding_window_pattern: InitVar[int] = None     # older form of layer_types: every n-th layer is full
 
     def __post_init__(self, sliding_window_pattern):
@@ -65,6 +124,8 @@ class ModelConfig:
             value = getattr(self, f.name)
             if value is ... or value is None and f.name not in NULLABLE:
                 setattr(self, f.name, defaults.get(f.name))
+        if self.mixture is not None:
+            self.mixture = Mixture.from_published(self.mixture)
         self.check_types()
         self.logit_scale = self.logit_scale or 1.0
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -124,6 +185,17 @@ class ModelConfig:
         """The row of families.FAMILIES."""
         return FAMILIES[self.model_type]
 
+    def class_named(self, task):
+        """The name of the class that a config.json says, such as LlamaForCausalLM or MixtureForCausalLM."""
+        return f"Mixture{task}" if self.mixture else self.family.class_named(task)
+
+    @property
+    def num_heads(self):
+        """(heads of queries, heads of keys and values) of a layer, over all experts of its attention."""
+        experts = len(self.mixture.experts) if self.mixture and self.mixture.attention else 1
+        own = experts if self.mixture and self.mixture.attention == "own" else 1
+        return experts * self.num_attention_heads, own * self.num_key_value_heads
+
     @property
     def norm_eps(self):
         return self.layer_norm_eps or self.rms_norm_eps
@@ -161,14 +233,16 @@ class ModelConfig:
         ValueError, with `where` as the file's name, for a value that is wrong or not supported.
         """
         kind = "cohere" if raw.get("model_type") is None else raw["model_type"]
+        if isinstance(kind, str) and raw.get("mixture") is not None:
+            kind = kind.removeprefix(MIXTURE_OF)
         family = FAMILIES.get(kind) if isinstance(kind, str) else None
         try:
             if not family:
                 return cls(model_type=kind)                 # which says what is supported
             refuse_others(raw, family)
             names = own_fields(family) | {"teachers", "tau"} & {f.name for f in fields(cls)}
-            names -= {"rope_theta", "rope_scaling", "rope_local_base_freq"}
-            given = {k: raw[k] for k in names - NULLABLE if raw.get(k) is not None}
+            names -= {"rope_theta", "rope_scaling", "rope_local_base_freq", "model_type"}
+            given = {"model_type": kind} | {k: raw[k] for k in names - NULLABLE if raw.get(k) is not None}
             given |= {k: raw[k] for k in names & NULLABLE if k in raw}
             if family.windows == "late":
                 given |= late_windows(raw, given, family)
@@ -194,8 +268,10 @@ class ModelConfig:
         if self.rope_local_base_freq:
             local = plain | {"rope_theta": self.rope_local_base_freq}
             rope = {"full_attention": rope, "sliding_attention": local}
+        if self.mixture:
+            own["model_type"] = MIXTURE_OF + self.model_type
         name, act = self.family.activation
-        return {"architectures": [self.family.class_named(task)], **own, "attention_bias": False,
+        return {"architectures": [self.class_named(task)], **own, "attention_bias": False,
                 "attention_dropout": 0.0, name: act, "rope_parameters": rope, "use_cache": True,
                 "dtype": dtype, "torch_dtype": dtype}
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from . import command, distributed
-from .engine import Engine, Fused, cache_sizes, check_sampling, choose, round_up
+from .engine import Engine, cache_sizes, check_sampling, choose, round_up
+from .fused import Fused
 from .lengths import cut_left as shorten
 
 # ids end with the stop token if finish_reason is "stop"; logp is the sum over all ids in nats.
@@ -184,7 +185,7 @@ def engine_size(config, lengths, limits, num_samples, batch_size, device="cpu", 
     check_lengths(config, lengths, limits)
     slots = min(batch_size, len(lengths) * num_samples)
     max_tokens = round_up(max(map(sum, zip(lengths, limits)), default=0))
-    per_token = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize       # bytes in a layer
+    per_token = 2 * config.num_heads[1] * config.head_dim * dtype.itemsize       # bytes in a layer
     group = max(PREFILL_TOKENS[torch.device(device).type], round_up(max(lengths, default=0)))
     prefilled = group * config.num_hidden_layers * per_token
     per_slot, free = sum(cache_sizes(config, max_tokens)) * per_token, free_bytes(device)

@@ -17,7 +17,8 @@ import torch
 
 from .command import OUR_FAULT
 from .distributed import say
-from .engine import Engine, Fused, choose
+from .engine import Engine, choose
+from .fused import Fused
 from .sampling import PREFILL_TOKENS, Row, free_slots, next_group, not_finite, stop_test, uniforms_of
 
 # Seconds between two pieces of a streamed answer, and the pieces that all answers together get in a second.

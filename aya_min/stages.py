@@ -18,7 +18,7 @@ from typing import Callable, Optional
 import numpy as np
 import torch
 
-from . import config, distributed, router, weights
+from . import balance, config, distributed, router, weights
 from .data import (Example, Pair, batches_in_order, collate, collate_pairs, count_steps, load_examples,
                    load_pairs, make_batches, slots_of)
 from .files import write_json
@@ -95,6 +95,7 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
     (Stage.beside): reward_model, a model; reference_logps, a path.
     Raises ValueError for what a user can mend, and distributed.Stopped after a signal."""
     stage, name = stage_named(name), OLD_STAGES.get(name, name)
+    balance.weights_of(settings, model)
     reward_model = beside.pop("reward_model", None)
     models = {"model": model} | ({"reward_model": reward_model} if reward_model else {})
     limit = fitting(settings, *models.values())

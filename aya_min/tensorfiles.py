@@ -77,8 +77,8 @@ def read_header(folder):
 
 
 def read(header, name, rows=None, stored=None):
-    """A tensor of a header, or a slice of its rows, mapped from the file and read when it is used. stored:
-    its name in the file, if that is another.
+    """A tensor of a header, or a slice of its rows (of distributed.own_rows), mapped from the file and read
+    when it is used. stored: its name in the file, if that is another.
 
     The file is opened anew each time, so that the mapped pages are freed with the tensor.
     """

@@ -24,7 +24,7 @@ from . import distributed, tensorfiles
 from .alike import files_along
 from .checkpoint import others_in, replace_folder
 from .families import FAMILIES, WRAPPERS
-from .model_config import ModelConfig, stop_ids
+from .model_config import MIXTURE_OF, ModelConfig, stop_ids
 from .files import new_folder, own_file, read_bytes, read_json
 from .model import CohereForCausalLM, RewardModel, Router, SequenceClassifier, initial_value
 from .tokenizer import FILES, load_tokenizer
@@ -35,6 +35,7 @@ TASKS = {"ForCausalLM": CohereForCausalLM, "RewardModel": RewardModel,
 ARCHITECTURES = {family.class_named(task): RewardModel if family.block == "parallel" and
                  build is SequenceClassifier else build
                  for task, build in TASKS.items() for family in FAMILIES.values()}
+ARCHITECTURES |= {f"Mixture{task}": build for task, build in TASKS.items()}
 KINDS = {CohereForCausalLM: "language model", RewardModel: "reward model",
          SequenceClassifier: "reward model", Router: "router"}
 USUAL_HEAD_LACKS = "score_logps.weight"         # a head on the last token only computes as if this were 0
@@ -57,17 +58,19 @@ def read_config(folder):
     """(ModelConfig, class of the model) of a model folder. ValueError if either is not supported."""
     path = Path(folder) / "config.json"
     raw, named = text_part(tensorfiles.read_config(folder), path)
-    family = FAMILIES.get(str(raw.get("model_type")))
-    plain = family.published if family else raw.get("model_type")
+    family = FAMILIES.get(str(raw.get("model_type")).removeprefix(MIXTURE_OF))
+    plain = "Mixture" if raw.get("mixture") else family.published if family else raw.get("model_type")
     architecture = named[0] if named else f"{plain}ForCausalLM"             # transformers' default
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture!r:.80} is not supported; supported: "
                          f"{' '.join(ARCHITECTURES)}")
     config_class = getattr(ARCHITECTURES[architecture], "config_class", ModelConfig)
     config = config_class.from_published(raw, where=str(path))
-    if architecture not in map(config.family.class_named, TASKS):
-        raise ValueError(f"{path}: architecture {architecture} does not go with model_type "
-                         f"{config.model_type}; download the model again")
+    if architecture not in map(config.class_named, TASKS):
+        kind = "the key mixture" if config.mixture else f"model_type {config.model_type}"
+        kind = "a config without the key mixture" if architecture.startswith("Mixture") else kind
+        raise ValueError(f"{path}: architecture {architecture} does not go with {kind}; download the model "
+                         "again")
     labels = raw.get("num_labels") or raw.get("id2label") or 2      # transformers' default
     labels = labels if type(labels) is int else len(labels)
     if ARCHITECTURES[architecture] is SequenceClassifier and labels != 1:

@@ -9,7 +9,7 @@ from small import EVERY, STAGES, assert_close, language_model, logged, reward_mo
 
 from aya_min import distributed, loop, weights
 from aya_min.data import load_prompts
-from aya_min.engine import Fused
+from aya_min.fused import Fused
 from aya_min.reward import score_texts
 from aya_min.sampling import answer_rows, generate
 

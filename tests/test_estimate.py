@@ -40,8 +40,15 @@ SMALL = dict(
 )
 CASES = {
     "plain": dict(),
-    "recomputed": dict(activation_checkpointing=1, micro_batch_size=1),
-}  # this one in two micro-batches
+    "recomputed": dict(activation_checkpointing=1, micro_batch_size=1),  # this one in two micro-batches
+    "mixture": dict(),
+}
+MIXTURE = dict(mixture=dict(experts=["A", "B", "C", "D"], top_k=1, shared=True, attention="own"))
+
+
+def sized(sizes, name):
+    """The ModelConfig of a case."""
+    return ModelConfig(**sizes, **(MIXTURE if name == "mixture" else {}))
 
 
 def large(changes, ranks):
@@ -64,7 +71,7 @@ class Enough(Exception):
     pass
 
 
-def bytes_taken(sizes, changes, folder):
+def bytes_taken(config, changes, folder):
     """What two steps of training add to the memory of this process."""
     settings, batch, num_micro_batches = large(changes, distributed.num_ranks())
 
@@ -75,7 +82,7 @@ def bytes_taken(sizes, changes, folder):
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")           # the most is from now on
     before = memory("VmRSS")
-    model = init_weights(CohereForCausalLM(ModelConfig(**sizes)), torch.Generator().manual_seed(0))
+    model = init_weights(CohereForCausalLM(config), torch.Generator().manual_seed(0))
     with suppress(Enough):
         train(model, 9, batches, sft_loss, settings, folder, CPU)
     return memory("VmHWM") - before
@@ -83,7 +90,9 @@ def bytes_taken(sizes, changes, folder):
 
 def all_cases(folder):
     for sizes in (SMALL, LARGE):  # what a first step loads is there before the second round
-        taken = {name: bytes_taken(sizes, changes, folder) for name, changes in CASES.items()}
+        taken = {
+            name: bytes_taken(sized(sizes, name), changes, folder) for name, changes in CASES.items()
+        }
     return taken
 
 
@@ -112,7 +121,7 @@ def test_the_estimated_memory_is_within_a_tenth_of_what_the_kernel_counts_for_a_
 ):
     settings, batch, num_micro_batches = large(CASES[name], ranks)
     watch = estimate.simulate(
-        CohereForCausalLM, ModelConfig(**LARGE), settings, sft_loss, batch, ranks, num_micro_batches
+        CohereForCausalLM, sized(LARGE, name), settings, sft_loss, batch, ranks, num_micro_batches
     )
     assert sum(watch.peak.values()) == pytest.approx(taken[name], rel=0.1)
     assert (

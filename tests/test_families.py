@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from family_templates import tokenizer_of
 from small import CPU, assert_close, language_model, logged, on_ranks, tokenizer
 
-from aya_min import config, engine, estimate, model_config, stages, weights
+from aya_min import config, estimate, model_config, stages, weights
 from aya_min.alike import config_differences
-from aya_min.engine import Engine, Fused
+from aya_min.engine import Engine
+from aya_min.fused import Fused
 from aya_min.families import FAMILIES
 from aya_min.merge_folders import merge_folders
 from aya_min.model import CohereForCausalLM, RewardModel, SequenceClassifier, init_weights
@@ -118,7 +119,7 @@ def test_the_engine_without_packed_weights_as_on_a_gpu_says_the_same(case, monke
     """There q and k keep the order of the folder, and halves are turned; packed they are pairs."""
     model, (ids, _) = model_of(case), tokens(0)
     fused = [Fused(model)]
-    monkeypatch.setattr(engine, "PACK_BYTES", 0)
+    monkeypatch.setattr("aya_min.fused.PACK_BYTES", 0)
     fused.append(Fused(model))
     assert [each.pairs for each in fused] == [True, False]
     [[one]], [[two]] = (generate(each, [ids[0, :9].tolist()], max_new_tokens=24, temperature=0)

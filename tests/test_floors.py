@@ -17,36 +17,40 @@ FLOORS = [
     # 0: the command line, the table of model families
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
-    {"cmaes", "files", "iso639", "linear", "merge_methods", "model_config", "norms", "patience",
+    {"cmaes", "files", "iso639", "line", "linear", "merge_methods", "model_config", "norms", "patience",
      "report_charts", "rope", "rows_keys", "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
-    {"config", "distributed", "languages", "merge_config", "merge_front", "template",
+    {"config", "distributed", "fused", "languages", "merge_config", "merge_front", "template",
      "tensorfiles", "token_logps"},
-    # 3: the decoder, the world, one HTTP request, how to resume, what a line of JSONL means, whether two
+    # 3: losses, the world, one HTTP request, how to resume, what a line of JSONL means, whether two
     # folders are alike
-    {"alike", "checkpoint", "control_tokens", "endpoint_http", "journal", "lengths", "losses", "model",
+    {"alike", "checkpoint", "control_tokens", "endpoint_http", "journal", "lengths", "losses",
      "report_data", "rows", "template_turns", "world"},
-    # 4: text to ids, rows to batches, the engine's tensors, an endpoint asked, figures, the oracle
+    # 4: the layers of a mixture of experts, its losses over a step
+    {"balance", "moe"},
+    # 5: the decoder
+    {"model"},
+    # 6: text to ids, rows to batches, the engine's tensors, an endpoint asked, figures, the oracle
     {"critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture", "preferences",
      "report_table", "text_statistics", "tokenizer", "world_oracle"},
-    # 5: what is done with a model or with folders
+    # 7: what is done with a model or with folders
     {"arbitrage", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report", "reward",
      "sampling", "weights", "world_data", "world_translation"},
-    # 6: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
+    # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch
     {"chat", "contrast", "evaluate_answers", "judges", "kto", "pipeline_checks", "reference", "runs",
      "serve_batch"},
-    # 7: samples of the policy as batches, what judges say, what a client of the server asks
+    # 9: samples of the policy as batches, what judges say, what a client of the server asks
     {"evaluate_judges", "judges_rates", "rollouts", "router", "serve_request"},
-    # 8: the stages, the leaderboard, the server
+    # 10: the stages, the leaderboard, the server
     {"evaluate_leaderboard", "generate_pool", "serve", "stages"},
-    # 9: a recipe's run on disk; what a stage will need; what a search measures
+    # 11: a recipe's run on disk; what a stage will need; what a search measures
     {"estimate", "evaluate", "generate_route", "merge_fitness", "pipeline_steps"},
-    # 10: what a run shows for itself; the search
+    # 12: what a run shows for itself; the search
     {"merge_search", "pipeline_results"},
-    # 11: the recipe; train.py, generate.py and merge.py stand on it
+    # 13: the recipe; train.py, generate.py and merge.py stand on it
     {"pipeline"},
-    # 12: one seed of a claim; what claims leave
+    # 14: one seed of a claim; what claims leave
     {"experiments"},
     {"experiments_records"},
 ]

@@ -11,7 +11,8 @@ from small import language_model, on_ranks, reward_model, tokenizer
 
 from aya_min.reward import score_texts
 from aya_min import model_config, sampling
-from aya_min.engine import Engine, Fused, choose, filtered
+from aya_min.engine import Engine, choose, filtered
+from aya_min.fused import Fused
 from aya_min.sampling import answer_rows, complete, engine_size, generate, stream
 from aya_min.world import questions
 
@@ -202,7 +203,7 @@ def test_unpacked_joined_weights_answer_alike_and_are_the_parameters_themselves(
     packed, before = generate(model, prompts, max_new_tokens=12, temperature=0), {
         name: p.clone() for name, p in model.state_dict().items()
     }
-    monkeypatch.setattr("aya_min.engine.PACK_BYTES", 0)
+    monkeypatch.setattr("aya_min.fused.PACK_BYTES", 0)
     fresh = language_model()
     plain = generate(fresh, prompts, max_new_tokens=12, temperature=0)
     assert [g[0].ids for g in plain] == [g[0].ids for g in packed]

@@ -221,3 +221,12 @@ def test_a_folder_without_a_template_gets_one_that_has_our_ids_there(tmp_path):
     assert json.loads((tmp_path / "again" /
         "tokenizer_config.json").read_text())["chat_template"] == RESPONSE_TEMPLATE
     assert_same_tokenizer(tmp_path / "again")
+
+
+def test_a_mixture_of_experts_is_refused_by_name_and_not_loaded_with_random_mlps(tmp_path):
+    """By the seed's model_type it was loaded, with a warning."""
+    model = language_model(mixture=dict(experts=["law", "code"]))
+    tokenizer = train_tokenizer(TEXTS, 320)
+    weights.save(tmp_path / "model", model, tokenizer)
+    with pytest.raises(ValueError, match="mixture_of_cohere"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from aya_min.model_config import ModelConfig                              # noqa: E402
 from aya_min.model import CohereForCausalLM, init_weights           # noqa: E402
-from aya_min.engine import Fused, multiplier                         # noqa: E402
+from aya_min.fused import Fused, multiplier                         # noqa: E402
 from aya_min.sampling import generate                               # noqa: E402
 from tests.bench.step_speed import busy_process                     # noqa: E402
 

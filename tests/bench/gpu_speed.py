@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from aya_min import checkpoint, stages, weights                 # noqa: E402
 from aya_min.config import SFT                                  # noqa: E402
-from aya_min.engine import Fused                                # noqa: E402
+from aya_min.fused import Fused                                # noqa: E402
 from aya_min.files import write_jsonl                           # noqa: E402
 from aya_min.model import CohereForCausalLM                     # noqa: E402
 from aya_min.model_config import model_preset                   # noqa: E402
