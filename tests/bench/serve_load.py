@@ -1,15 +1,15 @@
 """The server under load: clients that ask at once, beside batch generation of the same requests, in turn in
 one run.
 
-    OMP_NUM_THREADS=2 python tests/bench/serve_load.py [--clients 64] [--requests 256] [--rounds 5]
-        [--wide]
+    OMP_NUM_THREADS=2 python tests/bench/serve_load.py [--clients 64] [--requests 256] [--rounds 5] [--wide]
 
 A Cohere model of 5.6M parameters in fp32 (--wide: 34M), greedy; prompts of one to four questions of the
-embedded world, answers of at most 8 to 128 tokens. Batch generation is sampling.generate with as many rows as there are clients,
-after the model has been loaded. The server is generate.py --serve, a process of its own; each client is a
-thread of this process that asks its next request when it has an answer, whole or streamed, so that clients,
-sockets and JSON are in the server's time. An answer that is not the batch's own text is counted as lost.
-Each figure is the median over the rounds, with minimum and maximum; the first round warms up.
+embedded world, answers of at most 8 to 128 tokens. Batch generation is sampling.generate with as many rows as
+there are clients, after the model has been loaded. The server is generate.py --serve, a process of its own;
+each client is a thread of this process that asks its next request when it has an answer, whole or streamed,
+so that clients, sockets and JSON are in the server's time. An answer that is not the batch's own text is
+counted as lost. Each figure is the median over the rounds, with minimum and maximum; the first round warms
+up.
 """
 
 import argparse
