@@ -273,7 +273,7 @@ def kto_step(items, size):
     _, batches = make_batches(items, kto.collate_labelled, settings)
     some = stages.prepared(batches, lambda some: kto.measure_kl(model, some, settings, CPU))(0)
     loss_fn = unpaired_loss(0.1, 1.0, 1.0)
-    loss, _, norm, _, _ = gradients(model, some, loss_fn, len(items), settings, Signals(), CPU)
+    loss, _, norm, *_ = gradients(model, some, loss_fn, len(items), settings, Signals(), CPU)
     return loss, float(getattr(norm, "full_tensor", lambda: norm)()), some[0].kl.item()
 
 
