@@ -38,7 +38,7 @@ FLOORS = [
      "sampling", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch
-    {"chat", "contrast", "evaluate_answers", "judges", "kto", "pipeline_checks", "reference", "runs",
+    {"chat", "contrast", "evaluate_answers", "judges", "kto", "merge_upcycle", "pipeline_checks", "reference", "runs",
      "serve_batch"},
     # 9: samples of the policy as batches, what judges say, what a client of the server asks
     {"evaluate_judges", "judges_rates", "rollouts", "router", "serve_request"},
