@@ -1,4 +1,4 @@
-"""merge_upcycle.py and merge_embed.py: dense models made into a mixture of experts, and a mixture that grows."""
+"""merge_upcycle.py and merge_embed.py: dense models made into a mixture of experts, and one that grows."""
 
 import pytest
 import torch
