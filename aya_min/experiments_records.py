@@ -91,7 +91,7 @@ def run_claims(name, seeds, preset, out, device, changed=None):
                  "changed": changed or {}, "machine": machine(), "products": linear.chosen(),
                  "versions": runs.versions(),
                  "recipe": {**asdict(lab.recipe), "seed": None, "eval_split": None}}
-            pictures = {claim.name: claim.picture(lab) for claim in claims if claim.picture}
+        pictures = {claim.name: claim.picture(lab) for claim in claims if claim.picture}
         made[seed] = {"arms": arms_of(lab), "minutes": round(seconds_of(lab) / 60, 1), "found": found,
                       "pictures": pictures}
 
