@@ -199,7 +199,8 @@ def times(lab):
                 generate(model, prompts, 1, NEW_TOKENS, temperature=0)
                 seconds[arm].append(time.perf_counter() - begin)
         return {"seconds": {arm: each[1:] for arm, each in seconds.items()}}
-    return lab.step("inference", make, {arm: lab.name_of(folder) for arm, folder in folders.items()})["seconds"]
+    names = {arm: lab.name_of(folder) for arm, folder in folders.items()}
+    return lab.step("inference", make, names)["seconds"]
 
 
 def slower(a, b, side="above"):
