@@ -61,7 +61,7 @@ def test_the_mix_has_equal_parts_and_an_expert_a_tenth_of_general_text():
 
 def test_compute_matched_arms_have_the_operations_of_btx(tmp_path):
     lab = StandIn(tmp_path)
-    weights.save(lab.base, language_model(), tokenizer())
+    weights.save(lab.base, language_model(num_key_value_heads=4), tokenizer())
     for arm, kind, more in (("btx", "btx", {}), ("own", "bam", {}), ("shared", "bam", {"kv": "shared"})):
         bam.compute_matched(kind, **more)(lab)
         lab.trained[arm] = lab.trained.pop(f"{kind} mixture, compute-matched")
