@@ -96,14 +96,18 @@ SEARCH_FLAGS = {
     "--dtype": {"choices": OUTPUT_DTYPES, "help": "of the output; default: that of the first model"},
 }
 
-UPCYCLE = """A mixture of experts of models that were trained from one seed (aya_min/merge_upcycle.py).
+UPCYCLE = """A mixture of experts out of dense models that were trained from one seed.
 
 nexus (arXiv 2408.15901): a router on the embeddings of the experts' domains, and the seed's MLP for every
 token; linear: the same with a linear router; btx: linear, the seed's MLP is one more expert; bam (arXiv
 2408.08274): as btx, and the attentions are experts too. Routers are drawn at random: train the result."""
-EXTEND = """A mixture with one more expert (arXiv 2408.15901, section 3). With n experts before, what is neither
-expert nor router is averaged with weights n and 1. Nexus' routers stay; linear routers are drawn anew."""
-EMBED = """Embeddings of domains: the mean over a domain's texts of the mean of a model's last hidden states."""
+EXTEND = """A mixture with one more expert (arXiv 2408.15901, section 3).
+
+With n experts before, what is neither expert nor router is averaged with weights n and 1. Nexus' routers
+stay, linear routers are drawn anew."""
+EMBED = """The embeddings of domains, for upcycle and extend.
+
+Each is the mean over a domain's texts of the mean of a model's last hidden states over the text's tokens."""
 SEED = {"type": number(int, WHOLE), "metavar": "N", "default": 0, "help": "of the routers; default: 0"}
 DOMAINS = {"metavar": "E.json", "help": "a file of merge.py embed, or of the same form"}
 # command: (description, {argument: options})
@@ -136,7 +140,7 @@ MIXTURES = {
         "--data": {"nargs": "+", "metavar": "NAME=F.jsonl", "required": True,
                    "help": "conversations or texts of each domain"},
         "--max-length": {"type": number(int, "[2, inf)"), "metavar": "N", "default": 1024,
-                         "help": "tokens of a text; default: %(default)s"}}),
+                         "help": "tokens; longer conversations are left out; default: %(default)s"}}),
 }
 
 
@@ -172,13 +176,13 @@ def parse(arguments):
         search.add_argument(flag, **options)
     add_flags(search, Reading)
     methods = [add_method(commands, method) for method in METHODS]
-    mixtures = [commands.add_parser(name, help=about.split(" (")[0].splitlines()[0], description=about,
+    mixtures = [commands.add_parser(name, help=about.split("\n")[0], description=about,
                                     allow_abbrev=False, formatter_class=raw)
                 for name, (about, _) in MIXTURES.items()]
-    for command, (_, arguments) in zip(mixtures, MIXTURES.values()):
-        for name, options in arguments.items():
-            command.add_argument(name, **options)
-    add_flags(mixtures[-1], Reading)
+    for command, (_, takes) in zip(mixtures, MIXTURES.values()):
+        for name, more in takes.items():
+            command.add_argument(name, **more)
+    add_flags(mixtures[-1], Reading, {field.name for field in fields(Reading)} - {"too_long"})
     for command in mixtures:
         command.add_argument("--out", metavar="OUT", required=True,
                              help="the new folder, of embed a new file; it must not exist")
@@ -256,7 +260,7 @@ def search(options):
 
 
 def reading_of(options):
-    return {field.name: options[field.name] for field in fields(Reading) if options[field.name] is not None}
+    return {f.name: options[f.name] for f in fields(Reading) if options.get(f.name) is not None}
 
 
 def named(texts, what, name_of=None):

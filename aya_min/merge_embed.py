@@ -1,4 +1,4 @@
-"""Embeddings of domains, from which Nexus' router projects those of the experts (arXiv 2408.15901, section 2).
+"""Embeddings of domains, of which Nexus' router makes those of the experts (arXiv 2408.15901, section 2).
 
 The paper takes the mean of a text embedder's vectors over a domain's data. Ours are hidden states of a model
 that is at hand: h(x), the mean over a text's tokens of the last hidden states, after the norm; then the mean

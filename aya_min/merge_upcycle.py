@@ -82,7 +82,7 @@ def checked_vector(name, vector, size=None):
 
 def upcycle(experts, seed_model, out, kind, kv=None, domains=None, top_k=1, attention_top_k=0, seed=0,
             dtype=None, embedder=None):
-    """Make the new folder `out`, a mixture of the experts {name: folder} and the seed model; returns its Path.
+    """Make the new folder `out`, a mixture of the experts {name: folder} and the seed; returns its Path.
 
     kv: of bam, whether each attention expert has its "own" keys and values (None too), or they are "shared".
     domains: of nexus, {name: embedding, a list of numbers}; further names are not used. seed: of the routers.
@@ -156,12 +156,13 @@ def extend(moe, new, out, name, vector=None, seed=0, embedder=None):
         raise ValueError(f"{moe.folder} has an expert named {name} already; give another name")
     if (vector is None) == (mixture.router == "nexus"):
         raise ValueError(f"the router of {moe.folder} is {mixture.router}, which "
-                         f"{'needs' if vector is None else 'takes no'} embedding of the domain {name}")
+                         f"{'needs an' if vector is None else 'takes no'} embedding of the domain {name}")
     refuse_unlike([moe, new])
     if vector is not None:
         vector = checked_vector(name, vector() if callable(vector) else vector, mixture.domain_size)
     config = replace(moe.config, mixture=replace(mixture, experts=[*mixture.experts, name]))
-    generator, share, plan = torch.Generator().manual_seed(seed), 1 / (n + 1), {}
+    # Not the numbers that the routers began with, if the seed is the same.
+    generator, share, plan = torch.Generator().manual_seed(seed + n), 1 / (n + 1), {}
     for tensor, shape in shapes_of(config).items():
         dense, mine = dense_name(tensor), moe.places[tensor]
         if tensor == "model.domains":
