@@ -16,7 +16,7 @@ from aya_min.data import collate
 from aya_min.experiments import Comparison, measured
 from aya_min.experiments_records import drawn, joined, seeds_in
 from aya_min.files import write_jsonl
-from aya_min.languages import CLUSTERS
+from aya_min.languages import CLUSTERS, LANGUAGES
 from aya_min.model_config import Mixture
 from aya_min.world import TINY_TASKS, split_named
 from aya_min.world_oracle import grade
@@ -68,7 +68,7 @@ def test_a_domain_of_the_world_is_its_languages_or_its_task_rightly_answered(dom
 
 def test_code_is_whole_lines_of_the_standard_library_and_a_file_is_in_one_split():
     assert domains.cut("a.py", "x = 1\n" * 40 + "y" * 300 + "\n\n\n") == [
-        ("a.py:1", "x = 1\n" * 33), ("a.py:34", "x = 1\n" * 7)]
+        ("a.py:1", "x = 1\n" * 20), ("a.py:21", "x = 1\n" * 20)]
     rows = domains.rows_of("code", "test", 50, 1, "tiny")
     assert rows != domains.rows_of("code", "test", 50, 2, "tiny")
     files = [row["question_id"].split(":")[0] for row in rows]
@@ -83,7 +83,8 @@ def mixture(**changes):
 
 
 def test_losses_and_routing_row_by_row_are_those_of_all_rows_together(tmp_path):
-    rows = domains.rows_of("slavic", "train", 6, 0, "tiny") + domains.rows_of("code", "train", 2, 0, "tiny")
+    rows = domains.rows_of("slavic", "train", 6, 0, "tiny")
+    rows += domains.as_texts(rows[:1]) + domains.rows_of("code", "train", 1, 0, "tiny")
     write_jsonl(tmp_path / "rows.jsonl", rows)
     model = mixture().eval()
     examples = held_out.examples_of(model, tokenizer(), tmp_path / "rows.jsonl")
@@ -114,10 +115,12 @@ def test_arms_that_are_compared_train_on_the_same_rows_for_the_same_steps():
     assert first["max_steps"] == 6 and all(each == first for each in rest)
     assert made["linear, low"]["balance_weight"] == 0.0005 and "balance_weight" not in made["linear"]
     assert made["nexus"]["start"] == {"kind": "nexus", "experts": list(CLUSTERS), "domains": list(CLUSTERS)}
+    forms = {(row["language"], "text" in row) for row in first["rows"]}
+    assert forms == {(code, is_text) for code in LANGUAGES for is_text in (True, False)}
     for name in nexus.BUDGETS:
         one, other = of(f"nexus + code, {name}", f"linear + code, {name}")
         assert one == other and len(one["rows"]) == 32 * one["max_steps"]
-        assert sum("text" in row for row in one["rows"]) == 16 * one["max_steps"]
+        assert sum("language" not in row for row in one["rows"]) == 16 * one["max_steps"]     # code
         assert made[f"nexus + code, {name}"]["start"]["vector"] == [1.0]
         assert made[f"linear + code, {name}"]["start"]["vector"] is None
 
