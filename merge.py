@@ -1,4 +1,4 @@
-"""Merge model folders into one, with no training; or see how far two are apart.
+"""Merge model folders into one, with no training, or into a mixture of experts; or see how far two are apart.
 
     python merge.py linear A B C --weights 0.5 0.3 0.2 --out DIR
     python merge.py slerp A B --t 0.3 --out DIR
@@ -6,17 +6,22 @@
     python merge.py --config merge.json --out DIR               mergekit's configuration, as JSON
     python merge.py diff A B --base BASE
     python merge.py search A B C D --prompts F.jsonl --out DIR  the weights of linear, searched by CMA-ES
+    python merge.py embed --model M --data law=L.jsonl art=A.jsonl --out E.json     embeddings of domains
+    python merge.py upcycle law=A art=B --seed-model S --kind nexus --domains E.json --out MOE
+    python merge.py extend MOE code=C --domain code=F.jsonl --out DIR
 
 Each method has only the flags that it uses (python merge.py METHOD --help). The methods are in
 aya_min/merge_methods.py, the work on files is in aya_min/merge_folders.py, the search in
-aya_min/merge_search.py.
+aya_min/merge_search.py, mixtures of experts in aya_min/merge_upcycle.py.
 """
 
 import argparse
 import gc
 import json
+import os
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from aya_min.command import WHOLE, Parser, guarded, is_spare_rank, number, printable
@@ -91,6 +96,53 @@ SEARCH_FLAGS = {
     "--dtype": {"choices": OUTPUT_DTYPES, "help": "of the output; default: that of the first model"},
 }
 
+UPCYCLE = """A mixture of experts out of dense models that were trained from one seed.
+
+nexus (arXiv 2408.15901): a router on the embeddings of the experts' domains, and the seed's MLP for every
+token; linear: the same with a linear router; btx: linear, the seed's MLP is one more expert; bam (arXiv
+2408.08274): as btx, and the attentions are experts too. Routers are drawn at random: train the result."""
+EXTEND = """A mixture with one more expert (arXiv 2408.15901, section 3).
+
+With n experts before, what is neither expert nor router is averaged with weights n and 1. Nexus' routers
+stay, linear routers are drawn anew."""
+EMBED = """The embeddings of domains, for upcycle and extend.
+
+Each is the mean over a domain's texts of the mean of a model's last hidden states over the text's tokens."""
+SEED = {"type": number(int, WHOLE), "metavar": "N", "default": 0, "help": "of the routers; default: 0"}
+DOMAINS = {"metavar": "E.json", "help": "a file of merge.py embed, or of the same form"}
+# command: (description, {argument: options})
+MIXTURES = {
+    "upcycle": (UPCYCLE, {
+        "folders": {"nargs": "+", "metavar": "[NAME=]MODEL",
+                    "help": "the experts; NAME is the domain, default: the folder's name"},
+        "--seed-model": {"metavar": "DIR", "required": True, "help": "the model that the others began from"},
+        "--kind": {"choices": ["nexus", "linear", "btx", "bam"], "required": True},
+        "--kv": {"choices": ["own", "shared"],
+                 "help": "bam: each attention expert's own keys and values, or one mean; default: own"},
+        "--domains": {**DOMAINS, "help": f"nexus: {DOMAINS['help']}"},
+        "--top-k": {"type": number(int, "[1, inf)"), "metavar": "K", "default": 1,
+                    "help": "experts of the MLP that a token is sent to; default: 1"},
+        "--attention-top-k": {"type": number(int, "[0, inf)"), "metavar": "K", "default": 0,
+                              "help": "bam: experts of the attention that count; default: 0, all"},
+        "--seed": SEED,
+        "--dtype": {"choices": OUTPUT_DTYPES, "help": "of the output; default: that of the seed model"}}),
+    "extend": (EXTEND, {
+        "mixture": {"metavar": "MOE", "help": "a mixture, trained or not"},
+        "model": {"metavar": "[NAME=]NEW", "help": "the new expert, a dense model"},
+        "--domain": {"metavar": "NAME=F.jsonl",
+                     "help": "nexus: texts, embedded by the model that embedded the other domains"},
+        "--domains": {**DOMAINS, "help": f"nexus, instead of --domain: {DOMAINS['help']}"},
+        "--model": {"dest": "embedder", "metavar": "DIR",
+                    "help": "--domain: where that model is, if the mixture does not say"},
+        "--seed": SEED}),
+    "embed": (EMBED, {
+        "--model": {"metavar": "DIR", "required": True, "help": "the model whose hidden states are taken"},
+        "--data": {"nargs": "+", "metavar": "NAME=F.jsonl", "required": True,
+                   "help": "conversations or texts of each domain"},
+        "--max-length": {"type": number(int, "[2, inf)"), "metavar": "N", "default": 1024,
+                         "help": "tokens; longer conversations are left out; default: %(default)s"}}),
+}
+
 
 def device(name):
     """An argparse type: a device that holds numbers and returns them, which "meta" does not."""
@@ -124,6 +176,16 @@ def parse(arguments):
         search.add_argument(flag, **options)
     add_flags(search, Reading)
     methods = [add_method(commands, method) for method in METHODS]
+    mixtures = [commands.add_parser(name, help=about.split("\n")[0], description=about,
+                                    allow_abbrev=False, formatter_class=raw)
+                for name, (about, _) in MIXTURES.items()]
+    for command, (_, takes) in zip(mixtures, MIXTURES.values()):
+        for name, more in takes.items():
+            command.add_argument(name, **more)
+    add_flags(mixtures[-1], Reading, {field.name for field in fields(Reading)} - {"too_long"})
+    for command in mixtures:
+        command.add_argument("--out", metavar="OUT", required=True,
+                             help="the new folder, of embed a new file; it must not exist")
     for command in (parser, search, *methods):
         command.add_argument("--out", metavar="DIR", help="the new folder; it must not exist")
         command.add_argument("--allow-config-differences", action="store_true", default=argparse.SUPPRESS,
@@ -135,13 +197,13 @@ def parse(arguments):
                                   "instructions for it, it takes as long as the merge")
         command.add_argument("--print-config", action="store_true",
                              help="print mergekit's configuration of this merge, and merge nothing")
-    for command in (parser, diff, search, *methods):
+    for command in (parser, diff, search, *methods, *mixtures[1:]):
         command.add_argument("--device", type=device, default=argparse.SUPPRESS,
                              help="where to compute, for example cuda; default: cpu")
     options = parser.parse_args(arguments)
     if (options.config is None) == (options.method is None):
         parser.error("give a method, or --config FILE, and not both")
-    if options.method in ("diff", "search") and (options.print_config or "hashes" in options):
+    if options.method not in (None, *METHODS) and (options.print_config or "hashes" in options):
         parser.error(f"{options.method} takes neither --print-config nor --no-hashes")
     if options.method != "diff" and not (options.out or options.print_config):
         parser.error("the following arguments are required: --out")
@@ -174,6 +236,8 @@ def main(arguments=None):
     options = parse(arguments)
     is_search = options["method"] == "search"
     try:
+        if options["method"] in MIXTURES:
+            return {"upcycle": upcycle, "extend": extend, "embed": embed}[options["method"]](options)
         return search(options) if is_search else merge_or_diff(options)
     except KeyboardInterrupt:
         kept = "nothing was kept"
@@ -188,12 +252,86 @@ def search(options):
     from aya_min.merge_front import search_table
     from aya_min.merge_search import search_folders
     others = {"method", "config", "print_config", *(field.name for field in fields(Reading))}
-    reading = {field.name: options[field.name] for field in fields(Reading)
-               if options[field.name] is not None}
     result = search_folders(**{key: value for key, value in options.items() if key not in others},
-                            reading=reading)
+                            reading=reading_of(options))
     print(printable(search_table(result)))
     print(printable(f"{options['out']}: model, search.json, evaluations.jsonl, report.html"))
+    return 0
+
+
+def reading_of(options):
+    return {f.name: options[f.name] for f in fields(Reading) if options.get(f.name) is not None}
+
+
+def named(texts, what, name_of=None):
+    """{name: path} of texts NAME=PATH; a path alone is named by name_of. ValueError for a name that occurs
+    twice, and for none."""
+    found = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals and name_of:
+            name, path = name_of(text), text
+        if not (name and path):
+            raise ValueError(f"{text!r} is not NAME=PATH, with the name of {what}")
+        if name in found:
+            raise ValueError(f"{what} {name} is given twice, as {found[name]} and {path}; give each its own "
+                             "name, as NAME=PATH")
+        found[name] = path
+    return found
+
+
+def embed(options):
+    from aya_min.config import settings_from
+    from aya_min.files import dumps, taken, write_new
+    data, out = named(options["data"], "the domain"), Path(options["out"])
+    if os.path.lexists(out):
+        raise taken(out)
+    from aya_min.merge_embed import embed, embedder_of
+    reading = settings_from(Reading, {"too_long": "skip"}, flags=reading_of(options))
+    domains = embed(options["model"], data, reading, options["max_length"], options.get("device", "cpu"))
+    write_new({out: dumps({**embedder_of(options["model"]), "domains": domains}) + "\n"})
+    size = len(next(iter(domains.values())))
+    print(printable(f"{out}: {len(domains)} domains, {size} numbers each"))
+    return 0
+
+
+def upcycle(options):
+    from aya_min.merge_embed import read_domains
+    from aya_min.merge_upcycle import upcycle
+    from aya_min.weights import name_of
+    experts = named(options["folders"], "the domain", name_of)
+    domains, embedder = read_domains(options["domains"]) if options["domains"] else (None, None)
+    settings = {key: options[key] for key in ("kind", "kv", "top_k", "attention_top_k", "seed", "dtype")}
+    out = upcycle(experts, options["seed_model"], options["out"], domains=domains, embedder=embedder,
+                  **settings)
+    print(printable(f"{out}: {options['kind']} of {', '.join(experts)} and {options['seed_model']}"))
+    return 0
+
+
+def extend(options):
+    from aya_min.merge_embed import embed_like, read_domains
+    from aya_min.merge_upcycle import extend
+    from aya_min.weights import name_of
+    texts = named([options["domain"]] if options["domain"] else [], "the domain")
+    if texts and options["domains"] or options["embedder"] and not texts:
+        raise ValueError("give --domain NAME=F.jsonl, where that is needed with --model, or --domains E.json")
+    ((name, folder),) = named([options["model"]], "the domain",
+                              lambda folder: next(iter(texts), name_of(folder))).items()
+    if texts and name not in texts:
+        raise ValueError(f"the new expert is named {name}, --domain is of {next(iter(texts))}; give both one "
+                         "name")
+    vector, embedder = None, {}
+    if options["domains"]:
+        domains, embedder = read_domains(options["domains"])
+        if name not in domains:
+            raise ValueError(f"{options['domains']}: no embedding of the domain {name}; it has those of "
+                             f"{', '.join(domains)}")
+        vector = domains[name]
+    if texts:
+        vector = partial(embed_like, options["mixture"], name, texts[name], options["embedder"],
+                         options.get("device", "cpu"))
+    out = extend(options["mixture"], folder, options["out"], name, vector, options["seed"], embedder)
+    print(printable(f"{out}: {options['mixture']} with {name}"))
     return 0
 
 

@@ -16,7 +16,7 @@ from .languages import CLUSTERS
 from .world import TASKS, gold_answer, questions, split_named
 
 CODE = "code"
-PIECE = 200                     # characters of a row of code, at most
+PIECE = 120                     # characters of a row of code, at most
 
 
 def rows_of(domain, split, count, seed, level):
@@ -33,6 +33,13 @@ def rows_of(domain, split, count, seed, level):
         # Languages and tasks take turns, so that each of the world's tasks has its share of the questions.
         asked = [q for q in questions(split, count * len(TASKS), tag, level=level) if q["task"] == domain]
     return [{**q, "completion": gold_answer(q)} for q in asked[:count]]
+
+
+def as_texts(rows):
+    """Questions and their answers as {"text"}, so that all of their tokens are trained on."""
+    return [row if "text" in row else
+            {"text": f"{row['prompt']} {row['completion']}", "language": row["language"],
+             "question_id": row["question_id"]} for row in rows]
 
 
 @cache

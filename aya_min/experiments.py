@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Callable, Optional
 
-from . import distributed, held_out, merge_upcycle, weights
+from . import distributed, held_out, merge_embed, merge_upcycle, weights
 from .arbitrage import route
 from .config import RECIPES, Recipe, settings_from
 from .evaluate_rates import bootstrap_mean, join, win_rates
@@ -274,10 +274,11 @@ class Lab:
         return self._built(f"extend-{name}", build, *content)
 
     def embeddings(self, model, domains):
-        """{name: vector} of the domains {name: rows}: merge_upcycle.embed."""
-        paths = {name: self._file(rows) for name, rows in domains.items()}
-        return self._done("embeddings", lambda folder: {"domains": merge_upcycle.embed(model, paths)},
-                          "embeddings", self.name_of(model), domains)["domains"]
+        """{name: vector} of the domains {name: rows}: merge_embed.embed."""
+        def make(folder):
+            paths = {name: self._file(rows) for name, rows in domains.items()}
+            return {"domains": merge_embed.embed(model, paths, held_out.WHOLE, device=self.device)}
+        return self._done("embeddings", make, "embeddings", self.name_of(model), domains)["domains"]
 
     def _built(self, name, build, *content):
         """A model folder that build(out) writes on one rank, once for this name and content. -> the folder"""

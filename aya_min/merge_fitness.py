@@ -24,7 +24,8 @@ from .loop import evaluate as held_out_metrics
 from .merge_config import OUTPUT_DTYPES
 from .model import CohereForCausalLM
 from .sampling import answer_rows
-from .merge_folders import is_finite, merge_folders, over_pieces_of, read_sources, refuse_infinite, workers
+from .merge_folders import (averaged_names, is_finite, merge_folders, over_pieces_of, read_sources,
+                            refuse_infinite, workers)
 from .stages import sft_loss
 from .tensorfiles import DTYPES, places
 from .world_oracle import check_question
@@ -53,11 +54,12 @@ def of_models(folders, measure, dtype=None, device="cpu", allow_config_differenc
         used = [place for place, weight in zip(inputs, weights) if weight]
         used_weights = [weight for weight in weights if weight]
         with torch.no_grad(), workers() as pool, tqdm(disable=True) as bar:
-            for name, target in model.state_dict().items():
+            state = model.state_dict()
+            for name in averaged_names(headers[0]):
                 over_pieces = over_pieces_of([name], used, pool, device, bar)
                 merge_piece = merge_methods.linear(over_pieces, used_weights)
                 output_dtype = DTYPES[OUTPUT_DTYPES.get(dtype, headers[0][name][1])]
-                flat = target.view(-1)
+                flat = state[name].view(-1)
 
                 def write(start, tensors):
                     piece = merge_piece(start, tensors).to(output_dtype)

@@ -7,8 +7,8 @@ folder and published whole, so an interrupted merge leaves nothing that looks co
 merge_methods.py, their settings and needs in merge_config.py.
 
 Memory does not grow with the models: each core holds one piece of each model, read, merged and written by one
-thread. Integer and boolean tensors have no average and must be equal in all inputs. So must a tied head and
-its embedding; the head is not written.
+thread. Integer and boolean tensors have no average and must be equal in all inputs, and so must the domains'
+embeddings of mixtures of experts. So must a tied head and its embedding; the head is not written.
 """
 
 import math
@@ -56,8 +56,8 @@ def merge_folders(folders, out, method, *, dtype=None, device="cpu", shard_bytes
     if os.path.lexists(out):
         raise already_exists(out)
     configs, headers, tolerated = read_sources(inputs, allow_config_differences)
-    values = settings_by_tensor(method, settings, float_names(headers[0]))
-    specs = {name: (OUTPUT_DTYPES[dtype] if dtype and is_float(code) else code, shape)
+    values = settings_by_tensor(method, settings, averaged_names(headers[0]))
+    specs = {name: (OUTPUT_DTYPES[dtype] if dtype and has_average(name, code) else code, shape)
              for name, (_, code, shape) in headers[0].items()}
     files = tensorfiles.assign_files(specs, shard_bytes)
     along = files_along(folders[0])
@@ -126,6 +126,10 @@ def read_sources(inputs, allow_config_differences=False):
     texts about those that do not, for example generation settings, ids of end and padding, chat templates.
     """
     configs = [read_config(folder) for folder in inputs]
+    experts = [experts_of(config) for config in configs]
+    for folder, its in zip(inputs, experts):
+        if its != experts[0]:
+            raise ValueError(f"these models cannot be merged: {folder} is {its}, {inputs[0]} {experts[0]}")
     headers = [read_header(folder) for folder in inputs]
     problems, tolerated, first = [], [], inputs[0]
     for folder, config, header in zip(inputs, configs, headers):
@@ -154,6 +158,14 @@ def read_sources(inputs, allow_config_differences=False):
     return configs, headers, tolerated
 
 
+def experts_of(config):
+    """What a config.json describes, in words, which is a dense model unless it has the key mixture."""
+    mixture = config.get("mixture")
+    if mixture is None:
+        return "a dense model"
+    return f"a mixture of {shown(mixture.get('experts') if isinstance(mixture, dict) else mixture)}"
+
+
 def print_tolerated(tolerated):
     """Print the tolerated differences that read_sources returns on standard error, each once."""
     for text in dict.fromkeys(tolerated):
@@ -170,19 +182,21 @@ def tensor_differences(folder, header, first, first_header):
         _, code, shape = header[name]
         if shape != first_shape:
             problems.append(f"{folder}: {name} is {list(shape)}, in {first} {list(first_shape)}")
-        elif {code, first_code} <= DTYPES.keys() and not (is_float(code) and is_float(first_code)):
+        elif {code, first_code} <= DTYPES.keys() and not (has_average(name, code)
+                                                          and has_average(name, first_code)):
             if code != first_code or not equal(first_header, name, header, name):
                 problems.append(f"{folder}: {name} is {code}, has no average, and differs from that of "
                                 f"{first}")
     return problems
 
 
-def is_float(code):
-    return DTYPES[code].is_floating_point
+def has_average(name, code):
+    """Whether a tensor of this safetensors dtype is merged, and not the same in all models."""
+    return DTYPES[code].is_floating_point and name != "model.domains"
 
 
-def float_names(header):
-    return [name for name, (_, code, _) in header.items() if is_float(code)]
+def averaged_names(header):
+    return [name for name, (_, code, _) in header.items() if has_average(name, code)]
 
 
 def is_finite(tensor):
@@ -308,7 +322,7 @@ def compare_folders(first, second, base=None, device="cpu"):
     """
     folders = [Path(folder) for folder in (first, second, base) if folder is not None]
     configs, headers, _ = read_sources(folders, allow_config_differences=True)
-    names = [name for name in float_names(headers[0]) if math.prod(headers[0][name][2])]
+    names = [name for name in averaged_names(headers[0]) if math.prod(headers[0][name][2])]
     inputs = [places(header) for header in headers]
     found = {}
     size = sum(num_bytes(*headers[0][name][1:]) for name in names)

@@ -7,8 +7,8 @@ grows by a model: Nexus (arXiv 2408.15901, sections 2 and 3) and BAM (arXiv 2408
     btx     linear  none         the models' and the seed's    the models and the seed
     bam     linear  none         those, and their attentions   the models and the seed
 
-All that is no expert is a mean, in fp32. Routers are drawn from a seed. The folders are read and written piece
-by piece, as merge_folders.py does it, so memory does not grow with the models or their number.
+All that is no expert is a mean, in fp32. Routers are drawn from a seed. The folders are read and written
+piece by piece, as merge_folders.py does it, so memory does not grow with the models or their number.
 """
 
 import os
@@ -23,6 +23,7 @@ from .alike import config_differences, files_along, remarks, tokenizer_differenc
 from .command import in_range, shortened
 from .files import Digests, write_json
 from .merge_config import OUTPUT_DTYPES
+from .merge_embed import EMBEDDER, refuse_other_embedder
 from .merge_folders import (already_exists, is_finite, output_folder, over_pieces_of, print_tolerated,
                             refuse_infinite, workers, write_the_rest)
 from .merge_methods import weighted_sum
@@ -45,7 +46,8 @@ class Source:
         model, _, self.header = load_meta(folder)
         self.config = model.config
         if type(model) is not CohereForCausalLM:
-            raise ValueError(f"{folder} is a {MODEL_KINDS[type(model)]}; mixtures are made of language models")
+            raise ValueError(f"{folder} is a {MODEL_KINDS[type(model)]}; mixtures are made of language "
+                             "models")
         if bool(self.config.mixture) != mixture:
             raise ValueError(f"{folder} is a mixture of experts already; merge.py extend adds a model to it"
                              if not mixture else f"{folder} is a dense model; give a mixture of experts")
@@ -79,13 +81,14 @@ def checked_vector(name, vector, size=None):
 
 
 def upcycle(experts, seed_model, out, kind, kv=None, domains=None, top_k=1, attention_top_k=0, seed=0,
-            dtype=None):
-    """Make the new folder `out`, a mixture of the experts {name: folder} and the seed model; returns its Path.
+            dtype=None, embedder=None):
+    """Make the new folder `out`, a mixture of the experts {name: folder} and the seed; returns its Path.
 
     kv: of bam, whether each attention expert has its "own" keys and values (None too), or they are "shared".
     domains: of nexus, {name: embedding, a list of numbers}; further names are not used. seed: of the routers.
-    dtype: one of OUTPUT_DTYPES; None keeps that of each tensor in the seed's folder. Raises ValueError,
-    before any work, for models that do not fit together and settings without a meaning.
+    dtype: one of OUTPUT_DTYPES; None keeps that of each tensor in the seed's folder. embedder: of
+    merge_embed.py, what made the embeddings, to be kept. Raises ValueError, before any work, for models that
+    do not fit together and settings without a meaning.
     """
     out = Path(out)
     if kind not in KINDS:
@@ -131,45 +134,49 @@ def upcycle(experts, seed_model, out, kind, kv=None, domains=None, top_k=1, atte
         codes = dict.fromkeys(codes, OUTPUT_DTYPES[dtype])
     about = {"upcycle": {"kind": kind, "experts": {name: str(folder) for name, folder in experts.items()},
                          "seed_model": str(seed_model), "mixture": asdict(mixture), "seed": seed}}
-    return build(out, seed_source, list(dict.fromkeys([seed_source, *sources])), config, plan, codes, about)
+    with_all = list(dict.fromkeys([seed_source, *sources]))
+    return build(out, seed_source, with_all, config, plan, codes, about, embedder)
 
 
-def extend(moe, new, out, name, vector=None, seed=0):
+def extend(moe, new, out, name, vector=None, seed=0, embedder=None):
     """Make the new folder `out`, the mixture `moe` with the dense model `new` as one more expert `name`;
     returns its Path.
 
     With n experts before and l = 1 / (n + 1), what is neither expert, shared nor router becomes
     (1 - l) moe + l new (arXiv 2408.15901, section 3). Nexus' routers stay, and project the new domain's
-    embedding, `vector`; linear routers are drawn anew from the seed. Raises ValueError as `upcycle` does.
+    embedding, which `embedder` made: `vector`, or a function that returns it. Linear routers are drawn anew
+    from the seed. Raises ValueError as `upcycle` does, and if another model made the other embeddings.
     """
     out = Path(out)
     refuse_place(out)
+    refuse_other_embedder(moe, embedder or {})
     moe, new = Source(moe, mixture=True), Source(new)
     mixture, n = moe.config.mixture, len(moe.config.mixture.experts)
     if name in mixture.experts:
         raise ValueError(f"{moe.folder} has an expert named {name} already; give another name")
     if (vector is None) == (mixture.router == "nexus"):
         raise ValueError(f"the router of {moe.folder} is {mixture.router}, which "
-                         f"{'needs' if vector is None else 'takes no'} embedding of the domain {name}")
-    if vector is not None:
-        vector = checked_vector(name, vector, mixture.domain_size)
+                         f"{'needs an' if vector is None else 'takes no'} embedding of the domain {name}")
     refuse_unlike([moe, new])
+    if vector is not None:
+        vector = checked_vector(name, vector() if callable(vector) else vector, mixture.domain_size)
     config = replace(moe.config, mixture=replace(mixture, experts=[*mixture.experts, name]))
-    generator, share, plan = torch.Generator().manual_seed(seed), 1 / (n + 1), {}
-    for name_, shape in shapes_of(config).items():
-        dense, mine = dense_name(name_), moe.places[name_]
-        if name_ == "model.domains":
-            before = tensorfiles.read(moe.header, name_)
-            plan[name_] = partial(torch.cat, (before, torch.tensor([vector], dtype=before.dtype)))
-        elif dense not in new.header and shape != moe.header[name_][2]:
-            plan[name_] = partial(initial_value, config, name_, shape, generator)
-        elif dense not in new.header or "mlp.shared." in name_:
-            plan[name_] = [([mine], [1.0])]
+    # Not the numbers that the routers began with, if the seed is the same.
+    generator, share, plan = torch.Generator().manual_seed(seed + n), 1 / (n + 1), {}
+    for tensor, shape in shapes_of(config).items():
+        dense, mine = dense_name(tensor), moe.places[tensor]
+        if tensor == "model.domains":
+            before = tensorfiles.read(moe.header, tensor)
+            plan[tensor] = partial(torch.cat, (before, torch.tensor([vector], dtype=before.dtype)))
+        elif dense not in new.header and shape != moe.header[tensor][2]:
+            plan[tensor] = partial(initial_value, config, tensor, shape, generator)
+        elif dense not in new.header or "mlp.shared." in tensor:
+            plan[tensor] = [([mine], [1.0])]
         elif len(shape) > len(new.header[dense][2]):
-            plan[name_] = [([mine], [1.0]), ([new.places[dense]], [1.0])]
+            plan[tensor] = [([mine], [1.0]), ([new.places[dense]], [1.0])]
         else:
-            plan[name_] = [([mine, new.places[name_]], [1 - share, share])]
-    codes = {name: moe.header[name][1] for name in plan}
+            plan[tensor] = [([mine, new.places[tensor]], [1 - share, share])]
+    codes = {tensor: moe.header[tensor][1] for tensor in plan}
     about = {"extend": {"mixture": str(moe.folder), "name": name, "model": str(new.folder), "seed": seed}}
     return build(out, moe, [moe, new], config, plan, codes, about)
 
@@ -193,7 +200,7 @@ def dense_name(name):
     return name.replace("mlp.experts.", "mlp.").replace("mlp.shared.", "mlp.")
 
 
-def build(out, first, sources, config, plan, codes, about):
+def build(out, first, sources, config, plan, codes, about, embedder=None):
     """Write the model folder `out`, whose other files are those of the Source `first`.
 
     plan: for each tensor a function that makes it, or its parts, one after the other, each a weighted sum:
@@ -217,6 +224,8 @@ def build(out, first, sources, config, plan, codes, about):
                     write_parts(name, outputs[name], parts, pool, bar)
         tensorfiles.seal(made, files)
         write_the_rest(first.folder, along, made, config.published(dtype=dtype), None)
+        if embedder:
+            write_json(made / EMBEDDER, embedder)
         inputs = [{"folder": str(source.folder), "sha256": {file.name: digests[file] for file in of}}
                   for source, of in of_source.items()]
         versions = {"aya_min": __version__, "torch": torch.__version__}

@@ -38,11 +38,11 @@ FLOORS = [
      "reward", "sampling", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch
-    {"chat", "contrast", "evaluate_answers", "judges", "kto", "merge_upcycle", "pipeline_checks", "reference", "runs",
-     "serve_batch"},
-    # 9: samples of the policy as batches, what judges say, what a client of the server asks, what a model
-    # does with held-out rows
-    {"evaluate_judges", "held_out", "judges_rates", "rollouts", "router", "serve_request"},
+    {"chat", "contrast", "evaluate_answers", "judges", "kto", "merge_embed", "pipeline_checks", "reference",
+     "runs", "serve_batch"},
+    # 9: samples of the policy as batches, what judges say, what a client of the server asks, mixtures made,
+    # what a model does with held-out rows
+    {"evaluate_judges", "held_out", "judges_rates", "merge_upcycle", "rollouts", "router", "serve_request"},
     # 10: the stages, the leaderboard, the server
     {"evaluate_leaderboard", "generate_pool", "serve", "stages"},
     # 11: a recipe's run on disk; what a stage will need; what a search measures
