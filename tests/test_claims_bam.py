@@ -43,20 +43,28 @@ class StandIn(SimpleNamespace):
 
 
 def domain_of(row):
-    return CODE if "text" in row else next((name for name in bam.SECOND
-                                            if row["language"] in CLUSTERS[name]), bam.GENERAL)
+    return CODE if "language" not in row else next((name for name in bam.SECOND
+                                                    if row["language"] in CLUSTERS[name]), bam.GENERAL)
 
 
 def test_the_mix_has_equal_parts_and_an_expert_a_tenth_of_general_text():
-    """444 rows are 12 of code, 144 of each other part; of an expert of a cluster 9 tenths are its own."""
     lab = SimpleNamespace(recipe=Recipe(), seed=0)
-    shares = dict.fromkeys((bam.GENERAL, *bam.DOMAINS), 1 / 4)
-    found = Counter(map(domain_of, bam.mixed(lab, shares, 444, "")))
-    assert found == {CODE: 12, bam.GENERAL: 144, "slavic": 144, "east-asia": 144}
-    found = Counter(map(domain_of, bam.mixed(lab, {"slavic": 0.9, bam.GENERAL: 0.1}, 100, "")))
-    assert found == {"slavic": 90, bam.GENERAL: 10}
-    of_code = Counter(map(domain_of, bam.mixed(lab, {CODE: 0.9, bam.GENERAL: 0.1}, 70, "")))
-    assert of_code == {CODE: 30, bam.GENERAL: 40}           # 30 times 12 are 9 times 40
+
+    def shares_of(wanted):
+        found = Counter(map(domain_of, bam.mixed(lab, wanted, 1000, "")))
+        tokens = {domain: number * bam.LENGTH[domain] for domain, number in found.items()}
+        assert 990 <= found.total() <= 1010
+        return {domain: number / sum(tokens.values()) for domain, number in tokens.items()}
+    for wanted in (dict.fromkeys((bam.GENERAL, *bam.DOMAINS), 1 / 4), {CODE: 0.9, bam.GENERAL: 0.1},
+                   {"slavic": 0.9, bam.GENERAL: 0.1}):
+        assert shares_of(wanted) == pytest.approx(wanted, rel=0.02)
+
+
+def test_rows_of_a_cluster_are_by_turns_texts_and_conversations():
+    lab = SimpleNamespace(recipe=Recipe(), seed=0)
+    rows = bam.of_domain(lab, "slavic", "validation", 4)
+    assert ["text" in row for row in rows] == [False, True] * 2
+    assert not any("text" in row for row in bam.of_domain(lab, bam.GENERAL, "validation", 4))
 
 
 def test_compute_matched_arms_have_the_operations_of_btx(tmp_path):

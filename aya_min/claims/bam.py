@@ -2,11 +2,12 @@
 the embedded world.
 
 The seed is the recipe's base. Three dense experts are the seed trained on a domain each, with a tenth of
-general text mixed in: source code and two clusters of languages (domains.py). General text is such as the
-seed was pretrained on, answers of mixed quality, in the languages of no domain (in a domain's it would differ
-from the domain in nothing but the quality). A mixture has the experts and the seed as a fourth, and is
-trained on equal parts of the domains and of general text. Parts are counted in supervised tokens. BTX has
-experts of the MLP only, one for a token; BAM also of the attention, all for a token.
+general text mixed in: source code and two clusters of languages (domains.py), whose questions are by turns
+texts, all of whose tokens count, and conversations. General text is such as the seed was pretrained on,
+conversations with answers of mixed quality, in the languages of no domain. A mixture has the experts and the
+seed as a fourth, and is trained on equal parts of the domains and of general text. Parts are counted in
+supervised tokens. BTX has experts of the MLP only, one for a token; BAM also of the attention, all for a
+token.
 
 Data-matched arms train on the same rows for the same steps. Compute-matched ones stop, at the end of a
 schedule of their own, after as many steps as have the operations of BTX's training by loop.training_flops. It
@@ -29,7 +30,7 @@ import torch
 
 from .. import model_config, weights, world_data
 from ..data import load_examples
-from ..domains import CODE, rows_of
+from ..domains import CODE, as_texts, rows_of
 from ..experiments import Claim, Comparison, Figure
 from ..files import write_jsonl
 from ..fused import Fused
@@ -45,8 +46,8 @@ GENERAL, DOMAINS = "general", (CODE, "slavic", "east-asia")
 SECOND = DOMAINS[1:]                # of which the BTX with six experts has two
 OTHER_LANGUAGES = tuple(code for code in LANGUAGES
                         if not any(code in CLUSTERS[domain] for domain in SECOND))
-LENGTH = {CODE: 12}                 # supervised tokens of a row, as a multiple of those of a question's
-RATE = 1 / 2                        # of the base's learning rate, as the paper's experts; 1/4, 1 were worse
+LENGTH = {GENERAL: 7, CODE: 69, "slavic": 15, "east-asia": 18}     # supervised tokens of a row, preset tiny
+RATE = 1 / 2                        # of the base's learning rate; 1/4 and 1 were worse on answers alone
 Z_WEIGHT = 1e-3
 LARGE_SHARE = 16                    # the larger seed reads the base's rows, divided by this
 PROMPT, NEW_TOKENS, PROMPTS = 256, 16, 8        # of the inference time; the first two are the paper's
@@ -58,16 +59,17 @@ ROUNDS, MEDIANS = 5, 5              # a value is the median of so many rounds, a
 def of_domain(lab, domain, split, count, tag=""):
     """`count` rows of a domain, or of general text."""
     seed, level = f"bam{tag}/{lab.seed}", lab.recipe.level
-    if domain != GENERAL:
-        return rows_of(domain, split, count, seed, level)
-    rng = random.Random(f"{GENERAL}/{split}/{seed}")
-    asked = questions(split, count, seed, OTHER_LANGUAGES, level)
-    return [{**q, "completion": answer(rng, q, world_data.CORPUS_MIX)[0]} for q in asked]
+    if domain == GENERAL:
+        rng = random.Random(f"{GENERAL}/{split}/{seed}")
+        asked = questions(split, count, seed, OTHER_LANGUAGES, level)
+        return [{**q, "completion": answer(rng, q, world_data.CORPUS_MIX)[0]} for q in asked]
+    rows = rows_of(domain, split, count, seed, level)
+    return [text if i % 2 else row for i, (row, text) in enumerate(zip(rows, as_texts(rows), strict=True))]
 
 
 def mixed(lab, shares, count, tag):
     """About `count` rows, of which the domains have these shares in supervised tokens, {domain: share}."""
-    parts = {domain: share / LENGTH.get(domain, 1) for domain, share in shares.items()}
+    parts = {domain: share / LENGTH[domain] for domain, share in shares.items()}
     numbers = {domain: max(1, round(count * part / sum(parts.values()))) for domain, part in parts.items()}
     return [row for domain, number in numbers.items()
             for row in of_domain(lab, domain, "train", number, tag)]
