@@ -112,7 +112,7 @@ def test_arms_that_are_compared_train_on_the_same_rows_for_the_same_steps():
                          for name in names]
     first, *rest = of("dense", "nexus", "linear", "nexus, low", "linear, low", "dense, tasks",
                       "nexus, tasks", "linear, tasks")
-    assert first["max_steps"] == 6 and all(each == first for each in rest)
+    assert first["max_steps"] == 3 and all(each == first for each in rest)
     assert made["linear, low"]["balance_weight"] == 0.0005 and "balance_weight" not in made["linear"]
     assert made["nexus"]["start"] == {"kind": "nexus", "experts": list(CLUSTERS), "domains": list(CLUSTERS)}
     forms = {(row["language"], "text" in row) for row in first["rows"]}
