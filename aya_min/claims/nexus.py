@@ -67,8 +67,10 @@ def steps_of(lab, share):
 
 
 def tuned(lab, name, start, rows=None, **more):
+    """The start trained on each row once, those of `mix` by default. A tenth of the steps is the warm-up."""
     rows = rows or mix(lab)
-    return lab.train(name, "pretrain", start, rows, max_steps=max(1, len(rows) // lab.recipe.batch_size),
+    steps = len(rows) // lab.recipe.batch_size
+    return lab.train(name, "pretrain", start, rows, max_steps=steps, warmup_steps=max(1, steps // 10),
                      learning_rate=lab.recipe.teacher_learning_rate, **more)
 
 
