@@ -10,12 +10,12 @@ paper's budgets there are 0.5, 1.25 and 2.5 percent of the tokens that trained t
 shares of its steps, because a step is the least. Losses are nats per token of held-out texts.
 
 Settings were chosen on the validation split of seed 0. Trained on answers alone, as this world's other models
-are, the mixtures sent little more of a domain's tokens to its expert than chance does (27% against 25%), also with
-four times the steps or other learning rates.
+are, mixtures sent little more of a domain's tokens to its expert than chance does (27% against 25%), with
+four times the steps or other learning rates too.
 
 Departures: a domain is 4 to 6 languages (or all languages of a task), where the paper's are corpora of
-English; its embedding is the mean of the base's last hidden states, where the paper has an embedder of its
-own; the base has seen the words of the domains but few of their texts; there is no last phase with the first
+English; its embedding is the mean of the base's last hidden states, where the paper has Cohere Embed
+v3; the base has seen the words of the domains but few of their texts; there is no last phase with the first
 data up-weighted.
 """
 
