@@ -11,7 +11,8 @@ shares of its steps, because a step is the least. Losses are nats per token of h
 
 Settings were chosen on the validation split of seed 0. Trained on answers alone, as this world's other models
 are, mixtures sent little more of a domain's tokens to its expert than chance does (27% against 25%), with
-four times the steps or other learning rates too.
+four times the steps or other learning rates too, and Nexus equalled the linear router. The texts, and 150
+steps in place of 300, came after those results (LOG.md has both).
 
 Departures: a domain is 4 to 6 languages (or all languages of a task), where the paper's are corpora of
 English; its embedding is the mean of the base's last hidden states, where the paper has Cohere Embed
