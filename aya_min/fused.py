@@ -174,7 +174,7 @@ class Fused:
             self.head = model.lm_head.forward
         else:
             head = model.head_weight.detach()
-            self.head = multiplier(head, self.can_pack(head.nbytes))
+            self.head = multiplier(head, pack or bool(packed) and self.can_pack(head.nbytes))
 
     def can_pack(self, nbytes):
         """Whether weights of this size are kept a second time, in oneDNN's layout."""

@@ -383,7 +383,7 @@ def serve_models(args, metas, device):
     names = [weights.name_of(folder) for folder in metas]
     names, batches = names if len({*names}) == len(names) else list(metas), {}
     for name, folder in zip(names, metas):
-        model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
+        model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype), packed=True)
         tokens, size = plan_rows(folder, model.config, args, device)
         say(f"{name}: KV cache of {args.batch_size} rows x {tokens} tokens, {size / 1e6:,.1f} MB")
         batches[name] = Batch(name, model, tokenizer, args.batch_size, tokens)
