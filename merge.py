@@ -104,7 +104,7 @@ QUANTIZE_FLAGS = {
                  "help": "round to nearest, or GPTQ; default: %(default)s"},
     "--smooth": {"type": number(float, "[0, 1]"), "metavar": "A",
                  "help": "SmoothQuant with this alpha: how much of the inputs' size goes to the weights"},
-    "--calibration": {"nargs": "+", "metavar": "F.jsonl", "help": "what the layers read, in gptq and --smooth"},
+    "--calibration": {"nargs": "+", "metavar": "F.jsonl", "help": "texts for gptq and --smooth"},
     "--calibration-languages": {"nargs": "+", "metavar": "CODE",
                                 "help": "equally many tokens of each; default: of each that the files have"},
     "--calibration-tokens": {"type": number(int, "[1, inf)"), "metavar": "N",
@@ -243,7 +243,8 @@ def quantize(options):
     if options["calibration"]:
         calibration = Calibration(options["calibration"], options["calibration_languages"] or [],
                                   options["calibration_tokens"] or Calibration.tokens)
-    quantize_folder(folder, out, method=options["rounding"], calibration=calibration, **{k: options[k] for k in keys if k in options})
+    given = {key: options[key] for key in keys if key in options}
+    quantize_folder(folder, out, method=options["rounding"], calibration=calibration, **given)
     print(printable(f"{out}: {options['scheme']} of {folder}"))
     return 0
 

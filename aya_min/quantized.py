@@ -199,7 +199,8 @@ def of_int8_inputs(scheme, codes, scales):
     """Inputs in 8 bits, one scale for each token, chosen when they come.
 
     LLM.int8 (2208.07339) keeps a whole input dimension of a batch where one of its numbers is an outlier.
-    Here the outliers alone are kept, so that a token's result does not depend on the others beside it.
+    Here the outliers alone are kept, so that a token's result does not depend on the others beside it,
+    but for the order of a sum in fp32.
     """
     largest, columns, cuda = scheme.largest, codes.t(), codes.is_cuda
     scales = scales[:, 0].float()

@@ -1,10 +1,18 @@
 """Quantization after training: the numbers, the folders, the engine's products, the command."""
 
+import json
 import math
 
 import pytest
 import torch
+from small import language_model, make, refusal, tokenizer, write_world
 
+import merge
+from aya_min import quantized, tensorfiles, weights
+from aya_min.data import load_examples
+from aya_min.fused import Fused
+from aya_min.merge_quantize import Calibration, Work, quantize_folder, read_calibration
+from aya_min.model import CohereForCausalLM
 from aya_min.quantization import (NF4, SCHEMES, dequantize, from_tensors, gptq, loss, nearest, pack,
                                   round_to_nearest, scales_of, smoothing, specs_of, tensors_of, unpack, values)
 
@@ -148,3 +156,260 @@ def test_smoothing_moves_what_is_large_from_inputs_to_weights():
 def test_a_group_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="x.weight has 96 inputs, which groups of 64 do not divide"):
         specs_of("x", (8, 96), SCHEMES["w4-g64"], "F32")
+
+
+# ---- the folder --------------------------------------------------------------------------------------------
+
+SIZES = dict(hidden_size=128, intermediate_size=256)
+IDS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a tied and an untied model, one with biases, and the embedded world's files."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, model in (("tied", language_model(**SIZES)),
+                        ("untied", language_model(tie_word_embeddings=False, **SIZES)),
+                        ("qwen", make(CohereForCausalLM, 0, **SIZES, model_type="qwen2", head_dim=32))):
+        weights.save(folder / name, model, tokenizer())
+    return write_world(folder)
+
+
+def dense(model, folder):
+    """The model of a folder with its packed layers unpacked, in fp32."""
+    plain, _ = weights.load(folder)
+    for name, module in model.packed.items():
+        plain.get_submodule(name).weight.data = module.weight.float()
+    return plain
+
+
+@EACH
+def test_a_folder_is_read_as_the_model_of_its_rounded_weights(scheme, models, tmp_path):
+    for name in ("tied", "qwen"):
+        out = quantize_folder(models / name, tmp_path / f"{name}-q", scheme.name, progress=False)
+        model, _ = weights.load(out, packed=True)
+        plain = dense(quantize_by_hand(models / name, scheme), models / name)
+        if scheme.activations:
+            continue                        # tests below
+        torch.testing.assert_close(model(IDS), plain(IDS), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits_of_engine(model), plain(IDS)[0, -1:], atol=1e-4, rtol=1e-4)
+
+
+def quantize_by_hand(folder, scheme):
+    """A model whose packed layers were filled without a folder between."""
+    plain, _ = weights.load(folder)
+    with torch.device("meta"):
+        model = CohereForCausalLM(plain.config)
+    model.packed = quantized.put_packed(model, scheme, False, False)
+    for name, module in model.packed.items():
+        rounded = round_to_nearest(plain.get_submodule(name).weight.detach(), scheme)
+        module.fill(name, tensors_of(name, *rounded, scheme), torch.float32, "cpu")
+    return model
+
+
+def logits_of_engine(model):
+    from aya_min.engine import Engine
+    engine = Engine(Fused(model), 1, 64, 1)
+    return engine.prefill([IDS[0].tolist()])[0]
+
+
+@pytest.mark.parametrize("outliers", [None, 1.5])
+def test_inputs_of_eight_bits_are_rounded_by_token_and_outliers_kept(outliers):
+    """Beside a slow product in fp64; a token's result does not depend on the others."""
+    name = "llm-int8" if outliers else "w8a8"
+    scheme = quantized.replace(SCHEMES[name], outliers=outliers)
+    weight, x = normal(24, 64), normal(9, 64, seed=1)
+    x[4] = 0
+    module = quantized.PackedLinear(scheme, weight.shape)
+    codes, scales = round_to_nearest(weight, scheme)
+    module.keep(codes, scales)
+    rounded = dequantize(codes, scales, scheme).double()
+    slow = []
+    for token in x.double():
+        kept = token * (token.abs() >= (outliers or math.inf))
+        rest = token - kept
+        step = rest.abs().max() / 127 or 1.0
+        slow.append(rounded @ ((rest / step).round() * step + kept))
+    torch.testing.assert_close(module(x), torch.stack(slow).float(), atol=1e-5, rtol=1e-5)
+    alone = torch.cat([module(row[None]) for row in x])
+    torch.testing.assert_close(alone, module(x), atol=1e-5 if outliers else 0, rtol=0)
+    exact = x @ rounded.float().T
+    assert 1e-4 < (module(x) - exact).abs().max() < 0.2
+
+
+@EACH
+def test_torch_s_kernels_compute_the_rounded_weights_product(scheme):
+    """bf16, shapes that kernels take and one that they do not; no row depends on another."""
+    for N, K in ((48, 256), (40, 128)):
+        weight, x = normal(N, K) / 8, normal(5, K, seed=1).bfloat16()
+        module = quantized.PackedLinear(scheme, weight.shape)
+        codes, scales = round_to_nearest(weight, scheme, torch.bfloat16)
+        module.keep(codes, scales.bfloat16())
+        exact = x.float() @ dequantize(codes, scales, scheme).T
+        torch.testing.assert_close(module(x).float(), exact, atol=0.04, rtol=0.02)
+        if not scheme.activations:
+            torch.testing.assert_close(module.weight.float(), dequantize(codes, scales, scheme), rtol=8e-3,
+                                       atol=1e-6)
+        has_kernel = module.multiply != module.by_pieces
+        assert has_kernel == (scheme.name != "nf4" and (scheme.bits == 8 or N == 48))
+
+
+def test_generation_from_packed_weights_is_that_of_the_unpacked_ones(models, tmp_path):
+    from aya_min.sampling import generate
+    out = quantize_folder(models / "tied", tmp_path / "q", "w4-g32", progress=False)
+    model, _ = weights.load(out, packed=True)
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5]]
+    made = [generate(each, prompts, temperature=0, max_new_tokens=12) for each in
+            (model, dense(model, models / "tied"))]
+    assert [c.ids for (c,) in made[0]] == [c.ids for (c,) in made[1]]
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_head_and_embedding_are_quantized_as_asked(name, models, tmp_path):
+    out = quantize_folder(models / name, tmp_path / "q", "w8", head=True, embedding=True, progress=False)
+    model, _ = weights.load(out, packed=True)
+    assert {"lm_head", "model.embed_tokens"} < model.packed.keys() and not model.config.tie_word_embeddings
+    plain = dense(quantize_by_hand(models / name, SCHEMES["w8"]), models / name)
+    source, _ = weights.load(models / name)
+    head = dequantize(*round_to_nearest(source.head_weight.detach(), SCHEMES["w8"]), SCHEMES["w8"])
+    embedding = source.model.embed_tokens.weight.detach()
+    plain.model.embed_tokens.weight.data = dequantize(*round_to_nearest(embedding, SCHEMES["w8"]), SCHEMES["w8"])
+    expected = plain.model(IDS) @ head.T * plain.config.logit_scale
+    torch.testing.assert_close(model(IDS), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits_of_engine(model), expected[0, -1:], atol=1e-4, rtol=1e-4)
+    assert tensorfiles.read_config(out)["quantization_config"]["ignore"] == []
+
+
+def test_bf16_scales_are_those_that_the_codes_were_made_for(models, tmp_path):
+    source, its = weights.load(models / "tied")
+    weights.save(tmp_path / "half", source, its, torch.bfloat16)
+    out = quantize_folder(tmp_path / "half", tmp_path / "q", "w4-g32", progress=False)
+    header = tensorfiles.read_header(out)
+    name = "model.layers.0.mlp.up_proj"
+    assert header[f"{name}.weight_scale"][1] == "BF16"
+    weight = tensorfiles.read(tensorfiles.read_header(tmp_path / "half"), f"{name}.weight").float()
+    model, _ = weights.load(out, packed=True)
+    codes, scales = round_to_nearest(weight, SCHEMES["w4-g32"], torch.bfloat16)
+    torch.testing.assert_close(model.get_submodule(name).weight, dequantize(codes, scales, SCHEMES["w4-g32"]))
+
+
+# ---- with a text -------------------------------------------------------------------------------------------
+
+def calibration(models, tokens=600, languages=()):
+    return Calibration([str(models / "sft.jsonl")], list(languages), tokens)
+
+
+def outputs_differ(folder, out, texts):
+    """sum |logits - logits of the source|^2 over the texts."""
+    (one, _), (other, _) = weights.load(folder), weights.load(out, packed=True)
+    return sum((one(ids[None]) - other(ids[None])).square().sum().item() for ids in texts)
+
+
+def test_gptq_on_a_folder_is_better_than_rounding_and_writes_where_it_came_from(models, tmp_path):
+    text = calibration(models)
+    texts = sum(read_calibration(text, tokenizer(), language_model().config).values(), [])
+    for name in ("tied", "qwen"):
+        made = {method: quantize_folder(models / name, tmp_path / f"{name}-{method}", "w4", method=method,
+                                        calibration=text if method == "gptq" else None, progress=False)
+                for method in ("rtn", "gptq")}
+        errors = {method: outputs_differ(models / name, out, texts) for method, out in made.items()}
+        assert errors["gptq"] < 0.8 * errors["rtn"]
+    about = json.loads((made["gptq"] / "quantize.json").read_text())
+    assert about["config"]["method"] == "gptq" and set(about["tokens"].values()) == {600 // len(about["tokens"])}
+    assert len(about["inputs"][0]["sha256"]["model.safetensors"]) == 64
+
+
+def test_what_a_layer_reads_is_what_the_model_gives_it(models):
+    """The streamed layers give the states of the whole model: of all families' blocks, by the logits."""
+    for name in ("tied", "qwen"):
+        model, _, header = weights.load_meta(models / name)
+        work = Work(model, header, SCHEMES["w8"], "rtn", None, False, False, "cpu")
+        whole, _ = weights.load(models / name)
+        with torch.no_grad():
+            states = [whole.model.embed_tokens(IDS[0])]
+            for i, block in enumerate(whole.model.layers):
+                states = work.run(i, block, states)
+            torch.testing.assert_close(whole.model.norm(states[0]), whole.model(IDS)[0])
+
+
+def test_smoothing_changes_no_output_before_rounding(models, tmp_path, monkeypatch):
+    """With codes of so many bits that nothing is lost, the smoothed model is the model."""
+    text = calibration(models)
+    for name in ("tied", "qwen"):
+        plain = quantize_folder(models / name, tmp_path / f"{name}-plain", "w8", progress=False)
+        smooth = quantize_folder(models / name, tmp_path / f"{name}-smooth", "w8", smooth=0.5, calibration=text,
+                                 progress=False)
+        one, two = (weights.load(out, packed=True)[0] for out in (plain, smooth))
+        assert not torch.allclose(one.model.layers[0].input_layernorm.weight,
+                                  two.model.layers[0].input_layernorm.weight)
+        source, _ = weights.load(models / name)
+        far = (source(IDS) - one(IDS)).abs().max()
+        assert (source(IDS) - two(IDS)).abs().max() < 3 * far
+
+
+def test_calibration_takes_equally_many_tokens_of_each_language(models):
+    config = language_model().config
+    found = read_calibration(calibration(models), tokenizer(), config)
+    languages = {e.language for e in load_examples([str(models / "sft.jsonl")], tokenizer(), 512)}
+    assert found.keys() == languages and {sum(map(len, texts)) for texts in found.values()} == {
+        600 // len(languages)}
+    found = read_calibration(calibration(models, 50, ["en"]), tokenizer(), config)
+    assert list(found) == ["en"] and sum(map(len, found["en"])) == 50
+
+
+# ---- the commands ------------------------------------------------------------------------------------------
+
+def quantize(capsys, *words):
+    """(exit code, standard error) of merge.py quantize."""
+    try:
+        code = merge.main(["quantize", *map(str, words)])
+    except SystemExit as end:
+        code = end.code
+    except ValueError as error:
+        return 2, str(error)
+    return code, capsys.readouterr().err
+
+
+def test_bad_input_is_refused_in_one_line(models, tmp_path, capsys):
+    out, text = tmp_path / "out", models / "sft.jsonl"
+    done = quantize_folder(models / "tied", tmp_path / "done", "w8", progress=False)
+    narrow = tmp_path / "narrow"
+    weights.save(narrow, language_model(hidden_size=96, num_attention_heads=6), tokenizer())
+    mixture = tmp_path / "mixture"
+    weights.save(mixture, language_model(mixture={"experts": ["A", "B"]}), tokenizer())
+    for folder, words, says in [
+            (narrow, ["--scheme", "w4-g64"], "has 96 inputs, which groups of 64 do not divide"),
+            (done, ["--scheme", "w4"], "is quantized already"),
+            (mixture, ["--scheme", "w8"], "a mixture of experts is not quantized here"),
+            (models / "tied", ["--scheme", "w4", "--method", "gptq"], "--method gptq needs a text"),
+            (models / "tied", ["--scheme", "w8a8", "--smooth", "0.5"], "--smooth needs a text"),
+            (models / "tied", ["--scheme", "w4", "--calibration", text], "changes nothing of rounding"),
+            (models / "tied", ["--scheme", "w4", "--method", "gptq", "--calibration", text], "text is too short"),
+            (models / "tied", ["--scheme", "w4", "--method", "gptq", "--calibration", text,
+                               "--calibration-languages", "xx"], "0 tokens of 'xx'"),
+            (models / "tied", ["--scheme", "nf4", "--head"], "not with nf4"),
+            (models / "tied", ["--scheme", "w4", "--embedding"], "give --head too"),
+            (models / "tied", ["--scheme", "w5"], "invalid choice"),
+            (models / "tied", ["--scheme", "w4", "--calibration-tokens", "9"], "go with --calibration")]:
+        code, line = quantize(capsys, folder, *words, "--out", out)
+        assert code == 2 and says in line and not out.exists(), (says, line)
+
+
+def test_a_quantized_folder_is_neither_trained_nor_merged(models, tmp_path):
+    out = quantize_folder(models / "tied", tmp_path / "q", "w4-g32", progress=False)
+    with pytest.raises(ValueError, match=r"is quantized \(w4-g32\), .* give the model that it was made of"):
+        weights.load_meta(out)
+    with pytest.raises(ValueError, match="is quantized, .*; merge what it was made of"):
+        merge.main(["linear", str(out), str(out), "--out", str(tmp_path / "m")])
+
+
+def test_a_config_that_says_something_else_is_refused(models, tmp_path):
+    out = quantize_folder(models / "tied", tmp_path / "q", "w4-g32", progress=False)
+    path = out / "config.json"
+    config = json.loads(path.read_text())
+    for change in ({"symmetric": False}, {"num_bits": 3}, {"group_size": 64}, {"strategy": "tensor"}):
+        changed = json.loads(json.dumps(config))
+        changed["quantization_config"]["config_groups"]["group_0"]["weights"] |= change
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match="quantization_config|its scheme says"):
+            weights.load_meta(out, packed=True)
