@@ -107,11 +107,12 @@ def check(folder, scheme, method, smooth, calibration, head, embedding):
     if needs and not calibration:
         raise ValueError(f"{needs[0]} needs a text to calibrate with; give --calibration F.jsonl")
     if calibration and not needs:
-        raise ValueError("--calibration changes nothing of rounding to nearest; give --method gptq or --smooth, "
-                         "or leave it out")
+        raise ValueError("--calibration changes nothing of rounding to nearest; give --method gptq or "
+                         "--smooth, or leave it out")
     if (head or embedding) and (scheme.layout != "pack-quantized"):
         only = " ".join(name for name, each in SCHEMES.items() if each.layout == "pack-quantized")
-        raise ValueError(f"--head and --embedding go with {only}, not with {scheme.name}, whose layout keeps them")
+        raise ValueError(f"--head and --embedding go with {only}, not with {scheme.name}, whose layout keeps "
+                         "them")
 
 
 # ---- the text ----------------------------------------------------------------------------------------------
@@ -206,14 +207,10 @@ class Work:
         N = self.wanted[module][0]
         found = quantization.tensors_of(module, codes.cpu(), scales.cpu(), self.scheme)
         of_all = quantization.specs_of(module, self.wanted[module], self.scheme, None)
-        fixed = (".weight_shape", "nf4", ".quant_map", ".weight_format")
-        found |= {name: torch.tensor(self.wanted[module]) for name in found if name.endswith(".weight_shape")}
-        found |= {name: torch.frombuffer(bytearray(quantization.state_of(self.wanted[module])), dtype=torch.uint8)
-                  for name in found if name.endswith("nf4")}
-        for name, tensor in found.items():
-            place, at = self.outputs[name], 0
-            if not name.endswith(fixed):
-                at = start * (prod(of_all[name][1]) // N)
+        whole = quantization.fixed_tensors(module, self.wanted[module], self.scheme)
+        for name, tensor in (found | whole).items():
+            place = self.outputs[name]
+            at = 0 if name in whole else start * (prod(of_all[name][1]) // N)
             write_piece(place, at, tensor.to(DTYPES[place[1]]).contiguous().flatten())
 
     # ---- with a text
@@ -228,7 +225,8 @@ class Work:
     def by_layer(self, texts):
         """All tensors, those of a layer with what it reads of the text."""
         texts = [ids for some in texts.values() for ids in some]
-        matrix = tensorfiles.read(self.header, "model.embed_tokens.weight")     # mapped: the rows alone are read
+        # mapped: only the rows are read
+        matrix = tensorfiles.read(self.header, "model.embed_tokens.weight")
         states = [scaled(self.config, matrix[ids].float()).to(self.device) for ids in texts]    # (T, h) each
         del matrix
         for i, block in enumerate(self.model.model.layers):

@@ -70,8 +70,8 @@ class Scheme:
     def check(self, name, shape):
         """ValueError for a matrix (N, K) whose rows are not whole groups."""
         if self.group and shape[1] % self.group:
-            raise ValueError(f"{name} has {shape[1]} inputs, which groups of {self.group} do not divide; give "
-                             "a scheme with another group, or w8 or w4, which have none")
+            raise ValueError(f"{name} has {shape[1]} inputs, which groups of {self.group} do not divide; "
+                             "give a scheme with another group, or w8 or w4, which have none")
 
 
 SCHEMES = {scheme.name: scheme for scheme in [
@@ -218,29 +218,34 @@ def specs_of(name, shape, scheme, code):
 
 
 def state_of(shape):
-    """The bytes of bitsandbytes' description of an NF4 tensor, which has the same length in each dtype.
+    """The bytes of bitsandbytes' description of an NF4 tensor."""
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(shape)}
+    return json.dumps(state).encode()
 
-    Its dtype is what the dequantized weights have where nothing else says so.
-    """
-    return json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(shape)}).encode()
+
+def fixed_tensors(name, shape, scheme):
+    """Those of `tensors_of` that are of the whole matrix (N, K), not of its rows."""
+    if scheme.name == "nf4":
+        state = torch.frombuffer(bytearray(state_of(shape)), dtype=torch.uint8)
+        return {f"{name}.weight.quant_map": torch.tensor(NF4),
+                f"{name}.weight.quant_state.bitsandbytes__nf4": state}
+    if scheme.name == "llm-int8":
+        return {f"{name}.weight_format": torch.zeros((), dtype=torch.uint8)}
+    return {f"{name}.weight_shape": torch.tensor(shape)} if scheme.layout == "pack-quantized" else {}
 
 
 def tensors_of(name, codes, scales, scheme):
-    """{tensor name: tensor} of `specs_of`, the scales still in fp32. Of rows alone these are the rows' part
-    of the tensors, but for weight_shape and the state."""
+    """{tensor name: tensor} of `specs_of` but for `fixed_tensors`, the scales still in fp32. Of some rows
+    they are those rows of the tensors."""
     if scheme.name == "nf4":
         flat = codes.flatten().to(torch.uint8)
-        state = torch.frombuffer(bytearray(state_of(codes.shape)), dtype=torch.uint8)
         return {f"{name}.weight": (flat[::2] << 4 | flat[1::2])[:, None],
-                f"{name}.weight.absmax": scales.flatten(), f"{name}.weight.quant_map": torch.tensor(NF4),
-                f"{name}.weight.quant_state.bitsandbytes__nf4": state}
+                f"{name}.weight.absmax": scales.flatten()}
     if scheme.name == "llm-int8":
-        return {f"{name}.weight": codes, f"{name}.SCB": scales[:, 0] * scheme.largest,
-                f"{name}.weight_format": torch.zeros((), dtype=torch.uint8)}
+        return {f"{name}.weight": codes, f"{name}.SCB": scales[:, 0] * scheme.largest}
     if scheme.layout == "int-quantized":
         return {f"{name}.weight": codes, f"{name}.weight_scale": scales}
-    return {f"{name}.weight_packed": pack(codes, scheme.bits), f"{name}.weight_scale": scales,
-            f"{name}.weight_shape": torch.tensor(codes.shape)}
+    return {f"{name}.weight_packed": pack(codes, scheme.bits), f"{name}.weight_scale": scales}
 
 
 def from_tensors(name, found, shape, scheme):

@@ -1,5 +1,5 @@
-"""Linear layers whose weights stay packed (quantization.py): what config.json says of them, and their products
-by torch's own kernels. Nothing here unpacks a model: at most PIECE numbers of a matrix at a time.
+"""Linear layers whose weights stay packed (quantization.py): what config.json says of them, and their
+products by torch's own kernels. Nothing here unpacks a model: at most PIECE numbers of a matrix at a time.
 
     weights         where                     the product
     8 bits          CPU, CUDA in bf16         torch._weight_int8pack_mm
@@ -42,8 +42,8 @@ def published(scheme, head=False, embedding=False):
     inputs = {"num_bits": scheme.activations, **of, "strategy": "token", "dynamic": True}
     group = {"targets": ["Linear", "Embedding"] if embedding else ["Linear"], "weights": weights,
              "input_activations": inputs if scheme.activations else None, "output_activations": None}
-    return {"quant_method": "compressed-tensors", "format": scheme.layout, "quantization_status": "compressed",
-            "config_groups": {"group_0": group}, "ignore": [] if head else ["lm_head"]}
+    return {"quant_method": "compressed-tensors", "format": scheme.layout,
+            "quantization_status": "compressed", "config_groups": {"group_0": group}, "ignore": [] if head else ["lm_head"]}
 
 
 def read(raw, where):
@@ -67,8 +67,8 @@ def read(raw, where):
 
 # Keys that change nothing of what is computed here, and what the others are where they are left out.
 NEUTRAL = {"global_compression_ratio", "version", "observer", "observer_kwargs", "actorder", "zp_dtype",
-           "scale_dtype", "format", "quant_method", "bnb_4bit_compute_dtype", "_load_in_4bit", "_load_in_8bit",
-           "llm_int8_enable_fp32_cpu_offload"}
+           "scale_dtype", "format", "quant_method", "bnb_4bit_compute_dtype", "_load_in_4bit",
+           "_load_in_8bit", "llm_int8_enable_fp32_cpu_offload"}
 ABSENT = {"dynamic": False, "symmetric": True, "ignore": [], "load_in_4bit": False, "load_in_8bit": False,
           "llm_int8_skip_modules": ["lm_head"], "bnb_4bit_use_double_quant": False,
           "bnb_4bit_quant_storage": "uint8", "llm_int8_has_fp16_weight": False, "type": "int",
@@ -85,7 +85,7 @@ def agree(given, ours, top=True):
     if top and ours["quant_method"] == "bitsandbytes":      # what is said of the other number of bits
         keys -= {"llm_int8_threshold"} if ours["load_in_4bit"] else {"bnb_4bit_quant_type"}
     for key in keys:
-        one, other = (each.get(key) if each.get(key) is not None else ABSENT.get(key) for each in (given, ours))
+        one, other = (ABSENT.get(key) if each.get(key) is None else each[key] for each in (given, ours))
         one, other = ({} if each is None and key in ("sparsity_config", "transform_config") else each
                       for each in (one, other))
         if not agree(one, other, False):
@@ -96,7 +96,8 @@ def agree(given, ours, top=True):
 # ---- layers ------------------------------------------------------------------------------------------------
 
 class Packed(nn.Module):
-    """A matrix (N, K) of a scheme. It has no parameter: `fill` gives it its numbers, `weight` unpacks them."""
+    """A matrix (N, K) of a scheme. `fill` gives it its numbers, which are no parameter; `weight` unpacks
+    them."""
 
     def __init__(self, scheme, shape, bias=None):
         super().__init__()
@@ -202,7 +203,9 @@ def of_int8_inputs(scheme, codes, scales):
     Here the outliers alone are kept, so that a token's result does not depend on the others beside it,
     but for the order of a sum in fp32.
     """
-    largest, columns, cuda = scheme.largest, codes.t(), codes.is_cuda
+    columns, cuda = codes.t(), codes.is_cuda
+    # compressed-tensors divides a token's largest number by 127.5, bitsandbytes by 127.
+    largest = 127.5 if scheme.layout == "int-quantized" else 127
     scales = scales[:, 0].float()
 
     def multiply(x):
@@ -214,7 +217,7 @@ def of_int8_inputs(scheme, codes, scales):
             numbers = numbers.masked_fill(is_outlier, 0)
         steps = numbers.abs().amax(1, keepdim=True) / largest                               # (M, 1)
         steps.masked_fill_(steps == 0, 1)
-        rounded = (numbers / steps).round_().to(torch.int8)
+        rounded = (numbers / steps).round_().clamp_(-128, 127).to(torch.int8)
         if cuda:                                # whose kernel wants more than 16 rows, in eights
             rounded = nn.functional.pad(rounded, (0, 0, 0, max(-len(x) % 8, 24 - len(x))))
         y = torch._int_mm(rounded, columns)[:len(x)].float() * steps * scales

@@ -163,8 +163,8 @@ def load_meta(folder, trunk=False, packed=False):
     config, model_class = read_config(folder)
     scheme = check_packed(folder, model_class, config)
     if scheme and (trunk or not packed):
-        raise ValueError(f"{folder} is quantized ({scheme[0].name}), which is for answering alone (generate.py, "
-                         "evaluate quantized); give the model that it was made of")
+        raise ValueError(f"{folder} is quantized ({scheme[0].name}), which is for answering alone "
+                         "(generate.py, evaluate quantized); give the model that it was made of")
     header, stored = text_tensors(folder, tensorfiles.read_header(folder))
     num_layers = 1 + max((int(match[1]) for match in map(LAYER.match, header) if match), default=-1)
     if config.num_hidden_layers > max(num_layers, 1):       # checked before that many layers are built
@@ -223,7 +223,8 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
     """
     model, tokenizer, header = load_meta(folder, trunk, packed)
     if "cuda" in str(device) and any(module.scheme.outliers for module in model.packed.values()):
-        raise ValueError(f"{folder}: llm-int8 is computed on a CPU only; quantize with --scheme w8a8 for a GPU")
+        raise ValueError(f"{folder}: llm-int8 is computed on a CPU only; quantize with --scheme w8a8 for a "
+                         "GPU")
     model, stored = model.to(dtype), model.stored
     model.came_with, model.came_from = (read_generation(folder), read_others(folder)), str(folder)
     if sharded:
@@ -238,7 +239,8 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
         else:
             local.copy_(initial_value(model.config, name, target.shape, generator)[rows])
     for name, module in model.packed.items():
-        module.fill(name, {each: tensorfiles.read(header, each) for each in module.specs(name)}, dtype, device)
+        found = {each: tensorfiles.read(header, each) for each in module.specs(name)}
+        module.fill(name, found, dtype, device)
     return model, tokenizer
 
 
