@@ -41,9 +41,9 @@ FLOORS = [
     {"chat", "contrast", "evaluate_answers", "judges", "kto", "merge_quantize", "pipeline_checks",
      "reference", "runs", "serve_batch"},
     # 9: samples of the policy as batches, what judges say, what a client of the server asks
-    {"evaluate_judges", "evaluate_quantized", "judges_rates", "rollouts", "router", "serve_request"},
+    {"evaluate_judges", "judges_rates", "rollouts", "router", "serve_request"},
     # 10: the stages, the leaderboard, the server
-    {"evaluate_leaderboard", "generate_pool", "serve", "stages"},
+    {"evaluate_leaderboard", "evaluate_quantized", "generate_pool", "serve", "stages"},
     # 11: a recipe's run on disk; what a stage will need; what a search measures
     {"estimate", "evaluate", "generate_route", "merge_fitness", "pipeline_steps"},
     # 12: what a run shows for itself; the search

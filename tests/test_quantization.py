@@ -5,16 +5,20 @@ import math
 
 import pytest
 import torch
-from small import language_model, make, refusal, tokenizer, write_world
+from small import language_model, make, reward_model, tokenizer, write_world
 
 import merge
-from aya_min import quantized, tensorfiles, weights
+from aya_min import evaluate, evaluate_quantized, quantized, tensorfiles, weights
 from aya_min.data import load_examples
+from aya_min.engine import Engine
 from aya_min.fused import Fused
 from aya_min.merge_quantize import Calibration, Work, quantize_folder, read_calibration
 from aya_min.model import CohereForCausalLM
-from aya_min.quantization import (NF4, SCHEMES, dequantize, from_tensors, gptq, loss, nearest, pack,
-                                  round_to_nearest, scales_of, smoothing, specs_of, tensors_of, unpack, values)
+from aya_min.quantization import (NF4, SCHEMES, dequantize, fixed_tensors, from_tensors, gptq, loss, nearest,
+                                  pack, round_to_nearest, scales_of, smoothing, specs_of, tensors_of, unpack,
+                                  values)
+from aya_min.sampling import generate
+from aya_min.world import gold_answer
 
 EACH = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 
@@ -81,6 +85,7 @@ def test_what_is_written_is_what_is_read(scheme):
     weight = normal(6, 128)
     codes, scales = round_to_nearest(weight, scheme)
     found, specs = tensors_of("x", codes, scales, scheme), specs_of("x", weight.shape, scheme, "F32")
+    found |= fixed_tensors("x", weight.shape, scheme)
     assert {name: tuple(t.shape) for name, t in found.items()} == {name: s for name, (_, s) in specs.items()}
     again = from_tensors("x", found, weight.shape, scheme)
     assert torch.equal(again[0], codes)
@@ -97,7 +102,8 @@ def slow_gptq(weight, hessian, scheme):
     first = scales_of(W, scheme)
     for j in range(len(H)):
         if j % width == 0:
-            scales[:, j // width] = scales_of(W[:, j:j + width], scheme)[:, 0] if scheme.group else first[:, 0]
+            of_group = scales_of(W[:, j:j + width], scheme) if scheme.group else first
+            scales[:, j // width] = of_group[:, 0]
         inverse = torch.linalg.inv(H[j:, j:])
         scale = scales[:, j // width].double()
         codes[:, j] = nearest(W[:, j] / scale, scheme).float()
@@ -111,7 +117,8 @@ def correlated(num, width):
     return x.T @ x
 
 
-@pytest.mark.parametrize("name, block", [("w4", 24), ("w4-g32", 24), ("w4-g32", 128), ("nf4", 128), ("w8", 128)])
+@pytest.mark.parametrize("name, block", [("w4", 24), ("w4-g32", 24), ("w4-g32", 128), ("nf4", 128),
+                                         ("w8", 128)])
 def test_gptq_is_the_slow_one(name, block):
     """block 24: groups that reach over the end of a block of inputs."""
     scheme, weight, H = SCHEMES[name], normal(6, 128), correlated(300, 128)
@@ -120,8 +127,8 @@ def test_gptq_is_the_slow_one(name, block):
     won = loss(weight, dequantize(slow, slow_scales, scheme), H) < loss(
         weight, dequantize(*round_to_nearest(weight, scheme), scheme), H)
     assert won.any()
-    same = (codes == slow)[won].float().mean()              # a number in the middle of a step may go elsewhere
-    assert same > 0.99
+    # a number in the middle of a step may go elsewhere
+    assert (codes == slow)[won].float().mean() > 0.99
     torch.testing.assert_close(scales[won], slow_scales[won], rtol=2e-2, atol=0)
 
 
@@ -203,12 +210,12 @@ def quantize_by_hand(folder, scheme):
     model.packed = quantized.put_packed(model, scheme, False, False)
     for name, module in model.packed.items():
         rounded = round_to_nearest(plain.get_submodule(name).weight.detach(), scheme)
-        module.fill(name, tensors_of(name, *rounded, scheme), torch.float32, "cpu")
+        found = tensors_of(name, *rounded, scheme) | fixed_tensors(name, module.shape, scheme)
+        module.fill(name, found, torch.float32, "cpu")
     return model
 
 
 def logits_of_engine(model):
-    from aya_min.engine import Engine
     engine = Engine(Fused(model), 1, 64, 1)
     return engine.prefill([IDS[0].tolist()])[0]
 
@@ -228,8 +235,8 @@ def test_inputs_of_eight_bits_are_rounded_by_token_and_outliers_kept(outliers):
     for token in x.double():
         kept = token * (token.abs() >= (outliers or math.inf))
         rest = token - kept
-        step = rest.abs().max() / 127 or 1.0
-        slow.append(rounded @ ((rest / step).round() * step + kept))
+        step = rest.abs().max() / (127 if outliers else 127.5) or 1.0
+        slow.append(rounded @ ((rest / step).round().clamp(-128, 127) * step + kept))
     torch.testing.assert_close(module(x), torch.stack(slow).float(), atol=1e-5, rtol=1e-5)
     alone = torch.cat([module(row[None]) for row in x])
     torch.testing.assert_close(alone, module(x), atol=1e-5 if outliers else 0, rtol=0)
@@ -246,7 +253,8 @@ def test_torch_s_kernels_compute_the_rounded_weights_product(scheme):
         codes, scales = round_to_nearest(weight, scheme, torch.bfloat16)
         module.keep(codes, scales.bfloat16())
         exact = x.float() @ dequantize(codes, scales, scheme).T
-        torch.testing.assert_close(module(x).float(), exact, atol=0.04, rtol=0.02)
+        torch.testing.assert_close(module(x).float(), exact, atol=0.15 if scheme.activations else 0.04,
+                                   rtol=0.02)
         if not scheme.activations:
             torch.testing.assert_close(module.weight.float(), dequantize(codes, scales, scheme), rtol=8e-3,
                                        atol=1e-6)
@@ -255,7 +263,6 @@ def test_torch_s_kernels_compute_the_rounded_weights_product(scheme):
 
 
 def test_generation_from_packed_weights_is_that_of_the_unpacked_ones(models, tmp_path):
-    from aya_min.sampling import generate
     out = quantize_folder(models / "tied", tmp_path / "q", "w4-g32", progress=False)
     model, _ = weights.load(out, packed=True)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5]]
@@ -273,7 +280,8 @@ def test_head_and_embedding_are_quantized_as_asked(name, models, tmp_path):
     source, _ = weights.load(models / name)
     head = dequantize(*round_to_nearest(source.head_weight.detach(), SCHEMES["w8"]), SCHEMES["w8"])
     embedding = source.model.embed_tokens.weight.detach()
-    plain.model.embed_tokens.weight.data = dequantize(*round_to_nearest(embedding, SCHEMES["w8"]), SCHEMES["w8"])
+    embedding = dequantize(*round_to_nearest(embedding, SCHEMES["w8"]), SCHEMES["w8"])
+    plain.model.embed_tokens.weight.data = embedding
     expected = plain.model(IDS) @ head.T * plain.config.logit_scale
     torch.testing.assert_close(model(IDS), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(logits_of_engine(model), expected[0, -1:], atol=1e-4, rtol=1e-4)
@@ -315,7 +323,8 @@ def test_gptq_on_a_folder_is_better_than_rounding_and_writes_where_it_came_from(
         errors = {method: outputs_differ(models / name, out, texts) for method, out in made.items()}
         assert errors["gptq"] < 0.8 * errors["rtn"]
     about = json.loads((made["gptq"] / "quantize.json").read_text())
-    assert about["config"]["method"] == "gptq" and set(about["tokens"].values()) == {600 // len(about["tokens"])}
+    share = 600 // len(about["tokens"])
+    assert about["config"]["method"] == "gptq" and set(about["tokens"].values()) == {share}
     assert len(about["inputs"][0]["sha256"]["model.safetensors"]) == 64
 
 
@@ -337,8 +346,8 @@ def test_smoothing_changes_no_output_before_rounding(models, tmp_path, monkeypat
     text = calibration(models)
     for name in ("tied", "qwen"):
         plain = quantize_folder(models / name, tmp_path / f"{name}-plain", "w8", progress=False)
-        smooth = quantize_folder(models / name, tmp_path / f"{name}-smooth", "w8", smooth=0.5, calibration=text,
-                                 progress=False)
+        smooth = quantize_folder(models / name, tmp_path / f"{name}-smooth", "w8", smooth=0.5,
+                                 calibration=text, progress=False)
         one, two = (weights.load(out, packed=True)[0] for out in (plain, smooth))
         assert not torch.allclose(one.model.layers[0].input_layernorm.weight,
                                   two.model.layers[0].input_layernorm.weight)
@@ -384,7 +393,8 @@ def test_bad_input_is_refused_in_one_line(models, tmp_path, capsys):
             (models / "tied", ["--scheme", "w4", "--method", "gptq"], "--method gptq needs a text"),
             (models / "tied", ["--scheme", "w8a8", "--smooth", "0.5"], "--smooth needs a text"),
             (models / "tied", ["--scheme", "w4", "--calibration", text], "changes nothing of rounding"),
-            (models / "tied", ["--scheme", "w4", "--method", "gptq", "--calibration", text], "text is too short"),
+            (models / "tied", ["--scheme", "w4", "--method", "gptq", "--calibration", text],
+             "text is too short"),
             (models / "tied", ["--scheme", "w4", "--method", "gptq", "--calibration", text,
                                "--calibration-languages", "xx"], "0 tokens of 'xx'"),
             (models / "tied", ["--scheme", "nf4", "--head"], "not with nf4"),
@@ -413,3 +423,97 @@ def test_a_config_that_says_something_else_is_refused(models, tmp_path):
         path.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match="quantization_config|its scheme says"):
             weights.load_meta(out, packed=True)
+
+
+# ---- what is lost ------------------------------------------------------------------------------------------
+
+def evaluated(capsys, *words):
+    evaluate.main(["quantized", *map(str, words)])
+    return capsys.readouterr().out
+
+
+def test_the_loss_is_measured_by_language_script_and_task(models, tmp_path, capsys):
+    """Beside sums made here. A model against itself loses nothing."""
+    out = quantize_folder(models / "tied", tmp_path / "q", "w4", progress=False)
+    data, figures = models / "held-out-sft.jsonl", tmp_path / "f.json"
+    words = "--against", models / "tied", "--data", data, "--max-new-tokens", 4
+    printed = evaluated(capsys, "--model", out, *words, "--out", figures)
+    by = json.loads(figures.read_text())["by"]
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    assert by["language"].keys() == {row["language"] for row in rows}
+    assert by["task"].keys() == {row["task"] for row in rows} and "Latin" in by["script"]
+    assert by["overall"]["overall"]["texts"] == by["overall"]["overall"]["answers"] == len(rows)
+    code = rows[0]["language"]
+    examples = [e for e in load_examples([str(data)], tokenizer(), 512) if e.language == code]
+    sums = []
+    for folder in (out, models / "tied"):
+        model, _ = weights.load(folder, packed=True)
+        logps = [model(torch.tensor(e.ids)[None].long())[0].log_softmax(-1)[:-1].gather(
+            1, torch.tensor(e.ids)[1:, None].long())[torch.tensor(e.mask)[1:]].sum().item() for e in examples]
+        sums.append(sum(logps))
+    found = by["language"][code]
+    assert math.isclose(found["change"], 100 * (sums[0] - sums[1]) / -sums[1], rel_tol=1e-3)
+    tokens = sum(int(e.mask.sum()) for e in examples)
+    assert math.isclose(found["nats_per_token"], sums[0] / tokens, rel_tol=1e-4)
+    assert f"language {code}" in printed and "change %" in printed
+    evaluated(capsys, "--model", models / "tied", *words, "--out", tmp_path / "same.json")
+    same = json.loads((tmp_path / "same.json").read_text())["by"]["overall"]["overall"]
+    assert same["change"] == 0 and same["same"] == 100 and same["grade"] == same["grade_against"]
+
+
+def test_a_group_s_figures_worked_by_hand():
+    row = {"language": "en", "task": "sum", "args": ["one", "two"], "prompt": "?"}
+    right, wrong = ({**row, "completion": gold_answer(row)}, {**row, "completion": "xyzzy"})
+    found = evaluate_quantized.figures([{"where": "a"}, {"where": "b"}],
+                                       [(right, right), (wrong, right)],
+                                       ({"a": (2, -3.0), "b": (4, -9.0)}, {"a": (2, -2.0), "b": (4, -8.0)}))
+    assert found["texts"] == 2 and found["nats_per_token"] == -2 and found["change"] == -20
+    assert found["same"] == 50 and found["grade"] == 1.5 and found["grade_against"] == 3
+
+
+def test_evaluating_a_reward_model_or_another_tokenizer_is_refused(models, tmp_path):
+    weights.save(tmp_path / "rm", reward_model(), tokenizer())
+    with pytest.raises(ValueError, match="a reward model does not answer"):
+        evaluate.main(["quantized", "--model", str(tmp_path / "rm"), "--against", str(models / "tied"),
+                       "--data", str(models / "prompts.jsonl")])
+
+
+# ---- other programs ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("scheme", ["w8", "w8a8", "w4", "w4-g32", "w4-g128"])
+@pytest.mark.parametrize("name", ["tied", "qwen"])
+@torch.no_grad()
+def test_transformers_with_compressed_tensors_computes_our_logits(scheme, name, models, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    for more in ({}, {"head": True}) if scheme != "w8a8" else ({},):
+        out = quantize_folder(models / name, tmp_path / f"q{len(more)}", scheme, progress=False, **more)
+        their = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        with torch.no_grad():
+            logits, ours = their(IDS).logits, weights.load(out, packed=True)[0](IDS)
+        if scheme == "w8a8":    # inputs that differ in their last bit may round to the next code
+            assert torch.isclose(ours, logits, atol=5e-5, rtol=1e-4).float().mean() > 0.8
+            model, _ = weights.load(out, packed=True)
+            for at, module in model.packed.items():
+                x = normal(5, module.shape[1])
+                torch.testing.assert_close(their.get_submodule(at)(x), module(x), atol=5e-5, rtol=1e-4)
+            continue
+        torch.testing.assert_close(ours, logits, atol=5e-5, rtol=1e-4)
+
+
+def test_transformers_with_bitsandbytes_reads_our_weights(models, tmp_path):
+    """NF4: the same numbers. 8 bits: its inputs are fp16 there, so that some round to the next code."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    for scheme in ("nf4", "llm-int8"):
+        out = quantize_folder(models / "tied", tmp_path / scheme, scheme, progress=False)
+        their = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        model, _ = weights.load(out, packed=True)
+        for name, module in model.packed.items():
+            other, x = their.get_submodule(name), normal(5, module.shape[1]).half().float()
+            if scheme == "nf4":
+                found = bitsandbytes.functional.dequantize_4bit(other.weight.data, other.weight.quant_state)
+                assert torch.equal(found, module.weight)
+            else:
+                with torch.no_grad():
+                    torch.testing.assert_close(other(x), module(x), atol=0.05, rtol=0.01)
