@@ -385,8 +385,8 @@ WEIGHTS = tuple("""
     .tflite .mlmodel .ot .distcp .nemo .llamafile .index.json""".split())
 # Files that are written anew, or that describe other weights, another run or another merge.
 NOT_ALONG = {"config.json", "adapter_config.json", "merge.json", "quantize.json", "search.json",
-             "evaluations.jsonl", "metrics.jsonl", "eval.json", "done.json", "summary.json", "profile.json", "report.html",
-             "report.md", "trainer_state.json"}
+             "evaluations.jsonl", "metrics.jsonl", "eval.json", "done.json", "summary.json", "profile.json",
+             "report.html", "report.md", "trainer_state.json"}
 
 
 def files_along(folder):

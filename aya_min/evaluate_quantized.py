@@ -3,8 +3,8 @@
     python -m aya_min.evaluate quantized --model QUANTIZED --against MODEL --data F.jsonl [--out F.json]
 
 Of rows with an answer, conversations and texts: the relative change of the log-likelihood in percent, negative
-where the model finds the answers less likely. Of rows with a prompt: the share of greedy answers that are the
-same text, the language pass rate (evaluate_languages.py), and the oracle's mean grade where the row is a
+where the model finds the answers less likely. Of rows with a prompt: the share of greedy answers that are
+the same text, the language pass rate (evaluate_languages.py), and the oracle's mean grade where the row is a
 question of the embedded world. The two models are loaded one after the other.
 """
 
@@ -34,8 +34,8 @@ COLUMNS = [("texts", 7, "texts", "d"), ("nats/token", 12, "nats_per_token", ".3f
 
 
 def read(path, reading):
-    """([row of each text to score], [row of each prompt to answer]): the rows with an answer, and those with a
-    prompt. A row may be both; a text is only the first."""
+    """([row of each text to score], [row of each prompt to answer]): the rows with an answer, and those with
+    a prompt. A row may be both; a text is only the first."""
     scored, asked = [], []
     for where, row in read_jsonl(path, reading):
         shapes = shapes_in(row)
@@ -56,7 +56,8 @@ def measured(folder, path, reading, dtype, max_new_tokens):
     if scored:
         examples = load_examples([path], tokenizer, model.config.max_position_embeddings, reading)
         settings = SFT(dtype=str(dtype).removeprefix("torch."))
-        logps = answer_logps(model, examples, tokenizer.pad_id, device(), settings, name=str(folder))
+        logps = answer_logps(model, examples, tokenizer.pad_id, torch.device(device()), settings,
+                             name=str(folder))
         for example, logp in zip(examples, logps.tolist()):
             tokens, nats = texts.get(example.where, (0, 0.0))       # a long text is several examples
             texts[example.where] = tokens + int(example.mask.sum()), nats + logp
@@ -95,10 +96,11 @@ def places_of(row):
 
 
 def figures(scored, pairs, texts):
-    """The figures of a group. scored: its rows with a text; texts: {where: (tokens, nats)} of the model and of
-    the other; pairs: (row, the other's row) of its answers."""
+    """The figures of a group. scored: its rows with a text; texts: {where: (tokens, nats)} of the model and
+    of the other; pairs: (row, the other's row) of its answers."""
     both = [[of[row["where"]] for row in scored if row["where"] in of] for of in texts]
-    tokens, (nats, other) = sum(n for n, _ in both[0]), (sum(x for _, x in side) for side in both)
+    tokens = sum(num for num, _ in both[0])
+    nats, other = (sum(logp for _, logp in side) for side in both)
     found = {"texts": len(both[0]), "answers": len(pairs), "nats_per_token": nats / tokens if tokens else None,
              "change": 100 * (nats - other) / abs(other) if other else None,
              "same": percent([a["completion"] == b["completion"] for a, b in pairs])}
@@ -143,8 +145,8 @@ def table(result):
             lines.append(f"{title:30}" + "".join(
                 f"{'-' if found[key] is None else format(found[key], how):>{width}}"
                 for _, width, key, how in COLUMNS))
-    lines.append("change: of the log-likelihood; same: greedy answers that are the same text; (against): of the "
-                 "other model")
+    lines.append("change: of the log-likelihood; same: greedy answers that are the same text; (against): of "
+                 "the other model")
     return printable("\n".join(lines))
 
 

@@ -43,7 +43,8 @@ def published(scheme, head=False, embedding=False):
     group = {"targets": ["Linear", "Embedding"] if embedding else ["Linear"], "weights": weights,
              "input_activations": inputs if scheme.activations else None, "output_activations": None}
     return {"quant_method": "compressed-tensors", "format": scheme.layout,
-            "quantization_status": "compressed", "config_groups": {"group_0": group}, "ignore": [] if head else ["lm_head"]}
+            "quantization_status": "compressed", "config_groups": {"group_0": group},
+            "ignore": [] if head else ["lm_head"]}
 
 
 def read(raw, where):

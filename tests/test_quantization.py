@@ -495,7 +495,7 @@ def test_transformers_with_compressed_tensors_computes_our_logits(scheme, name, 
             assert torch.isclose(ours, logits, atol=5e-5, rtol=1e-4).float().mean() > 0.8
             model, _ = weights.load(out, packed=True)
             for at, module in model.packed.items():
-                x = normal(5, module.shape[1])
+                x = normal(1, 5, module.shape[1])       # tokens of a row
                 torch.testing.assert_close(their.get_submodule(at)(x), module(x), atol=5e-5, rtol=1e-4)
             continue
         torch.testing.assert_close(ours, logits, atol=5e-5, rtol=1e-4)

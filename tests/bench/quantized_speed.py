@@ -4,8 +4,8 @@ decoding 1 and 16 rows.
     python tests/bench/quantized_speed.py [--hidden 1280 --layers 16 --vocabulary 32000] [--rounds 3]
         [--schemes w8 w8a8 w4 w4-g128 nf4] [--tokens 24] [--device cpu]
 
-Random weights of more than 300M parameters, which fit no cache. Each side is a process of its own, so that its
-peak memory is its own; the sides run in turn, `rounds` times, and a figure is the fastest. The ratios to bf16
+Random weights of more than 300M parameters, which fit no cache. Each side is a process of its own, so that
+its peak memory is its own; the sides run in turn, `rounds` times, and a figure is the fastest. The ratios to bf16
 are those of one run on one machine, with nothing beside it. Quantized models compute in bf16; --float32 adds
 w8 in fp32.
 """
@@ -32,8 +32,8 @@ def model_folder(args, place):
     from aya_min import weights
     from aya_min.model import CohereForCausalLM
     from aya_min.model_config import ModelConfig
-    config = ModelConfig(vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=4 * args.hidden,
-                         num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
+    config = ModelConfig(vocab_size=args.vocabulary, hidden_size=args.hidden,
+                         intermediate_size=4 * args.hidden, num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
                          num_key_value_heads=args.hidden // 256, max_position_embeddings=512,
                          eos_token_id=tokenizer().end_of_turn_id)
     model, generator = CohereForCausalLM(config), torch.Generator().manual_seed(0)
@@ -97,7 +97,8 @@ def main():
                 words = [sys.executable, __file__, "--tokens", str(args.tokens), "--device", args.device,
                          "--side", *map(str, side)]
                 found[name].append(json.loads(subprocess.run(words, check=True, capture_output=True).stdout))
-        print(f"{'':12}{'folder MB':>10}{'peak MB':>9}{'1 row tok/s':>13}{'/ bf16':>8}{'16 rows tok/s':>15}{'/ bf16':>8}")
+        print(f"{'':12}{'folder MB':>10}{'peak MB':>9}{'1 row tok/s':>13}{'/ bf16':>8}{'16 rows tok/s':>15}"
+              f"{'/ bf16':>8}")
         best = {name: {key: (min if key == "peak" else max)(each[key] for each in runs) for key in runs[0]}
                 for name, runs in found.items()}
         for name, (folder, _) in sides.items():
