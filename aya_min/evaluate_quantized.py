@@ -2,8 +2,8 @@
 
     python -m aya_min.evaluate quantized --model QUANTIZED --against MODEL --data F.jsonl [--out F.json]
 
-Of rows with an answer, conversations and texts: the relative change of the log-likelihood in percent, negative
-where the model finds the answers less likely. Of rows with a prompt: the share of greedy answers that are
+Of rows with an answer, conversations and texts: the relative change of the log-likelihood in percent,
+negative where the model finds the answers less likely. Of rows with a prompt: the share of greedy answers that are
 the same text, the language pass rate (evaluate_languages.py), and the oracle's mean grade where the row is a
 question of the embedded world. The two models are loaded one after the other.
 """
@@ -101,7 +101,8 @@ def figures(scored, pairs, texts):
     both = [[of[row["where"]] for row in scored if row["where"] in of] for of in texts]
     tokens = sum(num for num, _ in both[0])
     nats, other = (sum(logp for _, logp in side) for side in both)
-    found = {"texts": len(both[0]), "answers": len(pairs), "nats_per_token": nats / tokens if tokens else None,
+    found = {"texts": len(both[0]), "answers": len(pairs),
+             "nats_per_token": nats / tokens if tokens else None,
              "change": 100 * (nats - other) / abs(other) if other else None,
              "same": percent([a["completion"] == b["completion"] for a, b in pairs])}
     for i, name in enumerate(("", "_against")):

@@ -5,8 +5,8 @@ decoding 1 and 16 rows.
         [--schemes w8 w8a8 w4 w4-g128 nf4] [--tokens 24] [--device cpu]
 
 Random weights of more than 300M parameters, which fit no cache. Each side is a process of its own, so that
-its peak memory is its own; the sides run in turn, `rounds` times, and a figure is the fastest. The ratios to bf16
-are those of one run on one machine, with nothing beside it. Quantized models compute in bf16; --float32 adds
+its peak memory is its own; the sides run in turn, `rounds` times, and a figure is the fastest. The ratios to
+bf16 are those of one run on one machine, with nothing beside it. Quantized models compute in bf16; --float32 adds
 w8 in fp32.
 """
 
@@ -33,8 +33,8 @@ def model_folder(args, place):
     from aya_min.model import CohereForCausalLM
     from aya_min.model_config import ModelConfig
     config = ModelConfig(vocab_size=args.vocabulary, hidden_size=args.hidden,
-                         intermediate_size=4 * args.hidden, num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
-                         num_key_value_heads=args.hidden // 256, max_position_embeddings=512,
+                         intermediate_size=4 * args.hidden, num_hidden_layers=args.layers,
+                         num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 256, max_position_embeddings=512,
                          eos_token_id=tokenizer().end_of_turn_id)
     model, generator = CohereForCausalLM(config), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
