@@ -3,9 +3,9 @@
     python -m aya_min.evaluate quantized --model QUANTIZED --against MODEL --data F.jsonl [--out F.json]
 
 Of rows with an answer, conversations and texts: the relative change of the log-likelihood in percent,
-negative where the model finds the answers less likely. Of rows with a prompt: the share of greedy answers that are
-the same text, the language pass rate (evaluate_languages.py), and the oracle's mean grade where the row is a
-question of the embedded world. The two models are loaded one after the other.
+negative where the model finds the answers less likely. Of rows with a prompt: the share of greedy answers
+that are the same text, the language pass rate (evaluate_languages.py), and the oracle's mean grade where the
+row is a question of the embedded world. The two models are loaded one after the other.
 """
 
 import os

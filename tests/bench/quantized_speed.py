@@ -6,8 +6,8 @@ decoding 1 and 16 rows.
 
 Random weights of more than 300M parameters, which fit no cache. Each side is a process of its own, so that
 its peak memory is its own; the sides run in turn, `rounds` times, and a figure is the fastest. The ratios to
-bf16 are those of one run on one machine, with nothing beside it. Quantized models compute in bf16; --float32 adds
-w8 in fp32.
+bf16 are those of one run on one machine, with nothing beside it. Quantized models compute in bf16; --float32
+adds w8 in fp32.
 """
 
 import argparse
@@ -34,7 +34,8 @@ def model_folder(args, place):
     from aya_min.model_config import ModelConfig
     config = ModelConfig(vocab_size=args.vocabulary, hidden_size=args.hidden,
                          intermediate_size=4 * args.hidden, num_hidden_layers=args.layers,
-                         num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 256, max_position_embeddings=512,
+                         num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 256,
+                         max_position_embeddings=512,
                          eos_token_id=tokenizer().end_of_turn_id)
     model, generator = CohereForCausalLM(config), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
