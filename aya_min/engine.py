@@ -136,7 +136,7 @@ class Engine:
         attend: (layer, q (N, H, D), k and v (N, K, D)) -> (N, H D).
         """
         c, sizes = self.config, [self.num_heads * self.config.head_dim, *[self.config.intermediate_size] * 2]
-        x = scaled(c, F.embedding(ids, self.fused.embedding))               # (N, hidden_size)
+        x = scaled(c, self.fused.embed(ids))                                # (N, hidden_size)
         turns = {theta: [each[positions] for each in both] for theta, both in self.turns.items()}
         grown = growth(c, positions)                                        # (N, 1, 1) or None
         for i, layer in enumerate(self.fused.layers):

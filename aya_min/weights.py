@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from . import distributed, tensorfiles
+from . import distributed, quantized, tensorfiles
 from .alike import files_along
 from .checkpoint import others_in, replace_folder
 from .families import FAMILIES, WRAPPERS
@@ -38,6 +38,7 @@ ARCHITECTURES = {family.class_named(task): RewardModel if family.block == "paral
 ARCHITECTURES |= {f"Mixture{task}": build for task, build in TASKS.items()}
 KINDS = {CohereForCausalLM: "language model", RewardModel: "reward model",
          SequenceClassifier: "reward model", Router: "router"}
+FLOATS = "F32", "BF16", "F16", "F64"
 USUAL_HEAD_LACKS = "score_logps.weight"         # a head on the last token only computes as if this were 0
 # The tensors of a language model inside another model, by older and newer names.
 WRAPPED = re.compile(r"(language_model\.model|model\.language_model)\.(?P<rest>.*)"
@@ -57,7 +58,10 @@ def name_of(folder):
 def read_config(folder):
     """(ModelConfig, class of the model) of a model folder. ValueError if either is not supported."""
     path = Path(folder) / "config.json"
-    raw, named = text_part(tensorfiles.read_config(folder), path)
+    whole = tensorfiles.read_config(folder)
+    if quantized.read(whole, path):                         # what it says is of the tensors: `load_meta`
+        del whole["quantization_config"]
+    raw, named = text_part(whole, path)
     family = FAMILIES.get(str(raw.get("model_type")).removeprefix(MIXTURE_OF))
     plain = "Mixture" if raw.get("mixture") else family.published if family else raw.get("model_type")
     architecture = named[0] if named else f"{plain}ForCausalLM"             # transformers' default
@@ -135,15 +139,32 @@ def read_others(folder):
     return {path: read_bytes(Path(folder) / path) for path in files_along(folder) if str(path) not in WRITTEN}
 
 
-def load_meta(folder, trunk=False):
+def check_packed(folder, model_class, config):
+    """Refuse a quantized folder of a model that cannot be one. Returns what quantized.read says of it."""
+    found = quantized.read(tensorfiles.read_config(folder), Path(folder) / "config.json")
+    if found and (model_class is not CohereForCausalLM or config.mixture):
+        raise ValueError(f"{folder}: quantized ({found[0].name}); only language models are read so, and no "
+                         "mixtures of experts")
+    if found and (found[1] or found[2]) and config.tie_word_embeddings:
+        raise ValueError(f"{folder}: the head or the embedding is quantized, and config.json ties them; "
+                         "quantize the model again")
+    return found
+
+
+def load_meta(folder, trunk=False, packed=False):
     """(model on the meta device, tokenizer, header of tensorfiles.read_header) of a model folder.
 
     No weights are read, except a head that a tied model stores beside its embeddings. ValueError if the
     folder's files do not fit together. trunk: what the model is although the folder may hold another on the
     same decoder: a function of its config, such as Router's, or True for a reward model. The header then
-    lacks the head.
+    lacks the head. packed: whether a quantized folder is taken; its linear layers stay packed
+    (quantized.py), and nothing but answering can be done with them.
     """
     config, model_class = read_config(folder)
+    scheme = check_packed(folder, model_class, config)
+    if scheme and (trunk or not packed):
+        raise ValueError(f"{folder} is quantized ({scheme[0].name}), which is for answering alone "
+                         "(generate.py, evaluate quantized); give the model that it was made of")
     header, stored = text_tensors(folder, tensorfiles.read_header(folder))
     num_layers = 1 + max((int(match[1]) for match in map(LAYER.match, header) if match), default=-1)
     if config.num_hidden_layers > max(num_layers, 1):       # checked before that many layers are built
@@ -158,19 +179,24 @@ def load_meta(folder, trunk=False):
     with torch.device("meta"):
         build = RewardModel if trunk is True else trunk or model_class
         found, model = model_class(config), build(config)
+    model.packed = quantized.put_packed(model, *scheme) if scheme else {}
     if isinstance(model, SequenceClassifier) and model_class is not SequenceClassifier:
         config.pad_token_id = tokenizer.pad_id          # which is published, see write_descriptions
-    own = found.state_dict()
+    own = (model if scheme else found).state_dict()
+    packs = {name: spec for at, module in model.packed.items() for name, spec in module.specs(at).items()}
     alike = not config.tie_word_embeddings or stored or tensorfiles.drop_tied_head(header)
     problems = [] if alike else [
         "lm_head.weight is not model.embed_tokens.weight, to which config.json ties it"]
-    problems += [f"{name} is missing" for name in sorted(own.keys() - header.keys() - {USUAL_HEAD_LACKS})]
-    problems += [f"{name} is extra" for name in sorted(header.keys() - own.keys())]
+    names = own.keys() | packs.keys()
+    problems += [f"{name} is missing" for name in sorted(names - header.keys() - {USUAL_HEAD_LACKS})]
+    problems += [f"{name} is extra" for name in sorted(header.keys() - names)]
+    problems += [f"{name} is {code} {shape}, its scheme says {(*packs[name],)}" for name, (_, code, shape) in
+                 sorted(header.items()) if name in packs and not fits(code, shape, *packs[name])]
     for name in sorted(header.keys() & own.keys()):
         _, code, shape = header[name]
         if shape != tuple(own[name].shape):
             problems.append(f"{name} has shape {shape}, config.json says {tuple(own[name].shape)}")
-        elif code not in ("F32", "BF16", "F16", "F64"):
+        elif code not in FLOATS:
             problems.append(f"{name} is {code}, quantized weights are not read")
     if problems:
         listed = tensorfiles.first_of(problems, "; ")
@@ -179,17 +205,26 @@ def load_meta(folder, trunk=False):
     return model, tokenizer, header
 
 
+def fits(code, shape, wanted, wanted_shape):
+    """Whether a packed tensor is what its scheme says; scales (None) are floating."""
+    is_scale = wanted is None and code in FLOATS
+    return (code == wanted or is_scale) and shape == tuple(wanted_shape)
+
+
 @torch.no_grad()
 def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype=torch.float32, trunk=False,
-         replicate=1, cpu_offload=False):
+         replicate=1, cpu_offload=False, packed=False):
     """(model, tokenizer) of a model folder, read tensor by tensor into the module that its config.json names.
 
     model.came_with keeps the folder's generation_config.json and other files for `save`, model.came_from its
     name for messages. sharded: the model is sharded first, by distributed.shard(model, compute_dtype,
     replicate, cpu_offload), and each rank reads and holds only its rows. trunk: see `load_meta`; a head that
-    the folder lacks is drawn with seed 0.
+    the folder lacks is drawn with seed 0. packed: see `load_meta`.
     """
-    model, tokenizer, header = load_meta(folder, trunk)
+    model, tokenizer, header = load_meta(folder, trunk, packed)
+    if "cuda" in str(device) and any(module.scheme.outliers for module in model.packed.values()):
+        raise ValueError(f"{folder}: llm-int8 is computed on a CPU only; quantize with --scheme w8a8 for a "
+                         "GPU")
     model, stored = model.to(dtype), model.stored
     model.came_with, model.came_from = (read_generation(folder), read_others(folder)), str(folder)
     if sharded:
@@ -203,6 +238,9 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
             local.zero_()
         else:
             local.copy_(initial_value(model.config, name, target.shape, generator)[rows])
+    for name, module in model.packed.items():
+        found = {each: tensorfiles.read(header, each) for each in module.specs(name)}
+        module.fill(name, found, dtype, device)
     return model, tokenizer
 
 
