@@ -23,7 +23,8 @@ from aya_min.stages import STAGES, blank_example, builder
 from aya_min.config import DPO, KTO, RL, SFT, Pretrain, Reward, Routing
 from aya_min.model_config import ModelConfig
 from aya_min.data import collate
-from aya_min.loop import train, training_flops
+from aya_min.flops import training_flops
+from aya_min.loop import train
 from aya_min.model import CohereForCausalLM, init_weights
 
 LARGE = dict(
