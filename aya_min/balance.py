@@ -36,7 +36,7 @@ def weights_of(settings, model):
 
 
 def trained_mixtures(model):
-    """The decoders of a model that are mixtures of experts and are trained; that below a SideNet is frozen."""
+    """The decoders that are mixtures of experts and are trained; that below a SideNet is frozen."""
     return [part.model for part in distributed.parts(model)
             if part.config.mixture and any(p.requires_grad for p in part.model.parameters())]
 

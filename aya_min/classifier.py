@@ -1,9 +1,9 @@
 """Classifiers: a decoder with a head of several labels, and the SideNet that may answer before it.
 
-SideNet: "Add a SideNet to your MainNet" (arXiv 2007.13512): a small net of one hidden layer on a large, frozen
-one (the MainNet), which answers where its largest probability passes a threshold; else the rest of the MainNet
-is computed (early_exit.py). The paper's MainNets are ResNets and BERT. Where ours departs, or where we do not
-know what the paper does:
+SideNet: "Add a SideNet to your MainNet" (arXiv 2007.13512): a small net of one hidden layer on a large,
+frozen one (the MainNet), which answers where its largest probability passes a threshold; else the rest of the
+MainNet is computed (early_exit.py). The paper's MainNets are ResNets and BERT. Where ours departs, or where
+we do not know what the paper does:
 - it reads the mean of the hidden states of a layer, or of the embeddings (layer 0);
 - that mean is normed without weights, because the size of the states grows from layer to layer;
 - its output layer begins with zeros, so that all labels are equally likely at first.
@@ -25,7 +25,8 @@ POOLINGS = ("mean", "last-token")
 def check_labels(labels):
     """ValueError unless labels is a list of two different names or more."""
     names = labels if isinstance(labels, list) else []
-    if not all(isinstance(name, str) and name.strip() for name in names) or not len(set(names)) == len(names) > 1:
+    named = all(isinstance(name, str) and name.strip() for name in names)
+    if not named or not len(set(names)) == len(names) > 1:
         raise ValueError(f"labels {labels!r:.80} must be two names or more, each once")
 
 
@@ -48,7 +49,7 @@ class ClassifierConfig(ModelConfig):
 
 
 def mean_of(x, lengths):
-    """The mean of each row's hidden states, without padding: x (B, T, hidden_size) -> (B, hidden_size), fp32."""
+    """The mean of each row's hidden states without padding, fp32: (B, T, hidden_size) -> (B, hidden_size)."""
     is_padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
     return x.float().masked_fill(is_padding[..., None], 0).sum(1) / lengths[:, None]
 
@@ -96,7 +97,7 @@ class SideNetConfig(ClassifierConfig):
 
 
 class SideNet(nn.Module):
-    """softmax(W2 relu(W1 norm(mean h) + b1) + b2), where h are the hidden states of the MainNet after a layer.
+    """softmax(W2 relu(W1 norm(mean h) + b1) + b2), where h are the MainNet's hidden states after a layer.
 
     `model` is the MainNet up to that layer, frozen, so that a SideNet's folder is a classifier by itself.
     """

@@ -54,9 +54,9 @@ def load_texts(paths, tokenizer, limit, reading=Reading()):
             if len(ids) > limit:
                 left_out.add_long(where, len(ids), cuts)
             if len(ids) <= limit or cuts:
-                ids = cut_left(ids, limit)
-                items.append(LabelledText(ids, np.zeros(len(ids), bool), row.get("language") or "other", where,
-                                          where, label, id=str(row.get("id", where))))
+                ids, language = cut_left(ids, limit), row.get("language") or "other"
+                items.append(LabelledText(ids, np.zeros(len(ids), bool), language, where, where, label,
+                                          id=str(row.get("id", where))))
     spelled.report(paths, left_out.total, reading)
     left_out.report(len(items), "texts")
     return items
@@ -64,10 +64,11 @@ def load_texts(paths, tokenizer, limit, reading=Reading()):
 
 def labels_in(paths, reading):
     """The labels of all rows in files, sorted. ValueError if there is only one."""
-    names = sorted({classified_of(row, where)[1] for path in paths for where, row in read_jsonl(path, reading)})
+    rows = [row for path in paths for row in read_jsonl(path, reading)]
+    names = sorted({classified_of(row, where)[1] for where, row in rows})
     if len(names) < 2:
-        raise ValueError(f"{' '.join(map(str, paths))}: all labels are {names[0]!r:.80}, and a classifier learns "
-                         "to tell two or more apart; give texts of other labels too")
+        raise ValueError(f"{' '.join(map(str, paths))}: all labels are {names[0]!r:.80}, and a classifier "
+                         "learns to tell two or more apart; give texts of other labels too")
     return names
 
 
@@ -90,8 +91,8 @@ def sidenet_head(paths, settings):
     def to_config(config):
         labels = getattr(config, "labels", None if paths else ["A", "B"])
         if labels is None or hasattr(config, "sidenet_layer"):
-            raise ValueError("--model is no classifier, on which alone a SideNet is trained; give the folder that "
-                             "train.py classify wrote")
+            raise ValueError("--model is no classifier, on which alone a SideNet is trained; give the folder "
+                             "that train.py classify wrote")
         num = config.num_hidden_layers
         if settings.layer >= num:
             raise ValueError(f"--layer {settings.layer}: --model has {num} layers; give one from 0 (the "
@@ -113,7 +114,8 @@ def numbered(items, labels):
     for item in items:
         if item.label not in places:
             raise ValueError(f"{item.where}: label {item.label!r:.80} is none of the model's "
-                             f"({' '.join(labels):.200}); correct or remove the line, or train a model with it")
+                             f"({' '.join(labels):.200}); correct or remove the line, or train a model with "
+                             "it")
     return [replace(item, number=places[item.label]) for item in items]
 
 

@@ -251,8 +251,8 @@ class Routing(Training):
 class Classify(Training):
     epochs: float = setting(3.0, "(0, 1000000]", "passes over the data when --max-steps is 0")
     labels: Optional[list] = setting(
-        None, help="the classes, in the order of the head's rows; a text with another label is refused (unset: "
-                   "those of --data, sorted)")
+        None, help="the classes, in the order of the head's rows; a text with another label is refused "
+                   "(unset: those of --data, sorted)")
     head: str = setting(
         "mean", help="what the head reads: the mean of the last hidden states, or that of the last token, as "
                      "transformers' ForSequenceClassification does", choices=["mean", "last-token"])
@@ -264,7 +264,7 @@ class Side(Training):
     epochs: float = setting(10.0, "(0, 1000000]", "passes over the data when --max-steps is 0")
     learning_rate: float = setting(1e-3, "(0, inf)")
     layer: int = setting(
-        1, "[0, 100000)", "the SideNet reads the hidden states after this layer of --model; 0: the embeddings")
+        1, "[0, 100000)", "the SideNet reads --model's hidden states after this layer; 0: the embeddings")
     hidden: int = setting(256, "[1, 1000000000)", "hidden units of the SideNet")
 
 

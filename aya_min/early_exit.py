@@ -63,8 +63,8 @@ def probabilities(main, side, batches):
 
 
 def seconds_at(main, side, batches, thresholds, repeats):
-    """The fastest of `repeats` passes over all batches at each threshold. The thresholds take turns, so that a
-    slow moment of the machine does not hit one of them alone."""
+    """The fastest of `repeats` passes over all batches at each threshold. The thresholds take turns, so that
+    a slow moment of the machine does not hit one of them alone."""
     found = [[] for _ in thresholds]
     for _ in range(repeats):
         for times, threshold in zip(found, thresholds):
@@ -81,8 +81,8 @@ def seconds_at(main, side, batches, thresholds, repeats):
 # ---- calibration -------------------------------------------------------------------------------------------
 
 def reliability(confidences, right, num_bins=NUM_BINS):
-    """[(number, mean confidence, accuracy), ...] of the bins (m/M, (m+1)/M] that hold answers (arXiv 1706.04599,
-    section 2). confidences: (N,) largest probabilities, above 0. right: (N,) bool."""
+    """[(number, mean confidence, accuracy), ...] of the bins (m/M, (m+1)/M] that hold answers (arXiv
+    1706.04599, section 2). confidences: (N,) largest probabilities, above 0. right: (N,) bool."""
     bins = np.ceil(np.asarray(confidences) * num_bins).astype(int).clip(1, num_bins)
     return [(int(mine.sum()), float(np.mean(confidences[mine])), float(np.mean(right[mine])))
             for mine in (bins == m for m in range(1, num_bins + 1)) if mine.any()]
@@ -100,8 +100,8 @@ def calibration_error(confidences, right, num_bins=NUM_BINS):
 # ---- what a threshold costs --------------------------------------------------------------------------------
 
 def operations(main, side, lengths):
-    """(operations up to the SideNet's answer, those of the MainNet alone) of each text, two arrays (N,). main,
-    side: their configs."""
+    """(operations up to the SideNet's answer, those of the MainNet alone) of each text, two arrays (N,).
+    main, side: their configs."""
     at_exit = [layers_flops(main, [T], last=side.sidenet_layer) + head_flops(side) for T in lengths]
     of_main = [layers_flops(main, [T]) + head_flops(main) for T in lengths]
     return np.array(at_exit, np.float64), np.array(of_main, np.float64)
@@ -111,9 +111,9 @@ def tradeoff(confidences, side_right, main_right, at_exit, of_main, side_head):
     """{"threshold", "accuracy", "left", "cost"}: arrays with one entry for each way in which the texts can be
     divided, from all that leave (threshold 0) to none (the largest confidence).
 
-    left: the share of the texts that leave. cost: operations as a share of the MainNet's alone. at_exit, of_main:
-    of `operations`; side_head: operations of the SideNet without the layers below, which a text that stays costs
-    beside the MainNet."""
+    left: the share of the texts that leave. cost: operations as a share of the MainNet's alone. at_exit,
+    of_main: of `operations`; side_head: operations of the SideNet without the layers below, which a text that
+    stays costs beside the MainNet."""
     order = np.argsort(confidences, kind="stable")                          # the first to stay come first
     N, ordered = len(order), np.asarray(confidences)[order]
 
@@ -135,17 +135,19 @@ def at_threshold(curve, threshold):
 
 
 def choose(curve, accuracy=None, cost=None):
-    """The threshold of the least cost with this accuracy or more, or of the best accuracy at this cost or less.
-    ValueError if no threshold has it."""
+    """The threshold of the least cost with this accuracy or more, or of the best accuracy at this cost or
+    less. ValueError if no threshold has it."""
     if accuracy is not None:
         fit = np.flatnonzero(curve["accuracy"] >= accuracy)
         best = fit[np.argmin(curve["cost"][fit])] if len(fit) else None
     else:
         fit = np.flatnonzero(curve["cost"] <= cost)
         best = fit[np.lexsort((curve["cost"][fit], -curve["accuracy"][fit]))[0]] if len(fit) else None
+    if best is None and accuracy is not None:
+        raise ValueError(f"--accuracy {accuracy}: no threshold reaches it on --validation, the best is "
+                         f"{curve['accuracy'].max():.4f}; ask for less")
     if best is None:
-        most, least = curve["accuracy"].max(), curve["cost"].min()
-        raise ValueError(f"--accuracy {accuracy}: no threshold reaches it on --validation, the best is {most:.4f}"
-                         if accuracy is not None else f"--cost {cost}: the least on --validation, where all texts "
-                         f"leave, is {least:.4f} of the MainNet's operations; train a SideNet on an earlier layer")
+        raise ValueError(f"--cost {cost}: the least on --validation, where all texts leave, is "
+                         f"{curve['cost'].min():.4f} of the MainNet's operations; train a SideNet on an "
+                         "earlier layer")
     return float(curve["threshold"][best])

@@ -10,7 +10,7 @@ published protocol (judges.py). Intervals resample questions, not rows (evaluate
         --protocol arena-hard|scores --out eval.json
     python -m aya_min.evaluate leaderboard A.jsonl B.jsonl C.jsonl --judge ... --out board.json
     python -m aya_min.evaluate languages --answers A.jsonl          # evaluate_languages.py
-    python -m aya_min.evaluate early-exit --model MAIN --sidenet SIDE --data F.jsonl    # evaluate_early_exit.py
+    python -m aya_min.evaluate early-exit --model MAIN --sidenet SIDE --data F.jsonl
 
 With --protocol, what the judge says is kept beside the output (eval.verdicts.jsonl). Until then it is in
 OUT.partial, from which the same command resumes.

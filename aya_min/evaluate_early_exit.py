@@ -1,4 +1,4 @@
-"""What a SideNet saves, and what it costs in accuracy: `evaluate early-exit` (early_exit.py has the mechanism).
+"""What a SideNet saves, and what it costs in accuracy: `evaluate early-exit`. early_exit.py is the mechanism.
 
     python -m aya_min.evaluate early-exit --model MAIN --sidenet SIDE --data F.jsonl [--out F.json]
         --threshold 0.9, or --validation V.jsonl and --accuracy 0.8 or --cost 0.5
@@ -13,7 +13,7 @@ import os
 import numpy as np
 import torch
 
-from . import early_exit, weights
+from . import distributed, early_exit, weights
 from .classifier import Classifier, SideNet
 from .classify import load_texts, numbered
 from .command import Parser, is_spare_rank, number, printable
@@ -21,10 +21,10 @@ from .config import Reading, add_flags, settings_from
 from .evaluate_rates import bootstrap_mean
 from .files import dumps, taken, write_new
 from .flops import head_flops
-from .report_charts import (bar, chart, esc, grid, html_page, html_table, interval_text, legend, number as shown,
-                            reliability, scatter, section, track, axis, within)
-from .report_data import by_cluster, language
 from .languages import CLUSTERS
+from .report_charts import (esc, grid, html_page, html_table, interval_text, legend, reliability, scatter,
+                            section)
+from .report_data import by_cluster, language
 
 POINTS = 10         # steps of the table's thresholds, by the share of the texts that leave
 
@@ -36,16 +36,18 @@ def load_nets(model_path, side_path, device):
     for flag, path, kind in (("--model", model_path, Classifier), ("--sidenet", side_path, SideNet)):
         found = weights.read_config(path)[1]
         if found is not kind:
-            raise ValueError(f"{flag} {path}: a {weights.KINDS[found]}, not a {weights.KINDS[kind]}; give a folder "
-                             f"that train.py {'classify' if kind is Classifier else 'sidenet'} wrote")
-    (main, tokenizer), (side, its_tokenizer) = (weights.load(path, device) for path in (model_path, side_path))
-    whole, part = main.model.state_dict(), side.model.state_dict()
-    other = [name for name, tensor in part.items() if name not in whole or not torch.equal(tensor, whole[name])]
+            raise ValueError(f"{flag} {path}: a {weights.KINDS[found]}, not a {weights.KINDS[kind]}; give a "
+                             f"folder that train.py {'classify' if kind is Classifier else 'sidenet'} wrote")
+    nets = [weights.load(path, device) for path in (model_path, side_path)]
+    (main, tokenizer), (side, its_tokenizer) = nets
+    whole = main.model.state_dict()
+    other = [name for name, tensor in side.model.state_dict().items()
+             if name not in whole or not torch.equal(tensor, whole[name])]
     other += ["the tokenizer"] if tokenizer.meaning != its_tokenizer.meaning else []
     other += ["the order of the labels"] if main.config.labels != side.config.labels else []
     if other:
-        raise ValueError(f"--sidenet {side_path}: not a SideNet of --model {model_path}: {other[0]} differs; train "
-                         f"one with train.py sidenet --model {model_path}")
+        raise ValueError(f"--sidenet {side_path}: not a SideNet of --model {model_path}: {other[0]} differs; "
+                         f"train one with train.py sidenet --model {model_path}")
     return main.eval(), side.eval(), tokenizer
 
 
@@ -57,10 +59,10 @@ class Measured:
         self.items = numbered(items, main.config.labels)
         self.batches = early_exit.batches_of(self.items, tokenizer.pad_id, device)
         both = early_exit.probabilities(main, side, self.batches)           # 2 x (N, M)
-        for name, each in zip((model.config_class.__name__ for model in (main, side)), both):
+        for model, each in zip((main, side), both):
             if not np.isfinite(each).all():
-                raise ValueError(f"the probabilities of the {name.removesuffix('Config')} are not finite; look at "
-                                 "its weights")
+                raise ValueError(f"{model.came_from}: its probabilities are not finite"
+                                 + distributed.blame(model))
         labels = np.array([item.number for item in self.items])
         self.right = [each.argmax(1) == labels for each in both]            # main, side: 2 x (N,)
         self.confidences = [each.max(1) for each in both]
@@ -129,21 +131,23 @@ def table(result):
     side, at = result["about"], result.get("at")
     lines = [f"{result['model']} and its SideNet {result['sidenet_model']} (layer {side['layer']} of "
              f"{side['layers']}, {side['hidden']} units) on {result['num']} texts",
-             f"{'':24}{'accuracy %':>11}{'95% interval':>16}{'confidence %':>14}{'ECE %':>8}{'operations':>12}"]
+             f"{'':24}{'accuracy %':>11}{'95% interval':>16}{'confidence %':>14}{'ECE %':>8}"
+             f"{'operations':>12}"]
     for title, name in (("MainNet alone", "main"), ("SideNet alone", "sidenet")):
         part = result[name]
         lines.append(f"{title:24}{percent(part['accuracy']):>11}{interval(part):>16}"
                      f"{percent(part['confidence']):>14}{percent(part['ece']):>8}"
                      f"{result['operations'][name]:>12.3g}")
-    lines.append(f"{'threshold':24}{'accuracy %':>11}{'95% interval':>16}{'leave %':>14}{'':8}{'operations %':>12}"
-                 f"{'seconds':>10}")
+    lines.append(f"{'threshold':24}{'accuracy %':>11}{'95% interval':>16}{'leave %':>14}{'':8}"
+                 f"{'operations %':>12}{'seconds':>10}")
     for part in [*result["curve"], *([at] if at else [])]:
         name = f"{part['threshold']:.4f}{' (asked for)' if part is at else ''}"
         seconds = f"{part['seconds']:.3f}" if "seconds" in part else "-"
-        lines.append(f"{name:24}{percent(part['accuracy']):>11}{interval(part):>16}{percent(part['left']):>14}"
-                     f"{'':8}{percent(part['cost']):>12}{seconds:>10}")
+        lines.append(f"{name:24}{percent(part['accuracy']):>11}{interval(part):>16}"
+                     f"{percent(part['left']):>14}{'':8}{percent(part['cost']):>12}{seconds:>10}")
     more = f"{'at the threshold':>18}{'leave %':>9}{'operations %':>14}" if at else ""
-    lines.append(f"{'accuracy % and ECE %':24}{'texts':>7}{'MainNet':>9}{'ECE':>6}{'SideNet':>9}{'ECE':>6}{more}")
+    lines.append(f"{'accuracy % and ECE %':24}{'texts':>7}{'MainNet':>9}{'ECE':>6}{'SideNet':>9}{'ECE':>6}"
+                 f"{more}")
     for code, part in result["by_language"].items():
         cells = "".join(f"{percent(part[name]['accuracy']):>9}{percent(part[name]['ece']):>6}"
                         for name in ("main", "sidenet"))
@@ -182,24 +186,27 @@ def tradeoff_part(result):
                              [("dot", "a", timed)], [point[:2] for point in timed]))
     key = legend(("dot", "a", "a threshold"), ("ring", "b", "each net alone"),
                  *([("diamond", "b", "the threshold asked for")] if at else []))
-    note = "The texts on whose label the SideNet is surest leave; the rest of the MainNet is computed for the others."
+    note = ("The texts of whose label the SideNet is surest leave; for the others the rest of the MainNet is "
+            "computed.")
     return section("What leaving saves", note, grid(drawn, key=key))
 
 
 def calibration_part(result):
-    drawn = [reliability(f"{title}: ECE {percent(result[name]['ece'])}%", [(title, result[name]["bins"], tone)])
+    drawn = [reliability(f"{title}: ECE {percent(result[name]['ece'])}%", title, result[name]["bins"], tone)
              for title, name, tone in (("MainNet", "main", "b"), ("SideNet", "sidenet", "a"))]
-    note = ("Of the answers of one confidence, how many are right? Below the diagonal a net is surer than it should "
-            "be. The area of a point is its share of the answers; ECE is the mean distance from the diagonal.")
+    note = ("Of the answers of one confidence, how many are right? Below the diagonal a net is surer than it "
+            "should be. The area of a point is its share of the answers; ECE is the mean distance from the "
+            "diagonal.")
     return section("Calibration", note, grid(drawn, "small"))
 
 
 def languages_part(result):
     at, rows, parts = result.get("at"), "", result["by_language"]
-    head = ("<tr><th class=name>language</th><th>texts</th><th>MainNet %</th><th>ECE %</th><th>SideNet %</th>"
-            f"<th>ECE %</th>{'<th>at the threshold %</th><th>leave %</th><th>operations %</th>' if at else ''}</tr>")
+    titles = ["texts", "MainNet %", "ECE %", "SideNet %", "ECE %"]
+    titles += ["at the threshold %", "leave %", "operations %"] if at else []
+    head = '<tr><th class="name">language</th>' + "".join(f"<th>{title}</th>" for title in titles) + "</tr>"
     for cluster, codes in by_cluster(parts, CLUSTERS):
-        rows += f'<tr><th class="name within" colspan="{9 if at else 6}">{esc(cluster)}</th></tr>'
+        rows += f'<tr><th class="name within" colspan="{1 + len(titles)}">{esc(cluster)}</th></tr>'
         for code in codes:
             part = parts[code]
             cells = [str(part["num"])]
@@ -215,10 +222,11 @@ def languages_part(result):
 
 def page(result):
     """The whole text of the page."""
-    about = (f"{result['model']}, its SideNet on layer {result['about']['layer']} of {result['about']['layers']}, "
-             f"{result['num']} texts.")
-    parts = [headline(result), f'<p class="note">{esc(about)}</p>', tradeoff_part(result), calibration_part(result),
-             languages_part(result)]
+    side = result["about"]
+    about = (f"{result['model']}, its SideNet of {side['hidden']} units on layer {side['layer']} of "
+             f"{side['layers']}, {result['num']} texts.")
+    parts = [headline(result), f'<p class="note">{esc(about)}</p>', tradeoff_part(result),
+             calibration_part(result), languages_part(result)]
     return html_page("aya_min · early exit", "\n".join(filter(None, parts)))
 
 
@@ -261,7 +269,8 @@ def evaluate(args, reading):
     result |= figures(found, threshold)
     parts = result["curve"] + ([result["at"]] if "at" in result else [])
     if args.repeats:
-        times = early_exit.seconds_at(main, side, found.batches, [part["threshold"] for part in parts], args.repeats)
+        thresholds = [part["threshold"] for part in parts]
+        times = early_exit.seconds_at(main, side, found.batches, thresholds, args.repeats)
         for part, seconds in zip(parts, times):
             part["seconds"] = seconds
     if outputs:
@@ -273,17 +282,20 @@ def main(argv):
     parser = Parser(prog="aya_min.evaluate early-exit", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of the MainNet, a classifier")
     parser.add_argument("--sidenet", required=True, help="folder of its SideNet")
-    parser.add_argument("--data", required=True, nargs="+", help="JSONL of text and label, with language and id")
+    parser.add_argument("--data", required=True, nargs="+",
+                        help="JSONL of text and label, with language and id")
     parser.add_argument("--validation", nargs="+", help="other such files, on which the threshold is chosen")
     parser.add_argument("--threshold", type=number(float, "[0, inf)"),
                         help="the SideNet answers where its largest probability is above it")
-    parser.add_argument("--accuracy", type=number(float, "(0, 1]"), help="the accuracy wanted, at the least cost")
+    parser.add_argument("--accuracy", type=number(float, "(0, 1]"),
+                        help="the accuracy wanted, at the least cost")
     parser.add_argument("--cost", type=number(float, "(0, inf)"),
                         help="the share of the MainNet's operations that may be spent, for the best accuracy")
     parser.add_argument("--repeats", type=number(int, "[0, 1000]"), default=3,
-                        help="passes over the texts at each threshold, of which the fastest counts; 0: no seconds "
-                             "(default 3)")
-    parser.add_argument("--out", help="JSON file to write the figures to, with a page beside it; must not exist")
+                        help="passes over the texts at each threshold, of which the fastest counts; 0: no "
+                             "seconds (default 3)")
+    parser.add_argument("--out",
+                        help="JSON file to write the figures to, with a page beside it; must not exist")
     add_flags(parser, Reading)
     args = parser.parse_args(argv)
     if not is_spare_rank():

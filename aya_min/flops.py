@@ -2,8 +2,8 @@
 
 
 def layers_flops(config, lengths, first=0, last=None):
-    """Operations of the forward of the layers from `first` to before `last` (default: all) over texts of these
-    lengths (tokens).
+    """Operations of the forward of the layers after layer `first` up to layer `last` (default: all) over
+    texts of these lengths (tokens). Layers count from 1.
 
     Each weight costs 2 operations per token that it multiplies, and each layer 4 head_dim per head and pair
     of a query and a key that it sees. Of a mixture's experts those count that a token is sent to; what a
@@ -22,8 +22,9 @@ def layers_flops(config, lengths, first=0, last=None):
 
 def head_flops(config):
     """Operations of the forward of a classifier's head, or of a SideNet's two, for one text."""
-    num_labels, size = len(config.labels), getattr(config, "sidenet_size", None)
-    return 2 * config.hidden_size * num_labels if size is None else 2 * size * (config.hidden_size + num_labels)
+    hidden, num_labels = config.hidden_size, len(config.labels)
+    size = getattr(config, "sidenet_size", None)
+    return 2 * hidden * num_labels if size is None else 2 * size * (hidden + num_labels)
 
 
 def training_flops(config, lengths, num_supervised):
@@ -34,6 +35,7 @@ def training_flops(config, lengths, num_supervised):
     SideNet are frozen and have no backward.
     """
     if hasattr(config, "sidenet_layer"):
-        return layers_flops(config, lengths, last=config.sidenet_layer) + 3 * len(lengths) * head_flops(config)
+        heads = len(lengths) * head_flops(config)
+        return layers_flops(config, lengths, last=config.sidenet_layer) + 3 * heads
     head = 2 * config.hidden_size * config.vocab_size * num_supervised
     return 3 * (layers_flops(config, lengths) + head)

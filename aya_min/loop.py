@@ -49,8 +49,9 @@ def learning_rate(step, num_steps, settings):
 
 
 def make_optimizer(model, settings):
-    """torch's fused AdamW of what is trained, with weight decay on matrices only. Tied weights are one parameter. A group's
-    "scale" is its learning rate as a multiple of the policy's: a critic may have its own."""
+    """torch's fused AdamW of what is trained, with weight decay on matrices only. Tied weights are one
+    parameter. A group's "scale" is its learning rate as a multiple of the policy's: a critic may have its
+    own."""
     of_critic = getattr(settings, "critic_learning_rate", None) or settings.learning_rate
     groups = []
     for part, peak in zip(distributed.parts(model), (settings.learning_rate, of_critic)):

@@ -220,8 +220,8 @@ class Decoder(nn.Module):
         return scaled(self.config, self.embed_tokens(input_ids))
 
     def through(self, x, lengths=None, repeats=None, first=0, last=None):
-        """The hidden states (B, T, hidden_size) after layer `first` -> those after layer `last`, or without it
-        those after all layers and the final norm. Layers count from 1."""
+        """The hidden states (B, T, hidden_size) after layer `first` -> those after layer `last`, or without
+        it those after all layers and the final norm. Layers count from 1."""
         T, config = x.shape[1], self.config
         packing = x.device.type == "cpu" if self.packing is None else self.packing
         line = Line(lengths, T, repeats) if packing and lengths is not None else None
@@ -402,8 +402,8 @@ def initial_value(config, name, shape, generator):
 
     Matrices: Normal(0, initializer_range), output projections scaled by 1/sqrt(2 layers) (GPT-2).
     Norms multiply by 1; biases are 0. Reward head: Normal with deviation 1/sqrt(hidden_size + 1) (arXiv
-    2009.01325, appendix), and so a classifier's; its weights for log-probs: 0.5. The heads of a router and of a
-    SideNet: zeros, so that all teachers or labels begin equally likely.
+    2009.01325, appendix), and so a classifier's; its weights for log-probs: 0.5. The heads of a router and of
+    a SideNet: zeros, so that all teachers or labels begin equally likely.
     """
     std = config.initializer_range
     if len(shape) == 1 or "norm" in name or name.endswith("bias"):

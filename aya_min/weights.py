@@ -282,8 +282,8 @@ def write_descriptions(folder, model, tokenizer, dtype):
     if task == "ForSequenceClassification":
         names = config.pop("labels", ["LABEL_0"])
         config.pop("pooling", None)
-        config |= {"id2label": {str(i): name for i, name in enumerate(names)}, "pad_token_id": tokenizer.pad_id,
-                   "label2id": {name: i for i, name in enumerate(names)}}
+        config |= {"id2label": {str(i): name for i, name in enumerate(names)},
+                   "label2id": {name: i for i, name in enumerate(names)}, "pad_token_id": tokenizer.pad_id}
     generation, others = getattr(model, "came_with", ({}, {}))
     eos = generation.get("eos_token_id")
     stops = stop_ids([*tokenizer.stop_ids, *(stop_ids(eos) if eos is not None else [])])

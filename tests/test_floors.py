@@ -17,8 +17,8 @@ FLOORS = [
     # 0: the command line, the table of model families
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
-    {"cmaes", "files", "flops", "iso639", "line", "linear", "merge_methods", "model_config", "norms", "patience",
-     "report_charts", "rope", "rows_keys", "template_expressions"},
+    {"cmaes", "files", "flops", "iso639", "line", "linear", "merge_methods", "model_config", "norms",
+     "patience", "report_charts", "rope", "rows_keys", "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "fused", "languages", "merge_config", "merge_front", "template",
      "tensorfiles", "token_logps"},
@@ -31,15 +31,15 @@ FLOORS = [
     # 5: the decoder
     {"model"},
     # 6: text to ids, rows to batches, the engine's tensors, an endpoint asked, figures, the oracle
-    {"classifier", "critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture", "preferences",
-     "report_table", "text_statistics", "tokenizer", "world_oracle"},
+    {"classifier", "critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture",
+     "preferences", "report_table", "text_statistics", "tokenizer", "world_oracle"},
     # 7: what is done with a model or with folders
     {"arbitrage", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report", "reward",
      "sampling", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch
-    {"chat", "classify", "contrast", "evaluate_answers", "judges", "kto", "pipeline_checks", "reference", "runs",
-     "serve_batch"},
+    {"chat", "classify", "contrast", "evaluate_answers", "judges", "kto", "pipeline_checks", "reference",
+     "runs", "serve_batch"},
     # 9: samples of the policy as batches, what judges say, what a client of the server asks
     {"early_exit", "evaluate_judges", "judges_rates", "rollouts", "router", "serve_request"},
     # 10: the stages, the leaderboard, the server
