@@ -41,7 +41,7 @@ def load_nets(model_path, side_path, device):
     nets = [weights.load(path, device) for path in (model_path, side_path)]
     (main, tokenizer), (side, its_tokenizer) = nets
     whole = main.model.state_dict()
-    other = [name for name, tensor in side.model.state_dict().items()
+    other = [f"model.{name}" for name, tensor in side.model.state_dict().items()
              if name not in whole or not torch.equal(tensor, whole[name])]
     other += ["the tokenizer"] if tokenizer.meaning != its_tokenizer.meaning else []
     other += ["the order of the labels"] if main.config.labels != side.config.labels else []
