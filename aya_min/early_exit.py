@@ -150,4 +150,5 @@ def choose(curve, accuracy=None, cost=None):
         raise ValueError(f"--cost {cost}: the least on --validation, where all texts leave, is "
                          f"{curve['cost'].min():.4f} of the MainNet's operations; train a SideNet on an "
                          "earlier layer")
-    return float(curve["threshold"][best])
+    # Where no text leaves here, none shall leave elsewhere.
+    return 1.0 if curve["left"][best] == 0 else float(curve["threshold"][best])

@@ -87,13 +87,14 @@ def test_a_new_sidenet_holds_all_labels_equally_likely_and_only_its_two_layers_a
     side, own = weights.load(tmp_path / "main", trunk=build)
     before = {name: tensor.clone() for name, tensor in side.state_dict().items()}
     settings = config.Side(batch_size=8, max_steps=3, learning_rate=1e-2, warmup_steps=0)
-    folder = stages.train_stage("sidenet", side, own, [world / "classified.jsonl"], settings, tmp_path / "run", CPU)
+    folder = stages.train_stage("sidenet", side, own, [world / "classified.jsonl"], settings, tmp_path / "run",
+                                CPU)
     assert logged(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(len(LABELS)), abs=1e-6)
     made, _ = weights.load(folder)
     moved = {name for name, tensor in made.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {"hidden.weight", "hidden.bias", "out.weight", "out.bias"}
     whole = classifier().state_dict()
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in before.items() if name.startswith("model."))
+    assert all(torch.equal(before[name], whole[name]) for name in before if name.startswith("model."))
     assert not any(name.startswith(("model.layers.1", "model.norm")) for name in before)
 
 
@@ -182,7 +183,8 @@ def test_the_accuracy_and_cost_of_thresholds_by_hand():
     assert curve["left"].tolist() == [1.0, 0.75, 0.25, 0.0]
     assert curve["accuracy"].tolist() == [0.5, 0.75, 0.75, 0.75]
     assert curve["cost"].tolist() == pytest.approx([0.1, 0.33, 0.79, 1.02])
-    assert [early_exit.at_threshold(curve, t) for t in (0, 0.39, 0.4, 0.59, 0.6, 0.95, 2)] == [0, 0, 1, 1, 2, 3, 3]
+    found = [early_exit.at_threshold(curve, t) for t in (0, 0.39, 0.4, 0.59, 0.6, 0.95, 2)]
+    assert found == [0, 0, 1, 1, 2, 3, 3]
 
 
 def test_a_threshold_is_the_cheapest_of_an_accuracy_and_the_best_of_a_cost():
@@ -190,6 +192,8 @@ def test_a_threshold_is_the_cheapest_of_an_accuracy_and_the_best_of_a_cost():
     assert early_exit.choose(curve, accuracy=0.5) == 0.0
     assert early_exit.choose(curve, accuracy=0.6) == early_exit.choose(curve, cost=1.0) == 0.4
     assert early_exit.choose(curve, cost=0.3) == 0.0
+    blind = early_exit.tradeoff(**CURVE | dict(side_right=np.zeros(4, bool), main_right=np.ones(4, bool)))
+    assert early_exit.choose(blind, accuracy=1.0) == 1.0                    # no text leaves, whatever its 0.9
     with pytest.raises(ValueError, match="--accuracy 0.8: no threshold reaches it .* best is 0.7500"):
         early_exit.choose(curve, accuracy=0.8)
     with pytest.raises(ValueError, match="--cost 0.05: the least on --validation, .* is 0.1000"):
@@ -197,10 +201,10 @@ def test_a_threshold_is_the_cheapest_of_an_accuracy_and_the_best_of_a_cost():
 
 
 def test_operations_by_hand_with_a_window():
-    """A layer has 8 (8 + 4 + 4 + 8) + 3 x 8 x 16 = 576 weights, 2 operations each per token; of 4 tokens the layer
-    with a window of 3 sees 9 pairs, the full one 10, 4 x 2 x 4 operations each."""
-    sizes = dict(model_type="cohere2", vocab_size=10, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
-                 num_attention_heads=2, num_key_value_heads=1, sliding_window=3,
+    """A layer has 8 (8 + 4 + 4 + 8) + 3 x 8 x 16 = 576 weights, 2 operations each per token; of 4 tokens the
+    layer with a window of 3 sees 9 pairs, the full one 10, 4 x 2 x 4 operations each."""
+    sizes = dict(model_type="cohere2", vocab_size=10, hidden_size=8, intermediate_size=16,
+                 num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, sliding_window=3,
                  layer_types=["sliding_attention", "full_attention"], labels=["a", "b", "c"])
     main = ClassifierConfig(**sizes)
     side = SideNetConfig(**sizes, sidenet_layer=1, sidenet_size=5)
@@ -224,9 +228,10 @@ def test_probabilities_are_those_of_the_nets_alone_in_the_order_of_the_items(net
 
 # ---- folders -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("model", [classifier(), classifier(pooling="last-token"), side_net(layer=0),
-                                   side_net(layer=1)], ids=["mean", "last", "layer 0", "layer 1"])
-def test_a_folder_comes_back_as_it_was(model, items, tmp_path):
+@pytest.mark.parametrize("build, changes", [(classifier, {}), (classifier, dict(pooling="last-token")),
+                                            (side_net, dict(layer=0)), (side_net, dict(layer=1))])
+def test_a_folder_comes_back_as_it_was(build, changes, items, tmp_path):
+    model = build(**changes)
     weights.save(tmp_path / "m", model, tokenizer())
     loaded, _ = weights.load(tmp_path / "m")
     assert type(loaded) is type(model) and loaded.config == model.config
@@ -242,7 +247,8 @@ def test_a_last_token_classifiers_folder_is_transformers_own_with_its_labels_and
     weights.save(tmp_path / "m", model, own)
     about = json.loads((tmp_path / "m" / "config.json").read_text())
     assert about["architectures"][0].endswith("ForSequenceClassification") and "labels" not in about
-    assert about["id2label"] == {"0": "yes", "1": "no", "2": "it's \"maybe\""} and about["label2id"]["no"] == 1
+    assert about["id2label"] == {"0": "yes", "1": "no", "2": "it's \"maybe\""}
+    assert about["label2id"]["no"] == 1
     loaded, its_tokenizer = weights.load(tmp_path / "m")
     assert type(loaded) is Classifier and loaded.config.labels == model.config.labels
     assert loaded.config.pooling == "last-token"
@@ -289,7 +295,8 @@ def test_a_sidenets_config_that_is_wrong_is_refused_with_its_file(change, says, 
 
 @pytest.fixture(scope="module")
 def folder(world, tmp_path_factory):
-    """A, a language model; RM, a reward model; main, a MainNet; side and other: SideNets of it and of another."""
+    """A, a language model; RM, a reward model; main, a MainNet; side and other: SideNets of it and of another
+    one."""
     folder = tmp_path_factory.mktemp("exit")
     weights.save(folder / "A", language_model(), tokenizer())
     weights.save(folder / "RM", reward_model(), tokenizer())
@@ -311,7 +318,8 @@ def folder(world, tmp_path_factory):
 @pytest.fixture
 def call(in_process, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    of_evaluate = SimpleNamespace(__name__="evaluate", main=lambda: guarded(evaluate.main, "aya_min.evaluate"))
+    of_evaluate = SimpleNamespace(__name__="evaluate",
+                                  main=lambda: guarded(evaluate.main, "aya_min.evaluate"))
     return lambda module, line: in_process(of_evaluate if module is evaluate else module, *line.split())
 
 
@@ -319,16 +327,16 @@ CLASSIFY = "classify --model A --out run --batch-size 2 --max-steps 1"
 SIDE = "sidenet --model main --out run --batch-size 2 --max-steps 1 --data classified.jsonl"
 EXIT = "early-exit --model main --sidenet side --repeats 0 --data classified.jsonl"
 MISTAKES = [
-    (train, f"{CLASSIFY} --data unknown.jsonl --labels odd largest", "unknown.jsonl:2: label 'sum' is none of"),
-    (train, f"{CLASSIFY} --data without.jsonl", "without.jsonl:2: label must be a text, the name of a class, got "
-                                                "none"),
-    (train, f"{CLASSIFY} --data number.jsonl", "number.jsonl:1: label must be a text, the name of a class, got 1"),
+    (train, f"{CLASSIFY} --data unknown.jsonl --labels odd largest", "unknown.jsonl:2: label 'sum' is none"),
+    (train, f"{CLASSIFY} --data without.jsonl", "without.jsonl:2: label must be a text, the name of a class, "
+                                                "got none"),
+    (train, f"{CLASSIFY} --data number.jsonl", "number.jsonl:1: label must be a text"),
     (train, f"{CLASSIFY} --data pair.jsonl", "pair.jsonl:1: no text in keys"),
     (train, f"{CLASSIFY} --data one.jsonl", "one.jsonl: all labels are 'odd'"),
     (train, f"{CLASSIFY} --data one.jsonl --labels odd largest", "all 9 texts have the label 'odd'"),
     (train, f"{CLASSIFY} --data classified.jsonl --labels odd", "labels ['odd'] must be two names or more"),
     (train, f"{CLASSIFY} --data classified.jsonl --labels odd odd", "each once"),
-    (train, f"{CLASSIFY} --data classified.jsonl".replace("model A", "model RM"), "score.weight has shape (1, 32)"),
+    (train, f"{CLASSIFY} --data classified.jsonl".replace("model A", "model RM"), "score.weight has shape"),
     (train, f"{CLASSIFY} --data classified.jsonl --labels a b".replace("model A", "model main"),
      "--model is a classifier of other labels"),
     (train, f"{SIDE} --layer 2", "--layer 2: --model has 2 layers; give one from 0 (the embeddings) to 1"),
@@ -336,7 +344,7 @@ MISTAKES = [
     (train, SIDE.replace("model main", "model side"), "--model is no classifier"),
     (train, SIDE.replace("classified.jsonl", "unknown.jsonl"), "unknown.jsonl:2: label 'sum' is none of"),
     (train, SIDE.replace("classified.jsonl", "one.jsonl"), "all 9 texts have the label 'odd'"),
-    (evaluate, EXIT.replace("sidenet side", "sidenet other"), "not a SideNet of --model main: model.embed_tokens"),
+    (evaluate, EXIT.replace("sidenet side", "sidenet other"), "not a SideNet of --model main: model.embed"),
     (evaluate, EXIT.replace("sidenet side", "sidenet main"), "--sidenet main: a classifier, not a SideNet"),
     (evaluate, EXIT.replace("model main", "model A"), "--model A: a language model, not a classifier"),
     (evaluate, EXIT.replace("classified.jsonl", "without.jsonl"), "without.jsonl:2: label must be a text"),
@@ -350,7 +358,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("module, line, says", MISTAKES, ids=[line[:50] + says[:30] for _, line, says in MISTAKES])
+@pytest.mark.parametrize("module, line, says", MISTAKES)
 def test_a_mistake_is_one_line_that_says_where_and_nothing_is_written(module, line, says, call, folder):
     before = sorted(folder.rglob("*"))
     code, out, err = call(module, line)
@@ -361,8 +369,8 @@ def test_a_mistake_is_one_line_that_says_where_and_nothing_is_written(module, li
 def test_labels_are_those_asked_for_in_their_order_else_those_of_the_data_sorted(call, folder, tmp_path):
     for name, more, expected in (("own", "", ["largest", "reverse"]),
                                  ("asked", "--labels reverse odd largest", ["reverse", "odd", "largest"])):
-        line = f"classify --model A --data classified.jsonl --batch-size 8 --max-steps 1 --out {tmp_path}/{name}"
-        code, _, err = call(train, f"{line} {more}")
+        line = f"classify --model A --data classified.jsonl --batch-size 8 --max-steps 1 {more}"
+        code, _, err = call(train, f"{line} --out {tmp_path}/{name}")
         assert code == 0, err
         assert weights.read_config(tmp_path / name / "model")[0].labels == expected
 
@@ -375,9 +383,9 @@ def test_from_a_classifier_to_its_sidenet_to_figures_and_a_page(call, folder, tm
     assert call(train, f"sidenet --model {tmp_path}/main/model --layer 1 --hidden 8 {data} {steps} "
                        f"--out {tmp_path}/side")[0] == 0
     assert any(key.startswith("eval/accuracy/") for key in logged(tmp_path / "side")[-1])
-    code, out, err = call(evaluate, f"early-exit --model {tmp_path}/main/model --sidenet {tmp_path}/side/model "
-                                    "--data held-out-classified.jsonl --validation classified.jsonl --cost 0.9 "
-                                    f"--repeats 1 --out {tmp_path}/exit.json")
+    code, out, err = call(evaluate, f"early-exit --model {tmp_path}/main/model --sidenet {tmp_path}/side/model"
+                                    " --data held-out-classified.jsonl --validation classified.jsonl --cost "
+                                    f"0.9 --repeats 1 --out {tmp_path}/exit.json")
     assert not code, err
     found = json.loads((tmp_path / "exit.json").read_text())
     assert found["num"] == 10 and sum(part["num"] for part in found["by_language"].values()) == 10

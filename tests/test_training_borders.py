@@ -44,8 +44,8 @@ def line_of(stage, models, world, out):
     more = f" --reward-model {models}/RM --num-samples 2 --max-new-tokens 6" if stage == "rl" else ""
     model = "C" if stage == "sidenet" else "A"
     return (
-        f"{stage} --model {models}/{model} --data {world}/{EVERY[stage][2]} --out {out} --batch-size 8 --max-steps"
-        f" 2{more}"
+        f"{stage} --model {models}/{model} --data {world}/{EVERY[stage][2]} --out {out} --batch-size 8"
+        f" --max-steps 2{more}"
     )
 
 
