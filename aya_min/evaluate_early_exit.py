@@ -215,7 +215,7 @@ def languages_part(result):
             cells += [percent(part["at"][key]) for key in ("accuracy", "left", "cost")] if at else []
             rows += f'<tr><th scope="row" class="name">{esc(language(code))}</th>' + "".join(
                 f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    note = "Accuracy and expected calibration error of each net alone" + (
+    note = "Accuracy and expected calibration error (too high where texts are few) of each net alone" + (
         f", and what the threshold {at['threshold']:.3f} does." if at else ".")
     return section("By language", note, html_table(head, rows))
 
