@@ -75,15 +75,15 @@ def test_a_model_that_holds_nan_is_named_with_its_tensor_before_any_row_is_blame
     stage, value, models, world, tmp_path, command
 ):
     """The message named the rows of the first step."""
-    model = classifier() if stage == "sidenet" else language_model()
+    model, layer = (classifier(), 0) if stage == "sidenet" else (language_model(), 1)
     with torch.no_grad():
-        model.model.layers[0 if stage == "sidenet" else 1].mlp.down_proj.weight[3, 5] = value
+        model.model.layers[layer].mlp.down_proj.weight[3, 5] = value
     weights.save(tmp_path / "spoiled", model, tokenizer())
     line = line_of(stage, models, world, tmp_path / "run")
     line = line.replace(f"{models}/A", f"{tmp_path}/spoiled").replace(f"{models}/C", f"{tmp_path}/spoiled")
     code, out, err = command(line)
     assert code == 2 and out == "" and err[-1].startswith("error: "), err
-    assert "its parameter model.layers.1.mlp.down_proj.weight" in err[-1], err
+    assert f"its parameter model.layers.{layer}.mlp.down_proj.weight" in err[-1], err
     assert str(tmp_path / "spoiled") in err[-1] and "again" in err[-1] and "data order" not in err[-1], err
 
 
@@ -345,9 +345,9 @@ def test_every_setting_of_a_stage_is_read_by_its_code(stage, world, tmp_path):
     flags = {action.dest for action in parser._actions} & {f.name for f in fields(settings_class)}
     unread = flags - watched.read
     # epochs counts only without --max-steps (and is refused beside it), the end of a cosine only in one, the
-    # router's held-out share only without --eval-data, the reward model's head where the model is made
-    only_sometimes = {"rl": {"final_learning_rate"}, "router": {"held_out"}, "reward": {"head"}}.get(stage,
-        set())
+    # router's held-out share only without --eval-data, what is said of a head where the model is made
+    only_sometimes = {"rl": {"final_learning_rate"}, "router": {"held_out"}, "reward": {"head"},
+                      "classify": {"head", "labels"}, "sidenet": {"layer", "hidden"}}.get(stage, set())
     assert unread <= {"epochs", *READ_BY_DATA} | only_sometimes, unread
     assert "keep_cut" in flags or stage == "rl"
 
