@@ -87,8 +87,8 @@ def test_a_new_sidenet_holds_all_labels_equally_likely_and_only_its_two_layers_a
     side, own = weights.load(tmp_path / "main", trunk=build)
     before = {name: tensor.clone() for name, tensor in side.state_dict().items()}
     settings = config.Side(batch_size=8, max_steps=3, learning_rate=1e-2, warmup_steps=0)
-    folder = stages.train_stage("sidenet", side, own, [world / "classified.jsonl"], settings, tmp_path / "run",
-                                CPU)
+    data = [world / "classified.jsonl"]
+    folder = stages.train_stage("sidenet", side, own, data, settings, tmp_path / "run", CPU)
     assert logged(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(len(LABELS)), abs=1e-6)
     made, _ = weights.load(folder)
     moved = {name for name, tensor in made.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -383,8 +383,8 @@ def test_from_a_classifier_to_its_sidenet_to_figures_and_a_page(call, folder, tm
     assert call(train, f"sidenet --model {tmp_path}/main/model --layer 1 --hidden 8 {data} {steps} "
                        f"--out {tmp_path}/side")[0] == 0
     assert any(key.startswith("eval/accuracy/") for key in logged(tmp_path / "side")[-1])
-    code, out, err = call(evaluate, f"early-exit --model {tmp_path}/main/model --sidenet {tmp_path}/side/model"
-                                    " --data held-out-classified.jsonl --validation classified.jsonl --cost "
+    code, out, err = call(evaluate, f"early-exit --model {tmp_path}/main/model --sidenet "
+                                    f"{tmp_path}/side/model --data held-out-classified.jsonl --validation classified.jsonl --cost "
                                     f"0.9 --repeats 1 --out {tmp_path}/exit.json")
     assert not code, err
     found = json.loads((tmp_path / "exit.json").read_text())
