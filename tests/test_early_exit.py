@@ -384,8 +384,8 @@ def test_from_a_classifier_to_its_sidenet_to_figures_and_a_page(call, folder, tm
                        f"--out {tmp_path}/side")[0] == 0
     assert any(key.startswith("eval/accuracy/") for key in logged(tmp_path / "side")[-1])
     code, out, err = call(evaluate, f"early-exit --model {tmp_path}/main/model --sidenet "
-                                    f"{tmp_path}/side/model --data held-out-classified.jsonl --validation classified.jsonl --cost "
-                                    f"0.9 --repeats 1 --out {tmp_path}/exit.json")
+                                    f"{tmp_path}/side/model --data held-out-classified.jsonl --validation "
+                                    f"classified.jsonl --cost 0.9 --repeats 1 --out {tmp_path}/exit.json")
     assert not code, err
     found = json.loads((tmp_path / "exit.json").read_text())
     assert found["num"] == 10 and sum(part["num"] for part in found["by_language"].values()) == 10
