@@ -42,15 +42,21 @@ def state_tensors(model, optimizer):
     AdamW's step is not among them: it is the state's step.
     """
     tensors = dict(model.state_dict())
-    for name, p in model.named_parameters():
+    for name, p in trained(model).items():
         tensors |= {f"{name}|{key}": value for key, value in optimizer.state[p].items() if key != "step"}
     return tensors
 
 
+def trained(model):
+    """{name: parameter} of those that are trained; the decoder below a SideNet is frozen."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def state_bytes(model):
-    """The size of a state in bytes: each parameter and its two moments, and buffers (critic.Learner)."""
-    buffers = sum(b.numel() * b.itemsize for b in model.buffers())
-    return 3 * sum(p.numel() * p.itemsize for p in model.parameters()) + buffers
+    """The size of a state in bytes: each parameter, two moments of each that is trained, and buffers
+    (critic.Learner)."""
+    kept = sum(t.numel() * t.itemsize for t in (*model.parameters(), *model.buffers()))
+    return kept + 2 * sum(p.numel() * p.itemsize for p in trained(model).values())
 
 
 # ---- saving ------------------------------------------------------------------------------------------------
@@ -351,7 +357,7 @@ def load_state(path, model, optimizer):
 
     ValueError if it is not a state of this model.
     """
-    for p in model.parameters():
+    for p in trained(model).values():
         step = torch.tensor(float(step_of(path)), device=p.device)
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     dcp = distributed_checkpoint()

@@ -248,6 +248,27 @@ class Routing(Training):
 
 
 @dataclass
+class Classify(Training):
+    epochs: float = setting(3.0, "(0, 1000000]", "passes over the data when --max-steps is 0")
+    labels: Optional[list] = setting(
+        None, help="the classes, in the order of the head's rows; a text with another label is refused "
+                   "(unset: those of --data, sorted)")
+    head: str = setting(
+        "mean", help="what the head reads: the mean of the last hidden states, or that of the last token, as "
+                     "transformers' ForSequenceClassification does", choices=["mean", "last-token"])
+
+
+@dataclass
+class Side(Training):
+    """The SideNet of arXiv 2007.13512, of which we know none of these numbers."""
+    epochs: float = setting(10.0, "(0, 1000000]", "passes over the data when --max-steps is 0")
+    learning_rate: float = setting(1e-3, "(0, inf)")
+    layer: int = setting(
+        1, "[0, 100000)", "the SideNet reads --model's hidden states after this layer; 0: the embeddings")
+    hidden: int = setting(256, "[1, 1000000000)", "hidden units of the SideNet")
+
+
+@dataclass
 class Recipe(Reading):
     """All settings of the recipe. The defaults, preset tiny, were chosen on the validation split (LOG.md)."""
     model: str = setting("tiny", help="size of base, teachers and students", choices=list(MODEL_PRESETS))
@@ -320,7 +341,8 @@ RECIPES = {
 
 def kind(f):
     """The type of a field's values, without its None."""
-    optional = {Optional[bool]: bool, Optional[int]: int, Optional[float]: float, Optional[dict]: dict}
+    optional = {Optional[bool]: bool, Optional[int]: int, Optional[float]: float, Optional[dict]: dict,
+                Optional[list]: list}
     return optional.get(f.type, f.type)
 
 
@@ -352,6 +374,8 @@ def add_flags(parser, settings_class, only=None):
             more["action"] = argparse.BooleanOptionalAction
         elif kind(f) is dict:
             more |= {"type": column, "nargs": "+", "metavar": "OURS=THEIRS"}
+        elif kind(f) is list:
+            more |= {"nargs": "+", "metavar": "NAME"}
         else:
             more["type"] = number(kind(f), meta["interval"]) if meta["interval"] else kind(f)
             more |= {"choices": choices, "metavar": None if choices else "N"}
@@ -391,6 +415,8 @@ def check_value(f, value):
     fits = type(value) is right or right is float and type(value) is int
     if fits and right is dict:
         fits = all(isinstance(name, str) for name in value.values())
+    if fits and right is list:
+        fits = all(isinstance(name, str) for name in value)
     if not fits or (interval and not in_range(value, interval)) or (choices and value not in choices):
         wanted = describe(right, interval) if interval else f"of type {right.__name__}"
         wanted = f"one of {' '.join(choices)}" if choices else wanted

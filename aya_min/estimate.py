@@ -24,12 +24,13 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import balance, distributed, stages
+from . import balance, checkpoint, distributed, stages
 from .config import WITH_CRITIC
 from .critic import Critic, Learner
 from .data import batches_in_order, collate, length_of
 from .engine import cache_sizes, round_up
-from .loop import make_optimizer, training_flops
+from .flops import training_flops
+from .loop import make_optimizer
 from .losses import sft_loss
 from .reference import answer_logps, reference_rows
 from .sampling import answer_rows
@@ -166,7 +167,7 @@ def simulate(model_class, config, settings, loss_fn, batch, ranks, num_micro_bat
         optimizer = make_optimizer(model, settings)
         with fake, watch:
             watch.mark(model.parameters(), "parameters")
-            for p in model.parameters():
+            for p in checkpoint.trained(model).values():
                 p.register_post_accumulate_grad_hook(lambda p: watch.mark([p.grad], "gradients"))
                 p.grad = torch.zeros_like(p)
                 watch.mark([p.grad], "gradients")

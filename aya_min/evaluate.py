@@ -11,6 +11,7 @@ published protocol (judges.py). Intervals resample questions, not rows (evaluate
     python -m aya_min.evaluate leaderboard A.jsonl B.jsonl C.jsonl --judge ... --out board.json
     python -m aya_min.evaluate languages --answers A.jsonl          # evaluate_languages.py
     python -m aya_min.evaluate quantized --model A --against B --data F.jsonl       # evaluate_quantized.py
+    python -m aya_min.evaluate early-exit --model MAIN --sidenet SIDE --data F.jsonl
 
 With --protocol, what the judge says is kept beside the output (eval.verdicts.jsonl). Until then it is in
 OUT.partial, from which the same command resumes.
@@ -19,7 +20,7 @@ OUT.partial, from which the same command resumes.
 import sys
 from pathlib import Path
 
-from . import evaluate_languages, evaluate_leaderboard, evaluate_quantized
+from . import evaluate_early_exit, evaluate_languages, evaluate_leaderboard, evaluate_quantized
 from .command import Parser, guarded, is_spare_rank, printable
 from .config import Reading, settings_from
 from .evaluate_answers import answers_to_judge, matched, with_seen_language
@@ -143,7 +144,7 @@ def arena(args, reading):
 
 
 COMMANDS = {"languages": evaluate_languages.main, "leaderboard": evaluate_leaderboard.main,
-            "quantized": evaluate_quantized.main}
+            "quantized": evaluate_quantized.main, "early-exit": evaluate_early_exit.main}
 
 
 def main(argv=None):

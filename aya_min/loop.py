@@ -25,6 +25,7 @@ from .command import progress
 from .config import Training
 from .data import in_step
 from .files import parse_json
+from .flops import training_flops
 from .patience import Patience
 
 # Metrics that are logged for each language too.
@@ -48,39 +49,21 @@ def learning_rate(step, num_steps, settings):
 
 
 def make_optimizer(model, settings):
-    """torch's fused AdamW, with weight decay on matrices only. Tied weights are one parameter. A group's
-    "scale" is its learning rate as a multiple of the policy's: a critic may have its own."""
+    """torch's fused AdamW of what is trained, with weight decay on matrices only. Tied weights are one
+    parameter. A group's "scale" is its learning rate as a multiple of the policy's: a critic may have its
+    own."""
     of_critic = getattr(settings, "critic_learning_rate", None) or settings.learning_rate
     groups = []
     for part, peak in zip(distributed.parts(model), (settings.learning_rate, of_critic)):
         # The biases of stacked experts, (E, out), are no matrices.
-        is_matrix = {p: p.dim() > 1 and not name.endswith("bias") for name, p in part.named_parameters()}
+        is_matrix = {p: p.dim() > 1 and not name.endswith("bias") for name, p in part.named_parameters()
+                     if p.requires_grad}
         matrices = [p for p, yes in is_matrix.items() if yes]
         vectors = [p for p, yes in is_matrix.items() if not yes]
         scale = peak / settings.learning_rate
         groups += [{"params": matrices, "weight_decay": settings.weight_decay, "scale": scale},
                    {"params": vectors, "weight_decay": 0.0, "scale": scale}]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.adam_beta2), fused=True)
-
-
-def training_flops(config, lengths, num_supervised):
-    """Floating-point operations of forward and backward over texts of these lengths (tokens), without
-    recomputation.
-
-    Each weight costs 6 operations per token that it multiplies, and each layer 12 head_dim per head and pair
-    of a query and a key that it sees. The embedding's lookup is free, and the head multiplies supervised
-    tokens only; if all are supervised, the first term is the usual 6 N per token. Of a mixture's experts
-    those count that a token is sent to; what a router computes once for all tokens does not.
-    """
-    (H, K), D, hidden, mixture = config.num_heads, config.head_dim, config.hidden_size, config.mixture
-    mlps = mixture.top_k + mixture.shared if mixture else 1
-    routers = (1 + bool(mixture.attention)) * len(mixture.experts) if mixture else 0
-    # q, k, v, o; gate, up, down; the routers' scores
-    block = hidden * (2 * (H + K) * D + 3 * mlps * config.intermediate_size + routers)
-    windows = [config.window(i) or max(lengths) for i in range(config.num_hidden_layers)]
-    pairs = sum(min(T, w) * (min(T, w) + 1) // 2 + max(T - w, 0) * w for w in windows for T in lengths)
-    products = config.num_hidden_layers * block * sum(lengths) + hidden * config.vocab_size * num_supervised
-    return 6 * products + 12 * H * D * pairs
 
 
 def peak_flops(device, dtype):

@@ -213,9 +213,16 @@ class Decoder(nn.Module):
 
         Rows are padded on the right, so the causal mask hides the padding from every real token.
         """
-        T = input_ids.shape[1]
-        config = self.config
-        x = scaled(config, self.embed_tokens(input_ids))
+        return self.through(self.embedded(input_ids), lengths, repeats)
+
+    def embedded(self, input_ids):
+        """input_ids (B, T) -> (B, T, hidden_size), the hidden states after layer 0."""
+        return scaled(self.config, self.embed_tokens(input_ids))
+
+    def through(self, x, lengths=None, repeats=None, first=0, last=None):
+        """The hidden states (B, T, hidden_size) after layer `first` -> those after layer `last`, or without
+        it those after all layers and the final norm. Layers count from 1."""
+        T, config = x.shape[1], self.config
         packing = x.device.type == "cpu" if self.packing is None else self.packing
         line = Line(lengths, T, repeats) if packing and lengths is not None else None
         positions = torch.arange(T, device=x.device)[None]
@@ -230,7 +237,7 @@ class Decoder(nn.Module):
         every, more, routing = self.activation_checkpointing if self.training else 0, (), []
         if config.mixture:
             more = self.times(line, lengths, T), getattr(self, "domains", None)
-        for i, block in enumerate(self.layers):
+        for i, block in list(enumerate(self.layers))[first:last]:
             cos, sin = angles.get(config.rope(i), (None, None))
             inputs = (*more, cos, sin, mask if config.window(i) else None, line, grown)
             if every and i % every == 0:
@@ -241,7 +248,7 @@ class Decoder(nn.Module):
                 x, sums = x
                 routing.append(sums)
         self.routing = torch.stack(routing) if routing else None
-        x = self.norm(x)
+        x = self.norm(x) if last is None else x
         return line.unpack(x) if line else x
 
     def times(self, line, lengths, num_tokens):
@@ -395,8 +402,8 @@ def initial_value(config, name, shape, generator):
 
     Matrices: Normal(0, initializer_range), output projections scaled by 1/sqrt(2 layers) (GPT-2).
     Norms multiply by 1; biases are 0. Reward head: Normal with deviation 1/sqrt(hidden_size + 1) (arXiv
-    2009.01325, appendix); its weights for log-probs: 0.5. Router's head: zeros, so that all teachers begin
-    equally likely.
+    2009.01325, appendix), and so a classifier's; its weights for log-probs: 0.5. The heads of a router and of
+    a SideNet: zeros, so that all teachers or labels begin equally likely.
     """
     std = config.initializer_range
     if len(shape) == 1 or "norm" in name or name.endswith("bias"):
@@ -405,11 +412,11 @@ def initial_value(config, name, shape, generator):
         std /= (2 * config.num_hidden_layers) ** 0.5
     if name == "model.domains":
         std = shape[1] ** -0.5
-    if name == "score.weight":
+    if name in ("score.weight", "hidden.weight"):
         std = (config.hidden_size + 1) ** -0.5
     if name == "score_logps.weight":
         return torch.full(shape, 0.5)
-    if name == "router.weight":
+    if name in ("router.weight", "out.weight"):
         return torch.zeros(shape)
     return torch.randn(shape, generator=generator) * std
 

@@ -23,6 +23,7 @@ import torch
 from . import distributed, quantized, tensorfiles
 from .alike import files_along
 from .checkpoint import others_in, replace_folder
+from .classifier import Classifier, SideNet
 from .families import FAMILIES, WRAPPERS
 from .model_config import MIXTURE_OF, ModelConfig, stop_ids
 from .files import new_folder, own_file, read_bytes, read_json
@@ -31,13 +32,14 @@ from .tokenizer import FILES, load_tokenizer
 
 # transformers has no ForSequenceClassification of Cohere's two; older folders of ours are called so.
 TASKS = {"ForCausalLM": CohereForCausalLM, "RewardModel": RewardModel,
-         "ForSequenceClassification": SequenceClassifier, "Router": Router}
+         "ForSequenceClassification": SequenceClassifier, "Router": Router, "Classifier": Classifier,
+         "SideNet": SideNet}
 ARCHITECTURES = {family.class_named(task): RewardModel if family.block == "parallel" and
                  build is SequenceClassifier else build
                  for task, build in TASKS.items() for family in FAMILIES.values()}
 ARCHITECTURES |= {f"Mixture{task}": build for task, build in TASKS.items()}
 KINDS = {CohereForCausalLM: "language model", RewardModel: "reward model",
-         SequenceClassifier: "reward model", Router: "router"}
+         SequenceClassifier: "reward model", Router: "router", Classifier: "classifier", SideNet: "SideNet"}
 FLOATS = "F32", "BF16", "F16", "F64"
 USUAL_HEAD_LACKS = "score_logps.weight"         # a head on the last token only computes as if this were 0
 # The tensors of a language model inside another model, by older and newer names.
@@ -68,19 +70,33 @@ def read_config(folder):
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture!r:.80} is not supported; supported: "
                          f"{' '.join(ARCHITECTURES)}")
-    config_class = getattr(ARCHITECTURES[architecture], "config_class", ModelConfig)
-    config = config_class.from_published(raw, where=str(path))
+    built, head = ARCHITECTURES[architecture], {}
+    if built is SequenceClassifier and len(names := labels_of(raw, path)) > 1:
+        built, head = Classifier, {"labels": names, "pooling": "last-token"}
+    config_class = getattr(built, "config_class", ModelConfig)
+    config = config_class.from_published(raw | head, where=str(path))
     if architecture not in map(config.class_named, TASKS):
         kind = "the key mixture" if config.mixture else f"model_type {config.model_type}"
         kind = "a config without the key mixture" if architecture.startswith("Mixture") else kind
         raise ValueError(f"{path}: architecture {architecture} does not go with {kind}; download the model "
                          "again")
-    labels = raw.get("num_labels") or raw.get("id2label") or 2      # transformers' default
-    labels = labels if type(labels) is int else len(labels)
-    if ARCHITECTURES[architecture] is SequenceClassifier and labels != 1:
-        raise ValueError(f"{path}: {architecture} with {labels} labels; a reward model has one (num_labels "
-                         "or id2label)")
-    return config, ARCHITECTURES[architecture]
+    return config, built
+
+
+def labels_of(raw, path):
+    """The labels of a ForSequenceClassification, in the order of its head's rows: a reward model has one, a
+    classifier more. raw: its config.json, at `path`."""
+    named, num = raw.get("id2label"), raw.get("num_labels")
+    if named is None or type(num) is int and num != len(named):     # transformers' defaults
+        return [f"LABEL_{i}" for i in range(num if type(num) is int and num > 0 else 2)]
+    numbers = [str(i) for i in range(len(named))] if isinstance(named, dict) else []
+    if not numbers or sorted(named) != sorted(numbers):
+        raise ValueError(f"{path}: id2label {named!r:.80} must name the labels 0, 1, ...; download the model "
+                         "again")
+    if len(named) > 1 and raw.get("problem_type") not in (None, "single_label_classification"):
+        raise ValueError(f"{path}: problem_type {raw['problem_type']!r:.80} is not supported; supported: "
+                         "single_label_classification")
+    return [named[number] for number in numbers]
 
 
 def text_part(raw, path):
@@ -167,9 +183,10 @@ def load_meta(folder, trunk=False, packed=False):
                          "(generate.py, evaluate quantized); give the model that it was made of")
     header, stored = text_tensors(folder, tensorfiles.read_header(folder))
     num_layers = 1 + max((int(match[1]) for match in map(LAYER.match, header) if match), default=-1)
-    if config.num_hidden_layers > max(num_layers, 1):       # checked before that many layers are built
+    expected = getattr(config, "sidenet_layer", config.num_hidden_layers)
+    if expected > max(num_layers, 1):                       # checked before that many layers are built
         raise ValueError(f"{folder}: the tensors do not fit config.json: they are of {num_layers} layers, "
-                         f"num_hidden_layers is {config.num_hidden_layers}")
+                         f"num_hidden_layers is {expected}")
     tokenizer = load_tokenizer(folder)
     if max(tokenizer.vocab_size - 1, tokenizer.largest_id) >= config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the largest id is "
@@ -198,6 +215,8 @@ def load_meta(folder, trunk=False, packed=False):
             problems.append(f"{name} has shape {shape}, config.json says {tuple(own[name].shape)}")
         elif code not in FLOATS:
             problems.append(f"{name} is {code}, quantized weights are not read")
+    problems += [f"{name} has shape {header[name][2]}, a {KINDS[type(model)]} made of it {tuple(t.shape)}"
+                 for name, t in model.state_dict().items() if name in own and own[name].shape != t.shape]
     if problems:
         listed = tensorfiles.first_of(problems, "; ")
         raise ValueError(f"{folder}: the tensors do not fit config.json: {listed}")
@@ -290,13 +309,19 @@ def check_place(folder, model, tokenizer):
 
 def write_descriptions(folder, model, tokenizer, dtype):
     """Write all of a model folder but its weights: the configs, the tokenizer, the files of came_with."""
-    is_classifier, parallel = isinstance(model, SequenceClassifier), model.config.family.block == "parallel"
-    task = "RewardModel" if is_classifier and parallel else model.task
+    is_reward, parallel = isinstance(model, SequenceClassifier), model.config.family.block == "parallel"
+    task = "RewardModel" if is_reward and parallel else model.task
+    usual = isinstance(model, Classifier) and model.config.pooling == "last-token" and not (
+        parallel or model.config.mixture)
+    task = "ForSequenceClassification" if usual else task
     config = model.config.published(task, str(dtype).removeprefix("torch."))
-    if is_classifier or isinstance(model, Router):
+    if is_reward or isinstance(model, (Router, Classifier, SideNet)):
         config["tie_word_embeddings"] = True        # there is no lm_head
-    if is_classifier and not parallel:
-        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": tokenizer.pad_id}
+    if task == "ForSequenceClassification":
+        names = config.pop("labels", ["LABEL_0"])
+        config.pop("pooling", None)
+        config |= {"id2label": {str(i): name for i, name in enumerate(names)},
+                   "label2id": {name: i for i, name in enumerate(names)}, "pad_token_id": tokenizer.pad_id}
     generation, others = getattr(model, "came_with", ({}, {}))
     eos = generation.get("eos_token_id")
     stops = stop_ids([*tokenizer.stop_ids, *(stop_ids(eos) if eos is not None else [])])
