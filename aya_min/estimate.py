@@ -28,6 +28,7 @@ from . import balance, distributed, stages
 from .config import WITH_CRITIC
 from .critic import Critic, Learner
 from .data import batches_in_order, collate, length_of
+from .dropout import of_step
 from .engine import cache_sizes, round_up
 from .loop import make_optimizer, training_flops
 from .losses import sft_loss
@@ -163,6 +164,7 @@ def simulate(model_class, config, settings, loss_fn, batch, ranks, num_micro_bat
         for part in distributed.parts(model):
             part.model.activation_checkpointing = settings.activation_checkpointing
             part.model.packing = bool(settings.packing)
+            part.model.dropout = of_step(settings, 0)
         optimizer = make_optimizer(model, settings)
         with fake, watch:
             watch.mark(model.parameters(), "parameters")

@@ -19,7 +19,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from . import checkpoint, distributed
+from . import checkpoint, distributed, dropout
 from .balance import Auxiliary
 from .command import progress
 from .config import Training
@@ -401,11 +401,13 @@ def train(model, num_steps, batches, loss_fn, settings, folder, device, evaluati
         count, tokens, flops, stopping = counted(model, micro_batches, stop, device)
         if stopping and step % settings.gradient_steps == 0:
             keeper.leave(step)
+        distributed.parts(model)[0].model.dropout = dropout.of_step(settings, step)
         loss, losses, norm, total, routed, stopping = gradients(model, micro_batches, loss_fn, count,
                                                                 settings, stop, device)
         grad_norm = distributed.full(norm).item()
         refuse_infinite(step, loss, grad_norm, model, losses, micro_batches, settings, folder)
-        nn.utils.clip_grads_with_norm_(model.parameters(), settings.max_grad_norm, norm)
+        if settings.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(model.parameters(), settings.max_grad_norm, norm)
         metrics = reduced(total, micro_batches[0].slots)
         if step == 0 and check_first:
             check_first(metrics)

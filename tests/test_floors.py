@@ -17,8 +17,8 @@ FLOORS = [
     # 0: the command line, the table of model families
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
-    {"cmaes", "files", "iso639", "line", "linear", "merge_methods", "model_config", "norms", "patience",
-     "report_charts", "rope", "rows_keys", "template_expressions"},
+    {"cmaes", "dropout", "files", "iso639", "line", "linear", "merge_methods", "model_config", "norms",
+     "patience", "report_charts", "rope", "rows_keys", "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "fused", "languages", "merge_config", "merge_front", "template",
      "tensorfiles", "token_logps"},
