@@ -165,7 +165,9 @@ def simulate(model_class, config, settings, loss_fn, batch, ranks, num_micro_bat
         for part in distributed.parts(model):
             part.model.activation_checkpointing = settings.activation_checkpointing
             part.model.packing = bool(settings.packing)
-            part.model.dropout = of_step(settings, 0)
+            if drops := of_step(settings, 0):
+                with fake:                                  # so that the masks, made from the seed, count
+                    part.model.dropout = drops._replace(seed=torch.zeros((), dtype=torch.int32))
         optimizer = make_optimizer(model, settings)
         with fake, watch:
             watch.mark(model.parameters(), "parameters")
