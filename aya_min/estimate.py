@@ -207,7 +207,8 @@ def forward_bytes(model_class, config, settings, loss_fn, batch, sharded):
     fake, watch = FakeTensorMode(allow_non_fake_inputs=True), Watch(config)
     with fake:
         model = model_class(config).eval()
-        model = model.to(getattr(torch, settings.dtype)) if sharded else model
+        half = sharded and settings.dtype != "float32"
+        model = model.to(getattr(torch, settings.dtype)) if half else model
     context = nullcontext() if sharded else autocast(model, settings, torch.device("cpu"))
     with fake, watch, torch.no_grad(), context:
         watch.mark(model.parameters(), "parameters")
