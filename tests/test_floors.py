@@ -18,7 +18,7 @@ FLOORS = [
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
     {"cmaes", "dropout", "files", "iso639", "line", "linear", "merge_methods", "model_config", "norms",
-     "patience", "report_charts", "rope", "rows_keys", "template_expressions"},
+     "patience", "quantization", "report_charts", "rope", "rows_keys", "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "fused", "languages", "merge_config", "merge_front", "template",
      "tensorfiles", "token_logps"},
@@ -38,7 +38,7 @@ FLOORS = [
      "sampling", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch
-    {"chat", "contrast", "evaluate_answers", "judges", "kto", "pipeline_checks", "reference", "runs",
+    {"chat", "contrast", "evaluate_answers", "judges", "kto", "outliers", "pipeline_checks", "reference", "runs",
      "serve_batch"},
     # 9: samples of the policy as batches, what judges say, what a client of the server asks
     {"evaluate_judges", "judges_rates", "rollouts", "router", "serve_request"},
