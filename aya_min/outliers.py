@@ -2,19 +2,21 @@
 Scale" (arXiv 2305.19268).
 
 - What each projection reads: its standard deviation and largest magnitude. So for the residual stream.
-- Outlier dimensions, after LLM.int8() (arXiv 2208.07339, section 4), which the paper follows: dimensions of the
-  hidden size that, in what attention or the MLP reads, are above MAGNITUDE in at least LAYERS of the layers, and
-  for at least TOKENS of the tokens over all layers. The paper finds that their number alone says little.
+- Outlier dimensions, after LLM.int8() (arXiv 2208.07339, section 4), which the paper follows: dimensions of
+  the hidden size that, in what attention or the MLP reads, are above MAGNITUDE in at least LAYERS of the
+  layers, and for at least TOKENS of the tokens over all layers. The paper finds that their number alone says
+  little.
 - Gains of the norms: mean, standard deviation, largest magnitude. Spectral norms of the projections.
-- The error of quantized products against those of fp32, root mean square, in the outputs' units and as a share
-  of their own root mean square: INT8 (a scale for each token and for each output) and INT4 (weights only, a
-  scale for each output).
+- The error of quantized products against those of fp32, root mean square, in the outputs' units and as a
+  share of their own root mean square: INT8 (a scale for each token and for each output) and INT4 (weights
+  only, a scale for each output).
 
     python -m aya_min.evaluate outliers --model DIR --data F.jsonl [--out F.json] [--page F.html]
 
 All tokens of the texts count, the prompts' too, padding not; everything is computed in fp32.
 """
 
+import math
 import os
 from functools import partial
 
@@ -25,6 +27,7 @@ from torch import nn
 from .command import Parser, is_spare_rank, printable
 from .config import Reading, add_flags, settings_from
 from .data import batches_in_order, collate, load_examples
+from .distributed import blame
 from .files import dumps, taken, write_new
 from .quantization import SCHEMES, dequantize, round_to_nearest
 from .report_charts import curves, esc, grid, html_page, html_table, number, section, short
@@ -48,7 +51,8 @@ def quantized_products(x, weight):
 
 
 def spectral_norm(weight, generator):
-    """The largest singular value of a matrix (M, K), by power iteration on W^T W, to a relative 1e-6 a round."""
+    """The largest singular value of a matrix (M, K), by power iteration on W^T W, until a round
+    changes it by less than 1e-6 of itself."""
     x = torch.randn(weight.shape[1], generator=generator).to(weight.device)
     norm = before = 0.0
     for _ in range(ROUNDS):
@@ -74,7 +78,7 @@ class Seen:
         self.count += x.numel()
         self.sum += wide.sum().item()
         self.squares += wide.square().sum().item()
-        self.largest = max(self.largest, size.max().item())
+        self.largest = max(size.max().item(), self.largest)         # in this order a NaN stays
         self.tokens += len(x)
         self.above = self.above + (size > MAGNITUDE).sum(0)                 # (K,) tokens
         self.most = torch.maximum(size.amax(0), torch.as_tensor(self.most, device=x.device))        # (K,)
@@ -161,6 +165,8 @@ def figures_of(model, batches, device):
             "projections": {name: seen[i, name].figures()
                             | {"spectral_norm": spectral_norm(block.get_submodule(name).weight, generator)}
                             for name in names}})
+        if not math.isfinite(rows[-1]["residual"]["largest"]):
+            raise ValueError(f"what layer {i} reads is not finite; look at the weights{blame(model)}")
     tokens = seen[0, "residual"].tokens
     return {"tokens": tokens, "final_norm": gains(model.model.norm), "layers": rows,
             "outlier_dimensions": outlier_dimensions(torch.stack(above), torch.stack(most), tokens)}
@@ -170,7 +176,7 @@ def figures_of(model, batches, device):
 
 def told(found):
     """A sentence on the outlier dimensions."""
-    rule = (f"dimensions above {MAGNITUDE:g} in {LAYERS:.0%} of the layers and for {TOKENS:.0%} of the tokens")
+    rule = f"dimensions above {MAGNITUDE:g} in {LAYERS:.0%} of the layers and for {TOKENS:.0%} of the tokens"
     names = ", ".join(str(each["dimension"]) for each in found["outlier_dimensions"][:20]) or "none"
     return f"{len(found['outlier_dimensions'])} outlier dimensions ({rule}): {names}"
 
@@ -211,8 +217,8 @@ def page(title, found):
         return grid([curves(name, [(name, over_layers(lambda row: figure(row["projections"][name])), "a")])
                      for name in rows[0]["projections"]], "curves")
 
-    residual = [curves(f"residual stream, {name}", [(name, over_layers(lambda row: row["residual"][name]), "a")])
-                for name in ("std", "largest")]
+    residual = [curves(f"residual stream, {key}", [(key, over_layers(lambda row: row["residual"][key]), "a")])
+                for key in ("std", "largest")]
     norms = [curves(f"{norm}, {key}", [(norm, over_layers(lambda row: row["norms"][norm][key]), "a")])
              for norm in rows[0]["norms"] for key in ("mean", "std", "largest")]
     body = section("What the layers read", "The standard deviation and the largest magnitude of the residual "
@@ -256,8 +262,8 @@ def main(argv):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load(args.model, device)
     if model.config.mixture:
-        raise ValueError(f"--model {args.model}: a mixture of experts, and outliers measures dense models; give "
-                         "one of the models that it is made of")
+        raise ValueError(f"--model {args.model}: a mixture of experts, and outliers measures dense models; "
+                         "give one of the models that it is made of")
     limit = model.config.max_position_embeddings
     examples = load_examples(args.data, tokenizer, limit, settings_from(Reading, flags=vars(args)))
     batches = batches_in_order(examples, lambda some: collate(some, tokenizer.pad_id), size=16)

@@ -38,8 +38,8 @@ FLOORS = [
      "sampling", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch
-    {"chat", "contrast", "evaluate_answers", "judges", "kto", "outliers", "pipeline_checks", "reference", "runs",
-     "serve_batch"},
+    {"chat", "contrast", "evaluate_answers", "judges", "kto", "outliers", "pipeline_checks", "reference",
+     "runs", "serve_batch"},
     # 9: samples of the policy as batches, what judges say, what a client of the server asks
     {"evaluate_judges", "judges_rates", "rollouts", "router", "serve_request"},
     # 10: the stages, the leaderboard, the server
