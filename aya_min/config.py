@@ -41,6 +41,8 @@ class Reading:
 class Training(Reading):
     """Settings that every stage shares. Counts of examples are over all ranks."""
     gradient_steps: ClassVar[int] = 1           # optimizer steps on each batch; a setting of rl
+    # What the loss compares the model with, which has no dropout; so the model may have none either.
+    compared_with: ClassVar[str] = ""
     too_long: str = setting(
         "skip",
         help="examples longer than --max-length or the model's positions: skip leaves them out and counts "
@@ -59,7 +61,13 @@ class Training(Reading):
         0.05, "[0, 1]", "end of the cosine as a share of the peak (1/20: Tiny Aya)")
     weight_decay: float = setting(0.0, "[0, inf)")
     adam_beta2: float = setting(0.98, "[0, 1)")
-    max_grad_norm: float = setting(1.0, "(0, inf)")
+    max_grad_norm: float = setting(
+        1.0, "[0, inf)", "gradients of a larger norm are scaled down to it; 0 = no clipping")
+    attention_dropout: float = setting(
+        0.0, "[0, 1)", "share of the attention probabilities that training drops; slower, as all of "
+                       "them must be in memory")
+    residual_dropout: float = setting(
+        0.0, "[0, 1)", "share of what attention and MLP add to the residual stream that training drops")
     balance_weight: Optional[float] = setting(
         None, "[0, inf)", "mixtures of experts: weight of the loss that evens out how many tokens an expert "
                           "gets (unset: 0.05, arXiv 2408.15901)")
@@ -75,8 +83,9 @@ class Training(Reading):
     eval_every: int = setting(
         0, "[0, inf)", "steps between evaluations on --eval-data; 0 = before the first and after the last")
     dtype: str = setting(
-        "float32", help="compute dtype; weights, optimizer and losses stay fp32",
-        choices=["float32", "bfloat16"])
+        "float32", help="compute dtype; weights, optimizer and losses stay fp32; float16: with dynamic loss "
+                        "scaling, and a step whose gradients overflow is skipped and counted",
+        choices=["float32", "bfloat16", "float16"])
     packing: Optional[bool] = setting(
         None,
         help="compute no padding, and a prefix that rows share (a pair's prompt) only once; unset: yes on a "
@@ -136,6 +145,10 @@ class DPO(Training):
         0.0, "[0, inf)",
         "weight of the chosen answer's mean negative log-likelihood (nats per token) beside DPO")
 
+    @property
+    def compared_with(self):
+        return "" if self.loss == "simpo" else "its reference"
+
     def __post_init__(self):
         """Refuse what the loss does not read, and the lack of what it needs."""
         for name, its_loss, example in (("label_smoothing", "cdpo", "0.1"), ("simpo_gamma", "simpo", "1")):
@@ -151,6 +164,7 @@ class DPO(Training):
 
 @dataclass
 class KTO(Training):
+    compared_with: ClassVar[str] = "its reference"
     beta: float = setting(0.1, "(0, inf)", "risk aversion: how soon the value saturates, arXiv 2402.01306")
     desirable_weight: float = setting(
         1.0, "(0, inf)",
@@ -167,6 +181,7 @@ ONLY = {"clip": (("ppo",), 0.2), "gae_lambda": (("ppo",), 0.95), "critic_weight"
 
 @dataclass
 class RL(Training):
+    compared_with: ClassVar[str] = "the policy that sampled and the reference"
     algorithm: str = setting(
         "rloo",
         help="rloo, grpo, reinforce: policy gradients on whole answers; the baseline is the mean of the "
@@ -436,6 +451,11 @@ def check_training(settings, num_ranks):
         raise ValueError(f"--replicate {settings.replicate} does not divide {num_ranks} ranks; use a divisor "
                          f"of {num_ranks}")
     check_batch_size(settings.batch_size, num_ranks)
+    for name in ("attention_dropout", "residual_dropout"):
+        if getattr(settings, name) and settings.compared_with:
+            raise ValueError(f"{flag_of(name)} {getattr(settings, name)}: this loss compares the model with "
+                             f"{settings.compared_with}, which has no dropout, so that masks would count as "
+                             "a difference; leave it out")
     share = settings.batch_size // num_ranks
     if settings.micro_batch_size and share % settings.micro_batch_size:
         raise ValueError(f"--micro-batch-size {settings.micro_batch_size} does not divide a rank's share of "

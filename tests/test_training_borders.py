@@ -481,7 +481,7 @@ NUMBERS = [
     "--replicate 0",
     "--profile -1",
     "--max-length 1",
-    "--max-grad-norm 0",
+    "--max-grad-norm -1",
 ]
 
 
