@@ -282,6 +282,12 @@ class Side(Training):
         1, "[0, 100000)", "the SideNet reads --model's hidden states after this layer; 0: the embeddings")
     hidden: int = setting(256, "[1, 1000000000)", "hidden units of the SideNet")
 
+    def __post_init__(self):
+        for name in ("attention_dropout", "residual_dropout"):
+            if getattr(self, name):
+                raise ValueError(f"{flag_of(name)} {getattr(self, name)}: the layers below a SideNet are "
+                                 "frozen and drop nothing; leave it out")
+
 
 @dataclass
 class Recipe(Reading):

@@ -98,7 +98,7 @@ def test_texts_have_the_same_masks_as_far_as_they_begin_alike_and_others_in_anot
 
 # dropout in training
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "router"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "router", "classify"])
 def test_a_step_with_dropout_is_the_same_packed_cut_and_recomputed(stage, world, tmp_path):
     whole = logged(run(stage, world, tmp_path / "whole", packing=True, **BOTH))
     assert whole[0]["loss"] != logged(run(stage, world, tmp_path / "without", max_steps=1))[0]["loss"]
@@ -149,6 +149,11 @@ def test_dropout_is_refused_where_the_loss_compares_with_log_probs_without_it(se
         check_training(settings(attention_dropout=0.1), 1)
     check_training(settings(), 1)
     check_training(config.DPO(loss="simpo", simpo_gamma=1.0, attention_dropout=0.1), 1)
+
+
+def test_dropout_is_refused_by_a_sidenet_whose_layers_are_frozen():
+    with pytest.raises(ValueError, match="--residual-dropout 0.2: the layers below a SideNet are frozen"):
+        config.Side(residual_dropout=0.2)
 
 
 def test_a_mixture_of_experts_drops_the_same_however_the_step_is_cut(world, tmp_path):
@@ -211,6 +216,16 @@ def test_skipped_steps_change_nothing_and_a_resumed_run_counts_as_one_never_stop
     for steps in (skipped[-1] + 1, 8):
         run("sft", world, tmp_path / "run", max_steps=steps, resume=True, **common)
     assert logged(tmp_path / "run") == rows and same_bits(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_sidenet_in_float16_has_moments_of_what_is_trained_alone_and_is_resumed(world, tmp_path):
+    common = dict(schedule="constant", warmup_steps=1, save_every=1, dtype="float16")
+    run("sidenet", world, tmp_path / "whole", max_steps=3, **common)
+    moments = {name for name in state_of(tmp_path / "whole") if "|" in name}
+    assert moments and all(name.startswith(("hidden.", "out.")) for name in moments)
+    run("sidenet", world, tmp_path / "run", max_steps=1, **common)
+    run("sidenet", world, tmp_path / "run", max_steps=3, resume=True, **common)
+    assert same_bits(tmp_path / "whole", tmp_path / "run")
 
 
 def overflowing(model, batch):
