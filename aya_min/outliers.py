@@ -264,6 +264,9 @@ def main(argv):
     if model.config.mixture:
         raise ValueError(f"--model {args.model}: a mixture of experts, and outliers measures dense models; "
                          "give one of the models that it is made of")
+    if hasattr(model.config, "sidenet_layer"):
+        raise ValueError(f"--model {args.model}: a SideNet, which has only the first layers of a model; give "
+                         "its MainNet")
     limit = model.config.max_position_embeddings
     examples = load_examples(args.data, tokenizer, limit, settings_from(Reading, flags=vars(args)))
     batches = batches_in_order(examples, lambda some: collate(some, tokenizer.pad_id), size=16)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small import CPU, language_model, make, program, tokenizer
+from small import CPU, language_model, make, program, side_net, tokenizer
 
 from aya_min import weights
 from aya_min.data import batches_in_order, collate, load_examples
@@ -136,7 +136,7 @@ def test_table_and_page_show_every_layer_and_the_page_runs_nothing(found):
     assert "1 mlp.down_proj" in drawn
 
 
-def test_the_command_writes_figures_and_page_and_refuses_a_mixture_of_experts(world, tmp_path):
+def test_the_command_writes_figures_and_page_and_refuses_what_is_no_whole_dense_model(world, tmp_path):
     weights.save(tmp_path / "model", language_model(), tokenizer())
     words = ["-m", "aya_min.evaluate", "outliers", "--data", world / "held-out-sft.jsonl", "--model"]
     files = ["--out", tmp_path / "f.json", "--page", tmp_path / "f.html"]
@@ -148,5 +148,8 @@ def test_the_command_writes_figures_and_page_and_refuses_a_mixture_of_experts(wo
     assert again.returncode == 2 and "f.json" in again.stderr
     mixture = language_model(mixture=dict(experts=["a", "b"], top_k=1, shared=True))
     weights.save(tmp_path / "mixture", mixture, tokenizer())
-    refused = program(*words, tmp_path / "mixture")
-    assert refused.returncode == 2 and "a mixture of experts, and outliers measures dense" in refused.stderr
+    weights.save(tmp_path / "side", side_net(), tokenizer())
+    for name, says in (("mixture", "a mixture of experts, and outliers measures dense"),
+                       ("side", "a SideNet, which has only the first layers of a model; give its MainNet")):
+        refused = program(*words, tmp_path / name)
+        assert refused.returncode == 2 and says in refused.stderr
