@@ -266,8 +266,12 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
 def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.SHARD_BYTES):
     """Publish a plain or sharded model, tensor by tensor, with its tokenizer and what came with it.
 
-    A collective: every rank calls it, rank 0 writes. An older version of the folder is replaced.
+    A collective: every rank calls it, rank 0 writes. An older version of the folder is replaced. ValueError
+    for a quantized model, whose packed layers are no parameters.
     """
+    if getattr(model, "packed", None):
+        raise ValueError(f"{model.came_from} is quantized, and is copied, not saved; save the model that it "
+                         "was made of")
     state = model.state_dict()
     specs = {name: (tensorfiles.CODES[dtype], tuple(tensor.shape)) for name, tensor in state.items()}
     files = tensorfiles.assign_files(specs, shard_bytes)
