@@ -163,7 +163,7 @@ QUANTIZE_FLAGS = {
     "--calibration-tokens": {"type": number(int, "[1, inf)"), "metavar": "N",
                              "help": "of all languages together; default: 16384"},
     "--head": {"action": "store_true", "help": "quantize the head, too; a tied one gets a matrix of its own"},
-    "--embedding": {"action": "store_true", "help": "quantize the embedding, too"},
+    "--embedding": {"action": "store_true", "help": "quantize the embedding, too; transformers cannot load that"},
 }
 
 
@@ -383,6 +383,8 @@ def quantize(options):
     given = {key: options[key] for key in keys if key in options}
     quantize_folder(folder, out, method=options["rounding"], calibration=calibration, **given)
     print(printable(f"{out}: {options['scheme']} of {folder}"))
+    if options["embedding"]:
+        print("its embedding is quantized, so generate.py reads it, and transformers does not")
     return 0
 
 
