@@ -120,25 +120,31 @@ def dequantize(codes, scales, scheme, dtype=torch.float32):
 
 # ---- with what the layer reads -----------------------------------------------------------------------------
 
-def loss(weight, rounded, hessian):
-    """sum_x |(W - Q) x|^2 of each output, (N,), up to the scale of the Hessian (K, K) = sum_x x x^T."""
-    difference = weight - rounded
-    return ((difference @ hessian) * difference).sum(1)
+def loss(weight, rounded, hessian, rows=512):
+    """sum_x |(W - Q) x|^2 of each output, (N,), up to the scale of the Hessian (K, K) = sum_x x x^T. `rows`
+    outputs are worked on at a time."""
+    both = zip(weight.split(rows), rounded.split(rows))
+    return torch.cat([((one - other) @ hessian * (one - other)).sum(1) for one, other in both])
 
 
 def gptq(weight, hessian, scheme, dtype=torch.float32, block=128):
     """(codes, scales) by GPTQ (2210.17323, algorithm 1): inputs in order, and the error of each is made good
     by those that are still to come. A group's scale is chosen when its turn comes.
 
-    weight (N, K); hessian (K, K) = sum_x x x^T. `block` inputs are worked on at a time.
+    weight (N, K); hessian (K, K) = sum_x x x^T, which is overwritten, because of a large layer no second one
+    fits beside it. `block` inputs are worked on at a time.
     Where an output is nearer to its weights by plain rounding, in the loss that GPTQ lowers, it is rounded:
-    GPTQ itself does not promise never to be worse.
+    GPTQ itself does not promise never to be worse. Its own loss needs no Hessian: the algorithm's errors E
+    are those for which W - Q = E U, where U is the upper Cholesky factor of the inverse of the damped
+    Hessian, so that sum_j E_j^2 is the loss, and what the damping adds to it.
     """
-    W, plain = weight.float().clone(), round_to_nearest(weight, scheme, dtype)
-    scales, K = plain[1].clone(), W.shape[1]
+    weight = weight.float()
+    codes, scales = plain = round_to_nearest(weight, scheme, dtype)
+    of_plain = loss(weight, dequantize(*plain, scheme), hessian)            # (N,)
+    codes, scales, W = codes.clone(), scales.clone(), weight.clone()
+    added, K, of_gptq = dampen(hessian), W.shape[1], torch.zeros_like(of_plain)
+    U = inverse_factor(hessian)
     width = scheme.group or K
-    rounded, codes = torch.empty_like(W), torch.empty_like(plain[0])
-    U = inverse_factor(hessian.clone())
     for start in range(0, K, block):
         end = min(start + block, K)
         errors = torch.empty_like(W[:, start:end])
@@ -152,24 +158,33 @@ def gptq(weight, hessian, scheme, dtype=torch.float32, block=128):
                 scales[:, j // width] = scales_of(ahead, scheme, dtype)[:, 0]
             scale = scales[:, j // width]
             codes[:, j] = nearest(W[:, j] / scale, scheme)
-            rounded[:, j] = values(codes[:, j], scheme) * scale
-            errors[:, j - start] = (W[:, j] - rounded[:, j]) / U[j, j]
+            rounded = values(codes[:, j], scheme) * scale
+            errors[:, j - start] = (W[:, j] - rounded) / U[j, j]
+            of_gptq += errors[:, j - start].square() - added[j] * (weight[:, j] - rounded).square()
             W[:, j:end] -= errors[:, j - start, None] * U[j, j:end]
-        W[:, end:] -= errors @ U[start:end, end:]
-    weight = weight.float()
-    worse = loss(weight, rounded, hessian) > loss(weight, dequantize(*plain, scheme), hessian)      # (N,)
-    return tuple(torch.where(worse[:, None], one, other) for one, other in zip(plain, (codes, scales)))
+        W[:, end:].addmm_(errors, U[start:end, end:], alpha=-1)
+    worse = (of_gptq > of_plain)[:, None]                                   # (N, 1)
+    return tuple(torch.where(worse, one, other) for one, other in zip(plain, (codes, scales)))
+
+
+def dampen(hessian):
+    """Add DAMP of the mean diagonal of a Hessian (K, K) to its diagonal, in place; an input that is always 0
+    gets the mean, too. Returns what was added, (K,)."""
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    added = torch.where(diagonal == 0, mean, 0) + DAMP * mean if mean else torch.ones_like(diagonal)
+    diagonal += added
+    return added
 
 
 def inverse_factor(hessian):
-    """The upper Cholesky factor of the inverse of a damped Hessian (K, K), which is overwritten: row j holds,
-    up to its scale, how the inputs after j make good an error at j. An input that is always 0 damps alone."""
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
-    diagonal.add_(torch.where(diagonal == 0, mean, 0 * mean) + DAMP * mean if mean else 1)
-    torch.linalg.cholesky(hessian, out=hessian)
-    torch.cholesky_inverse(hessian, out=hessian)
-    return torch.linalg.cholesky(hessian, upper=True, out=hessian)
+    """The upper Cholesky factor of the inverse of a Hessian (K, K), which is overwritten: row j holds, up to
+    its scale, how the inputs after j make good an error at j."""
+    # LAPACK's matrices have their columns in a row; of others torch makes a copy.
+    columns = hessian.t()
+    torch.linalg.cholesky(columns, out=columns)
+    torch.cholesky_inverse(columns, out=columns)
+    return torch.linalg.cholesky(columns, upper=True, out=columns)
 
 
 def smoothing(inputs, weights, alpha):
