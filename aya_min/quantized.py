@@ -158,7 +158,8 @@ class PackedLinear(Packed):
                           for start in range(0, self.shape[0], size)], 1)
 
     def forward(self, x):
-        y = self.multiply(x.reshape(-1, self.shape[1])).view(*x.shape[:-1], -1)
+        # torch's kernels for 4 bits refuse a part of a wider matrix, which fused.added gives them.
+        y = self.multiply(x.reshape(-1, self.shape[1]).contiguous()).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

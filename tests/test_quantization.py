@@ -258,6 +258,8 @@ def test_torch_s_kernels_compute_the_rounded_weights_product(scheme):
         if not scheme.activations:
             torch.testing.assert_close(module.weight.float(), dequantize(codes, scales, scheme), rtol=8e-3,
                                        atol=1e-6)
+        wider = torch.cat([x, x], 1)
+        assert torch.equal(module(wider[:, :K]), module(x))
         has_kernel = module.multiply != module.by_pieces
         assert has_kernel == (scheme.name != "nf4" and (scheme.bits == 8 or N == 48))
 
