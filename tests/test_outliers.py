@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small import CPU, language_model, make, program, side_net, tokenizer
+from small import CPU, language_model, make, side_net, tokenizer
 
-from aya_min import weights
+from aya_min import evaluate, weights
 from aya_min.data import batches_in_order, collate, load_examples
 from aya_min.config import SFT
 from aya_min.model import CohereForCausalLM
@@ -136,20 +136,21 @@ def test_table_and_page_show_every_layer_and_the_page_runs_nothing(found):
     assert "1 mlp.down_proj" in drawn
 
 
-def test_the_command_writes_figures_and_page_and_refuses_what_is_no_whole_dense_model(world, tmp_path):
+def test_the_command_writes_figures_and_page_and_refuses_what_is_no_whole_dense_model(world, tmp_path,
+                                                                                     capsys):
     weights.save(tmp_path / "model", language_model(), tokenizer())
-    words = ["-m", "aya_min.evaluate", "outliers", "--data", world / "held-out-sft.jsonl", "--model"]
-    files = ["--out", tmp_path / "f.json", "--page", tmp_path / "f.html"]
-    done = program(*words, tmp_path / "model", *files)
-    assert done.returncode == 0 and "self_attn.q_proj" in done.stdout, done.stderr
+    data = ["outliers", "--data", str(world / "held-out-sft.jsonl"), "--model"]
+    files = ["--out", str(tmp_path / "f.json"), "--page", str(tmp_path / "f.html")]
+    evaluate.main([*data, str(tmp_path / "model"), *files])
+    assert "self_attn.q_proj" in capsys.readouterr().out
     figures = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))
     assert len(figures["layers"]) == 2 and (tmp_path / "f.html").read_text(encoding="utf-8").startswith("<!D")
-    again = program(*words, tmp_path / "model", *files)
-    assert again.returncode == 2 and "f.json" in again.stderr
+    with pytest.raises(ValueError, match="f.json"):
+        evaluate.main([*data, str(tmp_path / "model"), *files])
     mixture = language_model(mixture=dict(experts=["a", "b"], top_k=1, shared=True))
     weights.save(tmp_path / "mixture", mixture, tokenizer())
     weights.save(tmp_path / "side", side_net(), tokenizer())
     for name, says in (("mixture", "a mixture of experts, and outliers measures dense"),
                        ("side", "a SideNet, which has only the first layers of a model; give its MainNet")):
-        refused = program(*words, tmp_path / name)
-        assert refused.returncode == 2 and says in refused.stderr
+        with pytest.raises(ValueError, match=says):
+            evaluate.main([*data, str(tmp_path / name)])
