@@ -57,16 +57,17 @@ class Source:
 
 
 def refuse_unlike(sources):
-    """Refuse models that differ from the first in what they compute or in their tokenizers. A mixture is
-    compared as the dense model that its config describes."""
-    first, problems = sources[0], []
+    """Refuse models that differ from the first in what they compute or in their tokenizers; print other
+    differences. A mixture is compared as the dense model that its config describes."""
+    first, problems, tolerated = sources[0], [], []
     published = [replace(source.config, mixture=None).published() for source in sources]
     for source, config in zip(sources[1:], published[1:]):
         about = source.folder, config, first.folder, published[0]
         problems += config_differences(*about) + tokenizer_differences(source.folder, first.folder)
-        print_tolerated(remarks(*about))
+        tolerated += remarks(*about)
     if problems:
         raise ValueError(f"no mixture can be made of these models: {first_of(problems, '; ')}")
+    print_tolerated(tolerated)
 
 
 def checked_vector(name, vector, size=None):
