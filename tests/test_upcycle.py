@@ -249,13 +249,17 @@ def test_the_new_domain_is_embedded_by_the_model_that_embedded_the_others(dense,
 
 # ---- embed -------------------------------------------------------------------------------------------------
 
-def test_an_embedding_is_the_mean_over_texts_of_the_mean_over_their_tokens(dense, tmp_path):
+@pytest.mark.parametrize("packing", [None, False], ids=["packed", "padded, as on a GPU"])
+def test_an_embedding_is_the_mean_over_texts_of_the_mean_over_their_tokens(
+        dense, tmp_path, packing, monkeypatch):
     texts = ["a", "what is the capital of France", "a b"]
     write_jsonl(tmp_path / "F.jsonl", [{"text": text} for text in texts])
     model, own = weights.load(dense["law"])
     begin = [] if own.bos_id is None else [own.bos_id]
     means = [model.model(torch.tensor([begin + own.encode(text) + [own.end_of_turn_id]]))[0].mean(0)
              for text in texts]
+    model.model.packing = packing
+    monkeypatch.setattr(weights, "load", lambda *_: (model, own))
     for batch_size in (1, 3):
         found = embed(dense["law"], {"x": tmp_path / "F.jsonl"}, batch_size=batch_size)["x"]
         torch.testing.assert_close(torch.tensor(found), sum(means) / 3, atol=1e-5, rtol=1e-5)
