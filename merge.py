@@ -99,8 +99,9 @@ SEARCH_FLAGS = {
 UPCYCLE = """A mixture of experts out of dense models that were trained from one seed.
 
 nexus (arXiv 2408.15901): a router on the embeddings of the experts' domains, and the seed's MLP for every
-token; linear: the same with a linear router; btx: linear, the seed's MLP is one more expert; bam (arXiv
-2408.08274): as btx, and the attentions are experts too. Routers are drawn at random: train the result."""
+token; linear: the same with a linear router; btx: a linear router, the seed's MLP is one more expert; bam
+(arXiv 2408.08274): as btx, and the attentions are experts too. Routers are drawn at random: train the
+result."""
 EXTEND = """A mixture with one more expert (arXiv 2408.15901, section 3).
 
 With n experts before, what is neither expert nor router is averaged with weights n and 1. Nexus' routers
@@ -264,12 +265,12 @@ def reading_of(options):
 
 
 def named(texts, what, name_of=None):
-    """{name: path} of texts NAME=PATH; a path alone is named by name_of. ValueError for a name that occurs
-    twice, and for none."""
+    """{name: path} of texts NAME=PATH; a path alone, which may hold a "=" if it exists, is named by name_of.
+    ValueError for a name that occurs twice, and for none."""
     found = {}
     for text in texts:
         name, equals, path = text.partition("=")
-        if not equals and name_of:
+        if name_of and (not equals or os.path.exists(text)):
             name, path = name_of(text), text
         if not (name and path):
             raise ValueError(f"{text!r} is not NAME=PATH, with the name of {what}")

@@ -219,7 +219,11 @@ def build(out, first, sources, config, plan, codes, about, embedder=None):
         with command.progress(total=size, desc="build", unit="B", unit_scale=True) as bar, workers() as pool:
             for name, parts in plan.items():
                 if callable(parts):
-                    write_piece(outputs[name], 0, parts().to(DTYPES[codes[name]]).flatten())
+                    tensor = parts().to(DTYPES[codes[name]])
+                    if not is_finite(tensor):
+                        raise ValueError(f"{name}, as {tensor.dtype}, holds NaN or infinite values; choose a "
+                                         "wider --dtype, or other embeddings")
+                    write_piece(outputs[name], 0, tensor.flatten())
                 else:
                     write_parts(name, outputs[name], parts, pool, bar)
         tensorfiles.seal(made, files)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import language_model, reward_model, run, tokenizer, write_world
+from small import ROOT, language_model, reward_model, run, tokenizer, write_world
 from test_families import SMALL, small
 from test_merge_command import peak
 
@@ -168,6 +168,21 @@ def test_sft_trains_the_result_and_its_domains_and_what_embedded_them_stay(dense
     assert json.loads((trained / EMBEDDER).read_text()) == embedder
 
 
+def test_the_commands_of_the_readme_for_mixtures_work_as_pasted(dense, tmp_path, monkeypatch):
+    """embed was given preference pairs, which it refuses."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    starts = tuple(f"python merge.py {name} " for name in ("embed", "upcycle", "extend"))
+    commands = [line.split()[2:] for line in text.splitlines() if line.startswith(starts)]
+    world = tmp_path / "runs" / "world"
+    world.mkdir(parents=True)
+    write_jsonl(write_world(world) / "text.jsonl", [{"text": "a b"}])
+    for run_folder, name in (("my-base", "seed"), ("my-sft", "law"), ("my-dpo", "code")):
+        shutil.copytree(dense[name], tmp_path / "runs" / run_folder / "model")
+    monkeypatch.chdir(tmp_path)
+    assert [words[0] for words in commands] == ["embed", "upcycle"]
+    assert all(main(words) == 0 for words in commands)
+
+
 # ---- extend ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -273,6 +288,21 @@ def test_a_merge_of_mixtures_names_other_experts_other_domains_and_a_dense_model
     assert "'tax'" in line(mixtures["btx"], renamed)
 
 
+def test_mixtures_with_another_top_k_or_other_experts_late_in_a_long_list_do_not_merge(
+        dense, mixtures, tmp_path, capsys):
+    """top_k was taken for the setting of sampling, which merges ignore, and experts were compared by the 80
+    characters that a message shows."""
+    copies, words = {}, ["--out", tmp_path / "out"]
+    for name, changes in (("top_k", {"top_k": 2}), ("one", {"experts": [*["x" * 40 + i for i in "abc"], "d"]}),
+                          ("two", {"experts": [*["x" * 40 + i for i in "abc"], "e"]})):
+        copies[name] = shutil.copytree(mixtures["btx"], tmp_path / name)
+        config = json.loads((copies[name] / "config.json").read_text())
+        write_json(copies[name] / "config.json", config | {"mixture": config["mixture"] | changes})
+    assert "mixture.top_k is 2, in" in refused(capsys, "linear", mixtures["btx"], copies["top_k"], *words)
+    line = refused(capsys, "linear", copies["one"], copies["two"], *words, "--allow-config-differences")
+    assert "is a mixture of" in line and not (tmp_path / "out").exists()
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------
 
 def refused(capsys, *words):
@@ -338,6 +368,17 @@ def test_embeddings_that_do_not_fit_are_refused(says, tmp_path):
     domains("domain law: [True] is not a list of finite numbers", VECTORS | {"law": [True]})
     domains("domain law: [] is not", VECTORS | {"law": []})
     domains('no "domains" in it', "{}")
+    # It was written as infinity.
+    domains("model.domains, as torch.float16, holds NaN or infinite", VECTORS | {"law": [1e6, 0, 0]},
+            dtype="float16")
+
+
+def test_an_expert_may_stand_in_a_folder_whose_path_has_an_equals_sign(dense, tmp_path):
+    """The part of the path before the sign was taken for the expert's name."""
+    place = shutil.copytree(dense["law"], tmp_path / "lr=1" / "law")
+    words = ["upcycle", place, f"code={place}", "--seed-model", dense["seed"], "--kind", "linear", "--out"]
+    assert main(list(map(str, [*words, tmp_path / "out"]))) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["mixture"]["experts"] == ["law", "code"]
 
 
 def test_a_mixture_that_cannot_grow_is_refused(dense, mixtures, tmp_path, capsys):
