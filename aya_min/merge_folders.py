@@ -285,7 +285,10 @@ def merge_files(folder, files, headers, method, settings, values, device, progre
         for name, place in outputs.items():
             if name not in values:                  # read_sources found them equal
                 for span in spans(place[3]):
-                    tensorfiles.write_piece(place, span[0], read_piece(inputs[0][name], *span))
+                    piece = read_piece(inputs[0][name], *span)
+                    if not is_finite(piece):
+                        refuse_infinite(name, inputs, name)
+                    tensorfiles.write_piece(place, span[0], piece)
             elif place[3]:
                 over_pieces = over_pieces_of([name], inputs, pool, device, bar)
                 merge_piece = function(over_pieces, **values[name], **scanned)
