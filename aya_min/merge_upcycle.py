@@ -71,10 +71,11 @@ def refuse_unlike(sources):
 
 
 def checked_vector(name, vector, size=None):
-    """A domain's embedding. ValueError unless it is a list of `size` finite numbers."""
+    """A domain's embedding. ValueError unless it is a list of `size` finite numbers. The expert's embedding
+    grows with their squares, so they must be far from the end of fp32."""
     if not (isinstance(vector, list) and vector and all(
-            type(x) in (int, float) and in_range(x, "[-1e30, 1e30]") for x in vector)):
-        raise ValueError(f"domain {name}: {shortened(vector)} is not a list of finite numbers")
+            type(x) in (int, float) and in_range(x, "[-1e6, 1e6]") for x in vector)):
+        raise ValueError(f"domain {name}: {shortened(vector)} is not a list of finite numbers of at most 1e6")
     if size not in (None, len(vector)):
         raise ValueError(f"domain {name}: an embedding of {len(vector)} numbers, where the others have "
                          f"{size}; embed all domains with one model")
@@ -96,11 +97,25 @@ def mixture_of(names, kind, kv, domains, top_k, attention_top_k):
         if name not in domains:
             raise ValueError(f"no embedding of the domain {name}; the embeddings are of {', '.join(domains)}")
         size = len(checked_vector(name, domains[name], size))
+    refuse_alike({name: domains[name] for name in names if domains is not None})
     shared = kind in ("nexus", "linear")
     if not shared and SEED in names:
         raise ValueError(f"an expert is named {SEED}, as the seed model's own; give it another name")
     return Mixture([*names] if shared else [*names, SEED], "nexus" if kind == "nexus" else "linear", top_k,
                    shared, (kv or "own") if kind == "bam" else None, attention_top_k, size)
+
+
+def refuse_alike(vectors):
+    """ValueError if two of {name: embedding} are equal, or one is all zeros: no training of Nexus' router
+    could then tell these experts apart."""
+    seen = {}
+    for name, vector in vectors.items():
+        if not any(vector):
+            raise ValueError(f"domain {name}: an embedding of zeros, by which no router is trained; embed "
+                             "texts")
+        if (first := seen.setdefault(tuple(vector), name)) != name:
+            raise ValueError(f"the domains {first} and {name} have the same embedding, so that no router "
+                             "tells them apart; embed other texts")
 
 
 def upcycle(experts, seed_model, out, kind, kv=None, domains=None, top_k=1, attention_top_k=0, seed=0,
@@ -163,14 +178,18 @@ def extend(moe, new, out, name, vector=None, seed=0, embedder=None):
     refuse_unlike([moe, new])
     if vector is not None:
         vector = checked_vector(name, vector() if callable(vector) else vector, mixture.domain_size)
+        before = tensorfiles.read(moe.header, "model.domains")
+        if not is_finite(before):
+            raise ValueError(f"{moe.folder}: model.domains holds NaN or infinite values; mend that model")
+        vectors = torch.cat((before, torch.tensor([vector], dtype=before.dtype)))
+        refuse_alike(dict(zip([*mixture.experts, name], vectors.tolist())))
     config = replace(moe.config, mixture=replace(mixture, experts=[*mixture.experts, name]))
     # Not the numbers that the routers began with, if the seed is the same.
     generator, share, plan = torch.Generator().manual_seed(seed + n), 1 / (n + 1), {}
     for tensor, shape in shapes_of(config).items():
         dense, mine = dense_name(tensor), moe.places[tensor]
         if tensor == "model.domains":
-            before = tensorfiles.read(moe.header, tensor)
-            plan[tensor] = partial(torch.cat, (before, torch.tensor([vector], dtype=before.dtype)))
+            plan[tensor] = lambda: vectors
         elif dense not in new.header and shape != moe.header[tensor][2]:
             plan[tensor] = partial(initial_value, config, tensor, shape, generator)
         elif dense not in new.header or "mlp.shared." in tensor:
@@ -222,7 +241,11 @@ def build(out, sources, config, plan, codes, about, embedder=None):
         with command.progress(total=size, desc="build", unit="B", unit_scale=True) as bar, workers() as pool:
             for name, parts in plan.items():
                 if callable(parts):
-                    write_piece(outputs[name], 0, parts().to(DTYPES[codes[name]]).flatten())
+                    tensor = parts().to(DTYPES[codes[name]])
+                    if not is_finite(tensor):
+                        raise ValueError(f"{name}, as {tensor.dtype}, holds NaN or infinite values; choose a "
+                                         "wider --dtype, or other embeddings")
+                    write_piece(outputs[name], 0, tensor.flatten())
                 else:
                     write_parts(name, outputs[name], parts, pool, bar)
         tensorfiles.seal(made, files)
