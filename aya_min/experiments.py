@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Callable, Optional
 
-from . import distributed, weights
+from . import distributed, held_out, merge_embed, merge_upcycle, weights
 from .arbitrage import route
 from .config import RECIPES, Recipe, settings_from
 from .evaluate_rates import bootstrap_mean, join, win_rates
@@ -31,7 +31,8 @@ from .pipeline import (arbitrage, build_arbiter, build_base, build_teachers,
                        train_clusters_and_merge)
 from .pipeline_results import add_rewards, evaluate_model
 from .preferences import best_worst
-from .pipeline_steps import Run, answers_of, saved_rows, scores_of, stage_settings, step, train_step
+from .pipeline_steps import (Run, answers_of, data_file, saved_rows, scores_of, stage_settings, step,
+                             train_step)
 from .stages import STAGES
 from .tokenizer import load_tokenizer
 from .world import questions
@@ -52,8 +53,11 @@ class Comparison:
 
     measure: "win rate" (percent by the oracle's grades, a tie is half a win; no difference is 50), or the
     name of a figure of each answer (MEASURES, here or in the claim file), whose mean over a's answers less
-    that over b's is taken (no difference is 0). side: what the paper expects of a. languages: only the
-    questions in these; None: all. decoding: "greedy" or "sampled".
+    that over b's is taken (no difference is 0), or "loss". side: what the paper expects of a. languages: only
+    the questions in these; None: all. decoding: "greedy" or "sampled".
+
+    "loss": of held-out rows instead, which HELD_OUT[held_out](lab) of the claim file gives. The mean over the
+    rows of their nats per token under a less that under b, the log of the ratio of the perplexities.
     """
     a: str
     b: str
@@ -61,9 +65,12 @@ class Comparison:
     measure: str = "win rate"
     decoding: str = "sampled"
     languages: Optional[tuple] = None
+    held_out: Optional[str] = None
 
     @property
     def label(self):
+        if self.measure == "loss":
+            return f"{self.a} {self.side} {self.b}, loss, {self.held_out}"
         others = [code for code in LANGUAGES if code not in (self.languages or LANGUAGES)]
         where = f", {' '.join(self.languages or [])}" if len(others) > 6 else f", without {' '.join(others)}"
         where = where if self.languages else ""
@@ -83,11 +90,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Claim:
-    """statement: what the paper says. theirs: its number or sentence. comparisons: of Comparison, Figure."""
+    """statement: what the paper says. theirs: its number or sentence. comparisons: of Comparison, Figure.
+
+    picture: None, or picture(lab) -> {"columns", "rows"} of report_charts.heat_map for a seed, as JSON has
+    them, to be shown beside the comparisons."""
     name: str
     statement: str
     theirs: str
     comparisons: tuple
+    picture: Optional[Callable] = None
 
     @property
     def arms(self):
@@ -244,14 +255,42 @@ class Lab:
         content = [self.name_of(folder) for folder in folders], method, base and self.name_of(base), settings
         more = {**settings, **({"base": base} if base else {})}
 
-        def merge(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            merge_folders(folders, folder / "model", method, **more)
+        build = lambda out: merge_folders(folders, out, method, **more)
+        return self._built(f"merge-{method}", build, *content)
 
+    def upcycle(self, experts, kind, seed_model=None, **settings):
+        """A mixture of the experts {name: model folder}, with these settings of merge_upcycle.upcycle and the
+        recipe's seed. seed_model: None is the base. -> its folder"""
+        seed_model, settings = seed_model or self.base, {"seed": self.recipe.seed, **settings}
+        content = kind, {n: self.name_of(f) for n, f in experts.items()}, self.name_of(seed_model), settings
+        build = lambda out: merge_upcycle.upcycle(experts, seed_model, out, kind, **settings)
+        return self._built(f"upcycle-{kind}", build, *content)
+
+    def extend(self, mixture, new, name, vector=None):
+        """A mixture with the model folder `new` as one more expert: merge_upcycle.extend. -> its folder"""
+        seed = self.recipe.seed
+        content = self.name_of(mixture), self.name_of(new), name, vector, seed
+        build = lambda out: merge_upcycle.extend(mixture, new, out, name, vector=vector, seed=seed)
+        return self._built(f"extend-{name}", build, *content)
+
+    def embeddings(self, model, domains):
+        """{name: vector} of the domains {name: rows}: merge_embed.embed."""
         def make(folder):
-            distributed.from_main(lambda: merge(folder))
-        self._done(f"merge-{method}", make, *content)
-        return self.folder / "steps" / f"merge-{method}-{hash_of(*content)}" / "model"
+            paths = {name: self._file(rows) for name, rows in domains.items()}
+            return {"domains": merge_embed.embed(model, paths, held_out.WHOLE, device=self.device)}
+        return self._done("embeddings", make, "embeddings", self.name_of(model), domains)["domains"]
+
+    def _built(self, name, build, *content):
+        """A model folder that build(out) writes on one rank, once for this name and content. -> the folder"""
+        def on_main(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            build(folder / "model")
+        self._done(name, lambda folder: distributed.from_main(lambda: on_main(folder)), *content)
+        return self.folder / "steps" / f"{name}-{hash_of(*content)}" / "model"
+
+    def _file(self, rows):
+        """A JSONL file of the rows, named after them."""
+        return data_file(self.run, f"rows-{hash_of(rows)}", rows)
 
     def name_of(self, folder):
         """What a model folder of this seed is called: its path below the seed's folder."""
@@ -292,6 +331,19 @@ class Lab:
         judge = reward_model or self.arbiter
         return self._done(f"{name}-scores", lambda folder: {"scores": scores_of(self.run, judge, rows)},
                           "scores", self.name_of(judge), rows)["scores"]
+
+    def losses(self, model, rows):
+        """[nats per token of each row] under a model folder: held_out.losses."""
+        return self._of_rows("losses", held_out.losses, model, rows)
+
+    def routing(self, mixture, rows):
+        """Which share of each row's tokens goes where in a mixture: held_out.routing. (rows, layers, E)"""
+        return self._of_rows("routing", held_out.routing, mixture, rows)
+
+    def _of_rows(self, name, measure, model, rows):
+        def make(folder):
+            return {"values": measure(*weights.load(model, self.device), self._file(rows), self.device)}
+        return self._done(name, make, self.name_of(model), rows)["values"]
 
     def arm(self, name):
         """The model folder of an arm of the claim file."""
@@ -346,6 +398,10 @@ def measured(lab, c):
         value, ci95 = bootstrap_mean([each for _, each in values], [question for question, _ in values])
         return {"value": value, "ci95": ci95, "none": c.bound, "num": len(values),
                 "verdict": side_of(c.side, ci95, c.bound, LEVEL_SHARE * abs(c.bound))}
+    if c.measure == "loss":
+        rows = lab.module.HELD_OUT[c.held_out](lab)
+        a, b = (lab.losses(lab.arm(arm), rows) for arm in (c.a, c.b))
+        return difference(lab, c, [*zip(a, b, (str(row["question_id"]) for row in rows))])
     pairs = [(a, b) for a, b in join(*(lab.answers(arm, c.decoding, c.measure == "reward")
                                        for arm in (c.a, c.b)))
              if c.languages is None or a["language"] in c.languages]
@@ -359,8 +415,12 @@ def measured(lab, c):
                 "verdict": side_of(c.side, found["ci95"], 50.0, LEVEL_POINTS)}
     measure = (MEASURES | getattr(lab.module, "MEASURES", {}))[c.measure]
     both = [(measure(a), measure(b), name) for (a, b), name in zip(pairs, ids)]
-    both = [(x, y, name) for x, y, name in both if x is not None and y is not None]     # no score: too long
-    if not both:
+    return difference(lab, c, [(x, y, name) for x, y, name in both if x is not None and y is not None])
+
+
+def difference(lab, c, both):
+    """What `measured` returns of a measure's values [(a's, b's, question id), ...]."""
+    if not both:                        # all texts were too long to score
         raise ValueError(f"{c.label}: no values with seed {lab.seed}")
     value, ci95 = bootstrap_mean([x - y for x, y, _ in both], [name for _, _, name in both])
     mean = float(sum(y for _, y, _ in both) / len(both))

@@ -20,7 +20,8 @@ from .experiments import (SIDES, Comparison, Lab, claim_files, code_version, fin
                           together)
 from .files import parse_object, read_bytes, read_json, write_json, write_whole
 from .pipeline_steps import digest_of, read_done
-from .report_charts import STYLE, around, axis, chart, esc, html_table, legend, mark, track
+from .report_charts import (STYLE, around, axis, chart, esc, grid, heat_map, html_table, legend, mark,
+                            track)
 
 RESULTS = Path(__file__).parent.parent / "results"
 ELSEWHERE = "move it elsewhere, or give another --out"
@@ -90,7 +91,9 @@ def run_claims(name, seeds, preset, out, device, changed=None):
                  "changed": changed or {}, "machine": machine(), "products": linear.chosen(),
                  "versions": runs.versions(),
                  "recipe": {**asdict(lab.recipe), "seed": None, "eval_split": None}}
-        made[seed] = {"arms": arms_of(lab), "minutes": round(seconds_of(lab) / 60, 1), "found": found}
+        pictures = {claim.name: claim.picture(lab) for claim in claims if claim.picture}
+        made[seed] = {"arms": arms_of(lab), "minutes": round(seconds_of(lab) / 60, 1), "found": found,
+                      "pictures": pictures}
 
         def write():
             folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +113,8 @@ def joined(about, claims, with_seeds):
             "command": f"train.py claim {about['claims']} --seeds {seeds} --preset {about['preset']}",
             "arms": {str(seed): one["arms"] for seed, one in with_seeds.items()},
             "minutes": [one["minutes"] for one in with_seeds.values()],
-            "results": [result(claim, [one["found"][claim.name] for one in with_seeds.values()])
+            "results": [result(claim, [one["found"][claim.name] for one in with_seeds.values()],
+                               [one["pictures"].get(claim.name) for one in with_seeds.values()])
                         for claim in claims]}
 
 
@@ -153,7 +157,9 @@ def seeds_in(record):
     """{seed: its part of a record}, as `joined` takes them."""
     return {seed: {"arms": record["arms"][str(seed)], "minutes": record["minutes"][i],
                    "found": {claim["name"]: [row["seeds"][i] for row in claim["comparisons"]]
-                             for claim in record["results"]}}
+                             for claim in record["results"]},
+                   "pictures": {claim["name"]: claim["pictures"][i] for claim in record["results"]
+                                if "pictures" in claim}}
             for i, seed in enumerate(record["seeds"])}
 
 
@@ -206,16 +212,18 @@ def arms_of(lab):
     return about
 
 
-def result(claim, by_seed):
-    """A claim's part of the record. by_seed: for each seed what `measured` gave for each comparison."""
+def result(claim, by_seed, pictures=()):
+    """A claim's part of the record. by_seed: for each seed what `measured` gave for each comparison.
+    pictures: of each seed, if the claim has one."""
     rows = []
     for c, each in zip(claim.comparisons, zip(*by_seed)):
         is_arms = isinstance(c, Comparison)
         rows.append({"label": c.label, "side": c.side, "measure": c.measure if is_arms else "figure",
                      "arms": [c.a, c.b] if is_arms else [], "seeds": list(each),
                      "verdict": together(one["verdict"] for one in each)})
-    return {"name": claim.name, "statement": claim.statement, "theirs": claim.theirs, "comparisons": rows,
+    made = {"name": claim.name, "statement": claim.statement, "theirs": claim.theirs, "comparisons": rows,
             "verdict": together(row["verdict"] for row in rows)}
+    return made | ({"pictures": list(pictures)} if claim.picture else {})
 
 
 # ---- showing -----------------------------------------------------------------------------------------------
@@ -276,6 +284,13 @@ def forest_row(row, seeds, scale, none):
     return track(label, marks, " / ".join(f"{one['value']:.3g}" for one in row["seeds"]), scale, none, height)
 
 
+def drawn(claim, seeds):
+    """The pictures of a claim, one a seed."""
+    maps = [f"<figure><figcaption>seed {esc(str(seed))}, %</figcaption>{heat_map(**picture)}</figure>"
+            for seed, picture in zip(seeds, claim.get("pictures", ()))]
+    return grid(maps)
+
+
 def arms_table(record):
     """Steps, tokens and seconds of every arm, a column a seed."""
     names = dict.fromkeys(arm for arms in record["arms"].values() for arm in arms)
@@ -298,7 +313,8 @@ def page(record):
              f"{KEY}"]
     for claim in record["results"]:
         parts.append(f"<h2>{esc(claim['name'])}: {esc(claim['verdict'])}</h2><p>{esc(claim['statement'])}. "
-                     f"The paper: {esc(claim['theirs'])}.</p>{forest(claim, record['seeds'])}")
+                     f"The paper: {esc(claim['theirs'])}.</p>{forest(claim, record['seeds'])}"
+                     + drawn(claim, record["seeds"]))
     parts.append(f"<h2>Arms</h2>{arms_table(record)}<p><code>{esc(record['command'])}</code></p>")
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'

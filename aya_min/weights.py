@@ -62,8 +62,9 @@ def read_config(folder):
     plain = "Mixture" if raw.get("mixture") else family.published if family else raw.get("model_type")
     architecture = named[0] if named else f"{plain}ForCausalLM"             # transformers' default
     if architecture not in ARCHITECTURES:
+        known = [name for name, build in ARCHITECTURES.items() if build is CohereForCausalLM]
         raise ValueError(f"{path}: architecture {architecture!r:.80} is not supported; supported: "
-                         f"{' '.join(ARCHITECTURES)}")
+                         f"{' '.join(known)} and the reward models and routers of these families")
     config_class = getattr(ARCHITECTURES[architecture], "config_class", ModelConfig)
     config = config_class.from_published(raw, where=str(path))
     if architecture not in map(config.class_named, TASKS):

@@ -137,12 +137,17 @@ def question_id(task, args, language):
 
 def split_of(task, args, language):
     """The split of a question (a key of SPLITS), which depends on its question_id alone."""
-    digest = hashlib.sha256(question_id(task, args, language).encode()).digest()
+    return split_named(question_id(task, args, language))
+
+
+def split_named(name):
+    """The split (a key of SPLITS) of what has this name."""
+    digest = hashlib.sha256(name.encode()).digest()
     u = int.from_bytes(digest[:8], "big") / 2 ** 64
-    for name, share in SPLITS.items():
+    for split, share in SPLITS.items():
         u -= share
         if u < 0:
-            return name
+            return split
     return "test"
 
 

@@ -34,14 +34,15 @@ FLOORS = [
     {"critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture", "preferences",
      "report_table", "text_statistics", "tokenizer", "world_oracle"},
     # 7: what is done with a model or with folders
-    {"arbitrage", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report", "reward",
-     "sampling", "weights", "world_data", "world_translation"},
+    {"arbitrage", "domains", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report",
+     "reward", "sampling", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch
     {"chat", "contrast", "evaluate_answers", "judges", "kto", "merge_embed", "pipeline_checks", "reference",
      "runs", "serve_batch"},
-    # 9: samples of the policy as batches, what judges say, what a client of the server asks, mixtures made
-    {"evaluate_judges", "judges_rates", "merge_upcycle", "rollouts", "router", "serve_request"},
+    # 9: samples of the policy as batches, what judges say, what a client of the server asks, mixtures made,
+    # what a model does with held-out rows
+    {"evaluate_judges", "held_out", "judges_rates", "merge_upcycle", "rollouts", "router", "serve_request"},
     # 10: the stages, the leaderboard, the server
     {"evaluate_leaderboard", "generate_pool", "serve", "stages"},
     # 11: a recipe's run on disk; what a stage will need; what a search measures

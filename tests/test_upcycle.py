@@ -106,11 +106,14 @@ def test_routers_depend_on_the_seed_alone(dense, mixtures, tmp_path):
     assert differ and all(".router." in name for name in differ)
 
 
-@pytest.mark.parametrize("family", ["cohere", *SMALL])
+OTHERS = {"cohere": {}, "cohere2": dict(model_type="cohere2", sliding_window=4, num_hidden_layers=4)}
+
+
+@pytest.mark.parametrize("family", [*OTHERS, *SMALL])
 def test_of_copies_of_one_model_of_any_family_the_mixture_computes_what_the_gates_say(family, tmp_path):
     """Where all experts are used their gates add up to 1: bam and btx are the dense model, and with the
     shared MLP beside them it counts twice, as if down_proj were doubled."""
-    model, own = small(family) if family in SMALL else (language_model(), tokenizer())
+    model, own = small(family) if family in SMALL else (language_model(**OTHERS[family]), tokenizer())
     torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.weight, std=0.3)
     if model.config.family.qkv_bias:
         torch.nn.init.normal_(model.model.layers[0].self_attn.k_proj.bias)
@@ -128,6 +131,29 @@ def test_of_copies_of_one_model_of_any_family_the_mixture_computes_what_the_gate
     for kind, more in (("linear", {}), ("nexus", dict(domains=VECTORS))):
         out = upcycle(copies, tmp_path / "one", tmp_path / kind, kind, top_k=3, **more)
         torch.testing.assert_close(logits(out), doubled, atol=2e-5, rtol=2e-5)
+
+
+def test_the_text_part_of_models_that_see_images_becomes_a_mixture_of_text_alone(tmp_path):
+    model, own = small("gemma3")
+    weights.save(tmp_path / "text", model, own)
+    shutil.copytree(tmp_path / "text", tmp_path / "images")
+    config = json.loads((tmp_path / "text" / "config.json").read_text())
+    del config["architectures"]
+    write_json(tmp_path / "images" / "config.json", {
+        "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": config})
+    state = {name.replace("model.", "model.language_model.", 1): tensor
+             for name, tensor in state_of(tmp_path / "text").items()}
+    save_file(state | {"vision_tower.x": torch.ones(2)}, tmp_path / "images" / "model.safetensors")
+    both = [upcycle({"a": tmp_path / kind}, tmp_path / kind, tmp_path / f"of-{kind}", "bam")
+            for kind in ("text", "images")]
+    assert torch.equal(logits(both[0]), logits(both[1]))
+
+
+def test_what_models_may_differ_in_is_named_and_the_seeds_is_taken(dense, tmp_path, capsys):
+    other = published(tmp_path / "other", 0, eos_token_id=8)
+    out = upcycle({"other": other}, dense["seed"], tmp_path / "out", "btx")
+    assert f"{other} differs from {dense['seed']} in eos_token_id of config.json" in capsys.readouterr().err
+    assert weights.load(out)[0].config.eos_token_id == tokenizer().end_of_turn_id != 8
 
 
 def test_the_folder_is_whole_and_says_what_it_was_made_of(dense, mixtures, tmp_path):
@@ -238,13 +264,17 @@ def test_the_new_domain_is_embedded_by_the_model_that_embedded_the_others(dense,
 
 # ---- embed -------------------------------------------------------------------------------------------------
 
-def test_an_embedding_is_the_mean_over_texts_of_the_mean_over_their_tokens(dense, tmp_path):
+@pytest.mark.parametrize("packing", [None, False], ids=["packed", "padded, as on a GPU"])
+def test_an_embedding_is_the_mean_over_texts_of_the_mean_over_their_tokens(
+        dense, tmp_path, packing, monkeypatch):
     texts = ["a", "what is the capital of France", "a b"]
     write_jsonl(tmp_path / "F.jsonl", [{"text": text} for text in texts])
     model, own = weights.load(dense["law"])
     begin = [] if own.bos_id is None else [own.bos_id]
     means = [model.model(torch.tensor([begin + own.encode(text) + [own.end_of_turn_id]]))[0].mean(0)
              for text in texts]
+    model.model.packing = packing
+    monkeypatch.setattr(weights, "load", lambda *_: (model, own))
     for batch_size in (1, 3):
         found = embed(dense["law"], {"x": tmp_path / "F.jsonl"}, batch_size=batch_size)["x"]
         torch.testing.assert_close(torch.tensor(found), sum(means) / 3, atol=1e-5, rtol=1e-5)
@@ -328,7 +358,7 @@ def says(dense, tmp_path, capsys):
 
 
 def test_models_that_do_not_fit_together_are_refused(says, dense, mixtures, tmp_path):
-    says("hidden_size is 48, in", ["law", published(tmp_path / "wide", 0, hidden_size=48)])
+    says("hidden_size is 48, in", ["law", published(tmp_path / "wide", 0, hidden_size=48, eos_token_id=8)])
     says("rope_theta is 7.0, in", ["law", published(tmp_path / "rope", 0, rope_theta=7.0)])
     weights.save(tmp_path / "reward", reward_model(), tokenizer())
     says("is a reward model", ["law", tmp_path / "reward"])
