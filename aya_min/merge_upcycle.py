@@ -82,6 +82,19 @@ def checked_vector(name, vector, size=None):
     return vector
 
 
+def refuse_alike(vectors):
+    """ValueError if two of {name: embedding} are equal, or one is all zeros: no training of Nexus' router
+    could then tell these experts apart."""
+    seen = {}
+    for name, vector in vectors.items():
+        if not any(vector):
+            raise ValueError(f"domain {name}: an embedding of zeros, by which no router is trained; embed "
+                             "texts")
+        if (first := seen.setdefault(tuple(vector), name)) != name:
+            raise ValueError(f"the domains {first} and {name} have the same embedding, so that no router "
+                             "tells them apart; embed other texts")
+
+
 def mixture_of(names, kind, kv, domains, top_k, attention_top_k):
     """The Mixture of experts with these names, see `upcycle`. ValueError for settings without a meaning."""
     if kind not in KINDS:
@@ -103,19 +116,6 @@ def mixture_of(names, kind, kv, domains, top_k, attention_top_k):
         raise ValueError(f"an expert is named {SEED}, as the seed model's own; give it another name")
     return Mixture([*names] if shared else [*names, SEED], "nexus" if kind == "nexus" else "linear", top_k,
                    shared, (kv or "own") if kind == "bam" else None, attention_top_k, size)
-
-
-def refuse_alike(vectors):
-    """ValueError if two of {name: embedding} are equal, or one is all zeros: no training of Nexus' router
-    could then tell these experts apart."""
-    seen = {}
-    for name, vector in vectors.items():
-        if not any(vector):
-            raise ValueError(f"domain {name}: an embedding of zeros, by which no router is trained; embed "
-                             "texts")
-        if (first := seen.setdefault(tuple(vector), name)) != name:
-            raise ValueError(f"the domains {first} and {name} have the same embedding, so that no router "
-                             "tells them apart; embed other texts")
 
 
 def upcycle(experts, seed_model, out, kind, kv=None, domains=None, top_k=1, attention_top_k=0, seed=0,
