@@ -101,8 +101,9 @@ SEARCH_FLAGS = {
 UPCYCLE = """A mixture of experts out of dense models that were trained from one seed.
 
 nexus (arXiv 2408.15901): a router on the embeddings of the experts' domains, and the seed's MLP for every
-token; linear: the same with a linear router; btx: linear, the seed's MLP is one more expert; bam (arXiv
-2408.08274): as btx, and the attentions are experts too. Routers are drawn at random: train the result."""
+token; linear: the same with a linear router; btx: a linear router, the seed's MLP is one more expert; bam
+(arXiv 2408.08274): as btx, and the attentions are experts too. Routers are drawn at random: train the
+result."""
 EXTEND = """A mixture with one more expert (arXiv 2408.15901, section 3).
 
 With n experts before, what is neither expert nor router is averaged with weights n and 1. Nexus' routers
@@ -205,7 +206,8 @@ def parse(arguments):
     for command, (_, takes) in zip(mixtures, MIXTURES.values()):
         for name, more in takes.items():
             command.add_argument(name, **more)
-    add_flags(mixtures[-1], Reading, {field.name for field in fields(Reading)} - {"too_long"})
+    for command in mixtures[1:]:
+        add_flags(command, Reading, {field.name for field in fields(Reading)} - {"too_long"})
     for command in mixtures:
         command.add_argument("--out", metavar="OUT", required=True,
                              help="the new folder, of embed a new file; it must not exist")
@@ -301,12 +303,12 @@ def reading_of(options):
 
 
 def named(texts, what, name_of=None):
-    """{name: path} of texts NAME=PATH; a path alone is named by name_of. ValueError for a name that occurs
-    twice, and for none."""
+    """{name: path} of texts NAME=PATH; a path alone, which may hold a "=" if it exists, is named by name_of.
+    ValueError for a name that occurs twice, and for none."""
     found = {}
     for text in texts:
         name, equals, path = text.partition("=")
-        if not equals and name_of:
+        if name_of and (not equals or os.path.exists(text)):
             name, path = name_of(text), text
         if not (name and path):
             raise ValueError(f"{text!r} is not NAME=PATH, with the name of {what}")
@@ -317,15 +319,20 @@ def named(texts, what, name_of=None):
     return found
 
 
-def embed(options):
+def reading_of_domains(options):
+    """The Reading of domains' texts: what is too long is left out and counted."""
     from aya_min.config import settings_from
+    return settings_from(Reading, {"too_long": "skip"}, flags=reading_of(options))
+
+
+def embed(options):
     from aya_min.files import dumps, taken, write_new
     data, out = named(options["data"], "the domain"), Path(options["out"])
     if os.path.lexists(out):
         raise taken(out)
     from aya_min.merge_embed import embed, embedder_of
-    reading = settings_from(Reading, {"too_long": "skip"}, flags=reading_of(options))
-    domains = embed(options["model"], data, reading, options["max_length"], options.get("device", "cpu"))
+    domains = embed(options["model"], data, reading_of_domains(options), options["max_length"],
+                    options.get("device", "cpu"))
     write_new({out: dumps({**embedder_of(options["model"]), "domains": domains}) + "\n"})
     size = len(next(iter(domains.values())))
     print(printable(f"{out}: {len(domains)} domains, {size} numbers each"))
@@ -350,8 +357,9 @@ def extend(options):
     from aya_min.merge_upcycle import extend
     from aya_min.weights import name_of
     texts = named([options["domain"]] if options["domain"] else [], "the domain")
-    if texts and options["domains"] or options["embedder"] and not texts:
-        raise ValueError("give --domain NAME=F.jsonl, where that is needed with --model, or --domains E.json")
+    if texts and options["domains"] or (options["embedder"] or reading_of(options)) and not texts:
+        raise ValueError("give --domain NAME=F.jsonl, where that is needed with --model and --columns, or "
+                         "--domains E.json")
     ((name, folder),) = named([options["model"]], "the domain",
                               lambda folder: next(iter(texts), name_of(folder))).items()
     if texts and name not in texts:
@@ -366,7 +374,7 @@ def extend(options):
         vector = domains[name]
     if texts:
         vector = partial(embed_like, options["mixture"], name, texts[name], options["embedder"],
-                         options.get("device", "cpu"))
+                         reading_of_domains(options), options.get("device", "cpu"))
     out = extend(options["mixture"], folder, options["out"], name, vector, options["seed"], embedder)
     print(printable(f"{out}: {options['mixture']} with {name}"))
     return 0

@@ -102,7 +102,9 @@ def flat(config, before=""):
     """`meaning` without the defaults of the model types that ModelConfig knows."""
     if config.get("use_sliding_window") is False:
         config = {key: value for key, value in config.items() if key not in ("sliding_window", "layer_types")}
-    config = {key: value for key, value in config.items() if value is not None and not is_neutral(key, value)}
+    # A mixture's top_k is the number of its experts, elsewhere top_k is of sampling.
+    config = {key: value for key, value in config.items()
+              if value is not None and (before == "mixture." or not is_neutral(key, value))}
     if isinstance(names := config.get("architectures"), list):
         config["architectures"] = [OLD_NAMES.get(name, name) if isinstance(name, str) else name
                                    for name in names]

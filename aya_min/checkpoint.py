@@ -75,9 +75,9 @@ def not_finite(tensors):
 
 
 def weights_fault(model):
-    """A text that names the first parameter that is not finite and the folder of the model; "" if all are. A
-    collective."""
-    name = not_finite(dict(model.named_parameters()))
+    """A text that names the first parameter or buffer that is not finite and the folder of the model; "" if
+    all are. A collective."""
+    name = not_finite(model.state_dict())
     folder = getattr(distributed.parts(model)[0], "came_from", None)
     return f"its parameter {name} is not finite{f' (model {folder})' if folder else ''}" if name else ""
 

@@ -22,7 +22,8 @@ def multiplier(weight, pack, bias=None):
 
 def fuse(projections, dim, pack, order=None):
     """One multiplier for projections that read the same input (dim 0), or whose outputs are added (dim 1).
-    Without `pack` the parameters become views of the joined matrix, so that nothing is held twice.
+    Without `pack` the parameters become views of the joined matrix, so that nothing is held twice. Those of
+    attention experts do not, because theirs stand in another order: without `pack` they are held twice.
 
     order: with `pack`, the order in which its outputs stand, as indices of those of the projections.
     Quantized ones stay apart, because their kernels' layouts cannot be joined."""

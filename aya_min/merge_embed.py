@@ -80,10 +80,11 @@ def refuse_other_embedder(folder, embedder):
                          f"{embedder.get('model')} as it is now; embed the new domain with that model")
 
 
-def embed_like(folder, name, path, model=None, device="cpu"):
+def embed_like(folder, name, path, model=None, reading=None, device="cpu"):
     """The embedding of a new domain of the mixture in a folder, by the model that made those of the others.
 
-    model: where that model is, if it is unknown or moved. ValueError if it is unknown or another.
+    model: where that model is, if it is unknown or moved. reading: see `embed`. ValueError if the model is
+    unknown or another.
     """
     model = model or recorded(folder).get("model")
     if not isinstance(model, str):
@@ -93,4 +94,4 @@ def embed_like(folder, name, path, model=None, device="cpu"):
         raise ValueError(f"{model}, which embedded the domains of {folder}, is no model folder; say with "
                          "--model where it is")
     refuse_other_embedder(folder, embedder_of(model))
-    return embed(model, {name: path}, device=device)[name]
+    return embed(model, {name: path}, reading, device=device)[name]

@@ -129,7 +129,8 @@ def read_sources(inputs, allow_config_differences=False):
     experts = [experts_of(config) for config in configs]
     for folder, its in zip(inputs, experts):
         if its != experts[0]:
-            raise ValueError(f"these models cannot be merged: {folder} is {its}, {inputs[0]} {experts[0]}")
+            raise ValueError(f"these models cannot be merged: {folder} is {kind_of(its)}, {inputs[0]} "
+                             f"{kind_of(experts[0])}")
     headers = [read_header(folder) for folder in inputs]
     problems, tolerated, first = [], [], inputs[0]
     problems += [f"{folder} is quantized, so that its tensors have no average; merge what it was made of"
@@ -161,11 +162,13 @@ def read_sources(inputs, allow_config_differences=False):
 
 
 def experts_of(config):
-    """What a config.json describes, in words, which is a dense model unless it has the key mixture."""
+    """The experts that a config.json names, or what stands in their place; None of a dense model."""
     mixture = config.get("mixture")
-    if mixture is None:
-        return "a dense model"
-    return f"a mixture of {shown(mixture.get('experts') if isinstance(mixture, dict) else mixture)}"
+    return mixture.get("experts", mixture) if isinstance(mixture, dict) else mixture
+
+
+def kind_of(experts):
+    return "a dense model" if experts is None else f"a mixture of {shown(experts)}"
 
 
 def print_tolerated(tolerated):
@@ -284,7 +287,10 @@ def merge_files(folder, files, headers, method, settings, values, device, progre
         for name, place in outputs.items():
             if name not in values:                  # read_sources found them equal
                 for span in spans(place[3]):
-                    tensorfiles.write_piece(place, span[0], read_piece(inputs[0][name], *span))
+                    piece = read_piece(inputs[0][name], *span)
+                    if not is_finite(piece):
+                        refuse_infinite(name, inputs, name)
+                    tensorfiles.write_piece(place, span[0], piece)
             elif place[3]:
                 over_pieces = over_pieces_of([name], inputs, pool, device, bar)
                 merge_piece = function(over_pieces, **values[name], **scanned)

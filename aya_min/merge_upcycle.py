@@ -37,7 +37,7 @@ SEED = "seed"                       # the name of the expert that the seed model
 
 
 class Source:
-    """A model folder: its config, {tensor name: shape}, {tensor name: place}."""
+    """A model folder: its config, its header (tensorfiles.read_header) and {tensor name: place}."""
 
     def __init__(self, folder, mixture=False):
         """mixture: whether it must be a mixture of experts. ValueError if it is not that, or no language
@@ -57,27 +57,65 @@ class Source:
 
 
 def refuse_unlike(sources):
-    """Refuse models that differ from the first in what they compute or in their tokenizers. A mixture is
-    compared as the dense model that its config describes."""
-    first, problems = sources[0], []
+    """Refuse models that differ from the first in what they compute or in their tokenizers; print other
+    differences. A mixture is compared as the dense model that its config describes."""
+    first, problems, tolerated = sources[0], [], []
     published = [replace(source.config, mixture=None).published() for source in sources]
     for source, config in zip(sources[1:], published[1:]):
         about = source.folder, config, first.folder, published[0]
         problems += config_differences(*about) + tokenizer_differences(source.folder, first.folder)
-        print_tolerated(remarks(*about))
+        tolerated += remarks(*about)
     if problems:
         raise ValueError(f"no mixture can be made of these models: {first_of(problems, '; ')}")
+    print_tolerated(tolerated)
 
 
 def checked_vector(name, vector, size=None):
-    """A domain's embedding as floats. ValueError unless it is a list of `size` finite numbers."""
+    """A domain's embedding. ValueError unless it is a list of `size` finite numbers. The expert's embedding
+    grows with their squares, so they must be far from the end of fp32."""
     if not (isinstance(vector, list) and vector and all(
-            type(x) in (int, float) and in_range(x, "[-1e30, 1e30]") for x in vector)):
-        raise ValueError(f"domain {name}: {shortened(vector)} is not a list of finite numbers")
+            type(x) in (int, float) and in_range(x, "[-1e6, 1e6]") for x in vector)):
+        raise ValueError(f"domain {name}: {shortened(vector)} is not a list of finite numbers of at most 1e6")
     if size not in (None, len(vector)):
         raise ValueError(f"domain {name}: an embedding of {len(vector)} numbers, where the others have "
                          f"{size}; embed all domains with one model")
-    return list(map(float, vector))
+    return vector
+
+
+def refuse_alike(vectors):
+    """ValueError if two of {name: embedding} are equal, or one is all zeros: no training of Nexus' router
+    could then tell these experts apart."""
+    seen = {}
+    for name, vector in vectors.items():
+        if not any(vector):
+            raise ValueError(f"domain {name}: an embedding of zeros, by which no router is trained; embed "
+                             "texts")
+        if (first := seen.setdefault(tuple(vector), name)) != name:
+            raise ValueError(f"the domains {first} and {name} have the same embedding, so that no router "
+                             "tells them apart; embed other texts")
+
+
+def mixture_of(names, kind, kv, domains, top_k, attention_top_k):
+    """The Mixture of experts with these names, see `upcycle`. ValueError for settings without a meaning."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of mixture {shortened(kind)}; choose one of {', '.join(KINDS)}")
+    if kv is not None and kind != "bam":
+        raise ValueError(f"--kv {kv} goes with kind bam, not {kind}; leave it out")
+    if (domains is not None) != (kind == "nexus"):
+        raise ValueError("kind nexus needs the domains' embeddings; make them with merge.py embed, and give "
+                         "them with --domains" if kind == "nexus" else
+                         f"the domains' embeddings go with kind nexus, not {kind}; leave them out")
+    size = None
+    for name in names if domains is not None else []:
+        if name not in domains:
+            raise ValueError(f"no embedding of the domain {name}; the embeddings are of {', '.join(domains)}")
+        size = len(checked_vector(name, domains[name], size))
+    refuse_alike({name: domains[name] for name in names if domains is not None})
+    shared = kind in ("nexus", "linear")
+    if not shared and SEED in names:
+        raise ValueError(f"an expert is named {SEED}, as the seed model's own; give it another name")
+    return Mixture([*names] if shared else [*names, SEED], "nexus" if kind == "nexus" else "linear", top_k,
+                   shared, (kv or "own") if kind == "bam" else None, attention_top_k, size)
 
 
 def upcycle(experts, seed_model, out, kind, kv=None, domains=None, top_k=1, attention_top_k=0, seed=0,
@@ -91,51 +129,31 @@ def upcycle(experts, seed_model, out, kind, kv=None, domains=None, top_k=1, atte
     do not fit together and settings without a meaning.
     """
     out = Path(out)
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of mixture {shortened(kind)}; choose one of {', '.join(KINDS)}")
-    if kv is not None and kind != "bam":
-        raise ValueError(f"--kv {kv} goes with kind bam, not {kind}; leave it out")
-    if (domains is not None) != (kind == "nexus"):
-        raise ValueError("kind nexus needs the domains' embeddings; make them with merge.py embed, and give "
-                         "them with --domains" if kind == "nexus" else
-                         f"the domains' embeddings go with kind nexus, not {kind}; leave them out")
-    if missing := [name for name in experts if name not in (domains or experts)]:
-        raise ValueError(f"no embedding of the domain {missing[0]}; the embeddings are of "
-                         f"{', '.join(domains)}")
-    with_seed, names = kind in ("btx", "bam"), list(experts)
-    if with_seed and SEED in names:
-        raise ValueError(f"an expert is named {SEED}, as the seed model's own; give it another name")
-    size = None
-    for name in names if domains else []:
-        size = len(checked_vector(name, domains[name], size))
-    mixture = Mixture(names + [SEED] * with_seed, "nexus" if kind == "nexus" else "linear", top_k,
-                      not with_seed, (kv or "own") if kind == "bam" else None, attention_top_k, size)
+    mixture = mixture_of(experts, kind, kv, domains, top_k, attention_top_k)
     refuse_place(out, dtype)
-    seed_source = Source(seed_model)
-    sources = [Source(folder) for folder in experts.values()] + [seed_source] * with_seed
-    refuse_unlike([seed_source, *sources])
-    config, header = replace(seed_source.config, mixture=mixture), seed_source.header
-    generator, weight = torch.Generator().manual_seed(seed), 1 / len(sources)
+    first, sources = Source(seed_model), [Source(folder) for folder in experts.values()]
+    refuse_unlike([first, *sources])
+    inputs, sources = [first, *sources], sources if mixture.shared else [*sources, first]
+    config, header = replace(first.config, mixture=mixture), first.header
+    generator, weights = torch.Generator().manual_seed(seed), [1 / len(sources)] * len(sources)
     plan, codes = {}, {}
     for name, shape in shapes_of(config).items():
         dense = dense_name(name)
-        codes[name] = header.get(dense, header["model.embed_tokens.weight"])[1]
+        code = header.get(dense, header["model.embed_tokens.weight"])[1]
+        codes[name] = OUTPUT_DTYPES[dtype] if dtype else code
         if name == "model.domains":
-            plan[name] = partial(torch.tensor, [domains[name] for name in names])
+            plan[name] = partial(torch.tensor, [domains[expert] for expert in experts], dtype=torch.float32)
         elif dense not in header:
             plan[name] = partial(initial_value, config, name, shape, generator)
         elif "mlp.shared." in name:
-            plan[name] = [([seed_source.places[dense]], [1.0])]
+            plan[name] = [([first.places[dense]], [1.0])]
         elif len(shape) > len(header[dense][2]):
             plan[name] = [([source.places[dense]], [1.0]) for source in sources]
         else:
-            plan[name] = [([source.places[name] for source in sources], [weight] * len(sources))]
-    if dtype:
-        codes = dict.fromkeys(codes, OUTPUT_DTYPES[dtype])
+            plan[name] = [([source.places[name] for source in sources], weights)]
     about = {"upcycle": {"kind": kind, "experts": {name: str(folder) for name, folder in experts.items()},
                          "seed_model": str(seed_model), "mixture": asdict(mixture), "seed": seed}}
-    with_all = list(dict.fromkeys([seed_source, *sources]))
-    return build(out, seed_source, with_all, config, plan, codes, about, embedder)
+    return build(out, inputs, config, plan, codes, about, embedder)
 
 
 def extend(moe, new, out, name, vector=None, seed=0, embedder=None):
@@ -160,14 +178,18 @@ def extend(moe, new, out, name, vector=None, seed=0, embedder=None):
     refuse_unlike([moe, new])
     if vector is not None:
         vector = checked_vector(name, vector() if callable(vector) else vector, mixture.domain_size)
+        before = tensorfiles.read(moe.header, "model.domains")
+        if not is_finite(before):
+            raise ValueError(f"{moe.folder}: model.domains holds NaN or infinite values; mend that model")
+        vectors = torch.cat((before, torch.tensor([vector], dtype=before.dtype)))
+        refuse_alike(dict(zip([*mixture.experts, name], vectors.tolist())))
     config = replace(moe.config, mixture=replace(mixture, experts=[*mixture.experts, name]))
     # Not the numbers that the routers began with, if the seed is the same.
     generator, share, plan = torch.Generator().manual_seed(seed + n), 1 / (n + 1), {}
     for tensor, shape in shapes_of(config).items():
         dense, mine = dense_name(tensor), moe.places[tensor]
         if tensor == "model.domains":
-            before = tensorfiles.read(moe.header, tensor)
-            plan[tensor] = partial(torch.cat, (before, torch.tensor([vector], dtype=before.dtype)))
+            plan[tensor] = lambda: vectors
         elif dense not in new.header and shape != moe.header[tensor][2]:
             plan[tensor] = partial(initial_value, config, tensor, shape, generator)
         elif dense not in new.header or "mlp.shared." in tensor:
@@ -178,7 +200,7 @@ def extend(moe, new, out, name, vector=None, seed=0, embedder=None):
             plan[tensor] = [([mine, new.places[tensor]], [1 - share, share])]
     codes = {tensor: moe.header[tensor][1] for tensor in plan}
     about = {"extend": {"mixture": str(moe.folder), "name": name, "model": str(new.folder), "seed": seed}}
-    return build(out, moe, [moe, new], config, plan, codes, about)
+    return build(out, [moe, new], config, plan, codes, about)
 
 
 def refuse_place(out, dtype=None):
@@ -200,17 +222,17 @@ def dense_name(name):
     return name.replace("mlp.experts.", "mlp.").replace("mlp.shared.", "mlp.")
 
 
-def build(out, first, sources, config, plan, codes, about, embedder=None):
-    """Write the model folder `out`, whose other files are those of the Source `first`.
+def build(out, sources, config, plan, codes, about, embedder=None):
+    """Write the model folder `out`, whose other files are those of the first Source.
 
     plan: for each tensor a function that makes it, or its parts, one after the other, each a weighted sum:
     (places, weights). codes: {tensor name: safetensors dtype}. about: what merge.json says beside the inputs.
     """
-    shapes = shapes_of(config)
+    shapes, first = shapes_of(config), sources[0].folder
     files = tensorfiles.assign_files({name: (codes[name], shapes[name]) for name in plan})
-    along = files_along(first.folder)
+    along = files_along(first)
     size = sum(num_bytes(codes[name], shape) for name, shape in shapes.items())
-    size += sum((first.folder / name).stat().st_size for name in along)
+    size += sum((first / name).stat().st_size for name in along)
     dtype = str(DTYPES[codes["model.embed_tokens.weight"]]).removeprefix("torch.")
     with output_folder(out, size) as made, Digests() as digests:
         of_source = {source: sorted({file for file, _, _ in source.header.values()}) for source in sources}
@@ -219,11 +241,15 @@ def build(out, first, sources, config, plan, codes, about, embedder=None):
         with command.progress(total=size, desc="build", unit="B", unit_scale=True) as bar, workers() as pool:
             for name, parts in plan.items():
                 if callable(parts):
-                    write_piece(outputs[name], 0, parts().to(DTYPES[codes[name]]).flatten())
+                    tensor = parts().to(DTYPES[codes[name]])
+                    if not is_finite(tensor):
+                        raise ValueError(f"{name}, as {tensor.dtype}, holds NaN or infinite values; choose a "
+                                         "wider --dtype, or other embeddings")
+                    write_piece(outputs[name], 0, tensor.flatten())
                 else:
                     write_parts(name, outputs[name], parts, pool, bar)
         tensorfiles.seal(made, files)
-        write_the_rest(first.folder, along, made, config.published(dtype=dtype), None)
+        write_the_rest(first, along, made, config.published(dtype=dtype), None)
         if embedder:
             write_json(made / EMBEDDER, embedder)
         inputs = [{"folder": str(source.folder), "sha256": {file.name: digests[file] for file in of}}

@@ -57,8 +57,8 @@ class Mixture:
         for name, interval in sizes.items():
             value = getattr(self, name)
             if not (type(value) is int and in_range(value, interval)):
-                raise ValueError(f"mixture: {name} {value!r:.80} must be {describe(int, interval)}; there "
-                                 f"are {E} experts")
+                of = f"; there are {E} experts" if "top_k" in name else ""
+                raise ValueError(f"mixture: {name} {value!r:.80} must be {describe(int, interval)}{of}")
         if self.router != "nexus" and self.domain_size is not None:
             raise ValueError(f"mixture: domain_size {self.domain_size!r:.80} goes with router nexus, not "
                              f"{self.router}")

@@ -279,9 +279,10 @@ def refuse_unwanted(row, where):
     """ValueError if a row is a preference pair, or if its label (KTO) says that the answer is bad: supervised
     training would make the bad answer likelier."""
     if sides := {"chosen", "rejected"} & shapes_in(row):
-        raise ValueError(f"{where}: a preference pair ({' + '.join(sorted(sides))}), which "
-                         "reward and dpo learn from; give another file, or rename the right answer: "
-                         "--columns completion=chosen")
+        remedy = ("rename the right answer: --columns completion=chosen" if sides == {"chosen"} else
+                  "one with the right answer as completion and without the rejected one")
+        raise ValueError(f"{where}: a preference pair ({' + '.join(sorted(sides))}), which reward and dpo "
+                         f"learn from; give another file, or {remedy}")
     label = row.get("label")
     says_false = isinstance(label, str) and label.strip().lower() == "false"
     # Beside a completion 0 is TRL's false, and 0.0 what pandas makes of it; elsewhere it may be a class.

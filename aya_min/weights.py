@@ -68,8 +68,9 @@ def read_config(folder):
     plain = "Mixture" if raw.get("mixture") else family.published if family else raw.get("model_type")
     architecture = named[0] if named else f"{plain}ForCausalLM"             # transformers' default
     if architecture not in ARCHITECTURES:
+        known = [name for name, build in ARCHITECTURES.items() if build is CohereForCausalLM]
         raise ValueError(f"{path}: architecture {architecture!r:.80} is not supported; supported: "
-                         f"{' '.join(ARCHITECTURES)}")
+                         f"{' '.join(known)}, and the reward models, routers and classifiers of these families")
     built, head = ARCHITECTURES[architecture], {}
     if built is SequenceClassifier and len(names := labels_of(raw, path)) > 1:
         built, head = Classifier, {"labels": names, "pooling": "last-token"}

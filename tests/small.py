@@ -147,7 +147,8 @@ def on_ranks(ranks, function, *args, timeout=60):
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0] * ranks
+    codes = [process.exitcode for process in processes]
+    assert codes == [0] * ranks, codes
     return [result for _, result in sorted((results.get() for _ in processes), key=lambda pair: pair[0])]
 
 

@@ -288,6 +288,9 @@ def test_a_second_prompt_that_says_the_same_is_no_second_shape(write, tokenizer)
 
 @pytest.mark.parametrize("row, says",
                          [(PAIR, "a preference pair (chosen + rejected), which reward and dpo learn from"),
+                          # The advice to rename chosen was given for these too, and led to the same line.
+                          (PAIR, "one with the right answer as completion and without the rejected one"),
+                          ({"prompt": "a", "chosen": "b"}, "--columns completion=chosen"),
                           ({**GOOD, "rejected": "b"}, "a preference pair (rejected)"),
                           ({**GOOD, "label": False}, "label False says that this answer is unwanted"),
                           ({**GOOD, "label": 0}, "label 0 says"),

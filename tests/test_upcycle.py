@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import language_model, reward_model, run, tokenizer, write_world
+from small import ROOT, language_model, reward_model, run, tokenizer, write_world
 from test_families import SMALL, small
 from test_merge_command import peak
 
@@ -106,11 +106,14 @@ def test_routers_depend_on_the_seed_alone(dense, mixtures, tmp_path):
     assert differ and all(".router." in name for name in differ)
 
 
-@pytest.mark.parametrize("family", ["cohere", *SMALL])
+OTHERS = {"cohere": {}, "cohere2": dict(model_type="cohere2", sliding_window=4, num_hidden_layers=4)}
+
+
+@pytest.mark.parametrize("family", [*OTHERS, *SMALL])
 def test_of_copies_of_one_model_of_any_family_the_mixture_computes_what_the_gates_say(family, tmp_path):
     """Where all experts are used their gates add up to 1: bam and btx are the dense model, and with the
     shared MLP beside them it counts twice, as if down_proj were doubled."""
-    model, own = small(family) if family in SMALL else (language_model(), tokenizer())
+    model, own = small(family) if family in SMALL else (language_model(**OTHERS[family]), tokenizer())
     torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.weight, std=0.3)
     if model.config.family.qkv_bias:
         torch.nn.init.normal_(model.model.layers[0].self_attn.k_proj.bias)
@@ -128,6 +131,29 @@ def test_of_copies_of_one_model_of_any_family_the_mixture_computes_what_the_gate
     for kind, more in (("linear", {}), ("nexus", dict(domains=VECTORS))):
         out = upcycle(copies, tmp_path / "one", tmp_path / kind, kind, top_k=3, **more)
         torch.testing.assert_close(logits(out), doubled, atol=2e-5, rtol=2e-5)
+
+
+def test_the_text_part_of_models_that_see_images_becomes_a_mixture_of_text_alone(tmp_path):
+    model, own = small("gemma3")
+    weights.save(tmp_path / "text", model, own)
+    shutil.copytree(tmp_path / "text", tmp_path / "images")
+    config = json.loads((tmp_path / "text" / "config.json").read_text())
+    del config["architectures"]
+    write_json(tmp_path / "images" / "config.json", {
+        "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": config})
+    state = {name.replace("model.", "model.language_model.", 1): tensor
+             for name, tensor in state_of(tmp_path / "text").items()}
+    save_file(state | {"vision_tower.x": torch.ones(2)}, tmp_path / "images" / "model.safetensors")
+    both = [upcycle({"a": tmp_path / kind}, tmp_path / kind, tmp_path / f"of-{kind}", "bam")
+            for kind in ("text", "images")]
+    assert torch.equal(logits(both[0]), logits(both[1]))
+
+
+def test_what_models_may_differ_in_is_named_and_the_seeds_is_taken(dense, tmp_path, capsys):
+    other = published(tmp_path / "other", 0, eos_token_id=8)
+    out = upcycle({"other": other}, dense["seed"], tmp_path / "out", "btx")
+    assert f"{other} differs from {dense['seed']} in eos_token_id of config.json" in capsys.readouterr().err
+    assert weights.load(out)[0].config.eos_token_id == tokenizer().end_of_turn_id != 8
 
 
 def test_the_folder_is_whole_and_says_what_it_was_made_of(dense, mixtures, tmp_path):
@@ -166,6 +192,21 @@ def test_sft_trains_the_result_and_its_domains_and_what_embedded_them_stay(dense
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert {"model.layers.1.mlp.router.w1.weight", "model.layers.1.mlp.experts.up_proj.weight"} <= moved
     assert json.loads((trained / EMBEDDER).read_text()) == embedder
+
+
+def test_the_commands_of_the_readme_for_mixtures_work_as_pasted(dense, tmp_path, monkeypatch):
+    """embed was given preference pairs, which it refuses."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    starts = tuple(f"python merge.py {name} " for name in ("embed", "upcycle", "extend"))
+    commands = [line.split()[2:] for line in text.splitlines() if line.startswith(starts)]
+    world = tmp_path / "runs" / "world"
+    world.mkdir(parents=True)
+    write_jsonl(write_world(world) / "text.jsonl", [{"text": "a b"}])
+    for run_folder, name in (("my-base", "seed"), ("my-sft", "law"), ("my-dpo", "code")):
+        shutil.copytree(dense[name], tmp_path / "runs" / run_folder / "model")
+    monkeypatch.chdir(tmp_path)
+    assert [words[0] for words in commands] == ["embed", "upcycle"]
+    assert all(main(words) == 0 for words in commands)
 
 
 # ---- extend ------------------------------------------------------------------------------------------------
@@ -223,13 +264,17 @@ def test_the_new_domain_is_embedded_by_the_model_that_embedded_the_others(dense,
 
 # ---- embed -------------------------------------------------------------------------------------------------
 
-def test_an_embedding_is_the_mean_over_texts_of_the_mean_over_their_tokens(dense, tmp_path):
+@pytest.mark.parametrize("packing", [None, False], ids=["packed", "padded, as on a GPU"])
+def test_an_embedding_is_the_mean_over_texts_of_the_mean_over_their_tokens(
+        dense, tmp_path, packing, monkeypatch):
     texts = ["a", "what is the capital of France", "a b"]
     write_jsonl(tmp_path / "F.jsonl", [{"text": text} for text in texts])
     model, own = weights.load(dense["law"])
     begin = [] if own.bos_id is None else [own.bos_id]
     means = [model.model(torch.tensor([begin + own.encode(text) + [own.end_of_turn_id]]))[0].mean(0)
              for text in texts]
+    model.model.packing = packing
+    monkeypatch.setattr(weights, "load", lambda *_: (model, own))
     for batch_size in (1, 3):
         found = embed(dense["law"], {"x": tmp_path / "F.jsonl"}, batch_size=batch_size)["x"]
         torch.testing.assert_close(torch.tensor(found), sum(means) / 3, atol=1e-5, rtol=1e-5)
@@ -273,6 +318,22 @@ def test_a_merge_of_mixtures_names_other_experts_other_domains_and_a_dense_model
     assert "'tax'" in line(mixtures["btx"], renamed)
 
 
+def test_mixtures_with_another_top_k_or_other_experts_late_in_a_long_list_do_not_merge(
+        dense, mixtures, tmp_path, capsys):
+    """top_k was taken for the setting of sampling, which merges ignore, and experts were compared by the 80
+    characters that a message shows."""
+    copies, words = {}, ["--out", tmp_path / "out"]
+    long = ["x" * 40 + letter for letter in "abc"]
+    for name, changes in (("top_k", {"top_k": 2}), ("one", {"experts": [*long, "d"]}),
+                          ("two", {"experts": [*long, "e"]})):
+        copies[name] = shutil.copytree(mixtures["btx"], tmp_path / name)
+        config = json.loads((copies[name] / "config.json").read_text())
+        write_json(copies[name] / "config.json", config | {"mixture": config["mixture"] | changes})
+    assert "mixture.top_k is 2, in" in refused(capsys, "linear", mixtures["btx"], copies["top_k"], *words)
+    line = refused(capsys, "linear", copies["one"], copies["two"], *words, "--allow-config-differences")
+    assert "is a mixture of" in line and not (tmp_path / "out").exists()
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------
 
 def refused(capsys, *words):
@@ -297,7 +358,7 @@ def says(dense, tmp_path, capsys):
 
 
 def test_models_that_do_not_fit_together_are_refused(says, dense, mixtures, tmp_path):
-    says("hidden_size is 48, in", ["law", published(tmp_path / "wide", 0, hidden_size=48)])
+    says("hidden_size is 48, in", ["law", published(tmp_path / "wide", 0, hidden_size=48, eos_token_id=8)])
     says("rope_theta is 7.0, in", ["law", published(tmp_path / "rope", 0, rope_theta=7.0)])
     weights.save(tmp_path / "reward", reward_model(), tokenizer())
     says("is a reward model", ["law", tmp_path / "reward"])
@@ -337,7 +398,22 @@ def test_embeddings_that_do_not_fit_are_refused(says, tmp_path):
     domains("the key 'law' occurs twice", '{"domains": {"law": [1], "law": [1]}}')
     domains("domain law: [True] is not a list of finite numbers", VECTORS | {"law": [True]})
     domains("domain law: [] is not", VECTORS | {"law": []})
+    # The mixture's logits were NaN, and of experts with equal scores only the first was ever chosen.
+    domains("is not a list of finite numbers of at most 1e6", VECTORS | {"law": [1e30, 0, 0]})
+    domains("domain code: an embedding of zeros", VECTORS | {"code": [0, 0.0, 0]})
+    domains("the domains law and code have the same embedding", VECTORS | {"code": VECTORS["law"]})
     domains('no "domains" in it', "{}")
+    # It was written as infinity.
+    domains("model.domains, as torch.float16, holds NaN or infinite", VECTORS | {"law": [1e6, 0, 0]},
+            dtype="float16")
+
+
+def test_an_expert_may_stand_in_a_folder_whose_path_has_an_equals_sign(dense, tmp_path):
+    """The part of the path before the sign was taken for the expert's name."""
+    place = shutil.copytree(dense["law"], tmp_path / "lr=1" / "law")
+    words = ["upcycle", place, f"code={place}", "--seed-model", dense["seed"], "--kind", "linear", "--out"]
+    assert main(list(map(str, [*words, tmp_path / "out"]))) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["mixture"]["experts"] == ["law", "code"]
 
 
 def test_a_mixture_that_cannot_grow_is_refused(dense, mixtures, tmp_path, capsys):
@@ -360,6 +436,37 @@ def test_a_mixture_that_cannot_grow_is_refused(dense, mixtures, tmp_path, capsys
     assert "is a mixture of experts already" in line(btx, f"new={btx}")
     assert "exists already" in line(btx, art, out=btx)
     assert "hidden_size is 48, in" in line(btx, published(tmp_path / "wide", 0, hidden_size=48))
+    write_json(tmp_path / "F.json", {"domains": {"art": VECTORS["law"]}})
+    assert "the domains law and art have the same" in line(nexus, art, "--domains", tmp_path / "F.json")
+    assert "--domain NAME=F.jsonl" in line(nexus, art, *short, "--columns", "prompt=question")
+
+
+def test_domains_that_are_not_finite_are_named_by_folder(dense, mixtures, tmp_path, capsys):
+    """A merge copied them, extend spoke of a flag that it does not have, and sft of its learning rate."""
+    state = state_of(mixtures["nexus"])
+    broken = shutil.copytree(mixtures["nexus"], tmp_path / "broken")
+    state["model.domains"][1, 2] = float("inf")
+    save_file(state, broken / "model.safetensors", {"format": "pt"})
+    out = ["--out", tmp_path / "out"]
+    write_json(tmp_path / "E.json", {"domains": VECTORS})
+    words = ["extend", broken, dense["art"], "--domains", tmp_path / "E.json"]
+    assert f"{broken}: model.domains holds NaN" in refused(capsys, *words, *out)
+    assert f"model.domains in {broken}" in refused(capsys, "linear", broken, broken, *out)
+    with pytest.raises(ValueError, match="model.domains is not finite"):
+        run("sft", write_world(tmp_path), tmp_path / "run", start=broken, max_steps=1)
+
+
+def test_the_texts_of_a_new_domain_are_read_under_other_names_of_keys_too(dense, tmp_path):
+    """A row with other keys was refused with the advice to give --columns, which extend did not have."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "grown"
+    write_jsonl(rows, [{"question": "a b", "answer": "c"}])
+    write_json(tmp_path / "E.json", {"domains": {"law": [0.1] * 32}, **embedder_of(dense["seed"])})
+    moe = ["upcycle", dense["law"], "--seed-model", dense["seed"], "--kind", "nexus", "--domains",
+           tmp_path / "E.json", "--out", tmp_path / "moe"]
+    assert main(list(map(str, moe))) == 0
+    moe = ["extend", tmp_path / "moe", dense["art"], "--domain", f"art={rows}", "--model",
+           dense["seed"], "--columns", "prompt=question", "completion=answer", "--out", out]
+    assert main(list(map(str, moe))) == 0 and len(state_of(out)["model.domains"]) == 2
 
 
 def test_a_mixture_of_mergekits_is_refused_by_the_name_of_its_class(says, dense, tmp_path):
