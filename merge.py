@@ -164,7 +164,8 @@ QUANTIZE_FLAGS = {
     "--calibration-tokens": {"type": number(int, "[1, inf)"), "metavar": "N",
                              "help": "of all languages together; default: 16384"},
     "--head": {"action": "store_true", "help": "quantize the head, too; a tied one gets a matrix of its own"},
-    "--embedding": {"action": "store_true", "help": "quantize the embedding, too; transformers cannot load that"},
+    "--embedding": {"action": "store_true",
+                    "help": "quantize the embedding, too; transformers cannot load that"},
 }
 
 

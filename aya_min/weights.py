@@ -70,7 +70,8 @@ def read_config(folder):
     if architecture not in ARCHITECTURES:
         known = [name for name, build in ARCHITECTURES.items() if build is CohereForCausalLM]
         raise ValueError(f"{path}: architecture {architecture!r:.80} is not supported; supported: "
-                         f"{' '.join(known)}, and the reward models, routers and classifiers of these families")
+                         f"{' '.join(known)}, and the reward models, routers and classifiers of these "
+                         "families")
     built, head = ARCHITECTURES[architecture], {}
     if built is SequenceClassifier and len(names := labels_of(raw, path)) > 1:
         built, head = Classifier, {"labels": names, "pooling": "last-token"}
