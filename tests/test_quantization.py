@@ -346,7 +346,8 @@ def test_what_a_layer_reads_is_what_the_model_gives_it(models):
 @pytest.mark.parametrize("name", ["tied", "qwen"])
 def test_what_smoothing_takes_from_a_norm_it_gives_the_weights_that_are_rounded(name, models, tmp_path):
     """So the product before rounding is that of the source."""
-    out = quantize_folder(models / name, tmp_path / "smooth", "w8", smooth=0.5, calibration=calibration(models),
+    text = calibration(models)
+    out = quantize_folder(models / name, tmp_path / "smooth", "w8", smooth=0.5, calibration=text,
                           progress=False)
     source, smooth = weights.load(models / name)[0], weights.load(out, packed=True)[0]
     for before, after in zip(source.model.layers, smooth.model.layers):
