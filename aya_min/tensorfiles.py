@@ -31,6 +31,9 @@ def read_config(folder):
         raise ValueError(f"{folder}: not a model folder (no config.json); give a folder that a stage wrote "
                          "or that was downloaded whole")
     config = read_json(path)
+    inside = Path(folder) / "model"
+    if not config.keys() & {"model_type", "architectures"} and (inside / "config.json").is_file():
+        raise ValueError(f"{folder} is the folder of a run; give its model, {inside}")
     if depth(config) > MOST_LEVELS:
         raise ValueError(f"{path}: more than {MOST_LEVELS} levels of nested objects; this is not a model's "
                          "configuration; download the model again")

@@ -801,3 +801,11 @@ def test_a_folder_has_a_name_however_it_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "run" / "model")
     written = [".", "../model", "../../run", f"{tmp_path}/run/model/"]
     assert [weights.name_of(folder) for folder in written] == ["run"] * 4
+
+
+def test_a_runs_folder_in_place_of_its_model_is_refused_with_the_models_place(tmp_path):
+    weights.save(tmp_path / "run" / "model", language_model(), tokenizer())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"stage": "sft", "settings": {}}))
+    for read in (weights.read_config, weights.load):
+        with pytest.raises(ValueError, match=f"is the folder of a run; give its model, {tmp_path}/run/model"):
+            read(tmp_path / "run")
