@@ -21,12 +21,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Callable, Optional
 
-from . import distributed, held_out, merge_embed, merge_upcycle, weights
+import torch
+
+from . import distributed, held_out, merge_embed, merge_upcycle, weights, world_data
 from .arbitrage import route
 from .config import RECIPES, Recipe, settings_from
 from .evaluate_rates import bootstrap_mean, join, win_rates
 from .languages import CLUSTERS, LANGUAGES, SHARED
 from .merge_folders import merge_folders
+from .model import CohereForCausalLM, init_weights
+from .model_config import MODEL_PRESETS, ModelConfig
 from .pipeline import (arbitrage, build_arbiter, build_base, build_teachers,
                        train_clusters_and_merge)
 from .pipeline_results import add_rewards, evaluate_model
@@ -171,6 +175,22 @@ class Lab:
     @cached_property
     def base(self):
         return build_base(self.run)
+
+    def base_of_width(self, times, share=1):
+        """A base of `times` the width and heads, as wide each, pretrained as the base on the first `share` of
+        its rows. -> its folder"""
+        r, preset = self.recipe, MODEL_PRESETS[self.recipe.model]
+
+        def make(folder):
+            sizes = "hidden_size", "intermediate_size", "num_attention_heads"
+            other = {key: int(preset[key] * times) for key in sizes}
+            config = ModelConfig(**{**preset, **other, "vocab_size": self.tokenizer.vocab_size})
+            model = init_weights(CohereForCausalLM(config), torch.Generator().manual_seed(r.seed))
+            weights.save(folder / "model", model, self.tokenizer)
+        start = self.step(f"start-of-width-{times}", make)["folder"] / "model"
+        rows = world_data.corpus(round(r.corpus * share), r.seed, r.level)
+        return self.train(f"a base of {times} times the width", "pretrain", start, rows, warmup_steps=50,
+                          learning_rate=r.base_learning_rate)
 
     @cached_property
     def tokenizer(self):

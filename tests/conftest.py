@@ -62,3 +62,12 @@ def in_process(monkeypatch, capfd):
         out, err = capfd.readouterr()
         return code, out, err.splitlines()
     return in_process
+
+
+@pytest.fixture(scope="module")
+def every_stage():
+    """small.STAGES with pretraining too, for the tests of one module."""
+    from small import EVERY, STAGES         # torch, which must see the number of threads above
+    STAGES.update(EVERY)
+    yield
+    STAGES.pop("pretrain")

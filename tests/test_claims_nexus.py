@@ -33,8 +33,12 @@ class StandIn(SimpleNamespace):
     def train(self, name, stage, start, rows, **settings):
         return {"start": start, "rows": rows, **settings}
 
-    def upcycle(self, experts, kind, domains=None):
-        return {"kind": kind, "experts": list(experts), "domains": domains and list(domains)}
+    def base_of_width(self, times, share):
+        return f"base of {times}"
+
+    def upcycle(self, experts, kind, seed_model, domains=None):
+        return {"kind": kind, "experts": list(experts), "domains": domains and list(domains),
+                "seed_model": seed_model}
 
     def extend(self, mixture, new, name, vector):
         return {"mixture": mixture, "new": new, "vector": vector}
@@ -111,10 +115,12 @@ def test_arms_that_are_compared_train_on_the_same_rows_for_the_same_steps():
     compared = "rows", "max_steps", "warmup_steps", "learning_rate"
     of = lambda *names: [{key: made[name][key] for key in compared} for name in names]
     first, *rest = of("dense", "nexus", "linear", "nexus, low", "linear, low", "dense, tasks",
-                      "nexus, tasks", "linear, tasks")
+                      "nexus, tasks", "linear, tasks", "dense, large", "nexus, large", "linear, large")
     assert first["max_steps"] == 3 and all(each == first for each in rest)
     assert made["linear, low"]["balance_weight"] == 0.0005 and "balance_weight" not in made["linear"]
-    assert made["nexus"]["start"] == {"kind": "nexus", "experts": list(CLUSTERS), "domains": list(CLUSTERS)}
+    wanted = {"kind": "nexus", "experts": list(CLUSTERS), "domains": list(CLUSTERS)}
+    assert made["nexus"]["start"] == {**wanted, "seed_model": "base"}
+    assert made["nexus, large"]["start"] == {**wanted, "seed_model": "base of 2"}
     forms = {(row["language"], "text" in row) for row in first["rows"]}
     assert forms == {(code, is_text) for code in LANGUAGES for is_text in (True, False)}
     for name in nexus.BUDGETS:

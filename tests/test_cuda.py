@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from small import EVERY, STAGES, assert_close, language_model, logged, reward_model, run, tokenizer
+from small import EVERY, assert_close, language_model, logged, reward_model, run, tokenizer
 
 from aya_min import distributed, loop, weights
 from aya_min.data import load_prompts
@@ -13,7 +13,8 @@ from aya_min.fused import Fused
 from aya_min.reward import score_texts
 from aya_min.sampling import answer_rows, generate
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [pytest.mark.usefixtures("every_stage"),
+              pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 CUDA = torch.device("cuda")
 WINDOWS = dict(model_type="cohere2", sliding_window=16, num_hidden_layers=4, logit_scale=0.25)
 _SLIDES = dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=16)
@@ -26,13 +27,6 @@ FAMILIES = {"cohere": {}, "cohere2": WINDOWS,
             "gemma2": dict(_SLIDES, model_type="gemma2"),
             "gemma3": dict(_SLIDES, model_type="gemma3_text", sliding_window_pattern=2)}
 each_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def every_stage():
-    STAGES.update(EVERY)
-    yield
-    STAGES.pop("pretrain")
 
 
 def same_steps(rows, others, rtol, keys=("step", "loss", "grad_norm", "tokens", "lr")):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from small import CPU, EVERY, STAGES, assert_close, language_model, logged, on_ranks, reward_model, run
+from small import CPU, EVERY, assert_close, language_model, logged, on_ranks, reward_model, run
 from torch import nn
 from torch._inductor import config as inductor
 
@@ -14,11 +14,7 @@ from aya_min import loop
 
 
 
-@pytest.fixture(scope="module", autouse=True)
-def every_stage():
-    STAGES.update(EVERY)
-    yield
-    STAGES.pop("pretrain")
+pytestmark = pytest.mark.usefixtures("every_stage")
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 import torch
 import train
 from safetensors.torch import load_file, save_file
-from small import (EVERY, STAGES, assert_close, language_model, loaded_sharded, logged, on_ranks, run,
-                   state_of, tokenizer)
+from small import (assert_close, language_model, loaded_sharded, logged, on_ranks, run, state_of,
+                   tokenizer)
 from torch._inductor import config as inductor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -275,11 +275,7 @@ CUT = [("sft", "nexus"), ("pretrain", "bam top 2"), ("dpo", "top 2"), ("kto", "b
        ("reward", "nexus"), ("router", "btx")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def every_stage():
-    STAGES.update(EVERY)
-    yield
-    STAGES.pop("pretrain")
+pytestmark = pytest.mark.usefixtures("every_stage")
 
 
 @pytest.fixture(scope="module")

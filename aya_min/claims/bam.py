@@ -28,7 +28,7 @@ from statistics import median
 
 import torch
 
-from .. import model_config, weights, world_data
+from .. import weights, world_data
 from ..data import load_examples
 from ..domains import CODE, as_texts, rows_of
 from ..experiments import Claim, Comparison, Figure
@@ -36,7 +36,6 @@ from ..files import write_jsonl
 from ..fused import Fused
 from ..languages import CLUSTERS, LANGUAGES
 from ..loop import training_flops
-from ..model import CohereForCausalLM, init_weights
 from ..sampling import generate
 from ..world import answer, questions
 
@@ -49,7 +48,7 @@ OTHER_LANGUAGES = tuple(code for code in LANGUAGES
 LENGTH = {GENERAL: 7, CODE: 69, "slavic": 15, "east-asia": 18}     # supervised tokens of a row, preset tiny
 RATE = 1 / 2                        # of the base's learning rate; mixtures at 1/4 and 1 were worse
 Z_WEIGHT = 1e-3
-LARGE_SHARE = 24                    # the larger seed reads the base's rows, divided by this
+LARGE_SHARE = 1 / 24                # of the base's rows that the larger seed reads
 PROMPT, NEW_TOKENS, PROMPTS = 256, 16, 4        # of the inference time; the first two are the paper's
 ROUNDS, MEDIANS = 5, 5              # a value is the median of so many rounds, and there are so many values
 
@@ -166,19 +165,7 @@ def operations(lab, folder, rows):
 
 
 def large_seed(lab):
-    """A base of twice the width and heads, pretrained on the first of the base's rows."""
-    r, preset = lab.recipe, model_config.MODEL_PRESETS[lab.recipe.model]
-
-    def make(folder):
-        sizes = "hidden_size", "intermediate_size", "num_attention_heads"
-        doubled = {key: preset[key] * 2 for key in sizes} | {"vocab_size": lab.tokenizer.vocab_size}
-        model = CohereForCausalLM(model_config.ModelConfig(**{**preset, **doubled}))
-        model = init_weights(model, torch.Generator().manual_seed(r.seed))
-        weights.save(folder / "model", model, lab.tokenizer)
-    start = lab.step("large-start", make)["folder"] / "model"
-    rows = world_data.corpus(r.corpus // LARGE_SHARE, r.seed, r.level)
-    return lab.train("a base of twice the width", "pretrain", start, rows, warmup_steps=50,
-                     learning_rate=r.base_learning_rate)
+    return lab.base_of_width(2, LARGE_SHARE)
 
 
 BTX, OWN, SHARED = "BTX", "BAM own", "BAM shared"

@@ -7,12 +7,8 @@ cluster also trains on. Departures: judged by the oracle, no safety objective; S
 of pairs.
 """
 
-import torch
-
-from .. import model_config, weights, world_data
 from ..experiments import Claim, Comparison
 from ..languages import LANGUAGES
-from ..model import CohereForCausalLM, init_weights
 from ..pipeline import dpo_settings, sft_settings
 
 PAPER = "Mix Data or Merge Models, arXiv 2410.10801; Aya Expanse, 2412.04261"
@@ -60,18 +56,7 @@ def merge_then_dpo(lab):
 
 def small_base(lab):
     """A base with half the heads, as wide each, pretrained as the recipe's on the same rows."""
-    r, preset = lab.recipe, model_config.MODEL_PRESETS[lab.recipe.model]
-
-    def make(folder):
-        sizes = "hidden_size", "intermediate_size", "num_attention_heads"
-        halved = {key: preset[key] // 2 for key in sizes} | {"vocab_size": lab.tokenizer.vocab_size}
-        model = CohereForCausalLM(model_config.ModelConfig(**{**preset, **halved}))
-        model = init_weights(model, torch.Generator().manual_seed(r.seed))
-        weights.save(folder / "model", model, lab.tokenizer)
-    start = lab.step("small-start", make)["folder"] / "model"
-    rows = world_data.corpus(r.corpus, r.seed, r.level)
-    return lab.train("a base of half the heads", "pretrain", start, rows, warmup_steps=50,
-                     learning_rate=r.base_learning_rate)
+    return lab.base_of_width(1 / 2)
 
 
 def small_mix(lab):
