@@ -3,13 +3,14 @@ products by torch's own kernels. Nothing here unpacks a model: at most PIECE num
 
     weights         where                     the product
     8 bits          CPU, CUDA in bf16         torch._weight_int8pack_mm
+    8 bits          CPU in fp32, many rows    torch._int_mm, of the inputs' three digits
     4 bits          CPU, CUDA in bf16         torch._weight_int4pack_mm_for_cpu, torch._weight_int4pack_mm
     8 bits, and
     8-bit inputs    everywhere                torch._int_mm, exact in int32, then the two scales
     all others      NF4, fp32, odd shapes     unpacked piece by piece, then torch's product
 
 torch has no kernel for NF4. On a CPU its kernels for 8 and 4 bits compute number by number in fp32 (four to
-fifteen times the time of the unpacked product), so fp32 unpacks.
+fifteen times the time of the unpacked product), so that 4 bits in fp32 unpack.
 """
 
 from dataclasses import replace
@@ -21,6 +22,7 @@ from .linear import product
 from .quantization import SCHEMES, dequantize, from_tensors, pack, specs_of, unpack
 
 PIECE = 1 << 20                     # numbers unpacked at a time: 4 MB in fp32, which stay in a core's cache
+MANY = 8                            # rows, from which digits are faster than the kernel in bf16 on a CPU
 INNER_TILES = 2                     # of the CUDA kernel's layout; the CPU's has none
 
 
@@ -138,16 +140,13 @@ class PackedEmbedding(Packed):
 
 class PackedLinear(Packed):
     def keep(self, codes, scales):
-        kernel = kernel_of(self.scheme, codes, scales)
-        if kernel:
-            self.multiply, self.like = kernel, scales
-        else:
-            super().keep(codes, scales)
-            self.multiply = self.by_pieces
+        self.multiply, self.like = kernel_of(self.scheme, codes, scales) or self.by_pieces, scales
+        if self.scheme.bits == 8 or self.multiply == self.by_pieces:
+            super().keep(codes, scales)             # the kernels for 8 bits read the same codes
 
     @property
     def weight(self):
-        if self.multiply == self.by_pieces:
+        if hasattr(self, "codes"):
             return super().weight
         return self.multiply(torch.eye(self.shape[1]).to(self.like)).t()
 
@@ -170,6 +169,12 @@ def kernel_of(scheme, codes, scales):
     device, half = codes.device.type, scales.dtype == torch.bfloat16
     if scheme.activations:
         return of_int8_inputs(scheme, codes, scales)
+    if scheme.bits == 8 and device == "cpu":
+        digits = of_digits(codes, scales)
+        if not half:
+            return digits
+        scales = scales[:, 0].contiguous()
+        return lambda x: digits(x) if len(x) >= MANY else torch._weight_int8pack_mm(x, codes, scales)
     if not half or scheme.name == "nf4" or device not in ("cpu", "cuda"):
         return None
     if scheme.bits == 8:
@@ -179,6 +184,23 @@ def kernel_of(scheme, codes, scales):
         scales = scales[:, 0].contiguous()
         return lambda x: torch._weight_int8pack_mm(x, codes, scales)
     return int4_kernel(scheme, codes, scales)
+
+
+def of_digits(codes, scales):
+    """Inputs as integers of 24 bits, as many as fp32 has, in steps of a token's largest number: three digits
+    of base 256, from -128 to 127, whose products are exact in int32."""
+    columns, scales = codes.t(), scales[:, 0].float()
+
+    def multiply(x):
+        steps = x.float().abs().amax(1, keepdim=True) / (127 << 16)                         # (M, 1)
+        steps.masked_fill_(steps == 0, 1)
+        rest, digits = (x.float() / steps).round_().int(), []
+        for _ in range(3):
+            digits.append(((rest + 128) & 255) - 128)
+            rest = (rest - digits[-1]) >> 8
+        low, middle, high = torch._int_mm(torch.cat(digits).to(torch.int8), columns).float().chunk(3)
+        return ((high * 65536 + middle * 256 + low) * steps * scales).to(x.dtype)
+    return multiply
 
 
 def int4_kernel(scheme, codes, scales):

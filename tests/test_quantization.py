@@ -198,7 +198,9 @@ def test_a_folder_is_read_as_the_model_of_its_rounded_weights(scheme, models, tm
         plain = dense(quantize_by_hand(models / name, scheme), models / name)
         if scheme.activations:
             continue                        # tests below
-        torch.testing.assert_close(model(IDS), plain(IDS), atol=1e-5, rtol=1e-4)
+        # w8 computes by digits, nearer to fp64 than fp32 is, which is up to 3.4e-5 away
+        atol = 5e-5 if scheme.bits == 8 else 1e-5
+        torch.testing.assert_close(model(IDS), plain(IDS), atol=atol, rtol=1e-4)
         torch.testing.assert_close(logits_of_engine(model), plain(IDS)[0, -1:], atol=1e-4, rtol=1e-4)
 
 
@@ -244,6 +246,26 @@ def test_inputs_of_eight_bits_are_rounded_by_token_and_outliers_kept(outliers):
     assert 1e-4 < (module(x) - exact).abs().max() < 0.2
 
 
+def test_digits_of_the_inputs_are_the_product_in_fp32():
+    """w8: closer to fp64 than torch's own product; rows of 0 and of one huge number; no row depends on
+    another; what is not finite stays so."""
+    weight, x = normal(24, 512), normal(9, 512, seed=1)
+    x[4], x[5, 3] = 0, 1e6
+    codes, scales = round_to_nearest(weight, SCHEMES["w8"])
+    module = quantized.PackedLinear(SCHEMES["w8"], weight.shape)
+    module.keep(codes, scales)
+    rounded = dequantize(codes, scales, SCHEMES["w8"])
+    exact, own = x.double() @ rounded.double().T, x @ rounded.T
+    size = (x.abs().amax(1, keepdim=True) * rounded.abs().amax(1)).clamp_min(1e-9)
+    error = lambda y: ((y - exact).abs() / size).max()
+    assert module.multiply != module.by_pieces and error(module(x)) < max(error(own), 2e-6)
+    assert torch.equal(torch.cat([module(row[None]) for row in x]), module(x))
+    assert torch.equal(module.weight, rounded) and module(x)[4].eq(0).all()
+    for wrong in (math.nan, math.inf):
+        x[0, 0] = wrong
+        assert not module(x)[0].isfinite().any() and module(x)[1:].isfinite().all()
+
+
 @EACH
 def test_torch_s_kernels_compute_the_rounded_weights_product(scheme):
     """bf16, shapes that kernels take and one that they do not; no row depends on another."""
@@ -285,7 +307,7 @@ def test_head_and_embedding_are_quantized_as_asked(name, models, tmp_path):
     embedding = dequantize(*round_to_nearest(embedding, SCHEMES["w8"]), SCHEMES["w8"])
     plain.model.embed_tokens.weight.data = embedding
     expected = plain.model(IDS) @ head.T * plain.config.logit_scale
-    torch.testing.assert_close(model(IDS), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(IDS), expected, atol=5e-5, rtol=1e-4)
     torch.testing.assert_close(logits_of_engine(model), expected[0, -1:], atol=1e-4, rtol=1e-4)
     assert tensorfiles.read_config(out)["quantization_config"]["ignore"] == []
 
