@@ -12,11 +12,13 @@ import random
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch.distributed.tensor import DTensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -132,6 +134,10 @@ def on_ranks(ranks, function, *args, timeout=60):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         torch.set_num_threads(1)
+        # of the meshes of this process's dry runs torch remembers that it was rank 0
+        with suppress(AttributeError):                      # torch 2.11 has other names for it
+            DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+            torch._C._clear_DTensor_sharding_propagator_cache()
         distributed.setup(timeout)
         # a rank that refuses at once must not be gone before the others have connected to it
         distributed.gather_objects(None)
