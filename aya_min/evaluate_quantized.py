@@ -1,11 +1,13 @@
 """What a quantized model loses, by language, script and task (arXiv 2407.03211): averages hide who pays.
 
-    python -m aya_min.evaluate quantized --model QUANTIZED --against MODEL --data F.jsonl [--out F.json]
+    python -m aya_min.evaluate quantized --model QUANTIZED --against MODEL --data F.jsonl [--judge RM]
+        [--out F.json]
 
 Of rows with an answer, conversations and texts: the relative change of the log-likelihood in percent,
 negative where the model finds the answers less likely. Of rows with a prompt: the share of greedy answers
-that are the same text, the language pass rate (evaluate_languages.py), and the oracle's mean grade where the
-row is a question of the embedded world. The two models are loaded one after the other.
+that are the same text, the language pass rate (evaluate_languages.py), and the mean grade: the oracle's where
+the row is a question of the embedded world, or with --judge a reward model's score. The models are loaded one
+after the other. A language model judges by `evaluate arena`, on the answers that generate.py writes.
 """
 
 import os
@@ -16,6 +18,7 @@ from .command import Parser, is_spare_rank, number, printable
 from .config import SFT, Reading, add_flags, settings_from
 from .data import load_examples, load_prompts
 from .evaluate_judges import device
+from .evaluate_judges import scored as scored_by
 from .evaluate_languages import verdict
 from .files import dumps, taken, write_new
 from .language_id import profile_of
@@ -23,7 +26,7 @@ from .languages import LANGUAGES
 from .reference import answer_logps
 from .rows import is_plain_text, read_jsonl, shapes_in
 from .sampling import answer_rows
-from .weights import KINDS, CohereForCausalLM, load, load_meta
+from .weights import KINDS, CohereForCausalLM, RewardModel, load, load_meta, read_config
 from .world_oracle import check_question, grade
 
 # Title, width, key and format of each column.
@@ -106,7 +109,7 @@ def figures(scored, pairs, texts):
              "change": 100 * (nats - other) / abs(other) if other else None,
              "same": percent([a["completion"] == b["completion"] for a, b in pairs])}
     for i, name in enumerate(("", "_against")):
-        found["grade" + name] = mean([graded(pair[i]) for pair in pairs])
+        found["grade" + name] = mean([pair[i]["grade"] for pair in pairs])
         found["lpr" + name] = percent([passes(pair[i]) for pair in pairs])
     return found
 
@@ -156,6 +159,8 @@ def main(argv):
     parser.add_argument("--model", required=True, help="the quantized folder (or any language model)")
     parser.add_argument("--against", required=True, help="the model that it was made of")
     parser.add_argument("--data", required=True, help="JSONL of prompts, conversations or texts")
+    parser.add_argument("--judge", default="oracle", help="a reward model's folder, whose score is the grade; "
+                        "default: the oracle of the embedded world")
     parser.add_argument("--max-new-tokens", type=number(int, "[1, inf)"), default=64,
                         help="of a greedy answer; default: %(default)s")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
@@ -169,6 +174,9 @@ def main(argv):
         raise taken(args.out)
     reading = settings_from(Reading, flags=vars(args))
     folders, scored = (args.model, args.against), read(args.data, reading)[0]
+    if args.judge != "oracle" and not issubclass(read_config(args.judge)[1], RewardModel):
+        raise ValueError(f"--judge {args.judge} is no reward model's folder; a language model judges by "
+                         "`evaluate arena`, on answers of generate.py")
     tokenizers = []
     for folder in folders:
         model, tokenizer, _ = load_meta(folder, packed=True)
@@ -181,7 +189,13 @@ def main(argv):
     dtype = getattr(torch, args.dtype)
     sides = [measured(folder, args.data, reading, dtype, args.max_new_tokens) for folder in folders]
     texts, answers = zip(*sides)
-    result = {"model": args.model, "against": args.against, "data": args.data, "dtype": args.dtype,
+    if args.judge == "oracle":
+        answers = [[row | {"grade": graded(row)} for row in rows] for rows in answers]
+    elif any(answers):
+        judged, key, _ = scored_by(list(answers), args.judge, reading)
+        answers = [[row | {"grade": row[key]} for row in rows] for rows in judged]
+    result = {"model": args.model, "against": args.against, "data": args.data, "judge": args.judge,
+              "dtype": args.dtype,
               "max_new_tokens": args.max_new_tokens, "by": compare(scored, texts, answers)}
     if args.out:
         write_new({args.out: dumps(result, indent=1) + "\n"})

@@ -134,16 +134,16 @@ def on_ranks(ranks, function, *args, timeout=60):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         torch.set_num_threads(1)
-        # of the meshes of this process's dry runs torch remembers that it was rank 0
-        with suppress(AttributeError):                      # torch 2.11 has other names for it
-            DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
-            torch._C._clear_DTensor_sharding_propagator_cache()
         distributed.setup(timeout)
         # a rank that refuses at once must not be gone before the others have connected to it
         distributed.gather_objects(None)
         results.put((rank, function(*args)))
         distributed.close()
 
+    # of the meshes of this process's dry runs torch remembers that it was rank 0
+    with suppress(AttributeError):                      # torch 2.11 has other names for it
+        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+        torch._C._clear_DTensor_sharding_propagator_cache()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork")

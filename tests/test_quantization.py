@@ -9,6 +9,7 @@ from small import language_model, make, reward_model, tokenizer, write_world
 
 import merge
 from aya_min import evaluate, evaluate_quantized, quantized, tensorfiles, weights
+from aya_min.config import Reading
 from aya_min.data import load_examples
 from aya_min.engine import Engine
 from aya_min.fused import Fused
@@ -17,6 +18,7 @@ from aya_min.model import CohereForCausalLM
 from aya_min.quantization import (NF4, SCHEMES, dequantize, fixed_tensors, from_tensors, gptq, loss, nearest,
                                   pack, round_to_nearest, scales_of, smoothing, specs_of, tensors_of, unpack,
                                   values)
+from aya_min.reward import score_texts
 from aya_min.sampling import generate
 from aya_min.world import gold_answer
 
@@ -500,11 +502,25 @@ def test_the_loss_is_measured_by_language_script_and_task(models, tmp_path, caps
 def test_a_group_s_figures_worked_by_hand():
     row = {"language": "en", "task": "sum", "args": ["one", "two"], "prompt": "?"}
     right, wrong = ({**row, "completion": gold_answer(row)}, {**row, "completion": "xyzzy"})
+    right, wrong = ({**each, "grade": evaluate_quantized.graded(each)} for each in (right, wrong))
     found = evaluate_quantized.figures([{"where": "a"}, {"where": "b"}],
                                        [(right, right), (wrong, right)],
                                        ({"a": (2, -3.0), "b": (4, -9.0)}, {"a": (2, -2.0), "b": (4, -8.0)}))
     assert found["texts"] == 2 and found["nats_per_token"] == -2 and found["change"] == -20
     assert found["same"] == 50 and found["grade"] == 1.5 and found["grade_against"] == 3
+
+
+def test_a_reward_model_grades_answers_in_place_of_the_oracle(models, tmp_path, capsys):
+    weights.save(tmp_path / "rm", reward_model(), tokenizer())
+    words = ("--against", models / "tied", "--data", models / "sft.jsonl", "--max-new-tokens", 4)
+    with pytest.raises(ValueError, match="is no reward model's folder; a language model judges by"):
+        evaluated(capsys, "--model", models / "tied", *words, "--judge", models / "tied")
+    evaluated(capsys, "--model", models / "tied", *words, "--judge", tmp_path / "rm", "--out", tmp_path / "r")
+    rows = evaluate_quantized.measured(models / "tied", str(models / "sft.jsonl"), Reading(),
+                                       torch.float32, 4)[1]
+    scores = score_texts(reward_model(), tokenizer(), rows)
+    found = json.loads((tmp_path / "r").read_text())["by"]["overall"]["overall"]
+    assert found["grade"] == found["grade_against"] == pytest.approx(sum(scores) / len(scores), abs=1e-5)
 
 
 def test_evaluating_a_reward_model_or_another_tokenizer_is_refused(models, tmp_path):
