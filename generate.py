@@ -168,7 +168,7 @@ def read_metas(args):
 
     ValueError for a reward model that shall generate, or a language model that shall score.
     """
-    metas = {folder: weights.load_meta(folder) for folder in args.models or [args.model]
+    metas = {folder: weights.load_meta(folder, packed=True) for folder in args.models or [args.model]
              if folder not in args.endpoints}
     for folder, (model, *_) in metas.items():
         if not isinstance(model, weights.CohereForCausalLM):
@@ -259,7 +259,7 @@ def sample(folder, wanted, rows, lengths, args, device, reading, journal=None):
     left = [i for i in wanted if f"{folder} {i}" not in done]
     tokens, seconds = 0, 0.0
     if left:
-        model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
+        model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype), packed=True)
         slots, max_tokens, size = plan_cache(model, [lengths[folder][i] for i in left], args, device)
         distributed.say(f"{Path(folder).name}: KV cache of {slots} rows x {max_tokens} tokens, "
                         f"{size / 1e6:,.1f} MB a rank")
@@ -291,7 +291,7 @@ def sample_endpoint(name, wanted, rows, args, journal):
 
 def answer_prompt(args, device, reading):
     """Stream the answer to --prompt to standard output. Returns (new tokens, seconds)."""
-    model, tokenizer = weights.load(args.model, device, getattr(torch, args.dtype))
+    model, tokenizer = weights.load(args.model, device, getattr(torch, args.dtype), packed=True)
     started, ids, stop_ids = time.perf_counter(), [], stop_ids_of(tokenizer, args)
     prompt = tokenizer.encode_prompt(args.prompt)
     if reading.too_long == "cut-left":
@@ -314,7 +314,7 @@ def answer_prompt(args, device, reading):
 def talk(args, device):
     models = []
     for folder in args.models or [args.model]:
-        model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
+        model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype), packed=True)
         models.append((weights.name_of(folder), Fused(model), tokenizer, stop_ids_of(tokenizer, args)))
     chat(models, max_new_tokens=args.max_new_tokens, seed=args.seed, temperature=args.temperature,
          top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)

@@ -9,10 +9,12 @@
     python merge.py embed --model M --data law=L.jsonl art=A.jsonl --out E.json     embeddings of domains
     python merge.py upcycle law=A art=B --seed-model S --kind nexus --domains E.json --out MOE
     python merge.py extend MOE code=C --domain code=F.jsonl --out DIR
+    python merge.py quantize MODEL --scheme w4-g128 --out DIR   weights of 8 or 4 bits
 
 Each method has only the flags that it uses (python merge.py METHOD --help). The methods are in
 aya_min/merge_methods.py, the work on files is in aya_min/merge_folders.py, the search in
-aya_min/merge_search.py, mixtures of experts in aya_min/merge_upcycle.py.
+aya_min/merge_search.py, mixtures of experts in aya_min/merge_upcycle.py, quantization in
+aya_min/merge_quantize.py.
 """
 
 import argparse
@@ -144,6 +146,28 @@ MIXTURES = {
                          "help": "tokens; longer conversations are left out; default: %(default)s"}}),
 }
 
+QUANTIZE = """A language model with weights of 8 or 4 bits, for generate.py, transformers and vLLM.
+
+w8, w8a8, w4 and w4-g32/64/128 are written as compressed-tensors writes them, llm-int8 and nf4 as bitsandbytes
+does (aya_min/quantization.py). gptq and --smooth look at what the layers read of a text, --calibration."""
+SCHEMES = ["w8", "w8a8", "llm-int8", "w4", "w4-g32", "w4-g64", "w4-g128", "nf4"]
+QUANTIZE_FLAGS = {
+    "--scheme": {"choices": SCHEMES, "required": True, "help": "8 or 4 bits; a8: inputs of 8 bits too; g: "
+                                                               "inputs that share a scale"},
+    "--method": {"choices": ["rtn", "gptq"], "default": "rtn", "dest": "rounding",
+                 "help": "round to nearest, or GPTQ; default: %(default)s"},
+    "--smooth": {"type": number(float, "[0, 1]"), "metavar": "A",
+                 "help": "SmoothQuant with this alpha: how much of the inputs' size goes to the weights"},
+    "--calibration": {"nargs": "+", "metavar": "F.jsonl", "help": "texts for gptq and --smooth"},
+    "--calibration-languages": {"nargs": "+", "metavar": "CODE",
+                                "help": "equally many tokens of each; default: of each that the files have"},
+    "--calibration-tokens": {"type": number(int, "[1, inf)"), "metavar": "N",
+                             "help": "of all languages together; default: 16384"},
+    "--head": {"action": "store_true", "help": "quantize the head, too; a tied one gets a matrix of its own"},
+    "--embedding": {"action": "store_true",
+                    "help": "quantize the embedding, too; transformers cannot load that"},
+}
+
 
 def device(name):
     """An argparse type: a device that holds numbers and returns them, which "meta" does not."""
@@ -188,25 +212,37 @@ def parse(arguments):
     for command in mixtures:
         command.add_argument("--out", metavar="OUT", required=True,
                              help="the new folder, of embed a new file; it must not exist")
-    for command in (parser, search, *methods):
+    quantize = commands.add_parser("quantize", help="weights of 8 or 4 bits", description=QUANTIZE,
+                                   allow_abbrev=False, formatter_class=raw)
+    quantize.add_argument("folders", nargs=1, metavar="MODEL", help=MODELS)
+    for flag, about in QUANTIZE_FLAGS.items():
+        quantize.add_argument(flag, **about)
+    for command in (parser, search, quantize, *methods):
         command.add_argument("--out", metavar="DIR", help="the new folder; it must not exist")
+    for command in (parser, search, *methods):
         command.add_argument("--allow-config-differences", action="store_true", default=argparse.SUPPRESS,
                              help="accept differences of config.json that change the computation, and take "
                                   "the first model's values")
-    for command in (parser, *methods):
+    for command in (parser, quantize, *methods):
         command.add_argument("--no-hashes", dest="hashes", action="store_false", default=argparse.SUPPRESS,
                              help="leave the SHA-256 of the inputs out of merge.json: on a processor without "
                                   "instructions for it, it takes as long as the merge")
+    for command in (parser, *methods):
         command.add_argument("--print-config", action="store_true",
                              help="print mergekit's configuration of this merge, and merge nothing")
-    for command in (parser, diff, search, *methods, *mixtures[1:]):
+    for command in (parser, diff, search, quantize, *methods, *mixtures[1:]):
         command.add_argument("--device", type=device, default=argparse.SUPPRESS,
                              help="where to compute, for example cuda; default: cpu")
     options = parser.parse_args(arguments)
     if (options.config is None) == (options.method is None):
         parser.error("give a method, or --config FILE, and not both")
-    if options.method not in (None, *METHODS) and (options.print_config or "hashes" in options):
+    if options.method not in (None, "quantize", *METHODS) and (options.print_config or "hashes" in options):
         parser.error(f"{options.method} takes neither --print-config nor --no-hashes")
+    if options.method == "quantize" and (options.print_config or "allow_config_differences" in options):
+        parser.error("quantize takes neither --print-config nor --allow-config-differences")
+    given = [getattr(options, f"calibration_{each}", None) for each in ("languages", "tokens")]
+    if options.method == "quantize" and not options.calibration and any(given):
+        parser.error("--calibration-languages and --calibration-tokens go with --calibration")
     if options.method != "diff" and not (options.out or options.print_config):
         parser.error("the following arguments are required: --out")
     return vars(options)
@@ -238,6 +274,8 @@ def main(arguments=None):
     options = parse(arguments)
     is_search = options["method"] == "search"
     try:
+        if options["method"] == "quantize":
+            return quantize(options)
         if options["method"] in MIXTURES:
             return {"upcycle": upcycle, "extend": extend, "embed": embed}[options["method"]](options)
         return search(options) if is_search else merge_or_diff(options)
@@ -340,6 +378,22 @@ def extend(options):
                          reading_of_domains(options), options.get("device", "cpu"))
     out = extend(options["mixture"], folder, options["out"], name, vector, options["seed"], embedder)
     print(printable(f"{out}: {options['mixture']} with {name}"))
+    return 0
+
+
+def quantize(options):
+    from aya_min.merge_quantize import Calibration, quantize_folder
+    (folder,), out = options["folders"], options["out"]
+    keys = "scheme", "smooth", "head", "embedding", "device", "hashes"
+    calibration = None
+    if options["calibration"]:
+        calibration = Calibration(options["calibration"], options["calibration_languages"] or [],
+                                  options["calibration_tokens"] or Calibration.tokens)
+    given = {key: options[key] for key in keys if key in options}
+    quantize_folder(folder, out, method=options["rounding"], calibration=calibration, **given)
+    print(printable(f"{out}: {options['scheme']} of {folder}"))
+    if options["embedding"]:
+        print("its embedding is quantized, so generate.py reads it, and transformers does not")
     return 0
 
 

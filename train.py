@@ -3,7 +3,7 @@
     torchrun train.py                                            the recipe on the embedded world, runs/tiny
     torchrun train.py recipe --preset smoke --out runs/smoke     a smaller recipe, under a minute
     torchrun train.py sft --model DIR --data F.jsonl --out RUN   one stage: pretrain sft reward dpo kto rl
-                                                                 router
+                                                                 router classify sidenet
     torchrun train.py sft --resume RUN                           continue a stage that was stopped
     torchrun train.py claim NAME --seeds 1 2 3                   what a paper says, tried; `claims` lists them
 """

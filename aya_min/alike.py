@@ -386,9 +386,9 @@ WEIGHTS = tuple("""
     .safetensors .bin .pt .pth .ckpt .h5 .hdf5 .msgpack .gguf .ggml .onnx .onnx_data .npz .npy .pkl .pickle
     .tflite .mlmodel .ot .distcp .nemo .llamafile .index.json""".split())
 # Files that are written anew, or that describe other weights, another run or another merge.
-NOT_ALONG = {"config.json", "adapter_config.json", "merge.json", "search.json", "evaluations.jsonl",
-             "metrics.jsonl", "eval.json", "done.json", "summary.json", "profile.json", "report.html",
-             "report.md", "trainer_state.json"}
+NOT_ALONG = {"config.json", "adapter_config.json", "merge.json", "quantize.json", "search.json",
+             "evaluations.jsonl", "metrics.jsonl", "eval.json", "done.json", "summary.json", "profile.json",
+             "report.html", "report.md", "trainer_state.json"}
 
 
 def files_along(folder):

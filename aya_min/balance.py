@@ -24,12 +24,21 @@ BALANCE_WEIGHT = 0.05
 def weights_of(settings, model):
     """(balance weight, z weight) of a training. ValueError where a dense model is given one."""
     given = {"--balance-weight": settings.balance_weight, "--router-z-weight": settings.router_z_weight}
-    if not any(part.config.mixture for part in distributed.parts(model)):
+    if not trained_mixtures(model):
         for flag, value in given.items():
             if value is not None:
-                raise ValueError(f"{flag} {value}: this model is dense, no mixture of experts; leave it out")
+                kind = "dense, no mixture of experts"
+                if any(part.config.mixture for part in distributed.parts(model)):
+                    kind = "frozen, its experts too"
+                raise ValueError(f"{flag} {value}: this model is {kind}; leave it out")
     balance, z = given.values()
     return BALANCE_WEIGHT if balance is None else balance, z or 0.0
+
+
+def trained_mixtures(model):
+    """The decoders that are mixtures of experts and are trained; that below a SideNet is frozen."""
+    return [part.model for part in distributed.parts(model)
+            if part.config.mixture and any(p.requires_grad for p in part.model.parameters())]
 
 
 class Auxiliary:
@@ -39,7 +48,7 @@ class Auxiliary:
     """
 
     def __init__(self, model, micro_batches, settings, device, forward):
-        self.decoders = [part.model for part in distributed.parts(model) if part.config.mixture]
+        self.decoders = trained_mixtures(model)
         if not self.decoders:
             return
         self.balance_weight, self.z_weight = weights_of(settings, model)

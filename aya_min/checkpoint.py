@@ -39,18 +39,24 @@ def distributed_checkpoint():
 def state_tensors(model, optimizer):
     """{name: parameter, name|exp_avg and name|exp_avg_sq: its moments}, sharded or plain, not copied.
 
-    AdamW's step is not among them: it is the state's step.
+    AdamW's step is not among them: it is the state's step, without those that were skipped (loss_scale.py).
     """
     tensors = dict(model.state_dict())
-    for name, p in model.named_parameters():
+    for name, p in trained(model).items():
         tensors |= {f"{name}|{key}": value for key, value in optimizer.state[p].items() if key != "step"}
     return tensors
 
 
+def trained(model):
+    """{name: parameter} of those that are trained; the decoder below a SideNet is frozen."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def state_bytes(model):
-    """The size of a state in bytes: each parameter and its two moments, and buffers (critic.Learner)."""
-    buffers = sum(b.numel() * b.itemsize for b in model.buffers())
-    return 3 * sum(p.numel() * p.itemsize for p in model.parameters()) + buffers
+    """The size of a state in bytes: each parameter, two moments of each that is trained, and buffers
+    (critic.Learner)."""
+    kept = sum(t.numel() * t.itemsize for t in (*model.parameters(), *model.buffers()))
+    return kept + 2 * sum(p.numel() * p.itemsize for p in trained(model).values())
 
 
 # ---- saving ------------------------------------------------------------------------------------------------
@@ -76,14 +82,16 @@ def weights_fault(model):
     return f"its parameter {name} is not finite{f' (model {folder})' if folder else ''}" if name else ""
 
 
-def save_state(folder, model, optimizer, step):
+def save_state(folder, model, optimizer, step, scale=None):
     """Publish the state after `step` optimizer steps as folder/step-N. A collective: all ranks write.
 
+    scale: the LossScale, whose state is part of it.
     ValueError if it cannot be written or is not finite; earlier states then stay as they were.
     """
     folder = Path(folder)
-    tensors = state_tensors(model, optimizer)
-    needed = state_bytes(model)
+    own = scale.tensors() if scale else {}
+    tensors = state_tensors(model, optimizer) | own
+    needed = state_bytes(model) + sum(t.nbytes for t in own.values())
     check_finite(tensors, step, folder)
     ends = accumulate(t.numel() * t.itemsize for t in tensors.values())
     per_file = FILE_BYTES * distributed.num_ranks()
@@ -346,20 +354,29 @@ def faults_in(file):
         return [f"{file.name} holds no tensors: {error}"]
 
 
-def load_state(path, model, optimizer):
+def begin_moments(model, optimizer, steps=0.0):
+    """Give AdamW its state before its first step: moments of 0, and the number of steps it has done."""
+    for p in trained(model).values():
+        optimizer.state[p] = {"step": torch.tensor(steps, device=p.device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+
+
+def load_state(path, model, optimizer, scale=None):
     """Load a saved state in place, before the first step, at any number of ranks. Returns its step.
 
-    ValueError if it is not a state of this model.
+    scale: the LossScale, which is loaded too. ValueError if it is not a state of this model.
     """
-    for p in model.parameters():
-        step = torch.tensor(float(step_of(path)), device=p.device)
-        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    begin_moments(model, optimizer)
+    own = scale.tensors() if scale else {}
     dcp = distributed_checkpoint()
     try:
         with warnings.catch_warnings(action="ignore"):
-            dcp.load(state_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(path),
+            dcp.load(state_tensors(model, optimizer) | own, storage_reader=dcp.HuggingFaceStorageReader(path),
                      no_dist=distributed.num_ranks() == 1)
     except dcp.api.CheckpointException as error:
         cause = " ".join(str(next(iter(error.failures.values()))[0]).split())
         raise ValueError(f"{path}: not a state of this model ({cause[:300]}); start anew") from None
+    skipped = scale.load(own) if scale else 0
+    for p in trained(model).values():
+        optimizer.state[p]["step"].fill_(step_of(path) - skipped)
     return step_of(path)

@@ -41,6 +41,8 @@ class Reading:
 class Training(Reading):
     """Settings that every stage shares. Counts of examples are over all ranks."""
     gradient_steps: ClassVar[int] = 1           # optimizer steps on each batch; a setting of rl
+    # What the loss compares the model with, which has no dropout; so the model may have none either.
+    compared_with: ClassVar[str] = ""
     too_long: str = setting(
         "skip",
         help="examples longer than --max-length or the model's positions: skip leaves them out and counts "
@@ -59,7 +61,13 @@ class Training(Reading):
         0.05, "[0, 1]", "end of the cosine as a share of the peak (1/20: Tiny Aya)")
     weight_decay: float = setting(0.0, "[0, inf)")
     adam_beta2: float = setting(0.98, "[0, 1)")
-    max_grad_norm: float = setting(1.0, "(0, inf)")
+    max_grad_norm: float = setting(
+        1.0, "[0, inf)", "gradients of a larger norm are scaled down to it; 0 = no clipping")
+    attention_dropout: float = setting(
+        0.0, "[0, 1)", "share of the attention probabilities that training drops; slower, as all of "
+                       "them must be in memory")
+    residual_dropout: float = setting(
+        0.0, "[0, 1)", "share of what attention and MLP add to the residual stream that training drops")
     balance_weight: Optional[float] = setting(
         None, "[0, inf)", "mixtures of experts: weight of the loss that evens out how many tokens an expert "
                           "gets (unset: 0.05, arXiv 2408.15901)")
@@ -75,8 +83,9 @@ class Training(Reading):
     eval_every: int = setting(
         0, "[0, inf)", "steps between evaluations on --eval-data; 0 = before the first and after the last")
     dtype: str = setting(
-        "float32", help="compute dtype; weights, optimizer and losses stay fp32",
-        choices=["float32", "bfloat16"])
+        "float32", help="compute dtype; weights, optimizer and losses stay fp32; float16: with dynamic loss "
+                        "scaling, and a step whose gradients overflow is skipped and counted",
+        choices=["float32", "bfloat16", "float16"])
     packing: Optional[bool] = setting(
         None,
         help="compute no padding, and a prefix that rows share (a pair's prompt) only once; unset: yes on a "
@@ -136,6 +145,10 @@ class DPO(Training):
         0.0, "[0, inf)",
         "weight of the chosen answer's mean negative log-likelihood (nats per token) beside DPO")
 
+    @property
+    def compared_with(self):
+        return "" if self.loss == "simpo" else "its reference"
+
     def __post_init__(self):
         """Refuse what the loss does not read, and the lack of what it needs."""
         for name, its_loss, example in (("label_smoothing", "cdpo", "0.1"), ("simpo_gamma", "simpo", "1")):
@@ -151,6 +164,7 @@ class DPO(Training):
 
 @dataclass
 class KTO(Training):
+    compared_with: ClassVar[str] = "its reference"
     beta: float = setting(0.1, "(0, inf)", "risk aversion: how soon the value saturates, arXiv 2402.01306")
     desirable_weight: float = setting(
         1.0, "(0, inf)",
@@ -167,6 +181,7 @@ ONLY = {"clip": (("ppo",), 0.2), "gae_lambda": (("ppo",), 0.95), "critic_weight"
 
 @dataclass
 class RL(Training):
+    compared_with: ClassVar[str] = "the policy that sampled and the reference"
     algorithm: str = setting(
         "rloo",
         help="rloo, grpo, reinforce: policy gradients on whole answers; the baseline is the mean of the "
@@ -248,6 +263,33 @@ class Routing(Training):
 
 
 @dataclass
+class Classify(Training):
+    epochs: float = setting(3.0, "(0, 1000000]", "passes over the data when --max-steps is 0")
+    labels: Optional[list] = setting(
+        None, help="the classes, in the order of the head's rows; a text with another label is refused "
+                   "(unset: those of --data, sorted)")
+    head: str = setting(
+        "mean", help="what the head reads: the mean of the last hidden states, or that of the last token, as "
+                     "transformers' ForSequenceClassification does", choices=["mean", "last-token"])
+
+
+@dataclass
+class Side(Training):
+    """The SideNet of arXiv 2007.13512, of which we know none of these numbers."""
+    epochs: float = setting(10.0, "(0, 1000000]", "passes over the data when --max-steps is 0")
+    learning_rate: float = setting(1e-3, "(0, inf)")
+    layer: int = setting(
+        1, "[0, 100000)", "the SideNet reads --model's hidden states after this layer; 0: the embeddings")
+    hidden: int = setting(256, "[1, 1000000000)", "hidden units of the SideNet")
+
+    def __post_init__(self):
+        for name in ("attention_dropout", "residual_dropout"):
+            if getattr(self, name):
+                raise ValueError(f"{flag_of(name)} {getattr(self, name)}: the layers below a SideNet are "
+                                 "frozen and drop nothing; leave it out")
+
+
+@dataclass
 class Recipe(Reading):
     """All settings of the recipe. The defaults, preset tiny, were chosen on the validation split (LOG.md)."""
     model: str = setting("tiny", help="size of base, teachers and students", choices=list(MODEL_PRESETS))
@@ -320,7 +362,8 @@ RECIPES = {
 
 def kind(f):
     """The type of a field's values, without its None."""
-    optional = {Optional[bool]: bool, Optional[int]: int, Optional[float]: float, Optional[dict]: dict}
+    optional = {Optional[bool]: bool, Optional[int]: int, Optional[float]: float, Optional[dict]: dict,
+                Optional[list]: list}
     return optional.get(f.type, f.type)
 
 
@@ -352,6 +395,8 @@ def add_flags(parser, settings_class, only=None):
             more["action"] = argparse.BooleanOptionalAction
         elif kind(f) is dict:
             more |= {"type": column, "nargs": "+", "metavar": "OURS=THEIRS"}
+        elif kind(f) is list:
+            more |= {"nargs": "+", "metavar": "NAME"}
         else:
             more["type"] = number(kind(f), meta["interval"]) if meta["interval"] else kind(f)
             more |= {"choices": choices, "metavar": None if choices else "N"}
@@ -391,6 +436,8 @@ def check_value(f, value):
     fits = type(value) is right or right is float and type(value) is int
     if fits and right is dict:
         fits = all(isinstance(name, str) for name in value.values())
+    if fits and right is list:
+        fits = all(isinstance(name, str) for name in value)
     if not fits or (interval and not in_range(value, interval)) or (choices and value not in choices):
         wanted = describe(right, interval) if interval else f"of type {right.__name__}"
         wanted = f"one of {' '.join(choices)}" if choices else wanted
@@ -410,6 +457,11 @@ def check_training(settings, num_ranks):
         raise ValueError(f"--replicate {settings.replicate} does not divide {num_ranks} ranks; use a divisor "
                          f"of {num_ranks}")
     check_batch_size(settings.batch_size, num_ranks)
+    for name in ("attention_dropout", "residual_dropout"):
+        if getattr(settings, name) and settings.compared_with:
+            raise ValueError(f"{flag_of(name)} {getattr(settings, name)}: this loss compares the model with "
+                             f"{settings.compared_with}, which has no dropout, so that masks would count as "
+                             "a difference; leave it out")
     share = settings.batch_size // num_ranks
     if settings.micro_batch_size and share % settings.micro_batch_size:
         raise ValueError(f"--micro-batch-size {settings.micro_batch_size} does not divide a rank's share of "

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .model import activation, capped_attention, scaled, window_mask
+from .model import activation, explicit_attention, scaled, window_mask
 from .rope import doubled, growth, rotary, rotate_halves
 from .token_logps import capped
 
@@ -136,7 +136,7 @@ class Engine:
         attend: (layer, q (N, H, D), k and v (N, K, D)) -> (N, H D).
         """
         c, sizes = self.config, [self.num_heads * self.config.head_dim, *[self.config.intermediate_size] * 2]
-        x = scaled(c, F.embedding(ids, self.fused.embedding))               # (N, hidden_size)
+        x = scaled(c, self.fused.embed(ids))                                # (N, hidden_size)
         turns = {theta: [each[positions] for each in both] for theta, both in self.turns.items()}
         grown = growth(c, positions)                                        # (N, 1, 1) or None
         for i, layer in enumerate(self.fused.layers):
@@ -210,7 +210,7 @@ class Engine:
             kept.append((k, v))
             mask = band if self.config.window(i) else None
             if self.cap:
-                y = capped_attention(q, k, v, mask, self.scale, self.cap)
+                y = explicit_attention(q, k, v, mask, self.scale, self.cap)
             else:
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                                    scale=self.scale, enable_gqa=K != H)

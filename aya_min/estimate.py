@@ -15,6 +15,7 @@ import inspect
 import json
 import weakref
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import torch
@@ -24,12 +25,14 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import balance, distributed, stages
+from . import balance, checkpoint, distributed, stages
 from .config import WITH_CRITIC
 from .critic import Critic, Learner
 from .data import batches_in_order, collate, length_of
+from .dropout import of_step
 from .engine import cache_sizes, round_up
-from .loop import make_optimizer, training_flops
+from .flops import training_flops
+from .loop import autocast, make_optimizer
 from .losses import sft_loss
 from .reference import answer_logps, reference_rows
 from .sampling import answer_rows
@@ -163,10 +166,13 @@ def simulate(model_class, config, settings, loss_fn, batch, ranks, num_micro_bat
         for part in distributed.parts(model):
             part.model.activation_checkpointing = settings.activation_checkpointing
             part.model.packing = bool(settings.packing)
+            if drops := of_step(settings, 0):
+                with fake:                                  # so that the masks, made from the seed, count
+                    part.model.dropout = drops._replace(seed=torch.zeros((), dtype=torch.int32))
         optimizer = make_optimizer(model, settings)
         with fake, watch:
             watch.mark(model.parameters(), "parameters")
-            for p in model.parameters():
+            for p in checkpoint.trained(model).values():
                 p.register_post_accumulate_grad_hook(lambda p: watch.mark([p.grad], "gradients"))
                 p.grad = torch.zeros_like(p)
                 watch.mark([p.grad], "gradients")
@@ -180,7 +186,7 @@ def simulate(model_class, config, settings, loss_fn, batch, ranks, num_micro_bat
                 if mesh:
                     model.set_requires_all_reduce(last)
                 watch.part, loss_sum = "activations", None
-                with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16" and not mesh):
+                with autocast(model, settings, torch.device("cpu")):
                     loss_sum = loss_fn(model, batch)[0]
                 watch.part = "work of the backward"
                 # Clipping and the fused AdamW work in place, so the step's peak is reached here.
@@ -197,14 +203,15 @@ def simulate(model_class, config, settings, loss_fn, batch, ranks, num_micro_bat
 
 
 def forward_bytes(model_class, config, settings, loss_fn, batch, sharded):
-    """The peak bytes of a forward without gradients, weights not included. In bf16 the forward of an
-    unsharded model keeps autocast's cast copies of all weights."""
+    """The peak bytes of a forward without gradients, weights not included. In half precision the forward of
+    an unsharded model keeps autocast's cast copies of all weights."""
     fake, watch = FakeTensorMode(allow_non_fake_inputs=True), Watch(config)
     with fake:
         model = model_class(config).eval()
-        model = model.bfloat16() if sharded and settings.dtype == "bfloat16" else model
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16" and not sharded)
-    with fake, watch, torch.no_grad(), autocast:
+        half = sharded and settings.dtype != "float32"
+        model = model.to(getattr(torch, settings.dtype)) if half else model
+    context = nullcontext() if sharded else autocast(model, settings, torch.device("cpu"))
+    with fake, watch, torch.no_grad(), context:
         watch.mark(model.parameters(), "parameters")
         loss_fn(model, batch)
     return sum(watch.peak.values()) - sum(p.nbytes for p in model.parameters())

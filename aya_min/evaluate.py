@@ -10,6 +10,9 @@ published protocol (judges.py). Intervals resample questions, not rows (evaluate
         --protocol arena-hard|scores --out eval.json
     python -m aya_min.evaluate leaderboard A.jsonl B.jsonl C.jsonl --judge ... --out board.json
     python -m aya_min.evaluate languages --answers A.jsonl          # evaluate_languages.py
+    python -m aya_min.evaluate quantized --model A --against B --data F.jsonl       # evaluate_quantized.py
+    python -m aya_min.evaluate early-exit --model MAIN --sidenet SIDE --data F.jsonl
+    python -m aya_min.evaluate outliers --model DIR --data F.jsonl  # outliers.py
 
 With --protocol, what the judge says is kept beside the output (eval.verdicts.jsonl). Until then it is in
 OUT.partial, from which the same command resumes.
@@ -18,7 +21,7 @@ OUT.partial, from which the same command resumes.
 import sys
 from pathlib import Path
 
-from . import evaluate_languages, evaluate_leaderboard
+from . import evaluate_early_exit, evaluate_languages, evaluate_leaderboard, evaluate_quantized, outliers
 from .command import Parser, guarded, is_spare_rank, printable
 from .config import Reading, settings_from
 from .evaluate_answers import answers_to_judge, matched, with_seen_language
@@ -141,7 +144,9 @@ def arena(args, reading):
     print(win_rate_table(read_json(out)), printable(f"written: {' '.join(outputs)}"), sep="\n")
 
 
-COMMANDS = {"languages": evaluate_languages.main, "leaderboard": evaluate_leaderboard.main}
+COMMANDS = {"languages": evaluate_languages.main, "leaderboard": evaluate_leaderboard.main,
+            "quantized": evaluate_quantized.main, "early-exit": evaluate_early_exit.main,
+            "outliers": outliers.main}
 
 
 def main(argv=None):
@@ -150,7 +155,7 @@ def main(argv=None):
         return COMMANDS[given[0]](given[1:])
     parser = Parser(prog="aya_min.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["arena", *COMMANDS],
-                        help="leaderboard and languages have flags of their own: evaluate leaderboard --help")
+                        help="all but arena have flags of their own: evaluate leaderboard --help")
     parser.add_argument("--answers", required=True, help="JSONL of the model's answers")
     parser.add_argument("--baseline", required=True, help="JSONL of the answers to compare with")
     parser.add_argument("--out", required=True, help="JSON file to write the figures to; must not exist")

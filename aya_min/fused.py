@@ -9,6 +9,7 @@ from .families import NORMS
 from .linear import packed
 from .norms import rms_norm
 from .patience import Patience
+from .quantized import Packed
 
 # Models of up to this size are kept a second time on the CPU, in oneDNN's layout (linear.packed).
 PACK_BYTES = 4e9
@@ -24,7 +25,10 @@ def fuse(projections, dim, pack, order=None):
     Without `pack` the parameters become views of the joined matrix, so that nothing is held twice. Those of
     attention experts do not, because theirs stand in another order: without `pack` they are held twice.
 
-    order: with `pack`, the order in which its outputs stand, as indices of those of the projections."""
+    order: with `pack`, the order in which its outputs stand, as indices of those of the projections.
+    Quantized ones stay apart, because their kernels' layouts cannot be joined."""
+    if isinstance(projections[0], Packed):
+        return side_by_side(projections) if dim == 0 else added(projections)
     joined = torch.cat([p.weight.detach() for p in projections], dim)
     if not pack:
         for p, part in zip(projections, joined.split([p.weight.shape[dim] for p in projections], dim)):
@@ -34,6 +38,20 @@ def fuse(projections, dim, pack, order=None):
     if order is not None:
         joined, bias = joined[order], bias if bias is None else bias[order]
     return multiplier(joined, pack, bias)
+
+
+def side_by_side(projections):
+    if len(projections) == 1:
+        return projections[0].forward
+    return lambda x: torch.cat([p.forward(x) for p in projections], 1)
+
+
+def added(projections):
+    """The sum of products whose inputs stand side by side."""
+    if len(projections) == 1:
+        return projections[0].forward
+    sizes = [p.shape[1] for p in projections]
+    return lambda x: sum(p.forward(part) for p, part in zip(projections, x.split(sizes, 1)))
 
 
 def normalizer(config, weight):
@@ -144,16 +162,20 @@ class Fused:
     """
 
     def __init__(self, model):
-        parameters = list(model.parameters())
+        parameters, packed = list(model.parameters()), getattr(model, "packed", {})
         self.config, self.device, self.dtype = model.config, parameters[0].device, parameters[0].dtype
-        pack = self.can_pack(sum(p.nbytes for p in parameters))
+        pack = self.can_pack(sum(p.nbytes for p in parameters)) and not packed
         self.patience = Patience(self.device)
         self.pairs = has_pairs(self.config, pack)
         domains = getattr(model.model, "domains", None)         # of a mixture of experts
         self.layers = [FusedBlock(block, self.config, pack, domains) for block in model.model.layers]
-        self.embedding = model.model.embed_tokens.weight.detach()
+        self.embed = model.model.embed_tokens.forward
         self.norm = normalizer(self.config, model.model.norm.weight.detach())
-        self.head = multiplier(model.head_weight.detach(), pack)
+        if "lm_head" in packed:
+            self.head = model.lm_head.forward
+        else:
+            head = model.head_weight.detach()
+            self.head = multiplier(head, pack or bool(packed) and self.can_pack(head.nbytes))
 
     def can_pack(self, nbytes):
         """Whether weights of this size are kept a second time, in oneDNN's layout."""

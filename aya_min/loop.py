@@ -19,12 +19,14 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from . import checkpoint, distributed
+from . import checkpoint, distributed, dropout
 from .balance import Auxiliary
 from .command import progress
 from .config import Training
 from .data import in_step
 from .files import parse_json
+from .flops import training_flops
+from .loss_scale import LossScale
 from .patience import Patience
 
 # Metrics that are logged for each language too.
@@ -48,13 +50,15 @@ def learning_rate(step, num_steps, settings):
 
 
 def make_optimizer(model, settings):
-    """torch's fused AdamW, with weight decay on matrices only. Tied weights are one parameter. A group's
-    "scale" is its learning rate as a multiple of the policy's: a critic may have its own."""
+    """torch's fused AdamW of what is trained, with weight decay on matrices only. Tied weights are one
+    parameter. A group's "scale" is its learning rate as a multiple of the policy's: a critic may have its
+    own."""
     of_critic = getattr(settings, "critic_learning_rate", None) or settings.learning_rate
     groups = []
     for part, peak in zip(distributed.parts(model), (settings.learning_rate, of_critic)):
         # The biases of stacked experts, (E, out), are no matrices.
-        is_matrix = {p: p.dim() > 1 and not name.endswith("bias") for name, p in part.named_parameters()}
+        is_matrix = {p: p.dim() > 1 and not name.endswith("bias") for name, p in part.named_parameters()
+                     if p.requires_grad}
         matrices = [p for p, yes in is_matrix.items() if yes]
         vectors = [p for p, yes in is_matrix.items() if not yes]
         scale = peak / settings.learning_rate
@@ -63,29 +67,10 @@ def make_optimizer(model, settings):
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.adam_beta2), fused=True)
 
 
-def training_flops(config, lengths, num_supervised):
-    """Floating-point operations of forward and backward over texts of these lengths (tokens), without
-    recomputation.
-
-    Each weight costs 6 operations per token that it multiplies, and each layer 12 head_dim per head and pair
-    of a query and a key that it sees. The embedding's lookup is free, and the head multiplies supervised
-    tokens only; if all are supervised, the first term is the usual 6 N per token. Of a mixture's experts
-    those count that a token is sent to; what a router computes once for all tokens does not.
-    """
-    (H, K), D, hidden, mixture = config.num_heads, config.head_dim, config.hidden_size, config.mixture
-    mlps = mixture.top_k + mixture.shared if mixture else 1
-    routers = (1 + bool(mixture.attention)) * len(mixture.experts) if mixture else 0
-    # q, k, v, o; gate, up, down; the routers' scores
-    block = hidden * (2 * (H + K) * D + 3 * mlps * config.intermediate_size + routers)
-    windows = [config.window(i) or max(lengths) for i in range(config.num_hidden_layers)]
-    pairs = sum(min(T, w) * (min(T, w) + 1) // 2 + max(T - w, 0) * w for w in windows for T in lengths)
-    products = config.num_hidden_layers * block * sum(lengths) + hidden * config.vocab_size * num_supervised
-    return 6 * products + 12 * H * D * pairs
-
-
 def peak_flops(device, dtype):
-    """The device's dense bf16 peak in operations per second. None for an unknown device, and in fp32."""
-    if device.type != "cuda" or dtype != "bfloat16":
+    """The device's dense peak in operations per second in bf16, and in fp16, where it is the same. None for
+    an unknown device, and in fp32."""
+    if device.type != "cuda" or dtype == "float32":
         return None
     name = torch.cuda.get_device_name(device)
     return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
@@ -139,8 +124,9 @@ def reduced(metrics, slots):
 
 def autocast(model, settings, device):
     """The context in which a model computes in --dtype. FSDP casts a sharded model by itself."""
-    enabled = settings.dtype == "bfloat16" and not distributed.is_sharded(model)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    dtype = torch.bfloat16 if settings.dtype == "float32" else getattr(torch, settings.dtype)
+    enabled = settings.dtype != "float32" and not distributed.is_sharded(model)
+    return torch.autocast(device.type, dtype, enabled=enabled)
 
 
 @torch.no_grad()
@@ -265,9 +251,9 @@ def counted(model, micro_batches, stop, device):
     return distributed.sum_over_ranks(counts).tolist()
 
 
-def gradients(model, micro_batches, loss_fn, count, settings, stop, device):
+def gradients(model, micro_batches, loss_fn, count, settings, stop, device, scale):
     """Forward and backward of a step. p.grad becomes the gradient of the loss, which is the sum over all
-    ranks divided by `count`.
+    ranks divided by `count`. scale: the LossScale of the backward.
 
     Returns (loss, this rank's sums by micro-batch, gradient norm, metrics, what a mixture of experts logs, a
     number that is not 0 after a signal on any rank)."""
@@ -285,12 +271,13 @@ def gradients(model, micro_batches, loss_fn, count, settings, stop, device):
         loss_sum, logged = forward(batch)
         loss_sum = loss_sum + count * auxiliary.loss()
         # FSDP averages gradients over ranks; the factor `ranks` makes that a sum.
-        (loss_sum * (ranks / count)).backward()
+        (loss_sum * (ranks / count * scale.scale)).backward()
         losses.append(loss_sum.detach())
         add_metrics(total, logged)
     stopping = torch.tensor(stop.received, dtype=torch.float64, device=device)
     sums = torch.stack([sum(loss.double() for loss in losses), stopping])
     loss, stopping = distributed.sum_over_ranks(sums).tolist()
+    scale.unscale(model)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return loss / count, losses, norm, total, auxiliary.logged(), stopping
 
@@ -305,10 +292,11 @@ def refuse_infinite(step, loss, grad_norm, model, losses, micro_batches, setting
                          f"{checkpoint.newest_name(folder / 'state')}; {remedy}")
     first = step // settings.gradient_steps * settings.batch_size
     last = first + settings.batch_size - 1
+    remedy = ", or take --dtype bfloat16" if settings.dtype == "float16" else ""
     raise ValueError(
         f"step {step}: loss {loss}, gradient norm {grad_norm} ({origin(model, losses, micro_batches)}; "
         f"positions {first} to {last} of the data order): stopped before the weights moved. "
-        f"{checkpoint.newest_name(folder / 'state')}; lower --learning-rate, or look at the data")
+        f"{checkpoint.newest_name(folder / 'state')}; lower --learning-rate, or look at the data{remedy}")
 
 
 class Keeper:
@@ -316,14 +304,15 @@ class Keeper:
 
     saved: the number of steps after which a state was last saved."""
 
-    def __init__(self, folder, model, optimizer, num_steps, settings, evaluation, publish, stop, saved):
+    def __init__(self, folder, model, optimizer, scale, num_steps, settings, evaluation, publish, stop,
+                 saved):
         self.folder, self.model, self.optimizer, self.num_steps = folder, model, optimizer, num_steps
         self.settings, self.evaluation, self.publish = settings, evaluation, publish
-        self.stop, self.saved = stop, saved
+        self.scale, self.stop, self.saved = scale, stop, saved
 
     def save(self, done):
         if done > self.saved:
-            checkpoint.save_state(self.folder / "state", self.model, self.optimizer, done)
+            checkpoint.save_state(self.folder / "state", self.model, self.optimizer, done, self.scale)
             self.saved = done
 
     def leave(self, done):
@@ -380,10 +369,13 @@ def train(model, num_steps, batches, loss_fn, settings, folder, device, evaluati
     before a save whose weights are not. After SIGTERM or SIGINT on any rank, all ranks finish the step, save
     and raise Stopped; an evaluation in progress is abandoned and redone on resume."""
     folder, stop, model = Path(folder), stop or distributed.Signals(), made_ready(model, settings, device)
-    optimizer = make_optimizer(model, settings)
+    optimizer, scale = make_optimizer(model, settings), LossScale(settings.dtype)
     distributed.from_main(lambda: checkpoint.check_room(folder / "state", checkpoint.state_bytes(model)))
-    first = checkpoint.load_state(state, model, optimizer) if state else 0
-    keeper = Keeper(folder, model, optimizer, num_steps, settings, evaluation, publish, stop, first)
+    if scale.is_dynamic:
+        # A state may be saved before the first step that is not skipped.
+        checkpoint.begin_moments(model, optimizer)
+    first = checkpoint.load_state(state, model, optimizer, scale) if state else 0
+    keeper = Keeper(folder, model, optimizer, scale, num_steps, settings, evaluation, publish, stop, first)
     if keeper.is_due(first) and not distributed.from_main(lambda: evaluated(folder / "metrics.jsonl", first)):
         keeper.evaluate(first)
     model.train()
@@ -401,21 +393,26 @@ def train(model, num_steps, batches, loss_fn, settings, folder, device, evaluati
         count, tokens, flops, stopping = counted(model, micro_batches, stop, device)
         if stopping and step % settings.gradient_steps == 0:
             keeper.leave(step)
+        distributed.parts(model)[0].model.dropout = dropout.of_step(settings, step)
         loss, losses, norm, total, routed, stopping = gradients(model, micro_batches, loss_fn, count,
-                                                                settings, stop, device)
+                                                                settings, stop, device, scale)
         grad_norm = distributed.full(norm).item()
-        refuse_infinite(step, loss, grad_norm, model, losses, micro_batches, settings, folder)
-        nn.utils.clip_grads_with_norm_(model.parameters(), settings.max_grad_norm, norm)
+        taken = scale.takes(step, loss, grad_norm)
+        if taken:
+            refuse_infinite(step, loss, grad_norm, model, losses, micro_batches, settings, folder)
+        if taken and settings.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(model.parameters(), settings.max_grad_norm, norm)
         metrics = reduced(total, micro_batches[0].slots)
         if step == 0 and check_first:
             check_first(metrics)
-        optimizer.step()
+        if taken:
+            optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - started
         patience.end()
         row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"],
                "tokens": int(tokens), "seconds": seconds, "tokens_per_second": tokens / seconds}
-        row |= routed
+        row |= {**routed, **scale.logged()}
         row |= {"mfu": flops / (seconds * distributed.num_ranks() * peak)} if peak else {}
         write_metrics(folder / "metrics.jsonl", {"step": step, **metrics, **row})
         shown = {"mfu": f"{row['mfu']:.0%}"} if peak else {}

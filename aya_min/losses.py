@@ -369,6 +369,14 @@ def router_loss(tau):
     return loss_fn
 
 
+def classification_loss(model, batch):
+    """Cross-entropy of a text's label, -log p(label | text), with a classifier or a SideNet."""
+    logits = model(batch.input_ids, batch.lengths, batch.repeats)           # (B, M)
+    losses = F.cross_entropy(logits, batch.labels, reduction="none")        # (B,)
+    log = {"loss": losses, "accuracy": (logits.argmax(1) == batch.labels).float()}
+    return losses.sum(), means_by_language(batch, log)
+
+
 def means_by_language(batch, values):
     """{name: (2, slots) sums and counts} from {name: one value per pair or completion}."""
     return {name: by_language(batch, each, torch.ones_like(each)) for name, each in values.items()}

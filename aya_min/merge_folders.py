@@ -133,6 +133,8 @@ def read_sources(inputs, allow_config_differences=False):
                              f"{kind_of(experts[0])}")
     headers = [read_header(folder) for folder in inputs]
     problems, tolerated, first = [], [], inputs[0]
+    problems += [f"{folder} is quantized, so that its tensors have no average; merge what it was made of"
+                 for folder, config in zip(inputs, configs) if config.get("quantization_config")]
     for folder, config, header in zip(inputs, configs, headers):
         for name in [name for name in header if name.endswith("rotary_emb.inv_freq")]:
             del header[name]                        # older Llama checkpoints repeat rope_theta in this form

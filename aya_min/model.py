@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .dropout import dropped, dropped_attention
 from .families import NORMS
 from .line import Line
 from .linear import Linear, linear
@@ -38,17 +39,20 @@ def window_mask(config, num_tokens, device):
     return (distance >= 0) & (distance < config.sliding_window)
 
 
-def capped_attention(q, k, v, mask, scale, cap):
-    """Attention whose scores are cap tanh(score / cap), in fp32: no fused kernel of torch's computes it.
+def explicit_attention(q, k, v, mask, scale, cap=None, dropout=None):
+    """Attention with a tensor of all probabilities, for what no fused kernel of torch's computes: scores of
+    cap tanh(score / cap), and dropout with our own masks. Scores are fp32.
 
-    q (B, H, T, D), k and v (B, K, T, D), mask (T, T) or None for causal -> (B, H, T, D).
+    q (B, H, T, D), k and v (B, K, T, D), mask (T, T) or None for causal, scale or None for D^-1/2, dropout
+    with keys (B, T) -> (B, H, T, D).
     """
     if mask is None:
         mask = torch.ones(q.shape[-2], q.shape[-2], device=q.device, dtype=torch.bool).tril()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     q = q.unflatten(1, (k.shape[1], -1))                                    # (B, K, H/K, T, D)
     scores = capped((q @ k[:, :, None].transpose(-1, -2)).float() * scale, cap)
-    probs = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype)
-    return (probs @ v[:, :, None]).flatten(1, 2)
+    probs = dropped_attention(scores.masked_fill(~mask, float("-inf")).softmax(-1), dropout)
+    return (probs.to(v.dtype) @ v[:, :, None]).flatten(1, 2)
 
 
 class Attention(nn.Module):
@@ -71,24 +75,27 @@ class Attention(nn.Module):
         # None is D^-1/2.
         self.scale = config.softmax_scale if config.query_pre_attn_scalar else None
 
-    def forward(self, x, cos=None, sin=None, mask=None, line=None, grown=None):
+    def forward(self, x, cos=None, sin=None, mask=None, line=None, grown=None, dropout=None):
         """x (B, T, hidden_size), or (N, hidden_size) with a Line -> the same shape.
 
         cos, sin: of rotary(), None in a layer without rotary embeddings.
-        mask: (T, T) of window_mask(), or None for plain causal attention. grown: of growth().
+        mask: (T, T) of window_mask(), or None for plain causal attention. grown: of growth(). dropout: of the
+        layer, or None.
         """
         q, k, v = self.heads(x)
         if cos is not None:
             q, k = rotate(q, cos, sin, self.interleaved), rotate(k, cos, sin, self.interleaved)
         if grown is not None:
             q = q * grown.to(q.dtype)
-        if line and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not self.cap:
+        explicit = self.cap or dropout is not None and dropout.attention
+        if line and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not explicit:
             return self.output(line.attend(q, k, v, self.window, self.scale).flatten(-2), x)
         if line:
             q, k, v = line.unpack(q), line.unpack(k), line.unpack(v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H or K, T, D)
-        if self.cap:
-            y = capped_attention(q, k, v, mask, self.scale, self.cap)
+        if explicit:
+            dropout = dropout.unpacked(line) if dropout is not None and line else dropout
+            y = explicit_attention(q, k, v, mask, self.scale, self.cap, dropout)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                                scale=self.scale, enable_gqa=k.shape[1] != q.shape[1])
@@ -148,35 +155,36 @@ class Block(nn.Module):
         self.self_attn = (MixtureAttention if mixture and mixture.attention else Attention)(config, window)
         self.mlp = MixtureMLP(config, MLP, activation(config)) if mixture else MLP(config)
 
-    def forward(self, x, *inputs):
-        """x and the inputs are those of Attention."""
-        return self.joined(x, self.mlp, *inputs)
+    def forward(self, x, *inputs, dropout=None):
+        """x, the inputs and the dropout are those of Attention."""
+        return self.joined(x, self.mlp, *inputs, dropout=dropout)
 
-    def joined(self, x, mlp, *inputs):
+    def joined(self, x, mlp, *inputs, dropout):
         h = self.input_layernorm(x)
+        attended = self.self_attn(h, *inputs, dropout=dropout)
         if self.kind == "parallel":
-            return x + self.self_attn(h, *inputs) + mlp(h)
-        h = self.self_attn(h, *inputs)
+            return x + dropped(attended, dropout, 1) + dropped(mlp(h), dropout, 2)
         if self.kind == "sequence":
-            x = x + h
-            return x + mlp(self.post_attention_layernorm(x))
-        x = x + self.post_attention_layernorm(h)
-        return x + self.post_feedforward_layernorm(mlp(self.pre_feedforward_layernorm(x)))
+            x = x + dropped(attended, dropout, 1)
+            return x + dropped(mlp(self.post_attention_layernorm(x)), dropout, 2)
+        x = x + dropped(self.post_attention_layernorm(attended), dropout, 1)
+        h = mlp(self.pre_feedforward_layernorm(x))
+        return x + dropped(self.post_feedforward_layernorm(h), dropout, 2)
 
 
 class MixtureBlock(Block):
     """A block whose MLP is a mixture of experts, and its attention too if the config says so."""
 
-    def forward(self, x, counted, domains, *inputs):
-        """x and the inputs are those of Attention, counted and domains those of MixtureMLP. -> (x, moe's
-        routing_sums)"""
+    def forward(self, x, counted, domains, *inputs, dropout=None):
+        """x, the inputs and the dropout are those of Attention, counted and domains those of MixtureMLP. ->
+        (x, moe's routing_sums)"""
         sums = []
 
         def mlp(h):
             y, routed = self.mlp(h, counted, domains)
             sums.append(routed)
             return y
-        return self.joined(x, mlp, *inputs), sums[0]
+        return self.joined(x, mlp, *inputs, dropout=dropout), sums[0]
 
 
 def scaled(config, x):
@@ -190,6 +198,7 @@ class Decoder(nn.Module):
     packing: whether padding is left out of the computation, and shared prefixes are computed once (see
     Line), when the lengths are given. None: on a CPU only.
     activation_checkpointing: which blocks are recomputed in the backward: 0 none, 1 all, n every n-th.
+    dropout: that of the step (dropout.of_step), or None; it is for training mode only.
     routing: of a mixture of experts, what the last forward leaves for the losses on it: moe.routing_sums of
     each layer, (layers, 2 E + 1).
     """
@@ -206,6 +215,7 @@ class Decoder(nn.Module):
         self.norm = norm_of(config, config.hidden_size)
         self.packing = None
         self.activation_checkpointing = 0
+        self.dropout = None
         self.routing = None
 
     def forward(self, input_ids, lengths=None, repeats=None):
@@ -213,15 +223,25 @@ class Decoder(nn.Module):
 
         Rows are padded on the right, so the causal mask hides the padding from every real token.
         """
-        T = input_ids.shape[1]
-        config = self.config
-        x = scaled(config, self.embed_tokens(input_ids))
+        dropout = self.dropout.of_text(input_ids) if self.dropout and self.training else None
+        return self.through(self.embedded(input_ids), lengths, repeats, dropout=dropout)
+
+    def embedded(self, input_ids):
+        """input_ids (B, T) -> (B, T, hidden_size), the hidden states after layer 0."""
+        return scaled(self.config, self.embed_tokens(input_ids))
+
+    def through(self, x, lengths=None, repeats=None, first=0, last=None, dropout=None):
+        """The hidden states (B, T, hidden_size) after layer `first` -> those after layer `last`, or without
+        it those after all layers and the final norm. Layers count from 1. dropout: with the keys of the
+        text."""
+        T, config = x.shape[1], self.config
         packing = x.device.type == "cpu" if self.packing is None else self.packing
         line = Line(lengths, T, repeats) if packing and lengths is not None else None
         positions = torch.arange(T, device=x.device)[None]
         angles = {theta: rotary(config, positions, theta) for theta in config.ropes}    # 2 x (1, T, 1, D/2)
         grown = growth(config, positions)                                   # (1, T, 1, 1) or None
         if line:
+            dropout = dropout and dropout.packed(line)
             grown = None if grown is None else grown[0, line.positions]     # (N, 1, 1)
             x = line.pack(x)                                                # (N, hidden_size)
             angles = {theta: [each[0, line.positions] for each in both]     # 2 x (N, 1, D/2)
@@ -230,18 +250,19 @@ class Decoder(nn.Module):
         every, more, routing = self.activation_checkpointing if self.training else 0, (), []
         if config.mixture:
             more = self.times(line, lengths, T), getattr(self, "domains", None)
-        for i, block in enumerate(self.layers):
+        for i, block in list(enumerate(self.layers))[first:last]:
             cos, sin = angles.get(config.rope(i), (None, None))
             inputs = (*more, cos, sin, mask if config.window(i) else None, line, grown)
+            own = dropout and dropout.of_layer(i)
             if every and i % every == 0:
-                x = checkpoint(block, x, *inputs, use_reentrant=False)
+                x = checkpoint(block, x, *inputs, dropout=own, use_reentrant=False)
             else:
-                x = block(x, *inputs)
+                x = block(x, *inputs, dropout=own)
             if config.mixture:
                 x, sums = x
                 routing.append(sums)
         self.routing = torch.stack(routing) if routing else None
-        x = self.norm(x)
+        x = self.norm(x) if last is None else x
         return line.unpack(x) if line else x
 
     def times(self, line, lengths, num_tokens):
@@ -395,8 +416,8 @@ def initial_value(config, name, shape, generator):
 
     Matrices: Normal(0, initializer_range), output projections scaled by 1/sqrt(2 layers) (GPT-2).
     Norms multiply by 1; biases are 0. Reward head: Normal with deviation 1/sqrt(hidden_size + 1) (arXiv
-    2009.01325, appendix); its weights for log-probs: 0.5. Router's head: zeros, so that all teachers begin
-    equally likely.
+    2009.01325, appendix), and so a classifier's; its weights for log-probs: 0.5. The heads of a router and of
+    a SideNet: zeros, so that all teachers or labels begin equally likely.
     """
     std = config.initializer_range
     if len(shape) == 1 or "norm" in name or name.endswith("bias"):
@@ -405,11 +426,11 @@ def initial_value(config, name, shape, generator):
         std /= (2 * config.num_hidden_layers) ** 0.5
     if name == "model.domains":
         std = shape[1] ** -0.5
-    if name == "score.weight":
+    if name in ("score.weight", "hidden.weight"):
         std = (config.hidden_size + 1) ** -0.5
     if name == "score_logps.weight":
         return torch.full(shape, 0.5)
-    if name == "router.weight":
+    if name in ("router.weight", "out.weight"):
         return torch.zeros(shape)
     return torch.randn(shape, generator=generator) * std
 

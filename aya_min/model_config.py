@@ -240,7 +240,7 @@ class ModelConfig:
             if not family:
                 return cls(model_type=kind)                 # which says what is supported
             refuse_others(raw, family)
-            names = own_fields(family) | {"teachers", "tau"} & {f.name for f in fields(cls)}
+            names = own_fields(family) | {f.name for f in fields(cls)} - {f.name for f in fields(ModelConfig)}
             names -= {"rope_theta", "rope_scaling", "rope_local_base_freq", "model_type"}
             given = {"model_type": kind} | {k: raw[k] for k in names - NULLABLE if raw.get(k) is not None}
             given |= {k: raw[k] for k in names & NULLABLE if k in raw}

@@ -340,6 +340,32 @@ def scatter(title, labels, series, front, box=(400, 260)):
             f'<text class="left" x="{width}" y="{height + 14}">{last}</text></svg></figure>')
 
 
+def reliability(title, name, bins, tone="a", box=(220, 220)):
+    """A net's accuracy against its confidence, both from 0 to 1, beside the diagonal, on which a calibrated
+    net lies.
+
+    bins: [(number of answers, mean confidence, accuracy), ...]; the area of a point is its share of them.
+    """
+    (width, height), total = box, sum(num for num, _, _ in bins)
+    points = [(f"{width * x:.1f}", f"{height * (1 - y):.1f}") for _, x, y in bins]
+    dots = "".join(
+        f'<circle class="point" cx="{left}" cy="{top}" r="{2 + 14 * (num / total) ** 0.5:.1f}">'
+        f"<title>{esc(name)}: {num} answers of confidence {x:.3f}, {100 * y:.1f}% right</title></circle>"
+        for (left, top), (num, x, y) in zip(points, bins))
+    said = ", ".join(f"{x:.2f} {y:.2f}" for _, x, y in bins)
+    return (f'<figure class="curve"><figcaption>{esc(title)}</figcaption>'
+            f'<svg viewBox="-44 -16 {width + 48} {height + 34}" role="img" '
+            f'aria-label="{esc(title)}; confidence and accuracy: {esc(said)}">'
+            f'<path class="frame" d="M0 0V{height}H{width}"/>'
+            f'<line class="reference" x1="0" y1="{height}" x2="{width}" y2="0"/>'
+            f'<g class="{tone}"><polyline points="{" ".join(map(",".join, points))}"/>{dots}</g>'
+            '<text class="begin" x="-40" y="-5">accuracy</text><text class="left" x="-3" y="12">1</text>'
+            f'<text class="left" x="-3" y="{height}">0</text>'
+            f'<text class="begin" x="0" y="{height + 14}">0</text>'
+            f'<text x="{width // 2}" y="{height + 14}">confidence</text>'
+            f'<text class="left" x="{width}" y="{height + 14}">1</text></svg></figure>')
+
+
 # ---- parts of the page -------------------------------------------------------------------------------------
 
 def html_page(title, body):

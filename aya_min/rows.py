@@ -2,6 +2,7 @@
 
     {"messages": [{"role", "content"}, ...]}   {"prompt", "completion"}   {"inputs", "targets"}
     {"prompt", "chosen", "rejected"}           {"prompt"} or {"inputs"}   {"text"}
+    {"text", "label"} (classify)
 
 Each may have a "language" and a "system" (the system turn of its prompt). "weight" (0, 1) or "train" (true,
 false), of a row or of a message, says whether it is supervised; "finish_reason" says that an answer was cut
@@ -394,6 +395,18 @@ def plain_text(row, where):
     if "instruction" in row and ("output" in row or "response" in row):
         raise ValueError(f"{where}: two shapes in one row, text and instruction; leave one of them")
     return text_of(row["text"], "text", where)
+
+
+def classified_of(row, where):
+    """(text, label) of a text whose class is named by its label."""
+    if not is_plain_text(row):
+        raise ValueError(f"{where}: no text in keys {sorted(row)}; classify and sidenet need text and label; "
+                         f"{RENAME}")
+    label = row.get("label")
+    if not isinstance(label, str) or not label.strip():
+        got = shortened(label) if "label" in row else "none"
+        raise ValueError(f"{where}: label must be a text, the name of a class, got {got}; {RENAME}")
+    return plain_text(row, where), label
 
 
 def messages_of(row, where):

@@ -390,7 +390,7 @@ def serve_models(args, metas, device):
 
 
 def load_batch(name, folder, args, device):
-    model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype))
+    model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype), packed=True)
     tokens, size = plan_rows(folder, model.config, args, device)
     say(f"{name}: KV cache of {args.batch_size} rows x {tokens} tokens, {size / 1e6:,.1f} MB")
     return Batch(name, model, tokenizer, args.batch_size, tokens)

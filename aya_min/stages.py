@@ -1,4 +1,4 @@
-"""The training stages in one table: pretrain, sft, reward, dpo, kto, rl, router.
+"""The training stages in one table: pretrain, sft, reward, dpo, kto, rl, router, classify, sidenet.
 
 A row's way to the loss, for example of {"messages"}: rows.conversation_of says what it means, data.py makes
 ids and loss mask of it (tokenizer.encode_chat) and batches in a seeded order, model.py gives the log-probs of
@@ -18,14 +18,15 @@ from typing import Callable, Optional
 import numpy as np
 import torch
 
-from . import balance, config, distributed, router, weights
+from . import balance, classify, config, distributed, router, weights
+from .classifier import Classifier, SideNet
 from .data import (Example, Pair, batches_in_order, collate, collate_pairs, count_steps, load_examples,
                    load_pairs, make_batches, slots_of)
 from .files import write_json
 from .kto import Labelled, collate_labelled, load_labelled, measure_kl
 from .loop import evaluate, read_metrics, spread, train
-from .losses import (actor_critic_loss, policy_gradient_loss, preference_loss, reward_loss, router_loss,
-                     sft_loss, unpaired_loss)
+from .losses import (actor_critic_loss, classification_loss, policy_gradient_loss, preference_loss,
+                     reward_loss, router_loss, sft_loss, unpaired_loss)
 from .model import CohereForCausalLM, RewardModel, Router, SequenceClassifier
 from .reference import store_reference
 from .rollouts import Rollout, Rollouts, collate_rollouts, load_fitting_prompts
@@ -305,7 +306,17 @@ STAGES = {
         "A router, which chooses a teacher for a prompt, on candidates with rewards (arXiv 2408.14960).",
         config.Routing, router.load_candidates, router.blank, router.collate_routed,
         lambda settings: router_loss(settings.tau), architecture=Router, head=router.head,
-        arrange=router.arrange)}
+        arrange=router.arrange),
+    "classify": Stage(
+        "A classifier of texts with labels; accuracy by language in the metrics.",
+        config.Classify, classify.load_texts, classify.blank, classify.collate_texts,
+        lambda settings: classification_loss, architecture=Classifier, head=classify.head,
+        arrange=classify.arrange),
+    "sidenet": Stage(
+        "A SideNet, which may answer before a classifier, whose layers are frozen (arXiv 2007.13512).",
+        config.Side, classify.load_texts, classify.blank, classify.collate_texts,
+        lambda settings: classification_loss, architecture=SideNet, head=classify.sidenet_head,
+        arrange=classify.arrange)}
 
 
 def stage_named(name):

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
-from . import distributed, tensorfiles
+from . import distributed, quantized, tensorfiles
 from .alike import files_along
 from .checkpoint import others_in, replace_folder
+from .classifier import Classifier, SideNet
 from .families import FAMILIES, WRAPPERS
 from .model_config import MIXTURE_OF, ModelConfig, stop_ids
 from .files import new_folder, own_file, read_bytes, read_json
@@ -31,13 +32,15 @@ from .tokenizer import FILES, load_tokenizer
 
 # transformers has no ForSequenceClassification of Cohere's two; older folders of ours are called so.
 TASKS = {"ForCausalLM": CohereForCausalLM, "RewardModel": RewardModel,
-         "ForSequenceClassification": SequenceClassifier, "Router": Router}
+         "ForSequenceClassification": SequenceClassifier, "Router": Router, "Classifier": Classifier,
+         "SideNet": SideNet}
 ARCHITECTURES = {family.class_named(task): RewardModel if family.block == "parallel" and
                  build is SequenceClassifier else build
                  for task, build in TASKS.items() for family in FAMILIES.values()}
 ARCHITECTURES |= {f"Mixture{task}": build for task, build in TASKS.items()}
 KINDS = {CohereForCausalLM: "language model", RewardModel: "reward model",
-         SequenceClassifier: "reward model", Router: "router"}
+         SequenceClassifier: "reward model", Router: "router", Classifier: "classifier", SideNet: "SideNet"}
+FLOATS = "F32", "BF16", "F16", "F64"
 USUAL_HEAD_LACKS = "score_logps.weight"         # a head on the last token only computes as if this were 0
 # The tensors of a language model inside another model, by older and newer names.
 WRAPPED = re.compile(r"(language_model\.model|model\.language_model)\.(?P<rest>.*)"
@@ -57,27 +60,45 @@ def name_of(folder):
 def read_config(folder):
     """(ModelConfig, class of the model) of a model folder. ValueError if either is not supported."""
     path = Path(folder) / "config.json"
-    raw, named = text_part(tensorfiles.read_config(folder), path)
+    whole = tensorfiles.read_config(folder)
+    if quantized.read(whole, path):                         # what it says is of the tensors: `load_meta`
+        del whole["quantization_config"]
+    raw, named = text_part(whole, path)
     family = FAMILIES.get(str(raw.get("model_type")).removeprefix(MIXTURE_OF))
     plain = "Mixture" if raw.get("mixture") else family.published if family else raw.get("model_type")
     architecture = named[0] if named else f"{plain}ForCausalLM"             # transformers' default
     if architecture not in ARCHITECTURES:
         known = [name for name, build in ARCHITECTURES.items() if build is CohereForCausalLM]
         raise ValueError(f"{path}: architecture {architecture!r:.80} is not supported; supported: "
-                         f"{' '.join(known)} and the reward models and routers of these families")
-    config_class = getattr(ARCHITECTURES[architecture], "config_class", ModelConfig)
-    config = config_class.from_published(raw, where=str(path))
+                         f"{' '.join(known)}, and the reward models, routers and classifiers of these "
+                         "families")
+    built, head = ARCHITECTURES[architecture], {}
+    if built is SequenceClassifier and len(names := labels_of(raw, path)) > 1:
+        built, head = Classifier, {"labels": names, "pooling": "last-token"}
+    config_class = getattr(built, "config_class", ModelConfig)
+    config = config_class.from_published(raw | head, where=str(path))
     if architecture not in map(config.class_named, TASKS):
         kind = "the key mixture" if config.mixture else f"model_type {config.model_type}"
         kind = "a config without the key mixture" if architecture.startswith("Mixture") else kind
         raise ValueError(f"{path}: architecture {architecture} does not go with {kind}; download the model "
                          "again")
-    labels = raw.get("num_labels") or raw.get("id2label") or 2      # transformers' default
-    labels = labels if type(labels) is int else len(labels)
-    if ARCHITECTURES[architecture] is SequenceClassifier and labels != 1:
-        raise ValueError(f"{path}: {architecture} with {labels} labels; a reward model has one (num_labels "
-                         "or id2label)")
-    return config, ARCHITECTURES[architecture]
+    return config, built
+
+
+def labels_of(raw, path):
+    """The labels of a ForSequenceClassification, in the order of its head's rows: a reward model has one, a
+    classifier more. raw: its config.json, at `path`."""
+    named, num = raw.get("id2label"), raw.get("num_labels")
+    if named is None or type(num) is int and num != len(named):     # transformers' defaults
+        return [f"LABEL_{i}" for i in range(num if type(num) is int and num > 0 else 2)]
+    numbers = [str(i) for i in range(len(named))] if isinstance(named, dict) else []
+    if not numbers or sorted(named) != sorted(numbers):
+        raise ValueError(f"{path}: id2label {named!r:.80} must name the labels 0, 1, ...; download the model "
+                         "again")
+    if len(named) > 1 and raw.get("problem_type") not in (None, "single_label_classification"):
+        raise ValueError(f"{path}: problem_type {raw['problem_type']!r:.80} is not supported; supported: "
+                         "single_label_classification")
+    return [named[number] for number in numbers]
 
 
 def text_part(raw, path):
@@ -136,20 +157,38 @@ def read_others(folder):
     return {path: read_bytes(Path(folder) / path) for path in files_along(folder) if str(path) not in WRITTEN}
 
 
-def load_meta(folder, trunk=False):
+def check_packed(folder, model_class, config):
+    """Refuse a quantized folder of a model that cannot be one. Returns what quantized.read says of it."""
+    found = quantized.read(tensorfiles.read_config(folder), Path(folder) / "config.json")
+    if found and (model_class is not CohereForCausalLM or config.mixture):
+        raise ValueError(f"{folder}: quantized ({found[0].name}); only language models are read so, and no "
+                         "mixtures of experts")
+    if found and (found[1] or found[2]) and config.tie_word_embeddings:
+        raise ValueError(f"{folder}: the head or the embedding is quantized, and config.json ties them; "
+                         "quantize the model again")
+    return found
+
+
+def load_meta(folder, trunk=False, packed=False):
     """(model on the meta device, tokenizer, header of tensorfiles.read_header) of a model folder.
 
     No weights are read, except a head that a tied model stores beside its embeddings. ValueError if the
     folder's files do not fit together. trunk: what the model is although the folder may hold another on the
     same decoder: a function of its config, such as Router's, or True for a reward model. The header then
-    lacks the head.
+    lacks the head. packed: whether a quantized folder is taken; its linear layers stay packed
+    (quantized.py), and nothing but answering can be done with them.
     """
     config, model_class = read_config(folder)
+    scheme = check_packed(folder, model_class, config)
+    if scheme and (trunk or not packed):
+        raise ValueError(f"{folder} is quantized ({scheme[0].name}), which is for answering alone "
+                         "(generate.py, evaluate quantized); give the model that it was made of")
     header, stored = text_tensors(folder, tensorfiles.read_header(folder))
     num_layers = 1 + max((int(match[1]) for match in map(LAYER.match, header) if match), default=-1)
-    if config.num_hidden_layers > max(num_layers, 1):       # checked before that many layers are built
+    expected = getattr(config, "sidenet_layer", config.num_hidden_layers)
+    if expected > max(num_layers, 1):                       # checked before that many layers are built
         raise ValueError(f"{folder}: the tensors do not fit config.json: they are of {num_layers} layers, "
-                         f"num_hidden_layers is {config.num_hidden_layers}")
+                         f"num_hidden_layers is {expected}")
     tokenizer = load_tokenizer(folder)
     if max(tokenizer.vocab_size - 1, tokenizer.largest_id) >= config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the largest id is "
@@ -159,20 +198,27 @@ def load_meta(folder, trunk=False):
     with torch.device("meta"):
         build = RewardModel if trunk is True else trunk or model_class
         found, model = model_class(config), build(config)
+    model.packed = quantized.put_packed(model, *scheme) if scheme else {}
     if isinstance(model, SequenceClassifier) and model_class is not SequenceClassifier:
         config.pad_token_id = tokenizer.pad_id          # which is published, see write_descriptions
-    own = found.state_dict()
+    own = (model if scheme else found).state_dict()
+    packs = {name: spec for at, module in model.packed.items() for name, spec in module.specs(at).items()}
     alike = not config.tie_word_embeddings or stored or tensorfiles.drop_tied_head(header)
     problems = [] if alike else [
         "lm_head.weight is not model.embed_tokens.weight, to which config.json ties it"]
-    problems += [f"{name} is missing" for name in sorted(own.keys() - header.keys() - {USUAL_HEAD_LACKS})]
-    problems += [f"{name} is extra" for name in sorted(header.keys() - own.keys())]
+    names = own.keys() | packs.keys()
+    problems += [f"{name} is missing" for name in sorted(names - header.keys() - {USUAL_HEAD_LACKS})]
+    problems += [f"{name} is extra" for name in sorted(header.keys() - names)]
+    problems += [f"{name} is {code} {shape}, its scheme says {(*packs[name],)}" for name, (_, code, shape) in
+                 sorted(header.items()) if name in packs and not fits(code, shape, *packs[name])]
     for name in sorted(header.keys() & own.keys()):
         _, code, shape = header[name]
         if shape != tuple(own[name].shape):
             problems.append(f"{name} has shape {shape}, config.json says {tuple(own[name].shape)}")
-        elif code not in ("F32", "BF16", "F16", "F64"):
+        elif code not in FLOATS:
             problems.append(f"{name} is {code}, quantized weights are not read")
+    problems += [f"{name} has shape {header[name][2]}, a {KINDS[type(model)]} made of it {tuple(t.shape)}"
+                 for name, t in model.state_dict().items() if name in own and own[name].shape != t.shape]
     if problems:
         listed = tensorfiles.first_of(problems, "; ")
         raise ValueError(f"{folder}: the tensors do not fit config.json: {listed}")
@@ -180,17 +226,26 @@ def load_meta(folder, trunk=False):
     return model, tokenizer, header
 
 
+def fits(code, shape, wanted, wanted_shape):
+    """Whether a packed tensor is what its scheme says; scales (None) are floating."""
+    is_scale = wanted is None and code in FLOATS
+    return (code == wanted or is_scale) and shape == tuple(wanted_shape)
+
+
 @torch.no_grad()
 def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype=torch.float32, trunk=False,
-         replicate=1, cpu_offload=False):
+         replicate=1, cpu_offload=False, packed=False):
     """(model, tokenizer) of a model folder, read tensor by tensor into the module that its config.json names.
 
     model.came_with keeps the folder's generation_config.json and other files for `save`, model.came_from its
     name for messages. sharded: the model is sharded first, by distributed.shard(model, compute_dtype,
     replicate, cpu_offload), and each rank reads and holds only its rows. trunk: see `load_meta`; a head that
-    the folder lacks is drawn with seed 0.
+    the folder lacks is drawn with seed 0. packed: see `load_meta`.
     """
-    model, tokenizer, header = load_meta(folder, trunk)
+    model, tokenizer, header = load_meta(folder, trunk, packed)
+    if "cuda" in str(device) and any(module.scheme.outliers for module in model.packed.values()):
+        raise ValueError(f"{folder}: llm-int8 is computed on a CPU only; quantize with --scheme w8a8 for a "
+                         "GPU")
     model, stored = model.to(dtype), model.stored
     model.came_with, model.came_from = (read_generation(folder), read_others(folder)), str(folder)
     if sharded:
@@ -204,14 +259,21 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
             local.zero_()
         else:
             local.copy_(initial_value(model.config, name, target.shape, generator)[rows])
+    for name, module in model.packed.items():
+        found = {each: tensorfiles.read(header, each) for each in module.specs(name)}
+        module.fill(name, found, dtype, device)
     return model, tokenizer
 
 
 def save(folder, model, tokenizer, dtype=torch.float32, shard_bytes=tensorfiles.SHARD_BYTES):
     """Publish a plain or sharded model, tensor by tensor, with its tokenizer and what came with it.
 
-    A collective: every rank calls it, rank 0 writes. An older version of the folder is replaced.
+    A collective: every rank calls it, rank 0 writes. An older version of the folder is replaced. ValueError
+    for a quantized model, whose packed layers are no parameters.
     """
+    if getattr(model, "packed", None):
+        raise ValueError(f"{model.came_from} is quantized, and is copied, not saved; save the model that it "
+                         "was made of")
     state = model.state_dict()
     specs = {name: (tensorfiles.CODES[dtype], tuple(tensor.shape)) for name, tensor in state.items()}
     files = tensorfiles.assign_files(specs, shard_bytes)
@@ -253,13 +315,19 @@ def check_place(folder, model, tokenizer):
 
 def write_descriptions(folder, model, tokenizer, dtype):
     """Write all of a model folder but its weights: the configs, the tokenizer, the files of came_with."""
-    is_classifier, parallel = isinstance(model, SequenceClassifier), model.config.family.block == "parallel"
-    task = "RewardModel" if is_classifier and parallel else model.task
+    is_reward, parallel = isinstance(model, SequenceClassifier), model.config.family.block == "parallel"
+    task = "RewardModel" if is_reward and parallel else model.task
+    usual = isinstance(model, Classifier) and model.config.pooling == "last-token" and not (
+        parallel or model.config.mixture)
+    task = "ForSequenceClassification" if usual else task
     config = model.config.published(task, str(dtype).removeprefix("torch."))
-    if is_classifier or isinstance(model, Router):
+    if is_reward or isinstance(model, (Router, Classifier, SideNet)):
         config["tie_word_embeddings"] = True        # there is no lm_head
-    if is_classifier and not parallel:
-        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": tokenizer.pad_id}
+    if task == "ForSequenceClassification":
+        names = config.pop("labels", ["LABEL_0"])
+        config.pop("pooling", None)
+        config |= {"id2label": {str(i): name for i, name in enumerate(names)},
+                   "label2id": {name: i for i, name in enumerate(names)}, "pad_token_id": tokenizer.pad_id}
     generation, others = getattr(model, "came_with", ({}, {}))
     eos = generation.get("eos_token_id")
     stops = stop_ids([*tokenizer.stop_ids, *(stop_ids(eos) if eos is not None else [])])

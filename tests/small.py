@@ -12,16 +12,19 @@ import random
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch.distributed.tensor import DTensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from aya_min import checkpoint, config, distributed, model_config, stages, tensorfiles, weights
+from aya_min.classifier import Classifier, ClassifierConfig, SideNet, SideNetConfig
 from aya_min.data import batches_in_order, collate, load_examples, load_prompts, make_batches, slots_of
 from aya_min.loop import evaluate, train
 from aya_min.losses import sft_loss
@@ -36,7 +39,8 @@ from aya_min.world import answer, gold_answer, questions
 CPU = torch.device("cpu")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FILES = {"pretrain": "sft.jsonl", "sft": "sft.jsonl", "reward": "pairs.jsonl", "dpo": "pairs.jsonl",
-         "kto": "labelled.jsonl", "rl": "prompts.jsonl", "router": "candidates.jsonl"}
+         "kto": "labelled.jsonl", "rl": "prompts.jsonl", "router": "candidates.jsonl",
+         "classify": "classified.jsonl", "sidenet": "classified.jsonl"}
 EVERY = {name: (partial(stages.train_stage, name), about.settings, FILES[name])
          for name, about in stages.STAGES.items()}
 STAGES = {name: stage for name, stage in EVERY.items() if name != "pretrain"}       # sft does the same
@@ -71,12 +75,29 @@ def router(seed=2, teachers="TUV", **changes):
     return model
 
 
-FRESH = {"reward": reward_model, "router": router}      # a stage's model; of the others a language model
+LABELS = ["largest", "odd", "opposite", "reverse", "translate"]         # the tasks of the embedded world
+
+
+def classifier(seed=3, pooling="mean", **changes):
+    return make(lambda config: Classifier(ClassifierConfig.of(config, labels=LABELS, pooling=pooling)), seed,
+                **changes)
+
+
+def side_net(seed=4, layer=1, size=16, **changes):
+    """A SideNet whose output layer is drawn, as one of zeros says nothing."""
+    own = dict(labels=LABELS, pooling="mean", sidenet_layer=layer, sidenet_size=size)
+    model = make(lambda config: SideNet(SideNetConfig.of(config, **own)), seed, **changes)
+    torch.nn.init.normal_(model.out.weight, std=0.3, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+FRESH = {"reward": reward_model, "router": router, "classify": classifier,
+         "sidenet": side_net}      # a stage's model; of the others a language model
 
 
 def write_world(folder, count=36):
-    """Write sft.jsonl, pairs.jsonl, labelled.jsonl, prompts.jsonl, candidates.jsonl and a short held-out file
-    of each. An answer has from one word to several sentences."""
+    """Write sft.jsonl, pairs.jsonl, labelled.jsonl, prompts.jsonl, classified.jsonl, candidates.jsonl and a
+    short held-out file of each. An answer has from one word to several sentences."""
     rng = random.Random(0)
     for name, split, size in (("", "train", count), ("held-out-", "validation", 10)):
         rows = questions(split, size, 0, level="tiny")
@@ -90,6 +111,9 @@ def write_world(folder, count=36):
         write_jsonl(folder / f"{name}labelled.jsonl",
                     [{**q, "completion": pair["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
                      for i, (q, pair) in enumerate(zip(rows, pairs))])
+        write_jsonl(folder / f"{name}classified.jsonl", [
+            {"text": q["prompt"], "label": q["task"], "language": q["language"], "id": q["question_id"]}
+            for q in rows])
         rewards = random.Random(split)
         write_jsonl(folder / f"{name}candidates.jsonl", [{**q, "candidates": [
             {"teacher": t, "completion": text, "reward": rewards.gauss(0, 1)} for t in "TUV"]}
@@ -116,6 +140,10 @@ def on_ranks(ranks, function, *args, timeout=60):
         results.put((rank, function(*args)))
         distributed.close()
 
+    # of the meshes of this process's dry runs torch remembers that it was rank 0
+    with suppress(AttributeError):                      # torch 2.11 has other names for it
+        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+        torch._C._clear_DTensor_sharding_propagator_cache()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork")

@@ -20,10 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from aya_min import distributed, estimate
 from aya_min.losses import sft_loss
 from aya_min.stages import STAGES, blank_example, builder
-from aya_min.config import DPO, KTO, RL, SFT, Pretrain, Reward, Routing
+from aya_min.config import DPO, KTO, RL, SFT, Classify, Pretrain, Reward, Routing, Side
 from aya_min.model_config import ModelConfig
 from aya_min.data import collate
-from aya_min.loop import train, training_flops
+from aya_min.flops import training_flops
+from aya_min.loop import train
 from aya_min.model import CohereForCausalLM, init_weights
 
 LARGE = dict(
@@ -240,7 +241,7 @@ def test_operations_are_those_that_torch_counts():
 # ---- the table ---------------------------------------------------------------------------------------------
 
 MADE = {"pretrain": Pretrain, "sft": SFT, "reward": Reward, "dpo": DPO, "kto": KTO, "rl": RL,
-        "router": Routing}
+        "router": Routing, "classify": Classify, "sidenet": Side}
 
 
 def told(stage, ranks=2, **changes):
@@ -257,7 +258,7 @@ def test_every_stage_says_what_it_needs_without_data_a_gpu_or_weights(stage):
         word in text
         for word in ("optimizer moments", "all-gathered", "tokens:", "operations")
     )
-    assert ("logits chunk" in text) == (stage != "router")
+    assert ("logits chunk" in text) == (stage not in ("router", "classify", "sidenet"))
     assert ("reference pass" in text) == (stage in ("dpo", "kto"))
     assert ("KV cache" in text) == (stage == "rl")
 

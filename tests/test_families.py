@@ -328,9 +328,12 @@ def test_a_classifier_reads_the_last_token_alone_and_comes_back_from_its_folder(
 
 
 @pytest.mark.parametrize("damage, says", [
-    ({"id2label": {"0": "a", "1": "b"}}, "with 2 labels"), ({"id2label": None}, "with 2 labels"),
+    ({"id2label": {"0": "a", "1": "b"}}, r"score.weight has shape \(1, 32\), config.json says \(2, 32\)"),
+    ({"id2label": None}, r"score.weight has shape \(1, 32\), config.json says \(2, 32\)"),
+    ({"id2label": {"0": "a", "2": "b"}}, "must name the labels 0, 1, ..."),
+    ({"id2label": {"0": "a", "1": "b"}, "problem_type": "regression"}, "problem_type 'regression'"),
     ("score.weight", "score.weight is missing")])
-def test_a_classifier_without_its_head_or_with_two_labels_is_refused(damage, says, tmp_path):
+def test_a_classifier_without_its_head_or_with_labels_that_it_does_not_fit_is_refused(damage, says, tmp_path):
     weights.save(tmp_path / "rm", *small("llama", SequenceClassifier))
     if isinstance(damage, dict):
         path = tmp_path / "rm" / "config.json"

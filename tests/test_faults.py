@@ -451,10 +451,10 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_states_before_and_says_nee
         def until_two_states_are_saved(*arguments, **more):
             save = checkpoint.save_state
 
-            def save_state(out, model, optimizer, step):
+            def save_state(out, model, optimizer, step, scale):
                 if step > 4:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-                save(out, model, optimizer, step)
+                save(out, model, optimizer, step, scale)
             checkpoint.save_state = save_state
             return steps(*arguments, **more)
         stages.train = until_two_states_are_saved

@@ -17,34 +17,35 @@ FLOORS = [
     # 0: the command line, the table of model families
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
-    {"cmaes", "files", "iso639", "line", "linear", "merge_methods", "model_config", "norms", "patience",
-     "report_charts", "rope", "rows_keys", "template_expressions"},
+    {"cmaes", "dropout", "files", "flops", "iso639", "line", "linear", "merge_methods", "model_config",
+     "norms", "patience", "quantization", "report_charts", "rope", "rows_keys", "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
-    {"config", "distributed", "fused", "languages", "merge_config", "merge_front", "template",
+    {"config", "distributed", "languages", "merge_config", "merge_front", "quantized", "template",
      "tensorfiles", "token_logps"},
     # 3: losses, the world, one HTTP request, how to resume, what a line of JSONL means, whether two
     # folders are alike
-    {"alike", "checkpoint", "control_tokens", "endpoint_http", "journal", "lengths", "losses",
-     "report_data", "rows", "template_turns", "world"},
+    {"alike", "checkpoint", "control_tokens", "endpoint_http", "fused", "journal", "lengths", "loss_scale",
+     "losses", "report_data", "rows", "template_turns", "world"},
     # 4: the layers of a mixture of experts, its losses over a step
     {"balance", "moe"},
     # 5: the decoder
     {"model"},
     # 6: text to ids, rows to batches, the engine's tensors, an endpoint asked, figures, the oracle
-    {"critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture", "preferences",
-     "report_table", "text_statistics", "tokenizer", "world_oracle"},
+    {"classifier", "critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture",
+     "preferences", "report_table", "text_statistics", "tokenizer", "world_oracle"},
     # 7: what is done with a model or with folders
     {"arbitrage", "domains", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report",
      "reward", "sampling", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
-    # batch
-    {"chat", "contrast", "evaluate_answers", "judges", "kto", "merge_embed", "pipeline_checks", "reference",
-     "runs", "serve_batch"},
+    # batch, models in fewer bits and what stands in their way, examples to classify
+    {"chat", "classify", "contrast", "evaluate_answers", "judges", "kto", "merge_embed", "merge_quantize",
+     "outliers", "pipeline_checks", "reference", "runs", "serve_batch"},
     # 9: samples of the policy as batches, what judges say, what a client of the server asks, mixtures made,
-    # what a model does with held-out rows
-    {"evaluate_judges", "held_out", "judges_rates", "merge_upcycle", "rollouts", "router", "serve_request"},
+    # what a model does with held-out rows, SideNets before a classifier
+    {"early_exit", "evaluate_judges", "held_out", "judges_rates", "merge_upcycle", "rollouts", "router",
+     "serve_request"},
     # 10: the stages, the leaderboard, the server
-    {"evaluate_leaderboard", "generate_pool", "serve", "stages"},
+    {"evaluate_early_exit", "evaluate_leaderboard", "evaluate_quantized", "generate_pool", "serve", "stages"},
     # 11: a recipe's run on disk; what a stage will need; what a search measures
     {"estimate", "evaluate", "generate_route", "merge_fitness", "pipeline_steps"},
     # 12: what a run shows for itself; the search

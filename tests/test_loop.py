@@ -106,6 +106,8 @@ def test_clipping_scales_the_gradient_and_logs_the_norm_before_it(world, tmp_pat
     assert norm > 1 and logged(clipped)[0]["grad_norm"] == norm
     moments = [state_of(folder)["model.norm.weight|exp_avg"] for folder in (free, clipped)]
     torch.testing.assert_close(moments[1], moments[0] * 0.5 / norm, rtol=1e-5, atol=1e-9)
+    unbounded = state_of(run("sft", world, tmp_path / "0", max_steps=1, max_grad_norm=0.0))
+    assert torch.equal(unbounded["model.norm.weight|exp_avg"], moments[0])
 
 
 # learning rate and optimizer

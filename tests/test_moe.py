@@ -18,7 +18,8 @@ from aya_min import estimate, linear, weights
 from aya_min.config import SFT
 from aya_min.engine import Engine
 from aya_min.fused import Fused
-from aya_min.loop import make_optimizer, training_flops
+from aya_min.flops import training_flops
+from aya_min.loop import make_optimizer
 from aya_min.losses import load_balance, router_z
 from aya_min.model import CohereForCausalLM, RewardModel, init_weights
 from aya_min.model_config import ModelConfig

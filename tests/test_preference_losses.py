@@ -19,6 +19,7 @@ from aya_min.files import write_jsonl
 from aya_min.losses import (cdpo_loss, dpo_loss, hinge_loss, ipo_loss, kto_loss, preference_loss, simpo_loss,
                             unpaired_loss)
 from aya_min.loop import gradients
+from aya_min.loss_scale import LossScale
 from aya_min.reference import store_reference
 
 # What --loss needs beside its name.
@@ -273,7 +274,8 @@ def kto_step(items, size):
     _, batches = make_batches(items, kto.collate_labelled, settings)
     some = stages.prepared(batches, lambda some: kto.measure_kl(model, some, settings, CPU))(0)
     loss_fn = unpaired_loss(0.1, 1.0, 1.0)
-    loss, _, norm, *_ = gradients(model, some, loss_fn, len(items), settings, Signals(), CPU)
+    scale = LossScale("float32")
+    loss, _, norm, *_ = gradients(model, some, loss_fn, len(items), settings, Signals(), CPU, scale)
     return loss, float(getattr(norm, "full_tensor", lambda: norm)()), some[0].kl.item()
 
 

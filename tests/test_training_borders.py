@@ -15,7 +15,7 @@ from dataclasses import fields
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import (CPU, EVERY, FRESH, ROOT, language_model, logged, on_ranks, reward_model, run,
+from small import (CPU, EVERY, FRESH, ROOT, classifier, language_model, logged, on_ranks, reward_model, run,
                    tokenizer)
 
 import train
@@ -31,6 +31,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     weights.save(folder / "A", language_model(), tokenizer())
     weights.save(folder / "RM", reward_model(), tokenizer())
+    weights.save(folder / "C", classifier(), tokenizer())
     return folder
 
 
@@ -41,9 +42,10 @@ def command(in_process):
 
 def line_of(stage, models, world, out):
     more = f" --reward-model {models}/RM --num-samples 2 --max-new-tokens 6" if stage == "rl" else ""
+    model = "C" if stage == "sidenet" else "A"
     return (
-        f"{stage} --model {models}/A --data {world}/{EVERY[stage][2]} --out {out} --batch-size 8 --max-steps"
-        f" 2{more}"
+        f"{stage} --model {models}/{model} --data {world}/{EVERY[stage][2]} --out {out} --batch-size 8"
+        f" --max-steps 2{more}"
     )
 
 
@@ -73,14 +75,15 @@ def test_a_model_that_holds_nan_is_named_with_its_tensor_before_any_row_is_blame
     stage, value, models, world, tmp_path, command
 ):
     """The message named the rows of the first step."""
-    model = language_model()
+    model, layer = (classifier(), 0) if stage == "sidenet" else (language_model(), 1)
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[3, 5] = value
+        model.model.layers[layer].mlp.down_proj.weight[3, 5] = value
     weights.save(tmp_path / "spoiled", model, tokenizer())
-    line = line_of(stage, models, world, tmp_path / "run").replace(f"{models}/A", f"{tmp_path}/spoiled")
+    line = line_of(stage, models, world, tmp_path / "run")
+    line = line.replace(f"{models}/A", f"{tmp_path}/spoiled").replace(f"{models}/C", f"{tmp_path}/spoiled")
     code, out, err = command(line)
     assert code == 2 and out == "" and err[-1].startswith("error: "), err
-    assert "its parameter model.layers.1.mlp.down_proj.weight" in err[-1], err
+    assert f"its parameter model.layers.{layer}.mlp.down_proj.weight" in err[-1], err
     assert str(tmp_path / "spoiled") in err[-1] and "again" in err[-1] and "data order" not in err[-1], err
 
 
@@ -342,9 +345,9 @@ def test_every_setting_of_a_stage_is_read_by_its_code(stage, world, tmp_path):
     flags = {action.dest for action in parser._actions} & {f.name for f in fields(settings_class)}
     unread = flags - watched.read
     # epochs counts only without --max-steps (and is refused beside it), the end of a cosine only in one, the
-    # router's held-out share only without --eval-data, the reward model's head where the model is made
-    only_sometimes = {"rl": {"final_learning_rate"}, "router": {"held_out"}, "reward": {"head"}}.get(stage,
-        set())
+    # router's held-out share only without --eval-data, what is said of a head where the model is made
+    only_sometimes = {"rl": {"final_learning_rate"}, "router": {"held_out"}, "reward": {"head"},
+                      "classify": {"head", "labels"}, "sidenet": {"layer", "hidden"}}.get(stage, set())
     assert unread <= {"epochs", *READ_BY_DATA} | only_sometimes, unread
     assert "keep_cut" in flags or stage == "rl"
 
@@ -478,7 +481,7 @@ NUMBERS = [
     "--replicate 0",
     "--profile -1",
     "--max-length 1",
-    "--max-grad-norm 0",
+    "--max-grad-norm -1",
 ]
 
 
@@ -576,7 +579,7 @@ def test_a_variable_of_torchrun_that_is_no_number_of_its_range_is_refused_by_nam
 
 def test_an_unknown_stage_is_refused_by_the_estimate_which_knows_those_of_train():
     """It was given rloo's items and sft's loss."""
-    says = "unknown stage 'dance'; known: pretrain sft reward dpo kto rl router"
+    says = "unknown stage 'dance'; known: pretrain sft reward dpo kto rl router classify sidenet"
     with pytest.raises(ValueError, match=says):
         estimate.dry_run("dance", "M", language_model(), config.SFT(), None, None, None, 1)
     with pytest.raises(ValueError, match=says):

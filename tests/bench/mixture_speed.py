@@ -20,7 +20,8 @@ from aya_min.balance import Auxiliary                                           
 from aya_min.config import SFT                                                          # noqa: E402
 from aya_min.data import collate                                                        # noqa: E402
 from aya_min.fused import Fused                                                         # noqa: E402
-from aya_min.loop import make_optimizer, training_flops                                 # noqa: E402
+from aya_min.flops import training_flops                                                # noqa: E402
+from aya_min.loop import make_optimizer                                                 # noqa: E402
 from aya_min.losses import sft_loss                                                     # noqa: E402
 from aya_min.model import CohereForCausalLM, init_weights                               # noqa: E402
 from aya_min.model_config import ModelConfig, model_preset                              # noqa: E402

@@ -1,0 +1,276 @@
+"""Numbers of 8 and 4 bits for the weights of linear layers, after training (arXiv 2407.03211, section 3): the
+schemes, and the two ways to choose the integers. Pure functions on tensors.
+
+    scheme      weights (N out, K in), symmetric, no zero point        activations
+    w8          int8, one scale for each output                        as they are
+    w8a8        int8, one scale for each output                        int8, one scale for each token
+    llm-int8    int8, one scale for each output                        the same, without outliers (2208.07339)
+    w4          int4, one scale for each output                        as they are
+    w4-g32/64/128   int4, one scale for each output and g inputs       as they are
+    nf4         16 quantiles of a normal distribution (2305.14314),    as they are
+                one absolute maximum for each 64 inputs
+
+What a folder holds (quantized.py reads and writes it; N, K as above, G groups):
+
+    w8 w4 w4-g*  compressed-tensors, format pack-quantized     weight_packed int32 (N, ceil(K bits / 32)),
+                                                               weight_scale (N, G), weight_shape int64 (2)
+    w8a8         compressed-tensors, format int-quantized      weight int8 (N, K), weight_scale (N, 1)
+    llm-int8     bitsandbytes, load_in_8bit                    weight int8 (N, K), SCB fp32 (N), the absolute
+                                                               maximum of each row, weight_format u8 ()
+    nf4          bitsandbytes, load_in_4bit                    weight uint8 (N K / 2, 1), weight.absmax fp32
+                                                               (N K / 64), weight.quant_map fp32 (16),
+                                                               weight.quant_state.bitsandbytes__nf4 u8 (JSON)
+
+compressed-tensors has no NF4 and no outlier columns, so those two are written as bitsandbytes writes them:
+every folder is in a layout that transformers loads. config.json's `quantization_config` says which.
+
+The scale of integers is the absolute maximum / 127 or 7, so that weights on such a grid are kept exactly.
+(compressed-tensors' own observers divide by 127.5 and 7.5, which clips the largest weight by half a step.)
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+
+# The quantiles of a standard normal distribution between -1 and 1 (2305.14314, appendix E), as bitsandbytes
+# has them.
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+       0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+       1.0]
+DAMP = 0.01             # of the Hessian's mean diagonal, added to its diagonal (2210.17323, section 3.3)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights of a linear layer are held.
+
+    group: inputs that share a scale; None: all of an output's. activations: the bits of the inputs, None for
+    inputs as they are. outliers: the size from which an input is kept as it is (llm-int8).
+    layout: what the folder holds, see above.
+    """
+    name: str
+    bits: int
+    layout: str = "pack-quantized"
+    group: Optional[int] = None
+    activations: Optional[int] = None
+    outliers: Optional[float] = None
+
+    @property
+    def largest(self):
+        """The largest integer."""
+        return 2 ** (self.bits - 1) - 1
+
+    def groups(self, width):
+        return width // (self.group or width)
+
+    def check(self, name, shape):
+        """ValueError for a matrix (N, K) whose rows are not whole groups."""
+        if self.group and shape[1] % self.group:
+            raise ValueError(f"{name} has {shape[1]} inputs, which groups of {self.group} do not divide; "
+                             "give a scheme with another group, or w8 or w4, which have none")
+
+
+SCHEMES = {scheme.name: scheme for scheme in [
+    Scheme("w8", 8), Scheme("w8a8", 8, "int-quantized", activations=8),
+    Scheme("llm-int8", 8, "bitsandbytes", activations=8, outliers=6.0), Scheme("w4", 4),
+    *(Scheme(f"w4-g{group}", 4, group=group) for group in (32, 64, 128)),
+    Scheme("nf4", 4, "bitsandbytes", group=64)]}
+
+
+# ---- codes and scales --------------------------------------------------------------------------------------
+
+def scales_of(weight, scheme, dtype=torch.float32):
+    """The scales (N, G), fp32, of a weight (N, K), rounded to the dtype that the folder keeps them in."""
+    largest = weight.float().unflatten(1, (scheme.groups(weight.shape[1]), -1)).abs().amax(2)
+    scales = largest if scheme.name == "nf4" else largest / scheme.largest
+    return scales.to(dtype).float().masked_fill_(largest == 0, 1)
+
+
+def nearest(scaled, scheme):
+    """The int8 codes of weights divided by their scales: integers, or the places in NF4."""
+    if scheme.name == "nf4":
+        levels = torch.tensor(NF4, device=scaled.device)
+        return torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.int8)
+    return scaled.round().clamp_(-scheme.largest - 1, scheme.largest).to(torch.int8)
+
+
+def values(codes, scheme, dtype=torch.float32):
+    """What the codes stand for, before their scales."""
+    if scheme.name == "nf4":
+        return torch.tensor(NF4, device=codes.device).to(dtype)[codes.int()]
+    return codes.to(dtype)
+
+
+def round_to_nearest(weight, scheme, dtype=torch.float32):
+    """(codes (N, K), scales (N, G)) of a weight (N, K), each number by itself."""
+    scales = scales_of(weight, scheme, dtype)
+    scaled = weight.float().unflatten(1, (scales.shape[1], -1)) / scales[..., None]
+    return nearest(scaled, scheme).flatten(1), scales
+
+
+def dequantize(codes, scales, scheme, dtype=torch.float32):
+    """The weight (N, K) that codes (N, K) and scales (N, G) stand for."""
+    found = values(codes, scheme, dtype).unflatten(1, (scales.shape[1], -1))
+    return (found * scales[..., None].to(dtype)).flatten(1)
+
+
+# ---- with what the layer reads -----------------------------------------------------------------------------
+
+def loss(weight, rounded, hessian, rows=512):
+    """sum_x |(W - Q) x|^2 of each output, (N,), up to the scale of the Hessian (K, K) = sum_x x x^T. `rows`
+    outputs are worked on at a time."""
+    both = zip(weight.split(rows), rounded.split(rows))
+    return torch.cat([((one - other) @ hessian * (one - other)).sum(1) for one, other in both])
+
+
+def gptq(weight, hessian, scheme, dtype=torch.float32, block=128):
+    """(codes, scales) by GPTQ (2210.17323, algorithm 1): inputs in order, and the error of each is made good
+    by those that are still to come. A group's scale is chosen when its turn comes.
+
+    weight (N, K); hessian (K, K) = sum_x x x^T, which is overwritten, because of a large layer no second one
+    fits beside it. `block` inputs are worked on at a time.
+    Where an output is nearer to its weights by plain rounding, in the loss that GPTQ lowers, it is rounded:
+    GPTQ itself does not promise never to be worse. Its own loss needs no Hessian: the algorithm's errors E
+    are those for which W - Q = E U, where U is the upper Cholesky factor of the inverse of the damped
+    Hessian, so that sum_j E_j^2 is the loss, and what the damping adds to it.
+    """
+    weight = weight.float()
+    codes, scales = plain = round_to_nearest(weight, scheme, dtype)
+    of_plain = loss(weight, dequantize(*plain, scheme), hessian)            # (N,)
+    codes, scales, W = codes.clone(), scales.clone(), weight.clone()
+    added, K, of_gptq = dampen(hessian), W.shape[1], torch.zeros_like(of_plain)
+    U = inverse_factor(hessian)
+    width = scheme.group or K
+    for start in range(0, K, block):
+        end = min(start + block, K)
+        errors = torch.empty_like(W[:, start:end])
+        for j in range(start, end):
+            if scheme.group and j % width == 0:
+                # The block's own errors have reached its end, those beyond it wait: so bring them up to date.
+                ahead = W[:, j:j + width]
+                if j + width > end and j > start:
+                    ahead = ahead.clone()
+                    ahead[:, end - j:] -= errors[:, :j - start] @ U[start:j, end:j + width]
+                scales[:, j // width] = scales_of(ahead, scheme, dtype)[:, 0]
+            scale = scales[:, j // width]
+            codes[:, j] = nearest(W[:, j] / scale, scheme)
+            rounded = values(codes[:, j], scheme) * scale
+            errors[:, j - start] = (W[:, j] - rounded) / U[j, j]
+            of_gptq += errors[:, j - start].square() - added[j] * (weight[:, j] - rounded).square()
+            W[:, j:end] -= errors[:, j - start, None] * U[j, j:end]
+        W[:, end:].addmm_(errors, U[start:end, end:], alpha=-1)
+    worse = (of_gptq > of_plain)[:, None]                                   # (N, 1)
+    return tuple(torch.where(worse, one, other) for one, other in zip(plain, (codes, scales)))
+
+
+def dampen(hessian):
+    """Add DAMP of the mean diagonal of a Hessian (K, K) to its diagonal, in place; an input that is always 0
+    gets the mean, too. Returns what was added, (K,)."""
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    added = torch.where(diagonal == 0, mean, 0) + DAMP * mean if mean else torch.ones_like(diagonal)
+    diagonal += added
+    return added
+
+
+def inverse_factor(hessian):
+    """The upper Cholesky factor of the inverse of a Hessian (K, K), which is overwritten: row j holds, up to
+    its scale, how the inputs after j make good an error at j."""
+    # LAPACK's matrices have their columns in a row; of others torch makes a copy.
+    columns = hessian.t()
+    torch.linalg.cholesky(columns, out=columns)
+    torch.cholesky_inverse(columns, out=columns)
+    return torch.linalg.cholesky(columns, upper=True, out=columns)
+
+
+def smoothing(inputs, weights, alpha):
+    """SmoothQuant's factors (K,), eq. 4 of 2211.10438: what the layer reads is divided by them, its weights
+    are multiplied. inputs, weights (K,): the absolute maxima of each input, and of its weights."""
+    factors = inputs.float() ** alpha / weights.float().clamp_min(1e-5) ** (1 - alpha)
+    return torch.where((inputs == 0) | (weights == 0), 1, factors.clamp_min(1e-5))
+
+
+# ---- packing -----------------------------------------------------------------------------------------------
+
+def pack(codes, bits):
+    """int8 codes (N, K) as unsigned numbers of 4 or 8 bits, the first in the lowest: int32 (N, K bits / 32),
+    rounded up."""
+    raised = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    raised = F.pad(raised, (0, -raised.shape[1] % (32 // bits)))
+    if bits == 4:
+        raised = raised[:, ::2] | raised[:, 1::2] << 4
+    return raised.contiguous().view(torch.int32)
+
+
+def unpack(packed, bits, width):
+    """The codes (N, width) of `pack`, or of its bytes."""
+    raised = packed.view(torch.uint8)
+    if bits == 4:
+        raised = torch.stack((raised & 15, raised >> 4), -1).flatten(1)
+    return (raised[:, :width].to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+
+
+def specs_of(name, shape, scheme, code):
+    """{tensor name: (safetensors dtype, shape)} of a quantized weight "NAME.weight" (N, K) on disk. code: the
+    dtype of the scales."""
+    N, K = shape
+    scheme.check(f"{name}.weight", shape)
+    if scheme.name == "nf4":
+        return {f"{name}.weight": ("U8", (N * K // 2, 1)), f"{name}.weight.absmax": ("F32", (N * K // 64,)),
+                f"{name}.weight.quant_map": ("F32", (16,)),
+                f"{name}.weight.quant_state.bitsandbytes__nf4": ("U8", (len(state_of(shape)),))}
+    if scheme.name == "llm-int8":
+        return {f"{name}.weight": ("I8", (N, K)), f"{name}.SCB": ("F32", (N,)),
+                f"{name}.weight_format": ("U8", ())}
+    if scheme.layout == "int-quantized":
+        return {f"{name}.weight": ("I8", (N, K)), f"{name}.weight_scale": (code, (N, 1))}
+    return {f"{name}.weight_packed": ("I32", (N, -(-K * scheme.bits // 32))),
+            f"{name}.weight_scale": (code, (N, scheme.groups(K))), f"{name}.weight_shape": ("I64", (2,))}
+
+
+def state_of(shape):
+    """The bytes of bitsandbytes' description of an NF4 tensor."""
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(shape)}
+    return json.dumps(state).encode()
+
+
+def fixed_tensors(name, shape, scheme):
+    """Those of `tensors_of` that are of the whole matrix (N, K), not of its rows."""
+    if scheme.name == "nf4":
+        state = torch.frombuffer(bytearray(state_of(shape)), dtype=torch.uint8)
+        return {f"{name}.weight.quant_map": torch.tensor(NF4),
+                f"{name}.weight.quant_state.bitsandbytes__nf4": state}
+    if scheme.name == "llm-int8":
+        return {f"{name}.weight_format": torch.zeros((), dtype=torch.uint8)}
+    return {f"{name}.weight_shape": torch.tensor(shape)} if scheme.layout == "pack-quantized" else {}
+
+
+def tensors_of(name, codes, scales, scheme):
+    """{tensor name: tensor} of `specs_of` but for `fixed_tensors`, the scales still in fp32. Of some rows
+    they are those rows of the tensors."""
+    if scheme.name == "nf4":
+        flat = codes.flatten().to(torch.uint8)
+        return {f"{name}.weight": (flat[::2] << 4 | flat[1::2])[:, None],
+                f"{name}.weight.absmax": scales.flatten()}
+    if scheme.name == "llm-int8":
+        return {f"{name}.weight": codes, f"{name}.SCB": scales[:, 0] * scheme.largest}
+    if scheme.layout == "int-quantized":
+        return {f"{name}.weight": codes, f"{name}.weight_scale": scales}
+    return {f"{name}.weight_packed": pack(codes, scheme.bits), f"{name}.weight_scale": scales}
+
+
+def from_tensors(name, found, shape, scheme):
+    """(codes (N, K), scales (N, G)) of the tensors of a folder."""
+    if scheme.name == "nf4":
+        pairs = found[f"{name}.weight"].flatten()
+        codes = torch.stack((pairs >> 4, pairs & 15), 1).view(shape).to(torch.int8)
+        return codes, found[f"{name}.weight.absmax"].view(shape[0], -1)
+    if scheme.name == "llm-int8":
+        return found[f"{name}.weight"], found[f"{name}.SCB"][:, None] / scheme.largest
+    if scheme.layout == "int-quantized":
+        return found[f"{name}.weight"], found[f"{name}.weight_scale"]
+    return unpack(found[f"{name}.weight_packed"], scheme.bits, shape[1]), found[f"{name}.weight_scale"]
