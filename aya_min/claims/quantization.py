@@ -26,7 +26,7 @@ from ..experiments import DATA, Claim, Comparison, Figure
 from ..files import parse_json, read_bytes
 from ..languages import LANGUAGES
 from ..quantization import Scheme
-from ..world import TASKS, answer, gold_answer, questions, split_named
+from ..world import answer, gold_answer, questions, split_named
 from ..world_oracle import grade
 
 PAPER = "How Does Quantization Affect Multilingual LLMs?, arXiv 2407.03211"
@@ -52,12 +52,12 @@ for bits, plain, grouped in (("w4", "w4", "w4-g32"), ("w3", three(), three(32)))
 
 # ---- data --------------------------------------------------------------------------------------------------
 
-def world_rows(lab, split, count, **more):
+@cache
+def world_rows(seed, split, count):
     """`count` questions of the easy families and a third as many of the hard one, with their right answers."""
-    tag = f"quantization/{lab.seed}"
-    asked = questions(split, count, tag, level="tiny", **more)
-    hard = questions(split, count // 3 * len(TASKS), tag, **more)
-    return [{**q, "completion": gold_answer(q)} for q in asked + [q for q in hard if q["task"] == HARD]]
+    asked = questions(split, count, f"quantization/{seed}", level="tiny")
+    asked += questions(split, count // 3, f"quantization/{seed}", level="tiny", tasks=[HARD])
+    return [{**q, "completion": gold_answer(q)} for q in asked]
 
 
 @cache
@@ -75,7 +75,7 @@ def text_rows(*splits):
 
 
 def training_rows(lab, where):
-    rows = (world_rows(lab, "train", lab.recipe.corpus // 2) if where == WORLD
+    rows = (world_rows(lab.seed, "train", lab.recipe.corpus // 2) if where == WORLD
             else text_rows("train", "preference"))
     return random.Random(lab.seed).sample(rows, len(rows))
 
@@ -83,7 +83,7 @@ def training_rows(lab, where):
 def held_out(where):
     def rows(lab):
         if where == WORLD:
-            return world_rows(lab, lab.recipe.eval_split, lab.recipe.eval_count)
+            return world_rows(lab.seed, lab.recipe.eval_split, lab.recipe.eval_count)
         return text_rows(lab.recipe.eval_split)[:lab.recipe.eval_count * 2]
     return rows
 
@@ -118,7 +118,7 @@ def quantized(where, way):
         start, more = lab.arm(f"{where}, full"), {}
         if languages:
             rows = [row for row in training_rows(lab, where) if row["language"] in languages]
-            more = {"rows": rows, "languages": languages, "tokens": lab.recipe.corpus // 18}
+            more = {"rows": rows[:2000], "languages": languages, "tokens": lab.recipe.corpus // 18}
         return lab.quantize(start, scheme, **more, **settings)
     return arm
 
