@@ -25,7 +25,7 @@ from .data import load_examples
 from .files import Digests, write_json
 from .merge_folders import already_exists, output_folder, write_the_rest
 from .model import CohereForCausalLM, scaled, window_mask
-from .quantization import SCHEMES
+from .quantization import SCHEMES, Scheme
 from .rope import growth, rotary
 from .tensorfiles import DTYPES, num_bytes, read_piece, write_piece
 from .weights import load_meta
@@ -55,12 +55,13 @@ def quantize_folder(folder, out, scheme, *, method="rtn", smooth=None, calibrati
                     shard_bytes=tensorfiles.SHARD_BYTES):
     """Quantize the language model in `folder` into the new folder `out`; returns its Path.
 
-    scheme: a name of quantization.SCHEMES. method: "rtn" (round to nearest) or "gptq". smooth: SmoothQuant's
+    scheme: a name of quantization.SCHEMES, or a Scheme of the layout "rounded". method: "rtn" (round to nearest) or "gptq". smooth: SmoothQuant's
     alpha, or None. calibration: a Calibration, for gptq and smooth. head, embedding: quantize them, too; a
     head that is tied to the embedding becomes a matrix of its own. hashes: record the SHA-256 of the input.
     Raises ValueError, before any work, for what cannot be done.
     """
-    folder, out, scheme = Path(folder), Path(out), SCHEMES[scheme]
+    folder, out = Path(folder), Path(out)
+    scheme = scheme if isinstance(scheme, Scheme) else SCHEMES[scheme]
     if os.path.lexists(out):
         raise already_exists(out)
     check(folder, scheme, method, smooth, calibration, head, embedding)
@@ -90,8 +91,9 @@ def quantize_folder(folder, out, scheme, *, method="rtn", smooth=None, calibrati
                 for name in list(work.inputs):
                     work.whole(name)
         tensorfiles.seal(made, files)
-        config = tensorfiles.read_config(folder) | {
-            "quantization_config": quantized.published(scheme, head, embedding)}
+        config = tensorfiles.read_config(folder)
+        if scheme.layout != "rounded":
+            config["quantization_config"] = quantized.published(scheme, head, embedding)
         write_the_rest(folder, along, made, config | ({"tie_word_embeddings": False} if head else {}), None)
         settings = {"scheme": scheme.name, "method": method, "smooth": smooth, "head": head,
                     "embedding": embedding, "calibration": calibration and asdict(calibration)}

@@ -21,6 +21,10 @@ What a folder holds (quantized.py reads and writes it; N, K as above, G groups):
                                                                (N K / 64), weight.quant_map fp32 (16),
                                                                weight.quant_state.bitsandbytes__nf4 u8 (JSON)
 
+    (other bits) rounded, plain weights as the codes stand for  weight (N, K), in the dtype that it had
+
+A Scheme of the layout "rounded" is in no table: it shows what any number of bits costs, and saves nothing.
+
 compressed-tensors has no NF4 and no outlier columns, so those two are written as bitsandbytes writes them:
 every folder is in a layout that transformers loads. config.json's `quantization_config` says which.
 
@@ -228,6 +232,8 @@ def specs_of(name, shape, scheme, code):
                 f"{name}.weight_format": ("U8", ())}
     if scheme.layout == "int-quantized":
         return {f"{name}.weight": ("I8", (N, K)), f"{name}.weight_scale": (code, (N, 1))}
+    if scheme.layout == "rounded":
+        return {f"{name}.weight": (code, (N, K))}
     return {f"{name}.weight_packed": ("I32", (N, -(-K * scheme.bits // 32))),
             f"{name}.weight_scale": (code, (N, scheme.groups(K))), f"{name}.weight_shape": ("I64", (2,))}
 
@@ -260,6 +266,8 @@ def tensors_of(name, codes, scales, scheme):
         return {f"{name}.weight": codes, f"{name}.SCB": scales[:, 0] * scheme.largest}
     if scheme.layout == "int-quantized":
         return {f"{name}.weight": codes, f"{name}.weight_scale": scales}
+    if scheme.layout == "rounded":
+        return {f"{name}.weight": dequantize(codes, scales, scheme)}
     return {f"{name}.weight_packed": pack(codes, scheme.bits), f"{name}.weight_scale": scales}
 
 
