@@ -44,6 +44,7 @@ def bootstrap_mean(values, question_ids, num_resamples=2000, seed=0):
     bounds = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(values.mean()), [float(bound) for bound in bounds]
 
+
 def rank_correlation(xs, ys, num_resamples=2000, seed=0):
     """(Spearman's rank correlation of xs and ys (N,), its 95% interval [lo, hi]): the bootstrap resamples the
     pairs. It is 0 where all values of one are equal."""
