@@ -45,8 +45,9 @@ def test_losses_of_scripts_and_tasks_are_relative_to_their_own_means(lab):
 
 
 def test_groups_of_unequal_size_count_by_their_means():
-    assert quantization.less([("a", 0.5)], [("b", 0.1), ("c", 0.3), ("d", 0.2)]) == [
-        ("a", 2.0), ("b", pytest.approx(-0.4 / 3)), ("c", pytest.approx(-0.4)), ("d", pytest.approx(-0.8 / 3))]
+    found = quantization.less([("a", 0.5)], [("b", 0.1), ("c", 0.3), ("d", 0.2)])
+    assert [name for name, _ in found] == ["a", "b", "c", "d"]
+    assert [value for _, value in found] == pytest.approx([2.0, -0.4 / 3, -0.4, -0.8 / 3])
 
 
 def test_what_answers_lose_is_held_against_what_likelihood_tells(lab):
@@ -88,7 +89,8 @@ def data(tmp_path, monkeypatch):
 
 
 def test_a_document_is_in_one_split_in_all_languages(data):
-    parts = [quantization.text_rows(*splits) for splits in (("train", "preference"), ("validation",), ("test",))]
+    parts = [quantization.text_rows(*splits)
+             for splits in (("train", "preference"), ("validation",), ("test",))]
     assert sum(map(len, parts)) == 40 * len(LANGUAGES)
     named = [{row["question_id"] for row in part} for part in parts]
     documents = [{name.split("/")[1] for name in names} for names in named]

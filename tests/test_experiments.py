@@ -312,7 +312,7 @@ def test_a_run_under_other_settings_says_so_and_what_it_replaces_stays(run, tmp_
     assert changed["command"] == "train.py claim small --seeds 2 --preset smoke"
 
 
-def test_a_claim_whose_real_text_is_not_there_is_skipped_and_says_so(run, tmp_path, monkeypatch, in_process):
+def test_a_claim_whose_real_text_is_not_there_is_skipped_and_says_so(run, tmp_path, monkeypatch):
     """Without the text its arms are not made; the record of before does not stand for one with the text."""
     monkeypatch.setattr(experiments, "DATA", tmp_path / "data")
     figure = Figure("f", lambda lab: [1.0, 2.0], "above", 0.0)
@@ -322,9 +322,9 @@ def test_a_claim_whose_real_text_is_not_there_is_skipped_and_says_so(run, tmp_pa
     record = run(file)
     assert [claim["name"] for claim in record["results"]] == ["here"] and record["arms"]["1"] == {}
     assert "away: skipped, needs a.jsonl" in experiments_records.table(record)
-    for arguments in (["away"], ["small", "--record", "--preset", "tiny"]):
-        code, _, err = in_process(train, "claim", *arguments, "--out", tmp_path / "other")
-        assert code == 2 and len(err) == 1 and "needs a.jsonl" in err[0]
+    for name, kept in (("away", False), ("small", True)):
+        with pytest.raises(ValueError, match="needs a.jsonl in the folder"):
+            experiments_records.check(name, (1, 2, 3), "tiny", tmp_path / "other", kept)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jsonl").write_text("{}")
     found = run(file)
