@@ -88,7 +88,7 @@ class Comparison:
 class Figure:
     """A figure of one seed that is no answer's. of(lab) gives its values, one per step or example, or pairs
     (question id, value): a question in several languages is one draw of the bootstrap. Their mean, with its
-    interval, is compared with `bound`."""
+    interval, is compared with `bound`. What is no mean is given as {"value", "ci95", "num"}."""
     label: str
     of: Callable
     side: str
@@ -447,12 +447,15 @@ def together(verdicts):
 def measured(lab, c):
     """{"value", "ci95", "none", "verdict", ...} of a Comparison or Figure in one seed."""
     if isinstance(c, Figure):
-        values = [each if isinstance(each, tuple) else (i, each) for i, each in enumerate(c.of(lab))]
-        if not values:
-            raise ValueError(f"{c.label}: no values with seed {lab.seed}")
-        value, ci95 = bootstrap_mean([each for _, each in values], [question for question, _ in values])
-        return {"value": value, "ci95": ci95, "none": c.bound, "num": len(values),
-                "verdict": side_of(c.side, ci95, c.bound, LEVEL_SHARE * abs(c.bound))}
+        found = c.of(lab)
+        if not isinstance(found, dict):
+            values = [each if isinstance(each, tuple) else (i, each) for i, each in enumerate(found)]
+            if not values:
+                raise ValueError(f"{c.label}: no values with seed {lab.seed}")
+            value, ci95 = bootstrap_mean([each for _, each in values], [question for question, _ in values])
+            found = {"value": value, "ci95": ci95, "num": len(values)}
+        return {**found, "none": c.bound,
+                "verdict": side_of(c.side, found["ci95"], c.bound, LEVEL_SHARE * abs(c.bound))}
     if c.measure == "loss":
         rows = lab.module.HELD_OUT[c.held_out](lab)
         a, b = (lab.losses(lab.arm(arm), rows) for arm in (c.a, c.b))

@@ -55,10 +55,10 @@ def quantize_folder(folder, out, scheme, *, method="rtn", smooth=None, calibrati
                     shard_bytes=tensorfiles.SHARD_BYTES):
     """Quantize the language model in `folder` into the new folder `out`; returns its Path.
 
-    scheme: a name of quantization.SCHEMES, or a Scheme of the layout "rounded". method: "rtn" (round to nearest) or "gptq". smooth: SmoothQuant's
-    alpha, or None. calibration: a Calibration, for gptq and smooth. head, embedding: quantize them, too; a
-    head that is tied to the embedding becomes a matrix of its own. hashes: record the SHA-256 of the input.
-    Raises ValueError, before any work, for what cannot be done.
+    scheme: a name of quantization.SCHEMES, or a Scheme of the layout "rounded". method: "rtn" (round to
+    nearest) or "gptq". smooth: SmoothQuant's alpha, or None. calibration: a Calibration, for gptq and smooth.
+    head, embedding: quantize them, too; a head that is tied to the embedding becomes a matrix of its own.
+    hashes: record the SHA-256 of the input. Raises ValueError, before any work, for what cannot be done.
     """
     folder, out = Path(folder), Path(out)
     scheme = scheme if isinstance(scheme, Scheme) else SCHEMES[scheme]

@@ -21,12 +21,10 @@ What a folder holds (quantized.py reads and writes it; N, K as above, G groups):
                                                                (N K / 64), weight.quant_map fp32 (16),
                                                                weight.quant_state.bitsandbytes__nf4 u8 (JSON)
 
-    (other bits) rounded, plain weights as the codes stand for  weight (N, K), in the dtype that it had
-
-A Scheme of the layout "rounded" is in no table: it shows what any number of bits costs, and saves nothing.
-
 compressed-tensors has no NF4 and no outlier columns, so those two are written as bitsandbytes writes them:
 every folder is in a layout that transformers loads. config.json's `quantization_config` says which.
+A Scheme of the layout "rounded", which is in no table, leaves a plain folder, whose weights are what the
+codes stand for: it shows what any number of bits costs, and saves nothing.
 
 The scale of integers is the absolute maximum / 127 or 7, so that weights on such a grid are kept exactly.
 (compressed-tensors' own observers divide by 127.5 and 7.5, which clips the largest weight by half a step.)

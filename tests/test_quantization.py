@@ -15,9 +15,9 @@ from aya_min.engine import Engine
 from aya_min.fused import Fused
 from aya_min.merge_quantize import READERS, Calibration, Work, quantize_folder, read_calibration
 from aya_min.model import CohereForCausalLM
-from aya_min.quantization import (NF4, SCHEMES, dequantize, fixed_tensors, from_tensors, gptq, loss, nearest,
-                                  pack, round_to_nearest, scales_of, smoothing, specs_of, tensors_of, unpack,
-                                  values)
+from aya_min.quantization import (NF4, SCHEMES, Scheme, dequantize, fixed_tensors, from_tensors, gptq, loss,
+                                  nearest, pack, round_to_nearest, scales_of, smoothing, specs_of, tensors_of,
+                                  unpack, values)
 from aya_min.reward import score_texts
 from aya_min.sampling import generate
 from aya_min.world import gold_answer
@@ -337,6 +337,19 @@ def outputs_differ(folder, out, texts):
     """sum |logits - logits of the source|^2 over the texts."""
     (one, _), (other, _) = weights.load(folder), weights.load(out, packed=True)
     return sum((one(ids[None]) - other(ids[None])).square().sum().item() for ids in texts)
+
+
+@pytest.mark.parametrize("group", [None, 32])
+def test_a_rounded_folder_is_a_plain_one_of_what_the_codes_stand_for(group, models, tmp_path):
+    scheme = Scheme("w3", 3, "rounded", group)
+    out = quantize_folder(models / "tied", tmp_path / "q", scheme, progress=False)
+    (plain, _), (model, _) = weights.load(models / "tied"), weights.load(out)
+    for name, layer in quantized.linears(plain).items():
+        found = model.get_submodule(name).weight
+        assert torch.equal(found, dequantize(*round_to_nearest(layer.weight, scheme), scheme))
+        assert found[0, :group].unique().numel() <= 7           # 3 bits, -3 to 3
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert torch.equal(plain.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
 def test_gptq_on_a_folder_is_better_than_rounding_and_writes_where_it_came_from(models, tmp_path):

@@ -54,7 +54,7 @@ for bits, plain, grouped in (("w4", "w4", "w4-g32"), ("w3", three(), three(32)))
 
 @cache
 def world_rows(seed, split, count):
-    """`count` questions of the easy families and a third as many of the hard one, with their right answers."""
+    """`count` questions of the easy families, a third as many of the hard one, and their right answers."""
     asked = questions(split, count, f"quantization/{seed}", level="tiny")
     asked += questions(split, count // 3, f"quantization/{seed}", level="tiny", tasks=[HARD])
     return [{**q, "completion": gold_answer(q)} for q in asked]
