@@ -30,7 +30,6 @@ from aya_min.command import WHOLE, Parser, guarded, is_spare_rank, number, print
 from aya_min.config import Reading, add_flags
 from aya_min.files import Digests, read_json
 from aya_min.merge_config import METHODS, OUTPUT_DTYPES, RANGES, check_settings, from_config, to_config
-from aya_min.mixture import code_of
 
 # setting: what its flag takes; RANGES has the names and ranges of those that are numbers
 FLAGS = {
@@ -119,6 +118,14 @@ QUANTIZE = """A language model with weights of 8 or 4 bits, for generate.py, tra
 w8, w8a8, w4 and w4-g32/64/128 are written as compressed-tensors writes them, llm-int8 and nf4 as bitsandbytes
 does (aya_min/quantization.py). gptq and --smooth look at what the layers read of a text, --calibration."""
 SCHEMES = ["w8", "w8a8", "llm-int8", "w4", "w4-g32", "w4-g64", "w4-g128", "nf4"]
+
+
+def language(text):
+    """An argparse type: the code of a language."""
+    from aya_min.mixture import code_of             # which imports torch
+    return code_of(text)
+
+
 # command beside the methods: (description, {argument: options})
 OTHERS = {
     "upcycle": (UPCYCLE, {
@@ -159,7 +166,7 @@ OTHERS = {
         "--smooth": {"type": number(float, "[0, 1]"), "metavar": "A",
                      "help": "SmoothQuant with this alpha: how much of the inputs' size goes to the weights"},
         "--calibration": {"nargs": "+", "metavar": "F.jsonl", "help": "texts for gptq and --smooth"},
-        "--calibration-languages": {"nargs": "+", "type": code_of, "metavar": "CODE",
+        "--calibration-languages": {"nargs": "+", "type": language, "metavar": "CODE",
                                     "help": "equally many tokens of each; default: of each that the files "
                                             "have"},
         "--calibration-tokens": {"type": number(int, "[1, inf)"), "metavar": "N",

@@ -317,7 +317,9 @@ class Work:
                 else:
                     rounded = quantization.round_to_nearest(*arguments)
                 self.put(whole, 0, *rounded)
-                layer.weight.copy_(quantization.dequantize(*rounded, self.scheme))
+                parts = layer.weight, *rounded
+                for part, *its in zip(*(each.split(quantization.ROWS) for each in parts)):
+                    part.copy_(quantization.dequantize(*its, self.scheme))
                 self.bar.update()
         for name, tensor in block.state_dict().items():
             if prefix + name.removesuffix(".weight") not in self.wanted:

@@ -42,6 +42,7 @@ NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
        1.0]
+ROWS = 2048             # outputs that GPTQ works on at a time
 DAMP = 0.01             # of the Hessian's mean diagonal, added to its diagonal (2210.17323, section 3.3)
 
 
@@ -127,7 +128,7 @@ def loss(weight, rounded, hessian):
     return (error @ hessian * error).sum(1)
 
 
-def gptq(weight, hessian, scheme, dtype=torch.float32, block=128, rows=2048):
+def gptq(weight, hessian, scheme, dtype=torch.float32, block=128, rows=ROWS):
     """(codes, scales) by GPTQ (2210.17323, algorithm 1): inputs in order, and the error of each is made good
     by those that are still to come. A group's scale is chosen when its turn comes.
 
@@ -211,7 +212,7 @@ def smoothing(inputs, weights, alpha):
 def pack(codes, bits):
     """int8 codes (N, K) as unsigned numbers of 4 or 8 bits, the first in the lowest: int32 (N, K bits / 32),
     rounded up."""
-    raised = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    raised = codes.view(torch.uint8) + 2 ** (bits - 1)                      # modulo 256
     raised = F.pad(raised, (0, -raised.shape[1] % (32 // bits)))
     if bits == 4:
         raised = raised[:, ::2] | raised[:, 1::2] << 4
@@ -223,7 +224,7 @@ def unpack(packed, bits, width):
     raised = packed.view(torch.uint8)
     if bits == 4:
         raised = torch.stack((raised & 15, raised >> 4), -1).flatten(1)
-    return (raised[:, :width].to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    return (raised[:, :width] - 2 ** (bits - 1)).view(torch.int8)
 
 
 def specs_of(name, shape, scheme, code):

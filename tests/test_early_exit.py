@@ -330,7 +330,8 @@ MISTAKES = [
     (train, f"{CLASSIFY} --data unknown.jsonl --labels odd largest", "unknown.jsonl:2: label 'sum' is none"),
     (train, f"{CLASSIFY} --data without.jsonl", "without.jsonl:2: label must be a text, the name of a class, "
                                                 "got none"),
-    (train, f"{CLASSIFY} --data number.jsonl", "number.jsonl:1: label must be a text"),
+    (train, f"{CLASSIFY} --data number.jsonl", "number.jsonl:1: label must be a text, the name of a "
+                                                "class, got 1; put it into quotes"),
     (train, f"{CLASSIFY} --data pair.jsonl", "pair.jsonl:1: no text in keys"),
     (train, f"{CLASSIFY} --data one.jsonl", "one.jsonl: all labels are 'odd'"),
     (train, f"{CLASSIFY} --data one.jsonl --labels odd largest", "all 9 texts have the label 'odd'"),
@@ -343,7 +344,8 @@ MISTAKES = [
     (train, SIDE.replace("model main", "model A"), "--model is no classifier"),
     (train, SIDE.replace("model main", "model side"), "side: a SideNet, which has only the first layers"),
     (train, f"{CLASSIFY} --data classified.jsonl".replace("model A", "model side"), "side: a SideNet, which"),
-    (train, f"{CLASSIFY} --data classified.jsonl --head last-token".replace("model A", "model main"),
+    (train, f"{CLASSIFY} --data classified.jsonl --head last-token --labels {' '.join(LABELS)}".replace(
+        "model A", "model main"),
      "--model is a classifier whose head reads mean, not last-token; give --head mean"),
     (train, SIDE.replace("classified.jsonl", "unknown.jsonl"), "unknown.jsonl:2: label 'sum' is none of"),
     (train, SIDE.replace("classified.jsonl", "one.jsonl"), "all 9 texts have the label 'odd'"),
