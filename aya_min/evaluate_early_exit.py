@@ -279,7 +279,8 @@ def evaluate(args, reading):
 
 
 def main(argv):
-    parser = Parser(prog="aya_min.evaluate early-exit", description=__doc__.splitlines()[0])
+    parser = Parser(prog="aya_min.evaluate early-exit",
+                    description="What a SideNet saves, and what it costs in accuracy.")
     parser.add_argument("--model", required=True, help="folder of the MainNet, a classifier")
     parser.add_argument("--sidenet", required=True, help="folder of its SideNet")
     parser.add_argument("--data", required=True, nargs="+",

@@ -44,10 +44,11 @@ ALONE = [(None, ["self_attn.o_proj"]), (None, ["mlp.down_proj"])]
 @dataclass
 class Calibration:
     """The text of GPTQ and SmoothQuant. languages: equally many tokens of each of these; none: of each that
-    the files have. tokens: of all together."""
+    the files have. tokens: of all together. reading: how the files are read."""
     files: list
     languages: list = field(default_factory=list)
     tokens: int = 16384
+    reading: Reading = field(default_factory=lambda: Reading(too_long="skip"))
 
 
 def quantize_folder(folder, out, scheme, *, method="rtn", smooth=None, calibration=None, head=False,
@@ -127,19 +128,21 @@ def check(folder, scheme, method, smooth, calibration, head, embedding):
 def read_calibration(calibration, tokenizer, config):
     """{language: [ids (T,), ...]}, tokens / languages of each. ValueError where a file has fewer."""
     limit = min(MOST_PIECE, config.max_position_embeddings)
-    reading = Reading(too_long="skip")
-    examples, found = load_examples(calibration.files, tokenizer, limit, reading), {}
+    examples, found = load_examples(calibration.files, tokenizer, limit, calibration.reading), {}
     for example in examples:
         found.setdefault(example.language, []).append(torch.from_numpy(example.ids).long())
-    languages = calibration.languages or sorted(found)
+    languages = list(dict.fromkeys(calibration.languages)) or sorted(found)
     share = calibration.tokens // len(languages)
+    if not share:
+        raise ValueError(f"--calibration-tokens {calibration.tokens} are no token for each of "
+                         f"{len(languages)} languages; give more")
     taken = {}
     for code in languages:
         texts, left = found.get(code, []), share
-        if sum(map(len, texts)) < max(share, 1):
+        if sum(map(len, texts)) < share:
             raise ValueError(f"{' '.join(calibration.files)}: the calibration text is too short: "
-                             f"{sum(map(len, texts))} tokens of {code!r}, {max(share, 1)} are wanted; give "
-                             "more text, or fewer --calibration-tokens")
+                             f"{sum(map(len, texts))} tokens of {code!r}, {share} are wanted; give more "
+                             "text, or fewer --calibration-tokens")
         taken[code] = []
         for text in texts:
             if left:
@@ -285,6 +288,15 @@ class Work:
             hook.remove()
         return seen
 
+    def smoothed(self, prefix, norm, weight, factors):
+        """Divide the gains of a norm by factors (h,), and round them to the dtype in which they are written.
+        Returns what they are then divided by."""
+        plus = int(self.config.family.norm == "rms + 1")
+        before = weight + plus
+        weight.copy_((before / factors - plus).to(DTYPES[self.inputs[f"{prefix}{norm}.weight"][1]]))
+        after = weight + plus
+        return torch.where(after == 0, factors, before / after)
+
     def layer(self, prefix, block, seen):
         """Smooth, quantize and write the linear layers of a block, and leave in it what they stand for."""
         for norm, names in self.readers(block):
@@ -292,14 +304,12 @@ class Work:
             layers = [block.get_submodule(name) for name in names]
             if self.smooth is not None and norm:
                 weights = torch.stack([layer.weight.abs().amax(0) for layer in layers]).amax(0)
-                factors = quantization.smoothing(largest, weights, self.smooth)
+                factors = self.smoothed(prefix, norm, block.get_submodule(norm).weight,
+                                        quantization.smoothing(largest, weights, self.smooth))
                 for layer in layers:
                     layer.weight.mul_(factors)
                 if gram is not None:
                     gram /= factors[:, None] * factors
-                plus = int(self.config.family.norm == "rms + 1")
-                weight = block.get_submodule(norm).weight
-                weight.copy_((weight + plus) / factors - plus)
             for name, layer in zip(names, layers):
                 whole = prefix + name
                 arguments = layer.weight, self.scheme, self.dtype(f"{whole}.weight")
@@ -309,7 +319,9 @@ class Work:
                 else:
                     rounded = quantization.round_to_nearest(*arguments)
                 self.put(whole, 0, *rounded)
-                layer.weight.copy_(quantization.dequantize(*rounded, self.scheme))
+                parts = layer.weight, *rounded
+                for part, *its in zip(*(each.split(quantization.ROWS) for each in parts)):
+                    part.copy_(quantization.dequantize(*its, self.scheme))
                 self.bar.update()
         for name, tensor in block.state_dict().items():
             if prefix + name.removesuffix(".weight") not in self.wanted:

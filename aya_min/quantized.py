@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .linear import product
-from .quantization import SCHEMES, dequantize, from_tensors, pack, specs_of, unpack
+from .quantization import SCHEMES, check_tensors, dequantize, from_tensors, pack, specs_of, unpack
 
 PIECE = 1 << 20                     # numbers unpacked at a time: 4 MB in fp32, which stay in a core's cache
 MANY = 8                            # rows, from which digits are faster than the kernel in bf16 on a CPU
@@ -110,7 +110,9 @@ class Packed(nn.Module):
         return specs_of(name, self.shape, self.scheme, None)
 
     def fill(self, name, found, dtype, device):
-        """Take the tensors of a folder. dtype: of what the layer reads and returns."""
+        """Take the tensors of a folder. dtype: of what the layer reads and returns. ValueError where they
+        cannot be those of the scheme."""
+        check_tensors(name, found, self.shape, self.scheme)
         codes, scales = from_tensors(name, found, self.shape, self.scheme)
         self.keep(codes.to(device), scales.to(device, dtype))
 

@@ -195,6 +195,8 @@ def load_meta(folder, trunk=False, packed=False):
                          f"{tokenizer.largest_id}, config.json has a vocabulary of {config.vocab_size}; "
                          "they belong to different models")
     tokenizer.stop_ids = sorted({*tokenizer.stop_ids, *read_stop_ids(folder)})
+    if trunk and model_class is SideNet:
+        raise ValueError(f"{folder}: a SideNet, which has only the first layers of its MainNet; give that")
     with torch.device("meta"):
         build = RewardModel if trunk is True else trunk or model_class
         found, model = model_class(config), build(config)
@@ -227,9 +229,10 @@ def load_meta(folder, trunk=False, packed=False):
 
 
 def fits(code, shape, wanted, wanted_shape):
-    """Whether a packed tensor is what its scheme says; scales (None) are floating."""
+    """Whether a packed tensor is what its scheme says; scales (None) are floating, a length None is any."""
     is_scale = wanted is None and code in FLOATS
-    return (code == wanted or is_scale) and shape == tuple(wanted_shape)
+    lengths = [num if one is None else one for one, num in zip(wanted_shape, shape)]
+    return (code == wanted or is_scale) and list(shape) == lengths and len(shape) == len(wanted_shape)
 
 
 @torch.no_grad()
@@ -261,7 +264,10 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
             local.copy_(initial_value(model.config, name, target.shape, generator)[rows])
     for name, module in model.packed.items():
         found = {each: tensorfiles.read(header, each) for each in module.specs(name)}
-        module.fill(name, found, dtype, device)
+        try:
+            module.fill(name, found, dtype, device)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
     return model, tokenizer
 
 

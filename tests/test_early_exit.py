@@ -330,7 +330,8 @@ MISTAKES = [
     (train, f"{CLASSIFY} --data unknown.jsonl --labels odd largest", "unknown.jsonl:2: label 'sum' is none"),
     (train, f"{CLASSIFY} --data without.jsonl", "without.jsonl:2: label must be a text, the name of a class, "
                                                 "got none"),
-    (train, f"{CLASSIFY} --data number.jsonl", "number.jsonl:1: label must be a text"),
+    (train, f"{CLASSIFY} --data number.jsonl", "number.jsonl:1: label must be a text, the name of a "
+                                                "class, got 1; put it into quotes"),
     (train, f"{CLASSIFY} --data pair.jsonl", "pair.jsonl:1: no text in keys"),
     (train, f"{CLASSIFY} --data one.jsonl", "one.jsonl: all labels are 'odd'"),
     (train, f"{CLASSIFY} --data one.jsonl --labels odd largest", "all 9 texts have the label 'odd'"),
@@ -341,7 +342,11 @@ MISTAKES = [
      "--model is a classifier of other labels"),
     (train, f"{SIDE} --layer 2", "--layer 2: --model has 2 layers; give one from 0 (the embeddings) to 1"),
     (train, SIDE.replace("model main", "model A"), "--model is no classifier"),
-    (train, SIDE.replace("model main", "model side"), "--model is no classifier"),
+    (train, SIDE.replace("model main", "model side"), "side: a SideNet, which has only the first layers"),
+    (train, f"{CLASSIFY} --data classified.jsonl".replace("model A", "model side"), "side: a SideNet, which"),
+    (train, f"{CLASSIFY} --data classified.jsonl --head last-token --labels {' '.join(LABELS)}".replace(
+        "model A", "model main"),
+     "--model is a classifier whose head reads mean, not last-token; give --head mean"),
     (train, SIDE.replace("classified.jsonl", "unknown.jsonl"), "unknown.jsonl:2: label 'sum' is none of"),
     (train, SIDE.replace("classified.jsonl", "one.jsonl"), "all 9 texts have the label 'odd'"),
     (evaluate, EXIT.replace("sidenet side", "sidenet other"), "not a SideNet of --model main: model.embed"),
@@ -364,6 +369,17 @@ def test_a_mistake_is_one_line_that_says_where_and_nothing_is_written(module, li
     code, out, err = call(module, line)
     assert code == 2 and out == "" and says in err[-1] and len(err) == 1, (code, out, err)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_router_begins_from_the_decoder_of_a_classifier_and_no_model_from_a_sidenets(folder):
+    """Of the first, the labels were handed to the router's config; of the second, the layers that it lacks
+    were drawn at random without a word."""
+    build = stages.builder("router", [], config.Routing())
+    made, _ = weights.load(folder / "main", trunk=build)
+    assert made.config.teachers == ["A", "B"] and not hasattr(made.config, "labels")
+    for trunk in (True, build):
+        with pytest.raises(ValueError, match="side: a SideNet, which has only the first layers"):
+            weights.load_meta(folder / "side", trunk)
 
 
 def test_labels_are_those_asked_for_in_their_order_else_those_of_the_data_sorted(call, folder, tmp_path):
