@@ -24,7 +24,7 @@ from .stages import train_stage
 from .tokenizer import train_tokenizer
 from .world import split_named
 
-FOLDER = Path("/work/shared/data")  # TEMP
+FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data"
 # Sentences with topics are few: of seven ids of a topic so many are in each split.
 TURNS = ("train", "test", "train", "preference", "train", "validation", "train")
 TOPICS = ("entertainment", "geography", "health", "politics", "science/technology", "sports", "travel")

@@ -471,6 +471,21 @@ def test_early_exit_of_quantized_nets_leaves_their_shared_layers_alike(scheme, m
     assert found["curve"][0]["left"] == 1 and found["curve"][0]["accuracy"] == found["sidenet"]["accuracy"]
 
 
+@torch.no_grad()
+def test_transformers_with_compressed_tensors_computes_a_quantized_classifiers_logits(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    model, own = small("llama", lambda config: Classifier(ClassifierConfig.of(config, labels=["a", "b"])),
+                       seed=3)
+    weights.save(tmp_path / "m", model, own)
+    out = quantize_folder(tmp_path / "m", tmp_path / "w8", "w8", progress=False)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float32)
+    ids = torch.tensor([[5, 9, 30, 7]])
+    logits = weights.load(out, packed=True)[0](ids, torch.tensor([4]))
+    assert not torch.equal(logits, model(ids, torch.tensor([4])))
+    torch.testing.assert_close(logits, theirs(ids).logits, rtol=1e-4, atol=5e-5)
+
+
 def test_the_bytes_of_both_nets_by_hand(folder, packed):
     """fp32: 4 bytes a number. The SideNet adds 32 x 16 + 16 + 16 x 5 + 5 = 613 numbers to the MainNet. W8 of
     the layers: a matrix (N, K) takes N K bytes, N scales of 4 and its shape, 16."""
