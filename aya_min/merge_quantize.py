@@ -20,6 +20,7 @@ import torch
 
 from . import __version__, command, quantization, quantized, tensorfiles
 from .alike import files_along
+from .classifier import Classifier, SideNet
 from .config import Reading
 from .data import load_examples
 from .files import Digests, write_json
@@ -28,7 +29,7 @@ from .model import CohereForCausalLM, scaled, window_mask
 from .quantization import SCHEMES, Scheme
 from .rope import growth, rotary
 from .tensorfiles import DTYPES, num_bytes, read_piece, write_piece
-from .weights import load_meta
+from .weights import KINDS, load_meta
 
 PIECE = 1 << 22                 # numbers of a tensor that are quantized at a time
 MOST_PIECE = 512                # tokens of a calibration text that are read together
@@ -54,7 +55,8 @@ class Calibration:
 def quantize_folder(folder, out, scheme, *, method="rtn", smooth=None, calibration=None, head=False,
                     embedding=False, device="cpu", hashes=True, progress=True,
                     shard_bytes=tensorfiles.SHARD_BYTES):
-    """Quantize the language model in `folder` into the new folder `out`; returns its Path.
+    """Quantize the language model, classifier or SideNet in `folder` into the new folder `out`; returns its
+    Path. Of the last two the heads stay whole.
 
     scheme: a name of quantization.SCHEMES, or a Scheme of the layout "rounded". method: "rtn" (round to
     nearest) or "gptq". smooth: SmoothQuant's alpha, or None. calibration: a Calibration, for gptq and smooth.
@@ -67,11 +69,17 @@ def quantize_folder(folder, out, scheme, *, method="rtn", smooth=None, calibrati
         raise already_exists(out)
     check(folder, scheme, method, smooth, calibration, head, embedding)
     model, tokenizer, header = load_meta(folder)
-    if not isinstance(model, CohereForCausalLM) or model.config.mixture or model.stored:
+    speaks = isinstance(model, CohereForCausalLM)
+    known = isinstance(model, (CohereForCausalLM, Classifier, SideNet))
+    if not known or model.config.mixture or model.stored:
         kind = "a mixture of experts" if model.config.mixture else (
             "a model that sees images" if model.stored else f"a {type(model).__name__}")
-        raise ValueError(f"{folder}: {kind} is not quantized here; give a plain language model")
-    tied = model.config.tie_word_embeddings
+        raise ValueError(f"{folder}: {kind} is not quantized here; give a plain language model, a classifier "
+                         "or a SideNet")
+    if head and not speaks:
+        raise ValueError(f"{folder}: --head is for language models, and this is a {KINDS[type(model)]}, "
+                         "whose head stays as it is; leave it out")
+    tied = speaks and model.config.tie_word_embeddings
     if embedding and tied and not head:
         raise ValueError(f"{folder}: the head is tied to the embedding; give --head too, or neither")
     work = Work(model, header, scheme, method, smooth, head, embedding, device)
@@ -94,7 +102,8 @@ def quantize_folder(folder, out, scheme, *, method="rtn", smooth=None, calibrati
         tensorfiles.seal(made, files)
         config = tensorfiles.read_config(folder)
         if scheme.layout != "rounded":
-            config["quantization_config"] = quantized.published(scheme, head, embedding)
+            config["quantization_config"] = quantized.published(scheme, head, embedding,
+                                                                quantized.kept(config))
         write_the_rest(folder, along, made, config | ({"tie_word_embeddings": False} if head else {}), None)
         settings = {"scheme": scheme.name, "method": method, "smooth": smooth, "head": head,
                     "embedding": embedding, "calibration": calibration and asdict(calibration)}

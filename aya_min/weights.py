@@ -160,10 +160,12 @@ def read_others(folder):
 def check_packed(folder, model_class, config):
     """Refuse a quantized folder of a model that cannot be one. Returns what quantized.read says of it."""
     found = quantized.read(tensorfiles.read_config(folder), Path(folder) / "config.json")
-    if found and (model_class is not CohereForCausalLM or config.mixture):
-        raise ValueError(f"{folder}: quantized ({found[0].name}); only language models are read so, and no "
-                         "mixtures of experts")
-    if found and (found[1] or found[2]) and config.tie_word_embeddings:
+    speaks = model_class is CohereForCausalLM
+    if found and (model_class not in (CohereForCausalLM, Classifier, SideNet) or config.mixture
+                  or found[1] and not speaks):
+        raise ValueError(f"{folder}: quantized ({found[0].name}); only language models are read so, and "
+                         "classifiers and SideNets but for their heads, and no mixtures of experts")
+    if found and (found[1] or found[2]) and config.tie_word_embeddings and speaks:
         raise ValueError(f"{folder}: the head or the embedding is quantized, and config.json ties them; "
                          "quantize the model again")
     return found
@@ -182,7 +184,8 @@ def load_meta(folder, trunk=False, packed=False):
     scheme = check_packed(folder, model_class, config)
     if scheme and (trunk or not packed):
         raise ValueError(f"{folder} is quantized ({scheme[0].name}), which is for answering alone "
-                         "(generate.py, evaluate quantized); give the model that it was made of")
+                         "(generate.py, evaluate quantized and early-exit); give the model that it was "
+                         "made of")
     header, stored = text_tensors(folder, tensorfiles.read_header(folder))
     num_layers = 1 + max((int(match[1]) for match in map(LAYER.match, header) if match), default=-1)
     expected = getattr(config, "sidenet_layer", config.num_hidden_layers)
