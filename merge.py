@@ -397,7 +397,7 @@ def quantize(options):
     quantize_folder(folder, out, method=options["rounding"], calibration=calibration, **given)
     print(printable(f"{out}: {options['scheme']} of {folder}"))
     if options["embedding"]:
-        print("its embedding is quantized, so generate.py reads it, and transformers does not")
+        print("its embedding is quantized, which aya_min reads, and transformers does not")
     return 0
 
 
