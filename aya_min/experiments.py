@@ -23,7 +23,8 @@ from typing import Callable, Optional
 
 import torch
 
-from . import distributed, held_out, merge_embed, merge_quantize, merge_upcycle, weights, world_data
+from . import (distributed, held_out, merge_embed, merge_quantize, merge_upcycle, real_text, weights,
+               world_data)
 from .arbitrage import route
 from .config import RECIPES, Recipe, settings_from
 from .evaluate_rates import bootstrap_mean, join, win_rates
@@ -44,7 +45,7 @@ from .tokenizer import load_tokenizer, train_tokenizer
 from .world import questions
 
 HERE = Path(__file__).parent
-DATA = HERE.parent.parent / "shared" / "data"       # real text, which the repository does not hold
+DATA = real_text.FOLDER                               # which the repository does not hold
 # What a comparison of the side "level" may differ: points of a win rate, share of another measure's mean.
 LEVEL_POINTS, LEVEL_SHARE = 5.0, 0.05
 SIDES = ("above", "below", "level")
