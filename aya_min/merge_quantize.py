@@ -5,10 +5,10 @@ With a calibration text (GPTQ, SmoothQuant) its tokens run through each layer tw
 linear layers read, and once with the quantized weights, to give what the next layer reads
 (arXiv 2210.17323, section 4).
 
-GPTQ holds a layer in fp32, the text's states, a Hessian for each of the three inputs of its linear layers,
-and about two copies in fp32 of the matrix at work. Of a model of 8B (hidden_size 4096, intermediate_size
-14336; 16,384 tokens) that is 0.9 + 0.3 + 1.0 + 0.5 GB. One such layer took 2.9 GB at its peak, torch itself
-and 1,700 tokens included, so 16,384 tokens take 3.2 GB (2.9 GiB); --calibration-tokens 4096 stays below 3.
+GPTQ holds a layer in fp32, the text's states, and a Hessian for each of the three inputs of its linear
+layers; of the matrix at work only some outputs at a time. Of a model of 8B (hidden_size 4096,
+intermediate_size 14336; 16,384 tokens) that is 0.9 + 0.3 + 1.0 GB. One such layer took 2.97 GB at its peak,
+torch itself (0.3) and a tokenizer of 255,000 tokens (0.25) included.
 """
 
 import os
@@ -26,12 +26,11 @@ from .data import load_examples
 from .files import Digests, write_json
 from .merge_folders import already_exists, output_folder, write_the_rest
 from .model import CohereForCausalLM, scaled, window_mask
-from .quantization import SCHEMES, Scheme
+from .quantization import PIECE, SCHEMES, Scheme
 from .rope import growth, rotary
 from .tensorfiles import DTYPES, num_bytes, read_piece, write_piece
 from .weights import KINDS, load_meta
 
-PIECE = 1 << 22                 # numbers of a tensor that are quantized at a time
 MOST_PIECE = 512                # tokens of a calibration text that are read together
 # The linear layers of a block that read the same input, and the norm that the input comes from.
 READERS = {"parallel": [("input_layernorm", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
@@ -328,8 +327,8 @@ class Work:
                 else:
                     rounded = quantization.round_to_nearest(*arguments)
                 self.put(whole, 0, *rounded)
-                parts = layer.weight, *rounded
-                for part, *its in zip(*(each.split(quantization.ROWS) for each in parts)):
+                rows = max(1, PIECE // layer.weight.shape[1])
+                for part, *its in zip(*(each.split(rows) for each in (layer.weight, *rounded))):
                     part.copy_(quantization.dequantize(*its, self.scheme))
                 self.bar.update()
         for name, tensor in block.state_dict().items():

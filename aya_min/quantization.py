@@ -44,7 +44,8 @@ NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
        1.0]
-ROWS = 2048             # outputs that GPTQ works on at a time
+# Weights that are worked on at a time: 32 MB in fp32, which glibc gives back at once when they are freed.
+PIECE = 1 << 23
 DAMP = 0.01             # of the Hessian's mean diagonal, added to its diagonal (2210.17323, section 3.3)
 
 
@@ -127,28 +128,34 @@ def dequantize(codes, scales, scheme, dtype=torch.float32):
 def loss(weight, rounded, hessian):
     """sum_x |(W - Q) x|^2 of each output, (N,), up to the scale of the Hessian (K, K) = sum_x x x^T."""
     error = weight - rounded
-    return (error @ hessian * error).sum(1)
+    return (error @ hessian).mul_(error).sum(1)
 
 
-def gptq(weight, hessian, scheme, dtype=torch.float32, block=128, rows=ROWS):
+def gptq(weight, hessian, scheme, dtype=torch.float32, block=128, piece=PIECE):
     """(codes, scales) by GPTQ (2210.17323, algorithm 1): inputs in order, and the error of each is made good
     by those that are still to come. A group's scale is chosen when its turn comes.
 
     weight (N, K); hessian (K, K) = sum_x x x^T, which is overwritten, because of a large layer no second one
-    fits beside it. `rows` outputs, which do not depend on each other, and `block` inputs are worked on at a
-    time. Where an output is nearer to its weights by plain rounding, in the loss that GPTQ lowers, it is
-    rounded: GPTQ itself does not promise never to be worse.
+    fits beside it. `block` inputs are worked on at a time, of the outputs, which do not depend on each other,
+    as many as have `piece` weights. Where an output is nearer to its weights by plain rounding, in the loss
+    that GPTQ lowers, it is rounded: GPTQ itself does not promise never to be worse.
     """
-    parts = weight.split(rows)
-    plain = [round_to_nearest(part, scheme, dtype) for part in parts]
-    of_plain = [loss(part, dequantize(*one, scheme), hessian) for part, one in zip(parts, plain)]   # (N,)
+    (N, K), of_plain = weight.shape, []
+    rows = max(1, piece // K)
+    cuts = [slice(start, start + rows) for start in range(0, N, rows)]
+    codes = torch.empty_like(weight, dtype=torch.int8)
+    scales = torch.empty(N, scheme.groups(K), device=weight.device)
+    for cut in cuts:
+        codes[cut], scales[cut] = round_to_nearest(weight[cut], scheme, dtype)
+        of_plain.append(loss(weight[cut], dequantize(codes[cut], scales[cut], scheme), hessian))
     added = dampen(hessian)
-    U, found = inverse_factor(hessian), []
-    for part, one, its_loss in zip(parts, plain, of_plain):
-        *other, other_loss = in_order(part.float(), U, added, one[1], scheme, dtype, block)
-        is_worse = (other_loss > its_loss)[:, None]                         # (N, 1)
-        found.append([torch.where(is_worse, *both) for both in zip(one, other)])
-    return tuple(torch.cat(each) for each in zip(*found))
+    U = inverse_factor(hessian)
+    for cut, its_loss in zip(cuts, of_plain):
+        *found, found_loss = in_order(weight[cut].float(), U, added, scales[cut], scheme, dtype, block)
+        wins = found_loss <= its_loss
+        for whole, part in zip((codes, scales), found):
+            whole[cut][wins] = part[wins]
+    return codes, scales
 
 
 def in_order(weight, U, added, scales, scheme, dtype, block):
