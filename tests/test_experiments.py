@@ -398,8 +398,8 @@ def test_every_claim_file_runs_at_preset_smoke(name, in_process, tmp_path_factor
         pytest.skip("the real text is not here")
     assert code == 0, err
     record = json.loads((out / name / "claim.json").read_text(encoding="utf-8"))
-    assert [claim["name"] for claim in record["results"]] == [
-        claim.name for claim in experiments.claim_files()[name].CLAIMS]
+    there = [claim.name for claim in experiments.claim_files()[name].CLAIMS if not claim.skipped]
+    assert [claim["name"] for claim in record["results"]] == there
     assert printed.strip().endswith(str(out / name / "report.html")) and record["minutes"][0] > 0
 
 
