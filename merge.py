@@ -113,8 +113,21 @@ EMBED = """The embeddings of domains, for upcycle and extend.
 Each is the mean over a domain's texts of the mean of a model's last hidden states over the text's tokens."""
 SEED = {"type": number(int, WHOLE), "metavar": "N", "default": 0, "help": "of the routers; default: 0"}
 DOMAINS = {"metavar": "E.json", "help": "a file of merge.py embed, or of the same form"}
-# command: (description, {argument: options})
-MIXTURES = {
+QUANTIZE = """A language model with weights of 8 or 4 bits, for generate.py, transformers and vLLM.
+
+w8, w8a8, w4 and w4-g32/64/128 are written as compressed-tensors writes them, llm-int8 and nf4 as bitsandbytes
+does (aya_min/quantization.py). gptq and --smooth look at what the layers read of a text, --calibration."""
+SCHEMES = ["w8", "w8a8", "llm-int8", "w4", "w4-g32", "w4-g64", "w4-g128", "nf4"]
+
+
+def language(text):
+    """An argparse type: the code of a language."""
+    from aya_min.mixture import code_of             # which imports torch
+    return code_of(text)
+
+
+# command beside the methods: (description, {argument: options})
+OTHERS = {
     "upcycle": (UPCYCLE, {
         "folders": {"nargs": "+", "metavar": "[NAME=]MODEL",
                     "help": "the experts; NAME is the domain, default: the folder's name"},
@@ -144,28 +157,24 @@ MIXTURES = {
                    "help": "conversations or texts of each domain"},
         "--max-length": {"type": number(int, "[2, inf)"), "metavar": "N", "default": 1024,
                          "help": "tokens; longer conversations are left out; default: %(default)s"}}),
-}
-
-QUANTIZE = """A language model with weights of 8 or 4 bits, for generate.py, transformers and vLLM.
-
-w8, w8a8, w4 and w4-g32/64/128 are written as compressed-tensors writes them, llm-int8 and nf4 as bitsandbytes
-does (aya_min/quantization.py). gptq and --smooth look at what the layers read of a text, --calibration."""
-SCHEMES = ["w8", "w8a8", "llm-int8", "w4", "w4-g32", "w4-g64", "w4-g128", "nf4"]
-QUANTIZE_FLAGS = {
-    "--scheme": {"choices": SCHEMES, "required": True, "help": "8 or 4 bits; a8: inputs of 8 bits too; g: "
-                                                               "inputs that share a scale"},
-    "--method": {"choices": ["rtn", "gptq"], "default": "rtn", "dest": "rounding",
-                 "help": "round to nearest, or GPTQ; default: %(default)s"},
-    "--smooth": {"type": number(float, "[0, 1]"), "metavar": "A",
-                 "help": "SmoothQuant with this alpha: how much of the inputs' size goes to the weights"},
-    "--calibration": {"nargs": "+", "metavar": "F.jsonl", "help": "texts for gptq and --smooth"},
-    "--calibration-languages": {"nargs": "+", "metavar": "CODE",
-                                "help": "equally many tokens of each; default: of each that the files have"},
-    "--calibration-tokens": {"type": number(int, "[1, inf)"), "metavar": "N",
-                             "help": "of all languages together; default: 16384"},
-    "--head": {"action": "store_true", "help": "quantize the head, too; a tied one gets a matrix of its own"},
-    "--embedding": {"action": "store_true",
-                    "help": "quantize the embedding, too; transformers cannot load that"},
+    "quantize": (QUANTIZE, {
+        "folders": {"nargs": 1, "metavar": "MODEL", "help": "the folder of a language model"},
+        "--scheme": {"choices": SCHEMES, "required": True,
+                     "help": "8 or 4 bits; a8: inputs of 8 bits too; g: inputs that share a scale"},
+        "--method": {"choices": ["rtn", "gptq"], "default": "rtn", "dest": "rounding",
+                     "help": "round to nearest, or GPTQ; default: %(default)s"},
+        "--smooth": {"type": number(float, "[0, 1]"), "metavar": "A",
+                     "help": "SmoothQuant with this alpha: how much of the inputs' size goes to the weights"},
+        "--calibration": {"nargs": "+", "metavar": "F.jsonl", "help": "texts for gptq and --smooth"},
+        "--calibration-languages": {"nargs": "+", "type": language, "metavar": "CODE",
+                                    "help": "equally many tokens of each; default: of each that the files "
+                                            "have"},
+        "--calibration-tokens": {"type": number(int, "[1, inf)"), "metavar": "N",
+                                 "help": "of all languages together; default: 16384"},
+        "--head": {"action": "store_true",
+                   "help": "quantize the head, too; a tied one gets a matrix of its own"},
+        "--embedding": {"action": "store_true",
+                        "help": "quantize the embedding, too; transformers cannot load that"}}),
 }
 
 
@@ -201,36 +210,31 @@ def parse(arguments):
         search.add_argument(flag, **options)
     add_flags(search, Reading)
     methods = [add_method(commands, method) for method in METHODS]
-    mixtures = [commands.add_parser(name, help=about.split("\n")[0], description=about,
-                                    allow_abbrev=False, formatter_class=raw)
-                for name, (about, _) in MIXTURES.items()]
-    for command, (_, takes) in zip(mixtures, MIXTURES.values()):
+    others = [commands.add_parser(name, help=about.split("\n")[0], description=about,
+                                  allow_abbrev=False, formatter_class=raw)
+              for name, (about, _) in OTHERS.items()]
+    for command, (_, takes) in zip(others, OTHERS.values()):
         for name, more in takes.items():
             command.add_argument(name, **more)
-    for command in mixtures[1:]:
+    for command in others[1:]:
         add_flags(command, Reading, {field.name for field in fields(Reading)} - {"too_long"})
-    for command in mixtures:
+    for command in others:
         command.add_argument("--out", metavar="OUT", required=True,
                              help="the new folder, of embed a new file; it must not exist")
-    quantize = commands.add_parser("quantize", help="weights of 8 or 4 bits", description=QUANTIZE,
-                                   allow_abbrev=False, formatter_class=raw)
-    quantize.add_argument("folders", nargs=1, metavar="MODEL", help=MODELS)
-    for flag, about in QUANTIZE_FLAGS.items():
-        quantize.add_argument(flag, **about)
-    for command in (parser, search, quantize, *methods):
+    for command in (parser, search, *methods):
         command.add_argument("--out", metavar="DIR", help="the new folder; it must not exist")
     for command in (parser, search, *methods):
         command.add_argument("--allow-config-differences", action="store_true", default=argparse.SUPPRESS,
                              help="accept differences of config.json that change the computation, and take "
                                   "the first model's values")
-    for command in (parser, quantize, *methods):
+    for command in (parser, others[-1], *methods):
         command.add_argument("--no-hashes", dest="hashes", action="store_false", default=argparse.SUPPRESS,
-                             help="leave the SHA-256 of the inputs out of merge.json: on a processor without "
-                                  "instructions for it, it takes as long as the merge")
+                             help="leave the SHA-256 of the inputs out of merge.json or quantize.json: on a "
+                                  "processor without instructions for it, it takes as long as the work")
     for command in (parser, *methods):
         command.add_argument("--print-config", action="store_true",
                              help="print mergekit's configuration of this merge, and merge nothing")
-    for command in (parser, diff, search, quantize, *methods, *mixtures[1:]):
+    for command in (parser, diff, search, *methods, *others[1:]):
         command.add_argument("--device", type=device, default=argparse.SUPPRESS,
                              help="where to compute, for example cuda; default: cpu")
     options = parser.parse_args(arguments)
@@ -238,11 +242,8 @@ def parse(arguments):
         parser.error("give a method, or --config FILE, and not both")
     if options.method not in (None, "quantize", *METHODS) and (options.print_config or "hashes" in options):
         parser.error(f"{options.method} takes neither --print-config nor --no-hashes")
-    if options.method == "quantize" and (options.print_config or "allow_config_differences" in options):
-        parser.error("quantize takes neither --print-config nor --allow-config-differences")
-    given = [getattr(options, f"calibration_{each}", None) for each in ("languages", "tokens")]
-    if options.method == "quantize" and not options.calibration and any(given):
-        parser.error("--calibration-languages and --calibration-tokens go with --calibration")
+    if options.method in OTHERS and (options.print_config or "allow_config_differences" in options):
+        parser.error(f"{options.method} takes neither --print-config nor --allow-config-differences")
     if options.method != "diff" and not (options.out or options.print_config):
         parser.error("the following arguments are required: --out")
     return vars(options)
@@ -274,10 +275,9 @@ def main(arguments=None):
     options = parse(arguments)
     is_search = options["method"] == "search"
     try:
-        if options["method"] == "quantize":
-            return quantize(options)
-        if options["method"] in MIXTURES:
-            return {"upcycle": upcycle, "extend": extend, "embed": embed}[options["method"]](options)
+        if options["method"] in OTHERS:
+            return {"upcycle": upcycle, "extend": extend, "embed": embed,
+                    "quantize": quantize}[options["method"]](options)
         return search(options) if is_search else merge_or_diff(options)
     except KeyboardInterrupt:
         kept = "nothing was kept"
@@ -320,8 +320,8 @@ def named(texts, what, name_of=None):
     return found
 
 
-def reading_of_domains(options):
-    """The Reading of domains' texts: what is too long is left out and counted."""
+def reading_of_texts(options):
+    """The Reading of domains and of a calibration text: what is too long is left out and counted."""
     from aya_min.config import settings_from
     return settings_from(Reading, {"too_long": "skip"}, flags=reading_of(options))
 
@@ -332,7 +332,7 @@ def embed(options):
     if os.path.lexists(out):
         raise taken(out)
     from aya_min.merge_embed import embed, embedder_of
-    domains = embed(options["model"], data, reading_of_domains(options), options["max_length"],
+    domains = embed(options["model"], data, reading_of_texts(options), options["max_length"],
                     options.get("device", "cpu"))
     write_new({out: dumps({**embedder_of(options["model"]), "domains": domains}) + "\n"})
     size = len(next(iter(domains.values())))
@@ -375,7 +375,7 @@ def extend(options):
         vector = domains[name]
     if texts:
         vector = partial(embed_like, options["mixture"], name, texts[name], options["embedder"],
-                         reading_of_domains(options), options.get("device", "cpu"))
+                         reading_of_texts(options), options.get("device", "cpu"))
     out = extend(options["mixture"], folder, options["out"], name, vector, options["seed"], embedder)
     print(printable(f"{out}: {options['mixture']} with {name}"))
     return 0
@@ -385,15 +385,19 @@ def quantize(options):
     from aya_min.merge_quantize import Calibration, quantize_folder
     (folder,), out = options["folders"], options["out"]
     keys = "scheme", "smooth", "head", "embedding", "device", "hashes"
+    languages, tokens = options["calibration_languages"] or [], options["calibration_tokens"]
     calibration = None
     if options["calibration"]:
-        calibration = Calibration(options["calibration"], options["calibration_languages"] or [],
-                                  options["calibration_tokens"] or Calibration.tokens)
+        calibration = Calibration(options["calibration"], languages, tokens or Calibration.tokens,
+                                  reading_of_texts(options))
+    elif languages or tokens or reading_of(options):
+        raise ValueError("--calibration-languages, --calibration-tokens and --columns go with --calibration; "
+                         "give it, or leave them out")
     given = {key: options[key] for key in keys if key in options}
     quantize_folder(folder, out, method=options["rounding"], calibration=calibration, **given)
     print(printable(f"{out}: {options['scheme']} of {folder}"))
     if options["embedding"]:
-        print("its embedding is quantized, so generate.py reads it, and transformers does not")
+        print("its embedding is quantized, which aya_min reads, and transformers does not")
     return 0
 
 

@@ -185,8 +185,8 @@ def load_reward_model(args, device, settings, tokenizer):
         model, its_tokenizer = weights.load(args.reward_model, place, sharded=True,
                                             replicate=settings.replicate, cpu_offload=settings.cpu_offload)
     if not isinstance(model, weights.RewardModel):
-        raise ValueError(f"--reward-model {args.reward_model}: a language model; give a folder that the "
-                         "reward stage wrote")
+        raise ValueError(f"--reward-model {args.reward_model}: a {weights.KINDS[type(model)]}; give a folder "
+                         "that the reward stage wrote")
     if tokenizer and its_tokenizer.meaning != tokenizer.meaning:
         raise ValueError(f"--reward-model {args.reward_model}: another tokenizer than --model; both must be "
                          "the same")

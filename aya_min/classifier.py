@@ -9,7 +9,7 @@ we do not know what the paper does:
 - its output layer begins with zeros, so that all labels are equally likely at first.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +41,6 @@ class ClassifierConfig(ModelConfig):
         check_labels(self.labels)
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling {self.pooling!r:.80} must be one of {' '.join(POOLINGS)}")
-
-    @classmethod
-    def of(cls, config, **own):
-        """The config on the decoder of `config`, whose head may be another. own: the fields of the head."""
-        return cls(**{f.name: getattr(config, f.name) for f in fields(ModelConfig)}, **own)
 
 
 def mean_of(x, lengths):

@@ -82,6 +82,10 @@ def head(paths, settings):
         if before != names:
             raise ValueError(f"--model is a classifier of other labels ({' '.join(before):.200}) than "
                              f"{' '.join(names):.200}; give a language model, or --labels in its order")
+        pooling = getattr(config, "pooling", settings.head)
+        if pooling != settings.head:
+            raise ValueError(f"--model is a classifier whose head reads {pooling}, not {settings.head}; give "
+                             f"--head {pooling}, or a language model")
         return ClassifierConfig.of(config, labels=names, pooling=settings.head)
     return to_config
 
@@ -90,7 +94,7 @@ def sidenet_head(paths, settings):
     """The function config of a classifier -> SideNetConfig. In a dry run without data any decoder will do."""
     def to_config(config):
         labels = getattr(config, "labels", None if paths else ["A", "B"])
-        if labels is None or hasattr(config, "sidenet_layer"):
+        if labels is None:
             raise ValueError("--model is no classifier, on which alone a SideNet is trained; give the folder "
                              "that train.py classify wrote")
         num = config.num_hidden_layers

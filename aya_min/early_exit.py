@@ -80,10 +80,15 @@ def seconds_at(main, side, batches, thresholds, repeats):
 
 # ---- calibration -------------------------------------------------------------------------------------------
 
+def bins_of(confidences, num_bins=NUM_BINS):
+    """The bin m + 1 of each confidence (N,), above 0, where bin m + 1 is (m/M, (m+1)/M]."""
+    return np.ceil(np.asarray(confidences) * num_bins).astype(int).clip(1, num_bins)
+
+
 def reliability(confidences, right, num_bins=NUM_BINS):
     """[(number, mean confidence, accuracy), ...] of the bins (m/M, (m+1)/M] that hold answers (arXiv
     1706.04599, section 2). confidences: (N,) largest probabilities, above 0. right: (N,) bool."""
-    bins = np.ceil(np.asarray(confidences) * num_bins).astype(int).clip(1, num_bins)
+    bins = bins_of(confidences, num_bins)
     return [(int(mine.sum()), float(np.mean(confidences[mine])), float(np.mean(right[mine])))
             for mine in (bins == m for m in range(1, num_bins + 1)) if mine.any()]
 

@@ -3,6 +3,10 @@
     python -m aya_min.evaluate early-exit --model MAIN --sidenet SIDE --data F.jsonl [--out F.json]
         --threshold 0.9, or --validation V.jsonl and --accuracy 0.8 or --cost 0.5
 
+Both may be quantized, each by `merge.py quantize` with the same settings: that leaves the layers that they
+share alike. Operations are counted as before; the bytes of the weights are what falls, and seconds depend on
+the kernels (quantized.py).
+
 A wanted accuracy or cost has its threshold chosen on the validation file, never on --data. Intervals resample
 ids, because the translations of one text are no independent draws. Seconds are those of all texts, after the
 tokenizer, in batches of texts of like lengths.
@@ -13,7 +17,7 @@ import os
 import numpy as np
 import torch
 
-from . import distributed, early_exit, weights
+from . import distributed, early_exit, quantized, weights
 from .classifier import Classifier, SideNet
 from .classify import load_texts, numbered
 from .command import Parser, is_spare_rank, number, printable
@@ -25,6 +29,7 @@ from .languages import CLUSTERS
 from .report_charts import (esc, grid, html_page, html_table, interval_text, legend, reliability, scatter,
                             section)
 from .report_data import by_cluster, language
+from .tensorfiles import equal, num_bytes, read, read_config, read_header
 
 POINTS = 10         # steps of the table's thresholds, by the share of the texts that leave
 
@@ -38,17 +43,39 @@ def load_nets(model_path, side_path, device):
         if found is not kind:
             raise ValueError(f"{flag} {path}: a {weights.KINDS[found]}, not a {weights.KINDS[kind]}; give a "
                              f"folder that train.py {'classify' if kind is Classifier else 'sidenet'} wrote")
-    nets = [weights.load(path, device) for path in (model_path, side_path)]
-    (main, tokenizer), (side, its_tokenizer) = nets
-    whole = main.model.state_dict()
-    other = [f"model.{name}" for name, tensor in side.model.state_dict().items()
-             if name not in whole or not torch.equal(tensor, whole[name])]
+    schemes = [quantized.read(read_config(path), path) for path in (model_path, side_path)]
+    if schemes[0] != schemes[1]:
+        named = ["not quantized" if each is None else f"quantized ({each[0].name})" for each in schemes]
+        raise ValueError(f"--sidenet {side_path} is {named[1]}, --model {model_path} is {named[0]}; merge.py "
+                         "quantize both with the same settings, or neither, as they share layers")
+    (main, tokenizer, whole), (side, its_tokenizer, part) = (
+        weights.load_meta(path, packed=True) for path in (model_path, side_path))
+    other = [name for name in part if name.startswith("model.") and not same(whole, part, name)]
     other += ["the tokenizer"] if tokenizer.meaning != its_tokenizer.meaning else []
     other += ["the order of the labels"] if main.config.labels != side.config.labels else []
     if other:
+        made = "quantize both with the same settings, or " if schemes[0] else ""
         raise ValueError(f"--sidenet {side_path}: not a SideNet of --model {model_path}: {other[0]} differs; "
-                         f"train one with train.py sidenet --model {model_path}")
-    return main.eval(), side.eval(), tokenizer
+                         f"{made}train one with train.py sidenet on that model")
+    main, side = (weights.load(path, device, packed=True)[0].eval() for path in (model_path, side_path))
+    return main, side, tokenizer
+
+
+def same(whole, part, name):
+    """Whether a tensor of one folder is also in another. They may be kept in different floats."""
+    if name not in whole or whole[name][2] != part[name][2]:
+        return False
+    if whole[name][1] == part[name][1]:
+        return equal(whole, name, part, name)
+    return torch.equal(*(read(header, name).float() for header in (whole, part)))
+
+
+def sizes(model_path, side_path):
+    """{"main", "both"}: bytes of the MainNet's weights, and with what the SideNet adds."""
+    main, side = (sum(num_bytes(code, shape) for name, (_, code, shape) in read_header(path).items()
+                      if not (own and name.startswith("model.")))
+                  for path, own in ((model_path, False), (side_path, True)))
+    return {"main": main, "both": main + side}
 
 
 class Measured:
@@ -126,11 +153,19 @@ def interval(part):
     return interval_text([100 * end for end in part["ci95"]])
 
 
+def weights_line(result):
+    """What the weights take, in a line."""
+    size, scheme = result["bytes"], result["about"]["scheme"]
+    return (f"weights{f' ({scheme})' if scheme else ''}: {size['main'] / 1e6:.3f} MB of the MainNet, "
+            f"{size['both'] / 1e6:.3f} MB with the SideNet")
+
+
 def table(result):
     """The text for the terminal."""
     side, at = result["about"], result.get("at")
     lines = [f"{result['model']} and its SideNet {result['sidenet_model']} (layer {side['layer']} of "
              f"{side['layers']}, {side['hidden']} units) on {result['num']} texts",
+             weights_line(result),
              f"{'':24}{'accuracy %':>11}{'95% interval':>16}{'confidence %':>14}{'ECE %':>8}"
              f"{'operations':>12}"]
     for title, name in (("MainNet alone", "main"), ("SideNet alone", "sidenet")):
@@ -224,7 +259,7 @@ def page(result):
     """The whole text of the page."""
     side = result["about"]
     about = (f"{result['model']}, its SideNet of {side['hidden']} units on layer {side['layer']} of "
-             f"{side['layers']}, {result['num']} texts.")
+             f"{side['layers']}, {result['num']} texts; {weights_line(result)}.")
     parts = [headline(result), f'<p class="note">{esc(about)}</p>', tradeoff_part(result),
              calibration_part(result), languages_part(result)]
     return html_page("aya_min · early exit", "\n".join(filter(None, parts)))
@@ -260,13 +295,14 @@ def evaluate(args, reading):
     threshold = args.threshold
     if args.validation:
         threshold = early_exit.choose(measured(args.validation).curve(), args.accuracy, args.cost)
-    found = measured(args.data)
+    found, scheme = measured(args.data), quantized.read(read_config(args.model), args.model)
     result = {"model": str(args.model), "sidenet_model": str(args.sidenet), "data": list(map(str, args.data)),
               "about": {"layer": side.config.sidenet_layer, "layers": main.config.num_hidden_layers,
                         "hidden": side.config.sidenet_size, "labels": main.config.labels, "device": device,
+                        "scheme": scheme and scheme[0].name,
                         "validation": list(map(str, args.validation or [])), "accuracy": args.accuracy,
                         "cost": args.cost}}
-    result |= figures(found, threshold)
+    result |= figures(found, threshold) | {"bytes": sizes(args.model, args.sidenet)}
     parts = result["curve"] + ([result["at"]] if "at" in result else [])
     if args.repeats:
         thresholds = [part["threshold"] for part in parts]
@@ -279,7 +315,8 @@ def evaluate(args, reading):
 
 
 def main(argv):
-    parser = Parser(prog="aya_min.evaluate early-exit", description=__doc__.splitlines()[0])
+    parser = Parser(prog="aya_min.evaluate early-exit",
+                    description="What a SideNet saves, and what it costs in accuracy.")
     parser.add_argument("--model", required=True, help="folder of the MainNet, a classifier")
     parser.add_argument("--sidenet", required=True, help="folder of its SideNet")
     parser.add_argument("--data", required=True, nargs="+",

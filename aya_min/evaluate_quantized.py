@@ -159,8 +159,9 @@ def main(argv):
     parser.add_argument("--model", required=True, help="the quantized folder (or any language model)")
     parser.add_argument("--against", required=True, help="the model that it was made of")
     parser.add_argument("--data", required=True, help="JSONL of prompts, conversations or texts")
-    parser.add_argument("--judge", default="oracle", help="a reward model's folder, which scores instead; "
-                                                          "default: the oracle of the embedded world")
+    parser.add_argument("--judge", default="oracle",
+                        help="a reward model's folder, whose score is the grade; default: the oracle of the "
+                             "embedded world")
     parser.add_argument("--max-new-tokens", type=number(int, "[1, inf)"), default=64,
                         help="of a greedy answer; default: %(default)s")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
@@ -195,8 +196,8 @@ def main(argv):
         judged, key, _ = scored_by(list(answers), args.judge, reading)
         answers = [[row | {"grade": row[key]} for row in rows] for rows in judged]
     result = {"model": args.model, "against": args.against, "data": args.data, "judge": args.judge,
-              "dtype": args.dtype,
-              "max_new_tokens": args.max_new_tokens, "by": compare(scored, texts, answers)}
+              "dtype": args.dtype, "max_new_tokens": args.max_new_tokens,
+              "by": compare(scored, texts, answers)}
     if args.out:
         write_new({args.out: dumps(result, indent=1) + "\n"})
     print(table(result))

@@ -45,6 +45,23 @@ def bootstrap_mean(values, question_ids, num_resamples=2000, seed=0):
     return float(values.mean()), [float(bound) for bound in bounds]
 
 
+def rank_correlation(xs, ys, num_resamples=2000, seed=0):
+    """(Spearman's rank correlation of xs and ys (N,), its 95% interval [lo, hi]): the bootstrap resamples the
+    pairs. It is 0 where all values of one are equal."""
+    drawn = np.random.default_rng(seed).integers(len(xs), size=(num_resamples, len(xs)))
+
+    def ranks(values):                          # (R, N) -> their ranks about 0, equal ones share theirs
+        above = values[:, :, None] > values[:, None, :]                                     # (R, N, N)
+        return (above.sum(2) - above.sum(1)) / 2
+
+    def rho(some):                              # (R, N) places -> (R,)
+        x, y = (ranks(np.asarray(values)[some]) for values in (xs, ys))
+        norm = np.sqrt((x ** 2).sum(1) * (y ** 2).sum(1))
+        return (x * y).sum(1) / np.where(norm == 0, 1, norm)
+    low, high = np.quantile(rho(drawn), [0.025, 0.975])
+    return float(rho(np.arange(len(xs))[None])[0]), [float(low), float(high)]
+
+
 def win_rates(scores_a, scores_b, question_ids, num_resamples=2000, seed=0):
     """How often A's score is above B's, in percent; a tie counts half.
 

@@ -23,25 +23,29 @@ from typing import Callable, Optional
 
 import torch
 
-from . import distributed, held_out, merge_embed, merge_upcycle, weights, world_data
+from . import (distributed, held_out, merge_embed, merge_quantize, merge_upcycle, real_text, weights,
+               world_data)
 from .arbitrage import route
 from .config import RECIPES, Recipe, settings_from
 from .evaluate_rates import bootstrap_mean, join, win_rates
 from .languages import CLUSTERS, LANGUAGES, SHARED
 from .merge_folders import merge_folders
+from .merge_quantize import Calibration
 from .model import CohereForCausalLM, init_weights
-from .model_config import MODEL_PRESETS, ModelConfig
+from .model_config import MODEL_PRESETS, ModelConfig, model_preset
 from .pipeline import (arbitrage, build_arbiter, build_base, build_teachers,
                        train_clusters_and_merge)
 from .pipeline_results import add_rewards, evaluate_model
 from .preferences import best_worst
 from .pipeline_steps import (Run, answers_of, data_file, saved_rows, scores_of, stage_settings, step,
                              train_step)
+from .quantization import SCHEMES
 from .stages import STAGES
-from .tokenizer import load_tokenizer
+from .tokenizer import load_tokenizer, train_tokenizer
 from .world import questions
 
 HERE = Path(__file__).parent
+DATA = real_text.FOLDER                               # which the repository does not hold
 # What a comparison of the side "level" may differ: points of a win rate, share of another measure's mean.
 LEVEL_POINTS, LEVEL_SHARE = 5.0, 0.05
 SIDES = ("above", "below", "level")
@@ -85,7 +89,7 @@ class Comparison:
 class Figure:
     """A figure of one seed that is no answer's. of(lab) gives its values, one per step or example, or pairs
     (question id, value): a question in several languages is one draw of the bootstrap. Their mean, with its
-    interval, is compared with `bound`."""
+    interval, is compared with `bound`. What is no mean is given as {"value", "ci95", "num"}."""
     label: str
     of: Callable
     side: str
@@ -97,12 +101,20 @@ class Claim:
     """statement: what the paper says. theirs: its number or sentence. comparisons: of Comparison, Figure.
 
     picture: None, or picture(lab) -> {"columns", "rows"} of report_charts.heat_map for a seed, as JSON has
-    them, to be shown beside the comparisons."""
+    them, to be shown beside the comparisons. needs: None, or a file of real text, below DATA; without it the
+    claim is skipped, and says so."""
     name: str
     statement: str
     theirs: str
     comparisons: tuple
     picture: Optional[Callable] = None
+    needs: Optional[str] = None
+
+    @property
+    def skipped(self):
+        """Why the claim cannot be tried here, None if it can."""
+        there = self.needs is None or (DATA / self.needs).is_file()
+        return None if there else f"needs {self.needs} in the folder ../shared/data beside the repository"
 
     @property
     def arms(self):
@@ -192,6 +204,17 @@ class Lab:
         return self.train(f"a base of {times} times the width", "pretrain", start, rows, warmup_steps=50,
                           learning_rate=r.base_learning_rate)
 
+    def untrained(self, texts, vocab_size=None):
+        """The recipe's model as it is initialized, with a tokenizer trained on texts. -> its folder"""
+        r = self.recipe
+
+        def make(folder):
+            tokenizer = train_tokenizer(texts, vocab_size or r.vocab_size)
+            model = CohereForCausalLM(model_preset(r.model, tokenizer.vocab_size))
+            weights.save(folder / "model", init_weights(model, torch.Generator().manual_seed(r.seed)),
+                         tokenizer)
+        return self.step("start", make, texts, vocab_size)["folder"] / "model"
+
     @cached_property
     def tokenizer(self):
         return load_tokenizer(self.base)
@@ -278,6 +301,18 @@ class Lab:
         build = lambda out: merge_folders(folders, out, method, **more)
         return self._built(f"merge-{method}", build, *content)
 
+    def quantize(self, folder, scheme, rows=(), languages=(), tokens=0, **settings):
+        """A model folder in a scheme's numbers, by merge_quantize.quantize_folder with these settings.
+
+        scheme: a name of quantization.SCHEMES, or a Scheme. rows: of the calibration text, of which `tokens`
+        tokens are read, as many of each of `languages`. -> its folder"""
+        scheme = SCHEMES.get(scheme, scheme)
+        content = self.name_of(folder), asdict(scheme), rows, languages, tokens, settings
+        text = Calibration([str(self._file(rows))], list(languages), tokens) if rows else None
+        build = lambda out: merge_quantize.quantize_folder(folder, out, scheme, calibration=text,
+                                                           device=self.device, progress=False, **settings)
+        return self._built(f"quantize-{scheme.name}", build, *content)
+
     def upcycle(self, experts, kind, seed_model=None, **settings):
         """A mixture of the experts {name: model folder}, with these settings of merge_upcycle.upcycle and the
         recipe's seed. seed_model: None is the base. -> its folder"""
@@ -362,7 +397,8 @@ class Lab:
 
     def _of_rows(self, name, measure, model, rows):
         def make(folder):
-            return {"values": measure(*weights.load(model, self.device), self._file(rows), self.device)}
+            loaded = weights.load(model, self.device, packed=True)
+            return {"values": measure(*loaded, self._file(rows), self.device)}
         return self._done(name, make, self.name_of(model), rows)["values"]
 
     def arm(self, name):
@@ -412,12 +448,15 @@ def together(verdicts):
 def measured(lab, c):
     """{"value", "ci95", "none", "verdict", ...} of a Comparison or Figure in one seed."""
     if isinstance(c, Figure):
-        values = [each if isinstance(each, tuple) else (i, each) for i, each in enumerate(c.of(lab))]
-        if not values:
-            raise ValueError(f"{c.label}: no values with seed {lab.seed}")
-        value, ci95 = bootstrap_mean([each for _, each in values], [question for question, _ in values])
-        return {"value": value, "ci95": ci95, "none": c.bound, "num": len(values),
-                "verdict": side_of(c.side, ci95, c.bound, LEVEL_SHARE * abs(c.bound))}
+        found = c.of(lab)
+        if not isinstance(found, dict):
+            values = [each if isinstance(each, tuple) else (i, each) for i, each in enumerate(found)]
+            if not values:
+                raise ValueError(f"{c.label}: no values with seed {lab.seed}")
+            value, ci95 = bootstrap_mean([each for _, each in values], [question for question, _ in values])
+            found = {"value": value, "ci95": ci95, "num": len(values)}
+        return {**found, "none": c.bound,
+                "verdict": side_of(c.side, found["ci95"], c.bound, LEVEL_SHARE * abs(c.bound))}
     if c.measure == "loss":
         rows = lab.module.HELD_OUT[c.held_out](lab)
         a, b = (lab.losses(lab.arm(arm), rows) for arm in (c.a, c.b))

@@ -36,6 +36,12 @@ def check(name, seeds, preset, out, record, config=None):
     the record of another claim, and a record of less than a whole file with enough seeds that chose no
     setting."""
     file, module, claims = find_claims(name)
+    skipped = skipped_of(claims)
+    if len(skipped) == len(claims):
+        raise ValueError(f"{name}: {next(iter(skipped.values()))}, which is not there; give another claim")
+    if skipped and record:
+        raise ValueError(f"--record keeps a whole claim file, and {' '.join(skipped)} "
+                         f"{next(iter(skipped.values()))}, which is not there")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: a seed is given twice; give each once")
     if out.exists() and not out.is_dir():
@@ -58,6 +64,11 @@ def check(name, seeds, preset, out, record, config=None):
         module.check(settings_from(Recipe, RECIPES[preset] | changed), claims)
 
 
+def skipped_of(claims):
+    """{name: why} of the claims that cannot be tried here."""
+    return {claim.name: claim.skipped for claim in claims if claim.skipped}
+
+
 def read_changes(path):
     """{setting of the recipe: value} of --config's JSON file."""
     changed = read_json(path, "give a JSON object of recipe settings")
@@ -76,10 +87,12 @@ def run_claims(name, seeds, preset, out, device, changed=None):
 
     changed: settings of the recipe that differ from the preset's."""
     file, module, claims = find_claims(name)
+    skipped = skipped_of(claims)
+    claims = [claim for claim in claims if claim.name not in skipped]
     for claim in claims:
         check_claim(claim, module)
     folder, source = out / name, Path(module.__file__).read_text(encoding="utf-8")
-    code = hash_of(code_version(), source, changed or {})
+    code = hash_of(code_version(), source, changed or {}, skipped)
     distributed.from_main(lambda: earlier_seeds(folder, code))          # refuses a record that is damaged
     made = {}
     for seed in seeds:
@@ -88,8 +101,8 @@ def run_claims(name, seeds, preset, out, device, changed=None):
             linear.choose(distributed.from_main(lambda: open_seed(lab, held)))
             found = {claim.name: [measured(lab, c) for c in claim.comparisons] for claim in claims}
         about = {"claims": name, "file": file, "code": code, "paper": module.PAPER, "preset": preset,
-                 "changed": changed or {}, "machine": machine(), "products": linear.chosen(),
-                 "versions": runs.versions(),
+                 "changed": changed or {}, "skipped": skipped, "machine": machine(),
+                 "products": linear.chosen(), "versions": runs.versions(),
                  "recipe": {**asdict(lab.recipe), "seed": None, "eval_split": None}}
         pictures = {claim.name: claim.picture(lab) for claim in claims if claim.picture}
         made[seed] = {"arms": arms_of(lab), "minutes": round(seconds_of(lab) / 60, 1), "found": found,
@@ -245,6 +258,7 @@ def table(record):
             values = "  ".join(f"{shown(one):>22}" for one in row["seeds"])
             lines.append(f"    {row['label']:{width}}  {values}  {row['verdict']}")
         lines.append(f"    verdict: {claim['verdict']}")
+    lines += ["", *(f"{name}: skipped, {why}" for name, why in record.get("skipped", {}).items())]
     seeds = " ".join(map(str, record["seeds"]))
     lines.append(f"\nseeds {seeds}, {preset_of(record)}, minutes {record['minutes']}")
     return printable("\n".join(lines[1:]))

@@ -131,10 +131,12 @@ def read_sources(inputs, allow_config_differences=False):
         if its != experts[0]:
             raise ValueError(f"these models cannot be merged: {folder} is {kind_of(its)}, {inputs[0]} "
                              f"{kind_of(experts[0])}")
+    for folder, config in zip(inputs, configs):
+        if config.get("quantization_config"):
+            raise ValueError(f"{folder} is quantized: its codes can be neither merged nor compared; give the "
+                             "model that it was made of")
     headers = [read_header(folder) for folder in inputs]
     problems, tolerated, first = [], [], inputs[0]
-    problems += [f"{folder} is quantized, so that its tensors have no average; merge what it was made of"
-                 for folder, config in zip(inputs, configs) if config.get("quantization_config")]
     for folder, config, header in zip(inputs, configs, headers):
         for name in [name for name in header if name.endswith("rotary_emb.inv_freq")]:
             del header[name]                        # older Llama checkpoints repeat rope_theta in this form

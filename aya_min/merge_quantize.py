@@ -5,10 +5,10 @@ With a calibration text (GPTQ, SmoothQuant) its tokens run through each layer tw
 linear layers read, and once with the quantized weights, to give what the next layer reads
 (arXiv 2210.17323, section 4).
 
-GPTQ holds a layer in fp32, the text's states, a Hessian for each of the three inputs of its linear layers,
-and about two copies in fp32 of the matrix at work. Of a model of 8B (hidden_size 4096, intermediate_size
-14336; 16,384 tokens) that is 0.9 + 0.3 + 1.0 + 0.5 GB. One such layer took 2.9 GB at its peak, torch itself
-and 1,700 tokens included, so 16,384 tokens take 3.2 GB (2.9 GiB); --calibration-tokens 4096 stays below 3.
+GPTQ holds a layer in fp32, the text's states, and a Hessian for each of the three inputs of its linear
+layers; of the matrix at work only some outputs at a time. Of a model of 8B (hidden_size 4096,
+intermediate_size 14336; 16,384 tokens) that is 0.9 + 0.3 + 1.0 GB. One such layer took 2.97 GB at its peak,
+torch itself (0.3) and a tokenizer of 255,000 tokens (0.25) included.
 """
 
 import os
@@ -20,17 +20,17 @@ import torch
 
 from . import __version__, command, quantization, quantized, tensorfiles
 from .alike import files_along
+from .classifier import Classifier, SideNet
 from .config import Reading
 from .data import load_examples
 from .files import Digests, write_json
 from .merge_folders import already_exists, output_folder, write_the_rest
 from .model import CohereForCausalLM, scaled, window_mask
-from .quantization import SCHEMES
+from .quantization import PIECE, SCHEMES, Scheme
 from .rope import growth, rotary
 from .tensorfiles import DTYPES, num_bytes, read_piece, write_piece
-from .weights import load_meta
+from .weights import KINDS, load_meta
 
-PIECE = 1 << 22                 # numbers of a tensor that are quantized at a time
 MOST_PIECE = 512                # tokens of a calibration text that are read together
 # The linear layers of a block that read the same input, and the norm that the input comes from.
 READERS = {"parallel": [("input_layernorm", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
@@ -44,32 +44,41 @@ ALONE = [(None, ["self_attn.o_proj"]), (None, ["mlp.down_proj"])]
 @dataclass
 class Calibration:
     """The text of GPTQ and SmoothQuant. languages: equally many tokens of each of these; none: of each that
-    the files have. tokens: of all together."""
+    the files have. tokens: of all together. reading: how the files are read."""
     files: list
     languages: list = field(default_factory=list)
     tokens: int = 16384
+    reading: Reading = field(default_factory=lambda: Reading(too_long="skip"))
 
 
 def quantize_folder(folder, out, scheme, *, method="rtn", smooth=None, calibration=None, head=False,
                     embedding=False, device="cpu", hashes=True, progress=True,
                     shard_bytes=tensorfiles.SHARD_BYTES):
-    """Quantize the language model in `folder` into the new folder `out`; returns its Path.
+    """Quantize the language model, classifier or SideNet in `folder` into the new folder `out`; returns its
+    Path. Of the last two the heads stay whole.
 
-    scheme: a name of quantization.SCHEMES. method: "rtn" (round to nearest) or "gptq". smooth: SmoothQuant's
-    alpha, or None. calibration: a Calibration, for gptq and smooth. head, embedding: quantize them, too; a
-    head that is tied to the embedding becomes a matrix of its own. hashes: record the SHA-256 of the input.
-    Raises ValueError, before any work, for what cannot be done.
+    scheme: a name of quantization.SCHEMES, or a Scheme of the layout "rounded". method: "rtn" (round to
+    nearest) or "gptq". smooth: SmoothQuant's alpha, or None. calibration: a Calibration, for gptq and smooth.
+    head, embedding: quantize them, too; a head that is tied to the embedding becomes a matrix of its own.
+    hashes: record the SHA-256 of the input. Raises ValueError, before any work, for what cannot be done.
     """
-    folder, out, scheme = Path(folder), Path(out), SCHEMES[scheme]
+    folder, out = Path(folder), Path(out)
+    scheme = scheme if isinstance(scheme, Scheme) else SCHEMES[scheme]
     if os.path.lexists(out):
         raise already_exists(out)
     check(folder, scheme, method, smooth, calibration, head, embedding)
     model, tokenizer, header = load_meta(folder)
-    if not isinstance(model, CohereForCausalLM) or model.config.mixture or model.stored:
+    speaks = isinstance(model, CohereForCausalLM)
+    known = isinstance(model, (CohereForCausalLM, Classifier, SideNet))
+    if not known or model.config.mixture or model.stored:
         kind = "a mixture of experts" if model.config.mixture else (
             "a model that sees images" if model.stored else f"a {type(model).__name__}")
-        raise ValueError(f"{folder}: {kind} is not quantized here; give a plain language model")
-    tied = model.config.tie_word_embeddings
+        raise ValueError(f"{folder}: {kind} is not quantized here; give a plain language model, a classifier "
+                         "or a SideNet")
+    if head and not speaks:
+        raise ValueError(f"{folder}: --head is for language models, and this is a {KINDS[type(model)]}, "
+                         "whose head stays as it is; leave it out")
+    tied = speaks and model.config.tie_word_embeddings
     if embedding and tied and not head:
         raise ValueError(f"{folder}: the head is tied to the embedding; give --head too, or neither")
     work = Work(model, header, scheme, method, smooth, head, embedding, device)
@@ -90,8 +99,10 @@ def quantize_folder(folder, out, scheme, *, method="rtn", smooth=None, calibrati
                 for name in list(work.inputs):
                     work.whole(name)
         tensorfiles.seal(made, files)
-        config = tensorfiles.read_config(folder) | {
-            "quantization_config": quantized.published(scheme, head, embedding)}
+        config = tensorfiles.read_config(folder)
+        if scheme.layout != "rounded":
+            config["quantization_config"] = quantized.published(scheme, head, embedding,
+                                                                quantized.kept(config))
         write_the_rest(folder, along, made, config | ({"tie_word_embeddings": False} if head else {}), None)
         settings = {"scheme": scheme.name, "method": method, "smooth": smooth, "head": head,
                     "embedding": embedding, "calibration": calibration and asdict(calibration)}
@@ -125,19 +136,21 @@ def check(folder, scheme, method, smooth, calibration, head, embedding):
 def read_calibration(calibration, tokenizer, config):
     """{language: [ids (T,), ...]}, tokens / languages of each. ValueError where a file has fewer."""
     limit = min(MOST_PIECE, config.max_position_embeddings)
-    reading = Reading(too_long="skip")
-    examples, found = load_examples(calibration.files, tokenizer, limit, reading), {}
+    examples, found = load_examples(calibration.files, tokenizer, limit, calibration.reading), {}
     for example in examples:
         found.setdefault(example.language, []).append(torch.from_numpy(example.ids).long())
-    languages = calibration.languages or sorted(found)
+    languages = list(dict.fromkeys(calibration.languages)) or sorted(found)
     share = calibration.tokens // len(languages)
+    if not share:
+        raise ValueError(f"--calibration-tokens {calibration.tokens} are no token for each of "
+                         f"{len(languages)} languages; give more")
     taken = {}
     for code in languages:
         texts, left = found.get(code, []), share
-        if sum(map(len, texts)) < max(share, 1):
+        if sum(map(len, texts)) < share:
             raise ValueError(f"{' '.join(calibration.files)}: the calibration text is too short: "
-                             f"{sum(map(len, texts))} tokens of {code!r}, {max(share, 1)} are wanted; give "
-                             "more text, or fewer --calibration-tokens")
+                             f"{sum(map(len, texts))} tokens of {code!r}, {share} are wanted; give more "
+                             "text, or fewer --calibration-tokens")
         taken[code] = []
         for text in texts:
             if left:
@@ -283,6 +296,15 @@ class Work:
             hook.remove()
         return seen
 
+    def smoothed(self, prefix, norm, weight, factors):
+        """Divide the gains of a norm by factors (h,), and round them to the dtype in which they are written.
+        Returns what they are then divided by."""
+        plus = int(self.config.family.norm == "rms + 1")
+        before = weight + plus
+        weight.copy_((before / factors - plus).to(DTYPES[self.inputs[f"{prefix}{norm}.weight"][1]]))
+        after = weight + plus
+        return torch.where(after == 0, factors, before / after)
+
     def layer(self, prefix, block, seen):
         """Smooth, quantize and write the linear layers of a block, and leave in it what they stand for."""
         for norm, names in self.readers(block):
@@ -290,14 +312,12 @@ class Work:
             layers = [block.get_submodule(name) for name in names]
             if self.smooth is not None and norm:
                 weights = torch.stack([layer.weight.abs().amax(0) for layer in layers]).amax(0)
-                factors = quantization.smoothing(largest, weights, self.smooth)
+                factors = self.smoothed(prefix, norm, block.get_submodule(norm).weight,
+                                        quantization.smoothing(largest, weights, self.smooth))
                 for layer in layers:
                     layer.weight.mul_(factors)
                 if gram is not None:
                     gram /= factors[:, None] * factors
-                plus = int(self.config.family.norm == "rms + 1")
-                weight = block.get_submodule(norm).weight
-                weight.copy_((weight + plus) / factors - plus)
             for name, layer in zip(names, layers):
                 whole = prefix + name
                 arguments = layer.weight, self.scheme, self.dtype(f"{whole}.weight")
@@ -307,7 +327,9 @@ class Work:
                 else:
                     rounded = quantization.round_to_nearest(*arguments)
                 self.put(whole, 0, *rounded)
-                layer.weight.copy_(quantization.dequantize(*rounded, self.scheme))
+                rows = max(1, PIECE // layer.weight.shape[1])
+                for part, *its in zip(*(each.split(rows) for each in (layer.weight, *rounded))):
+                    part.copy_(quantization.dequantize(*its, self.scheme))
                 self.bar.update()
         for name, tensor in block.state_dict().items():
             if prefix + name.removesuffix(".weight") not in self.wanted:

@@ -10,7 +10,7 @@ B batch, T tokens, H heads, K key-value heads, D head width, V vocabulary.
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -385,11 +385,6 @@ class RouterConfig(ModelConfig):
             raise ValueError(f"teachers {names!r:.80} must be a list of two names or more, each once")
         if type(tau) not in (int, float) or not 0 < tau < math.inf:
             raise ValueError(f"tau {tau!r:.80} must be a finite number above 0")
-
-    @classmethod
-    def of(cls, config, teachers, tau):
-        """The config of a router on the decoder of `config`."""
-        return cls(**{**asdict(config), "teachers": teachers, "tau": tau})
 
 
 class Router(nn.Module):

@@ -227,6 +227,11 @@ class ModelConfig:
         return {self.rope(i) for i in range(self.num_hidden_layers)} - {None}
 
     @classmethod
+    def of(cls, config, **own):
+        """The config on the decoder of `config`, whose head may be another. own: the fields of the head."""
+        return cls(**{f.name: getattr(config, f.name) for f in fields(ModelConfig)}, **own)
+
+    @classmethod
     def from_published(cls, raw, where="config.json"):
         """A ModelConfig from a published config.json (a dict), whichever key holds rope_theta.
 

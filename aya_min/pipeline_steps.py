@@ -235,7 +235,7 @@ def train_step(run, name, title, stage, start, rows, its_settings, **more):
 def answers_of(run, model_folder, rows, num_samples=1, temperature=1.0, seed=0, progress=None):
     """For each row a list of num_samples answers {"completion", "finish_reason"} by a model folder, on every
     rank."""
-    model, tokenizer = weights.load(model_folder, run.device)
+    model, tokenizer = weights.load(model_folder, run.device, packed=True)
     groups = answer_rows(model, tokenizer, rows, num_samples, run.recipe.max_new_tokens, temperature, seed,
                          progress=progress, cut_left=run.recipe.too_long == "cut-left")
     return [[{"completion": a["completion"].replace("\0", "\ufffd"),      # no file of texts may hold a NUL

@@ -23,12 +23,15 @@ What a folder holds (quantized.py reads and writes it; N, K as above, G groups):
 
 compressed-tensors has no NF4 and no outlier columns, so those two are written as bitsandbytes writes them:
 every folder is in a layout that transformers loads. config.json's `quantization_config` says which.
+A Scheme of the layout "rounded", which is in no table, leaves a plain folder, whose weights are what the
+codes stand for: it shows what any number of bits costs, and saves nothing.
 
 The scale of integers is the absolute maximum / 127 or 7, so that weights on such a grid are kept exactly.
 (compressed-tensors' own observers divide by 127.5 and 7.5, which clips the largest weight by half a step.)
 """
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Optional
 
@@ -41,6 +44,8 @@ NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
        1.0]
+# Weights that are worked on at a time: 32 MB in fp32, which glibc gives back at once when they are freed.
+PIECE = 1 << 23
 DAMP = 0.01             # of the Hessian's mean diagonal, added to its diagonal (2210.17323, section 3.3)
 
 
@@ -86,8 +91,8 @@ SCHEMES = {scheme.name: scheme for scheme in [
 def scales_of(weight, scheme, dtype=torch.float32):
     """The scales (N, G), fp32, of a weight (N, K), rounded to the dtype that the folder keeps them in."""
     largest = weight.float().unflatten(1, (scheme.groups(weight.shape[1]), -1)).abs().amax(2)
-    scales = largest if scheme.name == "nf4" else largest / scheme.largest
-    return scales.to(dtype).float().masked_fill_(largest == 0, 1)
+    scales = (largest if scheme.name == "nf4" else largest / scheme.largest).to(dtype).float()
+    return scales.masked_fill_(scales == 0, 1)          # of zeros, and where the dtype has nothing so small
 
 
 def nearest(scaled, scheme):
@@ -115,35 +120,53 @@ def round_to_nearest(weight, scheme, dtype=torch.float32):
 def dequantize(codes, scales, scheme, dtype=torch.float32):
     """The weight (N, K) that codes (N, K) and scales (N, G) stand for."""
     found = values(codes, scheme, dtype).unflatten(1, (scales.shape[1], -1))
-    return (found * scales[..., None].to(dtype)).flatten(1)
+    return found.mul_(scales[..., None].to(dtype)).flatten(1)
 
 
 # ---- with what the layer reads -----------------------------------------------------------------------------
 
-def loss(weight, rounded, hessian, rows=512):
-    """sum_x |(W - Q) x|^2 of each output, (N,), up to the scale of the Hessian (K, K) = sum_x x x^T. `rows`
-    outputs are worked on at a time."""
-    both = zip(weight.split(rows), rounded.split(rows))
-    return torch.cat([((one - other) @ hessian * (one - other)).sum(1) for one, other in both])
+def loss(weight, rounded, hessian):
+    """sum_x |(W - Q) x|^2 of each output, (N,), up to the scale of the Hessian (K, K) = sum_x x x^T."""
+    error = weight - rounded
+    return (error @ hessian).mul_(error).sum(1)
 
 
-def gptq(weight, hessian, scheme, dtype=torch.float32, block=128):
+def gptq(weight, hessian, scheme, dtype=torch.float32, block=128, piece=PIECE):
     """(codes, scales) by GPTQ (2210.17323, algorithm 1): inputs in order, and the error of each is made good
     by those that are still to come. A group's scale is chosen when its turn comes.
 
     weight (N, K); hessian (K, K) = sum_x x x^T, which is overwritten, because of a large layer no second one
-    fits beside it. `block` inputs are worked on at a time.
-    Where an output is nearer to its weights by plain rounding, in the loss that GPTQ lowers, it is rounded:
-    GPTQ itself does not promise never to be worse. Its own loss needs no Hessian: the algorithm's errors E
-    are those for which W - Q = E U, where U is the upper Cholesky factor of the inverse of the damped
-    Hessian, so that sum_j E_j^2 is the loss, and what the damping adds to it.
+    fits beside it. `block` inputs are worked on at a time, of the outputs, which do not depend on each other,
+    as many as have `piece` weights. Where an output is nearer to its weights by plain rounding, in the loss
+    that GPTQ lowers, it is rounded: GPTQ itself does not promise never to be worse.
     """
-    weight = weight.float()
-    codes, scales = plain = round_to_nearest(weight, scheme, dtype)
-    of_plain = loss(weight, dequantize(*plain, scheme), hessian)            # (N,)
-    codes, scales, W = codes.clone(), scales.clone(), weight.clone()
-    added, K, of_gptq = dampen(hessian), W.shape[1], torch.zeros_like(of_plain)
+    (N, K), of_plain = weight.shape, []
+    rows = max(1, piece // K)
+    cuts = [slice(start, start + rows) for start in range(0, N, rows)]
+    codes = torch.empty_like(weight, dtype=torch.int8)
+    scales = torch.empty(N, scheme.groups(K), device=weight.device)
+    for cut in cuts:
+        codes[cut], scales[cut] = round_to_nearest(weight[cut], scheme, dtype)
+        of_plain.append(loss(weight[cut], dequantize(codes[cut], scales[cut], scheme), hessian))
+    added = dampen(hessian)
     U = inverse_factor(hessian)
+    for cut, its_loss in zip(cuts, of_plain):
+        *found, found_loss = in_order(weight[cut].float(), U, added, scales[cut], scheme, dtype, block)
+        wins = found_loss <= its_loss
+        for whole, part in zip((codes, scales), found):
+            whole[cut][wins] = part[wins]
+    return codes, scales
+
+
+def in_order(weight, U, added, scales, scheme, dtype, block):
+    """(codes, scales, loss (N,)) of GPTQ. U: of inverse_factor; added: of dampen; scales: those without
+    groups.
+
+    The loss needs no Hessian: the errors E are those for which W - Q = E U, where U is the upper Cholesky
+    factor of the inverse of the damped Hessian, so that sum_j E_j^2 is the loss, and what the damping adds.
+    """
+    W, scales, K = weight.clone(), scales.clone(), weight.shape[1]
+    codes, found = torch.empty_like(W, dtype=torch.int8), W.new_zeros(len(W))
     width = scheme.group or K
     for start in range(0, K, block):
         end = min(start + block, K)
@@ -160,11 +183,10 @@ def gptq(weight, hessian, scheme, dtype=torch.float32, block=128):
             codes[:, j] = nearest(W[:, j] / scale, scheme)
             rounded = values(codes[:, j], scheme) * scale
             errors[:, j - start] = (W[:, j] - rounded) / U[j, j]
-            of_gptq += errors[:, j - start].square() - added[j] * (weight[:, j] - rounded).square()
+            found += errors[:, j - start].square() - added[j] * (weight[:, j] - rounded).square()
             W[:, j:end] -= errors[:, j - start, None] * U[j, j:end]
         W[:, end:].addmm_(errors, U[start:end, end:], alpha=-1)
-    worse = (of_gptq > of_plain)[:, None]                                   # (N, 1)
-    return tuple(torch.where(worse, one, other) for one, other in zip(plain, (codes, scales)))
+    return codes, scales, found
 
 
 def dampen(hessian):
@@ -199,7 +221,7 @@ def smoothing(inputs, weights, alpha):
 def pack(codes, bits):
     """int8 codes (N, K) as unsigned numbers of 4 or 8 bits, the first in the lowest: int32 (N, K bits / 32),
     rounded up."""
-    raised = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    raised = codes.view(torch.uint8) + 2 ** (bits - 1)                      # modulo 256
     raised = F.pad(raised, (0, -raised.shape[1] % (32 // bits)))
     if bits == 4:
         raised = raised[:, ::2] | raised[:, 1::2] << 4
@@ -211,23 +233,26 @@ def unpack(packed, bits, width):
     raised = packed.view(torch.uint8)
     if bits == 4:
         raised = torch.stack((raised & 15, raised >> 4), -1).flatten(1)
-    return (raised[:, :width].to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    return (raised[:, :width] - 2 ** (bits - 1)).view(torch.int8)
 
 
 def specs_of(name, shape, scheme, code):
     """{tensor name: (safetensors dtype, shape)} of a quantized weight "NAME.weight" (N, K) on disk. code: the
-    dtype of the scales."""
+    dtype of the scales; None: any, and bitsandbytes' description may have any length, too."""
     N, K = shape
     scheme.check(f"{name}.weight", shape)
     if scheme.name == "nf4":
+        length = len(state_of(shape)) if code else None
         return {f"{name}.weight": ("U8", (N * K // 2, 1)), f"{name}.weight.absmax": ("F32", (N * K // 64,)),
                 f"{name}.weight.quant_map": ("F32", (16,)),
-                f"{name}.weight.quant_state.bitsandbytes__nf4": ("U8", (len(state_of(shape)),))}
+                f"{name}.weight.quant_state.bitsandbytes__nf4": ("U8", (length,))}
     if scheme.name == "llm-int8":
         return {f"{name}.weight": ("I8", (N, K)), f"{name}.SCB": ("F32", (N,)),
                 f"{name}.weight_format": ("U8", ())}
     if scheme.layout == "int-quantized":
         return {f"{name}.weight": ("I8", (N, K)), f"{name}.weight_scale": (code, (N, 1))}
+    if scheme.layout == "rounded":
+        return {f"{name}.weight": (code, (N, K))}
     return {f"{name}.weight_packed": ("I32", (N, -(-K * scheme.bits // 32))),
             f"{name}.weight_scale": (code, (N, scheme.groups(K))), f"{name}.weight_shape": ("I64", (2,))}
 
@@ -249,6 +274,23 @@ def fixed_tensors(name, shape, scheme):
     return {f"{name}.weight_shape": torch.tensor(shape)} if scheme.layout == "pack-quantized" else {}
 
 
+def check_tensors(name, found, shape, scheme):
+    """ValueError for tensors of a folder that say something else than its scheme, or have impossible scales.
+
+    The dtype in bitsandbytes' description is that of the unpacked weight, which is chosen anew here."""
+    for each, wanted in fixed_tensors(name, shape, scheme).items():
+        same = torch.equal(found[each], wanted)
+        if each.endswith("nf4"):
+            text = bytes(found[each].tolist()).decode(errors="replace")
+            same = re.sub('"dtype": "[a-z0-9]*"', '"dtype": "float32"', text).encode() == state_of(shape)
+        if not same:
+            raise ValueError(f"{each} does not say what the scheme {scheme.name} and the shape {(*shape,)} "
+                             "do; copy or download it again")
+    for each in (f"{name}.weight_scale", f"{name}.SCB", f"{name}.weight.absmax"):
+        if each in found and not (found[each].isfinite() & (found[each] >= 0)).all():
+            raise ValueError(f"{each} holds scales that are negative or not finite; quantize the model again")
+
+
 def tensors_of(name, codes, scales, scheme):
     """{tensor name: tensor} of `specs_of` but for `fixed_tensors`, the scales still in fp32. Of some rows
     they are those rows of the tensors."""
@@ -260,6 +302,8 @@ def tensors_of(name, codes, scales, scheme):
         return {f"{name}.weight": codes, f"{name}.SCB": scales[:, 0] * scheme.largest}
     if scheme.layout == "int-quantized":
         return {f"{name}.weight": codes, f"{name}.weight_scale": scales}
+    if scheme.layout == "rounded":
+        return {f"{name}.weight": dequantize(codes, scales, scheme)}
     return {f"{name}.weight_packed": pack(codes, scheme.bits), f"{name}.weight_scale": scales}
 
 

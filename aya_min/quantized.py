@@ -19,8 +19,10 @@ import torch
 from torch import nn
 
 from .linear import product
-from .quantization import SCHEMES, dequantize, from_tensors, pack, specs_of, unpack
+from .quantization import SCHEMES, check_tensors, dequantize, from_tensors, pack, specs_of, unpack
 
+# The layers that stay whole, by the end of the architecture's name; of all others it is the head.
+KEPT = {"Classifier": ["score"], "ForSequenceClassification": ["score"], "SideNet": ["hidden", "out"]}
 PIECE = 1 << 20                     # numbers unpacked at a time: 4 MB in fp32, which stay in a core's cache
 MANY = 8                            # rows, from which digits are faster than the kernel in bf16 on a CPU
 INNER_TILES = 2                     # of the CUDA kernel's layout; the CPU's has none
@@ -28,15 +30,23 @@ INNER_TILES = 2                     # of the CUDA kernel's layout; the CPU's has
 
 # ---- config.json -------------------------------------------------------------------------------------------
 
-def published(scheme, head=False, embedding=False):
-    """The quantization_config of a folder. head, embedding: whether those are quantized too."""
+def kept(raw):
+    """The layers that a quantized folder keeps whole, if not asked otherwise. raw: its config.json."""
+    named = raw.get("architectures")
+    named = str(named[0]) if isinstance(named, list) and named else ""
+    return next((layers for end, layers in KEPT.items() if named.endswith(end)), ["lm_head"])
+
+
+def published(scheme, head=False, embedding=False, whole=("lm_head",)):
+    """The quantization_config of a folder. head, embedding: whether those are quantized too. whole: of
+    `kept`."""
     if scheme.layout == "bitsandbytes":
         four = scheme.bits == 4
         return {"quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four,
                 "bnb_4bit_quant_type": "nf4" if four else "fp4", "bnb_4bit_use_double_quant": False,
                 "bnb_4bit_quant_storage": "uint8", "bnb_4bit_compute_dtype": "float32",
                 "llm_int8_threshold": scheme.outliers or SCHEMES["llm-int8"].outliers,
-                "llm_int8_has_fp16_weight": False, "llm_int8_skip_modules": ["lm_head"],
+                "llm_int8_has_fp16_weight": False, "llm_int8_skip_modules": list(whole),
                 "llm_int8_enable_fp32_cpu_offload": False}
     of = {"type": "int", "symmetric": True}
     weights = {"num_bits": scheme.bits, **of, "strategy": "group" if scheme.group else "channel",
@@ -46,7 +56,7 @@ def published(scheme, head=False, embedding=False):
              "input_activations": inputs if scheme.activations else None, "output_activations": None}
     return {"quant_method": "compressed-tensors", "format": scheme.layout,
             "quantization_status": "compressed", "config_groups": {"group_0": group},
-            "ignore": [] if head else ["lm_head"]}
+            "ignore": [] if head else list(whole)}
 
 
 def read(raw, where):
@@ -57,7 +67,7 @@ def read(raw, where):
         return None
     for scheme in SCHEMES.values():
         for head, embedding in ((False, False), (True, False), (False, True), (True, True)):
-            one, ours = scheme, published(scheme, head, embedding)
+            one, ours = scheme, published(scheme, head, embedding, kept(raw))
             if isinstance(given, dict) and scheme.outliers and type(given.get("llm_int8_threshold")) is float:
                 one = replace(scheme, outliers=given["llm_int8_threshold"] or float("inf"))
                 ours["llm_int8_threshold"] = given["llm_int8_threshold"]
@@ -110,7 +120,9 @@ class Packed(nn.Module):
         return specs_of(name, self.shape, self.scheme, None)
 
     def fill(self, name, found, dtype, device):
-        """Take the tensors of a folder. dtype: of what the layer reads and returns."""
+        """Take the tensors of a folder. dtype: of what the layer reads and returns. ValueError where they
+        cannot be those of the scheme."""
+        check_tensors(name, found, self.shape, self.scheme)
         codes, scales = from_tensors(name, found, self.shape, self.scheme)
         self.keep(codes.to(device), scales.to(device, dtype))
 
@@ -260,7 +272,7 @@ def linears(model):
 
 
 def put_packed(model, scheme, head, embedding):
-    """Replace the linear layers of a language model on the meta device by packed ones, which `fill` gives
+    """Replace the linear layers of a model on the meta device by packed ones, which `fill` gives
     their numbers. Returns {name: module}."""
     wanted = {name: PackedLinear(scheme, module.weight.shape, module.bias)
               for name, module in linears(model).items()}

@@ -76,7 +76,7 @@ def head(paths, settings):
         if before != names:
             raise ValueError(f"--model is a router for other teachers ({' '.join(before)}) than those of the "
                              f"candidates ({' '.join(names)}); give a language model")
-        return RouterConfig.of(config, names, settings.tau)
+        return RouterConfig.of(config, teachers=names, tau=settings.tau)
     return to_config
 
 

@@ -405,7 +405,8 @@ def classified_of(row, where):
     label = row.get("label")
     if not isinstance(label, str) or not label.strip():
         got = shortened(label) if "label" in row else "none"
-        raise ValueError(f"{where}: label must be a text, the name of a class, got {got}; {RENAME}")
+        remedy = "put it into quotes" if isinstance(label, (int, float)) else RENAME
+        raise ValueError(f"{where}: label must be a text, the name of a class, got {got}; {remedy}")
     return plain_text(row, where), label
 
 

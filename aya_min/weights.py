@@ -160,10 +160,12 @@ def read_others(folder):
 def check_packed(folder, model_class, config):
     """Refuse a quantized folder of a model that cannot be one. Returns what quantized.read says of it."""
     found = quantized.read(tensorfiles.read_config(folder), Path(folder) / "config.json")
-    if found and (model_class is not CohereForCausalLM or config.mixture):
-        raise ValueError(f"{folder}: quantized ({found[0].name}); only language models are read so, and no "
-                         "mixtures of experts")
-    if found and (found[1] or found[2]) and config.tie_word_embeddings:
+    speaks = model_class is CohereForCausalLM
+    if found and (model_class not in (CohereForCausalLM, Classifier, SideNet) or config.mixture
+                  or found[1] and not speaks):
+        raise ValueError(f"{folder}: quantized ({found[0].name}); only language models are read so, and "
+                         "classifiers and SideNets but for their heads, and no mixtures of experts")
+    if found and (found[1] or found[2]) and config.tie_word_embeddings and speaks:
         raise ValueError(f"{folder}: the head or the embedding is quantized, and config.json ties them; "
                          "quantize the model again")
     return found
@@ -182,7 +184,8 @@ def load_meta(folder, trunk=False, packed=False):
     scheme = check_packed(folder, model_class, config)
     if scheme and (trunk or not packed):
         raise ValueError(f"{folder} is quantized ({scheme[0].name}), which is for answering alone "
-                         "(generate.py, evaluate quantized); give the model that it was made of")
+                         "(generate.py, evaluate quantized and early-exit); give the model that it was "
+                         "made of")
     header, stored = text_tensors(folder, tensorfiles.read_header(folder))
     num_layers = 1 + max((int(match[1]) for match in map(LAYER.match, header) if match), default=-1)
     expected = getattr(config, "sidenet_layer", config.num_hidden_layers)
@@ -195,6 +198,8 @@ def load_meta(folder, trunk=False, packed=False):
                          f"{tokenizer.largest_id}, config.json has a vocabulary of {config.vocab_size}; "
                          "they belong to different models")
     tokenizer.stop_ids = sorted({*tokenizer.stop_ids, *read_stop_ids(folder)})
+    if trunk and model_class is SideNet:
+        raise ValueError(f"{folder}: a SideNet, which has only the first layers of its MainNet; give that")
     with torch.device("meta"):
         build = RewardModel if trunk is True else trunk or model_class
         found, model = model_class(config), build(config)
@@ -227,9 +232,10 @@ def load_meta(folder, trunk=False, packed=False):
 
 
 def fits(code, shape, wanted, wanted_shape):
-    """Whether a packed tensor is what its scheme says; scales (None) are floating."""
+    """Whether a packed tensor is what its scheme says; scales (None) are floating, a length None is any."""
     is_scale = wanted is None and code in FLOATS
-    return (code == wanted or is_scale) and shape == tuple(wanted_shape)
+    lengths = [num if one is None else one for one, num in zip(wanted_shape, shape)]
+    return (code == wanted or is_scale) and list(shape) == lengths and len(shape) == len(wanted_shape)
 
 
 @torch.no_grad()
@@ -261,7 +267,10 @@ def load(folder, device="cpu", dtype=torch.float32, sharded=False, compute_dtype
             local.copy_(initial_value(model.config, name, target.shape, generator)[rows])
     for name, module in model.packed.items():
         found = {each: tensorfiles.read(header, each) for each in module.specs(name)}
-        module.fill(name, found, dtype, device)
+        try:
+            module.fill(name, found, dtype, device)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
     return model, tokenizer
 
 

@@ -168,13 +168,14 @@ def make_question(task, args, language, phrasing=0):
             "args": list(args), "prompt": prompts[phrasing % len(prompts)].format(**slots)}
 
 
-def questions(split, count, seed, languages=tuple(LANGUAGES), level="full", unique=False):
+def questions(split, count, seed, languages=tuple(LANGUAGES), level="full", unique=False, tasks=None):
     """`count` seeded questions of one split, in which languages and tasks take turns.
 
-    unique: no (question_id, language) occurs twice. ValueError if the world has too few such questions.
+    unique: no (question_id, language) occurs twice. tasks: of these, by default of the level's. ValueError if
+    the world has too few such questions.
     """
     rng, rows, seen = random.Random(f"{split}/{seed}"), [], set()
-    tasks = TINY_TASKS if level == "tiny" else TASKS
+    tasks = tasks or (TINY_TASKS if level == "tiny" else TASKS)
     turn, misses, used_up = 0, 0, set()
     while len(rows) < count:
         language, task = languages[turn % len(languages)], tasks[turn // len(languages) % len(tasks)]

@@ -70,7 +70,8 @@ def reward_model(seed=1, **changes):
 
 def router(seed=2, teachers="TUV", **changes):
     """A router whose head is drawn, as one of zeros says nothing of the decoder."""
-    model = make(lambda config: Router(RouterConfig.of(config, list(teachers), 1.0)), seed, **changes)
+    own = dict(teachers=list(teachers), tau=1.0)
+    model = make(lambda config: Router(RouterConfig.of(config, **own)), seed, **changes)
     torch.nn.init.normal_(model.router.weight, generator=torch.Generator().manual_seed(seed))
     return model
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,12 @@ from aya_min import config, early_exit, evaluate, stages, weights
 from aya_min.classifier import Classifier, ClassifierConfig, SideNetConfig, mean_of
 from aya_min.classify import collate_texts, load_texts, numbered
 from aya_min.command import guarded
+from aya_min.evaluate_early_exit import sizes as early_exit_sizes
 from aya_min.files import write_jsonl
 from aya_min.flops import head_flops, layers_flops, training_flops
 from aya_min.losses import classification_loss
+from aya_min.merge_quantize import Calibration, quantize_folder
+from aya_min.quantization import SCHEMES, dequantize, round_to_nearest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "classification.jsonl"
 
@@ -330,7 +334,8 @@ MISTAKES = [
     (train, f"{CLASSIFY} --data unknown.jsonl --labels odd largest", "unknown.jsonl:2: label 'sum' is none"),
     (train, f"{CLASSIFY} --data without.jsonl", "without.jsonl:2: label must be a text, the name of a class, "
                                                 "got none"),
-    (train, f"{CLASSIFY} --data number.jsonl", "number.jsonl:1: label must be a text"),
+    (train, f"{CLASSIFY} --data number.jsonl", "number.jsonl:1: label must be a text, the name of a "
+                                                "class, got 1; put it into quotes"),
     (train, f"{CLASSIFY} --data pair.jsonl", "pair.jsonl:1: no text in keys"),
     (train, f"{CLASSIFY} --data one.jsonl", "one.jsonl: all labels are 'odd'"),
     (train, f"{CLASSIFY} --data one.jsonl --labels odd largest", "all 9 texts have the label 'odd'"),
@@ -341,7 +346,11 @@ MISTAKES = [
      "--model is a classifier of other labels"),
     (train, f"{SIDE} --layer 2", "--layer 2: --model has 2 layers; give one from 0 (the embeddings) to 1"),
     (train, SIDE.replace("model main", "model A"), "--model is no classifier"),
-    (train, SIDE.replace("model main", "model side"), "--model is no classifier"),
+    (train, SIDE.replace("model main", "model side"), "side: a SideNet, which has only the first layers"),
+    (train, f"{CLASSIFY} --data classified.jsonl".replace("model A", "model side"), "side: a SideNet, which"),
+    (train, f"{CLASSIFY} --data classified.jsonl --head last-token --labels {' '.join(LABELS)}".replace(
+        "model A", "model main"),
+     "--model is a classifier whose head reads mean, not last-token; give --head mean"),
     (train, SIDE.replace("classified.jsonl", "unknown.jsonl"), "unknown.jsonl:2: label 'sum' is none of"),
     (train, SIDE.replace("classified.jsonl", "one.jsonl"), "all 9 texts have the label 'odd'"),
     (evaluate, EXIT.replace("sidenet side", "sidenet other"), "not a SideNet of --model main: model.embed"),
@@ -364,6 +373,17 @@ def test_a_mistake_is_one_line_that_says_where_and_nothing_is_written(module, li
     code, out, err = call(module, line)
     assert code == 2 and out == "" and says in err[-1] and len(err) == 1, (code, out, err)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_router_begins_from_the_decoder_of_a_classifier_and_no_model_from_a_sidenets(folder):
+    """Of the first, the labels were handed to the router's config; of the second, the layers that it lacks
+    were drawn at random without a word."""
+    build = stages.builder("router", [], config.Routing())
+    made, _ = weights.load(folder / "main", trunk=build)
+    assert made.config.teachers == ["A", "B"] and not hasattr(made.config, "labels")
+    for trunk in (True, build):
+        with pytest.raises(ValueError, match="side: a SideNet, which has only the first layers"):
+            weights.load_meta(folder / "side", trunk)
 
 
 def test_labels_are_those_asked_for_in_their_order_else_those_of_the_data_sorted(call, folder, tmp_path):
@@ -415,6 +435,112 @@ def test_a_sidenets_figures_are_counted_from_the_answers_of_the_real_run(folder,
             left += int(leaves.sum())
         N = len(measured.items)
         assert (right, left) == (round(curve["accuracy"][i] * N), round(curve["left"][i] * N))
+
+
+# ---- fewer bits --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def packed(folder):
+    """quantized(name, scheme, ...): a folder of `folder` in fewer bits."""
+    def quantized(name, scheme, **more):
+        out = folder / f"{name}-{scheme}{'-'.join(map(str, more))}"
+        return out if out.exists() else quantize_folder(folder / name, out, scheme, progress=False, **more)
+    return quantized
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+@pytest.mark.parametrize("name", ["main", "side"])
+def test_a_quantized_classifier_answers_as_the_one_of_its_rounded_weights(name, embedding, folder, packed,
+                                                                         items):
+    path = packed(name, "w8", **({"embedding": True} if embedding else {}))
+    (rounded, _), (model, _) = weights.load(folder / name), weights.load(path, packed=True)
+    changed = [each for each in rounded.model.layers.modules() if isinstance(each, torch.nn.Linear)]
+    for each in changed + ([rounded.model.embed_tokens] if embedding else []):
+        each.weight.data = dequantize(*round_to_nearest(each.weight.data, SCHEMES["w8"]), SCHEMES["w8"])
+    assert type(model) is type(rounded) and model.config == rounded.config
+    assert len(model.packed) == len(changed) + embedding and len(changed) == (14 if name == "main" else 7)
+    batch = collate_texts(items[:9])
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch.input_ids, batch.lengths),
+                                   rounded(batch.input_ids, batch.lengths), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="is quantized .w8., which is for answering alone"):
+        weights.load(path)
+
+
+@pytest.mark.parametrize("scheme, more", [
+    ("w8", {}), ("w8", {"embedding": True}), ("w8a8", {"smooth": 0.5}), ("w4-g32", {"method": "gptq"}),
+    ("llm-int8", {})])
+def test_early_exit_of_quantized_nets_leaves_their_shared_layers_alike(scheme, more, call, folder, packed,
+                                                                       tmp_path):
+    if more.keys() & {"smooth", "method"}:
+        more = more | {"calibration": Calibration([str(folder / "texts.jsonl")], tokens=200)}
+        texts = [json.loads(line) for line in (folder / "classified.jsonl").read_text().splitlines()]
+        write_jsonl(folder / "texts.jsonl", [{"text": row["text"]} for row in texts])
+    main, side = (packed(name, scheme, **more) for name in ("main", "side"))
+    code, out, err = call(evaluate, f"early-exit --model {main} --sidenet {side} --data classified.jsonl "
+                                    f"--threshold 0.5 --repeats 1 --out {tmp_path}/exit.json")
+    assert not code, err
+    found = json.loads((tmp_path / "exit.json").read_text())
+    assert found["about"]["scheme"] == scheme and f"weights ({scheme}): " in out
+    whole = early_exit_sizes(folder / "main", folder / "side")
+    assert found["bytes"] == early_exit_sizes(main, side) and found["bytes"]["both"] < whole["both"]
+    assert found["curve"][0]["left"] == 1 and found["curve"][0]["accuracy"] == found["sidenet"]["accuracy"]
+
+
+@torch.no_grad()
+def test_transformers_with_compressed_tensors_computes_a_quantized_classifiers_logits(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    model, own = small("llama", lambda config: Classifier(ClassifierConfig.of(config, labels=["a", "b"])),
+                       seed=3)
+    weights.save(tmp_path / "m", model, own)
+    out = quantize_folder(tmp_path / "m", tmp_path / "w8", "w8", progress=False)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float32)
+    ids = torch.tensor([[5, 9, 30, 7]])
+    logits = weights.load(out, packed=True)[0](ids, torch.tensor([4]))
+    assert not torch.equal(logits, model(ids, torch.tensor([4])))
+    torch.testing.assert_close(logits, theirs(ids).logits, rtol=1e-4, atol=5e-5)
+
+
+def test_the_bytes_of_both_nets_by_hand(folder, packed):
+    """fp32: 4 bytes a number. The SideNet adds 32 x 16 + 16 + 16 x 5 + 5 = 613 numbers to the MainNet. W8 of
+    the layers: a matrix (N, K) takes N K bytes, N scales of 4 and its shape, 16."""
+    numbers = sum(p.numel() for p in classifier().parameters())
+    assert early_exit_sizes(folder / "main", folder / "side") == {
+        "main": 4 * numbers, "both": 4 * (numbers + 613)}
+    matrices = [each.weight.shape for each in classifier().model.layers.modules()
+                if isinstance(each, torch.nn.Linear)]
+    found = early_exit_sizes(packed("main", "w8"), packed("side", "w8"))
+    assert found["main"] == 4 * numbers - sum(3 * N * K - 4 * N - 16 for N, K in matrices)
+    assert found["both"] == found["main"] + 4 * 613
+
+
+def test_nets_that_do_not_share_their_layers_are_refused_with_the_remedy(call, folder, packed):
+    other = packed("other", "w8")
+    for main, side, says in [
+            (packed("main", "w8"), "side", "side is not quantized, --model .* quantized .w8.; merge.py qua"),
+            ("main", packed("side", "w8"), "is quantized .w8., --model main is not quantized; merge.py qua"),
+            (packed("main", "w8"), packed("side", "w4"), "is quantized .w4., --model .* is quantized .w8.;"),
+            (packed("main", "w8"), other, "model.embed_tokens.weight differs; quantize both with the same")]:
+        code, out, err = call(evaluate, f"early-exit --model {main} --sidenet {side} --data classified.jsonl")
+        assert code == 2 and out == "" and len(err) == 1 and re.search(says, err[0]), err
+
+
+def test_what_of_a_classifier_is_not_quantized_is_refused(folder, packed, tmp_path):
+    for name in ("main", "side"):
+        with pytest.raises(ValueError, match="--head is for language models"):
+            quantize_folder(folder / name, tmp_path / "q", "w8", head=True, progress=False)
+    with pytest.raises(ValueError, match="a RewardModel is not quantized here; give a plain language"):
+        quantize_folder(folder / "RM", tmp_path / "q", "w8", progress=False)
+    shutil.copytree(packed("main", "w8"), tmp_path / "headed")
+    path = tmp_path / "headed" / "config.json"
+    about = json.loads(path.read_text())
+    assert about["quantization_config"]["ignore"] == ["score"]
+    for ignored, says in ([], "classifiers and SideNets but for their heads"), (["lm_head"], "not supported"):
+        about["quantization_config"]["ignore"] = ignored
+        path.write_text(json.dumps(about))
+        with pytest.raises(ValueError, match=says):
+            weights.load_meta(tmp_path / "headed", packed=True)
 
 
 @pytest.mark.parametrize("stage", ["classify", "sidenet"])

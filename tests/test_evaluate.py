@@ -13,7 +13,7 @@ from aya_min.command import guarded
 from aya_min.model_config import model_preset
 from aya_min.evaluate import main, win_rate_table
 from aya_min.evaluate_answers import answers_to_judge, grade_answers, score_answers
-from aya_min.evaluate_rates import bootstrap_mean, compare, join, summarize, win_rates
+from aya_min.evaluate_rates import bootstrap_mean, compare, join, rank_correlation, summarize, win_rates
 from aya_min.files import write_jsonl
 from aya_min.languages import CLUSTERS, LANGUAGES, SHARED
 from aya_min.model import RewardModel, init_weights
@@ -580,3 +580,14 @@ def test_empty_answers_are_counted_aloud(tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", rows)
     assert len(answers_to_judge(tmp_path / "a.jsonl", "RM")) == 3
     assert "2 of 3 answers are empty" in capsys.readouterr().err
+
+
+def test_a_rank_correlation_by_hand():
+    """Of ranks 1 2 3 4 against 2 1 4 3 it is 1 - 6 * 4 / (4 * 15); equal values share their ranks."""
+    assert rank_correlation([1, 2, 3, 40], [5, 1, 9, 7])[0] == pytest.approx(0.6)
+    value, (low, high) = rank_correlation([1, 2, 3, 40], [3, 5, 7, 7.5])
+    assert value == pytest.approx(1.0) and high == pytest.approx(1.0) and low >= 0
+    assert rank_correlation([1, 1, 2], [1, 2, 3])[0] == pytest.approx(3 ** 0.5 / 2)     # ranks 1.5 1.5 3
+    assert rank_correlation([1, 2, 3], [4, 4, 4]) == (0.0, [0.0, 0.0])
+    value, (low, high) = rank_correlation(range(40), [x % 7 for x in range(40)])
+    assert -1 <= low < value < high <= 1

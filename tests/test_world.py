@@ -262,3 +262,10 @@ def test_a_question_that_the_oracle_cannot_answer_is_refused_with_the_reason(tas
         check_question({"task": task, "args": args, "language": "en"})
     with pytest.raises(ValueError, match="no language 'sw'"):
         check_question({"task": "largest", "args": ["one", "two"], "language": "sw"})
+
+
+def test_questions_of_given_tasks_are_of_these_alone():
+    rows = questions("test", 60, 0, ("en", "tr"), "tiny", tasks=["sort", "sum"])
+    assert [(row["language"], row["task"]) for row in rows[:4]] == [
+        ("en", "sort"), ("tr", "sort"), ("en", "sum"), ("tr", "sum")]
+    assert {row["task"] for row in rows} == {"sort", "sum"}
