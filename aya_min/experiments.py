@@ -129,7 +129,7 @@ def claim_files():
     """{name: module} of claims/*.py. ValueError for a file that is not finished."""
     found = {}
     for path in sorted((HERE / "claims").glob("*.py")):
-        if path.stem == "__init__":
+        if path.stem.startswith("__"):
             continue
         try:
             found[path.stem] = module = importlib.import_module(f"{__package__}.claims.{path.stem}")

@@ -18,10 +18,9 @@ from .command import guarded, printable
 from .config import RECIPES, Recipe, settings_from
 from .experiments import (SIDES, Comparison, Lab, claim_files, code_version, find_claims, hash_of, measured,
                           together)
+from .experiments_page import page, preset_of, shown
 from .files import parse_object, read_bytes, read_json, write_json, write_whole
 from .pipeline_steps import digest_of, read_done
-from .report_charts import (STYLE, around, axis, chart, esc, grid, heat_map, html_table, legend, mark,
-                            track)
 
 RESULTS = Path(__file__).parent.parent / "results"
 ELSEWHERE = "move it elsewhere, or give another --out"
@@ -241,13 +240,6 @@ def result(claim, by_seed, pictures=()):
 
 # ---- showing -----------------------------------------------------------------------------------------------
 
-def shown(one, digits=1):
-    """"53.6 [52.1, 55.0]" of what `measured` gave."""
-    low, high = one["ci95"]
-    digits = digits if max(map(abs, (one["value"], low, high))) >= 10 else 3
-    return f"{one['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
 def table(record):
     """The terminal's table: one row a comparison, one column a seed."""
     lines = []
@@ -262,79 +254,6 @@ def table(record):
     seeds = " ".join(map(str, record["seeds"]))
     lines.append(f"\nseeds {seeds}, {preset_of(record)}, minutes {record['minutes']}")
     return printable("\n".join(lines[1:]))
-
-
-def preset_of(record):
-    """"preset tiny", with the settings that --config changed."""
-    changed = ", ".join(f"{name} {value}" for name, value in record.get("changed", {}).items())
-    return f"preset {record['preset']}" + (f" with {changed}" if changed else "")
-
-
-SHAPE_OF = {"shown": ("dot", "a"), "not shown": ("ring", "b"), "reversed": ("diamond", "b")}
-KEY = legend(*((*mark, said) for said, mark in SHAPE_OF.items()))
-
-
-def forest(claim, seeds):
-    """A claim's comparisons, each with one mark a seed; those with the same value of no difference share a
-    chart."""
-    charts = []
-    for none in dict.fromkeys(row["seeds"][0]["none"] for row in claim["comparisons"]):
-        rows = [row for row in claim["comparisons"] if row["seeds"][0]["none"] == none]
-        bounds = [bound for row in rows for one in row["seeds"] for bound in one["ci95"]]
-        step = 5 if none == 50 else max(max(bounds) - min(bounds), 1e-6) / 4
-        scale = around(none, bounds, step)
-        drawn = [forest_row(row, seeds, scale, none) for row in rows] + [axis(scale, step)]
-        charts.append(chart("win rate, %" if none == 50 else f"beside {none:g}", drawn, "card forest"))
-    return "".join(charts)
-
-
-def forest_row(row, seeds, scale, none):
-    marks = ""
-    for i, (seed, one) in enumerate(zip(seeds, row["seeds"])):
-        tip = f"seed {seed}: {shown(one)}"
-        shape, tone = SHAPE_OF[one["verdict"]]
-        marks += mark(one["value"], scale, shape, 10 + 12 * i, tone, tip, one["ci95"])
-    label, height = f"{row['label']}: {row['verdict']}", 12 * len(seeds) + 10
-    return track(label, marks, " / ".join(f"{one['value']:.3g}" for one in row["seeds"]), scale, none, height)
-
-
-def drawn(claim, seeds):
-    """The pictures of a claim, one a seed."""
-    maps = [f"<figure><figcaption>seed {esc(str(seed))}, %</figcaption>{heat_map(**picture)}</figure>"
-            for seed, picture in zip(seeds, claim.get("pictures", ()))]
-    return grid(maps)
-
-
-def arms_table(record):
-    """Steps, tokens and seconds of every arm, a column a seed."""
-    names = dict.fromkeys(arm for arms in record["arms"].values() for arm in arms)
-    body = ""
-    for name in names:
-        cells = (", ".join(f"{arms[name][key]:,}" for key in ("steps", "tokens", "seconds"))
-                 if name in arms else "" for arms in record["arms"].values())
-        body += f"<tr><th>{esc(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-    head = "".join(f"<th>seed {esc(str(seed))}: steps, tokens, seconds</th>" for seed in record["seeds"])
-    return html_table(f"<tr><th>arm</th>{head}</tr>", body)
-
-
-def page(record):
-    """The whole text of a claim's report.html."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    parts = [f"<h1>{esc(record['claims'])}</h1><p>{esc(record['paper'])}. P{esc(preset_of(record)[1:])}, "
-             f"seeds {esc(' '.join(map(str, record['seeds'])))}. Whiskers are 95% intervals over questions "
-             "(of figures of training over its steps, as if these were independent); the dashed line is no "
-             "difference; the marks of a row, from top to bottom, are its seeds.</p>"
-             f"{KEY}"]
-    for claim in record["results"]:
-        parts.append(f"<h2>{esc(claim['name'])}: {esc(claim['verdict'])}</h2><p>{esc(claim['statement'])}. "
-                     f"The paper: {esc(claim['theirs'])}.</p>{forest(claim, record['seeds'])}"
-                     + drawn(claim, record["seeds"]))
-    parts.append(f"<h2>Arms</h2>{arms_table(record)}<p><code>{esc(record['command'])}</code></p>")
-    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-            f"<title>{esc(record['claims'])}</title><style>{STYLE}</style></head>\n<body><main>"
-            + "\n".join(parts) + "</main></body></html>\n")
 
 
 # ---- results -----------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ h2 { font-size: 20px; margin: 44px 0 4px }
 p { margin: 0 0 12px; max-width: 100ch; text-wrap: pretty }
 .note, .legend { color: var(--dim); font-size: 13.5px }
 .warning { border-left: 4px solid var(--b); padding: 8px 14px; background: var(--card); font-weight: 600 }
-.legend span { display: inline-flex; align-items: center; gap: 6px; margin-right: 18px }
+.legend span, .sign span { display: inline-flex; align-items: center; gap: 6px; margin-right: 18px }
 .grid { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr));
   align-items: start }
 .forest:first-child:nth-last-child(odd):not(:only-child) { grid-column: 1 / -1 }
@@ -50,6 +50,10 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: 6px 8px; text-align: right; white-space: nowrap; border-top: 1px solid var(--rule) }
 thead tr:first-child th { border-top: 0 }
 thead th { color: var(--dim); font-weight: 600; font-size: 12.5px; vertical-align: bottom }
+td.text, th.text { text-align: left; white-space: normal; min-width: 180px }
+details { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; margin: 8px 0;
+  padding: 8px 14px }
+summary { cursor: pointer } summary .sign { float: right }
 .name { text-align: left; position: sticky; left: 0; background: var(--card); font-weight: 600;
   white-space: normal; min-width: 118px }
 td small { display: block; font-weight: 400; color: var(--dim); font-size: 11.5px; line-height: 1.2 }
@@ -234,10 +238,13 @@ def chart(title, rows, kind="card"):
 
 def legend(*entries):
     """What the shapes mean. entries: (shape, tone, meaning)."""
-    keys = [f'<span><svg width="14" height="14" class="key" aria-hidden="true"><g class="{tone}">'
-            f'<svg x="7" y="7" class="{shape}">{SHAPES[shape]}</svg></g></svg> {esc(meaning)}</span>'
-            for shape, tone, meaning in entries]
-    return f'<p class="legend">{"".join(keys)}</p>'
+    return f'<p class="legend">{"".join(sign(*entry) for entry in entries)}</p>'
+
+
+def sign(shape, tone, meaning):
+    """A shape and what it means."""
+    return (f'<span><svg width="14" height="14" class="key" aria-hidden="true"><g class="{tone}">'
+            f'<svg x="7" y="7" class="{shape}">{SHAPES[shape]}</svg></g></svg> {esc(meaning)}</span>')
 
 
 # ---- curves and points in a box ----------------------------------------------------------------------------

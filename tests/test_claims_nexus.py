@@ -14,7 +14,8 @@ from aya_min.claims import nexus
 from aya_min.config import RECIPES, Recipe
 from aya_min.data import collate
 from aya_min.experiments import Comparison, measured
-from aya_min.experiments_records import drawn, joined, seeds_in
+from aya_min.experiments_page import drawn
+from aya_min.experiments_records import joined, seeds_in
 from aya_min.files import write_jsonl
 from aya_min.languages import CLUSTERS, LANGUAGES
 from aya_min.model_config import Mixture

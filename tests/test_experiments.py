@@ -1,5 +1,6 @@
 """Claims: the rule of the verdict, arms that are made once and shared, a claim that was stopped, records."""
 
+import html
 import json
 import re
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ import torch
 from small import CPU
 
 import train
-from aya_min import claims, experiments, experiments_records
+from aya_min import claims, experiments, experiments_page, experiments_records
+from aya_min.claims import __main__ as claims_command
 from aya_min.experiments import Claim, Comparison, Figure, Lab, measured, side_of, together
 from aya_min.experiments_records import BEGIN, END, RESULTS, result, run_claims, with_claims
 from aya_min.pipeline_results import evaluate_model
@@ -435,7 +437,7 @@ def test_every_seeds_mark_has_a_colour_of_the_page():
     one = lambda verdict: {"value": 1.0, "ci95": [0.5, 2.0], "none": 0.0, "verdict": verdict}
     seeds = [[one(verdict)] for verdict in ("shown", "not shown", "reversed", "shown")]
     claim = result(Claim("c", "s", "t", (Comparison("a", "b"),)), seeds)
-    drawn = experiments_records.forest(claim, [1, 2, 3, 4])
+    drawn = experiments_page.forest(claim, [1, 2, 3, 4])
     assert sorted(re.findall('<g class="(.*?)">', drawn)) == ["a", "a", "b", "b"]
 
 
@@ -475,3 +477,25 @@ def test_the_list_of_claims_is_guarded_and_printed_by_one_rank(in_process, monke
         raise ValueError("results/x.json: not JSON")
     monkeypatch.setattr(experiments_records, "listing", broken)
     assert in_process(train, "claims") == (2, "", ["train.py: results/x.json: not JSON"])
+
+
+def test_the_page_of_all_claims_says_each_verdict_and_needs_no_other_file(tmp_path):
+    kept = experiments_records.records()
+    text = experiments_page.all_claims(kept)
+    for record in kept.values():
+        for claim in record["results"]:
+            assert text.count(html.escape(claim["statement"])) >= 2
+    verdicts = experiments_records.last_verdicts()
+    assert f"{list(verdicts.values()).count('shown')} shown" in text.replace("\n", " ")
+    assert not re.search(r'(src|href)="(?!#)', text) and "<script" not in text
+
+
+def test_the_page_of_all_claims_does_not_replace_what_it_did_not_write(tmp_path):
+    page = tmp_path / "claims.html"
+    for _ in range(2):
+        claims_command.main(["page", "--out", str(page)])
+    assert page.read_text(encoding="utf-8").count("<h1>") == 1
+    page.write_text("mine")
+    with pytest.raises(ValueError, match="no earlier page of claims"):
+        claims_command.main(["page", "--out", str(page)])
+    assert page.read_text() == "mine"

@@ -53,7 +53,7 @@ FLOORS = [
     # 13: the recipe; train.py, generate.py and merge.py stand on it
     {"pipeline"},
     # 14: one seed of a claim; what claims leave
-    {"experiments"},
+    {"experiments", "experiments_page"},
     {"experiments_records"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
@@ -76,7 +76,7 @@ def imports(path):
     return ours - {"", "__version__"}, others
 
 
-CLAIM_FILES = sorted((ROOT / "aya_min" / "claims").glob("*.py"))
+CLAIM_FILES = sorted((ROOT / "aya_min" / "claims").glob("[!_]*.py"))
 
 
 @pytest.mark.parametrize("path", CLAIM_FILES, ids=lambda path: path.stem)
