@@ -23,6 +23,14 @@ def shown(one, digits=1):
     return f"{one['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
+def ours(claim):
+    """The numbers of a claim's first comparison, seed by seed, and how many of its comparisons are shown."""
+    rows = claim["comparisons"]
+    first = f"{rows[0]['label']}: {'; '.join(map(shown, rows[0]['seeds']))}"
+    num = sum(row["verdict"] == "shown" for row in rows)
+    return first if len(rows) == 1 else f"{first}. {num} of {len(rows)} comparisons are shown"
+
+
 def preset_of(record):
     """"preset tiny", with the settings that --config changed."""
     changed = ", ".join(f"{name} {value}" for name, value in record.get("changed", {}).items())
@@ -36,7 +44,7 @@ def forest(claim, seeds):
     for none in dict.fromkeys(row["seeds"][0]["none"] for row in claim["comparisons"]):
         rows = [row for row in claim["comparisons"] if row["seeds"][0]["none"] == none]
         bounds = [bound for row in rows for one in row["seeds"] for bound in one["ci95"]]
-        step = 5 if none == 50 else max(max(bounds) - min(bounds), 1e-6) / 4
+        step = 5 if none == 50 else float(f"{max(max(bounds) - min(bounds), 1e-6) / 4:.1g}")
         scale = around(none, bounds, step)
         drawn = [forest_row(row, seeds, scale, none) for row in rows] + [axis(scale, step)]
         charts.append(chart("win rate, %" if none == 50 else f"beside {none:g}", drawn, "card forest"))
@@ -121,14 +129,13 @@ def overview(records):
         body += (f'<tr><th class="name within" colspan="4" scope="rowgroup"><a href="#{esc(file)}">'
                  f"{esc(record['paper'])}</a></th></tr>")
         for claim in record["results"]:
-            told = sum(row["verdict"] == "shown" for row in claim["comparisons"])
             verdict = sign(*SHAPE_OF[claim["verdict"]], claim["verdict"])
             body += (f'<tr><th class="name" scope="row">{esc(claim["statement"])}</th>'
                      f'<td class="text">{esc(claim["theirs"])}</td>'
-                     f"<td>{told} of {len(claim['comparisons'])}</td>"
+                     f'<td class="text"><small>{esc(ours(claim))}</small></td>'
                      f'<td class="sign">{verdict}</td></tr>')
-    head = ('<tr><th class="name">claim</th><th class="text">the paper\'s figure</th><th>comparisons '
-            "shown</th><th>verdict</th></tr>")
+    head = ('<tr><th class="name">claim</th><th class="text">the paper\'s figure</th>'
+            '<th class="text">ours, by seed</th><th class="sign">verdict</th></tr>')
     return html_table(head, body, "claims")
 
 

@@ -18,7 +18,7 @@ from .command import guarded, printable
 from .config import RECIPES, Recipe, settings_from
 from .experiments import (SIDES, Comparison, Lab, claim_files, code_version, find_claims, hash_of, measured,
                           together)
-from .experiments_page import page, preset_of, shown
+from .experiments_page import ours, page, preset_of, shown
 from .files import parse_object, read_bytes, read_json, write_json, write_whole
 from .pipeline_steps import digest_of, read_done
 
@@ -285,14 +285,6 @@ def listing():
         lines += [f"    {claim.name}: {claim.statement} [{verdicts.get(claim.name, '-')}]"
                   for claim in module.CLAIMS]
     return printable("\n".join(lines))
-
-
-def ours(claim):
-    """The numbers of a claim's first comparison, seed by seed, and how many of its comparisons are shown."""
-    rows = claim["comparisons"]
-    first = f"{rows[0]['label']}: {'; '.join(map(shown, rows[0]['seeds']))}"
-    num = sum(row["verdict"] == "shown" for row in rows)
-    return first if len(rows) == 1 else f"{first}. {num} of {len(rows)} comparisons are shown"
 
 
 def row_of(cells):
