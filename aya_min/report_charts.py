@@ -52,9 +52,9 @@ thead tr:first-child th { border-top: 0 }
 thead th { color: var(--dim); font-weight: 600; font-size: 12.5px; vertical-align: bottom }
 a { color: var(--a) } .claims .sign { text-align: left }
 td.text, th.text { text-align: left; white-space: normal; min-width: 180px }
-details { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; margin: 8px 0;
+.claim { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; margin: 8px 0;
   padding: 8px 14px }
-details summary { cursor: pointer; font-size: 15px; font-weight: 600 } summary .sign { float: right }
+.claim summary { font-size: 15px; margin: 0 } summary .sign { float: right }
 .name { text-align: left; position: sticky; left: 0; background: var(--card); font-weight: 600;
   white-space: normal; min-width: 118px }
 td small { display: block; font-weight: 400; color: var(--dim); font-size: 11.5px; line-height: 1.2 }
