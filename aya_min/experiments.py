@@ -183,6 +183,7 @@ class Lab:
         self.folder, self.seed, self.device, self.module = out / f"seed-{seed}-{key}", seed, device, module
         self.run = Run(self.folder, self.recipe, device, CLUSTERS)
         self.arms, self.evaluated = {}, {}
+        self.starts = {}        # {trained model: what its training started from}
 
     @cached_property
     def base(self):
@@ -265,7 +266,9 @@ class Lab:
         more = {}
         if reward_model:
             more["reward_model"], _ = weights.load(reward_model, self.device)
-        return train_step(self.run, f"{stage}-{key}", name, stage, start, rows, settings, **more)
+        made = train_step(self.run, f"{stage}-{key}", name, stage, start, rows, settings, **more)
+        self.starts[self.name_of(made)] = self.name_of(start)
+        return made
 
     def batch_of(self, rows, name):
         """The batch size of an arm that trains on rows. ValueError without rows."""

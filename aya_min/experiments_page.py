@@ -117,7 +117,8 @@ def all_claims(records):
                  f"{esc(versions['commit'])}, torch {esc(versions['torch'])}, {esc(machine['processor'])}, "
                  f"{esc(machine['threads'])} threads, {sum(record['minutes']):.0f} minutes</p>"
                  + "".join(folded(claim, record["seeds"]) for claim in record["results"])
-                 + f"<details class=claim><summary>Arms: steps, tokens, seconds</summary>{arms_table(record)}</details>"
+                 + f"<details class=claim><summary>Arms: steps, tokens, seconds</summary>{arms_table(record)}"
+                 + "</details>"
                  + "</section>")
     return html_page(TITLE, body)
 
@@ -142,5 +143,6 @@ def overview(records):
 def folded(claim, seeds):
     """A claim under its statement and verdict, opened by a click."""
     verdict = sign(*SHAPE_OF[claim["verdict"]], claim["verdict"])
-    return (f"<details class=claim><summary>{esc(claim['statement'])} <span class=sign>{verdict}</span></summary>"
+    return (f"<details class=claim><summary>{esc(claim['statement'])} <span class=sign>{verdict}</span>"
+            "</summary>"
             f"<p>The paper: {esc(claim['theirs'])}.</p>{forest(claim, seeds)}{drawn(claim, seeds)}</details>")

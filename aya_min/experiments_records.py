@@ -18,6 +18,7 @@ from .command import guarded, printable
 from .config import RECIPES, Recipe, settings_from
 from .experiments import (SIDES, Comparison, Lab, claim_files, code_version, find_claims, hash_of, measured,
                           together)
+from .experiments_matched import check_matched
 from .experiments_page import ours, page, preset_of, shown
 from .files import parse_object, read_bytes, read_json, write_json, write_whole
 from .pipeline_steps import digest_of, read_done
@@ -211,16 +212,17 @@ def seconds_of(lab):
 
 
 def arms_of(lab):
-    """{arm: its folder, steps, tokens and seconds} of the arms that a claim asked for; of a merge those of
-    the models that were trained for it."""
+    """{arm: its folder, steps, tokens, seconds and start} of the arms that a claim asked for; of a merge those
+    of the models that were trained for it."""
     about = {}
     for name, folder in lab.arms.items():
         own = lab.name_of(folder).split("/")[1]
         done = [read_done(path.parent) for path in (lab.folder / "steps").glob(f"{own}*/done.json")]
         steps, tokens, seconds = (sum(one[key] for one in done)
                                   for key in ("training_steps", "tokens", "seconds"))
+        start = lab.starts.get(lab.name_of(folder))
         about[name] = {"folder": f"steps/{own}", "steps": steps, "tokens": tokens,
-                       "seconds": round(seconds, 1)}
+                       "seconds": round(seconds, 1), **({"start": start} if start else {})}
     return about
 
 
@@ -264,7 +266,10 @@ def records(folder=RESULTS):
 
 
 def keep(record, folder=RESULTS):
-    """Write the record to results/NAME.json, in place of an earlier one, and make results/README.md anew."""
+    """Write the record to results/NAME.json, in place of an earlier one, and make results/README.md anew.
+
+    ValueError for arms that are compared but not matched, without a reason."""
+    check_matched(record, claim_files()[record["claims"]])
     command = f"train.py claim {record['claims']} --seeds {' '.join(map(str, record['seeds']))}"
     kept = {**record, "command": command}           # without the paths of a machine
     write_json(folder / f"{record['claims']}.json", {**kept, "sha256": digest_of(kept)})

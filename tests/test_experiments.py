@@ -10,7 +10,7 @@ import torch
 from small import CPU
 
 import train
-from aya_min import claims, experiments, experiments_page, experiments_records
+from aya_min import claims, experiments, experiments_matched, experiments_page, experiments_records
 from aya_min.claims import __main__ as claims_command
 from aya_min.experiments import Claim, Comparison, Figure, Lab, measured, side_of, together
 from aya_min.experiments_records import BEGIN, END, RESULTS, result, run_claims, with_claims
@@ -499,3 +499,34 @@ def test_the_page_of_all_claims_does_not_replace_what_it_did_not_write(tmp_path)
     with pytest.raises(ValueError, match="no earlier page of claims"):
         claims_command.main(["page", "--out", str(page)])
     assert page.read_text() == "mine"
+
+
+# ---- matched conditions ------------------------------------------------------------------------------------
+
+SAME = {"steps": 100, "tokens": 1000, "start": "steps/base/model"}
+
+
+@pytest.mark.parametrize("change, found", [
+    ({}, []), ({"steps": 101, "tokens": 1050}, []), ({"steps": 102}, ["steps"]),
+    ({"tokens": 1200}, ["tokens"]),
+    ({"start": "steps/other/model"}, ["start"]), ({"tuned": 3}, ["tuning"])])
+def test_arms_differ_in_start_steps_tokens_or_tuning(change, found):
+    assert experiments_matched.differences(SAME, {**SAME, **change}) == found
+
+
+def test_a_record_of_arms_that_differ_needs_a_reason(tmp_path):
+    one = {"value": 1.0, "ci95": [0.5, 2.0], "none": 0.0, "verdict": "shown"}
+    results = [result(Claim("c", "s", "t", (Comparison("a", "b"),)), [[one]])]
+    record = {"claims": "f", "results": results, "arms": {"1": {"a": SAME, "b": {**SAME, "steps": 300}}}}
+    module = SimpleNamespace()
+    with pytest.raises(ValueError, match="'a' and 'b' differ in steps"):
+        experiments_matched.check_matched(record, module)
+    module.UNMATCHED = {"c": "more steps are what is asked"}
+    assert experiments_matched.check_matched(record, module) == {"c": [("a", "b", ["steps"])]}
+
+
+@pytest.mark.parametrize("name, record", experiments_records.records().items())
+def test_every_record_is_of_matched_arms_or_says_why_not(name, record):
+    module = experiments.claim_files()[name]
+    found = experiments_matched.check_matched(record, module)
+    assert found.keys() == getattr(module, "UNMATCHED", {}).keys()

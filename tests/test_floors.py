@@ -54,6 +54,8 @@ FLOORS = [
     {"pipeline"},
     # 14: one seed of a claim; what claims leave
     {"experiments", "experiments_page"},
+    # 15: whether arms are matched
+    {"experiments_matched"},
     {"experiments_records"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}

@@ -260,3 +260,12 @@ CLAIMS = (
     Claim("bam-large", "At equal data BAM beats BTX with a larger seed too",
           "perplexity 3.19 (own), 3.27 (BTX)", by_loss(f"{OWN}, large", f"{BTX}, large", BY_DOMAIN)),
 )
+
+# Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
+UNMATCHED = {
+    "bam-compute": "equal operations are compared, so that the dearer arm takes fewer steps",
+    "bam-dense": "experts and the seed are parts of the mixture; they are what it is made of, not "
+                 "rivals at its cost",
+    "bam-collapse": "an expert is the seed, trained further: what training changes is asked",
+    "bam-parameters": "one comparison is at equal operations",
+}

@@ -87,3 +87,11 @@ CLAIMS = (
           "+25 to +30 points over the instruct model before",
           both("online 3", "base") + both("online 3", "single teacher")),
 )
+
+# Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
+UNMATCHED = {
+    "offline-dpo": "each stage goes on from the one before: what the stage adds is asked",
+    "online-dpo": "each stage goes on from the one before",
+    "later-rounds": "each round goes on from the one before",
+    "recipe": "the recipe is held against its own start and against less training",
+}

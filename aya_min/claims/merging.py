@@ -101,3 +101,10 @@ CLAIMS = (
           "up to 3 times larger at 35B than at 8B", both("small merged", "small mix", "below")
           + both("merged", "mix")),
 )
+
+# Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
+UNMATCHED = {
+    "per-language": "one model per language has more last batches that are not whole: 2% more steps",
+    "slerp": "a merge of the same models is no training",
+    "ties": "a merge of the same models is no training",
+}

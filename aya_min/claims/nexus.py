@@ -232,3 +232,9 @@ CLAIMS = (
           by_loss("linear, low", "linear", ["clusters"], "above") + by_wins("linear, low", "linear", "below")
           + by_loss("nexus, low", "nexus", ["clusters"], "level") + by_wins("nexus, low", "nexus", "level")),
 )
+
+# Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
+UNMATCHED = {
+    "nexus-merge": "a merge is held against the seed, which its parts started from",
+    "nexus-old": "a mixture is held against itself with one more expert",
+}

@@ -238,3 +238,11 @@ CLAIMS = (
           (Comparison("simpo", "dpo"), similar_length("simpo", "dpo"))),
     Claim("pref-kto", "KTO does as well as DPO without pairs", "matches or exceeds DPO from 1B to 30B",
           (Comparison("kto", "dpo", "level"),)))
+
+# Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
+UNMATCHED = {
+    "pref-both": "steps are equal over all rounds; the record counts those of the last",
+    "pref-chosen": "SFT reads one answer of a pair, DPO both; pairs and steps are equal",
+    "pref-losses": "a stage is held against its start",
+    "pref-kto": "KTO runs a second pass for its baseline; answers and steps are equal",
+}

@@ -1,0 +1,42 @@
+"""Matched conditions: compared arms share start, steps, tokens and tuning, or the claim says why not.
+
+"On Scientific Debt in NLP" (arXiv 2306.02870) asks for one difference at a time. A record holds each arm's
+start, steps and tokens. A claim file holds TUNED, {arm: settings tried for it alone} (an arm that is not named
+has one), and UNMATCHED, {claim: why its arms differ}. A record without the reason is refused.
+"""
+
+STEPS, TOKENS = 0.01, 0.1           # what may differ, as a share of the larger of two numbers
+
+
+def differences(a, b):
+    """What two arms {"start", "steps", "tokens", "tuned"} differ in, as words. Older records say no start."""
+    apart = lambda key, share: abs(a[key] - b[key]) > share * max(a[key], b[key])
+    found = ["start"] if a.get("start") != b.get("start") else []
+    found += ["steps"] if apart("steps", STEPS) else []
+    found += ["tokens"] if apart("tokens", TOKENS) else []
+    return found + (["tuning"] if a.get("tuned", 1) != b.get("tuned", 1) else [])
+
+
+def unmatched(record, module):
+    """{claim: [(arm, arm, [what differs]), ...]} of a record's comparisons, whichever seed shows it."""
+    tuned, found = getattr(module, "TUNED", {}), {}
+    for claim in record["results"]:
+        for row in claim["comparisons"]:
+            differ = set()
+            for arms in record["arms"].values() if row["arms"] else ():
+                a, b = ({**arms[arm], "tuned": tuned.get(arm, 1)} for arm in row["arms"])
+                differ |= set(differences(a, b))
+            if differ:
+                found.setdefault(claim["name"], []).append((*row["arms"], sorted(differ)))
+    return found
+
+
+def check_matched(record, module):
+    """What `unmatched` finds. ValueError for arms that differ without a reason in UNMATCHED."""
+    found, reasons = unmatched(record, module), getattr(module, "UNMATCHED", {})
+    for claim, pairs in found.items():
+        if claim not in reasons:
+            a, b, what = pairs[0]
+            raise ValueError(f"{record['claims']}, claim {claim}: the arms {a!r} and {b!r} differ in "
+                             f"{' and '.join(what)}; match them, or say why in UNMATCHED of the claim file")
+    return found
