@@ -1,7 +1,7 @@
 """Matched conditions: compared arms share start, steps, tokens and tuning, or the claim says why not.
 
 "On Scientific Debt in NLP" (arXiv 2306.02870) asks for one difference at a time. A record holds each arm's
-start, steps and tokens. A claim file holds TUNED, {arm: settings tried for it alone} (an arm that is not named
+start, steps and tokens. A claim file holds TUNED, {arm: settings tried for it alone} (an arm without an entry
 has one), and UNMATCHED, {claim: why its arms differ}. A record without the reason is refused.
 """
 

@@ -212,7 +212,7 @@ def seconds_of(lab):
 
 
 def arms_of(lab):
-    """{arm: its folder, steps, tokens, seconds and start} of the arms that a claim asked for; of a merge those
+    """{arm: its folder, steps, tokens, seconds, start} of the arms that a claim asked for; of a merge those
     of the models that were trained for it."""
     about = {}
     for name, folder in lab.arms.items():
