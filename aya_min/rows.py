@@ -36,28 +36,23 @@ OTHER_FILES = {b"\x1f\x8b": "a gzip file, unpack it", b"PK\x03\x04": "a zip file
 # ---- a file's rows -----------------------------------------------------------------------------------------
 
 def read_jsonl(path, reading=None):
-    """[(where, row), ...] of a JSONL file; where is "file:line". ValueError at the first wrong line.
+    """[(where, row), ...] of a JSONL file, or of a drawn mixture (mixture_rows.Drawn); where is "file:line".
 
     reading: a config.Reading, whose columns rename keys. Names of languages become the codes used here. Keys
-    that nothing knows are reported.
+    that nothing knows are reported. ValueError at the first wrong line.
     """
+    if hasattr(path, "read_rows"):
+        return path.read_rows()
     path, columns = Path(path), reading.columns if reading else None
     check_columns(columns)
     data = read_bytes(path)
-    for begin, what in OTHER_FILES.items():
-        if data.startswith(begin):
-            raise ValueError(f"{path}: {what}; it needs one JSON object a line")
+    refuse_other_files(data, path)
     rows, unknown, unread = [], {}, {}
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip(BLANK):
             continue
         where = f"{path}:{number}"
-        row = parse_object(line, where, "one whole object a line")
-        if columns:
-            row = renamed(row, columns, where)
-        if row.get("language") is not None:
-            row["language"] = canonical(row["language"], where)
-        check_keys(row, where, unknown)
+        row = parse_row(line, where, columns, unknown)
         # A row without a shape is refused later, by what wants one.
         for key in sorted(row.keys() - READ) if shapes_in(row) else ():
             if not is_empty(row[key]):
@@ -72,6 +67,24 @@ def read_jsonl(path, reading=None):
                      for name, (count, first) in found.items()]
             distributed.say(f"keys {kind}that are not read: {', '.join(names[:8])}", [path])
     return rows
+
+
+def refuse_other_files(begin, path):
+    """ValueError if the first bytes of a file are those of another kind of file than JSONL."""
+    for magic, what in OTHER_FILES.items():
+        if begin.startswith(magic):
+            raise ValueError(f"{path}: {what}; it needs one JSON object a line")
+
+
+def parse_row(line, where, columns, unknown):
+    """The row of a line's bytes, with its keys renamed and checked. unknown: see rows_keys.check_keys."""
+    row = parse_object(line, where, "one whole object a line")
+    if columns:
+        row = renamed(row, columns, where)
+    if row.get("language") is not None:
+        row["language"] = canonical(row["language"], where)
+    check_keys(row, where, unknown)
+    return row
 
 
 def canonical(language, where):
@@ -395,6 +408,15 @@ def plain_text(row, where):
     if "instruction" in row and ("output" in row or "response" in row):
         raise ValueError(f"{where}: two shapes in one row, text and instruction; leave one of them")
     return text_of(row["text"], "text", where)
+
+
+def learned_of(row, where):
+    """(messages, supervised, cut) as in `conversation_of`, of a conversation or of {"text"}, which is one
+    message without a role."""
+    if not is_plain_text(row):
+        return conversation_of(row, where)
+    message = {"content": plain_text(row, where)}
+    return [message], [is_supervised(row, "", where) is not False], [is_cut(row)]
 
 
 def classified_of(row, where):

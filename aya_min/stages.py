@@ -113,7 +113,7 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
     if stage.samples:
         num_steps = count_steps(len(items), settings)
     else:
-        slots = slots_of(items + held_out)
+        slots = slots_of(items, held_out)
         pad = lambda some: stage.collate(some, tokenizer.pad_id, slots)
         num_steps, batches = make_batches(items, pad, settings)
 
