@@ -15,8 +15,8 @@ from . import distributed
 from .command import shortened
 from .files import parse_object, read_bytes
 from .languages import SPELLINGS, language_code
-from .rows_keys import (ENDINGS, MEDIA, OF_PAIRS, READ, SHAPES, TOOLS, check_columns, check_keys, is_empty,
-                        renamed)
+from .rows_keys import (ENDINGS, MEDIA, OF_PAIRS, TOOLS, NotRead, check_columns, is_empty, renamed,
+                        shapes_in)
 
 # The finish_reason of an unfinished answer: OpenAI, vLLM; Anthropic, Gemini; Mistral; our own chat after
 # Ctrl-C.
@@ -47,25 +47,15 @@ def read_jsonl(path, reading=None):
     check_columns(columns)
     data = read_bytes(path)
     refuse_other_files(data, path)
-    rows, unknown, unread = [], {}, {}
+    rows, not_read = [], NotRead()
     for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip(BLANK):
-            continue
-        where = f"{path}:{number}"
-        row = parse_row(line, where, columns, unknown)
-        # A row without a shape is refused later, by what wants one.
-        for key in sorted(row.keys() - READ) if shapes_in(row) else ():
-            if not is_empty(row[key]):
-                count, first = unread.get(key, (0, where))
-                unread[key] = count + 1, first
-        rows.append((where, row))
+        if line.strip(BLANK):
+            where = f"{path}:{number}"
+            rows.append((where, parse_row(line, where, columns, not_read)))
     if not rows:
         raise ValueError(f"{path}: the file is empty; it needs one JSON object a line")
-    for kind, found in (("of messages ", unknown), ("", unread)):
-        if found:
-            names = [f"{name!r} ({count} times, the first: {first})"
-                     for name, (count, first) in found.items()]
-            distributed.say(f"keys {kind}that are not read: {', '.join(names[:8])}", [path])
+    for text in not_read.lines():
+        distributed.say(text, [path])
     return rows
 
 
@@ -76,14 +66,14 @@ def refuse_other_files(begin, path):
             raise ValueError(f"{path}: {what}; it needs one JSON object a line")
 
 
-def parse_row(line, where, columns, unknown):
-    """The row of a line's bytes, with its keys renamed and checked. unknown: see rows_keys.check_keys."""
+def parse_row(line, where, columns, not_read):
+    """The row of a line's bytes, with its keys renamed and checked. not_read: a rows_keys.NotRead."""
     row = parse_object(line, where, "one whole object a line")
     if columns:
         row = renamed(row, columns, where)
     if row.get("language") is not None:
         row["language"] = canonical(row["language"], where)
-    check_keys(row, where, unknown)
+    not_read.look(row, where)
     return row
 
 
@@ -255,11 +245,6 @@ def answer_of(value, prompt, key, where):
 # ---- what a row is -----------------------------------------------------------------------------------------
 
 RENAME = "--columns OURS=THEIRS renames keys"
-
-
-def shapes_in(row):
-    """The keys of SHAPES that a row has and that are not empty."""
-    return {key for key in SHAPES if not is_empty(row.get(key))}
 
 
 def refuse_two(row, where, *wanted):
