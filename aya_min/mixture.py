@@ -129,7 +129,7 @@ def write_spec_rows(path, out):
     with scratch(out) as folder, naming(out):
         with open(folder / "file", "wb") as file:
             for i in progress(range(len(mixture)), desc="rows", unit="row"):
-                file.write(mixture.line(i).strip(BLANK + b"\n") + b"\n")
+                file.write(mixture.text(i) + b"\n")
             file.flush()
             os.fsync(file.fileno())
         publish_file(folder / "file", out)

@@ -22,7 +22,7 @@ from . import distributed
 from .command import progress
 from .control_tokens import TEMPLATED
 from .files import dumps, publish_file, refuse_pipe, scratch
-from .rows import BLANK, learned_of, parse_row, refuse_other_files
+from .rows import BLANK, is_plain_text, learned_of, parse_row, refuse_other_files
 from .rows_keys import NotRead
 
 KEPT = 64_000_000               # bytes of a file whose index is kept on disk
@@ -34,12 +34,13 @@ ARRAYS = {"start": np.int64, "size": np.int32, "line": np.int32, "group": np.int
 # What a group says of its rows, beside language, dataset and template.
 NO_EXAMPLE = 1                  # pretrain and sft refuse it (rows.learned_of)
 SPELLS = 2                      # a text spells a control token's name (control_tokens.py)
+PLAIN = 4                       # it is {"text"}, which may be cut into pieces
 
 
 @dataclass
 class Index:
     """Arrays have one entry a row. groups: [(language, dataset or "", template_id or "", task_type or "",
-    NO_EXAMPLE and SPELLS as bits), ...]. not_read: lines that name keys that nothing reads."""
+    NO_EXAMPLE, SPELLS, PLAIN as bits), ...]. not_read: lines that name keys that nothing reads."""
     path: Path
     sha256: str                 # of the whole file
     stamp: list                 # [bytes, time of the last change in ns]
@@ -72,13 +73,14 @@ def key_of(path, columns):
 # ---- made in one pass --------------------------------------------------------------------------------------
 
 def found_in(row, where):
-    """The bits of a row: what pretrain and sft would refuse."""
+    """The bits of a row, which pretrain and sft read."""
     try:
         messages = learned_of(row, where)[0]
     except ValueError:
         return NO_EXAMPLE
     texts = (message["content"] for message in messages)
-    return SPELLS if any(TEMPLATED.search(text) for text in texts if "<" in text or "[" in text) else 0
+    spells = any(TEMPLATED.search(text) for text in texts if "<" in text or "[" in text)
+    return (SPELLS if spells else 0) + (PLAIN if is_plain_text(row) else 0)
 
 
 def group_of(row, where):

@@ -9,15 +9,15 @@ as its text. A drawn row takes about 30 bytes.
 
 import hashlib
 import os
-from pathlib import Path
 
 import numpy as np
 
 from . import distributed
+from .files import dumps
 from .mixture_draw import Cell, count_rows, draw, table
 from .mixture_index import NO_EXAMPLE, SPELLS, index_of, refuse_changed, stamp_of
-from .mixture_spec import read_spec, text_of_spec
-from .rows import learned_of, parse_row
+from .mixture_spec import is_spec, read_spec, text_of_spec
+from .rows import BLANK, learned_of, parse_row
 from .rows_keys import NotRead
 
 
@@ -37,6 +37,23 @@ def open_mixture(path):
         for line in index.not_read:
             distributed.say(line, [index.path])
     return Mixture(spec, made)
+
+
+def with_mixture(paths, settings, show=distributed.say):
+    """The paths, or [the Mixture] of the one that is a spec, whose table is shown line by line."""
+    if not any(map(is_spec, paths or ())):
+        return paths
+    if len(paths) > 1:
+        raise ValueError(f"--data {' '.join(map(str, paths))}: a spec stands alone; name the other files in "
+                         "its sources")
+    if settings.columns:
+        raise ValueError(f"--columns beside the spec {paths[0]}: its sources may have other keys each; write "
+                         "\"columns\" into them")
+    mixture = open_mixture(paths[0])
+    passes = settings.max_steps * settings.batch_size / len(mixture) if settings.max_steps else settings.epochs
+    for line in [*mixture.table(), f"this run makes {passes:.3g} passes over these {len(mixture):,} rows"]:
+        show(line)
+    return [mixture]
 
 
 class Mixture:
@@ -96,18 +113,29 @@ class Mixture:
             raise ValueError(f"{path}: it was replaced while it was read; start again")
         return os.pread(file.fileno(), int(self.sizes[i]), int(self.starts[i]))
 
+    def text(self, i):
+        """A drawn row's line as it is or, where columns are renamed, with our names."""
+        if self.columns[self.files[i]]:
+            return dumps(self.row(i)[1]).encode()
+        return self.line(i).strip(BLANK + b"\n")
+
     def row(self, i):
         """("file:line", row) of a drawn row."""
         where = self.where(i)
         return where, parse_row(self.line(i).rstrip(b"\n"), where, self.columns[self.files[i]], NotRead())
 
-    def read_rows(self, most=None):
-        """[(where, row), ...] of all drawn rows, or of the first ones, in memory: what rows.read_jsonl gives
-        for a file."""
-        if most is None:
-            distributed.say(f"{len(self):,} rows, {self.sizes.sum(dtype=np.int64) / 1e6:,.0f} MB, are read into "
-                            "memory", [self])
-        return [self.row(i) for i in range(len(self) if most is None else min(most, len(self)))]
+    def read_rows(self):
+        """[(where, row), ...] of all drawn rows, in memory: what rows.read_jsonl gives for a file."""
+        distributed.say(f"{len(self):,} rows, {self.sizes.sum(dtype=np.int64) / 1e6:,.0f} MB, are read into "
+                        "memory", [self])
+        return [self.row(i) for i in range(len(self))]
+
+    def first(self, most):
+        """Yield (where, row) of the first drawn rows, and say so if they are not all."""
+        if most < len(self):
+            distributed.say(f"the tokenizer is trained on the first {most:,} of {len(self):,} drawn rows",
+                            [self])
+        return (self.row(i) for i in range(min(most, len(self))))
 
     def refuse_no_examples(self, reading):
         """ValueError, with its place, for the first row that pretrain and sft would refuse when they reach

@@ -22,6 +22,7 @@ Only "sources", with "files" and "weight" in each, is needed. Files are relative
 - "columns": {our key: the file's}, as --columns.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -65,8 +66,16 @@ class Spec:
 
 
 def is_spec(path):
-    """Whether a path names a spec: files of rows are .jsonl."""
-    return str(path).endswith(".json")
+    """Whether a path is a spec: a .json file, unless its first line is a whole row of JSONL."""
+    if not (str(path).endswith(".json") and Path(path).is_file()):
+        return False
+    with open(path, "rb") as file:
+        first = file.readline(1 << 24)
+    try:
+        value = json.loads(first)
+    except ValueError:
+        return True
+    return isinstance(value, dict) and "sources" in value
 
 
 def read_spec(path):
