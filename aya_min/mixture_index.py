@@ -100,7 +100,7 @@ def make_index(path, columns=None):
             if number == 1:
                 refuse_other_files(line, path)
             digest.update(line)
-            if line.strip(BLANK):
+            if line.strip(BLANK + b"\n"):
                 where = f"{path}:{number}"
                 row = parse_row(line.rstrip(b"\n"), where, columns, not_read)
                 group = groups.setdefault(group_of(row, where), len(groups))

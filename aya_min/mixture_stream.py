@@ -70,7 +70,11 @@ class Stream:
             kept += num_tokens
             found[kind] = num_bytes / num_tokens if num_tokens else 4.0
         if not kept:
-            self.left_out.report(0, "examples that were tried")
+            self.left_out.report(0, "rows that were tried")
+        for reason, places in self.left_out.places.items():
+            distributed.say(f"of the {self.left_out.total:,} rows that were tried, {len(places):,} {reason}; the "
+                            f"first: {places[0]}. When such a row is drawn and left out, the next stands in",
+                            [self.mixture])
         return found
 
     def __len__(self):
@@ -104,14 +108,9 @@ class Stream:
         return examples[0] if examples else None
 
     def examples_of_row(self, where, row):
-        before = sum(map(len, self.left_out.places.values()))
         examples = examples_of(row, where, self.tokenizer, self.limit, self.reading, self.left_out, self.spelled)
         if self.spelled.found and not self.reading.allow_control_tokens:
             self.spelled.report([self.mixture], self.left_out.total, self.reading)
-        if before == 0 and self.left_out.places and not examples:
-            distributed.say(f"{where}: the first row that cannot be trained on: such rows "
-                            f"{next(iter(self.left_out.places))}; the next drawn row stands in for each, and "
-                            "the end of the run counts them", [self.mixture])
         return examples
 
     def sample(self, count):
