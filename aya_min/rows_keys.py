@@ -136,7 +136,7 @@ class NotRead:
 
 def shapes_in(row):
     """The keys of SHAPES that a row has and that are not empty."""
-    return {key for key in SHAPES if not is_empty(row.get(key))}
+    return {key for key in row.keys() & SHAPES if not is_empty(row[key])}
 
 
 def refuse_keys(found, kind, place, where):
