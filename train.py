@@ -268,7 +268,8 @@ def run_one_stage(args, device):
     if not args.resume and args.out:
         distributed.from_main(lambda: runs.check_new(Path(args.out)))
     if any(map(is_spec, args.eval_data)):
-        raise ValueError("--eval-data takes JSONL files; python -m aya_min.mixture writes a spec's rows to one")
+        raise ValueError("--eval-data takes JSONL files; python -m aya_min.mixture writes a spec's rows to "
+                         "one")
     args.data = with_mixture(args.data, settings)
     model, tokenizer = load_model(args, device, settings)
     source = {"model": args.model, "eval_data": list(args.eval_data)}

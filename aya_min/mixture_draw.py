@@ -11,6 +11,7 @@ Departures: Aya 101 draws each row independently, here the counts are exact. Wit
 before all have come once.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,8 +109,9 @@ def apply_caps(cells, spec):
 # ---- the counts --------------------------------------------------------------------------------------------
 
 def rooms_of(groups, epochs):
-    """How many rows each list of cells can give in so many epochs."""
-    return [int(sum(cell.kept for cell in some) * epochs) for some in groups]
+    """The most rows that each list of cells gives in so many epochs, rounded up: only of a source they are
+    rounded down, so that its parts have room for all of them."""
+    return [math.ceil(sum(cell.kept for cell in some) * epochs) for some in groups]
 
 
 def count_rows(cells, spec):
@@ -119,7 +121,8 @@ def count_rows(cells, spec):
         refuse_missing(cells, spec)
     groups = by(cells, "source")
     groups = [groups.get((number,), []) for number in range(len(spec.sources))]
-    rooms = [rooms_of([some], source.epochs)[0] for some, source in zip(groups, spec.sources)]
+    rooms = [int(sum(cell.kept for cell in some) * source.epochs)
+             for some, source in zip(groups, spec.sources)]
     weights = np.array([source.weight for source in spec.sources])
     shares = weights / weights.sum()
     most = int(np.floor(np.min(np.array(rooms) / shares) * (1 + 1e-12)))
@@ -138,13 +141,15 @@ def fill(cells, total, epochs, spec):
     shares, languages = language_shares(cells, spec.temperature), by(cells, "language")
     counts = share_out(total, [shares[code] for code, in languages], rooms_of(languages.values(), epochs))
     for some, count in zip(languages.values(), counts):
-        datasets = by(some, "dataset")
-        sizes = [sum(cell.kept for cell in each) for each in datasets.values()]
-        for each, number in zip(datasets.values(), share_out(count, sizes, rooms_of(datasets.values(),
-                                                                                    epochs))):
+        datasets = list(by(some, "dataset").values())
+        sizes = [sum(cell.kept for cell in each) for each in datasets]
+        for each, number in zip(datasets, share_out(count, sizes, rooms_of(datasets, epochs))):
             weights = [cell.kept * template_weight(cell, spec) for cell in each]
-            for cell, rows in zip(each, share_out(number, weights, [int(c.kept * epochs) for c in each])):
+            rooms = rooms_of([[cell] for cell in each], epochs)
+            for cell, rows in zip(each, share_out(number, weights, rooms)):
                 cell.count = int(rows)
+    found = sum(cell.count for cell in cells)
+    assert found == total, (found, total)
 
 
 def refuse_missing(cells, spec):
@@ -158,6 +163,7 @@ def refuse_dry(spec, source, cells, need, room, most):
     """ValueError for a source that would run dry, with what it has, what it would need, and the remedy."""
     kept, size = sum(cell.kept for cell in cells), sum(cell.size for cell in cells)
     capped = f" of {size:,} (caps, languages and template weights leave that many)" if kept < size else ""
+    repeated = f", {room:,} in {source.epochs:g} epochs" if kept < room else ""
     remedies = [f"lower total to at most {most:,}"] if most else []
     if kept:
         remedies += [f"allow repeats with epochs {-(-100 * need // kept) / 100:g} in this source",
@@ -165,8 +171,8 @@ def refuse_dry(spec, source, cells, need, room, most):
     else:
         remedies += ["set its weight to 0"]
     raise ValueError(f"{spec.path}: source {source.name!r} runs dry: the mixture needs {need:,} of its rows, "
-                     f"and it has {kept:,}{capped}{f', {room:,} in {source.epochs:g} epochs' if kept < room else ''}"
-                     f"; {', '.join(remedies)}{', or raise a cap' if capped else ''}, or give more rows")
+                     f"and it has {kept:,}{capped}{repeated}; {', '.join(remedies)}"
+                     f"{', or raise a cap' if capped else ''}, or give more rows")
 
 
 # ---- the rows ----------------------------------------------------------------------------------------------
@@ -207,7 +213,8 @@ def table(cells, spec):
         groups = {}
         for cell in cells:
             groups.setdefault(key(cell), []).append(cell)
-        rows = [(name, sum(c.count for c in some), sum(c.size for c in some)) for name, some in groups.items()]
+        rows = [(name, sum(cell.count for cell in some), sum(cell.size for cell in some))
+                for name, some in groups.items()]
         rows.sort(key=lambda row: (-row[1], row[0]))
         shown = rows[:MOST_LINES]
         width = max(len(title), 3, *(len(shorter(name)) for name, *_ in shown))

@@ -53,7 +53,7 @@ class Index:
 
 
 def stamp_of(file):
-    """[bytes, time of the last change in ns] of an open file or a path."""
+    """[bytes, time of the last change in ns] of a path or an open file's number."""
     about = os.stat(file)
     return [about.st_size, about.st_mtime_ns]
 
@@ -92,8 +92,8 @@ def group_of(row, where):
 
 def make_index(path, columns=None):
     """The Index of a file, read line by line. ValueError at the first line that is not a row."""
-    stamp, found, groups = stamp_of(path), {name: array("q" if name == "start" else "i") for name in ARRAYS}, {}
-    not_read, digest, start = NotRead(), hashlib.sha256(), 0
+    stamp, not_read, digest = stamp_of(path), NotRead(), hashlib.sha256()
+    found, groups, start = {name: array("q" if name == "start" else "i") for name in ARRAYS}, {}, 0
     with open(path, "rb") as file, progress(total=stamp[0], desc=f"index of {Path(path).name}", unit="B",
                                             unit_scale=True, disable=not distributed.is_main()) as bar:
         for number, line in enumerate(file, 1):
@@ -118,8 +118,9 @@ def make_index(path, columns=None):
     return Index(Path(path), digest.hexdigest(), stamp, list(groups), not_read.lines(), **arrays)
 
 
-def refuse_changed(path, stamp):
-    if stamp_of(path) != stamp:
+def refuse_changed(path, stamp, file=None):
+    """ValueError if a file, or its open handle, is not as it was when it was indexed."""
+    if stamp_of(path if file is None else file) != stamp:
         raise ValueError(f"{path}: it changed while it was read; wait until it is written, and start again")
 
 
@@ -137,8 +138,8 @@ def index_of(path, columns=None):
     old = [name for name in sorted(glob.glob(glob.escape(str(path)) + ".*.index.safetensors"))
            if not name.removeprefix(f"{path}.").startswith(key[:12])]
     if old:
-        distributed.say(f"the file changed since {' '.join(old)} was made; it is indexed anew, and that can be "
-                        "removed", [path])
+        distributed.say(f"the file changed since {' '.join(old)} was made; it is indexed anew, and that can "
+                        "be removed", [path])
     index = make_index(path, columns)
     write_index(index, place, key)
     return index

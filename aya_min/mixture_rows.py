@@ -15,10 +15,12 @@ import numpy as np
 from . import distributed
 from .files import dumps
 from .mixture_draw import Cell, count_rows, draw, table
-from .mixture_index import NO_EXAMPLE, SPELLS, index_of, refuse_changed, stamp_of
+from .mixture_index import NO_EXAMPLE, SPELLS, index_of, refuse_changed
 from .mixture_spec import is_spec, read_spec, text_of_spec
 from .rows import BLANK, learned_of, parse_row
 from .rows_keys import NotRead
+
+MOST_HANDLES = 200              # files that are open at a time
 
 
 def open_mixture(path):
@@ -50,9 +52,12 @@ def with_mixture(paths, settings, show=distributed.say):
         raise ValueError(f"--columns beside the spec {paths[0]}: its sources may have other keys each; write "
                          "\"columns\" into them")
     mixture = open_mixture(paths[0])
-    passes = settings.max_steps * settings.batch_size / len(mixture) if settings.max_steps else settings.epochs
-    for line in [*mixture.table(), f"this run makes {passes:.3g} passes over these {len(mixture):,} rows"]:
+    examples = settings.max_steps * settings.batch_size // settings.gradient_steps
+    passes = examples / len(mixture) if examples else settings.epochs
+    for line in mixture.table():
         show(line)
+    show(f"this run makes {passes:.3g} passes over these {len(mixture):,} rows, so many times the epochs "
+         "above")
     return [mixture]
 
 
@@ -102,16 +107,18 @@ class Mixture:
 
     def line(self, i):
         """The bytes of a drawn row's line."""
-        number = self.files[i]
-        path = self.paths[number]
-        if number not in self.handles:
-            self.handles[number] = open(path, "rb", buffering=0)
-        file = self.handles[number]
-        # A file that is replaced, or written to, after it was indexed.
-        refuse_changed(path, self.stamps[number])
-        if stamp_of(file.fileno()) != self.stamps[number]:
-            raise ValueError(f"{path}: it was replaced while it was read; start again")
+        file = self.handle(int(self.files[i]))
         return os.pread(file.fileno(), int(self.sizes[i]), int(self.starts[i]))
+
+    def handle(self, number):
+        """An open file, which is still as it was indexed. A file that another replaces is read on."""
+        if number not in self.handles:
+            if len(self.handles) == MOST_HANDLES:
+                self.handles.pop(next(iter(self.handles))).close()
+            self.handles[number] = open(self.paths[number], "rb", buffering=0)
+        file = self.handles[number]
+        refuse_changed(self.paths[number], self.stamps[number], file.fileno())
+        return file
 
     def text(self, i):
         """A drawn row's line as it is or, where columns are renamed, with our names."""

@@ -72,8 +72,8 @@ class Stream:
         if not kept:
             self.left_out.report(0, "rows that were tried")
         for reason, places in self.left_out.places.items():
-            distributed.say(f"of the {self.left_out.total:,} rows that were tried, {len(places):,} {reason}; the "
-                            f"first: {places[0]}. When such a row is drawn and left out, the next stands in",
+            distributed.say(f"of the {self.left_out.total:,} rows that were tried, {len(places):,} {reason}; "
+                            f"the first: {places[0]}. Where a row is left out, the next drawn one stands in",
                             [self.mixture])
         return found
 
@@ -81,6 +81,8 @@ class Stream:
         return len(self.rows)
 
     def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)                     # it ends a loop over the list
         for j in range(i, i + MOST_TRIES):
             if example := self.example(j % len(self)):
                 return example
@@ -108,7 +110,8 @@ class Stream:
         return examples[0] if examples else None
 
     def examples_of_row(self, where, row):
-        examples = examples_of(row, where, self.tokenizer, self.limit, self.reading, self.left_out, self.spelled)
+        examples = examples_of(row, where, self.tokenizer, self.limit, self.reading, self.left_out,
+                               self.spelled)
         if self.spelled.found and not self.reading.allow_control_tokens:
             self.spelled.report([self.mixture], self.left_out.total, self.reading)
         return examples

@@ -21,8 +21,8 @@ import torch
 
 from . import balance, classify, config, distributed, router, weights
 from .classifier import Classifier, SideNet
-from .data import (Example, Pair, batches_in_order, collate, collate_pairs, count_steps, load_pairs, make_batches,
-                   slots_of)
+from .data import (Example, Pair, batches_in_order, collate, collate_pairs, count_steps, load_pairs,
+                   make_batches, slots_of)
 from .files import write_json
 from .kto import Labelled, collate_labelled, load_labelled, measure_kl
 from .loop import evaluate, read_metrics, spread, train

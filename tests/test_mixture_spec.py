@@ -108,6 +108,16 @@ def test_rows_are_repeated_only_where_the_spec_says_epochs_and_all_equally_often
     assert len(rows) == 50 and sorted(times.values()) == [2] * 5 + [3] * 5
 
 
+@pytest.mark.parametrize("epochs", [1, 1.5, 2.3, 7])
+def test_a_source_of_many_small_parts_gives_all_that_its_epochs_allow(epochs):
+    cells = cells_of(*((0, f"d{i % 3}", f"l{i % 7}", "", 1 + i % 2) for i in range(42)))
+    cells = list({(cell.dataset, cell.language): cell for cell in cells}.values())
+    size = sum(cell.size for cell in cells)
+    count_rows(cells, spec_of({"weight": 1, "epochs": epochs}, total=int(size * epochs), temperature=0.3))
+    assert sum(cell.count for cell in cells) == int(size * epochs)
+    assert max(cell.count / cell.size for cell in cells) <= np.ceil(epochs)
+
+
 def test_the_draw_takes_each_row_once_and_the_seed_decides_which():
     cells = cells_of((0, "a", "en", "", 500), (0, "a", "tr", "", 500))
     count_rows(cells, spec_of({"weight": 1}, total=400))
@@ -154,12 +164,14 @@ def test_the_command_writes_the_rows_and_prints_them_by_source_language_and_data
     main([str(write(folder, BOTH)), "--out", str(folder / "out.jsonl")])
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["s", "30", "75.0%", "60", "0.50"] in printed and ["t", "10", "25.0%", "20", "0.50"] in printed
-    assert ["s:", "0", "0", "0.0%", "15", "0.00"] in printed and ["all", "40", "100.0%", "80", "0.50"] in printed
+    assert ["s:", "0", "0", "0.0%", "15", "0.00"] in printed
+    assert ["all", "40", "100.0%", "80", "0.50"] in printed
     rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert Counter("template_id" in row for row in rows) == {True: 30, False: 10}
-    assert {row["completion"] for row in rows} == {"c", "x"} and not any(row.get("template_id") == 0 for row in rows)
-    lines = set((folder / "a.jsonl").read_text().splitlines())
-    assert sum(line in lines for line in (folder / "out.jsonl").read_text().splitlines()) == 30     # as they were
+    assert {row["completion"] for row in rows} == {"c", "x"}
+    assert not any(row.get("template_id") == 0 for row in rows)
+    before, after = ((folder / name).read_text().splitlines() for name in ("a.jsonl", "out.jsonl"))
+    assert len(set(before) & set(after)) == 30          # these lines are as they were
     assert len({row["prompt"] for row in rows}) == 40
 
 

@@ -6,7 +6,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from small import CPU, assert_close, language_model, logged, on_ranks, program, state_of, tokenizer, write_world
+from small import (CPU, assert_close, language_model, logged, on_ranks, program, state_of, tokenizer,
+                   write_world)
 
 from aya_min import config, mixture_index, stages
 from aya_min.data import load_examples
@@ -42,7 +43,8 @@ def test_the_examples_are_those_of_the_file_that_the_command_writes(world):
     """But for the texts, whose parts end elsewhere."""
     main([str(world / "spec.json"), "--out", str(world / "mixed.jsonl")])
     stream = load_or_stream([open_mixture(world / "spec.json")], tokenizer(), 512)
-    right = {example.ids.tobytes(): example for example in load_examples([world / "mixed.jsonl"], tokenizer(), 512)}
+    right = load_examples([world / "mixed.jsonl"], tokenizer(), 512)
+    right = {example.ids.tobytes(): example for example in right}
     found = [stream.example(i) for i in range(len(stream)) if stream.parts[i] == 1]
     found = [example for example in found if example]
     assert len(found) > 30
@@ -77,7 +79,9 @@ def test_what_is_too_long_is_counted_and_the_next_drawn_row_stands_in(world, cap
     for _ in range(2):                                  # two epochs
         assert np.array_equal(stream[left[0]].ids, stream[left[0] + 1].ids)
     stream.report()
-    assert "1 rows, in 6 readings of rows, are longer than --max-length 200 tokens and" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 rows, in 6 readings of rows, are longer than --max-length 200 tokens and" in said
+    assert len(list(stream)) == len(stream)
     refusing = config.SFT(max_length=200, too_long="refuse")
     stream.reading = stream.left_out.reading = refusing
     with pytest.raises(ValueError, match="sft.jsonl:(6|21): [0-9]+ tokens, longer than --max-length 200"):
@@ -114,7 +118,8 @@ def run(world, out, resume=False, limit=100, **changes):
 def test_micro_batches_ranks_and_a_resume_train_the_same(world, tmp_path, capsys):
     """On loss and gradient norm; rows are left out on the way, and others stand in."""
     whole = logged(run(world, tmp_path / "whole"))
-    assert "readings of rows, are longer than --max-length 100 tokens and are left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "readings of rows, are longer than --max-length 100 tokens and are left out" in said
     assert_close(logged(run(world, tmp_path / "ones", micro_batch_size=1)), whole, rtol=2e-5, atol=1e-6)
     on_ranks(2, run, world, tmp_path / "ranks")
     assert_close(logged(tmp_path / "ranks"), whole, rtol=2e-5, atol=1e-6)
@@ -143,7 +148,7 @@ def test_other_stages_read_the_drawn_rows_into_memory_and_say_so(world, tmp_path
     data = with_mixture([spec], settings)
     stages.train_stage("dpo", language_model(), tokenizer(), data, settings, tmp_path / "dpo", CPU)
     err = capsys.readouterr().err
-    assert "20 rows, 0 MB, are read into memory" in err and "makes 0.8 passes over these 20 rows" in err
+    assert "20 rows, 0 MB, are read into memory" in err and "makes 0.8 passes over these 20 rows," in err
     assert len(logged(tmp_path / "dpo")) == 2
 
 

@@ -55,7 +55,8 @@ def main():
     size = float(sys.argv[1]) * 1e9 if len(sys.argv) > 1 else 2e9
     with TemporaryDirectory() as place:
         folder = Path(place)
-        rows = {"small": generate(folder / "small.jsonl", 1e6), "large": generate(folder / "large.jsonl", size)}
+        sizes = {"small": 1e6, "large": size}
+        rows = {name: generate(folder / f"{name}.jsonl", size) for name, size in sizes.items()}
         specs = {}
         for name in rows:
             specs[name] = folder / f"{name}.json"
@@ -63,11 +64,13 @@ def main():
                 name: {"files": [f"{name}.jsonl"], "weight": 1}}}))
         command = ["pretrain", "--model", "smoke", "--data", folder / "small.jsonl", "--out", folder / "base",
                    "--max-steps", 1, "--batch-size", 8]
-        subprocess.run([sys.executable, "train.py", *map(str, command)], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run([sys.executable, "train.py", *map(str, command)], cwd=ROOT, check=True,
+                       capture_output=True)
         print("| start | file, GB | rows | until the first step, s | the whole command, s | peak memory, GB |")
         print("|---|---|---|---|---|---|")
         for label, name in (("small file", "small"), ("first", "large"), ("second", "large")):
-            first, seconds, peak, steps = train(folder, specs[name], label.replace(" ", "-"), folder / "base/model")
+            first, seconds, peak, steps = train(folder, specs[name], label.replace(" ", "-"),
+                                                folder / "base/model")
             assert steps == STEPS
             gb = (folder / f"{name}.jsonl").stat().st_size / 1e9
             print(f"| {label} | {gb:.2f} | {rows[name]:,} | {first:.1f} | {seconds:.1f} | {peak / 1e9:.2f} |",
