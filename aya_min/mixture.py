@@ -139,7 +139,8 @@ def main(argv=None):
     parser = Parser(prog="python -m aya_min.mixture", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="JSONL files of any shape, or a spec (.json); rows are kept as they are")
+    add("files", nargs="+", metavar="FILE",
+        help="JSONL files of any shape, or a spec (.json); rows are kept as they are")
     add("--out", required=True, help="JSONL file to write; must not exist")
     add("--total", type=number(int, "[1, inf)"), metavar="N", help="rows to draw")
     add("--languages", nargs="+", type=code_of, metavar="CODE", help="only rows in these (default: all)")

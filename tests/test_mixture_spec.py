@@ -57,7 +57,8 @@ def test_sources_are_drawn_three_to_one_whatever_their_sizes():
     cells = cells_of((0, "a", "en", "", 60), (1, "b", "en", "", 1000))
     count_rows(cells, spec_of({"weight": 3}, {"weight": 1}, total=80))
     assert [cell.count for cell in cells] == [60, 20]
-    count_rows(cells, spec_of({"weight": 3}, {"weight": 1}))            # as many as no source is too small for
+    # Without a total: as many as no source is too small for.
+    count_rows(cells, spec_of({"weight": 3}, {"weight": 1}))
     assert [cell.count for cell in cells] == [60, 20]
 
 
@@ -99,8 +100,8 @@ def test_template_weights_make_rows_likelier_and_zero_leaves_them_out():
 
 def test_rows_are_repeated_only_where_the_spec_says_epochs_and_all_equally_often():
     cells = cells_of((0, "a", "en", "", 10), (1, "b", "en", "", 100))
-    with pytest.raises(ValueError, match="source '0' runs dry: the mixture needs 25 of its rows, and it has 10; "
-                                         "lower total to at most 20, allow repeats with epochs 2.5 in this"):
+    with pytest.raises(ValueError, match="source '0' runs dry: the mixture needs 25 of its rows, and it has "
+                                         "10; lower total to at most 20, allow repeats with epochs 2.5 in"):
         count_rows(cells, spec_of({"weight": 1}, {"weight": 1}, total=50))
     count_rows(cells, spec_of({"weight": 1, "epochs": 2.5}, {"weight": 1}, total=50))
     rows = draw(np.repeat([0, 1], [10, 100]), cells, seed=0)
@@ -186,16 +187,19 @@ def test_only_the_named_languages_are_drawn(folder):
     (of(wait=1), "unknown key 'wait'; known: files weight"), (of(files=[]), "one or more file names"),
     ({**of(), "temprature": 1}, "unknown key 'temprature'; known: seed total"),
     ({**of(), "temperature": 11}, "temperature must be .* at most 10"),
-    (of(files=["none.jsonl"]), "none.jsonl does not exist"), (of(files=["a.jsonl", "a.jsonl"]), "given twice"),
+    (of(files=["none.jsonl"]), "none.jsonl does not exist"),
+    (of(files=["a.jsonl", "a.jsonl"]), "a.jsonl is given twice"),
     ({"sources": {"s": {"files": ["a.jsonl"]}}}, "has no 'weight'"), ({"total": 5}, "no sources"),
-    ({**of(), "total": 61}, "source 's' runs dry: the mixture needs 61 of its rows, and it has 60; lower total "
-                            "to at most 60"),
+    ({**of(), "total": 61}, "source 's' runs dry: the mixture needs 61 of its rows, and it has 60; lower "
+                            "total to at most 60"),
     ({**of(cap_dataset=10), "total": 21}, "it has 20 of 60 \\(caps.*or raise a cap"),
     (of(template_weights={"9": 1}), "no row has the template_id or task_type '9'"),
-    (of(template_weights={"1": -2}), "template_weights: '1' must be"), (of(columns={"a": "b"}), "'a' is no key"),
+    (of(template_weights={"1": -2}), "template_weights: '1' must be"),
+    (of(columns={"a": "b"}), "'a' is no key"),
     ({**of(), "languages": ["de"]}, "no row is in de; the rows are in en tr"),
     ({**of(), "languages": ["xx-none"]}, "unknown language"), (of(epochs=0.5), "epochs must be"),
-    ({**of(), "sources": [1]}, "sources must be an object"), ("{", "not JSON"), (of(files="a.jsonl"), "a list"),
+    ({**of(), "sources": [1]}, "sources must be an object"), ("{", "not JSON"),
+    (of(files="a.jsonl"), "files must be a list"),
 ])
 def test_a_wrong_spec_is_refused_with_its_place(folder, value, message):
     with pytest.raises(ValueError, match=message):
@@ -205,7 +209,8 @@ def test_a_wrong_spec_is_refused_with_its_place(folder, value, message):
 @pytest.mark.parametrize("lines, message", [
     ('{"prompt": "p"}\n{"prompt": 1, ]', "a.jsonl:2: not JSON"), ("", "a.jsonl: the file is empty"),
     ('{"prompt": "p", "language": "Klingonian"}', "a.jsonl:1: unknown language"),
-    ("[\n{}\n]", "a JSON array over several lines"), ('{"prompt": "p", "tools": ["x"]}', "a.jsonl:1: 'tools'"),
+    ("[\n{}\n]", "a JSON array over several lines"),
+    ('{"prompt": "p", "tools": ["x"]}', "a.jsonl:1: 'tools'"),
 ])
 def test_a_wrong_line_is_refused_when_the_spec_is_opened(folder, lines, message):
     (folder / "a.jsonl").write_text(lines)

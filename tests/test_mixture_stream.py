@@ -89,9 +89,9 @@ def test_what_is_too_long_is_counted_and_the_next_drawn_row_stands_in(world, cap
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"prompt": "p", "chosen": "c", "rejected": "r"}, r"sft.jsonl:1: a preference pair .* \(1 of 4 drawn rows"),
+    ({"prompt": "p", "chosen": "c", "rejected": "r"}, r"sft.jsonl:1: a preference pair .* \(1 of 4 drawn"),
     ({"prompt": "p", "completion": "<|im_start|> c"}, "1 of 4 rows spell control tokens .*sft.jsonl:1"),
-    ({"messages": [{"role": "user", "content": "p"}]}, "sft.jsonl:1: the last message must be the assistant's")])
+    ({"messages": [{"role": "user", "content": "p"}]}, "sft.jsonl:1: the last message must be the")])
 def test_rows_that_are_no_examples_are_refused_before_anything_trains(tmp_path, row, message):
     write_jsonl(tmp_path / "sft.jsonl", [row, *({"prompt": f"p{i}", "completion": "c"} for i in range(3))])
     spec = write_spec(tmp_path, {"a": {"files": ["sft.jsonl"], "weight": 1}})
@@ -223,7 +223,7 @@ def test_a_foreign_or_damaged_index_is_refused_and_never_overwritten(kept):
         assert mine.read_bytes() == content
 
 
-def test_where_the_folder_cannot_be_written_the_index_is_not_kept_and_a_line_says_so(kept, capsys, monkeypatch):
+def test_where_an_index_cannot_be_written_it_is_not_kept_and_a_line_says_so(kept, capsys, monkeypatch):
     def full(*_):
         raise OSError(30, "Read-only file system")
     monkeypatch.setattr(mixture_index, "save_file", full)

@@ -66,7 +66,7 @@ def main():
                    "--max-steps", 1, "--batch-size", 8]
         subprocess.run([sys.executable, "train.py", *map(str, command)], cwd=ROOT, check=True,
                        capture_output=True)
-        print("| start | file, GB | rows | until the first step, s | the whole command, s | peak memory, GB |")
+        print("| start | file, GB | rows | until the first step, s | whole command, s | peak memory, GB |")
         print("|---|---|---|---|---|---|")
         for label, name in (("small file", "small"), ("first", "large"), ("second", "large")):
             first, seconds, peak, steps = train(folder, specs[name], label.replace(" ", "-"),
