@@ -34,6 +34,8 @@ from aya_min.endpoint_answers import add_flags as add_endpoint_flags, check_all_
 from aya_min.evaluate_judges import check_judge_fits, judging_of_recipe
 from aya_min.files import read_json, refuse_pipe, write_json
 from aya_min.languages import CLUSTERS, read_clusters
+from aya_min.mixture_rows import Mixture, with_mixture
+from aya_min.mixture_spec import is_spec
 from aya_min.model import init_weights
 from aya_min.report_table import results_table
 from aya_min.rows import texts_in
@@ -45,6 +47,9 @@ signal.signal(signal.SIGINT, on_interrupt)
 
 # A timeout of up to a year.
 SECONDS = number(float, "[0.001, 31536000]")
+
+# The drawn rows of a mixture on which a tokenizer is trained.
+TOKENIZER_ROWS = 200_000
 
 
 def make_parser():
@@ -117,7 +122,8 @@ def add_stage(commands, name, stage):
     parser.add_argument("--model", help=f"model folder, or a preset's name for random weights ({presets})")
     parser.add_argument("--tokenizer", help="for a preset: folder with tokenizer.json (default: train one on "
                                             "the data)")
-    parser.add_argument("--data", nargs="+", help="JSONL files")
+    parser.add_argument("--data", nargs="+", help="JSONL files, or the spec of a mixture of them "
+                                                   "(.json, see aya_min/mixture_spec.py)")
     parser.add_argument("--eval-data", nargs="+", default=[],
                         help="held-out JSONL files; reported per language (rl: prompts, answered once)")
     parser.add_argument("--out", help="run folder; must be new")
@@ -136,9 +142,10 @@ def add_stage(commands, name, stage):
 
 
 def texts_of(paths, reading):
-    """Yield every text in the files, to train a tokenizer."""
+    """Yield every text in the files, to train a tokenizer; of a mixture those of its first rows."""
     for path in paths:
-        for where, row in read_jsonl(path, reading):
+        rows = path.first(TOKENIZER_ROWS) if isinstance(path, Mixture) else read_jsonl(path, reading)
+        for where, row in rows:
             yield from texts_in(row, where)
 
 
@@ -260,6 +267,10 @@ def run_one_stage(args, device):
     distributed.from_main(lambda: check_flags(args, settings, device, ranks))
     if not args.resume and args.out:
         distributed.from_main(lambda: runs.check_new(Path(args.out)))
+    if any(map(is_spec, args.eval_data)):
+        raise ValueError("--eval-data takes JSONL files; python -m aya_min.mixture writes a spec's rows to "
+                         "one")
+    args.data = with_mixture(args.data, settings)
     model, tokenizer = load_model(args, device, settings)
     source = {"model": args.model, "eval_data": list(args.eval_data)}
     beside = {name: getattr(args, name) for name in stage.beside}

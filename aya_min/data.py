@@ -14,8 +14,7 @@ from . import distributed
 from .config import Reading
 from .control_tokens import Spelled
 from .lengths import EARLIER_CUT, NOT_SUPERVISED, WAS_CUT, LeftOut, fitting_example, fitting_pair
-from .rows import (conversation_of, is_cut, is_plain_text, is_supervised, pair_of, plain_text, prompt_of,
-                   read_jsonl)
+from .rows import is_plain_text, learned_of, pair_of, prompt_of, read_jsonl
 from .rows_keys import ENDINGS, OF_PAIRS, SHAPES
 
 SKIP = Reading(too_long="skip")     # how load_examples and load_pairs read by default
@@ -76,6 +75,31 @@ def pieces_of(tokenizer, text, limit, language, where):
     return [Example(piece, np.arange(len(piece)) > 0, language, where, prompt_key=where) for piece in pieces]
 
 
+def examples_of(row, where, tokenizer, limit, reading, left_out, spelled):
+    """[Example, ...] of a row: a conversation gives one, a {"text"} its pieces. [] if it is left out.
+
+    left_out, spelled: LeftOut and Spelled, which count the row. ValueError if it is wrong.
+    """
+    left_out.total += 1
+    language = row.get("language") or "other"
+    messages, supervised, cut = learned_of(row, where)
+    spelled.look([message["content"] for message in messages], where)
+    if any(cut[:-1]) and not reading.keep_cut:
+        left_out.add(EARLIER_CUT, where)
+        supervised = [one and not other for one, other in zip(supervised, cut)]
+    if cut[-1] and not reading.keep_cut:
+        left_out.languages[language] += 1
+        left_out.add(WAS_CUT, where)
+        return []
+    if not any(supervised):
+        left_out.add(NOT_SUPERVISED, where)
+        return []
+    if is_plain_text(row):
+        return pieces_of(tokenizer, messages[0]["content"], limit, language, where)
+    example = encode_conversation(tokenizer, messages, supervised, language, where)
+    return fitting_example(tokenizer, example, messages[-1]["content"], left_out)
+
+
 def load_examples(paths, tokenizer, limit, reading=SKIP):
     """[Example, ...] of the rows that fit into `limit` tokens: conversations and {"text"}.
 
@@ -84,28 +108,7 @@ def load_examples(paths, tokenizer, limit, reading=SKIP):
     examples, left_out, spelled = [], LeftOut(paths, reading, limit), Spelled(tokenizer)
     for path in paths:
         for where, row in read_jsonl(path, reading):
-            left_out.total += 1
-            language = row.get("language") or "other"
-            if is_plain_text(row):
-                text = plain_text(row, where)
-                messages, supervised = [{"content": text}], [is_supervised(row, "", where) is not False]
-                cut = [is_cut(row)]
-            else:
-                messages, supervised, cut = conversation_of(row, where)
-            spelled.look([message["content"] for message in messages], where)
-            if any(cut[:-1]) and not reading.keep_cut:
-                left_out.add(EARLIER_CUT, where)
-                supervised = [one and not other for one, other in zip(supervised, cut)]
-            if cut[-1] and not reading.keep_cut:
-                left_out.languages[language] += 1
-                left_out.add(WAS_CUT, where)
-            elif not any(supervised):
-                left_out.add(NOT_SUPERVISED, where)
-            elif is_plain_text(row):
-                examples += pieces_of(tokenizer, text, limit, language, where)
-            else:
-                example = encode_conversation(tokenizer, messages, supervised, language, where)
-                examples += fitting_example(tokenizer, example, messages[-1]["content"], left_out)
+            examples += examples_of(row, where, tokenizer, limit, reading, left_out, spelled)
     spelled.report(paths, left_out.total, reading)
     left_out.report(len(examples), "examples")
     return examples
@@ -211,9 +214,14 @@ class Batch:
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)})
 
 
-def slots_of(items):
-    """The languages of all items, which are the columns of a run's metrics: sorted, "other" last."""
-    codes = {item.sides[0].language for item in items}
+def slots_of(*lists):
+    """The languages of all items, which are the columns of a run's metrics: sorted, "other" last.
+
+    A list that reads its items when they are used (mixture_stream.Stream) knows its languages."""
+    codes = set()
+    for items in lists:
+        known = getattr(items, "languages", None)
+        codes |= {item.sides[0].language for item in items} if known is None else known
     return (*sorted(codes - {"other"}), "other")
 
 
@@ -278,6 +286,12 @@ def length_of(item):
     return max(len(side.ids) for side in item.sides)
 
 
+def lengths_of(items):
+    """(N,) length_of each item. A list that reads its items when they are used estimates them."""
+    known = getattr(items, "lengths", None)
+    return [length_of(item) for item in items] if known is None else known
+
+
 class Sampler:
     """The seeded order of a data set. Its state is one integer, the global position; all ranks agree on it.
 
@@ -336,7 +350,7 @@ def make_batches(items, collate_fn, settings):
     It depends on the step alone, so that a run can resume anywhere. Rank r of n takes every n-th example of
     the global batch, from the r-th on, so that all ranks get similar lengths.
     """
-    sampler = Sampler([length_of(item) for item in items], settings.batch_size, settings.seed)
+    sampler = Sampler(lengths_of(items), settings.batch_size, settings.seed)
     num_steps = count_steps(len(items), settings)
     rank, ranks = distributed.rank(), distributed.num_ranks()
 

@@ -34,11 +34,14 @@ from .engine import cache_sizes, round_up
 from .flops import training_flops
 from .loop import autocast, make_optimizer
 from .losses import sft_loss
+from .mixture_stream import Stream
 from .reference import answer_logps, reference_rows
 from .sampling import answer_rows
 
 # GB of an A100 or H100, and of an H200.
 CARDS = (80, 141)
+# The examples of a mixture's stream whose lengths are looked at.
+SAMPLE = 1000
 PARTS = ("parameters", "gradients", "optimizer moments", "activations", "logits chunk", "gathered by FSDP",
          "work of the backward")
 # Parts that a rollout stage holds besides.
@@ -223,6 +226,9 @@ def items_of(stage, settings, data, tokenizer):
     """The examples or pairs that the stage would train on. Without data: a single one of --max-length
     tokens."""
     loaded = stage.load(data, tokenizer, settings.max_length, settings) if data else [None]
+    if isinstance(loaded, Stream):
+        distributed.say(f"the lengths are those of at most {SAMPLE:,} of {len(loaded):,} examples", data)
+        loaded = loaded.sample(SAMPLE)
     return [stage.blank(item, settings.max_length, settings) for item in loaded]
 
 

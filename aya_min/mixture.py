@@ -1,6 +1,7 @@
 """Mixtures: which rows of JSONL files to train on, by language, source and one fixed total.
 
     python -m aya_min.mixture A.jsonl B.jsonl --out mixed.jsonl --languages en tr --total 5000
+    python -m aya_min.mixture spec.json --out mixed.jsonl
 
 "RLHF Can Speak Many Languages" (arXiv 2407.02552) compares preference data in 1, 5 and 23 languages at one
 total; Aya 101 (arXiv 2402.07827) caps datasets and languages. A language's share is proportional to size^T:
@@ -10,6 +11,9 @@ proportion. Within a language rows are drawn evenly at random. No row is drawn t
 
 A row's source is its "source" or "dataset_name" or, without them, its file. Rows without a language count as
 "other", which --languages may name.
+
+A spec (mixture_spec.py) says the same and more, by source; its files may be larger than memory, and it is
+also the --data of a stage of train.py.
 """
 
 import argparse
@@ -19,9 +23,11 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from .command import WHOLE, Parser, guarded, is_spare_rank, number, printable
-from .files import read_bytes, taken, write_new
+from .command import WHOLE, Parser, guarded, is_spare_rank, number, printable, progress
+from .files import naming, publish_file, read_bytes, scratch, taken, write_new
 from .languages import SPELLINGS, language_code
+from .mixture_rows import open_mixture
+from .mixture_spec import is_spec
 from .rows import BLANK, read_jsonl
 
 TEMPERATURES = "[0, 10]"
@@ -112,20 +118,38 @@ def code_of(text):
     return code
 
 
+OF_FILES = ("total", "languages", "temperature", "cap_language", "cap_source", "seed")
+
+
+def write_spec_rows(path, out):
+    """Print the table of a spec's mixture and write its rows' lines to a new file."""
+    mixture = open_mixture(path)
+    for line in mixture.table():
+        print(printable(line))
+    with scratch(out) as folder, naming(out):
+        with open(folder / "file", "wb") as file:
+            for i in progress(range(len(mixture)), desc="rows", unit="row"):
+                file.write(mixture.text(i) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        publish_file(folder / "file", out)
+
+
 def main(argv=None):
     parser = Parser(prog="python -m aya_min.mixture", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE.jsonl", help="JSONL files of any shape; rows are kept as they are")
+    add("files", nargs="+", metavar="FILE",
+        help="JSONL files of any shape, or a spec (.json); rows are kept as they are")
     add("--out", required=True, help="JSONL file to write; must not exist")
-    add("--total", required=True, type=number(int, "[1, inf)"), metavar="N", help="rows to draw")
+    add("--total", type=number(int, "[1, inf)"), metavar="N", help="rows to draw")
     add("--languages", nargs="+", type=code_of, metavar="CODE", help="only rows in these (default: all)")
-    add("--temperature", type=number(float, TEMPERATURES), default=1.0, metavar="T",
+    add("--temperature", type=number(float, TEMPERATURES), metavar="T",
         help="a language's share ~ size^T: 1 proportional, 0 equal (default 1)")
     add("--cap-language", type=number(int, "[1, inf)"), metavar="N", help="at most N rows of each language")
     add("--cap-source", type=number(int, "[1, inf)"), metavar="N",
         help="at most N rows of each source: a row's source or dataset_name, else its file")
-    add("--seed", type=number(int, WHOLE), default=0, metavar="N")
+    add("--seed", type=number(int, WHOLE), metavar="N", help="(default 0)")
     args = parser.parse_args(argv)
     if is_spare_rank():
         return
@@ -133,13 +157,22 @@ def main(argv=None):
         raise taken(args.out)
     if not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"{args.out}: its folder does not exist; make it first")
+    if any(map(is_spec, args.files)):
+        given = [name for name in OF_FILES if getattr(args, name) is not None]
+        if len(args.files) > 1 or given:
+            other = f"--{given[0].replace('_', '-')}" if given else "another file"
+            raise ValueError(f"{other} beside a spec: a spec stands alone; write it into the spec")
+        return write_spec_rows(args.files[0], args.out)
+    if args.total is None:
+        parser.error("--total N is needed; only a spec (.json) may leave it out")
     if len({Path(path).resolve() for path in args.files}) < len(args.files):
         raise ValueError("a file is given twice, and its rows would be; give each file once")
     if args.languages and len(set(args.languages)) < len(args.languages):
         raise ValueError(f"--languages {' '.join(args.languages)}: one is given twice; give each once")
     rows = read_lines(args.files)
-    drawn = mix(rows, args.total, args.languages, args.temperature, args.cap_language, args.cap_source,
-                args.seed)
+    temperature = 1.0 if args.temperature is None else args.temperature
+    drawn = mix(rows, args.total, args.languages, temperature, args.cap_language, args.cap_source,
+                args.seed or 0)
     write_new({args.out: "".join(row["line"] + "\n" for row in drawn)})
     for line in table(drawn, rows):
         print(printable(line))

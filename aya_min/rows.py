@@ -15,8 +15,8 @@ from . import distributed
 from .command import shortened
 from .files import parse_object, read_bytes
 from .languages import SPELLINGS, language_code
-from .rows_keys import (ENDINGS, MEDIA, OF_PAIRS, READ, SHAPES, TOOLS, check_columns, check_keys, is_empty,
-                        renamed)
+from .rows_keys import (ENDINGS, MEDIA, OF_PAIRS, TOOLS, NotRead, check_columns, is_empty, renamed,
+                        shapes_in)
 
 # The finish_reason of an unfinished answer: OpenAI, vLLM; Anthropic, Gemini; Mistral; our own chat after
 # Ctrl-C.
@@ -36,42 +36,45 @@ OTHER_FILES = {b"\x1f\x8b": "a gzip file, unpack it", b"PK\x03\x04": "a zip file
 # ---- a file's rows -----------------------------------------------------------------------------------------
 
 def read_jsonl(path, reading=None):
-    """[(where, row), ...] of a JSONL file; where is "file:line". ValueError at the first wrong line.
+    """[(where, row), ...] of a JSONL file, or of a drawn mixture (mixture_rows.Drawn); where is "file:line".
 
     reading: a config.Reading, whose columns rename keys. Names of languages become the codes used here. Keys
-    that nothing knows are reported.
+    that nothing knows are reported. ValueError at the first wrong line.
     """
+    if hasattr(path, "read_rows"):
+        return path.read_rows()
     path, columns = Path(path), reading.columns if reading else None
     check_columns(columns)
     data = read_bytes(path)
-    for begin, what in OTHER_FILES.items():
-        if data.startswith(begin):
-            raise ValueError(f"{path}: {what}; it needs one JSON object a line")
-    rows, unknown, unread = [], {}, {}
+    refuse_other_files(data, path)
+    rows, not_read = [], NotRead()
     for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip(BLANK):
-            continue
-        where = f"{path}:{number}"
-        row = parse_object(line, where, "one whole object a line")
-        if columns:
-            row = renamed(row, columns, where)
-        if row.get("language") is not None:
-            row["language"] = canonical(row["language"], where)
-        check_keys(row, where, unknown)
-        # A row without a shape is refused later, by what wants one.
-        for key in sorted(row.keys() - READ) if shapes_in(row) else ():
-            if not is_empty(row[key]):
-                count, first = unread.get(key, (0, where))
-                unread[key] = count + 1, first
-        rows.append((where, row))
+        if line.strip(BLANK):
+            where = f"{path}:{number}"
+            rows.append((where, parse_row(line, where, columns, not_read)))
     if not rows:
         raise ValueError(f"{path}: the file is empty; it needs one JSON object a line")
-    for kind, found in (("of messages ", unknown), ("", unread)):
-        if found:
-            names = [f"{name!r} ({count} times, the first: {first})"
-                     for name, (count, first) in found.items()]
-            distributed.say(f"keys {kind}that are not read: {', '.join(names[:8])}", [path])
+    for text in not_read.lines():
+        distributed.say(text, [path])
     return rows
+
+
+def refuse_other_files(begin, path):
+    """ValueError if the first bytes of a file are those of another kind of file than JSONL."""
+    for magic, what in OTHER_FILES.items():
+        if begin.startswith(magic):
+            raise ValueError(f"{path}: {what}; it needs one JSON object a line")
+
+
+def parse_row(line, where, columns, not_read):
+    """The row of a line's bytes, with its keys renamed and checked. not_read: a rows_keys.NotRead."""
+    row = parse_object(line, where, "one whole object a line")
+    if columns:
+        row = renamed(row, columns, where)
+    if row.get("language") is not None:
+        row["language"] = canonical(row["language"], where)
+    not_read.look(row, where)
+    return row
 
 
 def canonical(language, where):
@@ -244,11 +247,6 @@ def answer_of(value, prompt, key, where):
 RENAME = "--columns OURS=THEIRS renames keys"
 
 
-def shapes_in(row):
-    """The keys of SHAPES that a row has and that are not empty."""
-    return {key for key in SHAPES if not is_empty(row.get(key))}
-
-
 def refuse_two(row, where, *wanted):
     """ValueError if a row has a shape beside the wanted keys, because one of them would be dropped.
 
@@ -395,6 +393,15 @@ def plain_text(row, where):
     if "instruction" in row and ("output" in row or "response" in row):
         raise ValueError(f"{where}: two shapes in one row, text and instruction; leave one of them")
     return text_of(row["text"], "text", where)
+
+
+def learned_of(row, where):
+    """(messages, supervised, cut) as in `conversation_of`, of a conversation or of {"text"}, which is one
+    message without a role."""
+    if not is_plain_text(row):
+        return conversation_of(row, where)
+    message = {"content": plain_text(row, where)}
+    return [message], [is_supervised(row, "", where) is not False], [is_cut(row)]
 
 
 def classified_of(row, where):

@@ -110,6 +110,35 @@ def check_keys(row, where, unknown):
                 unknown[name] = count + 1, first
 
 
+class NotRead:
+    """Checks the keys of rows (check_keys), and counts those that nothing knows."""
+
+    def __init__(self):
+        self.of_messages, self.of_rows = {}, {}         # {key: (count, first place)}
+
+    def look(self, row, where):
+        check_keys(row, where, self.of_messages)
+        # A row without a shape is refused later, by what wants one.
+        for key in sorted(row.keys() - READ) if shapes_in(row) else ():
+            if not is_empty(row[key]):
+                count, first = self.of_rows.get(key, (0, where))
+                self.of_rows[key] = count + 1, first
+
+    def lines(self):
+        """[a text that names the keys of messages, one of rows], without empty ones."""
+        texts = []
+        for kind, found in (("of messages ", self.of_messages), ("", self.of_rows)):
+            names = [f"{name!r} ({count} times, the first: {first})"
+                     for name, (count, first) in found.items()]
+            texts += [f"keys {kind}that are not read: {', '.join(names[:8])}"] if names else []
+        return texts
+
+
+def shapes_in(row):
+    """The keys of SHAPES that a row has and that are not empty."""
+    return {key for key in row.keys() & SHAPES if not is_empty(row[key])}
+
+
 def refuse_keys(found, kind, place, where):
     """ValueError at a key of `found` that is in REFUSED[kind] and not empty. place: of `found` in its row."""
     for key in found.keys() & REFUSED[kind].keys():

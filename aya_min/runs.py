@@ -26,6 +26,7 @@ from .config import check_training
 from .data import count_steps
 from .files import own_file, read_json, sha256, write_json, write_whole
 from .loop import learning_rate, read_metrics
+from .mixture_rows import Mixture
 
 # The settings that a resume may change: they choose neither the examples nor the loss. check_schedule checks
 # those of the schedule.
@@ -269,7 +270,7 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
         """Lock the folder. Returns (config.json before, what is given now, {changed setting: old value})."""
         before = read_run(folder, stage, type(settings)) if resume else {}
         digests = {**prints, "tokenizer": hashlib.sha256(tokenizer.bpe.to_str().encode()).hexdigest(),
-                   "data": [sha256(path) for path in data]}
+                   "data": [path.sha256 if isinstance(path, Mixture) else sha256(path) for path in data]}
         now = {"stage": stage, "settings": asdict(settings), "data": [str(p) for p in data],
                **(source or {}), "sha256": digests}
         changes = {}

@@ -11,6 +11,7 @@ folder, and returns the path of model/.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Optional
@@ -20,13 +21,14 @@ import torch
 
 from . import balance, classify, config, distributed, router, weights
 from .classifier import Classifier, SideNet
-from .data import (Example, Pair, batches_in_order, collate, collate_pairs, count_steps, load_examples,
-                   load_pairs, make_batches, slots_of)
+from .data import (Example, Pair, batches_in_order, collate, collate_pairs, count_steps, load_pairs,
+                   make_batches, slots_of)
 from .files import write_json
 from .kto import Labelled, collate_labelled, load_labelled, measure_kl
 from .loop import evaluate, read_metrics, spread, train
 from .losses import (actor_critic_loss, classification_loss, policy_gradient_loss, preference_loss,
                      reward_loss, router_loss, sft_loss, unpaired_loss)
+from .mixture_stream import Stream, load_or_stream
 from .model import CohereForCausalLM, RewardModel, Router, SequenceClassifier
 from .reference import store_reference
 from .rollouts import Rollout, Rollouts, collate_rollouts, load_fitting_prompts
@@ -113,7 +115,7 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
     if stage.samples:
         num_steps = count_steps(len(items), settings)
     else:
-        slots = slots_of(items + held_out)
+        slots = slots_of(items, held_out)
         pad = lambda some: stage.collate(some, tokenizer.pad_id, slots)
         num_steps, batches = make_batches(items, pad, settings)
 
@@ -134,8 +136,9 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
                 prepare(in_order)
                 return evaluate(model, loss_fn, in_order, device, stop, settings)
         check = (lambda metrics: stage.check_first(metrics, settings)) if stage.check_first else None
-        return train_and_publish(name, model, tokenizer, num_steps, batches, loss_fn, settings, folder,
-                                 device, stop, evaluation if held_out else None, check)
+        with items.reported() if isinstance(items, Stream) else nullcontext():
+            return train_and_publish(name, model, tokenizer, num_steps, batches, loss_fn, settings, folder,
+                                     device, stop, evaluation if held_out else None, check)
 
 
 def train_and_publish(name, model, tokenizer, num_steps, batches, loss_fn, settings, folder, device,
@@ -277,10 +280,10 @@ REFERENCE_FILE = {"reference_logps": "file of the reference's log-probs, which s
 STAGES = {
     "pretrain": Stage(
         "Next-token training on texts (every token) and on conversations (answers only).",
-        config.Pretrain, load_examples, blank_example, collate, lambda settings: sft_loss),
+        config.Pretrain, load_or_stream, blank_example, collate, lambda settings: sft_loss),
     "sft": Stage(
         "Supervised fine-tuning on conversations.",
-        config.SFT, load_examples, blank_example, collate, lambda settings: sft_loss),
+        config.SFT, load_or_stream, blank_example, collate, lambda settings: sft_loss),
     "reward": Stage(
         "Bradley-Terry training of a reward model on preference pairs; accuracy by language in the metrics.",
         config.Reward, load_pairs, blank_pair, collate_pairs,

@@ -17,7 +17,8 @@ FLOORS = [
     # 0: the command line, the table of model families
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
-    {"cmaes", "dropout", "files", "flops", "iso639", "line", "linear", "merge_methods", "model_config",
+    {"cmaes", "dropout", "files", "flops", "iso639", "line", "linear", "merge_methods", "mixture_draw",
+     "model_config",
      "norms", "patience", "quantization", "report_charts", "rope", "rows_keys", "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "languages", "merge_config", "merge_front", "quantized", "template",
@@ -25,17 +26,17 @@ FLOORS = [
     # 3: losses, the world, one HTTP request, how to resume, what a line of JSONL means, whether two
     # folders are alike
     {"alike", "checkpoint", "control_tokens", "endpoint_http", "fused", "journal", "lengths", "loss_scale",
-     "losses", "report_data", "rows", "template_turns", "world"},
-    # 4: the layers of a mixture of experts, its losses over a step
-    {"balance", "moe"},
-    # 5: the decoder
-    {"model"},
+     "losses", "mixture_spec", "report_data", "rows", "template_turns", "world"},
+    # 4: the layers of a mixture of experts, its losses over a step; where the rows of large files are
+    {"balance", "mixture_index", "moe"},
+    # 5: the decoder; the rows that a spec draws
+    {"mixture_rows", "model"},
     # 6: text to ids, rows to batches, the engine's tensors, an endpoint asked, figures, the oracle
     {"classifier", "critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture",
      "preferences", "report_table", "text_statistics", "tokenizer", "world_oracle"},
     # 7: what is done with a model or with folders
     {"arbitrage", "domains", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report",
-     "reward", "sampling", "weights", "world_data", "world_translation"},
+     "mixture_stream", "reward", "sampling", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch, models in fewer bits and what stands in their way, examples to classify
     {"chat", "classify", "contrast", "evaluate_answers", "judges", "kto", "merge_embed", "merge_quantize",
