@@ -3,9 +3,9 @@
 
     python -m aya_min.templates FILE.jsonl --task qa --out OUT.jsonl
 
-The templates stand in templates/TASK.json, {"language code": [{"id", "prompt", "answer"}, ...]}, for a speaker
-to mend. {field} in a prompt or an answer is a field of the row. A row gets one of its language's templates,
-drawn by the seed and the row's id. Rows hold:
+The templates stand in templates/TASK.json, {"language code": [{"id", "prompt", "answer"}, ...]}, for a
+speaker to mend. {field} in a prompt or an answer is a field of the row. A row gets one of its language's
+templates, drawn by the seed and the row's id. Rows hold:
 
     classification  {"text", "label"}                   {labels} names the labels of the file's language
     qa              {"question", "answer"}, "context"   those with a context get templates that show it
@@ -98,8 +98,8 @@ def check_template(template, task, where):
                                  ("answer", task.answer, {task.answer})):
         fields = set(FIELD.findall(template[key]))
         if wrong := fields - allowed:
-            raise ValueError(f"{where}: {template['id']!r}: the {key} has {{{sorted(wrong)[0]}}}; it may have "
-                             f"{' '.join(f'{{{name}}}' for name in sorted(allowed))}")
+            raise ValueError(f"{where}: {template['id']!r}: the {key} has {{{sorted(wrong)[0]}}}; it may "
+                             f"have {' '.join(f'{{{name}}}' for name in sorted(allowed))}")
         if needed not in fields:
             raise ValueError(f"{where}: {template['id']!r}: the {key} has no {{{needed}}}; add it")
 

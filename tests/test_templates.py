@@ -181,8 +181,8 @@ QA = {"language": "en", "question": "q", "answer": "a"}
     ([QA], ["--source", "en"], "--source is for --task translation"),
     ([QA], ["--labels", "l.json"], "--labels is for --task classification"),
     ([QA], ["--templates", "none.json"], "none.json: cannot be read"),
-    ([{"id": 1, "language": "en", "text": "a"}] * 2, ["--task", "translation"], "rows.jsonl:2: parallel texts "
-     "need an 'id' that they share, each in another language; two are in en"),
+    ([{"id": 1, "language": "en", "text": "a"}] * 2, ["--task", "translation"],
+     "rows.jsonl:2: parallel texts need an 'id' that they share, each in another language; two are in en"),
     ([{"language": "en", "text": "a"}], ["--task", "translation"], "there is none"),
     ([{"id": 1, "language": "en", "text": "a"}], ["--task", "translation"], "no row is left"),
     ([{"text": "a", "language": "en"}], ["--task", "summarization"],
@@ -202,11 +202,13 @@ def test_what_cannot_be_used_is_named_with_its_place(rows, flags, message, conve
     ({"en": [EN, EN | {"id": "f", "prompt": "Q?"}]}, "en[1]: 'f': the prompt has no {question}; add it"),
     ({"en": [EN | {"prompt": "{question} {answer}"}]}, "the prompt has {answer}"),
     ({"en": [EN | {"answer": "yes"}]}, "the answer has no {answer}"),
-    ({"en": [EN], "de": [EN]}, "de[0]: the id 'e' occurs twice"), ({"en": []}, "en: needs a list of templates"),
+    ({"en": [EN], "de": [EN]}, "de[0]: the id 'e' occurs twice"),
+    ({"en": []}, "en: needs a list of templates"),
     ({"en": [{"id": "e", "prompt": "{question}"}]}, "en[0]: a template is {id, prompt, answer}"),
     ({"en": [EN | {"id": 3}]}, "three texts"), ({"xx": [EN]}, "unknown language 'xx'"), ({}, "no language"),
     ({"en": [EN], "eng": [EN]}, "two entries for language 'eng'"), ([EN], "a JSON list, not an object"),
-    ({"en": [EN | {"prompt": "{context} {question}"}]}, "rows.jsonl:1: the templates in en all need a context"),
+    ({"en": [EN | {"prompt": "{context} {question}"}]},
+     "rows.jsonl:1: the templates in en all need a context"),
 ])
 def test_a_wrong_template_is_named_with_its_place(templates, message, convert, tmp_path):
     (tmp_path / "t.json").write_text(json.dumps(templates))
