@@ -291,7 +291,8 @@ def run(args, device):
         print(printable(line))
 
 
-def main(argv=None):
+def parsed(argv=None):
+    """The command line's flags."""
     parser = Parser(prog="python -m aya_min.filtration", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -312,7 +313,11 @@ def main(argv=None):
     add("--keywords", metavar="F.json", help="list of words to compare with, written as the triggers are")
     add("--label-key", metavar="KEY", help="key that says true for an unwanted row")
     add_flags(parser, Reading, only=("columns",))
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parsed(argv)
     distributed.launch(lambda device: run(args, device))
 
 

@@ -141,7 +141,7 @@ def windows_of(documents, tokenizer, phrases, positions, size=None):
 
 
 def batches_of(windows, num_tokens):
-    """Lists of window numbers, shortest first, each of at most `num_tokens` padded tokens or of one window."""
+    """Lists of window numbers, the shortest first, of at most `num_tokens` padded tokens or of one window."""
     batches, rows = [], 0
     for i in sorted(range(len(windows)), key=lambda i: windows[i].width):
         rows += len(windows[i].phrases)
@@ -157,9 +157,9 @@ def batches_of(windows, num_tokens):
 @torch.no_grad()
 def score(model, windows, num_documents, num_axes, pad_id, device, num_tokens=None):
     """(scores (documents, axes) in fp32, nats per token, NaN where no phrase of the axis goes with a
-    document; seconds; tokens computed here). The ranks share the windows, and each gets all scores. model: plain.
+    document; seconds; tokens computed here). The ranks share the windows, and each gets all scores.
 
-    ValueError for a log-prob that is not finite."""
+    model: plain, not sharded. ValueError for a log-prob that is not finite."""
     model.eval()
     model.model.packing = True
     batches = batches_of(windows, num_tokens or BATCH_TOKENS[torch.device(device).type])

@@ -9,12 +9,13 @@ from safetensors.numpy import load_file
 from small import CPU, classifier, language_model, on_ranks, program, tokenizer
 
 from aya_min import weights
-from aya_min.filtration import (highest, holds_word, labels_of, quality, rank_of, reasons, standing,
-                                thresholds_of)
+from aya_min.filtration import (highest, holds_word, labels_of, parsed, quality, rank_of, reasons, run,
+                                standing, thresholds_of)
 from aya_min.filtration_scores import (ANY, batches_of, cut, phrase_ids, phrases_for, read_phrases, score,
                                        windows_of)
 
-PHRASES = {"numbers": {ANY: ["seven, nine, one", "\nthree"]}, "colours": {"de": ["rot und blau"], "en": ["red"]}}
+PHRASES = {"numbers": {ANY: ["seven, nine, one", "\nthree"]},
+           "colours": {"de": ["rot und blau"], "en": ["red"]}}
 DOCUMENTS = [("F:1", "What is the opposite of big?", "en"), ("F:2", "drei, vier, rot", "de"),
              ("F:3", "un deux trois " * 12, "fr"), ("F:4", "yes", None), ("F:5", "one " * 40, "en")]
 
@@ -50,7 +51,7 @@ def test_scores_are_those_of_a_slow_forward_of_each_document_and_phrase_alone(si
 
 
 @pytest.mark.parametrize("architecture", [
-    {}, {"model_type": "cohere2", "sliding_window": 8}, {"tie_word_embeddings": False, "num_key_value_heads": 1}])
+    {}, {"model_type": "cohere2", "sliding_window": 8}, {"tie_word_embeddings": False}])
 def test_scores_in_batches_are_those_of_documents_alone(architecture):
     model = language_model(**architecture)
     together = scored(model, num_tokens=4096)
@@ -102,7 +103,8 @@ def test_a_phrase_goes_with_its_language_and_its_regions_and_any_with_all():
 
 def test_a_phrase_has_the_same_tokens_after_every_document():
     ids = phrase_ids(tokenizer(), "red")
-    assert tokenizer().decode(ids) == " red" and tokenizer().decode(phrase_ids(tokenizer(), "\nred")) == "\nred"
+    assert tokenizer().decode(ids) == " red"
+    assert tokenizer().decode(phrase_ids(tokenizer(), "\nred")) == "\nred"
     windows = windows_of([("", text, None) for text in ("a", "b r", "?")], tokenizer(), {"x": {ANY: ["red"]}},
                          512)
     assert {tuple(window.phrases[0][1]) for window in windows} == {tuple(ids)}
@@ -114,7 +116,7 @@ def removed(scores, percentile, groups=None):
     scores = np.array(scores, np.float32).reshape(len(scores), -1)
     groups = groups or [None] * len(scores)
     found = [bool(why) for why in reasons("ab", scores, thresholds_of(scores, percentile, groups))]
-    assert found == list(standing(scores, groups) >= percentile / 100)
+    assert found == list(standing(scores, groups) >= percentile / 100 - 1e-9)
     return found
 
 
@@ -162,7 +164,8 @@ def test_precision_and_recall_are_of_labelled_rows():
     assert (found["right"], found["removed"], found["unwanted"]) == (2, 3, 3)
     assert found["precision"] == found["recall"] == found["f1"] == pytest.approx(2 / 3)
     assert quality([False], [False])["precision"] is None
-    assert labels_of([("F:1", {"bad": 1}), ("F:2", {}), ("F:3", {"bad": False})], "bad") == [True, None, False]
+    rows = [("F:1", {"bad": 1}), ("F:2", {}), ("F:3", {"bad": False})]
+    assert labels_of(rows, "bad") == [True, None, False]
     with pytest.raises(ValueError, match="F:1: 'bad' must be true .unwanted. or false, got 'yes'"):
         labels_of([("F:1", {"bad": "yes"})], "bad")
     with pytest.raises(ValueError, match="--label-key bad: no row has this key"):
@@ -172,8 +175,9 @@ def test_precision_and_recall_are_of_labelled_rows():
 # ---- the command -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, said", [
-    ("[]", "not an object"), ("{}", "no axis"), ('{"a": []}', "axis 'a' has no name or no phrases"),
-    ('{"": ["x"]}', "no name"), ('{"a": ["x", " "]}', "one of them is empty"), ('{"a": "x"}', "no list of texts"),
+    ("[]", "not an object"), ("{}", "no axis"), ('{"a": []}', "axis 'a': .. is no list"),
+    ('{"": ["x"]}', "no name"), ('{"a": ["x", " "]}', "one of them is empty"),
+    ('{"a": "x"}', "no list of texts"),
     ('{"a": {"klingonish": ["x"]}}', "unknown language 'klingonish'"), ('{"a": {}}', "no phrases"),
     ('{"a": {"de": ["x"], "German": ["y"]}}', "is de, which is there already"),
     ('{"a": ["x", "x"]}', "'x' is there twice"), ('{"a": ["x"], "a": ["y"]}', "occurs twice")])
@@ -185,7 +189,7 @@ def test_triggers_that_cannot_be_meant_are_refused(tmp_path, text, said):
 
 LINES = ['{"text": "one, two, three", "language": "English", "bad": true}',
          '  {"language":"de",  "text": "rot, gr\u00fcn", "bad": false}\r',
-         '', '{"prompt": "What is red?", "completion": "a colour", "language": "en", "n": 1.50, "bad": false}',
+         '', '{"prompt": "What is red?", "completion": "a colour", "language": "en", "n": 1.50, "bad": 0}',
          '{"text": "vier", "language": "de"}']
 
 
@@ -194,80 +198,91 @@ def place(tmp_path):
     weights.save(tmp_path / "model", language_model(), tokenizer())
     weights.save(tmp_path / "classifier", classifier(), tokenizer())
     (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(LINES).encode())
-    for name, value in [("triggers", {"a": ["seven"], "b": {"de": ["blau", "\nrot"]}}), ("other", {"a": ["nine"]}),
-                        ("fr", {"a": {"fr": ["sept"]}}), ("words", {"a": ["three", "vier"]})]:
+    for name, value in [("triggers", {"a": ["seven"], "b": {"de": ["blau", "\nrot"]}}),
+                        ("other", {"a": ["nine"]}), ("fr", {"a": {"fr": ["sept"]}}),
+                        ("words", {"a": ["three", "vier"]})]:
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     return tmp_path
 
 
-def filtered(place, *words, out="kept", **changed):
-    given = {"model": "model", "data": "data.jsonl", "triggers": "triggers.json", "percentile": "60",
-             "out": f"{out}.jsonl", "removed": f"{out}-removed.jsonl", **changed}
-    flags = [each for name, value in given.items() for each in (f"--{name.replace('_', '-')}", value)]
-    return program("-m", "aya_min.filtration", *flags, *words, cwd=place, env=environment())
+def flags_of(place, out="kept", **changed):
+    """The command line in this folder, with these flags changed or added."""
+    files = {"model": "model", "data": "data.jsonl", "triggers": "triggers.json", "out": f"{out}.jsonl",
+             "removed": f"{out}-removed.jsonl"}
+    other = {name: changed.pop(name) for name in ("percentile", "label_key", "window", "dtype")
+             if name in changed}
+    given = {name: str(place / value) for name, value in (files | changed).items()}
+    given = {"percentile": "60"} | given | other
+    return [each for name, value in given.items() for each in (f"--{name.replace('_', '-')}", value)]
 
 
-def environment():
-    import os
-    from small import ROOT
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+def filtered(place, **changed):
+    run(parsed(flags_of(place, **changed)), CPU)
 
 
 def test_the_command_keeps_lines_as_they_came_and_says_why_others_went(place):
-    done = filtered(place, "--label-key", "bad", "--keywords", "words.json", "--scores", "s.safetensors")
+    done = program("-m", "aya_min.filtration", *flags_of(
+        place, label_key="bad", keywords="words.json", scores="s.safetensors"))
     assert done.returncode == 0, done.stderr
     lines = [line for line in LINES if line]
     scores = load_file(place / "s.safetensors")["scores"]
-    limits = thresholds_of(scores, 60.0, [None] * 4)
-    because = reasons("ab", scores, limits)
+    because = reasons("ab", scores, thresholds_of(scores, 60.0, [None] * 4))
     assert any(because) and not all(because)
     kept = "".join(line + "\n" for line, why in zip(lines, because) if not why)
     assert (place / "kept.jsonl").read_bytes().decode() == kept
     gone = [json.loads(line) for line in (place / "kept-removed.jsonl").read_text().splitlines()]
     assert gone == [{**json.loads(line), "removed_because": why} for line, why in zip(lines, because) if why]
     assert "4 documents in 4 windows scored in" in done.stderr and "documents and" in done.stderr
-    assert [line.split()[:2] for line in done.stdout.splitlines()[1:4]] == [["all", "4"], ["de", "2"], ["en", "2"]]
-    assert "axis a: 1 of 4 scored rows are over the threshold" in done.stdout
-    assert "axis b: 0 of 2 scored rows" in done.stdout or "axis b: 1 of 2 scored rows" in done.stdout
-    assert "the 2 rows of highest scores" in done.stdout
+    said = done.stdout.splitlines()
+    assert [line.split()[:2] for line in said[1:4]] == [["all", "4"], ["de", "2"], ["en", "2"]]
+    assert said[4].startswith("axis a: 1 of 4 scored rows are over the threshold")
+    assert said[5].startswith("axis b: 0 of 2 scored rows")         # at rank 2 of 2
+    assert said[6].startswith("the 2 rows of highest scores")
 
 
-def test_a_file_of_scores_serves_another_percentile_and_no_other_model_data_or_phrases(place):
-    assert filtered(place, scores="s.safetensors").returncode == 0
-    done = filtered(place, scores="s.safetensors", percentile="100", out="all")
-    assert done.returncode == 0 and "not computed again" in done.stderr and "windows" not in done.stderr
+def test_a_file_of_scores_serves_another_percentile_and_no_other_model_data_or_phrases(place, capfd):
+    filtered(place, scores="s.safetensors")
+    assert "4 windows scored" in capfd.readouterr().err
+    filtered(place, scores="s.safetensors", percentile="100", out="all")
+    said = capfd.readouterr().err
+    assert "not computed again" in said and "windows" not in said
     assert (place / "all-removed.jsonl").read_text() == ""
     (place / "more.jsonl").write_text("\n".join(LINES[:2]) + "\n")
     weights.save(place / "another", language_model(seed=1), tokenizer())
     for changed, said in [({"data": "more.jsonl"}, "data"), ({"triggers": "other.json"}, "triggers"),
                           ({"model": "another"}, "model"), ({"window": "9"}, "window"),
                           ({"dtype": "bfloat16", "triggers": "other.json"}, "triggers and dtype")]:
-        done = filtered(place, scores="s.safetensors", out="again", **changed)
-        assert done.returncode == 2 and f"s.safetensors: scores of another {said};" in done.stderr, done.stderr
+        with pytest.raises(ValueError, match=f"s.safetensors: scores of another {said};"):
+            filtered(place, scores="s.safetensors", out="again", **changed)
     (place / "s.safetensors").write_bytes(b"x" * 99)
-    done = filtered(place, scores="s.safetensors", out="again")
-    assert done.returncode == 2 and "not a file of scores, or damaged" in done.stderr
+    with pytest.raises(ValueError, match="not a file of scores, or damaged"):
+        filtered(place, scores="s.safetensors", out="again")
     assert not (place / "again.jsonl").exists()
 
 
 @pytest.mark.parametrize("changed, said", [
-    ({"percentile": "0"}, "--percentile: '0' must be a finite number above 0 and at most 100"),
-    ({"model": "classifier"}, "--model classifier: a classifier; give a language model"),
-    ({"out": "data.jsonl"}, "data.jsonl exists; give a new file"),
+    ({"model": "classifier"}, "classifier: a classifier; give a language model"),
+    ({"out": "data"}, "data.jsonl exists; give a new file"),
     ({"removed": "no/r.jsonl"}, "its folder does not exist"),
     ({"removed": "kept.jsonl"}, "must be different files"),
-    ({"triggers": "fr.json"}, "no phrase goes with any document of data.jsonl, whose languages are de en"),
+    ({"triggers": "fr.json"}, "no phrase goes with any document of .*, whose languages are de en; write"),
     ({"label_key": "worse"}, "no row has this key"),
-    ({"scores": "no/s.safetensors"}, "--scores no/s.safetensors: its folder does not exist"),
-    ({"window": "512"}, "or lower --window 512")])
+    ({"scores": "no/s.safetensors"}, "s.safetensors: its folder does not exist"),
+    ({"window": "512"}, "or lower --window 512"),
+    ({"data": "again.jsonl"}, "again.jsonl:1: the row has 'removed_because' already")])
 def test_a_mistake_is_one_line_and_nothing_is_written(place, changed, said):
+    (place / "again.jsonl").write_text(json.dumps({"text": "x", "removed_because": []}) + "\n")
     before = sorted(place.iterdir())
-    done = filtered(place, **changed)
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert sorted(place.iterdir()) == before
+    with pytest.raises(ValueError, match=said) as error:
+        filtered(place, **changed)
+    assert "\n" not in str(error.value) and sorted(place.iterdir()) == before
 
 
-def test_a_row_that_was_removed_before_is_refused(place):
-    (place / "data.jsonl").write_text(json.dumps({"text": "x", "removed_because": []}) + "\n")
-    done = filtered(place)
-    assert done.returncode == 2 and "data.jsonl:1: the row has 'removed_because' already" in done.stderr
+def test_a_mistake_ends_the_command_with_exit_code_2(place, capsys):
+    done = program("-m", "aya_min.filtration", *flags_of(place, data="none.jsonl"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "none.jsonl: cannot be read" in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        parsed(flags_of(place, percentile="0"))
+    assert ended.value.code == 2
+    assert "--percentile: '0' must be a finite number above 0" in capsys.readouterr().err

@@ -35,8 +35,7 @@ FLOORS = [
      "preferences", "report_table", "text_statistics", "tokenizer", "world_oracle"},
     # 7: what is done with a model or with folders
     {"arbitrage", "domains", "endpoint_answers", "evaluate_languages", "filtration_scores", "loop",
-     "merge_folders", "report",
-     "reward", "sampling", "weights", "world_data", "world_translation"},
+     "merge_folders", "report", "reward", "sampling", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch, models in fewer bits and what stands in their way, examples to classify
     {"chat", "classify", "contrast", "evaluate_answers", "filtration", "judges", "kto", "merge_embed",
