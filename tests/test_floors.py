@@ -17,8 +17,9 @@ FLOORS = [
     # 0: the command line, the table of model families
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
-    {"cmaes", "dropout", "files", "flops", "iso639", "line", "linear", "merge_methods", "model_config",
-     "norms", "patience", "quantization", "report_charts", "rope", "rows_keys", "template_expressions"},
+    {"cmaes", "code_shapes", "dropout", "files", "flops", "iso639", "line", "linear", "merge_methods",
+     "model_config", "norms", "patience", "quantization", "report_charts", "rope", "rows_keys",
+     "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "languages", "merge_config", "merge_front", "quantized", "template",
      "tensorfiles", "token_logps"},
@@ -34,8 +35,8 @@ FLOORS = [
     {"classifier", "critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture",
      "preferences", "report_table", "text_statistics", "tokenizer", "world_oracle"},
     # 7: what is done with a model or with folders
-    {"arbitrage", "domains", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report",
-     "reward", "sampling", "weights", "world_data", "world_translation"},
+    {"arbitrage", "code_data", "domains", "endpoint_answers", "evaluate_languages", "loop", "merge_folders",
+     "report", "reward", "sampling", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch, models in fewer bits and what stands in their way, examples to classify
     {"chat", "classify", "contrast", "evaluate_answers", "judges", "kto", "merge_embed", "merge_quantize",
