@@ -56,15 +56,17 @@ COOLDOWN, COOLDOWN_CODE, COOLDOWN_RATE = 1 / 10, 1 / 5, 1 / 4       # of tokens,
 
 # ---- data --------------------------------------------------------------------------------------------------
 
-def asked(lab, task, split, count, tag=""):
+@cache
+def asked(seed, task, split, count, tag=""):
     """`count` English questions of a task with their right answers."""
-    found = questions(split, count, f"code/{tag}/{lab.seed}", ("en",), LEVEL.get(task, "tiny"), tasks=[task])
+    found = questions(split, count, f"code/{tag}/{seed}", ("en",), LEVEL.get(task, "tiny"), tasks=[task])
     return [{**q, "completion": gold_answer(q)} for q in found]
 
 
-def text_rows(lab, split, count, tag=""):
+@cache
+def text_rows(seed, split, count, tag=""):
     """Questions in which tasks take turns; of each task they are by turns texts and conversations."""
-    of_tasks = [asked(lab, task, split, -(-count // len(TASKS)), tag) for task in TASKS]
+    of_tasks = [asked(seed, task, split, -(-count // len(TASKS)), tag) for task in TASKS]
     rows = [row for turn in zip(*of_tasks) for row in turn][:count]
     return [text if i // len(TASKS) % 2 else row for i, (row, text) in enumerate(zip(rows, as_texts(rows)))]
 
@@ -93,7 +95,7 @@ def code_rows(kind, seed, split, count):
 def source(lab, name, tag):
     """Rows of text, or of a kind of code, without end; the same ones first for every share."""
     if name == "text":
-        return cycle(text_rows(lab, "train", lab.recipe.lessons * 3, tag))
+        return cycle(text_rows(lab.seed, "train", lab.recipe.lessons * 3, tag))
     return cycle(code_rows(name, f"{lab.seed}{tag}", "train", lab.recipe.lessons // 2))
 
 
@@ -186,7 +188,7 @@ def asked_about(lab, measure):
             rows_of("verified", f"{lab.seed}/{split}", longest=LONGEST), split), count)]
     tasks = {"reasoning": REASONING, "knowledge": FACTS, "sums": ["sum"], "days": ["day"]}[measure]
     return [row for task in tasks
-            for row in asked(lab, task, "train" if task == "translate" else split, count, "held out")]
+            for row in asked(lab.seed, task, "train" if task == "translate" else split, count, "held out")]
 
 
 def right(lab, arm, measure):
@@ -209,7 +211,7 @@ def held_out_code(lab):
 
 def held_out_text(lab):
     split, count = lab.recipe.eval_split, max(6, lab.recipe.eval_count // 10)
-    return as_texts([row for task in TASKS for row in asked(lab, task, split, count // 3, "held out")])
+    return as_texts([row for task in TASKS for row in asked(lab.seed, task, split, count // 3, "held out")])
 
 
 HELD_OUT = {"code": held_out_code, "text": held_out_text}
