@@ -14,7 +14,7 @@ markup      pages of HTML, JSON and Markdown with nested parts, made by rule (co
 
 A row is {"text", "source": "code", "dataset_name", "id", "kind"}; one of a program also has its "calls" and
 "results". The id of a part of the library is module:name:line, so that modules can be held out; that of a
-program names its function, so that its calls cannot be in two splits.
+program is shape:body:name, where the body is a digest without the name, so that a body can be held out.
 """
 
 import argparse
@@ -129,10 +129,10 @@ def stripped(text):
 
 
 @cache
-def pieces(unit):
+def pieces(folder, unit):
     """[(id, text), ...] of the library in the order of modules. unit: function or file."""
     found = []
-    for module, path in modules(library()):
+    for module, path in modules(folder):
         text, tree = source_of(path)
         parts = [("", 1, text)] if unit == "file" or not tree else functions(text, tree)
         found += [(f"{module}:{name}:{line}" if name else module, part) for name, line, part in parts]
@@ -152,7 +152,7 @@ def source_of(path):
 def stdlib(seed, docstring, unit):
     """Yield the rows of the library once, in a seeded order. docstring: keep or strip. A function that a text
     at the margin keeps from being moved there is left out."""
-    found, own_folder = pieces(unit), str(library())
+    own_folder, found = str(library()), pieces(library(), unit)
     for name, text in random.Random(f"stdlib/{seed}").sample(found, len(found)):
         if text.strip() and own_folder not in text and is_python(text):
             text = stripped(text) if docstring == "strip" else text
@@ -176,8 +176,8 @@ def verified(seed, docstring):
         if results:
             seen.add(function)
             asserts = "".join(f"assert {call} == {result}\n" for call, result in zip(calls, results))
-            digest = hashlib.sha256(function.encode()).hexdigest()[:12]
-            yield row_of(f"{function}\n{asserts}", "verified-programs", f"{kind}:{name}:{digest}", kind,
+            body = hashlib.sha256(function.replace(name, "f").encode()).hexdigest()[:12]
+            yield row_of(f"{function}\n{asserts}", "verified-programs", f"{kind}:{body}:{name}", kind,
                          calls=calls, results=results)
 
 

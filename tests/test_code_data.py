@@ -1,5 +1,5 @@
-"""Code for mixtures: the standard library in parts, with and without docstrings; programs that give what their
-rows say; pages whose parts nest; the command and what it refuses."""
+"""Code for mixtures: the standard library in parts, with and without docstrings; programs that give what
+their rows say; pages whose parts nest; the command and what it refuses."""
 
 import ast
 import json
@@ -46,9 +46,7 @@ def small_library(tmp_path, monkeypatch):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     monkeypatch.setattr(code_data, "library", lambda: tmp_path)
-    code_data.pieces.cache_clear()
-    yield tmp_path
-    code_data.pieces.cache_clear()
+    return tmp_path
 
 
 def test_a_library_is_its_modules_without_tests_packages_the_build_and_what_names_its_folder(small_library):
@@ -82,7 +80,7 @@ def test_stripping_leaves_the_same_program_without_docstrings_and_comments():
 
 @pytest.mark.long
 def test_stripping_leaves_every_file_of_the_library_the_same_program():
-    for _, text in code_data.pieces("file"):
+    for _, text in code_data.pieces(code_data.library(), "file"):
         assert ast.dump(ast.parse(stripped(text))) == without_docstrings(text)
 
 
@@ -103,7 +101,6 @@ def test_stripping_worked_by_hand(text, bare):
 
 def test_a_function_that_cannot_stand_at_the_margin_is_left_out(small_library):
     (small_library / "margin.py").write_text("class A:\n    def f(self):\n        return '''\nx'''\n")
-    code_data.pieces.cache_clear()
     text = (small_library / "margin.py").read_text()
     assert [name for name, _, _ in functions(text, ast.parse(text))] == ["A.f"]
     assert not any("margin" in row["id"] for row in rows("stdlib", 99))
@@ -205,13 +202,13 @@ def test_the_same_seed_gives_the_same_rows_and_another_one_others(kind):
 def test_rows_are_taken_until_they_have_the_tokens():
     few = [{"text": "a" * n} for n in (3, 4, 5)]
     size_of = lambda row: len(row["text"])
-    assert [len(taken_rows(few, tokens=n, size_of=size_of)) for n in (1, 3, 4, 7, 8, 12)] == [1, 1, 2, 2, 3, 3]
+    taken = [len(taken_rows(few, tokens=n, size_of=size_of)) for n in (1, 3, 4, 7, 8, 12)]
+    assert taken == [1, 1, 2, 2, 3, 3]
     with pytest.raises(ValueError, match="only 12 tokens are there"):
         taken_rows(few, tokens=13, size_of=size_of)
 
 
 def test_the_command_writes_rows_that_a_stage_reads(tmp_path, capsys):
-    tokenizer().save(tmp_path)
     for kind in ("stdlib", "verified", "markup"):
         out = tmp_path / f"{kind}.jsonl"
         main(["--kind", kind, "--count", "5", "--out", str(out), "--max-characters", "400"])
@@ -231,19 +228,22 @@ def test_the_command_counts_tokens_of_a_model_s_tokenizer(tmp_path, capsys, monk
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--count", "0"], "a whole number of at least 1"), (["--count", "3", "--tokens", "3"], "not allowed with"),
+    (["--count", "0"], "a whole number of at least 1"),
+    (["--count", "3", "--tokens", "3"], "not allowed with"),
     ([], "one of the arguments"), (["--tokens", "3"], "go together"),
     (["--count", "3", "--tokenizer", "m"], "go together"), (["--tokens", "3", "--tokenizer", "none"], "none"),
     (["--count", "3", "--unit", "file"], "goes with --kind stdlib"),
     (["--count", "3", "--kind", "markup", "--docstrings", "strip"], "markup has none"),
-    (["--count", "3", "--seed", "-1"], "--seed"), (["--count", "3", "--max-characters", "5"], "of at least 100"),
+    (["--count", "3", "--seed", "-1"], "--seed"),
+    (["--count", "3", "--max-characters", "5"], "of at least 100"),
     (["--count", "3", "--out", "taken.jsonl"], "exists; give a new file"),
     (["--count", "3", "--out", "no/a.jsonl"], "its folder does not exist"),
-    (["--count", "99999999", "--kind", "stdlib", "--unit", "file", "--max-characters", "300"],
-     "rows are there with these flags")])
-def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path, flags, message, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "taken.jsonl").write_text("mine")
+    (["--count", "3", "--kind", "stdlib"], "only 2 rows are there with these flags, not 3")])
+def test_the_command_refuses_in_one_line_and_writes_nothing(small_library, tmp_path_factory, flags, message,
+                                                            capsys, monkeypatch):
+    folder = tmp_path_factory.mktemp("work")
+    monkeypatch.chdir(folder)
+    (folder / "taken.jsonl").write_text("mine")
     more = ["--out", "a.jsonl"] if "--out" not in flags else []
     more += ["--kind", "verified"] if "--kind" not in flags else []
     try:
@@ -255,8 +255,8 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path, flags, mes
     except (ValueError, OSError) as fault:
         error = str(fault)
     assert message in error and "\n" not in error.strip()
-    assert [path.name for path in tmp_path.iterdir()] == ["taken.jsonl"]
-    assert (tmp_path / "taken.jsonl").read_text() == "mine"
+    assert [path.name for path in folder.iterdir()] == ["taken.jsonl"]
+    assert (folder / "taken.jsonl").read_text() == "mine"
 
 
 def test_a_mistake_ends_the_process_with_code_2_and_one_line(tmp_path):

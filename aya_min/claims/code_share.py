@@ -72,9 +72,11 @@ def text_rows(seed, split, count, tag=""):
 
 
 def of_split(rows, split):
-    """Rows of code of one split: all functions of a module are in one, and all calls of a program."""
-    name = lambda row: row["id"].split(":")[0] if row["dataset_name"] == "python-stdlib" else row["id"]
-    return ({**row, "question_id": row["id"]} for row in rows if split_named(name(row)) == split)
+    """Rows of code of one split: all functions of a module are in one, and all programs of a body."""
+    for row in rows:
+        name = row["id"].rsplit(":", 1)[0] if row["kind"] != "function" else row["id"].split(":")[0]
+        if split_named(name) == split:
+            yield {**row, "question_id": row["id"]}
 
 
 def as_question(row):
