@@ -74,7 +74,8 @@ def text_rows(seed, split, count, tag=""):
 def of_split(rows, split):
     """Rows of code of one split: all functions of a module are in one, and all programs of a body."""
     for row in rows:
-        name = row["id"].rsplit(":", 1)[0] if row["kind"] != "function" else row["id"].split(":")[0]
+        place = {"python-stdlib": 0, "verified-programs": 1}.get(row["dataset_name"])
+        name = row["id"] if place is None else row["id"].split(":")[place]
         if split_named(name) == split:
             yield {**row, "question_id": row["id"]}
 
