@@ -17,9 +17,9 @@ FLOORS = [
     # 0: the command line, the table of model families
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
-    {"cmaes", "dropout", "files", "flops", "iso639", "line", "linear", "merge_methods", "mixture_draw",
-     "model_config",
-     "norms", "patience", "quantization", "report_charts", "rope", "rows_keys", "template_expressions"},
+    {"cmaes", "code_shapes", "dropout", "files", "flops", "iso639", "line", "linear", "merge_methods",
+     "mixture_draw", "model_config", "norms", "patience", "quantization", "report_charts", "rope",
+     "rows_keys", "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "languages", "merge_config", "merge_front", "quantized", "template",
      "tensorfiles", "token_logps"},
@@ -36,9 +36,9 @@ FLOORS = [
      "preferences", "pruning_duplicates", "report_table", "rows_streamed", "text_statistics", "tokenizer",
      "world_oracle"},
     # 7: what is done with a model or with folders
-    {"arbitrage", "domains", "endpoint_answers", "evaluate_languages", "filtration_scores", "loop",
-     "merge_folders", "mixture_stream", "pruning_checks", "report", "reward", "sampling", "templates",
-     "weights", "world_data", "world_translation"},
+    {"arbitrage", "code_data", "domains", "endpoint_answers", "evaluate_languages", "filtration_scores",
+     "loop", "merge_folders", "mixture_stream", "pruning_checks", "report", "reward", "sampling",
+     "templates", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch, models in fewer bits and what stands in their way, examples to classify
     {"chat", "classify", "contrast", "evaluate_answers", "filtration", "judges", "kto", "merge_embed",
