@@ -7,15 +7,14 @@ model as it is scores them without a gradient, and the best are trained on, as i
     rho            L(y | x; model) - L(y | x; irreducible-loss model)       eq. 3 of the paper
     loss           L(y | x; model)
     irreducible    - L(y | x; irreducible-loss model)                       easy examples first
-    grad-norm      the norm of the gradient of L at the logits              arXiv 1803.00942, eq. 20
+    grad-norm      the mean of the norms of the gradients at the logits     arXiv 1803.00942, eq. 20
     uniform        a number drawn by seed and step
 
 L is the mean over the example's supervised tokens, not their sum: by the sum, long answers would be chosen
 for their length, whatever a token of them teaches. For a class label, the paper's case, both are the same.
 
-grad-norm is the gradient of that mean, (softmax(z_t) - onehot(y_t)) / T at each of T tokens, whose norm bounds
-that of the whole gradient up to a factor which is alike for all examples, and left out, as are logit_scale and
-the slope of a soft cap.
+The norm of the gradient of L is at most the mean over the tokens of |softmax(z_t) - onehot(y_t)| times a factor
+which is alike for all examples. It is left out, as are logit_scale and the slope of a soft cap.
 
 --select-tokens chooses tokens by the same scores, each token's own, from a plain batch (RHO-1, arXiv
 2404.07965). A departure: there a token is chosen among those of a forward; here among those of the step.
@@ -104,12 +103,6 @@ def token_scores(model, items, pad_id, device, settings, known):
     return [-own - (losses if known else 0) for own, losses in zip(logps, known or logps)]
 
 
-def example_score(scores, select):
-    """The score of an example from those of its tokens: their mean; of the gradient's norms the norm of the
-    gradient of the mean."""
-    return float(scores.norm() / len(scores) if select == "grad-norm" else scores.mean())
-
-
 def rounded(scores):
     return [round(score / ROUNDING) * ROUNDING for score in scores]
 
@@ -165,8 +158,7 @@ class Selector:
         drawn = self.sampler.take(step * self.size, self.size).tolist()
         if self.settings.select_tokens:
             return self.choose_tokens(drawn, self.scores(model, drawn, step, device))
-        select = self.settings.select
-        scores = rounded(example_score(each, select) for each in self.scores(model, drawn, step, device))
+        scores = rounded(float(each.mean()) for each in self.scores(model, drawn, step, device))
         chosen = set(best(scores, drawn, self.settings.batch_size))
         units = [(index, scores[i], i in chosen) for i, index in enumerate(drawn)]
         return Choice(sorted((drawn[i] for i in chosen), key=self.place), None, units)

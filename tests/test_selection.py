@@ -67,47 +67,51 @@ NAMES = ["-".join(map(str, each.values())) for each in ALL]
 
 # ---- scores by hand ----------------------------------------------------------------------------------------
 
-def test_scores_of_three_examples_are_those_worked_by_hand(monkeypatch):
+class Told(torch.nn.Module):
+    """A model that gives a token the loss LOSSES[its id], or the same logits at each position."""
+    LOSSES = torch.tensor([0.0, 0.0, 2.0, 4.0, 1.0, 5.0])
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.config = torch.nn.Module(), type("", (), {"vocab_size": 3})
+
+    def forward(self, ids, mask, *rest):
+        if mask is None:
+            return torch.tensor([0.5, 0.25, 0.25]).log().expand(*ids.shape, 3)
+        return -self.LOSSES[ids[mask]]
+
+
+def test_scores_of_three_examples_are_those_worked_by_hand():
     """Losses of the model 2, 4 | 1 | 5, 5, 5, irreducible losses 1, 1 | 1 | 5, 5, 2. The means of the
     differences are 2, 0 and 1, where the sums would be 4, 0 and 3."""
-    own = [torch.tensor([2.0, 4.0]), torch.tensor([1.0]), torch.tensor([5.0, 5.0, 5.0])]
+    items = toy([[2, 3], [4], [5, 5, 5]])
     known = [torch.tensor([1.0, 1.0]), torch.tensor([1.0]), torch.tensor([5.0, 5.0, 2.0])]
-    monkeypatch.setattr(selection, "answer_logps", lambda *args, **more: [-each for each in own])
 
-    def scores(select):
-        settings = SFT(select=select, irreducible="F" if select in ("rho", "irreducible") else None)
-        values = selection.token_scores(None, [], 0, CPU, settings, known if settings.irreducible else None)
-        return [selection.example_score(each, select) for each in values]
-    assert scores("rho") == [2.0, 0.0, 1.0]
+    def scores(select, known=None):
+        settings = SFT(select=select, irreducible="F" if known else None)
+        return [each.mean().item() for each in selection.token_scores(Told(), items, 0, CPU, settings, known)]
+    assert scores("rho", known) == [2.0, 0.0, 1.0]
     assert scores("loss") == [3.0, 1.0, 5.0]
-    assert scores("irreducible") == [-1.0, -1.0, -4.0]
+    assert scores("irreducible", known) == [-1.0, -1.0, -4.0]
 
 
-def test_the_gradients_norm_at_two_tokens_is_worked_by_hand():
-    """p = (1/2, 1/4, 1/4), y = 0: the gradient (-1/2, 1/4, 1/4) has the norm sqrt(6)/4. Of an example of two
-    such tokens the mean loss has half of it at each: sqrt(6)/4 / sqrt(2)."""
-    class Fixed(torch.nn.Module):
-        config = type("", (), {"vocab_size": 3})
-
-        def forward(self, ids, *rest):
-            return torch.tensor([0.5, 0.25, 0.25]).log().expand(*ids.shape, 3)
-    items = toy([[0], [0, 0]])
-    norms = selection.gradient_norms(Fixed(), items, 0, CPU, SFT(select="grad-norm"))
-    by_hand = 6 ** 0.5 / 4
-    torch.testing.assert_close(torch.cat(norms), torch.full((3,), by_hand))
-    assert selection.example_score(norms[0], "grad-norm") == pytest.approx(by_hand)
-    assert selection.example_score(norms[1], "grad-norm") == pytest.approx(by_hand / 2 ** 0.5)
+def test_the_gradients_norm_at_a_token_is_worked_by_hand():
+    """p = (1/2, 1/4, 1/4). y = 0: the gradient (-1/2, 1/4, 1/4) has the norm sqrt(6)/4; y = 1: (1/2, -3/4,
+    1/4) has sqrt(14)/4."""
+    items = toy([[0], [0, 1]])
+    norms = selection.token_scores(Told(), items, 0, CPU, SFT(select="grad-norm"), None)
+    torch.testing.assert_close(torch.cat(norms), torch.tensor([6, 6, 14]).sqrt() / 4)
 
 
-def test_the_gradients_norm_is_that_of_autograd(world):
+def test_the_gradients_norms_are_those_of_autograd(world):
     model, items = language_model(), examples_of(world)[:3]
     norms = selection.gradient_norms(model, items, 0, CPU, SFT(select="grad-norm"))
     for item, found in zip(items, norms):
         logits = model(torch.tensor(item.ids[None], dtype=torch.long))[0, :-1].detach().requires_grad_()
         places = torch.tensor(item.mask[1:])
         targets = torch.tensor(item.ids[1:], dtype=torch.long)[places]
-        torch.nn.functional.cross_entropy(logits[places], targets).backward()
-        assert selection.example_score(found, "grad-norm") == pytest.approx(logits.grad.norm().item(), rel=1e-5)
+        torch.nn.functional.cross_entropy(logits[places], targets, reduction="sum").backward()
+        torch.testing.assert_close(found, logits.grad[places].norm(dim=1), rtol=1e-5, atol=1e-6)
 
 
 def test_equal_scores_go_to_the_lower_index_and_then_to_the_earlier_place():
@@ -166,7 +170,7 @@ def test_the_first_step_takes_the_best_of_a_loop_that_scores_each_example_alone(
             return loss.mean().item()
         logits = model(batch.input_ids).detach()[:, :-1][batch.mask[:, 1:]]
         onehot = torch.nn.functional.one_hot(batch.input_ids[batch.mask], logits.shape[-1])
-        return ((logits.softmax(-1) - onehot).norm() / len(loss)).item()
+        return (logits.softmax(-1) - onehot).norm(dim=1).mean().item()
     # Sampler shuffles whole large batches; the first is whichever of them it put first.
     selector = selection.Selector(items, tokenizer(), LIMIT,
                                   SFT(select="loss", select_from=3, batch_size=8), 1)
