@@ -16,8 +16,8 @@ class Selecting:
     select: Optional[str] = setting(
         None,
         help="choose what is trained on: each step scores a large batch with the model as it is and trains "
-             "on the --batch-size best. rho: the loss less the irreducible loss (RHO-LOSS, arXiv 2206.07137); "
-             "loss: the highest loss; irreducible: the lowest irreducible loss; grad-norm: the highest norm "
+             "on the --batch-size best. rho: the loss less the irreducible loss (RHO-LOSS, arXiv "
+             "2206.07137); loss: the highest loss; irreducible: the lowest irreducible loss; grad-norm: the highest norm "
              "of the gradient at the logits (arXiv 1803.00942); uniform: drawn evenly, to compare with",
         choices=["rho", "loss", "irreducible", "uniform", "grad-norm"])
     select_from: Optional[int] = setting(

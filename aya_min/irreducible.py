@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from . import distributed
 from .files import publish_file, scratch
 
+TENSORS = ("losses", "counts", "examples")
 FORMAT = "aya_min irreducible losses, 1"
 
 
@@ -74,8 +75,8 @@ def read(path, examples, tokenizer, limit):
         try:
             with safe_open(path, "pt") as file:
                 about, names = file.metadata() or {}, set(file.keys())
-                found = {"losses", "counts", "examples"} <= names and about.get("format") == FORMAT
-                tensors = [file.get_tensor(name) for name in ("losses", "counts", "examples")] if found else []
+                found = names == set(TENSORS) and about.get("format") == FORMAT
+                tensors = [file.get_tensor(name) for name in TENSORS] if found else []
         except (SafetensorError, OSError) as error:
             raise ValueError(f"--irreducible {path}: cannot be read ({error}); give a file that train.py "
                              "irreducible wrote") from None

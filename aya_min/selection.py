@@ -1,5 +1,5 @@
-"""Choosing what to train on while training: RHO-LOSS (arXiv 2206.07137), its relatives, and what one run chose
-replayed by another (Goldilocks, arXiv 2107.02565).
+"""Choosing what to train on while training: RHO-LOSS (arXiv 2206.07137), its relatives, and what one run
+chose, replayed by another (Goldilocks, arXiv 2107.02565).
 
 Each step draws a large batch, select_from times as many examples as it will train on, evenly at random. The
 model as it is scores them without a gradient, and the best are trained on, as if the data had held just them:
@@ -13,8 +13,8 @@ model as it is scores them without a gradient, and the best are trained on, as i
 L is the mean over the example's supervised tokens, not their sum: by the sum, long answers would be chosen
 for their length, whatever a token of them teaches. For a class label, the paper's case, both are the same.
 
-The norm of the gradient of L is at most the mean over the tokens of |softmax(z_t) - onehot(y_t)| times a factor
-which is alike for all examples. It is left out, as are logit_scale and the slope of a soft cap.
+The norm of the gradient of L is at most the mean over the tokens of |softmax(z_t) - onehot(y_t)|, times a
+factor that is taken to be alike for all examples. It is left out, as are logit_scale and a soft cap's slope.
 
 --select-tokens chooses tokens by the same scores, each token's own, from a plain batch (RHO-1, arXiv
 2404.07965). A departure: there a token is chosen among those of a forward; here among those of the step.
@@ -123,8 +123,8 @@ def sha256_of_examples(items):
 class Selector:
     """Chooses the examples, or tokens, of each step of a training.
 
-    items: all Examples. limit: the most tokens of one. num_steps: of the training. Raises ValueError for files
-    that are of other examples, and for a large batch that is more than all of them."""
+    items: all Examples. limit: the most tokens of one. num_steps: of the training. Raises ValueError for
+    files that are of other examples, and for a large batch that is more than all of them."""
 
     def __init__(self, items, tokenizer, limit, settings, num_steps):
         self.items, self.settings, self.pad_id = items, settings, tokenizer.pad_id
@@ -194,8 +194,8 @@ class Selector:
     # ---- batches -------------------------------------------------------------------------------------------
 
     def batches(self, model, collate_fn, slots, device, folder):
-        """batches(step) -> this rank's micro-batches of what is chosen, as data.make_batches gives them, which
-        also writes the choice to folder/selected.jsonl."""
+        """batches(step) -> this rank's micro-batches of what is chosen, as those of data.make_batches. It also
+        writes the choice to folder/selected.jsonl."""
         rank, ranks = distributed.rank(), distributed.num_ranks()
 
         def of_step(step):
@@ -251,16 +251,16 @@ class Selector:
         write_whole(path, "".join(map(json_line, [head, *lines[:done]])))
 
     def read(self, path, num_steps):
-        """The lines of the steps of another run's selected.jsonl. ValueError if they are not of these examples
-        and --batch-size, or are too few."""
+        """The lines of the steps of another run's selected.jsonl. ValueError if they are not of these
+        examples and --batch-size, or are too few."""
         head, *lines = read_lines(path)
         size = self.settings.batch_size
         if (head.get("of"), head.get("sha256")) != (len(self.items), self.print):
             raise ValueError(f"--replay {path}: chosen from other examples ({head.get('of')}, here "
                              f"{len(self.items)}); give the --data, --max-length and tokenizer of that run")
         if head.get("batch_size") != size:
-            raise ValueError(f"--replay {path}: its batches have {head.get('batch_size')} examples; give that "
-                             "as --batch-size")
+            raise ValueError(f"--replay {path}: its batches have {head.get('batch_size')} examples; give "
+                             "that as --batch-size")
         if len(lines) < num_steps:
             raise ValueError(f"--replay {path}: {len(lines)} steps, fewer than the {num_steps} of this run; "
                              f"give --max-steps {len(lines)}")
@@ -287,8 +287,8 @@ def is_list_of(value, end):
 
 
 def read_lines(path):
-    """[the first line, the line of step 0, ...] of a selected.jsonl, without a last line that a kill cut short.
-    ValueError for a file that is none."""
+    """[the first line, the line of step 0, ...] of a selected.jsonl, without a last line that a kill cut
+    short. ValueError for a file that is none."""
     lines = read_bytes(path).split(b"\n")[:-1]
     rows = [parse_object(line, f"{path}:{number}", "copy it again") for number, line in enumerate(lines, 1)]
     if not rows or "of" not in rows[0] or not all(type(row.get("step")) is int for row in rows[1:]):

@@ -27,6 +27,10 @@ def toy(answers, languages="other"):
             for i, ids in enumerate(answers)]
 
 
+def selector_of(items, **settings):
+    return selection.Selector(items, tokenizer(), LIMIT, SFT(select="loss", **settings), num_steps=1)
+
+
 @pytest.fixture(scope="module")
 def losses_file(world, tmp_path_factory):
     """Irreducible losses of write_world's examples under a smaller model of other weights."""
@@ -127,8 +131,7 @@ def test_scores_that_differ_in_their_last_bits_are_equal():
 def test_the_tokens_of_a_batch_are_chosen_by_hand():
     """Of six tokens the best half: 9 and 8 of the first example, 7 of the third; the second has none."""
     items = toy([[2, 3, 4], [5], [6, 7]])
-    selector = selection.Selector(items, tokenizer(), LIMIT, SFT(select="loss", select_tokens=0.5, batch_size=3),
-                                  1)
+    selector = selector_of(items, select_tokens=0.5, batch_size=3)
     choice = selector.choose_tokens([0, 1, 2], [torch.tensor([9.0, 1.0, 8.0]), torch.tensor([5.0]),
                                                 torch.tensor([7.0, 2.0])])
     assert dict(zip(choice.examples, choice.tokens)) == {0: [1, 3], 1: [], 2: [1]}
@@ -143,8 +146,9 @@ def test_shares_by_language_and_mean_scores_are_logged_as_counted_by_hand():
     items = toy([[2], [3], [4], [5]])
     for item, code in zip(items, ("fr", "de", "fr", "xx")):
         item.language = code
-    selector = selection.Selector(items, tokenizer(), LIMIT, SFT(select="loss", select_from=2, batch_size=2), 1)
-    choice = selection.Choice([0, 3], None, [(0, 4.0, True), (1, 1.0, False), (2, 2.0, False), (3, 3.0, True)])
+    selector = selector_of(items, select_from=2, batch_size=2)
+    units = [(0, 4.0, True), (1, 1.0, False), (2, 2.0, False), (3, 3.0, True)]
+    choice = selection.Choice([0, 3], None, units)
     table = selector.table(choice, ("de", "fr", "other"), 0.25)
     assert table[0].tolist() == [[0, 1, 1], [1, 2, 1]]
     assert table[1].tolist() == [[0, 4, 3], [0, 1, 1]] and table[2].tolist() == [[1, 6, 3], [1, 2, 1]]
@@ -172,8 +176,7 @@ def test_the_first_step_takes_the_best_of_a_loop_that_scores_each_example_alone(
         onehot = torch.nn.functional.one_hot(batch.input_ids[batch.mask], logits.shape[-1])
         return (logits.softmax(-1) - onehot).norm(dim=1).mean().item()
     # Sampler shuffles whole large batches; the first is whichever of them it put first.
-    selector = selection.Selector(items, tokenizer(), LIMIT,
-                                  SFT(select="loss", select_from=3, batch_size=8), 1)
+    selector = selector_of(items, select_from=3, batch_size=8)
     assert sorted(selector.sampler.take(0, 24)) == sorted(drawn.tolist())
     assert set(chosen(folder)[0][0]) == set(sorted(drawn.tolist(), key=score)[-8:])
 
@@ -222,8 +225,7 @@ def test_the_model_that_scores_has_no_dropout_and_trains_with_it_afterwards(worl
 
 def test_without_sorting_by_length_the_large_batch_is_drawn_evenly(world):
     items = examples_of(world)
-    selector = selection.Selector(items, tokenizer(), LIMIT,
-                                  SFT(select="loss", select_from=3, batch_size=4, seed=5), 1)
+    selector = selector_of(items, select_from=3, batch_size=4, seed=5)
     order = selector.sampler.take(0, len(items)).tolist()
     assert sorted(order) == list(range(len(items)))
     means = [np.mean([len(items[i].ids) for i in order[start:start + 12]]) for start in (0, 12, 24)]
@@ -275,8 +277,8 @@ def test_irreducible_losses_of_other_rows_are_refused_with_the_first_of_them(wor
     rows[4] = {**rows[4], "completion": "another answer"}
     (tmp_path / "world").mkdir()
     write_jsonl(tmp_path / "world" / "sft.jsonl", rows)
-    more = dict(select="rho", losses_file=losses_file)
-    refused(tmp_path / "world", tmp_path / "a", "other rows: 1 of 36 examples, the first is .*sft.jsonl:5", **more)
+    more, first = dict(select="rho", losses_file=losses_file), "the first is .*sft.jsonl:5"
+    refused(tmp_path / "world", tmp_path / "a", f"other rows: 1 of 36 examples, {first}", **more)
     write_jsonl(tmp_path / "world" / "sft.jsonl", rows[:30])
     refused(tmp_path / "world", tmp_path / "b", "losses of 36 examples, not of the 30", **more)
     refused(world, tmp_path / "c", "examples of at most 256 tokens, not 128", max_length=128, **more)
@@ -324,12 +326,14 @@ def test_a_replay_of_other_examples_another_size_or_fewer_steps_is_refused(world
     refused(world, tmp_path / "b", "its batches have 8 examples", batch_size=4, **replay)
     refused(world, tmp_path / "c", "3 steps, fewer than the 5 .* --max-steps 3", max_steps=5, **replay)
     lines = file.read_text().splitlines(keepends=True)
-    for bad in ('{"step": 1, "examples": [1, 2, 3]}\n', '{"step": 1, "examples": [1, 2, 3, 4, 5, 6, 7, 999]}\n',
+    for bad in ('{"step": 1, "examples": [1, 2, 3]}\n',
+                '{"step": 1, "examples": [1, 2, 3, 4, 5, 6, 7, 999]}\n',
                 '{"step": 7, "examples": [1, 2, 3, 4, 5, 6, 7, 8]}\n'):
         (tmp_path / "bad").write_text("".join([*lines[:2], bad, lines[3]]))
         refused(world, tmp_path / "d", "bad:3: not what a run chose in step 1", replay=str(tmp_path / "bad"))
     (tmp_path / "bad").write_text('{"a": 1}\n')
-    refused(world, tmp_path / "e", "not what a run chose; give the selected.jsonl", replay=str(tmp_path / "bad"))
+    refused(world, tmp_path / "e", "not what a run chose; give the selected.jsonl",
+            replay=str(tmp_path / "bad"))
 
 
 def test_a_large_batch_of_more_than_all_examples_is_refused(world, tmp_path):
