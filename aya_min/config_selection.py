@@ -6,7 +6,8 @@ from typing import Optional
 
 from .command import setting
 
-FROM_FILE = ("rho", "irreducible")      # the ways to choose that read irreducible losses
+FROM_FILE = ("rho", "irreducible")              # the ways to choose that read irreducible losses
+WITH_MODEL = ("rho", "loss", "grad-norm")       # those that score with the model
 LARGE_BATCH = 10                        # RHO-LOSS's code keeps 32 of 320 examples
 
 
@@ -17,8 +18,9 @@ class Selecting:
         None,
         help="choose what is trained on: each step scores a large batch with the model as it is and trains "
              "on the --batch-size best. rho: the loss less the irreducible loss (RHO-LOSS, arXiv "
-             "2206.07137); loss: the highest loss; irreducible: the lowest irreducible loss; grad-norm: the highest norm "
-             "of the gradient at the logits (arXiv 1803.00942); uniform: drawn evenly, to compare with",
+             "2206.07137); loss: the highest loss; irreducible: the lowest irreducible loss; grad-norm: the "
+             "highest norm of the gradient at the logits (arXiv 1803.00942); uniform: drawn evenly "
+             "instead",
         choices=["rho", "loss", "irreducible", "uniform", "grad-norm"])
     select_from: Optional[int] = setting(
         None, "[2, 100000]",
@@ -39,6 +41,11 @@ class Selecting:
     @property
     def chooses(self):
         return bool(self.select or self.replay)
+
+    @property
+    def num_scored(self):
+        """Examples that the model scores in each step."""
+        return self.batch_size * (self.select_from or 1) if self.select in WITH_MODEL else 0
 
     def __post_init__(self):
         """Refuse what does not go together, and fill in what is unset, so that config.json says it."""

@@ -36,6 +36,7 @@ from .loop import autocast, make_optimizer
 from .losses import sft_loss
 from .reference import answer_logps, reference_rows
 from .sampling import answer_rows
+from .selection import gradients_at_logits, rows_at_once
 
 # GB of an A100 or H100, and of an H200.
 CARDS = (80, 141)
@@ -258,6 +259,11 @@ def idle_parameters(model):
     return experts * (len(mixture.experts) - mixture.top_k) // len(mixture.experts) if mixture else 0
 
 
+def num_scored(settings):
+    """Examples that each step scores to choose from (config_selection.py)."""
+    return getattr(settings, "num_scored", 0)
+
+
 def phases_of(stage, model, settings, items, held_out, step, ranks):
     """{a phase of the stage: its peak bytes on one rank}. step: {part: bytes} of a training step."""
     config = model.config
@@ -278,6 +284,10 @@ def phases_of(stage, model, settings, items, held_out, step, ranks):
     if stage.start and stages.has_reference(settings):
         peak = forward(sft_loss, texts, reference_rows(settings))
         phases["in all, in the reference pass before"] = size_of("parameters", "gathered by FSDP") + peak
+    if num_scored(settings):
+        score = gradients_at_logits if settings.select == "grad-norm" else sft_loss
+        peak = forward(score, texts, rows_at_once(settings, config, texts))
+        phases["in all, while it scores what to choose from"] = held + peak
     if stage.samples:
         cache = cache_bytes(config, settings, items, ranks)
         # The policy's tensors are gathered one by one for the copy that samples.
@@ -320,6 +330,8 @@ def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, r
     flops = settings.batch_size / len(items) * (
         training_flops(model.config, lengths, supervised)
         + (training_flops(critic_config, lengths, 0) if critic_config else 0))
+    # A forward is a third of forward and backward.
+    scoring = num_scored(settings) / len(items) * training_flops(model.config, lengths, supervised) / 3
     per_item = sum(lengths) / len(items)                                    # tokens
     source = "the data" if data else "--max-length" + (", the answer included" if stage.samples else "")
     fits = [f"{'fits' if peak <= card * 1e9 else 'does not fit'} {card} GB" for card in CARDS]
@@ -349,4 +361,5 @@ def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, r
         f"{settings.batch_size * per_item:,.0f} tokens: {settings.batch_size} x {per_item:,.1f}, "
         f"the longest text {max(lengths):,}",
         f"{flops:.3g} floating-point operations of the model, {flops / ranks:.3g} on each rank",
+        *([f"{scoring:.3g} more to score {num_scored(settings):,} examples"] if scoring else []),
         f"settings {json.dumps(asdict(settings))}"])

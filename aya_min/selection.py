@@ -66,23 +66,32 @@ class Choice:
 
 # ---- scores ------------------------------------------------------------------------------------------------
 
+def gradients_at_logits(model, batch):
+    """The norm of softmax(z) - onehot(y) at each supervised token, (tokens,)."""
+    logits = model(batch.input_ids, None, batch.lengths, batch.repeats)             # (B, T, V)
+    gradient = logits[:, :-1][batch.mask[:, 1:]].float().softmax(-1)                # (tokens, V)
+    gradient[torch.arange(len(gradient)), batch.input_ids[batch.mask]] -= 1
+    return gradient.norm(dim=-1)
+
+
+def rows_at_once(settings, config, items):
+    """Rows of a forward that scores. Where it makes all logits, as few as CHUNK_LOGITS allows, at least 1."""
+    if settings.select != "grad-norm":
+        return reference_rows(settings)
+    return max(1, min(reference_rows(settings),
+                      CHUNK_LOGITS // (config.vocab_size * max(map(length_of, items)))))
+
+
 @torch.no_grad()
 def gradient_norms(model, items, pad_id, device, settings):
-    """[(tokens,) of each example]: the norm of softmax(z) - onehot(y) at each supervised token. A collective.
-
-    All logits of a text are made at once, so a forward has as few texts as CHUNK_LOGITS allows, at least
-    one."""
+    """[gradients_at_logits of each example], on every rank; the ranks share the work. A collective."""
     was_training, done = model.training, []
     model.eval()
-    widest = model.config.vocab_size * max(map(length_of, items))
-    size = max(1, min(reference_rows(settings), CHUNK_LOGITS // widest))
+    size = rows_at_once(settings, model.config, items)
     for indices, batch in in_step(batches_in_order(items, lambda some: collate(some, pad_id), size)):
         batch = batch.to(device)
         with autocast(model, settings, device):
-            logits = model(batch.input_ids, None, batch.lengths, batch.repeats)     # (B, T, V)
-        gradient = logits[:, :-1][batch.mask[:, 1:]].float().softmax(-1)            # (tokens, V)
-        gradient[torch.arange(len(gradient)), batch.input_ids[batch.mask]] -= 1
-        norms = gradient.norm(dim=-1).cpu()
+            norms = gradients_at_logits(model, batch).cpu()
         done += zip(indices, [each.clone() for each in norms.split(batch.mask.sum(1).tolist())])
     model.train(was_training)
     norms = dict(sum(distributed.gather_objects(done), []))
@@ -98,8 +107,8 @@ def token_scores(model, items, pad_id, device, settings, known):
         norms = gradient_norms(model, items, pad_id, device, settings)
         check_logps(torch.stack([each.sum() for each in norms]), items, "the model", model)
         return norms
-    logps = answer_logps(model, items, pad_id, device, settings, reference_rows(settings), "the model",
-                         by_token=True)
+    size = rows_at_once(settings, model.config, items)
+    logps = answer_logps(model, items, pad_id, device, settings, size, "the model", by_token=True)
     return [-own - (losses if known else 0) for own, losses in zip(logps, known or logps)]
 
 
@@ -194,8 +203,8 @@ class Selector:
     # ---- batches -------------------------------------------------------------------------------------------
 
     def batches(self, model, collate_fn, slots, device, folder):
-        """batches(step) -> this rank's micro-batches of what is chosen, as those of data.make_batches. It also
-        writes the choice to folder/selected.jsonl."""
+        """batches(step) -> this rank's micro-batches of what is chosen, like those of data.make_batches. It
+        also writes the choice to folder/selected.jsonl."""
         rank, ranks = distributed.rank(), distributed.num_ranks()
 
         def of_step(step):

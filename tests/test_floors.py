@@ -18,7 +18,8 @@ FLOORS = [
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
     {"cmaes", "config_selection", "dropout", "files", "flops", "iso639", "line", "linear", "merge_methods",
-     "model_config", "norms", "patience", "quantization", "report_charts", "rope", "rows_keys", "template_expressions"},
+     "model_config", "norms", "patience", "quantization", "report_charts", "rope", "rows_keys",
+     "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "languages", "merge_config", "merge_front", "quantized", "template",
      "tensorfiles", "token_logps"},

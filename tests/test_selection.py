@@ -13,6 +13,7 @@ from aya_min.config import SFT, settings_from
 from aya_min.data import Example, collate, load_examples
 from aya_min.files import read_json, write_jsonl
 from aya_min.losses import supervised_logps
+from aya_min.model_config import ModelConfig
 
 LIMIT = 256
 
@@ -77,7 +78,7 @@ class Told(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.model, self.config = torch.nn.Module(), type("", (), {"vocab_size": 3})
+        self.model, self.config = torch.nn.Module(), ModelConfig(vocab_size=3)
 
     def forward(self, ids, mask, *rest):
         if mask is None:

@@ -1,9 +1,9 @@
 """Choosing what to train on: RHO-LOSS (arXiv 2206.07137) and Goldilocks (arXiv 2107.02565), on the embedded
 world.
 
-A model of the recipe's size learns from scratch to answer questions in eight languages. Arms differ in how each step
-chooses a batch out of SELECT_FROM times as many examples; all draw the same ones, and take the same number of
-steps at the same rate, which is constant so that a step counts the same wherever an arm is. The data:
+A model of the recipe's size learns from scratch to answer questions in eight languages. Arms differ in how
+each step chooses a batch out of SELECT_FROM times as many examples; all draw the same ones, and take the same
+number of steps at the same rate, which is constant so that a step counts the same wherever an arm is:
 
     noise          NOISE of the answers are wrong words of the right kind, in a right sentence
     redundancy     no noise; half of the questions stand REPEATS times in the data, word for word
@@ -16,8 +16,8 @@ Held-out losses are of right answers to questions that none of them contains, in
 need words that the question does not hold, and the other tasks, which a rule answers (`rule`). Steps and
 seconds are those in which an arm reaches the loss of uniform's last step, between two checkpoints by a
 straight line, as a share of uniform's; an arm that never does counts NEVER times its own. Their interval is
-of a bootstrap over the questions. Seconds include the scoring; not the training of the irreducible-loss model,
-which the paper spreads over many runs, too.
+of a bootstrap over the questions. Seconds include the scoring, and not the training of the irreducible-loss
+model, which many runs may share.
 
 Departures: the paper trains image classifiers and ALBERT for many epochs and keeps a tenth of a large batch.
 Here uniform sees each row about once, and a tenth would cost 4.3 steps' time a step, so a fourth is kept.
@@ -166,8 +166,8 @@ def trained(which, select, losses, lab, begin=None, **settings):
     if losses:
         settings["irreducible"] = str(losses_file(lab, *losses))
     return lab.train(f"{select or 'replayed'}, {which}", "sft", begin or start(lab), data_of(lab, which),
-                     batch_size=BATCH, max_steps=steps, publish_every=steps // CHECKPOINTS, learning_rate=2e-3, warmup_steps=20,
-                     schedule="constant", **settings)
+                     batch_size=BATCH, max_steps=steps, publish_every=steps // CHECKPOINTS, warmup_steps=20,
+                     learning_rate=2e-3, schedule="constant", **settings)
 
 
 def on_llama(select, lab):
