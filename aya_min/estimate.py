@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import balance, checkpoint, distributed, stages
 from .config import WITH_CRITIC
 from .critic import Critic, Learner
-from .data import batches_in_order, collate, length_of
+from .data import batches_in_order, collate, count_steps, length_of
 from .dropout import of_step
 from .engine import cache_sizes, round_up
 from .flops import training_flops
@@ -36,7 +36,7 @@ from .loop import autocast, make_optimizer
 from .losses import sft_loss
 from .reference import answer_logps, reference_rows
 from .sampling import answer_rows
-from .selection import gradients_at_logits, rows_at_once
+from .selection import Selector, gradients_at_logits, rows_at_once
 
 # GB of an A100 or H100, and of an H200.
 CARDS = (80, 141)
@@ -306,6 +306,9 @@ def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, r
     fitting = replace(settings, max_length=stages.fitting(settings, model))
     items = items_of(stage, fitting, data, tokenizer)
     held_out = items_of(stage, fitting, eval_data, tokenizer) if eval_data else []
+    if data and getattr(settings, "chooses", False):
+        # It refuses what a run would refuse.
+        Selector(items, tokenizer, fitting.max_length, settings, count_steps(len(items), settings))
     share, samples = settings.batch_size // ranks, settings.num_samples if stage.samples else 1
     size = settings.micro_batch_size or share
     batch = largest(items, size, stage.collate, samples)

@@ -63,8 +63,8 @@ LLAMA = dict(hidden_size=2 / 3, intermediate_size=2 / 3)
 # ---- data --------------------------------------------------------------------------------------------------
 
 def num_steps(lab):
-    """400 with the preset tiny; as many to each checkpoint."""
-    return CHECKPOINTS * max(1, lab.recipe.corpus // 360 // CHECKPOINTS)
+    """360 with the preset tiny; as many to each checkpoint."""
+    return CHECKPOINTS * max(1, lab.recipe.corpus // 400 // CHECKPOINTS)
 
 
 def drawn(lab, split="train"):
