@@ -5,6 +5,8 @@
     torchrun train.py sft --model DIR --data F.jsonl --out RUN   one stage: pretrain sft reward dpo kto rl
                                                                  router classify sidenet
     torchrun train.py sft --resume RUN                           continue a stage that was stopped
+    torchrun train.py irreducible --model SMALL --data F.jsonl --out F.safetensors
+                                                                 losses for --select rho
     torchrun train.py claim NAME --seeds 1 2 3                   what a paper says, tried; `claims` lists them
 """
 
@@ -33,6 +35,7 @@ from aya_min.data import read_jsonl
 from aya_min.endpoint_answers import add_flags as add_endpoint_flags, check_all_there, endpoints_of
 from aya_min.evaluate_judges import check_judge_fits, judging_of_recipe
 from aya_min.files import read_json, refuse_pipe, write_json
+from aya_min.irreducible_command import add_irreducible, run_irreducible
 from aya_min.languages import CLUSTERS, read_clusters
 from aya_min.mixture_rows import Mixture, with_mixture
 from aya_min.mixture_spec import is_spec
@@ -45,6 +48,8 @@ gc.freeze()
 gc.enable()
 signal.signal(signal.SIGINT, on_interrupt)
 
+# {setting: where its file comes from}
+FILES_OF = {"irreducible": "train.py irreducible wrote", "replay": "a run with --select wrote"}
 # A timeout of up to a year.
 SECONDS = number(float, "[0.001, 31536000]")
 
@@ -60,6 +65,7 @@ def make_parser():
     add_claim(commands)
     for name, stage in stages.STAGES.items():
         add_stage(commands, name, stage)
+    add_timeout(add_irreducible(commands), 600)
     return parser
 
 
@@ -246,6 +252,10 @@ def check_flags(args, settings, device, ranks):
         raise ValueError("--tokenizer goes with a preset; a model folder brings its own")
     for path in [*(args.data or []), *args.eval_data]:
         refuse_pipe(path)
+    for name in ("irreducible", "replay"):
+        path = getattr(settings, name, None)
+        if path and not Path(path).is_file():
+            raise ValueError(f"--{name} {path}: no such file; give one that {FILES_OF[name]}")
     if getattr(args, "reference_logps", None) and stages.has_reference(settings, args.reference_logps):
         reference.check_place(Path(args.reference_logps))
 
@@ -424,7 +434,8 @@ def run_command():
     if args.command == "claims":
         guarded(list_claims, "train.py")
     args.command = runs.OLD_STAGES.get(args.command, args.command)          # rloo: rl, whose default it is
-    work = {"recipe": run_whole_recipe, "claim": run_claim}.get(args.command, run_one_stage)
+    work = {"recipe": run_whole_recipe, "claim": run_claim,
+            "irreducible": run_irreducible}.get(args.command, run_one_stage)
     distributed.launch(lambda device: work(args, device), args.collective_timeout)
 
 

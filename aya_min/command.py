@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import traceback
+from dataclasses import field
 
 from tqdm import tqdm
 
@@ -91,6 +92,11 @@ def in_range(value, interval):
 
 
 WHOLE = "[0, 9223372036854775808)"          # seeds: 63 bits
+
+
+def setting(default, interval=None, help=None, **more):
+    """A dataclass field with its help, and the interval of its numbers ("[0, 1)") or its choices."""
+    return field(default=default, metadata={"interval": interval, "help": help, **more})
 
 
 def number(kind, interval):

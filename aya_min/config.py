@@ -3,20 +3,16 @@ dataclasses. Later ones win: defaults, a preset, `--config FILE.json`, flags.
 """
 
 import argparse
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Optional
 
-from .command import WHOLE, describe, in_range, number
+from .command import WHOLE, describe, in_range, number, setting
+from .config_selection import Selecting
 from .files import read_json
 from .model_config import MODEL_PRESETS
 
 TEMPERATURE = "[0, 1000]"       # 0 is greedy
-
-
-def setting(default, interval=None, help=None, **more):
-    """A dataclass field with its help, and the interval of its numbers ("[0, 1)") or its choices."""
-    return field(default=default, metadata={"interval": interval, "help": help, **more})
 
 
 @dataclass
@@ -104,12 +100,12 @@ class Training(Reading):
 
 
 @dataclass
-class Pretrain(Training):
+class Pretrain(Selecting, Training):
     learning_rate: float = setting(3e-3, "(0, inf)")
 
 
 @dataclass
-class SFT(Training):
+class SFT(Selecting, Training):
     epochs: float = setting(2.0, "(0, 1000000]", "passes over the data when --max-steps is 0")
 
 
@@ -362,8 +358,8 @@ RECIPES = {
 
 def kind(f):
     """The type of a field's values, without its None."""
-    optional = {Optional[bool]: bool, Optional[int]: int, Optional[float]: float, Optional[dict]: dict,
-                Optional[list]: list}
+    optional = {Optional[bool]: bool, Optional[int]: int, Optional[float]: float, Optional[str]: str,
+                Optional[dict]: dict, Optional[list]: list}
     return optional.get(f.type, f.type)
 
 
@@ -399,7 +395,7 @@ def add_flags(parser, settings_class, only=None):
             more |= {"nargs": "+", "metavar": "NAME"}
         else:
             more["type"] = number(kind(f), meta["interval"]) if meta["interval"] else kind(f)
-            more |= {"choices": choices, "metavar": None if choices else "N"}
+            more |= {"choices": choices, "metavar": None if choices else meta.get("metavar", "N")}
             more |= {"nargs": "?", "const": meta["const"]} if "const" in meta else {}
         parser.add_argument(flag_of(f.name), **more)
 

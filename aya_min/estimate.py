@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import balance, checkpoint, distributed, stages
 from .config import WITH_CRITIC
 from .critic import Critic, Learner
-from .data import batches_in_order, collate, length_of
+from .data import batches_in_order, collate, count_steps, length_of
 from .dropout import of_step
 from .engine import cache_sizes, round_up
 from .flops import training_flops
@@ -37,6 +37,7 @@ from .losses import sft_loss
 from .mixture_stream import Stream
 from .reference import answer_logps, reference_rows
 from .sampling import answer_rows
+from .selection import Selector, gradients_at_logits, rows_at_once
 
 # GB of an A100 or H100, and of an H200.
 CARDS = (80, 141)
@@ -264,6 +265,11 @@ def idle_parameters(model):
     return experts * (len(mixture.experts) - mixture.top_k) // len(mixture.experts) if mixture else 0
 
 
+def num_scored(settings):
+    """Examples that each step scores to choose from (config_selection.py)."""
+    return getattr(settings, "num_scored", 0)
+
+
 def phases_of(stage, model, settings, items, held_out, step, ranks):
     """{a phase of the stage: its peak bytes on one rank}. step: {part: bytes} of a training step."""
     config = model.config
@@ -284,6 +290,10 @@ def phases_of(stage, model, settings, items, held_out, step, ranks):
     if stage.start and stages.has_reference(settings):
         peak = forward(sft_loss, texts, reference_rows(settings))
         phases["in all, in the reference pass before"] = size_of("parameters", "gathered by FSDP") + peak
+    if num_scored(settings):
+        score = gradients_at_logits if settings.select == "grad-norm" else sft_loss
+        peak = forward(score, texts, rows_at_once(settings, config, texts))
+        phases["in all, while it scores what to choose from"] = held + peak
     if stage.samples:
         cache = cache_bytes(config, settings, items, ranks)
         # The policy's tensors are gathered one by one for the copy that samples.
@@ -302,6 +312,9 @@ def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, r
     fitting = replace(settings, max_length=stages.fitting(settings, model))
     items = items_of(stage, fitting, data, tokenizer)
     held_out = items_of(stage, fitting, eval_data, tokenizer) if eval_data else []
+    if data and getattr(settings, "chooses", False):
+        # It refuses what a run would refuse.
+        Selector(items, tokenizer, fitting.max_length, settings, count_steps(len(items), settings))
     share, samples = settings.batch_size // ranks, settings.num_samples if stage.samples else 1
     size = settings.micro_batch_size or share
     batch = largest(items, size, stage.collate, samples)
@@ -326,6 +339,8 @@ def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, r
     flops = settings.batch_size / len(items) * (
         training_flops(model.config, lengths, supervised)
         + (training_flops(critic_config, lengths, 0) if critic_config else 0))
+    # A forward is a third of forward and backward.
+    scoring = num_scored(settings) / len(items) * training_flops(model.config, lengths, supervised) / 3
     per_item = sum(lengths) / len(items)                                    # tokens
     source = "the data" if data else "--max-length" + (", the answer included" if stage.samples else "")
     fits = [f"{'fits' if peak <= card * 1e9 else 'does not fit'} {card} GB" for card in CARDS]
@@ -355,4 +370,5 @@ def dry_run(command, name, model, settings, data, eval_data, tokenizer, ranks, r
         f"{settings.batch_size * per_item:,.0f} tokens: {settings.batch_size} x {per_item:,.1f}, "
         f"the longest text {max(lengths):,}",
         f"{flops:.3g} floating-point operations of the model, {flops / ranks:.3g} on each rank",
+        *([f"{scoring:.3g} more to score {num_scored(settings):,} examples"] if scoring else []),
         f"settings {json.dumps(asdict(settings))}"])

@@ -30,7 +30,7 @@ from .loss_scale import LossScale
 from .patience import Patience
 
 # Metrics that are logged for each language too.
-PER_LANGUAGE = ("loss", "accuracy", "rewards/accuracies", "reward", "cut", "agreement")
+PER_LANGUAGE = ("loss", "accuracy", "rewards/accuracies", "reward", "cut", "agreement", "selected")
 
 # Dense bf16 peak, TFLOP/s, from NVIDIA's data sheets. The first name that the card's name contains counts.
 PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}

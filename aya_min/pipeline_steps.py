@@ -147,7 +147,7 @@ def refresh_page(folder, every=20):
 # What steps leave in their folders.
 OWN = {"config.json", "metrics.jsonl", "eval.json", "tokenizer.json", "tokenizer_config.json", "state",
        "model", "checkpoints", "reference.safetensors", "profile.json", ".lock", "candidates.jsonl",
-       "pairs.jsonl", "greedy.jsonl", "sampled.jsonl", "made", "done.json", *FILES}
+       "pairs.jsonl", "greedy.jsonl", "sampled.jsonl", "selected.jsonl", "made", "done.json", *FILES}
 
 
 def _clear(folder):

@@ -29,12 +29,13 @@ from .loop import learning_rate, read_metrics
 from .mixture_rows import Mixture
 
 # The settings that a resume may change: they choose neither the examples nor the loss. check_schedule checks
-# those of the schedule.
+# those of the schedule. irreducible and replay are paths, whose contents must be the same.
 MAY_CHANGE = ("learning_rate", "max_steps", "epochs", "warmup_steps", "schedule", "final_learning_rate",
               "save_every", "publish_every", "eval_every", "micro_batch_size", "packing", "compile",
-              "activation_checkpointing", "replicate", "cpu_offload", "profile")
+              "activation_checkpointing", "replicate", "cpu_offload", "profile", "irreducible", "replay")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-OURS = ("config.json", "metrics.jsonl", "eval.json", "reference.safetensors", "profile.json", *TOKENIZER)
+OURS = ("config.json", "metrics.jsonl", "eval.json", "reference.safetensors", "profile.json",
+        "selected.jsonl", *TOKENIZER)
 
 
 @dataclass
@@ -250,12 +251,13 @@ def forget_after(metrics, step, num_steps):
 # ---- the folder while its stage runs -----------------------------------------------------------------------
 
 @contextmanager
-def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_items):
+def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_items, files={}):
     """Hold a run folder (a RunFolder) while its stage runs. A new one gets config.json and the tokenizer
     before step 0; a resumed one must be of the same run.
 
     source: the paths that a resume needs besides the data ("model", "eval_data", "reward_model").
-    models: {name: the model before training}. num_items: the number of examples, pairs or prompts.
+    models: {name: the model before training}. num_items: the number of examples, pairs or prompts. files:
+    {name: path} of files besides, whose contents a resume must not change.
     A new folder is removed if the stage fails before it has written anything else."""
     check_training(settings, distributed.num_ranks())
     num_steps = count_steps(num_items, settings)
@@ -270,7 +272,8 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
         """Lock the folder. Returns (config.json before, what is given now, {changed setting: old value})."""
         before = read_run(folder, stage, type(settings)) if resume else {}
         digests = {**prints, "tokenizer": hashlib.sha256(tokenizer.bpe.to_str().encode()).hexdigest(),
-                   "data": [path.sha256 if isinstance(path, Mixture) else sha256(path) for path in data]}
+                   "data": [path.sha256 if isinstance(path, Mixture) else sha256(path) for path in data],
+                   **{name: sha256(path) for name, path in files.items()}}
         now = {"stage": stage, "settings": asdict(settings), "data": [str(p) for p in data],
                **(source or {}), "sha256": digests}
         changes = {}

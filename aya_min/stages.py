@@ -19,7 +19,7 @@ from typing import Callable, Optional
 import numpy as np
 import torch
 
-from . import balance, classify, config, distributed, router, weights
+from . import balance, classify, config, distributed, router, selection, weights
 from .classifier import Classifier, SideNet
 from .data import (Example, Pair, batches_in_order, collate, collate_pairs, count_steps, load_pairs,
                    make_batches, slots_of)
@@ -111,15 +111,18 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
         settings = replace(settings, batch_size=max(ranks, len(items) // ranks * ranks))
     if stage.arrange:
         items, held_out = stage.arrange(model, items, held_out, settings)
-    loss_fn, stop = stage.loss(settings), distributed.Signals()
+    loss_fn, stop, selector, files = stage.loss(settings), distributed.Signals(), None, {}
     if stage.samples:
         num_steps = count_steps(len(items), settings)
     else:
         slots = slots_of(items, held_out)
         pad = lambda some: stage.collate(some, tokenizer.pad_id, slots)
         num_steps, batches = make_batches(items, pad, settings)
+        if getattr(settings, "chooses", False):
+            selector = selection.Selector(items, tokenizer, limit, settings, num_steps)
+            files = selector.files
 
-    with open_run(out, name, settings, data, resume, tokenizer, source, models, len(items)) as folder:
+    with open_run(out, name, settings, data, resume, tokenizer, source, models, len(items), files) as folder:
         model = spread(model, settings, device)
         if stage.start:
             stage.start(model, items + held_out, tokenizer.pad_id, device, settings, folder, **beside)
@@ -130,6 +133,8 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
         else:
             in_order = batches_in_order(held_out, pad) if held_out else []
             prepare = lambda some: stage.prepare(model, some, settings, device) if stage.prepare else None
+            if selector:
+                batches, loss_fn = selection.begin(selector, model, loss_fn, pad, slots, device, folder)
             batches = prepared(batches, prepare)
 
             def evaluation():

@@ -17,16 +17,16 @@ FLOORS = [
     # 0: the command line, the table of model families
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
-    {"cmaes", "code_shapes", "dropout", "files", "flops", "iso639", "line", "linear", "merge_methods",
-     "mixture_draw", "model_config", "norms", "patience", "quantization", "report_charts", "rope",
-     "rows_keys", "template_expressions"},
+    {"cmaes", "code_shapes", "config_selection", "dropout", "files", "flops", "iso639", "line", "linear",
+     "merge_methods", "mixture_draw", "model_config", "norms", "patience", "quantization", "report_charts",
+     "rope", "rows_keys", "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "languages", "merge_config", "merge_front", "quantized", "template",
      "tensorfiles", "token_logps"},
     # 3: losses, the world, one HTTP request, how to resume, what a line of JSONL means, whether two
     # folders are alike
-    {"alike", "checkpoint", "control_tokens", "endpoint_http", "fused", "journal", "lengths", "loss_scale",
-     "losses", "mixture_spec", "report_data", "rows", "template_turns", "world"},
+    {"alike", "checkpoint", "control_tokens", "endpoint_http", "fused", "irreducible", "journal", "lengths",
+     "loss_scale", "losses", "mixture_spec", "report_data", "rows", "template_turns", "world"},
     # 4: the layers of a mixture of experts, its losses over a step; where the rows of large files are
     {"balance", "mixture_index", "moe"},
     # 5: the decoder; the rows that a spec draws
@@ -46,11 +46,11 @@ FLOORS = [
     # 9: samples of the policy as batches, what judges say, what a client of the server asks, mixtures made,
     # what a model does with held-out rows, SideNets before a classifier
     {"early_exit", "evaluate_judges", "held_out", "judges_rates", "merge_upcycle", "rollouts", "router",
-     "serve_request"},
+     "selection", "serve_request"},
     # 10: the stages, the leaderboard, the server
     {"evaluate_early_exit", "evaluate_leaderboard", "evaluate_quantized", "generate_pool", "serve", "stages"},
     # 11: a recipe's run on disk; what a stage will need; what a search measures
-    {"estimate", "evaluate", "generate_route", "merge_fitness", "pipeline_steps"},
+    {"estimate", "evaluate", "generate_route", "irreducible_command", "merge_fitness", "pipeline_steps"},
     # 12: what a run shows for itself; the search; real text for claims
     {"merge_search", "pipeline_results", "real_text"},
     # 13: the recipe; train.py, generate.py and merge.py stand on it
