@@ -113,6 +113,17 @@ def trained(lab, name, start, rows, times=1):
                      learning_rate=lab.recipe.base_learning_rate, max_length=max(lab.recipe.max_length, 256))
 
 
+def by_language(lab):
+    """The picture: of the eight languages the share of right greedy answers, by the model's breadth."""
+    right = {}
+    for count in LANGUAGES_OF:
+        for row in lab.answers(f"{WORLD}, {count} languages", "greedy"):
+            right.setdefault((row["language"], count), []).append(row["grade"] >= 2)
+    share = lambda code, count: sum(right[code, count]) / len(right[code, count])
+    rows = [[LANGUAGES[code].name, [[share(code, count), False] for count in LANGUAGES_OF]] for code in EIGHT]
+    return {"columns": [f"{count} languages" for count in LANGUAGES_OF], "rows": rows}
+
+
 # ---- weightings --------------------------------------------------------------------------------------------
 
 def bare(question, concepts):
@@ -183,7 +194,7 @@ STEPS = ((8, 16), (16, ALL), (8, ALL))
 CLAIMS = (
     Claim("breadth", "At one capacity a model of fewer languages does better in each of them (world).",
           "MGSM: 36.6 with Aya 23 8B (23 languages), 8.1 with Aya 101 13B (101 languages)",
-          tuple(each for pair in STEPS for each in fewer(WORLD, *pair))),
+          tuple(each for pair in STEPS for each in fewer(WORLD, *pair)), by_language),
     Claim("breadth-text", "At one capacity a model of fewer languages has a lower loss in each (real text).",
           "more capacity for fewer languages is what Aya 23 is an experiment in",
           tuple(each for pair in STEPS for each in fewer(TEXT, *pair)), needs=REAL),
