@@ -326,7 +326,8 @@ def new_folder(path, publish=None):
 
 
 def write_new(texts):
-    """Write {path: text}: all files appear, in this order, or none does. ValueError if one exists."""
+    """Write {path: text, or its parts}: all files appear, in this order, or none does. ValueError if one
+    exists."""
     made, done = {}, []
     with ExitStack() as stack:
         for path, text in texts.items():
@@ -354,9 +355,9 @@ def write_whole(path, text):
 
 
 def write_and_sync(path, text):
-    """Write a text to a file and fsync it. Returns the path; an OSError names it."""
+    """Write a text, or the parts of one, to a file and fsync it. Returns the path; an OSError names it."""
     with naming(path), open(path, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
+        file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     return path

@@ -9,6 +9,7 @@ false), of a row or of a message, says whether it is supervised; "finish_reason"
 at its limit. Other keys are kept, or refused by name (rows_keys.py).
 """
 
+import re
 from pathlib import Path
 
 from . import distributed
@@ -55,8 +56,7 @@ def read_jsonl(path, reading=None):
         row = parse_object(line, where, "one whole object a line")
         if columns:
             row = renamed(row, columns, where)
-        if row.get("language") is not None:
-            row["language"] = canonical(row["language"], where)
+        name_language(row, where)
         check_keys(row, where, unknown)
         # A row without a shape is refused later, by what wants one.
         for key in sorted(row.keys() - READ) if shapes_in(row) else ():
@@ -72,6 +72,24 @@ def read_jsonl(path, reading=None):
                      for name, (count, first) in found.items()]
             distributed.say(f"keys {kind}that are not read: {', '.join(names[:8])}", [path])
     return rows
+
+
+def name_language(row, where):
+    """Give a row the code used here as its "language".
+
+    The Aya data sets write a name and a code in "language" and "language_code" (Standard Arabic, arb), or a
+    code and its "script" (zho, Hant). A name that is not known gives way to the code. A script stands in the
+    code where the language is usually written in another.
+    """
+    named, coded, script = (row.get(key) for key in ("language", "language_code", "script"))
+    if named is None or (coded is not None and isinstance(named, str) and language_code(named) is None):
+        named = coded
+    if named is None:
+        return
+    code = canonical(named, where)
+    if isinstance(script, str) and re.fullmatch("[A-Z][a-z]{3}", script) and code.isalpha():
+        code = language_code(f"{code}-{script}") or code
+    row["language"] = code
 
 
 def canonical(language, where):

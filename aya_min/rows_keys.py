@@ -18,7 +18,8 @@ CARRIED = set("""
     source kind level category subcategory cluster task args candidates teacher scores reward score grade
     seen_language why model seed sample logp num_tokens chosen_reward rejected_reward chosen_teacher
     rejected_teacher dataset url user_id annotation_type template_id dataset_name sub_dataset_name split idx
-    index uid uuid prompt_id split_type created license script task_type annotator_id""".split())
+    index uid uuid prompt_id split_type created license script task_type annotator_id
+    language_code source_id original_inputs original_targets approvals""".split())
 
 # Keys that would change what a row means and that nothing here honours, with the reason. They may be empty.
 TOOLS = "no tools are called here"

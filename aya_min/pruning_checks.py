@@ -1,0 +1,129 @@
+"""What is wrong with one row of training data, by itself or beside evaluation prompts: the texts that prune
+rows in the Aya dataset (arXiv 2402.06619) and Aya 101 (arXiv 2402.07827).
+
+Each check returns None or why the row goes. pruning.py calls them.
+"""
+
+import math
+from collections import Counter
+
+from . import language_id
+from .rows import is_plain_text, prompt_of, shapes_in, text_of, texts_in
+from .rows_streamed import streamed
+from .text_statistics import words_of
+
+LEAST_LETTERS = 20      # as language_id weighs them; below it the language of an answer is not judged
+GRAM = 13               # words in a row that an evaluation prompt and a row may not share
+RE_ANNOTATED = "re-annotations"         # the Aya dataset's annotation_type
+EDITED = ("inputs", "targets")          # compared with original_inputs, original_targets
+
+
+# ---- language ----------------------------------------------------------------------------------------------
+
+def answer_in(row, where):
+    """The text of a row that should be in its language: its answer, the chosen one of a pair, or its only
+    text. The prompt of a translation may be in another."""
+    texts = texts_in(row, where)
+    return texts[-2] if "chosen" in shapes_in(row) else texts[-1]
+
+
+def wrong_language(row, where, unjudged):
+    """Why a row's answer is not in the row's language, or None. unjudged: a Counter of why rows were not
+    judged, by language; one of this row is added."""
+    language = row.get("language")
+    code = language_id.profile_of(language) if language else None
+    chances, letters = language_id.posterior(answer_in(row, where)) if code else ({}, 0)
+    if code is None or letters < LEAST_LETTERS or not language_id.can_tell(chances, letters):
+        unjudged["no language" if not language else "no profile" if code is None else "too short"] += 1
+        return None
+    seen = max(chances, key=chances.get)
+    if chances.get(code, 0.0) * math.exp(language_id.EXPECTED) >= chances[seen]:
+        return None
+    return f"in {seen}, not in {code}"
+
+
+# ---- approvals, edits --------------------------------------------------------------------------------------
+
+def too_few_approvals(row, where, least):
+    count = row.get("approvals")
+    if type(count) is not int or count < 0:
+        raise ValueError(f"{where}: --approvals needs 'approvals', a whole number, in each row; got "
+                         f"{'none' if count is None else repr(count)[:40]}")
+    return f"{count} approvals" if count < least else None
+
+
+def edit_distance(one, other, limit):
+    """The edit distance (Levenshtein) of two texts in characters, or `limit` if it is not below it.
+
+    Only cells of the table that are less than `limit` from the diagonal are computed.
+    """
+    begin = 0
+    while begin < min(len(one), len(other)) and one[begin] == other[begin]:
+        begin += 1
+    one, other = one[begin:], other[begin:]
+    if abs(len(one) - len(other)) >= limit:
+        return limit
+    before = {j: j for j in range(min(len(other), limit) + 1)}
+    for i, letter in enumerate(one, 1):
+        now = {0: i} if i < limit else {}
+        for j in range(max(1, i - limit + 1), min(len(other), i + limit - 1) + 1):
+            now[j] = min(before.get(j - 1, limit) + (letter != other[j - 1]), before.get(j, limit) + 1,
+                         now.get(j - 1, limit) + 1)
+        if min(now.values(), default=limit) >= limit:
+            return limit
+        before = now
+    return min(before.get(len(other), limit), limit)
+
+
+def edits(row, where, least):
+    """The edit distance of a re-annotation from its original, at most `least`: that of its inputs plus that
+    of its targets. None for a row that is no re-annotation; ValueError if its original is not there."""
+    pairs = [(text_of(row.get(key), key, where), text_of(row[f"original_{key}"], f"original_{key}", where))
+             for key in EDITED if row.get(f"original_{key}") is not None]
+    if not pairs and row.get("annotation_type") == RE_ANNOTATED:
+        raise ValueError(f"{where}: a re-annotation without its original; --edit-distance compares inputs and "
+                         "targets with original_inputs and original_targets, which the published Aya dataset "
+                         "does not have: add one of them, or leave the flag out")
+    return min(least, sum(edit_distance(one, other, least) for one, other in pairs)) if pairs else None
+
+
+# ---- evaluation prompts ------------------------------------------------------------------------------------
+
+class Prompts:
+    """Evaluation prompts that training rows must not contain.
+
+    A row contains one if a text of the row is the prompt or shares GRAM words in sequence with it. Words are
+    those of text_statistics, without case and punctuation; in scripts without spaces characters.
+    """
+
+    def __init__(self, paths):
+        self.whole, self.grams, self.found = {}, {}, Counter()
+        for path in paths:
+            for where, row, *_ in streamed(path):
+                texts = texts_in(row, where) if is_plain_text(row) else [
+                    message["content"] for message in prompt_of(without_answer(row), where)
+                    if message["role"] == "user"]
+                for words in map(words_of, texts):
+                    if words:
+                        self.whole.setdefault(" ".join(words), where)
+                    for gram in grams(words):
+                        self.grams.setdefault(gram, where)
+
+    def seen_in(self, texts):
+        """(why, place of the prompt) if one of a row's texts contains a prompt, else None."""
+        for words in map(words_of, texts):
+            if where := self.whole.get(" ".join(words)):
+                return "the whole prompt", where
+            for gram in grams(words):
+                if where := self.grams.get(gram):
+                    return f"{GRAM} words of the prompt: {gram}", where
+        return None
+
+
+def grams(words):
+    return (" ".join(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1))
+
+
+def without_answer(row):
+    """A row without the answers that `prompt_of` would refuse beside its prompt."""
+    return {key: value for key, value in row.items() if key not in ("completion", "targets", "chosen", "rejected")}
