@@ -25,10 +25,11 @@ before the first run.
 import random
 from functools import cache
 
+from .. import pruning
 from ..experiments import DATA, Claim, Comparison, Figure
-from ..files import parse_json, read_bytes
+from ..files import parse_json, read_bytes, write_jsonl
 from ..languages import LANGUAGES
-from ..world import (answer_language, gold_answer, listed, questions, say, solve, split_named,
+from ..world import (answer, answer_language, gold_answer, listed, questions, say, solve, split_named,
                      wrong_concepts)
 from ..world_oracle import grade_apart
 from ..world_translation import in_english, translated
@@ -43,13 +44,14 @@ EIGHT = LANGUAGES_OF[8]
 WORLD, TEXT = "world", "text"
 SOURCES = ("human", "template", "translation")
 HEAVY, REPEATS = 0.6, 8                 # the heavy source's share; how often a row of "human" is drawn
+SHORTEST = 3                            # characters of an answer that is kept
 
 
 # ---- data --------------------------------------------------------------------------------------------------
 
 def rows_of(lab):
-    """Rows that an arm sees: a fifth of the base's."""
-    return lab.recipe.corpus // 5
+    """Rows that an arm sees: an eighth of the base's."""
+    return lab.recipe.corpus // 8
 
 
 @cache
@@ -171,6 +173,40 @@ def more_choices(a, b):
     return Figure(f"right choices, {a}-heavy less {b}-heavy", of, "above", 0.0)
 
 
+# ---- pruning -----------------------------------------------------------------------------------------------
+
+def as_found(lab):
+    """A file as it is found: half of its rows are right, a sixth nearly repeat a few, a sixth answer in another
+    language, a sixth say next to nothing. In a seeded order."""
+    rng, num = random.Random(f"found/{lab.seed}"), rows_of(lab) // 6
+    right = right_rows(lab, CODES)[:3 * num]
+    few = rng.sample(right, max(1, num // 50))
+    asked_again = asked(lab, "found", 2 * num)
+    repeats = [{**row, "prompt": row["prompt"].upper(), "completion": row["completion"] + rng.choice("!. ")}
+               for row in rng.choices(few, k=num)]
+    foreign = [{**q, "completion": answer(rng, q, (0, 0, 0, 1))[0]} for q in asked_again[:num]]
+    nothing = [{**q, "completion": gold_answer(q)[:1]} for q in asked_again[num:]]
+    rows = right + repeats + foreign + nothing
+    return rng.sample(rows, len(rows))
+
+
+def kept(lab):
+    """What pruning.py leaves of them, by its command."""
+    def make(folder):
+        write_jsonl(folder / "found.jsonl", as_found(lab))
+        names = [str(folder / f"{name}.jsonl") for name in ("found", "kept", "removed")]
+        pruning.main([names[0], "--out", names[1], "--removed", names[2], "--duplicates", "0.9",
+                      "--min-answer", str(SHORTEST), "--wrong-language"])
+    lines = read_bytes(lab.step("pruned", make)["folder"] / "kept.jsonl").splitlines()
+    return [parse_json(line, f"kept.jsonl:{number}") for number, line in enumerate(lines, 1)]
+
+
+def of_file(name, rows):
+    def arm(lab):
+        return trained(lab, name, lab.untrained(*start_of(right_rows(lab, CODES), None)), rows(lab))
+    return arm
+
+
 MEASURES = {"apart": lambda row: float(grade_apart(row, row["completion"]).grade)}
 
 
@@ -179,6 +215,7 @@ MEASURES = {"apart": lambda row: float(grade_apart(row, row["completion"]).grade
 ARMS = {f"{where}, {count} languages": breadth(where, count)
         for where in (WORLD, TEXT) for count in LANGUAGES_OF}
 ARMS |= {f"{name}-heavy": weighted(name) for name in SOURCES}
+ARMS |= {"as found": of_file("as found", as_found), "pruned": of_file("pruned", kept)}
 
 
 def fewer(where, a, b):
@@ -204,4 +241,8 @@ CLAIMS = (
     Claim("weighting-open", "The translation-heavy weighting is better than the template-heavy one where "
           "answers are open.", "the translation-heavy weighting is the one that was released",
           (Comparison("translation-heavy", "template-heavy", "above", "apart"),)),
+    Claim("pruning", "Pruning a file makes a better model of it in the same steps.",
+          "xP3x was pruned by reviewers, the Aya dataset of annotations with fewer than 5 edits",
+          (Comparison("pruned", "as found", "above"), Comparison("pruned", "as found", "above", "apart"),
+           Comparison("pruned", "as found", "below", "loss", held_out="right answers"))),
 )
