@@ -219,7 +219,7 @@ def gold_answer(question):
     return _sentence(question, say(answer_language(question), solve(question["task"], question["args"])))
 
 
-def _wrong_concepts(rng, question):
+def wrong_concepts(rng, question):
     """A plausible wrong answer as concepts: words of the right kind."""
     task, args = question["task"], question["args"]
     right, w = solve(task, args), words("en")["words"]
@@ -255,7 +255,7 @@ def answer(rng, question, mix):
         others = [t for t in TINY_TASKS if t not in (question["task"], "translate")]
         return _sentence(question, say(code, right), task=rng.choice(others)), 2
     if grade == 1:
-        return _sentence(question, say(code, _wrong_concepts(rng, question))), 1
+        return _sentence(question, say(code, wrong_concepts(rng, question))), 1
     foreign = rng.choice([c for c in LANGUAGES if c != question["language"]])
     answer_words = say(code if question["task"] == "translate" else foreign, right)
     return _sentence(question, answer_words, language=foreign), 0
