@@ -12,7 +12,7 @@ from aya_min.claims import languages
 from aya_min.arbitrage import route
 from aya_min.config import RECIPES, Recipe
 from aya_min.experiments import Lab
-from aya_min.world import _sentence, _wrong_concepts, gold_answer, questions, say
+from aya_min.world import _sentence, wrong_concepts, gold_answer, questions, say
 from aya_min.world_oracle import grade, naturalness
 
 
@@ -37,7 +37,7 @@ class StandIn(SimpleNamespace):
         def answered(row):
             if "weak" not in model or row["task"] == "translate":
                 return gold_answer(row)
-            return _sentence(row, say(row["language"], _wrong_concepts(rng, row)))
+            return _sentence(row, say(row["language"], wrong_concepts(rng, row)))
         return [[{"completion": answered(row), "finish_reason": "stop"}] for row in rows]
 
     def scores(self, name, rows):

@@ -13,7 +13,7 @@ from small import ROOT, program
 
 from aya_min.command import guarded
 from aya_min.languages import CLUSTERS, LANGUAGES, SHARED
-from aya_min.world import (SPLITS, TASKS, _sentence, _wrong_concepts, answer, gold_answer, listed, main,
+from aya_min.world import (SPLITS, TASKS, _sentence, wrong_concepts, answer, gold_answer, listed, main,
                            make_question, questions, say, solve, split_of, words)
 from aya_min.world_oracle import accepted, check_question, coverage, grade, lexicon
 
@@ -73,7 +73,7 @@ def test_a_right_answer_with_an_accepted_synonym_never_grades_below_a_wrong_one(
                 said[place] = word
                 for text, least in ((_sentence(question, said), 3), (listed(question["language"], said), 2)):
                     assert grade(question, text).grade == least, (question, text, grade(question, text))
-        wrong = [rng.choice(spellings(code, concept)) for concept in _wrong_concepts(rng, question)]
+        wrong = [rng.choice(spellings(code, concept)) for concept in wrong_concepts(rng, question)]
         for text in (_sentence(question, wrong), listed(question["language"], wrong)):
             assert grade(question, text).grade <= 1, (question, text)
 
