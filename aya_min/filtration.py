@@ -13,8 +13,10 @@ hold no such word. The models, phrases and thresholds of the paper are not known
 - the threshold of an axis is a percentile of the corpus's scores by nearest rank: the least score that at
   least so many percent of the documents do not pass. What is equal to it is kept, so that of equal scores
   all are kept or all removed. A document that no phrase of an axis goes with is not counted there;
-- log-probs of different languages differ, also where nothing is unwanted. --by-language gives each language
-  thresholds of its own, which removes the same share of each.
+- log-probs of different languages differ, also where nothing is unwanted, so that one threshold may remove
+  rows of one language only. "--by-language medians" counts each score from the median of its language, which
+  supposes that most rows of each are wanted; "--by-language thresholds" gives each language thresholds of its
+  own, which removes the same share of each. In both, rows without a language are one group.
 
 A document is all texts of a row, one a line, without a template's tokens. With --scores another percentile
 costs no forward. --keywords names a list of words, in the triggers' format, as the baseline: it removes
@@ -65,6 +67,17 @@ def thresholds_of(scores, percentile, groups):
             if len(known):
                 ordered = np.sort(scores[known, axis])
                 found[known, axis] = ordered[rank_of(percentile, len(known)) - 1]
+    return found
+
+
+def from_medians(scores, groups):
+    """Scores (documents, axes), each less the median of its group's scores along its axis."""
+    found = scores.copy()
+    for rows in members(groups):
+        for axis in range(scores.shape[1]):
+            known = rows[~np.isnan(scores[rows, axis])]
+            if len(known):
+                found[known, axis] -= np.median(scores[known, axis])
     return found
 
 
@@ -241,8 +254,10 @@ def scores_of(args, documents, phrases, device):
                          f"are {' '.join(sorted({d[2] or 'none' for d in documents}))}; write phrases for "
                          f"them, or for {ANY!r}")
     scores, seconds, tokens = score(model, windows, len(documents), len(phrases), tokenizer.pad_id, device)
-    distributed.say(f"{len(documents)} documents in {len(windows)} windows scored in {seconds:.1f} s: "
-                    f"{len(documents) / seconds:.1f} documents and {tokens / seconds:.0f} tokens a second")
+    num = len({window.document for window in windows})
+    speed = f"{num / seconds:.1f} documents and {tokens / seconds:.0f} tokens a second"
+    distributed.say(f"{num} of {len(documents)} documents scored, in {len(windows)} windows "
+                    f"and {seconds:.1f} s: {speed}")
     if args.scores:
         distributed.from_main(lambda: write_scores(Path(args.scores), scores, prints))
     return scores
@@ -278,7 +293,8 @@ def run(args, device):
     labels = labels_of(rows, args.label_key) if args.label_key else None
     languages, axes = [language for _, _, language in documents], list(phrases)
     scores = scores_of(args, documents, phrases, device)
-    groups = languages if args.by_language else [None] * len(rows)
+    groups = languages if args.by_language == "thresholds" else [None] * len(rows)
+    scores = from_medians(scores, languages) if args.by_language == "medians" else scores
     thresholds = thresholds_of(scores, args.percentile, groups)
     because = reasons(axes, scores, thresholds)
     distributed.from_main(lambda: write(args, rows, because))
@@ -302,7 +318,8 @@ def parsed(argv=None):
         help="{axis: [phrase, ...]}, or {axis: {language: [phrase, ...]}}")
     add("--percentile", required=True, type=number(float, PERCENTILES), metavar="P",
         help="of each axis's scores; documents above it are removed")
-    add("--by-language", action="store_true", help="thresholds for each language of the rows")
+    add("--by-language", choices=["medians", "thresholds"],
+        help="count scores from their language's median, or give each language thresholds of its own")
     add("--out", required=True, metavar="F.jsonl", help="the rows that are kept; must not exist")
     add("--removed", required=True, metavar="F.jsonl", help=f"the others, with {BECAUSE}; must not exist")
     add("--scores", metavar="F.safetensors",

@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 from small import CPU, classifier, language_model, on_ranks, program, tokenizer
 
 from aya_min import weights
-from aya_min.filtration import (highest, holds_word, labels_of, parsed, quality, rank_of, reasons, run,
-                                standing, thresholds_of)
+from aya_min.filtration import (from_medians, highest, holds_word, labels_of, parsed, quality, rank_of,
+                                reasons, run, standing, thresholds_of)
 from aya_min.filtration_scores import (ANY, batches_of, cut, phrase_ids, phrases_for, read_phrases, score,
                                        windows_of)
 
@@ -143,6 +143,17 @@ def test_each_language_has_thresholds_of_its_own_when_asked():
     assert removed(scores, 50, groups) == [False, True, False, True]
 
 
+def test_scores_are_counted_from_the_median_of_their_language_when_asked():
+    scores = np.array([[1], [1.1], [0.9], [1], [1], [8], [8], [8], [8], [9], [9.5], [np.nan]], np.float32)
+    groups = ["en"] * 5 + ["ja"] * 7
+    found = from_medians(scores, groups)
+    np.testing.assert_allclose(found[:-1, 0], [0, 0.1, -0.1, 0, 0, 0, 0, 0, 0, 1, 1.5], atol=1e-6)
+    assert np.isnan(found[-1, 0]) and scores[0, 0] == 1
+    # One threshold removes the upper half, which is Japanese; from the medians English has its share.
+    assert removed(scores, 40) == [False] * 5 + [True] * 6 + [False]
+    assert removed(found, 40) == [False, True] + [False] * 7 + [True] * 2 + [False]
+
+
 def test_as_many_rows_as_the_list_removes_are_those_of_the_highest_standing():
     assert highest(np.array([0.5, 0.9, 0.5, 0.1]), 2).tolist() == [True, True, False, False]
     assert not highest(np.array([0.5, 0.9]), 0).any()
@@ -232,7 +243,7 @@ def test_the_command_keeps_lines_as_they_came_and_says_why_others_went(place):
     assert (place / "kept.jsonl").read_bytes().decode() == kept
     gone = [json.loads(line) for line in (place / "kept-removed.jsonl").read_text().splitlines()]
     assert gone == [{**json.loads(line), "removed_because": why} for line, why in zip(lines, because) if why]
-    assert "4 documents in 4 windows scored in" in done.stderr and "documents and" in done.stderr
+    assert "4 of 4 documents scored, in 4 windows and" in done.stderr and " documents and " in done.stderr
     said = done.stdout.splitlines()
     assert [line.split()[:2] for line in said[1:4]] == [["all", "4"], ["de", "2"], ["en", "2"]]
     assert said[4].startswith("axis a: 1 of 4 scored rows are over the threshold")
@@ -242,7 +253,7 @@ def test_the_command_keeps_lines_as_they_came_and_says_why_others_went(place):
 
 def test_a_file_of_scores_serves_another_percentile_and_no_other_model_data_or_phrases(place, capfd):
     filtered(place, scores="s.safetensors")
-    assert "4 windows scored" in capfd.readouterr().err
+    assert "4 windows and" in capfd.readouterr().err
     filtered(place, scores="s.safetensors", percentile="100", out="all")
     said = capfd.readouterr().err
     assert "not computed again" in said and "windows" not in said

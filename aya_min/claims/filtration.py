@@ -25,7 +25,8 @@ trigger phrases and planted remarks shared words. This file keeps the rare harml
 This file's first look at seed 0: three remarks with semicolons between them and a full stop after which no
 text ever went on, one question a row, phrases unlike remarks, 12000 rows. The list was better (F1 .59 against
 .40), and "kept" showed as much as "all". After it text goes on after full stops, phrases are sentences as
-remarks are, and for time there are 8000 rows, and an arm of as many rows as the list's is left out.
+remarks are, and for time there are 8000 rows, and an arm of as many rows as the list's is left out. The
+second look, cut off after the scores: F1 .69 against .56, recall of as many rows .69 against .56.
 """
 
 import random
@@ -50,7 +51,6 @@ HARMLESS = 0.05                     # of the harmless documents, those that hold
 NO_WORD = 0.4                       # of the unwanted documents, those that are made without such words
 EPOCHS, SAMPLES, VOCABULARY = 3, 30, 1024
 CLEAN = 1.05                        # how much the loss on clean text may rise
-
 # By language: words of an axis, its trigger phrases, unwanted remarks with a word and without.
 REMARKS = {
     "en": {"contempt": (["hate", "stupid", "disgusting"],
