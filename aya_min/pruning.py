@@ -2,14 +2,17 @@
 
     python -m aya_min.pruning A.jsonl B.jsonl --out kept.jsonl --removed removed.jsonl --duplicates 0.8
 
-Exact duplicates (of the normalised texts of a row) always go, everything else by a flag, in this order: length,
-approvals, edit distance of re-annotations (the Aya dataset kept those of at least 5, arXiv 2402.06619), wrong
-language, contamination with evaluation prompts, exact and near duplicates. Duplicates are sought within a
-language, over all files; the first stays. Rows are of any shape that training reads, and those that stay are
-byte for byte as they were, in their order.
+Exact duplicates (of the normalised texts of a row) always go, everything else by a flag, in this order:
+length, approvals, edit distance of re-annotations (the Aya dataset kept those of at least 5, arXiv
+2402.06619), wrong language, contamination with evaluation prompts, exact and near duplicates. Duplicates are
+sought within a language, over all files; the first stays. Rows are of any shape that training reads, and
+those that stay are byte for byte as they were, in their order.
 
-The removed file holds each other row with "removed_because", "removed_from" (its file and line), "details" and,
-for a duplicate or a contaminated row, "duplicate_of", the place of what it repeats.
+The removed file holds each other row with "removed_because", "removed_from" (its file and line), "details"
+and, for a duplicate or a contaminated row, "duplicate_of", the place of what it repeats.
+
+Near duplicates are sought in the texts of whole rows. Rows that share a long template are slow to compare:
+prune before templates are applied.
 """
 
 import argparse
@@ -30,8 +33,8 @@ from .pruning_duplicates import minima, near_duplicates, normalised, shingles
 from .rows import texts_in
 from .rows_streamed import data_at, streamed
 
-REASONS = ("too short", "too long", "few approvals", "few edits", "wrong language", "contaminated", "duplicate",
-           "near duplicate", "small language")
+REASONS = ("too short", "too long", "few approvals", "few edits", "wrong language", "contaminated",
+           "duplicate", "near duplicate", "small language")
 
 
 class Removal(NamedTuple):
@@ -89,7 +92,8 @@ def read_and_check(paths, checks, threshold=None):
     Signatures are (rows, HASHES), or empty without a threshold.
     """
     found, firsts, compared, signatures = Found([], [], {}), {}, [], []
-    bar = progress(total=sum(os.path.getsize(path) for path in paths), unit="B", unit_scale=True, desc="reading")
+    size = sum(os.path.getsize(path) for path in paths)
+    bar = progress(total=size, unit="B", unit_scale=True, desc="reading")
     for file, path in enumerate(paths):
         for where, row, data, begin in streamed(path):
             bar.update(len(data) + 1)
@@ -208,15 +212,17 @@ def main(argv=None):
     add("--out", required=True, help="JSONL file for what stays; must not exist")
     add("--removed", required=True, help="JSONL file for what goes; must not exist")
     add("--duplicates", type=number(float, "[0.5, 1]"), metavar="S",
-        help="remove texts whose shingles have at least this Jaccard similarity to an earlier one's, such as 0.8")
-    add("--edit-distance", type=whole, metavar="N", help="remove re-annotations that are fewer than N edits "
-        "(characters) from original_inputs and original_targets; the paper: 5")
+        help="remove texts whose shingles have at least this Jaccard similarity to an earlier one's, say 0.8")
+    add("--edit-distance", type=whole, metavar="N",
+        help="remove re-annotations that are fewer than N edits (characters) from original_inputs and "
+             "original_targets; the paper: 5")
     add("--min-length", type=whole, metavar="N", help="remove rows of fewer characters, prompt and answer")
     add("--max-length", type=whole, metavar="N", help="remove rows of more characters, prompt and answer")
     add("--wrong-language", action="store_true", help="remove rows whose answer is in another language")
     add("--approvals", type=whole, metavar="N", help="remove rows whose 'approvals' are fewer")
     add("--against", nargs="+", metavar="EVAL.jsonl", help="remove rows that contain these files' prompts")
-    add("--least-rows", type=whole, metavar="N", help="remove languages of which fewer rows stay; the paper: 50")
+    add("--least-rows", type=whole, metavar="N",
+        help="remove languages of which fewer rows stay; the paper: 50")
     args = parser.parse_args(argv)
     if is_spare_rank():
         return

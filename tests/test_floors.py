@@ -32,18 +32,19 @@ FLOORS = [
     {"model"},
     # 6: text to ids, rows to batches, the engine's tensors, an endpoint asked, figures, the oracle
     {"classifier", "critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture",
-     "preferences", "pruning_duplicates", "report_table", "rows_streamed", "text_statistics", "tokenizer", "world_oracle"},
+     "preferences", "pruning_duplicates", "report_table", "rows_streamed", "text_statistics", "tokenizer",
+     "world_oracle"},
     # 7: what is done with a model or with folders
     {"arbitrage", "domains", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report",
-     "pruning_checks", "reward", "sampling", "templates", "weights", "world_data", "world_translation"},
+     "reward", "sampling", "templates", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch, models in fewer bits and what stands in their way, examples to classify
     {"chat", "classify", "contrast", "evaluate_answers", "judges", "kto", "merge_embed", "merge_quantize",
-     "outliers", "pipeline_checks", "pruning", "reference", "runs", "serve_batch"},
+     "outliers", "pipeline_checks", "pruning_checks", "reference", "runs", "serve_batch"},
     # 9: samples of the policy as batches, what judges say, what a client of the server asks, mixtures made,
     # what a model does with held-out rows, SideNets before a classifier
-    {"early_exit", "evaluate_judges", "held_out", "judges_rates", "merge_upcycle", "rollouts", "router",
-     "serve_request"},
+    {"early_exit", "evaluate_judges", "held_out", "judges_rates", "merge_upcycle", "pruning", "rollouts",
+     "router", "serve_request"},
     # 10: the stages, the leaderboard, the server
     {"evaluate_early_exit", "evaluate_leaderboard", "evaluate_quantized", "generate_pool", "serve", "stages"},
     # 11: a recipe's run on disk; what a stage will need; what a search measures
