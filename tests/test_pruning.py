@@ -191,7 +191,7 @@ def test_what_cannot_be_compared_or_counted_is_refused_with_its_place():
     ({"language": "ja", "targets": "这个问题的答案很简单，因为我们已经知道了。"}, "in zh, not in ja"),
     ({"language": "en", "targets": "This is the answer to the question that you asked."}, None),
     ({"language": "pt-BR", "targets": "Esta é a resposta para a pergunta que você fez."}, None),
-    ({"language": "de", "targets": "Siehe hier:\n```\nfor the row in all of the rows that we have\n```"}, None),
+    ({"language": "de", "targets": "Siehe:\n```\nfor the row in all of the rows that we have\n```"}, None),
     ({"language": "de", "targets": "New York Times"}, None),
     ({"language": "xh", "targets": "This is the answer to the question that you asked."}, None),
     ({"targets": "This is the answer to the question that you asked."}, None)])
@@ -210,12 +210,13 @@ def test_of_a_pair_the_chosen_answer_is_judged(prune):
 
 # evaluation prompts
 
-def test_thirteen_words_in_sequence_are_contamination_and_twelve_are_not(prune):
+def test_thirteen_words_in_sequence_are_contamination_and_twelve_are_not(prune, tmp_path):
     rng = random.Random(4)
     prompt = sentence(rng, count=40).split()
     rows = [row_of(" ".join(["so", *prompt[5 : 5 + size], "well"]), answer=sentence(rng))
             for size in (GRAM - 1, GRAM)]
-    kept, removed = prune(rows, "--against", "eval.jsonl", eval=[{"inputs": "x"}, {"prompt": " ".join(prompt)}])
+    kept, removed = prune(rows, "--against", tmp_path / "eval.jsonl",
+                          eval=[{"inputs": "x"}, {"prompt": " ".join(prompt)}])
     assert kept == rows[:1] and why(removed) == [("contaminated", "2", "eval.jsonl:2")]
 
 
