@@ -40,18 +40,18 @@ AYA = {
     "Yiddish": "yi", "Yoruba": "yo", "Zulu": "zu", "Azerbaijani": "az", "Armenian": "hy"
 }
 
-# The languages that the cards of the data sets list: of the Aya dataset, of the evaluation suite, of which the
-# collection's translations are in the same languages; and the names of some parts of
-# aya_collection_language_split.
+# What the cards of the published data sets list: the languages of the Aya dataset and of the evaluation suite,
+# whose translated prompts are in the languages of the collection's translations, and some names of the parts
+# of aya_collection_language_split.
 AYA_DATASET = """
 amh arb ary ars acq arz apc ben ceb dan deu ell eng eus fil fin fra gle guj hat hau hin hun ibo ind ita jav
-jpn kan kir kor kur lit mal mar mlg msa mya nep nld nso nya pan pes pol por pus rus sin sna snd som spa sqi srp
-sun swa swe tam tel tha tur ukr urd vie wol xho yor zho zul"""
+jpn kan kir kor kur lit mal mar mlg msa mya nep nld nso nya pan pes pol por pus rus sin sna snd som spa sqi
+srp sun swa swe tam tel tha tur ukr urd vie wol xho yor zho zul"""
 AYA_SUITE = """
-afr sqi amh ara aze bel ben bul cat ceb ces kur cym dan deu ell eng epo est eus fin fra gla gle glg guj hat hau
-heb hin hun hye ibo ind isl ita jav jpn kan kat kaz mon khm kir kor lao lit ltz lav mal mar mkd mlt mri mya nld
-nor nep sot pus pes mlg pol por ron rus sin slk slv smo sna snd som spa srp sun swe swa tam tel tgk tha tur ukr
-urd uzb vie xho yid yor zho msa zul ace bjn kas kau min mni taq nso acm aeb ajp azb azj"""
+afr sqi amh ara aze bel ben bul cat ceb ces kur cym dan deu ell eng epo est eus fin fra gla gle glg guj hat
+hau heb hin hun hye ibo ind isl ita jav jpn kan kat kaz mon khm kir kor lao lit ltz lav mal mar mkd mlt mri
+mya nld nor nep sot pus pes mlg pol por ron rus sin slk slv smo sna snd som spa srp sun swe swa tam tel tgk
+tha tur ukr urd uzb vie xho yid yor zho msa zul ace bjn kas kau min mni taq nso acm aeb ajp azb azj"""
 AYA_PARTS = """
 achinese algerian_arabic balinese banjar bemba cantonese central_kanuri central_khmer central_kurdish
 eastern_yiddish egyptian_arabic fon halh_mongolian haitian iranian_persian ligurian madurese
