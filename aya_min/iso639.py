@@ -147,7 +147,8 @@ gcf Guadeloupean Creole; cu Old Slavonic|Church Slavonic|Old Bulgarian|Old Churc
 ie Occidental; kj Kwanyama; li Limburger; dv Dhivehi; nv Navaho; za Chuang; oc Provençal;
 ia Interlingua (International Auxiliary Language Association); ast Bable|Leonese|Asturleonese;
 gsw Alemannic|Alsatian; nds Low Saxon; fil Pilipino; crh Crimean Turkish; bej Bedawiyet; bin Edo; byn Bilin;
-chp Dene Suline; xal Oirat; mic Micmac; rar Cook Islands Maori; rup Arumanian; nwc Old Newari|Classical Nepal
+chp Dene Suline; xal Oirat;
+nij Ngaju; bbc Toba Batak; mic Micmac; rar Cook Islands Maori; rup Arumanian; nwc Old Newari|Classical Nepal
 Bhasa; zbl Blissymbolics|Bliss; tlh tlhIngan Hol
 """
 

@@ -2,14 +2,17 @@
 
     python -m aya_min.pruning A.jsonl B.jsonl --out kept.jsonl --removed removed.jsonl --duplicates 0.8
 
-Exact duplicates (of the normalised texts of a row) always go, everything else by a flag, in this order: length,
-approvals, edit distance of re-annotations (the Aya dataset kept those of at least 5, arXiv 2402.06619), wrong
-language, contamination with evaluation prompts, exact and near duplicates. Duplicates are sought within a
-language, over all files; the first stays. Rows are of any shape that training reads, and those that stay are
-byte for byte as they were, in their order.
+Exact duplicates (of the normalised texts of a row) always go, everything else by a flag, in this order:
+length, approvals, edit distance of re-annotations (the Aya dataset kept those of at least 5, arXiv
+2402.06619), wrong language, contamination with evaluation prompts, exact and near duplicates. Duplicates are
+sought within a language, over all files; the first stays. Rows are of any shape that training reads, and
+those that stay are byte for byte as they were, in their order.
 
-The removed file holds each other row with "removed_because", "removed_from" (its file and line), "details" and,
-for a duplicate or a contaminated row, "duplicate_of", the place of what it repeats.
+The removed file holds each other row with "removed_because", "removed_from" (its file and line), "details"
+and, for a duplicate or a contaminated row, "duplicate_of", the place of what it repeats.
+
+Near duplicates are sought in the texts of whole rows. Rows that share a long template are slow to compare:
+prune before templates are applied.
 """
 
 import argparse
@@ -30,8 +33,8 @@ from .pruning_duplicates import minima, near_duplicates, normalised, shingles
 from .rows import texts_in
 from .rows_streamed import data_at, streamed
 
-REASONS = ("too short", "too long", "few approvals", "few edits", "wrong language", "contaminated", "duplicate",
-           "near duplicate", "small language")
+REASONS = ("too short", "too long", "few approvals", "few edits", "wrong language", "contaminated",
+           "duplicate", "near duplicate", "small language")
 
 
 class Removal(NamedTuple):
@@ -89,23 +92,24 @@ def read_and_check(paths, checks, threshold=None):
     Signatures are (rows, HASHES), or empty without a threshold.
     """
     found, firsts, compared, signatures = Found([], [], {}), {}, [], []
-    bar = progress(total=sum(os.path.getsize(path) for path in paths), unit="B", unit_scale=True, desc="reading")
+    size = sum(os.path.getsize(path) for path in paths)
+    bar = progress(total=size, unit="B", unit_scale=True, desc="reading")
     for file, path in enumerate(paths):
         for where, row, data, begin in streamed(path):
             bar.update(len(data) + 1)
-            number, texts = len(found.places), texts_in(row, where)
+            row_number, texts = len(found.places), texts_in(row, where)
             language, text = row.get("language") or "other", "\n".join(texts)
             found.places.append(Place(file, int(where.rpartition(":")[2]), begin))
             found.languages.append(language)
             removal = checks.removal(row, texts, where)
             if removal is None:
                 key = hashlib.blake2b(f"{language}\n{normalised(text)}".encode(), digest_size=16).digest()
-                first = firsts.setdefault(key, number)
-                removal = None if first == number else Removal("duplicate", "", first)
+                first = firsts.setdefault(key, row_number)
+                removal = None if first == row_number else Removal("duplicate", "", first)
             if removal is not None:
-                found.removals[number] = removal
+                found.removals[row_number] = removal
             elif threshold is not None:
-                compared.append(number)
+                compared.append(row_number)
                 signatures.append(minima(shingles(text)))
     bar.close()
     return found, compared, np.array(signatures)
@@ -114,7 +118,7 @@ def read_and_check(paths, checks, threshold=None):
 def compare(paths, found, compared, signatures, threshold):
     """Add the removals of near duplicates to found.removals."""
     codes = {code: i for i, code in enumerate(dict.fromkeys(found.languages))}
-    groups = np.array([codes[found.languages[number]] for number in compared])
+    groups = np.array([codes[found.languages[row_number]] for row_number in compared])
     files = [open(path, "rb") for path in paths]
 
     @lru_cache(maxsize=4096)
@@ -130,39 +134,39 @@ def compare(paths, found, compared, signatures, threshold):
 
 
 def name_places(paths, found):
-    """Give the removals of duplicates the place of the row that stays, in place of its number."""
-    for number, removal in found.removals.items():
+    """Give the removals of duplicates the place of the row that stays, in place of its row_number."""
+    for row_number, removal in found.removals.items():
         first = found.removals.get(removal.place)
         if removal.reason == "duplicate" and first is not None:     # its first went as a near duplicate
             removal = first
         if type(removal.place) is int:
             place = found.places[removal.place]
             removal = removal._replace(place=f"{paths[place.file]}:{place.line}")
-        found.removals[number] = removal
+        found.removals[row_number] = removal
 
 
 def drop_small_languages(found, least):
     """Remove what is left of languages of which fewer than `least` rows stay."""
-    left = Counter(code for number, code in enumerate(found.languages) if number not in found.removals)
-    for number, code in enumerate(found.languages):
-        if number not in found.removals and left[code] < least:
-            found.removals[number] = Removal("small language", f"{left[code]} rows")
+    left = Counter(code for row_number, code in enumerate(found.languages) if row_number not in found.removals)
+    for row_number, code in enumerate(found.languages):
+        if row_number not in found.removals and left[code] < least:
+            found.removals[row_number] = Removal("small language", f"{left[code]} rows")
 
 
 # ---- what is written and printed ---------------------------------------------------------------------------
 
 def kept_lines(paths, found):
     """Yield the lines that stay."""
-    for number, (_, data) in enumerate(lines_of(paths, found)):
-        if number not in found.removals:
+    for row_number, (_, data) in enumerate(lines_of(paths, found)):
+        if row_number not in found.removals:
             yield data.decode("utf-8") + "\n"
 
 
 def removed_lines(paths, found):
     """Yield the lines of the removed file."""
-    for number, (where, data) in enumerate(lines_of(paths, found)):
-        if number in found.removals:
-            reason, details, place = found.removals[number]
+    for row_number, (where, data) in enumerate(lines_of(paths, found)):
+        if row_number in found.removals:
+            reason, details, place = found.removals[row_number]
             row = parse_object(data, where)
             about = {"removed_because": reason, "removed_from": where, "details": details,
                      "duplicate_of": place}
@@ -187,8 +191,8 @@ def table(found):
     """Text lines: rows, what stayed and what went and why, by language."""
     rows = Counter(found.languages)
     went = {code: Counter() for code in rows}
-    for number, removal in found.removals.items():
-        went[found.languages[number]][removal.reason] += 1
+    for row_number, removal in found.removals.items():
+        went[found.languages[row_number]][removal.reason] += 1
     shown = [reason for reason in REASONS if any(some[reason] for some in went.values())]
     width = max(8, *map(len, rows))
     lines = ["".join([f"{'language':<{width}}{'rows':>9}{'kept':>9}"] + [f"{name:>16}" for name in shown])]
@@ -208,15 +212,17 @@ def main(argv=None):
     add("--out", required=True, help="JSONL file for what stays; must not exist")
     add("--removed", required=True, help="JSONL file for what goes; must not exist")
     add("--duplicates", type=number(float, "[0.5, 1]"), metavar="S",
-        help="remove texts whose shingles have at least this Jaccard similarity to an earlier one's, such as 0.8")
-    add("--edit-distance", type=whole, metavar="N", help="remove re-annotations that are fewer than N edits "
-        "(characters) from original_inputs and original_targets; the paper: 5")
+        help="remove texts whose shingles have at least this Jaccard similarity to an earlier one's, say 0.8")
+    add("--edit-distance", type=whole, metavar="N",
+        help="remove re-annotations that are fewer than N edits (characters) from original_inputs and "
+             "original_targets; the paper: 5")
     add("--min-length", type=whole, metavar="N", help="remove rows of fewer characters, prompt and answer")
     add("--max-length", type=whole, metavar="N", help="remove rows of more characters, prompt and answer")
     add("--wrong-language", action="store_true", help="remove rows whose answer is in another language")
     add("--approvals", type=whole, metavar="N", help="remove rows whose 'approvals' are fewer")
     add("--against", nargs="+", metavar="EVAL.jsonl", help="remove rows that contain these files' prompts")
-    add("--least-rows", type=whole, metavar="N", help="remove languages of which fewer rows stay; the paper: 50")
+    add("--least-rows", type=whole, metavar="N",
+        help="remove languages of which fewer rows stay; the paper: 50")
     args = parser.parse_args(argv)
     if is_spare_rank():
         return

@@ -29,9 +29,12 @@ class Separators(dict):
         return self[number]
 
 
+SEPARATORS = Separators()
+
+
 def words_of(text):
     """The words of a text, in lower case."""
-    return WORD.findall(unicodedata.normalize("NFC", text).casefold().translate(Separators()))
+    return WORD.findall(unicodedata.normalize("NFC", text).casefold().translate(SEPARATORS))
 
 
 def factors(words):

@@ -40,6 +40,35 @@ AYA = {
     "Yiddish": "yi", "Yoruba": "yo", "Zulu": "zu", "Azerbaijani": "az", "Armenian": "hy"
 }
 
+# What the cards of the published data sets list: the languages of the Aya dataset and of the evaluation suite,
+# whose translated prompts are in the languages of the collection's translations, and some names of the parts
+# of aya_collection_language_split.
+AYA_DATASET = """
+amh arb ary ars acq arz apc ben ceb dan deu ell eng eus fil fin fra gle guj hat hau hin hun ibo ind ita jav
+jpn kan kir kor kur lit mal mar mlg msa mya nep nld nso nya pan pes pol por pus rus sin sna snd som spa sqi
+srp sun swa swe tam tel tha tur ukr urd vie wol xho yor zho zul"""
+AYA_SUITE = """
+afr sqi amh ara aze bel ben bul cat ceb ces kur cym dan deu ell eng epo est eus fin fra gla gle glg guj hat
+hau heb hin hun hye ibo ind isl ita jav jpn kan kat kaz mon khm kir kor lao lit ltz lav mal mar mkd mlt mri
+mya nld nor nep sot pus pes mlg pol por ron rus sin slk slv smo sna snd som spa srp sun swe swa tam tel tgk
+tha tur ukr urd uzb vie xho yid yor zho msa zul ace bjn kas kau min mni taq nso acm aeb ajp azb azj"""
+AYA_PARTS = """
+achinese algerian_arabic balinese banjar bemba cantonese central_kanuri central_khmer central_kurdish
+eastern_yiddish egyptian_arabic fon halh_mongolian haitian iranian_persian ligurian madurese
+mesopotamian_arabic moroccan_arabic ngaju northern_sotho norwegian_nynorsk"""
+
+
+@pytest.mark.parametrize("text", [*AYA_DATASET.split(), *AYA_SUITE.split(), *AYA_PARTS.split()])
+def test_no_language_of_the_published_aya_data_is_refused(text):
+    assert language_code(text)
+
+
+def test_the_varieties_of_the_aya_data_stay_languages_of_their_own():
+    codes = {language_code(text) for text in AYA_DATASET.split()}
+    assert len(codes) == len(AYA_DATASET.split()) == 70
+    assert {"ar", "ary", "ars", "acq", "arz", "apc"} <= codes
+
+
 SPELT = {
     "FR": "fr", "french": "fr", " French ": "fr", "fr_Latn": "fr", "eng_Latn": "en", "en-US": "en-US",
     "en_us": "en-US", "pt-BR": "pt-BR", "pt_br": "pt-BR", "Brazilian Portuguese": "pt-BR", "es-419": "es-419",

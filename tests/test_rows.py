@@ -31,6 +31,34 @@ def write(tmp_path):
     return write
 
 
+@pytest.mark.parametrize("row, code", [
+    ({"language": "Standard Arabic", "language_code": "arb"}, "ar"),            # the Aya dataset
+    ({"language": "Traditional Chinese", "language_code": "zho"}, "zh-Hant"),
+    ({"language": "A name of its own", "language_code": "kmr"}, "ku"),
+    ({"language_code": "plt", "script": "Latn"}, "mg"),                         # the Aya collection
+    ({"language": "zho", "script": "Hant"}, "zh-Hant"), ({"language": "zho", "script": "Hans"}, "zh"),
+    ({"language": "kas", "script": "Deva"}, "ks-Deva"), ({"language": "arb", "script": "Arab"}, "ar"),
+    ({"language": "kor", "script": "Hang"}, "ko"), ({"language": "arb", "script": "Latn"}, "ar-Latn"),
+    ({"language": "srp", "script": "Cyrl"}, "sr"), ({"language": "zh-Hant", "script": "Hans"}, "zh-Hant"),
+    ({"language": "yor", "script": "Latin"}, "yo"), ({"script": "Latn"}, None), ({"language": None}, None),
+])
+def test_the_aya_data_sets_say_the_language_by_name_code_and_script(row, code, write):
+    """Traditional Chinese of the collection was read as simplified; rows with a language_code had none."""
+    (_, read), = read_jsonl(write({"inputs": "a", "targets": "b", **row}))
+    assert read.get("language") == code
+
+
+def test_rows_as_the_aya_data_sets_are_published_have_no_key_that_is_not_read(write, capsys):
+    text = {"inputs": "a", "targets": "b"}
+    read_jsonl(write(
+        text | {"language": "Turkish", "language_code": "tur", "annotation_type": "re-annotations",
+                "user_id": "u"},
+        text | {"id": 1, "dataset_name": "d", "sub_dataset_name": "-", "task_type": "summarization",
+                "template_id": 3, "language": "tur", "script": "Latn", "split": "train"},
+        text | {"id": 1, "language": "tur", "script": "Latn", "source_id": 6060}))
+    assert "not read" not in "".join(capsys.readouterr())
+
+
 def system(text, **more):
     return {"role": "system", "content": text, **more}
 
