@@ -65,7 +65,8 @@ def lab(monkeypatch):
     curves = {"a": [1.5, 0.5] + [0.5] * 6, "b": [3.0] * 7 + [1.0]}
     steps = np.arange(10.0, 90.0, 10.0)
     monkeypatch.setattr(selection, "curve", lambda lab, arm, rows: (
-        np.array(curves[arm])[:, None].repeat(2, 1), steps, steps * (2 if arm == "a" else 1)))
+        np.array(curves[arm])[:, None].repeat(2, 1),
+        {"steps": steps, "seconds": steps * (2 if arm == "a" else 1)}))
     monkeypatch.setitem(selection.HELD_OUT, "rule", lambda lab: [{}, {}])
     return SimpleNamespace(seed=1)
 
@@ -76,6 +77,17 @@ def test_steps_and_seconds_are_shares_of_the_others(cost, share, lab):
     assert found["value"] == pytest.approx(share) and found["ci95"] == pytest.approx([share, share])
     assert selection.sooner("b", "b", "rule", cost).of(lab)["value"] == 1.0
     assert selection.sooner("b", "a", "rule", cost).of(lab)["value"] == {"steps": 2.0, "seconds": 1.0}[cost]
+
+
+def test_seconds_are_counted_in_steps_without_scoring_whatever_slows_an_arm_down(tmp_path):
+    """A step of 0.1 s trains 0.04 s; later ones take three times as long."""
+    rows = [{"loss": 1.0, "seconds": 0.1 * slow, "scoring_seconds": 0.06 * slow}
+            for slow in [1] * 8 + [3] * 8]
+    lab = SimpleNamespace(recipe=SimpleNamespace(corpus=9600), arm=lambda name: tmp_path / "model",
+                          metrics=lambda arm: [{"eval/loss": 1.0}, *rows], losses=lambda model, rows: [1.0])
+    losses, costs = selection.curve(lab, "an arm", [{}])
+    assert losses.shape == (8, 1) and costs["seconds"] == pytest.approx(2.5 * costs["steps"])
+    assert costs["steps"].tolist() == [selection.num_steps(lab) // 8 * n for n in range(1, 9)]
 
 
 def test_what_an_arm_chose_is_read_from_its_file_by_the_lines_of_its_rows(monkeypatch, tmp_path):
