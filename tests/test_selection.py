@@ -2,18 +2,21 @@
 however it is cut, on any number of ranks, after a resume and when it is replayed."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from small import CPU, assert_close, language_model, logged, on_ranks, run, tokenizer
 
-from aya_min import irreducible, selection
+from aya_min import estimate, irreducible, selection, weights
 from aya_min.config import SFT, settings_from
 from aya_min.data import Example, collate, load_examples
 from aya_min.files import read_json, write_jsonl
+from aya_min.irreducible_command import run_irreducible
 from aya_min.losses import supervised_logps
 from aya_min.model_config import ModelConfig
+from train import make_parser
 
 LIMIT = 256
 
@@ -300,6 +303,42 @@ def test_irreducible_losses_of_another_tokenizer_and_damaged_ones_are_refused(wo
         (tmp_path / "bad").write_bytes(text)
         with pytest.raises(ValueError, match="cannot be read"):
             irreducible.read(tmp_path / "bad", examples, tokenizer(), LIMIT)
+
+
+def test_the_command_writes_the_losses_of_a_model_folder_by_which_a_run_then_chooses(world, tmp_path):
+    model = run("sft", world, tmp_path / "small") / "model"
+    words = ["irreducible", "--model", model, "--data", world / "sft.jsonl", "--max-length", LIMIT, "--out"]
+
+    def command(out, *more):
+        run_irreducible(make_parser().parse_args([*map(str, [*words, out, *more])]), CPU)
+    command(tmp_path / "il.safetensors")
+    losses = irreducible.read(tmp_path / "il.safetensors", examples_of(world), tokenizer(), LIMIT)
+    loaded, _ = weights.load(model)
+    batch = collate(examples_of(world)[:1])
+    torch.testing.assert_close(losses[0], -supervised_logps(loaded.eval(), batch).detach(), rtol=1e-4,
+                               atol=1e-5)
+    with pytest.raises(ValueError, match="il.safetensors exists"):
+        command(tmp_path / "il.safetensors")
+    command(tmp_path / "short.safetensors", "--max-length", 60)
+    refused(world, tmp_path / "run", "examples of at most 60 tokens, not 256", select="rho",
+            losses_file=tmp_path / "short.safetensors")
+    # A model trained on the same rows knows what it was trained on: choosing by it still ends well.
+    train(world, tmp_path / "run", tmp_path / "il.safetensors", select="rho")
+
+
+def test_a_dry_run_counts_the_scoring_and_refuses_what_a_run_refuses(world, losses_file):
+    def dry(**changes):
+        settings = SFT(batch_size=8, max_length=LIMIT, **changes)
+        return estimate.dry_run("sft", "M", language_model(), settings, [world / "sft.jsonl"], None,
+                                tokenizer(), 1)
+    plain, scored = dry(), dry(select="rho", select_from=3, irreducible=str(losses_file))
+    operations = [float(re.search(r"(\S+) floating-point", text)[1]) for text in (plain, scored)]
+    more = float(re.search(r"(\S+) more to score 24 examples", scored)[1])
+    assert operations[0] == operations[1] and more == pytest.approx(operations[0], rel=0.02)  # 3 forwards
+    assert "while it scores" in scored and "scor" not in plain.partition("settings")[0]
+    assert "scor" not in dry(select="uniform", select_from=2).partition("settings")[0]
+    with pytest.raises(ValueError, match="times --select-from 10 is 80"):
+        dry(select="grad-norm")
 
 
 def test_irreducible_losses_are_kept_token_by_token_and_their_file_is_not_overwritten(world, losses_file):
