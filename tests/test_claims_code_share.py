@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from small import CPU, tokenizer
 
+from aya_min import code_data
 from aya_min.claims import code_share
 from aya_min.config import RECIPES, Recipe, settings_from
 from aya_min.data import load_examples
@@ -27,6 +28,16 @@ class StandIn(SimpleNamespace):
 
     def train(self, name, stage, start, rows, **settings):
         return {"start": start, "rows": rows, **settings}
+
+
+@pytest.fixture(autouse=True)
+def asyncio(monkeypatch):
+    """One package of the real library, as all of it takes some seconds to read."""
+    folder = code_data.library() / "asyncio"
+    monkeypatch.setattr(code_data, "library", lambda: folder)
+    code_share.code_rows.cache_clear()
+    yield
+    code_share.code_rows.cache_clear()
 
 
 @pytest.fixture
@@ -140,5 +151,6 @@ def test_every_arm_is_compared_and_every_comparison_has_its_arms():
 @pytest.mark.long
 def test_a_tiny_run_tries_every_claim(tmp_path):
     record = run_claims("code_share", (0,), "smoke", tmp_path / "out", CPU)
-    assert [claim["name"] for claim in record["claims"]] == [claim.name for claim in code_share.CLAIMS]
+    assert [claim["name"] for claim in record["results"]] == [claim.name for claim in code_share.CLAIMS]
+    assert record["arms"]["0"].keys() == code_share.ARMS.keys()
     assert "25% code" in (tmp_path / "out" / "code_share" / "report.html").read_text(encoding="utf-8")

@@ -88,8 +88,8 @@ def test_stripping_leaves_the_same_program_without_docstrings_and_comments(async
 
 
 @pytest.mark.long
-def test_stripping_leaves_every_file_of_the_library_the_same_program():
-    for _, text in code_data.pieces(code_data.library(), "file"):
+def test_stripping_leaves_whole_files_of_the_library_the_same_programs():
+    for _, text in code_data.pieces(code_data.library(), "file")[::6]:
         assert ast.dump(ast.parse(stripped(text))) == without_docstrings(text)
 
 
