@@ -28,7 +28,7 @@ import numpy as np
 
 from .command import Parser, guarded, is_spare_rank, number, printable, progress
 from .files import dumps, parse_object, taken, write_new
-from .pruning_checks import Prompts, edits, too_few_approvals, wrong_language
+from .pruning_checks import Prompts, answer_in, edits, too_few_approvals, wrong_language
 from .pruning_duplicates import minima, near_duplicates, normalised, shingles
 from .rows import texts_in
 from .rows_streamed import data_at, streamed
@@ -65,6 +65,8 @@ class Checks:
             return Removal("too short", f"{size} characters")
         if args.max_length and size > args.max_length:
             return Removal("too long", f"{size} characters")
+        if args.min_answer and (size := len(answer_in(row, where))) < args.min_answer:
+            return Removal("too short", f"an answer of {size} characters")
         if args.approvals and (why := too_few_approvals(row, where, args.approvals)):
             return Removal("few approvals", why)
         if args.edit_distance and (distance := edits(row, where, args.edit_distance)) is not None:
@@ -147,7 +149,7 @@ def name_places(paths, found):
 
 def drop_small_languages(found, least):
     """Remove what is left of languages of which fewer than `least` rows stay."""
-    left = Counter(code for row_number, code in enumerate(found.languages) if row_number not in found.removals)
+    left = Counter(code for i, code in enumerate(found.languages) if i not in found.removals)
     for row_number, code in enumerate(found.languages):
         if row_number not in found.removals and left[code] < least:
             found.removals[row_number] = Removal("small language", f"{left[code]} rows")
@@ -217,6 +219,8 @@ def main(argv=None):
         help="remove re-annotations that are fewer than N edits (characters) from original_inputs and "
              "original_targets; the paper: 5")
     add("--min-length", type=whole, metavar="N", help="remove rows of fewer characters, prompt and answer")
+    add("--min-answer", type=whole, metavar="N",
+        help="remove rows whose answer (the chosen one of a pair, or the text) has fewer characters")
     add("--max-length", type=whole, metavar="N", help="remove rows of more characters, prompt and answer")
     add("--wrong-language", action="store_true", help="remove rows whose answer is in another language")
     add("--approvals", type=whole, metavar="N", help="remove rows whose 'approvals' are fewer")

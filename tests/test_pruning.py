@@ -239,6 +239,14 @@ def test_a_short_prompt_is_found_only_as_a_whole_text(tmp_path):
     assert prompts.seen_in(["Tell me, who are you?", "I am."]) is None
 
 
+def test_answers_of_next_to_nothing_go(prune):
+    rows = [row_of("Who is there, at this hour of the night?", answer=text) for text in ("I", "It is me.")]
+    kept, removed = prune(rows, "--min-answer", 3)
+    assert [row["targets"] for row in kept] == ["It is me."]
+    assert [(row["removed_because"], row["details"]) for row in removed] == [
+        ("too short", "an answer of 1 characters")]
+
+
 # the command
 
 def test_what_is_planted_goes_and_all_else_stays_byte_for_byte_in_its_order(tmp_path, capsys):

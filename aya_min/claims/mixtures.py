@@ -176,8 +176,8 @@ def more_choices(a, b):
 # ---- pruning -----------------------------------------------------------------------------------------------
 
 def as_found(lab):
-    """A file as it is found: half of its rows are right, a sixth nearly repeat a few, a sixth answer in another
-    language, a sixth say next to nothing. In a seeded order."""
+    """A file as it is found, in a seeded order: half of its rows are right, a sixth nearly repeat a few, a
+    sixth answer in another language, a sixth say next to nothing."""
     rng, num = random.Random(f"found/{lab.seed}"), rows_of(lab) // 6
     right = right_rows(lab, CODES)[:3 * num]
     few = rng.sample(right, max(1, num // 50))
