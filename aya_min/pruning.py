@@ -99,19 +99,19 @@ def read_and_check(paths, checks, threshold=None):
     for file, path in enumerate(paths):
         for where, row, data, begin in streamed(path):
             bar.update(len(data) + 1)
-            row_number, texts = len(found.places), texts_in(row, where)
+            i, texts = len(found.places), texts_in(row, where)
             language, text = row.get("language") or "other", "\n".join(texts)
             found.places.append(Place(file, int(where.rpartition(":")[2]), begin))
             found.languages.append(language)
             removal = checks.removal(row, texts, where)
             if removal is None:
                 key = hashlib.blake2b(f"{language}\n{normalised(text)}".encode(), digest_size=16).digest()
-                first = firsts.setdefault(key, row_number)
-                removal = None if first == row_number else Removal("duplicate", "", first)
+                first = firsts.setdefault(key, i)
+                removal = None if first == i else Removal("duplicate", "", first)
             if removal is not None:
-                found.removals[row_number] = removal
+                found.removals[i] = removal
             elif threshold is not None:
-                compared.append(row_number)
+                compared.append(i)
                 signatures.append(minima(shingles(text)))
     bar.close()
     return found, compared, np.array(signatures)
@@ -120,7 +120,7 @@ def read_and_check(paths, checks, threshold=None):
 def compare(paths, found, compared, signatures, threshold):
     """Add the removals of near duplicates to found.removals."""
     codes = {code: i for i, code in enumerate(dict.fromkeys(found.languages))}
-    groups = np.array([codes[found.languages[row_number]] for row_number in compared])
+    groups = np.array([codes[found.languages[i]] for i in compared])
     files = [open(path, "rb") for path in paths]
 
     @lru_cache(maxsize=4096)
@@ -136,39 +136,39 @@ def compare(paths, found, compared, signatures, threshold):
 
 
 def name_places(paths, found):
-    """Give the removals of duplicates the place of the row that stays, in place of its row_number."""
-    for row_number, removal in found.removals.items():
+    """Give the removals of duplicates the place of the row that stays, in place of its number."""
+    for i, removal in found.removals.items():
         first = found.removals.get(removal.place)
         if removal.reason == "duplicate" and first is not None:     # its first went as a near duplicate
             removal = first
         if type(removal.place) is int:
             place = found.places[removal.place]
             removal = removal._replace(place=f"{paths[place.file]}:{place.line}")
-        found.removals[row_number] = removal
+        found.removals[i] = removal
 
 
 def drop_small_languages(found, least):
     """Remove what is left of languages of which fewer than `least` rows stay."""
     left = Counter(code for i, code in enumerate(found.languages) if i not in found.removals)
-    for row_number, code in enumerate(found.languages):
-        if row_number not in found.removals and left[code] < least:
-            found.removals[row_number] = Removal("small language", f"{left[code]} rows")
+    for i, code in enumerate(found.languages):
+        if i not in found.removals and left[code] < least:
+            found.removals[i] = Removal("small language", f"{left[code]} rows")
 
 
 # ---- what is written and printed ---------------------------------------------------------------------------
 
 def kept_lines(paths, found):
     """Yield the lines that stay."""
-    for row_number, (_, data) in enumerate(lines_of(paths, found)):
-        if row_number not in found.removals:
+    for i, (_, data) in enumerate(lines_of(paths, found)):
+        if i not in found.removals:
             yield data.decode("utf-8") + "\n"
 
 
 def removed_lines(paths, found):
     """Yield the lines of the removed file."""
-    for row_number, (where, data) in enumerate(lines_of(paths, found)):
-        if row_number in found.removals:
-            reason, details, place = found.removals[row_number]
+    for i, (where, data) in enumerate(lines_of(paths, found)):
+        if i in found.removals:
+            reason, details, place = found.removals[i]
             row = parse_object(data, where)
             about = {"removed_because": reason, "removed_from": where, "details": details,
                      "duplicate_of": place}
@@ -193,8 +193,8 @@ def table(found):
     """Text lines: rows, what stayed and what went and why, by language."""
     rows = Counter(found.languages)
     went = {code: Counter() for code in rows}
-    for row_number, removal in found.removals.items():
-        went[found.languages[row_number]][removal.reason] += 1
+    for i, removal in found.removals.items():
+        went[found.languages[i]][removal.reason] += 1
     shown = [reason for reason in REASONS if any(some[reason] for some in went.values())]
     width = max(8, *map(len, rows))
     lines = ["".join([f"{'language':<{width}}{'rows':>9}{'kept':>9}"] + [f"{name:>16}" for name in shown])]

@@ -37,15 +37,15 @@ FLOORS = [
      "world_oracle"},
     # 7: what is done with a model or with folders
     {"arbitrage", "code_data", "domains", "endpoint_answers", "evaluate_languages", "filtration_scores",
-     "loop", "merge_folders", "mixture_stream", "pruning_checks", "report", "reward", "sampling",
+     "loop", "merge_folders", "mixture_stream", "report", "reward", "sampling",
      "templates", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch, models in fewer bits and what stands in their way, examples to classify
     {"chat", "classify", "contrast", "evaluate_answers", "filtration", "judges", "kto", "merge_embed",
-     "merge_quantize", "outliers", "pipeline_checks", "pruning", "reference", "runs", "serve_batch"},
+     "merge_quantize", "outliers", "pipeline_checks", "pruning_checks", "reference", "runs", "serve_batch"},
     # 9: samples of the policy as batches, what judges say, what a client of the server asks, mixtures made,
     # what a model does with held-out rows, SideNets before a classifier
-    {"early_exit", "evaluate_judges", "held_out", "judges_rates", "merge_upcycle", "rollouts", "router",
+    {"early_exit", "evaluate_judges", "held_out", "pruning", "judges_rates", "merge_upcycle", "rollouts", "router",
      "selection", "serve_request"},
     # 10: the stages, the leaderboard, the server
     {"evaluate_early_exit", "evaluate_leaderboard", "evaluate_quantized", "generate_pool", "serve", "stages"},

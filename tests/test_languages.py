@@ -40,9 +40,8 @@ AYA = {
     "Yiddish": "yi", "Yoruba": "yo", "Zulu": "zu", "Azerbaijani": "az", "Armenian": "hy"
 }
 
-# What the cards of the published data sets list: the languages of the Aya dataset and of the evaluation suite,
-# whose translated prompts are in the languages of the collection's translations, and some names of the parts
-# of aya_collection_language_split.
+# What the cards of the published data sets list: languages of the Aya dataset, of the evaluation suite (the
+# collection is translated into the same), and names of parts of aya_collection_language_split.
 AYA_DATASET = """
 amh arb ary ars acq arz apc ben ceb dan deu ell eng eus fil fin fra gle guj hat hau hin hun ibo ind ita jav
 jpn kan kir kor kur lit mal mar mlg msa mya nep nld nso nya pan pes pol por pus rus sin sna snd som spa sqi
