@@ -31,8 +31,8 @@ knowledge fell.
 
 This file looked at seed 0 once, and nothing was changed after it. Right in reasoning: 42, 31, 33, 22, 21 and
 0% of the answers at 0 to 100% of code; both ways of initialization were reversed (15 and 16%). No arm had
-learned a translation, so that knowledge is capitals alone, right or wrong together. The programs were 0% right
-without code and 6 to 9% with it. Sums and days have about ten combinations, and say little.
+learned a translation, so that knowledge is capitals alone, right or wrong nearly together. Programs were 0%
+right without code and 6 to 9% with it. Its 4 different sums and 8 days say little.
 """
 
 import random
