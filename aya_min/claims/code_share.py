@@ -27,7 +27,12 @@ An earlier draft of this file, lost before it was committed, looked at seed 0 se
 (three languages, six tasks) had an apparent inverted U that was overfitting of one task. Then it had English
 alone, sums and days apart, a rate that was chosen, and 500 steps for 600. 25% against 0% depended on rate and
 steps (63 against 58% right at 600 steps, reversed at 500). At last the inverted U was not shown, and
-knowledge fell. Of this file: LOOKS
+knowledge fell.
+
+This file looked at seed 0 once, and nothing was changed after it. Right in reasoning: 42, 31, 33, 22, 21 and
+0% of the answers at 0 to 100% of code; both ways of initialization were reversed (15 and 16%). No arm had
+learned a translation, so that knowledge is capitals alone, right or wrong nearly together. Programs were 0%
+right without code and 6 to 9% with it. Its 4 different sums and 8 days say little.
 """
 
 import random
@@ -42,7 +47,7 @@ from ..world import gold_answer, questions, split_named
 from ..world_oracle import grade
 
 PAPER = "To Code, or Not To Code?, arXiv 2408.10914"
-MINUTES = 6
+MINUTES = 12                                            # on a busy machine
 SHARES = (0, 25, 50, 75, 90, 100)                       # percent of the tokens that are code
 REASONING, FACTS = ("sort", "count"), ("capital", "translate")
 TASKS = (*REASONING, "sum", "day", *FACTS)
