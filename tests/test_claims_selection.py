@@ -33,7 +33,7 @@ def test_half_of_the_questions_stand_five_times_in_the_redundant_data_and_the_ot
 
 def test_data_and_hold_out_are_halves_of_one_draw_and_no_held_out_question_is_in_either():
     ours, theirs = selection.half(LAB, 0), selection.half(LAB, 1)
-    assert len(ours) == len(theirs) == 40 * selection.BATCH
+    assert len(ours) == len(theirs) == selection.num_steps(LAB) * selection.BATCH
     for rows in (ours, theirs):         # all tasks and languages in each
         assert len({row["task"] for row in rows}) == 5
         assert len({row["language"] for row in rows}) == len(selection.CODES)
