@@ -45,8 +45,8 @@ FLOORS = [
      "merge_quantize", "outliers", "pipeline_checks", "pruning_checks", "reference", "runs", "serve_batch"},
     # 9: samples of the policy as batches, what judges say, what a client of the server asks, mixtures made,
     # what a model does with held-out rows, SideNets before a classifier
-    {"early_exit", "evaluate_judges", "held_out", "pruning", "judges_rates", "merge_upcycle", "rollouts", "router",
-     "selection", "serve_request"},
+    {"early_exit", "evaluate_judges", "held_out", "judges_rates", "merge_upcycle", "pruning", "rollouts",
+     "router", "selection", "serve_request"},
     # 10: the stages, the leaderboard, the server
     {"evaluate_early_exit", "evaluate_leaderboard", "evaluate_quantized", "generate_pool", "serve", "stages"},
     # 11: a recipe's run on disk; what a stage will need; what a search measures

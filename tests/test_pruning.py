@@ -240,7 +240,7 @@ def test_a_short_prompt_is_found_only_as_a_whole_text(tmp_path):
 
 
 def test_answers_of_next_to_nothing_go(prune):
-    rows = [row_of("Who is there, at this hour of the night?", answer=text) for text in ("I", "It is me.")]
+    rows = [{**row_of("Who is there, at this hour?"), "targets": text} for text in ("I", "It is me.")]
     kept, removed = prune(rows, "--min-answer", 3)
     assert [row["targets"] for row in kept] == ["It is me."]
     assert [(row["removed_because"], row["details"]) for row in removed] == [
