@@ -59,6 +59,10 @@ class Training(Reading):
     schedule: str = setting("cosine", help="after the warm-up", choices=["cosine", "constant"])
     final_learning_rate: float = setting(
         0.05, "[0, 1]", "end of the cosine as a share of the peak (1/20: Tiny Aya)")
+    optimizer: str = setting(
+        "adamw", help="adamw; or torch's adafactor, whose moments of a matrix are one number a row and a column, "
+                      "and whose --learning-rate is relative to a weight's own size (encoder-decoders: 0.02)",
+        choices=["adamw", "adafactor"])
     weight_decay: float = setting(0.0, "[0, inf)")
     adam_beta2: float = setting(0.98, "[0, 1)")
     max_grad_norm: float = setting(

@@ -50,9 +50,9 @@ def learning_rate(step, num_steps, settings):
 
 
 def make_optimizer(model, settings):
-    """torch's fused AdamW of what is trained, with weight decay on matrices only. Tied weights are one
-    parameter. A group's "scale" is its learning rate as a multiple of the policy's: a critic may have its
-    own."""
+    """torch's fused AdamW of what is trained, or its Adafactor, with weight decay on matrices only. Tied weights
+    are one parameter. A group's "scale" is its learning rate as a multiple of the policy's: a critic may have
+    its own."""
     of_critic = getattr(settings, "critic_learning_rate", None) or settings.learning_rate
     groups = []
     for part, peak in zip(distributed.parts(model), (settings.learning_rate, of_critic)):
@@ -64,6 +64,9 @@ def make_optimizer(model, settings):
         scale = peak / settings.learning_rate
         groups += [{"params": matrices, "weight_decay": settings.weight_decay, "scale": scale},
                    {"params": vectors, "weight_decay": 0.0, "scale": scale}]
+    if settings.optimizer == "adafactor":
+        # It clips what it takes by itself, and its steps are relative to a weight's size.
+        return torch.optim.Adafactor(groups, lr=settings.learning_rate)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.adam_beta2), fused=True)
 
 
