@@ -25,7 +25,7 @@ FLOORS = [
      "tensorfiles", "token_logps"},
     # 3: losses, the world, one HTTP request, how to resume, what a line of JSONL means, whether two
     # folders are alike
-    {"alike", "checkpoint", "control_tokens", "endpoint_http", "fused", "journal", "lengths", "loss_scale",
+    {"adafactor", "alike", "checkpoint", "control_tokens", "endpoint_http", "fused", "journal", "lengths", "loss_scale",
      "losses", "report_data", "rows", "template_turns", "world"},
     # 4: the layers of a mixture of experts, its losses over a step
     {"balance", "moe"},
