@@ -14,7 +14,9 @@ Known gap: --too-long cut-left keeps the first token of a source, which in a dec
 
 import json
 import re
-from itertools import takewhile
+import unicodedata
+from collections import Counter
+from itertools import chain, takewhile
 from pathlib import Path
 
 from tokenizers import Tokenizer as Unigram, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -145,6 +147,7 @@ def load_text_tokenizer(folder):
 def train_text_tokenizer(texts, vocab_size):
     """A Unigram tokenizer like T5's, with pieces for the 256 bytes (mT5 has them), so that no text is unknown.
     Unlike theirs it keeps line breaks and double spaces: its normalizer is NFC alone, and digits are single.
+    At most half of the pieces are single characters; rarer ones are written in bytes.
 
     Two trainings on the same texts have the same pieces, but scores that differ in the third decimal, because
     the library adds up in no fixed order; a run therefore keeps its tokenizer."""
@@ -154,12 +157,15 @@ def train_text_tokenizer(texts, vocab_size):
                          "and the sentinels")
     made = Unigram(models.Unigram())
     made.normalizer = normalizers.NFC()
+    texts = [unicodedata.normalize("NFC", text) for text in texts]
+    found = Counter(chain.from_iterable(texts)).most_common()
+    rare = str.maketrans(dict.fromkeys((character for character, _ in found[(vocab_size - fixed) // 2:]), " "))
     cut = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
     made.pre_tokenizer = pre_tokenizers.Sequence([
         cut, pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Digits(individual_digits=True)])
     trainer = trainers.UnigramTrainer(vocab_size=vocab_size - len(BYTES) - NUM_SENTINELS, special_tokens=FIRST,
                                       shrinking_factor=0.5, unk_token="<unk>", show_progress=False)
-    made.train_from_iterator(texts, trainer)
+    made.train_from_iterator((text.translate(rare) for text in texts), trainer)
     spec = json.loads(made.to_str())
     vocab = spec["model"]["vocab"]
     spec["model"]["vocab"] = vocab[:len(FIRST)] + [[byte, NEVER] for byte in BYTES] + vocab[len(FIRST):]
