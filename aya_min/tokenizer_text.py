@@ -32,8 +32,7 @@ OURS = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos
         "unk_token": "<unk>", "clean_up_tokenization_spaces": False,
         "additional_special_tokens": [SENTINEL.format(i) for i in range(NUM_SENTINELS)]}
 SPEAKERS = {"user": "User: ", "assistant": "Assistant: "}
-# The score, a log-prob, of a piece that a text never takes for its letters: that of a byte, of an end token.
-NEVER = -1000.0
+BYTE = r"<0x[0-9A-F]{2}>"
 
 
 def as_text(messages):
@@ -56,8 +55,8 @@ class TextTokenizer(Tokenizer):
         control = {token.content for token in added if token.special or CONTROL.fullmatch(token.content)}
         control |= {SENTINEL.format(i) for i in range(bpe.get_vocab_size())
                     if bpe.token_to_id(SENTINEL.format(i)) is not None}
-        bpe = never_letters(bpe, control)
         self.bpe, self.config, self.files = bpe, config or dict(OURS), files or {}
+        self.inner = within_text(bpe)
         for name, number in added_elsewhere(self.config, self.files):
             if bpe.token_to_id(name) != number:
                 raise ValueError(f"tokenizer_config.json or added_tokens.json gives {name!r:.80} the id "
@@ -73,9 +72,13 @@ class TextTokenizer(Tokenizer):
         self.sentinels = [*takewhile(lambda number: number is not None, numbers)]
         others = sorted((name for name in control if not CONTROL.fullmatch(name)), key=len, reverse=True)
         self.others = re.compile("|".join(map(re.escape, others)) or "(?!)")
-        bpe.add_special_tokens(sorted(control, key=bpe.token_to_id))
-        bpe.encode_special_tokens = True        # "</s>" typed by a user is letters, not a token
-        self.inner = bpe
+        self.pieces = re.compile("|".join([*map(re.escape, sorted(control)), BYTE]))
+        for each in (bpe, self.inner):
+            each.no_padding()
+            each.no_truncation()
+            each.encode_special_tokens = True
+            # In published files some are not special. They would be printed in answers.
+            each.add_special_tokens(sorted(control, key=bpe.token_to_id))
 
     def named(self, key, usual):
         """The id of a special token that tokenizer_config.json may name, or None."""
@@ -91,6 +94,15 @@ class TextTokenizer(Tokenizer):
     def texts(self, messages, where=""):
         """[(role, text), ...]: every conversation has a text."""
         return [(message["role"], message["content"].strip()) for message in messages]
+
+    def encode(self, text):
+        """The ids of a text. Names of control tokens in it ("</s>") are letters, although they are pieces of a
+        Unigram's vocabulary too: such a name is cut after its first letter."""
+        cuts = [match.start() + 1 for match in self.pieces.finditer(text)] if "<" in text else []
+        first, *rest = [text[start:end] for start, end in zip([0, *cuts], [*cuts, None])]
+        encoded = [self.bpe.encode(first, add_special_tokens=False)]
+        encoded += [self.inner.encode(part, add_special_tokens=False) for part in rest]
+        return [i for part in encoded for i in part.ids]
 
     def key(self, text):
         return tuple(self.encode(text.strip()))
@@ -116,18 +128,16 @@ class TextTokenizer(Tokenizer):
             (Path(folder) / name).write_bytes(data)
 
 
-def never_letters(bpe, control):
-    """The Unigram in which no text is read as one of the control tokens, which its vocabulary holds as pieces.
-    ValueError for another kind of tokenizer."""
+def within_text(bpe):
+    """The Unigram as it encodes the rest of a text, which begins with no space. ValueError for another kind."""
     spec = json.loads(bpe.to_str())
     if spec["model"]["type"] != "Unigram":
         raise ValueError(f"tokenizer.json is a {spec['model']['type']}; an encoder-decoder has a Unigram")
-    spec["model"]["vocab"] = [[piece, NEVER if piece in control else score]
-                              for piece, score in spec["model"]["vocab"]]
-    made = Unigram.from_str(json.dumps(spec))
-    made.no_padding()
-    made.no_truncation()
-    return made
+    cut = spec.get("pre_tokenizer") or {}
+    for part in cut.get("pretokenizers", [cut]):
+        if "prepend_scheme" in part:
+            part["prepend_scheme"] = "never"
+    return Unigram.from_str(json.dumps(spec))
 
 
 def load_text_tokenizer(folder):
@@ -149,8 +159,8 @@ def train_text_tokenizer(texts, vocab_size):
     Unlike theirs it keeps line breaks and double spaces: its normalizer is NFC alone, and digits are single.
     At most half of the pieces are single characters; rarer ones are written in bytes.
 
-    Two trainings on the same texts have the same pieces, but scores that differ in the third decimal, because
-    the library adds up in no fixed order; a run therefore keeps its tokenizer."""
+    Two trainings on the same texts have the same pieces with the same ids, but scores that differ in the third
+    decimal, because the library adds up in no fixed order; a run therefore keeps its tokenizer."""
     fixed = len(FIRST) + len(BYTES) + NUM_SENTINELS
     if vocab_size <= fixed:
         raise ValueError(f"a vocabulary of {vocab_size} is too small: {fixed} are the first tokens, the bytes "
@@ -167,8 +177,9 @@ def train_text_tokenizer(texts, vocab_size):
                                       shrinking_factor=0.5, unk_token="<unk>", show_progress=False)
     made.train_from_iterator((text.translate(rare) for text in texts), trainer)
     spec = json.loads(made.to_str())
-    vocab = spec["model"]["vocab"]
-    spec["model"]["vocab"] = vocab[:len(FIRST)] + [[byte, NEVER] for byte in BYTES] + vocab[len(FIRST):]
+    pieces = sorted(spec["model"]["vocab"][len(FIRST):])
+    least = min((score for _, score in pieces), default=0.0)
+    spec["model"]["vocab"] = [*([name, 0.0] for name in FIRST), *([byte, least] for byte in BYTES), *pieces]
     spec["model"]["byte_fallback"] = True
     made = Unigram.from_str(json.dumps(spec))
     made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(
