@@ -2,13 +2,14 @@
 second moments it keeps the means of the rows and of the columns alone, and a step is relative to the size of
 the weights that it moves.
 
-    V = rows columns / mean(rows)       u = g / sqrt(V)       w -= max(eps2, rms(w)) min(lr, t^-1/2) u / max(1, rms(u))
+    V = rows columns / mean(rows)           u = g / sqrt(V)
+    w -= max(eps2, rms(w)) min(lr, t^-1/2) u / max(1, rms(u))
 
 rows and columns are means of g^2, averaged over steps with beta2 = 1 - t^-0.8.
 
 torch (2.13) has this as torch.optim.Adafactor, with the same numbers (tests/test_adafactor.py), but not for
-sharded parameters: DTensor refuses its operations. Here each rank works on its rows, and what runs over all rows
-is summed over the ranks.
+sharded parameters: DTensor refuses its operations. Here each rank works on its rows, and what runs over all
+rows is summed over the ranks.
 """
 
 import torch
@@ -27,7 +28,8 @@ class Adafactor(torch.optim.Optimizer):
         super().__init__(groups, dict(lr=lr, weight_decay=0.0))
 
     def begin(self, p, steps=0.0):
-        """The state of a parameter before its first step. What is cut like the parameter is sharded as it is."""
+        """The state of a parameter before its first step. What is cut like the parameter is sharded as it
+        is."""
         state = {"step": torch.tensor(steps, device=p.device)}
         if p.dim() == 1:
             return state | {"variance": torch.zeros_like(p)}

@@ -41,7 +41,8 @@ def state_tensors(model, optimizer):
     """{name: parameter, name|exp_avg and name|exp_avg_sq: its moments (Adafactor's: name|rows, name|columns,
     name|variance)}, sharded or plain, not copied.
 
-    The optimizer's step is not among them: it is the state's step, without those that were skipped (loss_scale.py).
+    The optimizer's step is not among them: it is the state's step, without those that were skipped
+    (loss_scale.py).
     """
     tensors = dict(model.state_dict())
     for name, p in trained(model).items():
@@ -364,9 +365,13 @@ def faults_in(file):
 
 
 def begin_moments(model, optimizer, steps=0.0):
-    """Give the optimizer its state before its first step: moments of 0, and the number of steps it has done."""
+    """Give the optimizer its state before its first step: moments of 0, and the number of steps it has
+    done."""
     for p in trained(model).values():
-        optimizer.state[p] = optimizer.begin(p, steps) if hasattr(optimizer, "begin") else {"step": torch.tensor(steps, device=p.device), "exp_avg": torch.zeros_like(p),
+        if hasattr(optimizer, "begin"):             # adafactor.py
+            optimizer.state[p] = optimizer.begin(p, steps)
+            continue
+        optimizer.state[p] = {"step": torch.tensor(steps, device=p.device), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
 
 

@@ -69,8 +69,8 @@ def encode_conversation(tokenizer, messages, supervised, language, where):
 
 
 def conversations_of(tokenizer, messages, supervised):
-    """[(messages, supervised), ...]: a conversation as the examples that it becomes. An encoder-decoder has one
-    for each answer that is supervised, with the turns before it; a decoder has one for all."""
+    """[(messages, supervised), ...]: a conversation as the examples that it becomes. An encoder-decoder has
+    one for each answer that is supervised, with the turns before it; a decoder has one for all."""
     if not getattr(tokenizer, "one_answer", False):
         return [(messages, supervised)]
     ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -81,7 +81,8 @@ def pieces_of(tokenizer, text, limit, language, where, seed=0):
     """[Example, ...] of at most `limit` tokens: a text and its end token, all supervised but for each BOS. Of
     an encoder-decoder: sources from which spans are missing, and targets that say what they were."""
     if getattr(tokenizer, "one_answer", False):
-        made = corrupted(tokenizer.encode(text), tokenizer.sentinels, tokenizer.end_of_turn_id, limit, seed, where)
+        made = corrupted(tokenizer.encode(text), tokenizer.sentinels, tokenizer.end_of_turn_id, limit, seed,
+                         where)
         return [Example(np.array(source + target, np.int32), np.arange(len(source + target)) >= len(source),
                         language, where) for source, target in made]
     ids = tokenizer.encode(text) + [tokenizer.end_of_turn_id]

@@ -78,7 +78,7 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (Linear(d, width, bias=False) for _ in range(3))
         self.o = Linear(width, d, bias=False)
         if has_table:
-            self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+            self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, self.H)
 
     def heads(self, project, x):
         return project(x).unflatten(-1, (self.H, -1))
@@ -226,8 +226,8 @@ def equal_sources(source_lengths, repeats):
 
 def initial_value(config, name, shape, generator):
     """The initial value of the parameter `name`, by T5's rule (transformers' _init_weights), times
-    initializer_factor: embeddings Normal(0, 1), matrices Normal(0, inputs^-1/2), queries smaller by D^-1/2, which
-    stands in for the missing scale of the scores.
+    initializer_factor: embeddings Normal(0, 1), matrices Normal(0, inputs^-1/2), queries smaller by D^-1/2,
+    which stands in for the missing scale of the scores.
 
     Departure: an untied head is d_model^-1/2, as any other matrix; transformers' 1 would give logits of
     deviation d_model^1/2 at the start.
@@ -306,4 +306,5 @@ class EncoderDecoder(nn.Module):
         states = self.encoder(self.shared(encoded.pack(sources[:, :S])), encoded, recompute=recompute)
         texts = Texts(target_lengths, targets.shape[1], is_line)
         before = F.pad(targets[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
-        return self.decoder(self.shared(texts.pack(before)), texts, states, encoded, recompute=recompute), texts
+        x = self.decoder(self.shared(texts.pack(before)), texts, states, encoded, recompute=recompute)
+        return x, texts

@@ -197,14 +197,14 @@ class EncoderDecoderConfig:
         return round(3 * (2 * weights + 4 * width * pairs + 2 * d * self.vocab_size * target))
 
 
-MT5_SMALL = dict(model_type="mt5", vocab_size=250112, d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_heads=6,
-                 feed_forward_proj="gated-gelu")
+MT5_SMALL = dict(model_type="mt5", vocab_size=250112, d_model=512, d_kv=64, d_ff=1024, num_layers=8,
+                 num_heads=6, feed_forward_proj="gated-gelu")
 _UNTIED = dict(MT5_SMALL, tie_word_embeddings=False)
 _XXL = dict(_UNTIED, d_model=4096, d_ff=10240, num_layers=24, num_heads=64)
 # The published sizes; tiny-t5 is our own, for the embedded world.
 PRESETS = {
-    "tiny-t5": dict(model_type="t5", vocab_size=6144, d_model=96, d_kv=32, d_ff=256, num_layers=3, num_heads=3,
-                    feed_forward_proj="gated-gelu"),
+    "tiny-t5": dict(model_type="t5", vocab_size=6144, d_model=96, d_kv=32, d_ff=256, num_layers=3,
+                    num_heads=3, feed_forward_proj="gated-gelu"),
     "mt5-small": _UNTIED,
     "mt5-base": dict(_UNTIED, d_model=768, d_ff=2048, num_layers=12, num_heads=12),
     "mt5-large": dict(_UNTIED, d_model=1024, d_ff=2816, num_layers=24, num_heads=16),

@@ -1,10 +1,10 @@
-"""The engine of sampling for an encoder-decoder: sampling.complete and the server's batch call it as they call
-engine.Engine.
+"""The engine of sampling for an encoder-decoder: sampling.complete and the server's batch call it as they
+call engine.Engine.
 
 A prompt is encoded once, and each decoder layer's cross keys and values are computed once for all samples of
 it. A row of the batch then has two caches: its prompt's cross keys and values, which do not change, and those
-of its own tokens. Both run over a multiple of BLOCK keys, so that on a CPU in fp32 no bit depends on the other
-rows. P prompts, B or n rows, N tokens, H heads, D head width, S source tokens, T keys, V vocabulary.
+of its own tokens. Both run over a multiple of BLOCK keys, so that on a CPU in fp32 no bit depends on the
+other rows. P prompts, B or n rows, N tokens, H heads, D head width, S source tokens, T keys, V vocabulary.
 
 Known gap: on a GPU a step is not recorded as a CUDA graph, and launches its kernels one by one.
 """
@@ -66,7 +66,8 @@ class FusedEncoderDecoder:
                                       for stack in (model.encoder, model.decoder))
         eps = c.layer_norm_epsilon
         self.encoder_norm = rms_normalizer(model.encoder.final_layer_norm.weight.detach(), eps)
-        self.decoder_norm = rms_normalizer(model.decoder.final_layer_norm.weight.detach() * c.output_scale, eps)
+        last = model.decoder.final_layer_norm.weight.detach() * c.output_scale
+        self.decoder_norm = rms_normalizer(last, eps)
         self.head = multiplier(model.head_weight.detach(), pack)
         self.encoder_tables, self.decoder_tables = (
             [table.weight.detach() for block in stack.block
@@ -112,7 +113,8 @@ class EncoderDecoderEngine:
         c, self.device, dtype = fused.config, fused.device, fused.dtype
         self.fused, self.config, self.slots, self.max_tokens = fused, c, slots, round_up(max_tokens)
         self.temperature, self.filters, self.dtype = temperature, filters, dtype
-        self.own, self.cross = ([Cache(c, slots, dtype, self.device) for _ in fused.decoder] for _ in range(2))
+        self.own, self.cross = (
+            [Cache(c, slots, dtype, self.device) for _ in fused.decoder] for _ in range(2))
         self.tokens, self.counts, self.source_lengths = (
             torch.zeros(slots, dtype=torch.long, device=self.device) for _ in range(3))
         self.uniforms = torch.zeros(slots, max_new_tokens if temperature else 1, device=self.device)

@@ -65,7 +65,8 @@ def normalizer(config, weight):
 
 
 def rms_normalizer(weight, eps, plus=0):
-    """The function x -> the RMS norm with this weight, plus 1 if the family says so, over the last dimension."""
+    """The function x -> the RMS norm with this weight, plus 1 if the family says so, over the last
+    dimension."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return lambda x: rms_norm(x, weight, eps, plus)
     # x w / sqrt(|x|^2 / D + eps) in four passes. F.rms_norm takes twice as many on a CPU, and the time.
@@ -180,7 +181,8 @@ class Fused:
             self.head = model.lm_head.forward
         else:
             head = model.head_weight.detach()
-            self.head = multiplier(head, pack or bool(packed) and can_pack(self.device, self.dtype, head.nbytes))
+            can = can_pack(self.device, self.dtype, head.nbytes)
+            self.head = multiplier(head, pack or bool(packed) and can)
 
 
 def can_pack(device, dtype, nbytes):

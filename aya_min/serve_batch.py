@@ -18,8 +18,8 @@ import torch
 from .command import OUR_FAULT
 from .distributed import say
 from .engine import choose
-from .sampling import (PREFILL_TOKENS, Row, engine_of, free_slots, fused_of, next_group, not_finite, stop_test,
-                       uniforms_of)
+from .sampling import (PREFILL_TOKENS, Row, engine_of, free_slots, fused_of, next_group, not_finite,
+                       stop_test, uniforms_of)
 
 # Seconds between two pieces of a streamed answer, and the pieces that all answers together get in a second.
 # To send each token by itself takes the model's thread its time: Python runs one thread at once.

@@ -1,12 +1,13 @@
-"""Span corruption, the pretraining of T5 and mT5 (arXiv 1910.10683 section 3.1.4, 2010.11934 section 3.2): 15% of
-the tokens, in spans of 3 on average, are replaced by one sentinel a span, and the target says what they were.
+"""Span corruption, the pretraining of T5 and mT5 (arXiv 1910.10683 section 3.1.4, 2010.11934 section 3.2):
+15% of the tokens, in spans of 3 on average, are replaced by one sentinel a span, and the target says what
+they were.
 
     text      Thank you for inviting me to your party last week .
     source    Thank you <0> me to your party <1> week .
     target    <0> for inviting <1> last <2>                         and the end token after both
 
-The target ends with one more sentinel, as in T5's own code and in transformers' examples. A text always begins
-with tokens that are kept.
+The target ends with one more sentinel, as in T5's own code and in transformers' examples. A text always
+begins with tokens that are kept.
 
 Departure: a text is corrupted once, when it is read, from the seed and its place in its file. Several epochs
 therefore see the same spans; T5 draws them anew.
@@ -34,8 +35,8 @@ def counts(num_tokens):
 
 
 def spans(num_tokens, rng):
-    """(kept (K,), replaced (K,)): the lengths in tokens of K spans that are kept and of the K spans after them
-    that are replaced; both together are num_tokens."""
+    """(kept (K,), replaced (K,)): the lengths in tokens of K spans that are kept and of the K spans after
+    them that are replaced; both together are num_tokens."""
     num_replaced, num_spans = counts(num_tokens)
     return cut_into(num_tokens - num_replaced, num_spans, rng), cut_into(num_replaced, num_spans, rng)
 
@@ -53,20 +54,21 @@ def corrupt(ids, sentinels, end, kept, replaced):
 
 
 def longest_text(limit, num_sentinels):
-    """The most tokens of a text whose source and target together have at most `limit`, and whose spans, and the
-    target's end, find a sentinel each. ValueError if not even the shortest does."""
+    """The most tokens of a text whose source and target together have at most `limit`, and whose spans, and
+    the target's end, find a sentinel each. ValueError if not even the shortest does."""
     for length in range(limit, LEAST - 1, -1):
         num_spans = counts(length)[1]
         # the text, a sentinel a span in both, one more, two ends
         if length + 2 * num_spans + 3 <= limit and num_spans < num_sentinels:
             return length
-    raise ValueError(f"--max-length {limit} leaves no room for span corruption: a text of {LEAST} tokens takes "
-                     f"{LEAST + 5}, source and target together; raise it")
+    raise ValueError(f"--max-length {limit} leaves no room for span corruption: a text of {LEAST} tokens "
+                     f"takes {LEAST + 5}, source and target together; raise it")
 
 
 def corrupted(ids, sentinels, end, limit, seed, where):
-    """[(source, target), ...] of a text's ids in pieces of at most `limit` tokens, source and target together.
-    A piece of a single token, in which nothing can be kept, is left out. ValueError without sentinels.
+    """[(source, target), ...] of a text's ids in pieces of at most `limit` tokens, source and target
+    together. A piece of a single token, in which nothing can be kept, is left out. ValueError without
+    sentinels.
 
     seed, where: the random numbers follow from both, so that a text's spans depend on no other text.
     """

@@ -85,13 +85,14 @@ def builder(name, data, settings):
 
 
 def check_encoder_decoder(name, settings):
-    """ValueError for a stage that trains no encoder-decoder, and for a setting that it cannot honour there."""
+    """ValueError for a stage that trains no encoder-decoder, and for a setting that it cannot honour
+    there."""
     if why := stage_named(name).decoders_only:
-        raise ValueError(f"{name} trains decoders only, not an encoder-decoder: {why}; pretrain, sft, dpo and kto "
-                         "do")
+        raise ValueError(f"{name} trains decoders only, not an encoder-decoder: {why}; pretrain, sft, dpo "
+                         "and kto do")
     if settings.dtype == "float16":
-        raise ValueError("--dtype float16: the activations of T5-like models pass 65504, the largest number of "
-                         "float16; take bfloat16")
+        raise ValueError("--dtype float16: the activations of T5-like models pass 65504, the largest number "
+                         "of float16; take bfloat16")
     for flag in ("attention_dropout", "residual_dropout"):
         if getattr(settings, flag):
             raise ValueError(f"{config.flag_of(flag)} {getattr(settings, flag)}: an encoder-decoder has no "
@@ -322,7 +323,8 @@ STAGES = {
         "Online policy gradients: sample answers to a batch of prompts, score them, take a step.",
         config.RL, load_fitting_prompts, blank_rollout, collate_rollouts, rl_loss,
         beside={"reward_model": "reward model folder with the same tokenizer"}, needs=("reward_model",),
-        samples=True, decoders_only="a reward model with the policy's tokenizer, which scores it, is a decoder"),
+        samples=True,
+        decoders_only="a reward model with the policy's tokenizer, which scores it, is a decoder"),
     "router": Stage(
         "A router, which chooses a teacher for a prompt, on candidates with rewards (arXiv 2408.14960).",
         config.Routing, router.load_candidates, router.blank, router.collate_routed,

@@ -1,7 +1,8 @@
 """The tokenizer of an encoder-decoder: Unigram (T5, mT5, Aya 101), an end token after each text, no BOS, no
 turns; <extra_id_0>, <extra_id_1>, ... are the sentinels of span corruption.
 
-These models have no chat template, so a conversation becomes a text by this rule, and the answer is the target:
+These models have no chat template, so a conversation becomes a text by this rule, and the answer is the
+target:
 
     one user turn                   its own text
     a system text                   stands before that, and a blank line
@@ -19,10 +20,11 @@ from collections import Counter
 from itertools import chain, takewhile
 from pathlib import Path
 
-from tokenizers import Tokenizer as Unigram, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (Tokenizer as Unigram, decoders, models, normalizers, pre_tokenizers, processors,
+                        trainers)
 
 from .files import dumps
-from .tokenizer import CONTROL, FILES, Tokenizer, added_elsewhere, of_type, read_bpe, read_config, read_files
+from .tokenizer import CONTROL, Tokenizer, added_elsewhere, of_type, read_bpe, read_config, read_files
 
 SENTINEL = "<extra_id_{}>"
 # As in T5's own vocabulary: the first tokens, and a hundred sentinels that count down to the last id.
@@ -64,8 +66,8 @@ class TextTokenizer(Tokenizer):
                                  "tokenizer again")
         eos, pad = (self.named(key, usual) for key, usual in (("eos_token", "</s>"), ("pad_token", "<pad>")))
         if eos is None:
-            raise ValueError("tokenizer.json has no end token, </s> or the eos_token of tokenizer_config.json; "
-                             "it must be that of an encoder-decoder (T5, mT5, Aya 101) or one trained here")
+            raise ValueError("tokenizer.json has no end token, </s> or the eos_token of "
+                             "tokenizer_config.json; it must be that of an encoder-decoder (T5, mT5, Aya 101) or one trained here")
         self.end_of_turn_id, self.stop_ids, self.ending = eos, [eos], [eos]
         self.pad_id = eos if pad is None else pad
         numbers = (bpe.token_to_id(SENTINEL.format(i)) for i in range(len(control)))
@@ -96,8 +98,8 @@ class TextTokenizer(Tokenizer):
         return [(message["role"], message["content"].strip()) for message in messages]
 
     def encode(self, text):
-        """The ids of a text. Names of control tokens in it ("</s>") are letters, although they are pieces of a
-        Unigram's vocabulary too: such a name is cut after its first letter."""
+        """The ids of a text. Names of control tokens in it ("</s>") are letters, although they are pieces of
+        a Unigram's vocabulary too: such a name is cut after its first letter."""
         cuts = [match.start() + 1 for match in self.pieces.finditer(text)] if "<" in text else []
         first, *rest = [text[start:end] for start, end in zip([0, *cuts], [*cuts, None])]
         encoded = [self.bpe.encode(first, add_special_tokens=False)]
@@ -112,13 +114,14 @@ class TextTokenizer(Tokenizer):
         return self.encode(text.strip()) + self.ending
 
     def encode_chat(self, messages, generation_prompt=False, supervised=None, where=""):
-        """(ids, mask) of a source and, if the last message is the assistant's, its target. mask is True on the
-        target. supervised: as in Tokenizer.encode_chat; an earlier answer is part of the source, and cannot be
-        supervised: see data.conversations_of."""
+        """(ids, mask) of a source and, if the last message is the assistant's, its target. mask is True on
+        the target. supervised: as in Tokenizer.encode_chat; an earlier answer is part of the source, and
+        cannot be supervised: see data.conversations_of."""
         answer = [] if messages[-1]["role"] != "assistant" else self.encode_answer(messages[-1]["content"])
         assert not (supervised and any(supervised[:-1])), "one answer to an example"
         source = self.encode(as_text(messages[:-1] if answer else messages)) + self.ending
-        return source + answer, [False] * len(source) + [supervised is None or bool(supervised[-1])] * len(answer)
+        counts = supervised is None or bool(supervised[-1])
+        return source + answer, [False] * len(source) + [counts] * len(answer)
 
     def save(self, folder):
         """Write tokenizer.json, tokenizer_config.json and the files that came with them, unchanged."""
@@ -129,7 +132,8 @@ class TextTokenizer(Tokenizer):
 
 
 def within_text(bpe):
-    """The Unigram as it encodes the rest of a text, which begins with no space. ValueError for another kind."""
+    """The Unigram as it encodes the rest of a text, which begins with no space. ValueError for another
+    kind."""
     spec = json.loads(bpe.to_str())
     if spec["model"]["type"] != "Unigram":
         raise ValueError(f"tokenizer.json is a {spec['model']['type']}; an encoder-decoder has a Unigram")
@@ -144,9 +148,8 @@ def load_text_tokenizer(folder):
     """The TextTokenizer of a model folder. ValueError names the folder."""
     files = read_files(folder)
     if "tokenizer.json" not in files:
-        has = "only spiece.model or tokenizer.model, which is not read" if "tokenizer.model" in files else "none"
-        raise ValueError(f"{folder}: no tokenizer.json ({has}); write one with transformers' "
-                         "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
+        raise ValueError(f"{folder}: no tokenizer.json (a spiece.model is not read); write one with "
+                         "transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
     bpe = read_bpe(files["tokenizer.json"], Path(folder) / "tokenizer.json")
     try:
         return TextTokenizer(bpe, read_config(folder, files), files)
@@ -155,26 +158,27 @@ def load_text_tokenizer(folder):
 
 
 def train_text_tokenizer(texts, vocab_size):
-    """A Unigram tokenizer like T5's, with pieces for the 256 bytes (mT5 has them), so that no text is unknown.
-    Unlike theirs it keeps line breaks and double spaces: its normalizer is NFC alone, and digits are single.
-    At most half of the pieces are single characters; rarer ones are written in bytes.
+    """A Unigram tokenizer like T5's, with pieces for the 256 bytes (mT5 has them), so that no text is
+    unknown. Unlike theirs it keeps line breaks and double spaces: its normalizer is NFC alone, and digits are
+    single. At most half of the pieces are single characters; rarer ones are written in bytes.
 
-    Two trainings on the same texts have the same pieces with the same ids, but scores that differ in the third
-    decimal, because the library adds up in no fixed order; a run therefore keeps its tokenizer."""
+    Two trainings on the same texts have the same pieces with the same ids, but scores that differ in the
+    third decimal, because the library adds up in no fixed order; a run therefore keeps its tokenizer."""
     fixed = len(FIRST) + len(BYTES) + NUM_SENTINELS
     if vocab_size <= fixed:
-        raise ValueError(f"a vocabulary of {vocab_size} is too small: {fixed} are the first tokens, the bytes "
-                         "and the sentinels")
+        raise ValueError(f"a vocabulary of {vocab_size} is too small: {fixed} are the first tokens, the "
+                         "bytes and the sentinels")
     made = Unigram(models.Unigram())
     made.normalizer = normalizers.NFC()
     texts = [unicodedata.normalize("NFC", text) for text in texts]
     found = Counter(chain.from_iterable(texts)).most_common()
-    rare = str.maketrans(dict.fromkeys((character for character, _ in found[(vocab_size - fixed) // 2:]), " "))
+    most = (vocab_size - fixed) // 2
+    rare = str.maketrans(dict.fromkeys((character for character, _ in found[most:]), " "))
     cut = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
     made.pre_tokenizer = pre_tokenizers.Sequence([
         cut, pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Digits(individual_digits=True)])
-    trainer = trainers.UnigramTrainer(vocab_size=vocab_size - len(BYTES) - NUM_SENTINELS, special_tokens=FIRST,
-                                      shrinking_factor=0.5, unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(vocab_size=vocab_size - len(BYTES) - NUM_SENTINELS,
+                                      special_tokens=FIRST, shrinking_factor=0.5, unk_token="<unk>", show_progress=False)
     made.train_from_iterator((text.translate(rare) for text in texts), trainer)
     spec = json.loads(made.to_str())
     pieces = sorted(spec["model"]["vocab"][len(FIRST):])

@@ -73,8 +73,8 @@ def read_config(folder):
     if isinstance(kind := raw.get("model_type"), str) and kind in PUBLISHED:
         wanted = PUBLISHED[kind] + TASK
         if named and named[0] != wanted:
-            raise ValueError(f"{path}: architecture {named[0]!r:.80} is not supported; supported for model_type "
-                             f"{kind}: {wanted}")
+            raise ValueError(f"{path}: architecture {named[0]!r:.80} is not supported; supported for "
+                             f"model_type {kind}: {wanted}")
         return EncoderDecoderConfig.from_published(raw, where=str(path)), EncoderDecoder
     family = FAMILIES.get(str(raw.get("model_type")).removeprefix(MIXTURE_OF))
     plain = "Mixture" if raw.get("mixture") else family.published if family else raw.get("model_type")
@@ -202,7 +202,8 @@ def load_meta(folder, trunk=False, packed=False):
     if model_class is EncoderDecoder:
         take_heads(folder, header, config)
     num_layers = 1 + max((int(match[1]) for match in map(LAYER.match, header) if match), default=-1)
-    expected = getattr(config, "sidenet_layer", max(config.num_hidden_layers, getattr(config, "num_layers", 0)))
+    expected = max(config.num_hidden_layers, getattr(config, "num_layers", 0))          # of an encoder too
+    expected = getattr(config, "sidenet_layer", expected)
     if expected > max(num_layers, 1):                       # checked before that many layers are built
         raise ValueError(f"{folder}: the tensors do not fit config.json: they are of {num_layers} layers, "
                          f"num_hidden_layers is {expected}")
@@ -213,8 +214,8 @@ def load_meta(folder, trunk=False, packed=False):
                          "they belong to different models")
     tokenizer.stop_ids = sorted({*tokenizer.stop_ids, *read_stop_ids(folder)})
     if trunk and model_class is EncoderDecoder:
-        raise ValueError(f"{folder}: an encoder-decoder, which has no decoder that stands alone; give a language "
-                         "model of another family")
+        raise ValueError(f"{folder}: an encoder-decoder, which has no decoder that stands alone; give a "
+                         "language model of another family")
     if trunk and model_class is SideNet:
         raise ValueError(f"{folder}: a SideNet, which has only the first layers of its MainNet; give that")
     with torch.device("meta"):
@@ -225,7 +226,8 @@ def load_meta(folder, trunk=False, packed=False):
         config.pad_token_id = tokenizer.pad_id          # which is published, see write_descriptions
     own = (model if scheme else found).state_dict()
     packs = {name: spec for at, module in model.packed.items() for name, spec in module.specs(at).items()}
-    alike = model_class is EncoderDecoder or not config.tie_word_embeddings or stored or tensorfiles.drop_tied_head(header)
+    alike = (model_class is EncoderDecoder or not config.tie_word_embeddings or stored
+             or tensorfiles.drop_tied_head(header))
     problems = [] if alike else [
         "lm_head.weight is not model.embed_tokens.weight, to which config.json ties it"]
     names = own.keys() | packs.keys()
@@ -249,16 +251,16 @@ def load_meta(folder, trunk=False, packed=False):
 
 
 def take_heads(folder, header, config):
-    """Set config.tie_word_embeddings of an encoder-decoder as its tensors say, and take from their header what
-    repeats the embedding, or what no layer reads. ValueError for a repeated embedding that is another.
+    """Set config.tie_word_embeddings of an encoder-decoder as its tensors say, and take from their header
+    what repeats the embedding, or what no layer reads. ValueError for a repeated embedding that is another.
 
     As in transformers 5, a lm_head.weight that differs from the embedding is the head, whatever config.json
     says; an equal one is, if it says false."""
     header.pop(STRAY, None)
     for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
         if name in header and not tensorfiles.same_as(header, name, "shared.weight"):
-            raise ValueError(f"{folder}: {name} is not shared.weight, which encoder and decoder share; download "
-                             "the model again")
+            raise ValueError(f"{folder}: {name} is not shared.weight, which encoder and decoder share; "
+                             "download the model again")
         header.pop(name, None)
     said = tensorfiles.read_config(folder).get("tie_word_embeddings")
     config.tie_word_embeddings = "lm_head.weight" not in header or (

@@ -1,5 +1,5 @@
-"""What the tests of the encoder-decoder share: a Unigram tokenizer of 700 tokens, random models of two layers,
-and each of its stages run on small.write_world's files."""
+"""What the tests of the encoder-decoder share: a Unigram tokenizer of 700 tokens, random models of two
+layers, and each of its stages run on small.write_world's files."""
 
 from functools import cache
 
@@ -20,7 +20,8 @@ FILES = {"pretrain": "text.jsonl", "sft": "sft.jsonl", "dpo": "pairs.jsonl", "kt
 
 @cache
 def trained():
-    return train_text_tokenizer([q["prompt"] for q in questions("train", 240, 0, level="tiny")], 700).bpe.to_str()
+    texts = [q["prompt"] for q in questions("train", 240, 0, level="tiny")]
+    return train_text_tokenizer(texts, 700).bpe.to_str()
 
 
 def tokenizer():
@@ -29,8 +30,8 @@ def tokenizer():
 
 def t5(seed=0, **changes):
     """A model whose weights are large enough that what a token says depends on all others."""
-    sizes = dict(vocab_size=tokenizer().vocab_size, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2,
-                 num_heads=4, relative_attention_num_buckets=8, relative_attention_max_distance=12,
+    sizes = dict(vocab_size=tokenizer().vocab_size, d_model=32, d_kv=8, d_ff=48, num_layers=2,
+                 num_decoder_layers=2, num_heads=4, relative_attention_num_buckets=8, relative_attention_max_distance=12,
                  feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     model = EncoderDecoder(EncoderDecoderConfig(**{**sizes, **changes}))
     return init_weights(model, torch.Generator().manual_seed(seed))
@@ -50,7 +51,8 @@ def run_t5(stage, world, out, resume=False, held_out=False, start=None, architec
     settings = stages.STAGES[stage].settings(**{**values, **changes})
     model = weights.load(start, sharded=True)[0] if start else t5(**architecture)
     more = {"eval_data": [world / "held-out-sft.jsonl"]} if held_out else {}
-    stages.train_stage(stage, model, tokenizer(), [world / FILES[stage]], settings, out, CPU, resume=resume, **more)
+    stages.train_stage(stage, model, tokenizer(), [world / FILES[stage]], settings, out, CPU, resume=resume,
+                       **more)
     return out
 
 
@@ -58,6 +60,7 @@ def plain_logps(model, source, target, temperature=1):
     """log p (U,) of each token of a target after its source, without a cache, a batch or a line."""
     model.packing = False
     with torch.no_grad():
-        logits = model.logits(*(torch.tensor(each) for each in ([source], [len(source)], [target], [len(target)])))
+        given = [source], [len(source)], [target], [len(target)]
+        logits = model.logits(*map(torch.tensor, given))
     model.packing = None
     return (logits[0] / temperature).log_softmax(-1).gather(1, torch.tensor(target)[:, None])[:, 0]

@@ -16,7 +16,8 @@ def world(tmp_path_factory):
 
 def parameters():
     generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((5, 7), (4,), (3, 6, 2), (1, 4))]
+    shapes = (5, 7), (4,), (3, 6, 2), (1, 4)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
 
 
 def test_its_steps_are_those_of_torch():
@@ -38,9 +39,9 @@ def test_its_steps_are_those_of_torch():
 
 
 def test_a_first_step_by_hand():
-    """g = ((3, 4), (0, 0)): rows 12.5, 0 and columns 4.5, 8 are the means of squares; V of the first row is rows
-    columns / mean(rows) = 12.5 (4.5, 8) / 6.25 = (9, 16), so u = (1, 1, 0, 0), of size sqrt(1/2) < 1. The weights'
-    size is 2, the rate 0.1: they move by 0.2."""
+    """g = ((3, 4), (0, 0)): rows 12.5, 0 and columns 4.5, 8 are the means of squares; V of the first row is
+    rows columns / mean(rows) = 12.5 (4.5, 8) / 6.25 = (9, 16), so u = (1, 1, 0, 0), of size sqrt(1/2) < 1.
+    The weights' size is 2, the rate 0.1: they move by 0.2."""
     p = nn.Parameter(torch.full((2, 2), 2.0))
     p.grad = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     Adafactor([{"params": [p]}], lr=0.1).step()
@@ -71,7 +72,8 @@ def test_a_resumed_run_is_one_that_never_stopped(world, tmp_path):
     run("sft", world, tmp_path / "part", optimizer="adafactor", learning_rate=0.02, max_steps=4,
         schedule="constant", resume=True)
     assert logged(tmp_path / "part") == whole
-    assert all(torch.equal(tensor, torch.tensor(state[name])) for name, tensor in state_of(tmp_path / "part").items())
+    resumed = state_of(tmp_path / "part")
+    assert all(torch.equal(tensor, torch.tensor(state[name])) for name, tensor in resumed.items())
 
 
 def test_a_state_is_smaller_than_adamws_and_its_size_is_known_before():

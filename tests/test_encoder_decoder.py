@@ -1,5 +1,5 @@
-"""The encoder-decoder: logits, losses and gradients that transformers recorded (tests/golden), folders, and that
-every way to compute it says the same."""
+"""The encoder-decoder: logits, losses and gradients that transformers recorded (tests/golden), folders, and
+that every way to compute it says the same."""
 
 import json
 import sys
@@ -70,14 +70,15 @@ def test_logits_loss_and_gradients_are_those_of_transformers(case, packing):
     torch.testing.assert_close(logits, golden["logits"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss.detach()[None], golden["loss"], rtol=1e-5, atol=0)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad.norm()[None], golden[f"norm of {name}"], rtol=1e-4, atol=1e-6, msg=name)
+        norm = golden[f"norm of {name}"]
+        torch.testing.assert_close(p.grad.norm()[None], norm, rtol=1e-4, atol=1e-6, msg=name)
         if f"gradient of {name}" in golden:
             torch.testing.assert_close(p.grad, golden[f"gradient of {name}"], rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_distances_have_the_buckets_of_the_paper():
-    """8 buckets up to a distance of 16. A decoder: 0 to 3 alone, then 4 + [4 log(d/4) / log 4]. An encoder: half of
-    them for each side, 0 and 1 alone, then 2 + [2 log(d/2) / log 8]."""
+    """8 buckets up to a distance of 16. A decoder: 0 to 3 alone, then 4 + [4 log(d/4) / log 4]. An encoder:
+    half of them for each side, 0 and 1 alone, then 2 + [2 log(d/2) / log 8]."""
     back = torch.tensor([0, -1, -3, -4, -5, -6, -8, -12, -15, -16, -400, 3])
     assert buckets(back, False, 8, 16).tolist() == [0, 1, 3, 4, 4, 5, 6, 7, 7, 7, 7, 0]
     both = torch.tensor([0, -1, -2, -5, -6, -100, 1, 2, 5, 6, 100])
@@ -108,7 +109,7 @@ def test_a_config_that_is_published_is_read_back(case):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(feed_forward_proj="gated-tanh"), "feed_forward_proj 'gated-tanh' is not supported; supported: relu"),
+    (dict(feed_forward_proj="gated-tanh"), "feed_forward_proj 'gated-tanh' is not supported"),
     (dict(is_decoder=True), "is_decoder True is not supported, only False"),
     (dict(is_encoder_decoder=False), "is_encoder_decoder False is not supported"),
     (dict(quantization_config={"bits": 4}), "quantization_config .* is not supported"),
@@ -117,7 +118,7 @@ def test_a_config_that_is_published_is_read_back(case):
     (dict(num_layers="2"), "num_layers '2': must be"),
     (dict(relative_attention_num_buckets=2), "relative_attention_num_buckets 2: must be"),
     (dict(relative_attention_max_distance=4), "relative_attention_max_distance 4 must be above 4"),
-    (dict(decoder_start_token_id=60), "decoder_start_token_id 60 must be a token's number, below vocab_size 60"),
+    (dict(decoder_start_token_id=60), "decoder_start_token_id 60 must be a token's number"),
     (dict(eos_token_id="x"), "eos_token_id 'x' must be"),
     (dict(scale_decoder_outputs=3), "scale_decoder_outputs 3 must be true or false"),
     (dict(dense_act_fn="relu"), "dense_act_fn 'relu' does not go with the rest, which says 'gelu_new'"),
@@ -142,7 +143,8 @@ def write(folder, model, dtype=torch.float32, extra={}, **raw):
 
 def same_weights(model, other, dtype=torch.float32):
     ours, theirs = model.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[n].to(dtype).float(), theirs[n]) for n in ours)
+    same = (torch.equal(ours[name].to(dtype).float(), theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(same)
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(tie_word_embeddings=True), dict(model_type="umt5"),
@@ -171,7 +173,8 @@ def test_what_repeats_the_embedding_or_is_never_read_is_ignored(tmp_path):
     model = t5(tie_word_embeddings=True)
     shared = model.shared.weight.detach()
     stray = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.randn(8, 4)}
-    extra = {"encoder.embed_tokens.weight": shared, "decoder.embed_tokens.weight": shared, "lm_head.weight": shared}
+    names = "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"
+    extra = dict.fromkeys(names, shared)
     loaded, _ = weights.load(write(tmp_path / "m", model, extra=extra | stray))
     assert same_weights(model, loaded)
     other = {"encoder.embed_tokens.weight": shared + 1}
@@ -193,7 +196,7 @@ def test_a_head_of_its_own_is_the_head_whatever_config_json_says(tmp_path):
 
 
 @pytest.mark.parametrize("raw, message", [
-    (dict(architectures=["T5EncoderModel"]), "architecture 'T5EncoderModel' is not supported; .* T5ForConditional"),
+    (dict(architectures=["T5EncoderModel"]), "architecture 'T5EncoderModel' is not supported"),
     (dict(num_layers=90000), "they are of 2 layers, num_hidden_layers is 90000"),
     (dict(num_layers=1), "encoder.block.1.layer.0.SelfAttention.k.weight is extra"),
     (dict(d_ff=40), "decoder.block.0.layer.2.DenseReluDense.wi_0.weight has shape"),
@@ -206,8 +209,8 @@ def test_a_folder_whose_parts_do_not_fit_is_refused(raw, message, tmp_path):
 
 # ---- every way to compute it -------------------------------------------------------------------------------
 
-PROMPTS = ["one two three", "a", "what is the largest number of these: eight, nine, one? " * 3, "opposite of big",
-           "reverse", "x y z " * 12]
+PROMPTS = ["one two three", "a", "what is the largest number of these: eight, nine, one? " * 3,
+           "opposite of big", "reverse", "x y z " * 12]
 
 
 def prompts_of(texts=PROMPTS):
@@ -265,7 +268,8 @@ def test_log_probs_are_those_of_each_text_alone(world):
     assert batch.repeats is not None
     model, alone = t5(), []
     for example in data.rows_of(pairs):
-        alone.append(plain_logps(model, example.ids[~example.mask].tolist(), example.ids[example.mask].tolist()))
+        source, target = example.ids[~example.mask], example.ids[example.mask]
+        alone.append(plain_logps(model, source.tolist(), target.tolist()))
     for packing in (True, False):
         for repeats in (batch.repeats, None):
             model.packing = packing
@@ -391,7 +395,8 @@ def test_the_references_log_probs_are_those_of_the_answers(world):
 
 
 def test_operations_are_two_for_each_weight_and_token_and_the_attentions():
-    """One text of 5 source and 3 target tokens, by hand: d 4, 2 heads of 3, MLP 8, vocabulary 10, one layer each."""
+    """One text of 5 source and 3 target tokens, by hand: d 4, 2 heads of 3, MLP 8, vocabulary 10, one layer
+    each."""
     made = EncoderDecoderConfig(vocab_size=10, d_model=4, d_kv=3, d_ff=8, num_layers=1, num_heads=2,
                                 feed_forward_proj="gated-gelu")
     encoder, decoder = 5 * (4 * 24 + 3 * 32), 3 * (4 * 24 + 3 * 32 + 2 * 24) + 5 * 2 * 24

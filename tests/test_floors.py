@@ -21,12 +21,12 @@ FLOORS = [
      "norms", "patience", "quantization", "report_charts", "rope", "rows_keys", "span_corruption",
      "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
-    {"config", "distributed", "encoder_decoder_config", "languages", "merge_config", "merge_front", "quantized", "template",
-     "tensorfiles", "token_logps"},
+    {"config", "distributed", "encoder_decoder_config", "languages", "merge_config", "merge_front",
+     "quantized", "template", "tensorfiles", "token_logps"},
     # 3: losses, the world, one HTTP request, how to resume, what a line of JSONL means, whether two
     # folders are alike
-    {"adafactor", "alike", "checkpoint", "control_tokens", "endpoint_http", "fused", "journal", "lengths", "loss_scale",
-     "losses", "report_data", "rows", "template_turns", "world"},
+    {"adafactor", "alike", "checkpoint", "control_tokens", "endpoint_http", "fused", "journal", "lengths",
+     "loss_scale", "losses", "report_data", "rows", "template_turns", "world"},
     # 4: the layers of a mixture of experts, its losses over a step
     {"balance", "moe"},
     # 5: the decoder, the encoder-decoder; text to ids

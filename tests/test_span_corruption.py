@@ -55,8 +55,8 @@ def test_all_cuts_are_equally_likely():
 def test_a_long_text_is_cut_into_pieces_that_fit_and_a_last_token_alone_is_left_out():
     for limit, num_sentinels in ((16, 4), (40, 100), (200, 5)):
         room = longest_text(limit, num_sentinels)
-        made = corrupted(list(range(1000, 1000 + 3 * room + 1)), list(range(500, 500 - num_sentinels, -1)), END,
-                         limit, 0, "f:1")
+        sentinels = list(range(500, 500 - num_sentinels, -1))
+        made = corrupted(list(range(1000, 1000 + 3 * room + 1)), sentinels, END, limit, 0, "f:1")
         assert len(made) == 3 and all(len(source) + len(target) <= limit for source, target in made)
         # one token more would not fit, or would need another sentinel
         _, num_spans = counts(room + 1)
@@ -73,7 +73,8 @@ def test_the_spans_depend_on_the_seed_and_the_texts_place_alone():
 
 def test_texts_become_examples_whose_target_is_supervised(tmp_path):
     path = tmp_path / "f.jsonl"
-    path.write_text(json.dumps({"text": "one two three four five " * 20, "language": "en"}) + "\n", encoding="utf-8")
+    row = {"text": "one two three four five " * 20, "language": "en"}
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     examples = load_examples([path], tokenizer(), 64, config.Pretrain())
     assert len(examples) > 2 and all(len(e.ids) <= 64 and e.language == "en" for e in examples)
     first = tokenizer().sentinels[0]

@@ -79,7 +79,8 @@ def test_a_folder_without_a_tokenizer_that_fits_is_refused(tmp_path):
     Unigram(models.Unigram([("a", 0.0), ("b", -1.0)], 0)).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="no end token, </s>"):
         load_text_tokenizer(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "b"}}), encoding="utf-8")
+    named = json.dumps({"eos_token": {"content": "b"}})
+    (tmp_path / "tokenizer_config.json").write_text(named, encoding="utf-8")
     assert load_text_tokenizer(tmp_path).stop_ids == [1]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": 3}), encoding="utf-8")
     with pytest.raises(ValueError, match="eos_token cannot be a int"):

@@ -1,5 +1,5 @@
-"""Make encoder_decoder.safetensors and encoder_decoder.json: logits, losses and gradients of transformers' own
-T5, mT5 and umT5 over small random configurations, for tests/test_encoder_decoder.py.
+"""Make encoder_decoder.safetensors and encoder_decoder.json: logits, losses and gradients of transformers'
+own T5, mT5 and umT5 over small random configurations, for tests/test_encoder_decoder.py.
 
     python tests/golden/make_encoder_decoder.py     (needs transformers; the file says its version)
 
@@ -64,7 +64,8 @@ def main():
         out = model(input_ids=sources, attention_mask=(sources > 0).long(),
                     labels=targets.masked_fill(targets == 0, -100))
         (out.loss * (targets > 0).sum()).backward()
-        golden[f"{case}|logits"] = np.ascontiguousarray(out.logits.detach()[targets > 0].numpy())     # (54, 60)
+        logits = out.logits.detach()[targets > 0]                           # (54, 60)
+        golden[f"{case}|logits"] = np.ascontiguousarray(logits.numpy())
         golden[f"{case}|loss"] = (out.loss.detach() * (targets > 0).sum()).numpy()[None]             # nats
         for name, p in model.named_parameters():
             golden[f"{case}|norm of {name}"] = p.grad.norm().numpy()[None]
