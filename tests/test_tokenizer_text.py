@@ -34,7 +34,8 @@ def test_an_answer_is_the_target_with_its_end():
     assert mask == [False] * (1 + len(own.encode("a"))) + [True] * (1 + len(own.encode("b c")))
 
 
-@pytest.mark.parametrize("text", ["two  spaces\n\nand lines\t1234", "日本語 🙂 𐍈", "शुभ नाम", "<0x41> ▁", "e\u0301"])
+@pytest.mark.parametrize("text", [
+    "two  spaces\n\nand lines\t1234", "日本語 🙂 𐍈", "शुभ नाम", "<0x41> ▁", "e\u0301"])
 def test_any_text_comes_back_as_nfc(text):
     import unicodedata
     own, wanted = tokenizer(), unicodedata.normalize("NFC", text).replace("\u2581", " ").rstrip(" ")
