@@ -37,13 +37,12 @@ from aya_min.endpoint import is_endpoint
 from aya_min.endpoint_answers import (add_flags as add_endpoint_flags, answer_rows as ask_rows,
                                       check_all_there, endpoints_of, is_answer as is_endpoint_answer)
 from aya_min.files import dumps, jsonl, marked, taken
-from aya_min.fused import Fused
 from aya_min.generate_pool import FILES, OF_POOL, add_flags as add_pool_flags
 from aya_min.generate_pool import answers_of_pool, check_pool, check_router, detector, read_table
 from aya_min.journal import PURPOSE, Journal
 from aya_min.lengths import cut_left, fit_prompts
 from aya_min.preferences import ANSWER, cut_line
-from aya_min.sampling import answer_rows, engine_size, stream
+from aya_min.sampling import answer_rows, engine_size, fused_of, stream
 from aya_min.serve import MAX_LENGTH, serve_models
 
 gc.freeze()
@@ -171,7 +170,7 @@ def read_metas(args):
     metas = {folder: weights.load_meta(folder, packed=True) for folder in args.models or [args.model]
              if folder not in args.endpoints}
     for folder, (model, *_) in metas.items():
-        if not isinstance(model, weights.CohereForCausalLM):
+        if not isinstance(model, weights.SPEAKERS):
             raise ValueError(f"{folder}: a {weights.KINDS[type(model)]} cannot generate; give a language "
                              "model")
     arbiter = weights.load_meta(args.arbiter) if args.arbiter else None
@@ -315,7 +314,7 @@ def talk(args, device):
     models = []
     for folder in args.models or [args.model]:
         model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype), packed=True)
-        models.append((weights.name_of(folder), Fused(model), tokenizer, stop_ids_of(tokenizer, args)))
+        models.append((weights.name_of(folder), fused_of(model), tokenizer, stop_ids_of(tokenizer, args)))
     chat(models, max_new_tokens=args.max_new_tokens, seed=args.seed, temperature=args.temperature,
          top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
 

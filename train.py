@@ -23,15 +23,16 @@ import argparse
 import json
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 
-from aya_min import (config, distributed, linear, model_config, pipeline, pipeline_checks, pipeline_steps,
-                     reference, runs, stages, weights)
+from aya_min import (config, distributed, encoder_decoder_config, linear, model_config, pipeline,
+                     pipeline_checks, pipeline_steps, reference, runs, stages, weights)
 from aya_min.command import Parser, guarded, is_spare_rank, number, printable
 from aya_min.data import read_jsonl
+from aya_min.encoder_decoder import EncoderDecoder
 from aya_min.endpoint_answers import add_flags as add_endpoint_flags, check_all_there, endpoints_of
 from aya_min.evaluate_judges import check_judge_fits, judging_of_recipe
 from aya_min.files import read_json, refuse_pipe, write_json
@@ -42,7 +43,8 @@ from aya_min.mixture_spec import is_spec
 from aya_min.model import init_weights
 from aya_min.report_table import results_table
 from aya_min.rows import texts_in
-from aya_min.tokenizer import load_tokenizer, train_tokenizer
+from aya_min.tokenizer import load_tokenizer, read_bpe, train_tokenizer
+from aya_min.tokenizer_text import TextTokenizer, load_text_tokenizer, train_text_tokenizer
 
 gc.freeze()
 gc.enable()
@@ -124,7 +126,7 @@ def add_stage(commands, name, stage):
     """The command of a stage of stages.STAGES."""
     olds = [old for old, new in runs.OLD_STAGES.items() if new == name]
     parser = commands.add_parser(name, aliases=olds, help=stage.about)
-    presets = " ".join(model_config.MODEL_PRESETS)
+    presets = " ".join([*model_config.MODEL_PRESETS, *encoder_decoder_config.PRESETS])
     parser.add_argument("--model", help=f"model folder, or a preset's name for random weights ({presets})")
     parser.add_argument("--tokenizer", help="for a preset: folder with tokenizer.json (default: train one on "
                                             "the data)")
@@ -160,6 +162,8 @@ def load_model(args, device, settings):
     tokenizer. A dry run gets a model on the meta device, and no tokenizer if it has a preset and no data.
 
     A folder is read directly into the ranks' shards."""
+    if is_preset(args.model) and args.model in encoder_decoder_config.PRESETS:
+        return encoder_decoder_of_preset(args, settings)
     architecture = stages.builder(args.command, args.data, settings)
     if is_preset(args.model):
         preset = model_config.model_preset(args.model)
@@ -175,7 +179,9 @@ def load_model(args, device, settings):
         return init_weights(architecture(preset), torch.Generator().manual_seed(settings.seed)), tokenizer
     trunk = None if architecture is weights.CohereForCausalLM else architecture
     kind = weights.read_config(args.model)[1]
-    if not trunk and kind is not weights.CohereForCausalLM:
+    if kind is EncoderDecoder:
+        stages.check_encoder_decoder(args.command, settings)
+    if not trunk and kind not in weights.SPEAKERS:
         raise ValueError(f"--model {args.model}: a {weights.KINDS[kind]}; {args.command} trains language "
                          "models")
     if kind is weights.SequenceClassifier and args.command == "reward" and args.head is None:
@@ -186,6 +192,26 @@ def load_model(args, device, settings):
     place = "cpu" if settings.cpu_offload else device
     return weights.load(args.model, place, trunk=trunk, sharded=True, replicate=settings.replicate,
                         compute_dtype=getattr(torch, settings.dtype), cpu_offload=settings.cpu_offload)
+
+
+def encoder_decoder_of_preset(args, settings):
+    """(model, tokenizer) of an encoder-decoder's preset, see load_model."""
+    stages.check_encoder_decoder(args.command, settings)
+    preset = encoder_decoder_config.EncoderDecoderConfig(**encoder_decoder_config.PRESETS[args.model])
+    tokenizer = None
+    if args.tokenizer:
+        tokenizer = load_text_tokenizer(args.tokenizer)
+    elif args.data:
+        # Two trainings differ in the last digits of the scores, so rank 0's is everybody's.
+        made = distributed.from_main(lambda: train_text_tokenizer(
+            texts_of(args.data, settings), preset.vocab_size).bpe.to_str())
+        tokenizer = TextTokenizer(read_bpe(made, "the trained tokenizer"))
+    if tokenizer:
+        preset = replace(preset, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id,
+                         decoder_start_token_id=tokenizer.pad_id, eos_token_id=tokenizer.end_of_turn_id)
+    if args.dry_run:
+        return on_meta(EncoderDecoder, preset), tokenizer
+    return init_weights(EncoderDecoder(preset), torch.Generator().manual_seed(settings.seed)), tokenizer
 
 
 def load_reward_model(args, device, settings, tokenizer):
@@ -212,7 +238,8 @@ def on_meta(architecture, model_config):
 
 
 def is_preset(name):
-    return name in model_config.MODEL_PRESETS and not Path(name).is_dir()
+    names = *model_config.MODEL_PRESETS, *encoder_decoder_config.PRESETS
+    return name in names and not Path(name).is_dir()
 
 
 def resumed_from(args):

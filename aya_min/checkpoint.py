@@ -19,6 +19,7 @@ import sys
 import warnings
 from contextlib import ExitStack
 from itertools import accumulate
+from math import prod
 from pathlib import Path
 
 import torch
@@ -37,9 +38,11 @@ def distributed_checkpoint():
 
 
 def state_tensors(model, optimizer):
-    """{name: parameter, name|exp_avg and name|exp_avg_sq: its moments}, sharded or plain, not copied.
+    """{name: parameter, name|exp_avg and name|exp_avg_sq: its moments (Adafactor's: name|rows, name|columns,
+    name|variance)}, sharded or plain, not copied.
 
-    AdamW's step is not among them: it is the state's step, without those that were skipped (loss_scale.py).
+    The optimizer's step is not among them: it is the state's step, without those that were skipped
+    (loss_scale.py).
     """
     tensors = dict(model.state_dict())
     for name, p in trained(model).items():
@@ -52,11 +55,18 @@ def trained(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def state_bytes(model):
-    """The size of a state in bytes: each parameter, two moments of each that is trained, and buffers
+def state_bytes(model, optimizer="adamw"):
+    """The size of a state in bytes: each parameter, the moments of each that is trained, and buffers
     (critic.Learner)."""
     kept = sum(t.numel() * t.itemsize for t in (*model.parameters(), *model.buffers()))
-    return kept + 2 * sum(p.numel() * p.itemsize for p in trained(model).values())
+    return kept + sum(num_moments(p.shape, optimizer) * p.itemsize for p in trained(model).values())
+
+
+def num_moments(shape, optimizer):
+    """The numbers that an optimizer keeps of a parameter of this shape."""
+    if optimizer == "adamw":
+        return 2 * prod(shape)
+    return shape[0] if len(shape) == 1 else prod(shape) // shape[-1] + prod(shape) // shape[-2]
 
 
 # ---- saving ------------------------------------------------------------------------------------------------
@@ -91,7 +101,7 @@ def save_state(folder, model, optimizer, step, scale=None):
     folder = Path(folder)
     own = scale.tensors() if scale else {}
     tensors = state_tensors(model, optimizer) | own
-    needed = state_bytes(model) + sum(t.nbytes for t in own.values())
+    needed = sum(t.numel() * t.itemsize for t in tensors.values())
     check_finite(tensors, step, folder)
     ends = accumulate(t.numel() * t.itemsize for t in tensors.values())
     per_file = FILE_BYTES * distributed.num_ranks()
@@ -355,8 +365,12 @@ def faults_in(file):
 
 
 def begin_moments(model, optimizer, steps=0.0):
-    """Give AdamW its state before its first step: moments of 0, and the number of steps it has done."""
+    """Give the optimizer its state before its first step: moments of 0, and the number of steps it has
+    done."""
     for p in trained(model).values():
+        if hasattr(optimizer, "begin"):             # adafactor.py
+            optimizer.state[p] = optimizer.begin(p, steps)
+            continue
         optimizer.state[p] = {"step": torch.tensor(steps, device=p.device), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
 

@@ -55,6 +55,11 @@ class Training(Reading):
     schedule: str = setting("cosine", help="after the warm-up", choices=["cosine", "constant"])
     final_learning_rate: float = setting(
         0.05, "[0, 1]", "end of the cosine as a share of the peak (1/20: Tiny Aya)")
+    optimizer: str = setting(
+        "adamw", help="adamw; or adafactor, which keeps one moment for each row and column of a matrix, and "
+                      "whose --learning-rate is relative to a weight's own size (0.02 for a small "
+                      "encoder-decoder)",
+        choices=["adamw", "adafactor"])
     weight_decay: float = setting(0.0, "[0, inf)")
     adam_beta2: float = setting(0.98, "[0, 1)")
     max_grad_norm: float = setting(
@@ -453,6 +458,9 @@ def check_training(settings, num_ranks):
         raise ValueError(f"--replicate {settings.replicate} does not divide {num_ranks} ranks; use a divisor "
                          f"of {num_ranks}")
     check_batch_size(settings.batch_size, num_ranks)
+    if settings.optimizer != "adamw" and settings.adam_beta2 != Training.adam_beta2:
+        raise ValueError(f"--adam-beta2 {settings.adam_beta2} goes with --optimizer adamw; "
+                         f"{settings.optimizer} does not read it, leave it out")
     for name in ("attention_dropout", "residual_dropout"):
         if getattr(settings, name) and settings.compared_with:
             raise ValueError(f"{flag_of(name)} {getattr(settings, name)}: this loss compares the model with "

@@ -16,6 +16,7 @@ from .control_tokens import Spelled
 from .lengths import EARLIER_CUT, NOT_SUPERVISED, WAS_CUT, LeftOut, fitting_example, fitting_pair
 from .rows import is_plain_text, learned_of, pair_of, prompt_of, read_jsonl
 from .rows_keys import ENDINGS, OF_PAIRS, SHAPES
+from .span_corruption import corrupted
 
 SKIP = Reading(too_long="skip")     # how load_examples and load_pairs read by default
 EQUAL_SHARE = 0.5                   # a file is refused if more of its pairs have two equal answers
@@ -66,8 +67,23 @@ def encode_conversation(tokenizer, messages, supervised, language, where):
     return Example(np.array(ids, np.int32), np.array(mask), language, where, prompt_key=where)
 
 
-def pieces_of(tokenizer, text, limit, language, where):
-    """[Example, ...] of at most `limit` tokens: a text and its end token, all supervised but for each BOS."""
+def conversations_of(tokenizer, messages, supervised):
+    """[(messages, supervised), ...]: a conversation as the examples that it becomes. An encoder-decoder has
+    one for each answer that is supervised, with the turns before it; a decoder has one for all."""
+    if not getattr(tokenizer, "one_answer", False):
+        return [(messages, supervised)]
+    ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return [(messages[:end + 1], [False] * n + [True]) for n, end in enumerate(ends) if supervised[n]]
+
+
+def pieces_of(tokenizer, text, limit, language, where, seed=0):
+    """[Example, ...] of at most `limit` tokens: a text and its end token, all supervised but for each BOS. Of
+    an encoder-decoder: sources from which spans are missing, and targets that say what they were."""
+    if getattr(tokenizer, "one_answer", False):
+        made = corrupted(tokenizer.encode(text), tokenizer.sentinels, tokenizer.end_of_turn_id, limit, seed,
+                         where)
+        return [Example(np.array(source + target, np.int32), np.arange(len(source + target)) >= len(source),
+                        language, where) for source, target in made]
     ids = tokenizer.encode(text) + [tokenizer.end_of_turn_id]
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     room = limit - len(begin)
@@ -95,9 +111,12 @@ def examples_of(row, where, tokenizer, limit, reading, left_out, spelled):
         left_out.add(NOT_SUPERVISED, where)
         return []
     if is_plain_text(row):
-        return pieces_of(tokenizer, messages[0]["content"], limit, language, where)
-    example = encode_conversation(tokenizer, messages, supervised, language, where)
-    return fitting_example(tokenizer, example, messages[-1]["content"], left_out)
+        return pieces_of(tokenizer, messages[0]["content"], limit, language, where, getattr(reading, "seed", 0))
+    examples = []
+    for some, marks in conversations_of(tokenizer, messages, supervised):
+        example = encode_conversation(tokenizer, some, marks, language, where)
+        examples += fitting_example(tokenizer, example, some[-1]["content"], left_out)
+    return examples
 
 
 def load_examples(paths, tokenizer, limit, reading=SKIP):

@@ -34,6 +34,8 @@ def training_flops(config, lengths, num_supervised):
     only; if all are supervised, each weight costs the usual 6 operations per token. The layers below a
     SideNet are frozen and have no backward.
     """
+    if hasattr(config, "training_flops"):               # an encoder-decoder's
+        return config.training_flops(lengths, num_supervised)
     if hasattr(config, "sidenet_layer"):
         heads = len(lengths) * head_flops(config)
         return layers_flops(config, lengths, last=config.sidenet_layer) + 3 * heads

@@ -61,10 +61,16 @@ def normalizer(config, weight):
         return lambda x: F.layer_norm(x, (D,), weight, None, eps)
     if config.family.norm == "layer":               # one for each head, which torch's function cannot have
         return lambda x: F.layer_norm(x.float(), (D,), eps=eps) * weight.float()
-    plus = int(config.family.norm == "rms + 1")
+    return rms_normalizer(weight, eps, int(config.family.norm == "rms + 1"))
+
+
+def rms_normalizer(weight, eps, plus=0):
+    """The function x -> the RMS norm with this weight, plus 1 if the family says so, over the last
+    dimension."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return lambda x: rms_norm(x, weight, eps, plus)
     # x w / sqrt(|x|^2 / D + eps) in four passes. F.rms_norm takes twice as many on a CPU, and the time.
+    D = weight.shape[-1]
     lengthened, least = (weight + plus) * D ** 0.5, weight.new_tensor((D * eps) ** 0.5)
     return lambda x: (x * lengthened).div_(
         torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), least))
@@ -164,7 +170,7 @@ class Fused:
     def __init__(self, model):
         parameters, packed = list(model.parameters()), getattr(model, "packed", {})
         self.config, self.device, self.dtype = model.config, parameters[0].device, parameters[0].dtype
-        pack = self.can_pack(sum(p.nbytes for p in parameters)) and not packed
+        pack = can_pack(self.device, self.dtype, sum(p.nbytes for p in parameters)) and not packed
         self.patience = Patience(self.device)
         self.pairs = has_pairs(self.config, pack)
         domains = getattr(model.model, "domains", None)         # of a mixture of experts
@@ -175,11 +181,12 @@ class Fused:
             self.head = model.lm_head.forward
         else:
             head = model.head_weight.detach()
-            self.head = multiplier(head, pack or bool(packed) and self.can_pack(head.nbytes))
+            can = can_pack(self.device, self.dtype, head.nbytes)
+            self.head = multiplier(head, pack or bool(packed) and can)
 
-    def can_pack(self, nbytes):
-        """Whether weights of this size are kept a second time, in oneDNN's layout."""
-        if self.device.type != "cpu" or nbytes > PACK_BYTES or not torch.backends.mkldnn.is_available():
-            return False
-        is_bf16 = self.dtype == torch.bfloat16
-        return self.dtype == torch.float32 or is_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+def can_pack(device, dtype, nbytes):
+    """Whether weights of this size are kept a second time, in oneDNN's layout."""
+    if device.type != "cpu" or nbytes > PACK_BYTES or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from . import checkpoint, distributed, dropout
+from .adafactor import Adafactor
 from .balance import Auxiliary
 from .command import progress
 from .config import Training
@@ -50,9 +51,9 @@ def learning_rate(step, num_steps, settings):
 
 
 def make_optimizer(model, settings):
-    """torch's fused AdamW of what is trained, with weight decay on matrices only. Tied weights are one
-    parameter. A group's "scale" is its learning rate as a multiple of the policy's: a critic may have its
-    own."""
+    """torch's fused AdamW of what is trained, or Adafactor, with weight decay on matrices only. Tied weights
+    are one parameter. A group's "scale" is its learning rate as a multiple of the policy's: a critic may have
+    its own."""
     of_critic = getattr(settings, "critic_learning_rate", None) or settings.learning_rate
     groups = []
     for part, peak in zip(distributed.parts(model), (settings.learning_rate, of_critic)):
@@ -64,6 +65,8 @@ def make_optimizer(model, settings):
         scale = peak / settings.learning_rate
         groups += [{"params": matrices, "weight_decay": settings.weight_decay, "scale": scale},
                    {"params": vectors, "weight_decay": 0.0, "scale": scale}]
+    if settings.optimizer == "adafactor":
+        return Adafactor(groups, lr=settings.learning_rate)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.adam_beta2), fused=True)
 
 
@@ -370,7 +373,8 @@ def train(model, num_steps, batches, loss_fn, settings, folder, device, evaluati
     and raise Stopped; an evaluation in progress is abandoned and redone on resume."""
     folder, stop, model = Path(folder), stop or distributed.Signals(), made_ready(model, settings, device)
     optimizer, scale = make_optimizer(model, settings), LossScale(settings.dtype)
-    distributed.from_main(lambda: checkpoint.check_room(folder / "state", checkpoint.state_bytes(model)))
+    needed = checkpoint.state_bytes(model, settings.optimizer)
+    distributed.from_main(lambda: checkpoint.check_room(folder / "state", needed))
     if scale.is_dynamic:
         # A state may be saved before the first step that is not skipped.
         checkpoint.begin_moments(model, optimizer)

@@ -432,7 +432,9 @@ def initial_value(config, name, shape, generator):
 
 @torch.no_grad()
 def init_weights(model, generator):
-    """Fill every tensor with its initial_value, which depends on `generator` only, not on the device."""
+    """Fill every tensor with its initial_value (an encoder-decoder has its own), which depends on `generator`
+    only, not on the device."""
+    value = getattr(model, "initial_value", initial_value)
     for name, tensor in model.state_dict().items():
-        tensor.copy_(initial_value(model.config, name, tensor.shape, generator))
+        tensor.copy_(value(model.config, name, tensor.shape, generator))
     return model

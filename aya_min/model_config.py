@@ -197,6 +197,11 @@ class ModelConfig:
         return experts * self.num_attention_heads, own * self.num_key_value_heads
 
     @property
+    def key_width(self):
+        """Numbers in the keys of a token, and in its values, in a layer."""
+        return self.num_heads[1] * self.head_dim
+
+    @property
     def norm_eps(self):
         return self.layer_norm_eps or self.rms_norm_eps
 

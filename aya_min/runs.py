@@ -280,7 +280,7 @@ def open_run(out, stage, settings, data, resume, tokenizer, source, models, num_
         if resume:
             changes = check_same_run(folder, before, now, type(settings))
         else:
-            made.extend(make_new(folder, models.get("model")))
+            made.extend(make_new(folder, models.get("model"), settings.optimizer))
         held.enter_context(lock(folder))
         made.extend([] if resume else [folder / ".lock"])
         return before, now, changes
@@ -336,12 +336,12 @@ def check_same_run(folder, before, now, settings_class):
     return changes
 
 
-def make_new(folder, model):
+def make_new(folder, model, optimizer):
     """Make a folder for a new run, after a check that the model's states fit the disk. Returns [the folder],
     or [] if it existed."""
     check_new(folder)
     if model is not None:
-        checkpoint.check_room(folder / "state", checkpoint.state_bytes(model))
+        checkpoint.check_room(folder / "state", checkpoint.state_bytes(model, optimizer))
     if folder.exists():
         return []
     folder.mkdir(parents=True)

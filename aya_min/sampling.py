@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from . import command, distributed
+from .encoder_decoder import EncoderDecoder
+from .encoder_decoder_engine import EncoderDecoderEngine, FusedEncoderDecoder
 from .engine import Engine, cache_sizes, check_sampling, choose, round_up
 from .fused import Fused
 from .lengths import cut_left as shorten
@@ -142,6 +144,18 @@ def free_slots(engine, rows, slots):
     return removed
 
 
+def fused_of(model):
+    """The weights of a plain model as its engine reads them; Fused ones stay as they are."""
+    if isinstance(model, (Fused, FusedEncoderDecoder)):
+        return model
+    return (FusedEncoderDecoder if isinstance(model, EncoderDecoder) else Fused)(model)
+
+
+def engine_of(fused, *settings):
+    """The engine of a model's Fused weights. settings: those of Engine."""
+    return (EncoderDecoderEngine if isinstance(fused, FusedEncoderDecoder) else Engine)(fused, *settings)
+
+
 # ---- many prompts ------------------------------------------------------------------------------------------
 
 def free_bytes(device):
@@ -185,7 +199,7 @@ def engine_size(config, lengths, limits, num_samples, batch_size, device="cpu", 
     check_lengths(config, lengths, limits)
     slots = min(batch_size, len(lengths) * num_samples)
     max_tokens = round_up(max(map(sum, zip(lengths, limits)), default=0))
-    per_token = 2 * config.num_heads[1] * config.head_dim * dtype.itemsize       # bytes in a layer
+    per_token = 2 * config.key_width * dtype.itemsize       # bytes in a layer
     group = max(PREFILL_TOKENS[torch.device(device).type], round_up(max(lengths, default=0)))
     prefilled = group * config.num_hidden_layers * per_token
     per_slot, free = sum(cache_sizes(config, max_tokens)) * per_token, free_bytes(device)
@@ -241,13 +255,13 @@ def generate(model, prompts, num_samples=1, max_new_tokens=64, temperature=1.0, 
     numbers = range(len(prompts)) if numbers is None else numbers
     check_counts(prompts, limits, num_samples, batch_size, seed)
     stopped = stop_test(stop_strings, decode)
-    fused = model if isinstance(model, Fused) else Fused(model)
+    fused = fused_of(model)
     lengths = [len(prompt) for prompt in prompts]
     slots, max_tokens, _ = engine_size(fused.config, lengths, limits, num_samples, batch_size, fused.device,
                                        fused.dtype)
     if not prompts:
         return []
-    engine = Engine(fused, slots, max_tokens, max(limits), temperature, (top_k, top_p, min_p))
+    engine = engine_of(fused, slots, max_tokens, max(limits), temperature, (top_k, top_p, min_p))
     if on_ready:
         on_ready()
     results = [[None] * num_samples for _ in prompts]
@@ -272,10 +286,10 @@ def stream(model, prompt, max_new_tokens=256, temperature=0.3, top_k=0, top_p=1.
     its Fused weights."""
     check_sampling(temperature, top_k, top_p, min_p)
     check_counts([prompt], [max_new_tokens], 1, 1, seed)
-    fused = model if isinstance(model, Fused) else Fused(model)
+    fused = fused_of(model)
     _, max_tokens, _ = engine_size(fused.config, [len(prompt)], [max_new_tokens], 1, 1, fused.device,
                                    fused.dtype)
-    engine, sent = Engine(fused, 1, max_tokens, max_new_tokens, temperature, (top_k, top_p, min_p)), 0
+    engine, sent = engine_of(fused, 1, max_tokens, max_new_tokens, temperature, (top_k, top_p, min_p)), 0
     steps = complete(engine, [prompt], [max_new_tokens], 1, [0], seed, set(stop_ids), None,
                      not_finite(model, name, ["the prompt"]))
     for rows, ended in steps:

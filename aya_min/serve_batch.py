@@ -17,9 +17,9 @@ import torch
 
 from .command import OUR_FAULT
 from .distributed import say
-from .engine import Engine, choose
-from .fused import Fused
-from .sampling import PREFILL_TOKENS, Row, free_slots, next_group, not_finite, stop_test, uniforms_of
+from .engine import choose
+from .sampling import (PREFILL_TOKENS, Row, engine_of, free_slots, fused_of, next_group, not_finite,
+                       stop_test, uniforms_of)
 
 # Seconds between two pieces of a streamed answer, and the pieces that all answers together get in a second.
 # To send each token by itself takes the model's thread its time: Python runs one thread at once.
@@ -71,7 +71,7 @@ class Batch:
         self.name, self.tokenizer, self.slots, self.max_tokens = name, tokenizer, slots, max_tokens
         self.stop_ids = set(tokenizer.stop_ids)
         with torch.no_grad():
-            self.engine = Engine(Fused(model), slots, max_tokens, 1, temperature=None)
+            self.engine = engine_of(fused_of(model), slots, max_tokens, 1, None)
         self.fault = not_finite(model, name, ["the prompt"])
         # As in sampling.complete: ready holds (row, keys and values of its group, its index in them).
         self.waiting, self.ready, self.rows, self.gathered = deque(), deque(), [], 0

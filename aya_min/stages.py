@@ -23,6 +23,7 @@ from . import balance, classify, config, distributed, router, selection, weights
 from .classifier import Classifier, SideNet
 from .data import (Example, Pair, batches_in_order, collate, collate_pairs, count_steps, load_pairs,
                    make_batches, slots_of)
+from .encoder_decoder import EncoderDecoder
 from .files import write_json
 from .kto import Labelled, collate_labelled, load_labelled, measure_kl
 from .loop import evaluate, read_metrics, spread, train
@@ -50,6 +51,7 @@ class Stage:
     variant: settings -> the architecture, where it depends on them; a subclass of `architecture`.
     beside: {what the stage takes besides the model: the help of its flag}. needs: those that are required.
     samples: whether it trains on the policy's own samples (rollouts.py).
+    decoders_only: why it trains no encoder-decoder, or "".
     head: (paths, settings) -> function config -> config, where the model's head depends on the data.
     arrange: (model, items, held-out items, settings) -> both lists as they fit the model.
     """
@@ -67,6 +69,7 @@ class Stage:
     beside: dict = field(default_factory=dict)
     needs: tuple = ()
     samples: bool = False
+    decoders_only: str = ""
     head: Optional[Callable] = None
     arrange: Optional[Callable] = None
 
@@ -81,6 +84,21 @@ def builder(name, data, settings):
         return stage.architecture
     to_config = stage.head(data, settings)
     return lambda config: stage.architecture(to_config(config))
+
+
+def check_encoder_decoder(name, settings):
+    """ValueError for a stage that trains no encoder-decoder, and for a setting that it cannot honour
+    there."""
+    if why := stage_named(name).decoders_only:
+        raise ValueError(f"{name} trains decoders only, not an encoder-decoder: {why}; pretrain, sft, dpo "
+                         "and kto do")
+    if settings.dtype == "float16":
+        raise ValueError("--dtype float16: the activations of T5-like models pass 65504, the largest number "
+                         "of float16; take bfloat16")
+    for flag in ("attention_dropout", "residual_dropout"):
+        if getattr(settings, flag):
+            raise ValueError(f"{config.flag_of(flag)} {getattr(settings, flag)}: an encoder-decoder has no "
+                             "dropout here; leave it out")
 
 
 def fitting(settings, *models):
@@ -98,6 +116,8 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
     (Stage.beside): reward_model, a model; reference_logps, a path.
     Raises ValueError for what a user can mend, and distributed.Stopped after a signal."""
     stage, name = stage_named(name), OLD_STAGES.get(name, name)
+    if isinstance(model, EncoderDecoder):
+        check_encoder_decoder(name, settings)
     balance.weights_of(settings, model)
     reward_model = beside.pop("reward_model", None)
     models = {"model": model} | ({"reward_model": reward_model} if reward_model else {})
@@ -284,7 +304,8 @@ REFERENCE_FILE = {"reference_logps": "file of the reference's log-probs, which s
                                      "(default RUN/reference.safetensors)"}
 STAGES = {
     "pretrain": Stage(
-        "Next-token training on texts (every token) and on conversations (answers only).",
+        "Next-token training on texts (every token) and on conversations (answers only); an encoder-decoder "
+        "fills in missing spans of texts.",
         config.Pretrain, load_or_stream, blank_example, collate, lambda settings: sft_loss),
     "sft": Stage(
         "Supervised fine-tuning on conversations.",
@@ -292,7 +313,8 @@ STAGES = {
     "reward": Stage(
         "Bradley-Terry training of a reward model on preference pairs; accuracy by language in the metrics.",
         config.Reward, load_pairs, blank_pair, collate_pairs,
-        lambda settings: reward_loss(settings.lm_weight), architecture=RewardModel, variant=reward_head),
+        lambda settings: reward_loss(settings.lm_weight), architecture=RewardModel, variant=reward_head,
+        decoders_only="its score reads a decoder's last state"),
     "dpo": Stage(
         "DPO, or another loss on preference pairs, against the model as it is at the start.",
         config.DPO, load_pairs, blank_pair, collate_pairs,
@@ -309,22 +331,23 @@ STAGES = {
         "Online policy gradients: sample answers to a batch of prompts, score them, take a step.",
         config.RL, load_fitting_prompts, blank_rollout, collate_rollouts, rl_loss,
         beside={"reward_model": "reward model folder with the same tokenizer"}, needs=("reward_model",),
-        samples=True),
+        samples=True,
+        decoders_only="a reward model with the policy's tokenizer, which scores it, is a decoder"),
     "router": Stage(
         "A router, which chooses a teacher for a prompt, on candidates with rewards (arXiv 2408.14960).",
         config.Routing, router.load_candidates, router.blank, router.collate_routed,
         lambda settings: router_loss(settings.tau), architecture=Router, head=router.head,
-        arrange=router.arrange),
+        arrange=router.arrange, decoders_only="it reads a decoder's last state"),
     "classify": Stage(
         "A classifier of texts with labels; accuracy by language in the metrics.",
         config.Classify, classify.load_texts, classify.blank, classify.collate_texts,
         lambda settings: classification_loss, architecture=Classifier, head=classify.head,
-        arrange=classify.arrange),
+        arrange=classify.arrange, decoders_only="its head reads a decoder's states"),
     "sidenet": Stage(
         "A SideNet, which may answer before a classifier, whose layers are frozen (arXiv 2007.13512).",
         config.Side, classify.load_texts, classify.blank, classify.collate_texts,
         lambda settings: classification_loss, architecture=SideNet, head=classify.sidenet_head,
-        arrange=classify.arrange)}
+        arrange=classify.arrange, decoders_only="it reads the states between a decoder's layers")}
 
 
 def stage_named(name):

@@ -134,10 +134,16 @@ def drop_tied_head(header):
     head = header.get("lm_head.weight")
     if not (embedding and head):
         return True
-    same = (head[1:] == embedding[1:] and head[1] in DTYPES
-            and equal(header, "lm_head.weight", header, "model.embed_tokens.weight"))
+    same = same_as(header, "lm_head.weight", "model.embed_tokens.weight")
     del header["lm_head.weight"]
     return same
+
+
+def same_as(header, name, other):
+    """Whether two tensors of a header are the same numbers, in files of the same dtype."""
+    if other not in header or header[name][1:] != header[other][1:] or header[name][1] not in DTYPES:
+        return False
+    return equal(header, name, header, other)
 
 
 def first_of(words, between, most=20):

@@ -26,9 +26,12 @@ from .checkpoint import others_in, replace_folder
 from .classifier import Classifier, SideNet
 from .families import FAMILIES, WRAPPERS
 from .model_config import MIXTURE_OF, ModelConfig, stop_ids
+from .encoder_decoder import EncoderDecoder
+from .encoder_decoder_config import PUBLISHED, TASK, EncoderDecoderConfig
 from .files import new_folder, own_file, read_bytes, read_json
 from .model import CohereForCausalLM, RewardModel, Router, SequenceClassifier, initial_value
 from .tokenizer import FILES, load_tokenizer
+from .tokenizer_text import load_text_tokenizer
 
 # transformers has no ForSequenceClassification of Cohere's two; older folders of ours are called so.
 TASKS = {"ForCausalLM": CohereForCausalLM, "RewardModel": RewardModel,
@@ -38,14 +41,17 @@ ARCHITECTURES = {family.class_named(task): RewardModel if family.block == "paral
                  build is SequenceClassifier else build
                  for task, build in TASKS.items() for family in FAMILIES.values()}
 ARCHITECTURES |= {f"Mixture{task}": build for task, build in TASKS.items()}
-KINDS = {CohereForCausalLM: "language model", RewardModel: "reward model",
+KINDS = {CohereForCausalLM: "language model", EncoderDecoder: "encoder-decoder", RewardModel: "reward model",
          SequenceClassifier: "reward model", Router: "router", Classifier: "classifier", SideNet: "SideNet"}
+SPEAKERS = CohereForCausalLM, EncoderDecoder        # what answers
 FLOATS = "F32", "BF16", "F16", "F64"
 USUAL_HEAD_LACKS = "score_logps.weight"         # a head on the last token only computes as if this were 0
 # The tensors of a language model inside another model, by older and newer names.
 WRAPPED = re.compile(r"(language_model\.model|model\.language_model)\.(?P<rest>.*)"
                      r"|(language_model\.)?(?P<head>lm_head\.)(?P<weight>weight)")
-LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+# A table that some published encoder-decoders hold for cross-attention, where none is added.
+STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+LAYER = re.compile(r"(?:model\.layers|(?:en|de)coder\.block)\.(\d{1,9})\.")
 
 # The files that `save` writes anew instead of copying them.
 WRITTEN = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", *FILES}
@@ -64,6 +70,12 @@ def read_config(folder):
     if quantized.read(whole, path):                         # what it says is of the tensors: `load_meta`
         del whole["quantization_config"]
     raw, named = text_part(whole, path)
+    if isinstance(kind := raw.get("model_type"), str) and kind in PUBLISHED:
+        wanted = PUBLISHED[kind] + TASK
+        if named and named[0] != wanted:
+            raise ValueError(f"{path}: architecture {named[0]!r:.80} is not supported; supported for "
+                             f"model_type {kind}: {wanted}")
+        return EncoderDecoderConfig.from_published(raw, where=str(path)), EncoderDecoder
     family = FAMILIES.get(str(raw.get("model_type")).removeprefix(MIXTURE_OF))
     plain = "Mixture" if raw.get("mixture") else family.published if family else raw.get("model_type")
     architecture = named[0] if named else f"{plain}ForCausalLM"             # transformers' default
@@ -187,17 +199,23 @@ def load_meta(folder, trunk=False, packed=False):
                          "(generate.py, evaluate quantized and early-exit); give the model that it was "
                          "made of")
     header, stored = text_tensors(folder, tensorfiles.read_header(folder))
+    if model_class is EncoderDecoder:
+        take_heads(folder, header, config)
     num_layers = 1 + max((int(match[1]) for match in map(LAYER.match, header) if match), default=-1)
-    expected = getattr(config, "sidenet_layer", config.num_hidden_layers)
+    expected = max(config.num_hidden_layers, getattr(config, "num_layers", 0))          # of an encoder too
+    expected = getattr(config, "sidenet_layer", expected)
     if expected > max(num_layers, 1):                       # checked before that many layers are built
         raise ValueError(f"{folder}: the tensors do not fit config.json: they are of {num_layers} layers, "
                          f"num_hidden_layers is {expected}")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = (load_text_tokenizer if model_class is EncoderDecoder else load_tokenizer)(folder)
     if max(tokenizer.vocab_size - 1, tokenizer.largest_id) >= config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the largest id is "
                          f"{tokenizer.largest_id}, config.json has a vocabulary of {config.vocab_size}; "
                          "they belong to different models")
     tokenizer.stop_ids = sorted({*tokenizer.stop_ids, *read_stop_ids(folder)})
+    if trunk and model_class is EncoderDecoder:
+        raise ValueError(f"{folder}: an encoder-decoder, which has no decoder that stands alone; give a "
+                         "language model of another family")
     if trunk and model_class is SideNet:
         raise ValueError(f"{folder}: a SideNet, which has only the first layers of its MainNet; give that")
     with torch.device("meta"):
@@ -208,7 +226,8 @@ def load_meta(folder, trunk=False, packed=False):
         config.pad_token_id = tokenizer.pad_id          # which is published, see write_descriptions
     own = (model if scheme else found).state_dict()
     packs = {name: spec for at, module in model.packed.items() for name, spec in module.specs(at).items()}
-    alike = not config.tie_word_embeddings or stored or tensorfiles.drop_tied_head(header)
+    alike = (model_class is EncoderDecoder or not config.tie_word_embeddings or stored
+             or tensorfiles.drop_tied_head(header))
     problems = [] if alike else [
         "lm_head.weight is not model.embed_tokens.weight, to which config.json ties it"]
     names = own.keys() | packs.keys()
@@ -229,6 +248,25 @@ def load_meta(folder, trunk=False, packed=False):
         raise ValueError(f"{folder}: the tensors do not fit config.json: {listed}")
     model.stored = stored
     return model, tokenizer, header
+
+
+def take_heads(folder, header, config):
+    """Set config.tie_word_embeddings of an encoder-decoder as its tensors say, and take from their header
+    what repeats the embedding, or what no layer reads. ValueError for a repeated embedding that is another.
+
+    As in transformers 5, a lm_head.weight that differs from the embedding is the head, whatever config.json
+    says; an equal one is, if it says false."""
+    header.pop(STRAY, None)
+    for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        if name in header and not tensorfiles.same_as(header, name, "shared.weight"):
+            raise ValueError(f"{folder}: {name} is not shared.weight, which encoder and decoder share; "
+                             "download the model again")
+        header.pop(name, None)
+    said = tensorfiles.read_config(folder).get("tie_word_embeddings")
+    config.tie_word_embeddings = "lm_head.weight" not in header or (
+        said is not False and tensorfiles.same_as(header, "lm_head.weight", "shared.weight"))
+    if config.tie_word_embeddings:
+        header.pop("lm_head.weight", None)
 
 
 def fits(code, shape, wanted, wanted_shape):
@@ -324,7 +362,8 @@ def check_place(folder, model, tokenizer):
 
 def write_descriptions(folder, model, tokenizer, dtype):
     """Write all of a model folder but its weights: the configs, the tokenizer, the files of came_with."""
-    is_reward, parallel = isinstance(model, SequenceClassifier), model.config.family.block == "parallel"
+    is_reward = isinstance(model, SequenceClassifier)
+    parallel = not isinstance(model, EncoderDecoder) and model.config.family.block == "parallel"
     task = "RewardModel" if is_reward and parallel else model.task
     usual = isinstance(model, Classifier) and model.config.pooling == "last-token" and not (
         parallel or model.config.mixture)
@@ -340,7 +379,9 @@ def write_descriptions(folder, model, tokenizer, dtype):
     generation, others = getattr(model, "came_with", ({}, {}))
     eos = generation.get("eos_token_id")
     stops = stop_ids([*tokenizer.stop_ids, *(stop_ids(eos) if eos is not None else [])])
-    generation = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id, **generation,
+    begins = {"decoder_start_token_id": model.config.decoder_start_token_id} if isinstance(
+        model, EncoderDecoder) else {"bos_token_id": tokenizer.bos_id}
+    generation = {**begins, "pad_token_id": tokenizer.pad_id, **generation,
                   "eos_token_id": stops if len(stops) > 1 else stops[0]}
     tensorfiles.write_json(folder / "config.json", config)
     tensorfiles.write_json(folder / "generation_config.json", generation)

@@ -19,45 +19,48 @@ FLOORS = [
     # 1: a model's sizes, plain files, pure functions on texts and tensors
     {"cmaes", "code_shapes", "config_selection", "dropout", "files", "flops", "iso639", "line", "linear",
      "merge_methods", "mixture_draw", "model_config", "norms", "patience", "quantization", "report_charts",
-     "rope", "rows_keys", "template_expressions"},
+     "rope", "rows_keys", "span_corruption", "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
-    {"config", "distributed", "languages", "merge_config", "merge_front", "quantized", "template",
-     "tensorfiles", "token_logps"},
+    {"config", "distributed", "encoder_decoder_config", "languages", "merge_config", "merge_front",
+     "quantized", "template", "tensorfiles", "token_logps"},
     # 3: losses, the world, one HTTP request, how to resume, what a line of JSONL means, whether two
     # folders are alike
-    {"alike", "checkpoint", "control_tokens", "endpoint_http", "fused", "irreducible", "journal", "lengths",
-     "loss_scale", "losses", "mixture_spec", "report_data", "rows", "template_turns", "world"},
-    # 4: the layers of a mixture of experts, its losses over a step; where the rows of large files are
+    {"adafactor", "alike", "checkpoint", "control_tokens", "endpoint_http", "fused", "irreducible",
+     "journal", "lengths", "loss_scale", "losses", "mixture_spec", "report_data", "rows", "template_turns",
+     "world"},
+    # 4: the layers of a mixture of experts, its losses over a step
     {"balance", "mixture_index", "moe"},
-    # 5: the decoder; the rows that a spec draws
-    {"mixture_rows", "model"},
-    # 6: text to ids, rows to batches, the engine's tensors, an endpoint asked, figures, the oracle
+    # 5: the decoder, the encoder-decoder; text to ids
+    {"encoder_decoder", "mixture_rows", "model", "tokenizer"},
+    # 6: rows to batches, the engine's tensors, an endpoint asked, figures, the oracle
     {"classifier", "critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture",
-     "preferences", "pruning_duplicates", "report_table", "rows_streamed", "text_statistics", "tokenizer",
-     "world_oracle"},
-    # 7: what is done with a model or with folders
+     "preferences", "pruning_duplicates", "report_table", "rows_streamed", "text_statistics",
+     "tokenizer_text", "world_oracle"},
+    # 7: an encoder-decoder's tensors while it samples
+    {"encoder_decoder_engine"},
+    # 8: what is done with a model or with folders
     {"arbitrage", "code_data", "domains", "endpoint_answers", "evaluate_languages", "filtration_scores",
-     "loop", "merge_folders", "mixture_stream", "report", "reward", "sampling",
-     "templates", "weights", "world_data", "world_translation"},
-    # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
+     "loop", "merge_folders", "mixture_stream", "report", "reward", "sampling", "templates", "weights",
+     "world_data", "world_translation"},
+    # 9: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch, models in fewer bits and what stands in their way, examples to classify
     {"chat", "classify", "contrast", "evaluate_answers", "filtration", "judges", "kto", "merge_embed",
      "merge_quantize", "outliers", "pipeline_checks", "pruning_checks", "reference", "runs", "serve_batch"},
-    # 9: samples of the policy as batches, what judges say, what a client of the server asks, mixtures made,
+    # 10: samples of the policy as batches, what judges say, what a client of the server asks, mixtures made,
     # what a model does with held-out rows, SideNets before a classifier
     {"early_exit", "evaluate_judges", "held_out", "judges_rates", "merge_upcycle", "pruning", "rollouts",
      "router", "selection", "serve_request"},
-    # 10: the stages, the leaderboard, the server
+    # 11: the stages, the leaderboard, the server
     {"evaluate_early_exit", "evaluate_leaderboard", "evaluate_quantized", "generate_pool", "serve", "stages"},
-    # 11: a recipe's run on disk; what a stage will need; what a search measures
+    # 12: a recipe's run on disk; what a stage will need; what a search measures
     {"estimate", "evaluate", "generate_route", "irreducible_command", "merge_fitness", "pipeline_steps"},
-    # 12: what a run shows for itself; the search; real text for claims
+    # 13: what a run shows for itself; the search; real text for claims
     {"merge_search", "pipeline_results", "real_text"},
-    # 13: the recipe; train.py, generate.py and merge.py stand on it
+    # 14: the recipe; train.py, generate.py and merge.py stand on it
     {"pipeline"},
-    # 14: one seed of a claim; what claims leave
+    # 15: one seed of a claim; what claims leave
     {"experiments", "experiments_page"},
-    # 15: whether arms are matched
+    # 16: whether arms are matched
     {"experiments_matched"},
     {"experiments_records"},
 ]
