@@ -111,7 +111,8 @@ def examples_of(row, where, tokenizer, limit, reading, left_out, spelled):
         left_out.add(NOT_SUPERVISED, where)
         return []
     if is_plain_text(row):
-        return pieces_of(tokenizer, messages[0]["content"], limit, language, where, getattr(reading, "seed", 0))
+        seed = getattr(reading, "seed", 0)
+        return pieces_of(tokenizer, messages[0]["content"], limit, language, where, seed)
     examples = []
     for some, marks in conversations_of(tokenizer, messages, supervised):
         example = encode_conversation(tokenizer, some, marks, language, where)

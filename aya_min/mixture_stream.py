@@ -23,8 +23,9 @@ MOST_TRIES = 1000       # items in a row that may be left out
 
 
 def load_or_stream(paths, tokenizer, limit, reading=SKIP):
-    """The examples of files (data.load_examples), or the Stream of a mixture. A mixture is read into memory for
-    an encoder-decoder, for which a row may be several examples."""
+    """The examples of files (data.load_examples), or the Stream of a mixture.
+
+    For an encoder-decoder, of which a row may be several examples, a mixture is read into memory."""
     if isinstance(paths[0], Mixture) and not getattr(tokenizer, "one_answer", False):
         return Stream(paths[0], tokenizer, limit, reading)
     return load_examples(paths, tokenizer, limit, reading)

@@ -99,6 +99,8 @@ def check_encoder_decoder(name, settings):
         if getattr(settings, flag):
             raise ValueError(f"{config.flag_of(flag)} {getattr(settings, flag)}: an encoder-decoder has no "
                              "dropout here; leave it out")
+    if getattr(settings, "chooses", False):
+        raise ValueError("--select and --replay score decoders only, not an encoder-decoder; leave them out")
 
 
 def fitting(settings, *models):

@@ -67,8 +67,8 @@ class TextTokenizer(Tokenizer):
         eos, pad = (self.named(key, usual) for key, usual in (("eos_token", "</s>"), ("pad_token", "<pad>")))
         if eos is None:
             raise ValueError("tokenizer.json has no end token, </s> or the eos_token of "
-                             "tokenizer_config.json; it must be that of an encoder-decoder (T5, mT5, Aya 101) or "
-                             "one trained here")
+                             "tokenizer_config.json; it must be that of an encoder-decoder (T5, mT5, Aya "
+                             "101) or one trained here")
         self.end_of_turn_id, self.stop_ids, self.ending = eos, [eos], [eos]
         self.pad_id = eos if pad is None else pad
         numbers = (bpe.token_to_id(SENTINEL.format(i)) for i in range(len(control)))

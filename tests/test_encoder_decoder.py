@@ -368,6 +368,7 @@ def test_other_stages_refuse_it_by_name(stage, world, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
+    (dict(select="uniform"), "--select and --replay score decoders only"),
     (dict(dtype="float16"), "--dtype float16: the activations of T5-like models pass 65504"),
     (dict(residual_dropout=0.1), "--residual-dropout 0.1: an encoder-decoder has no dropout here"),
     (dict(attention_dropout=0.1), "--attention-dropout 0.1: an encoder-decoder has no dropout here"),
