@@ -20,8 +20,8 @@ FLOORS = [
     {"cmaes", "dropout", "files", "flops", "iso639", "line", "linear", "merge_methods", "model_config",
      "norms", "patience", "quantization", "report_charts", "rope", "rows_keys", "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
-    {"config", "distributed", "languages", "merge_config", "merge_front", "quantized", "template",
-     "tensorfiles", "token_logps"},
+    {"config", "distributed", "languages", "merge_config", "merge_front", "quantized", "recurrent",
+     "template", "tensorfiles", "token_logps"},
     # 3: losses, the world, one HTTP request, how to resume, what a line of JSONL means, whether two
     # folders are alike
     {"alike", "checkpoint", "control_tokens", "endpoint_http", "fused", "journal", "lengths", "loss_scale",
@@ -30,12 +30,13 @@ FLOORS = [
     {"balance", "moe"},
     # 5: the decoder
     {"model"},
-    # 6: text to ids, rows to batches, the engine's tensors, an endpoint asked, figures, the oracle
+    # 6: text to ids, rows to batches, the engine's tensors, an endpoint asked, figures, the oracle, small
+    # models of vectors
     {"classifier", "critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture",
-     "preferences", "report_table", "text_statistics", "tokenizer", "world_oracle"},
+     "preferences", "report_table", "sequence_models", "text_statistics", "tokenizer", "world_oracle"},
     # 7: what is done with a model or with folders
     {"arbitrage", "domains", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report",
-     "reward", "sampling", "weights", "world_data", "world_translation"},
+     "reward", "sampling", "separations", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch, models in fewer bits and what stands in their way, examples to classify
     {"chat", "classify", "contrast", "evaluate_answers", "judges", "kto", "merge_embed", "merge_quantize",
