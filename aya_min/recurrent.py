@@ -40,15 +40,15 @@ class DiagonalStateSpace(nn.Module):
         self.mix = nn.Linear(width, width)
 
     def discrete(self):
-        """(decay (W, S), what a state counts for in the output (W, S)), complex."""
+        """(log of the decay (W, S), what a state counts for in the output (W, S)), complex."""
         A = torch.complex(-self.log_rate.exp(), self.frequency)
-        decay = (self.log_step.exp()[:, None] * A).exp()
-        return decay, torch.view_as_complex(self.C) * (decay - 1) / A
+        log_decay = self.log_step.exp()[:, None] * A
+        return log_decay, torch.view_as_complex(self.C) * (log_decay.exp() - 1) / A
 
     def kernel(self, num_tokens):
         """(W, T): what an input counts for after 0, 1, ... tokens."""
-        decay, weight = self.discrete()
-        powers = decay[..., None] ** torch.arange(num_tokens)                       # (W, S, T)
+        log_decay, weight = self.discrete()
+        powers = (log_decay[..., None] * torch.arange(num_tokens)).exp()            # (W, S, T)
         return (weight[..., None] * powers).sum(1).real
 
     def convolved(self, u):
@@ -59,8 +59,8 @@ class DiagonalStateSpace(nn.Module):
 
     def step(self, u, state):
         """One token's inputs u (B, W) and the state (B, W, S) before it -> (y (B, W), the state after it)."""
-        decay, weight = self.discrete()
-        state = decay * state + u[..., None]
+        log_decay, weight = self.discrete()
+        state = log_decay.exp() * state + u[..., None]
         return (weight * state).sum(-1).real + self.D * u, state
 
     def first_state(self, u):

@@ -89,16 +89,25 @@ def right(model, inputs, targets):
     return found.masked_fill(targets == NONE, float("nan"))
 
 
-def fit(model, draw, steps, learning_rate):
-    """Train on the batches draw(step), with Adam: the rate rises over the first tenth of the steps and then
+def in_batches(draw, size, pieces=64):
+    """Batches of `size` without end, of draw(number) -> (inputs, targets), which is asked for many at once: some
+    tasks take as long to draw one sequence as a thousand."""
+    while True:
+        inputs, targets = draw(size * pieces)
+        order = torch.arange(len(inputs)).view(size, pieces).T.flatten()    # each has some of all halves
+        yield from zip(inputs[order].split(size), targets[order].split(size))
+
+
+def fit(model, batches, steps, learning_rate):
+    """Train on an iterator of batches, with Adam: the rate rises over the first tenth of the steps and then
     falls to 0 by a line, and gradients are clipped to a norm of 1. -> the loss of the last step, in nats."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), fused=True)
     warm = max(1, steps // 10)
     loss = None
     for step in range(steps):
         for each in optimizer.param_groups:
             each["lr"] = learning_rate * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-        inputs, targets = draw(step)
+        inputs, targets = next(batches)
         asked = targets != NONE
         loss = F.cross_entropy(model(inputs)[asked], targets[asked], reduction="sum") / asked.sum()
         optimizer.zero_grad()

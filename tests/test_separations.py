@@ -2,7 +2,6 @@
 weights are written down."""
 
 import math
-import random
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from aya_min import separations
 from aya_min.recurrent import DiagonalStateSpace, Retention
 from aya_min.separations import (BRACKETS, SYMBOLS, dyck, equality, index_lookup, lookup, mistakes, nearest,
                                  position_vectors, prefixes, width_bound, words)
-from aya_min.sequence_models import KINDS, NONE, SequenceModel, fit, new_model, right
+from aya_min.sequence_models import KINDS, NONE, fit, in_batches, new_model, right
 
 
 def seeded(seed=0):
@@ -93,15 +92,22 @@ def test_what_a_model_says_does_not_depend_on_later_tokens(kind):
 def test_every_model_learns_whether_the_vector_before_was_positive(kind):
     generator = seeded()
 
-    def draw(step):
-        x = torch.randn(32, 6, 1, generator=generator)
-        targets = torch.full((32, 6), NONE)
+    def draw(num):
+        x = torch.randn(num, 6, 1, generator=generator)
+        targets = torch.full((num, 6), NONE)
         targets[:, 1:] = (x[:, :-1, 0] > 0).long()
         return x, targets
     model = new_model(0, kind, 2, 16, inputs=1, outputs=2, num_places=6)
-    fit(model, draw, 250, 1e-2)
-    found = right(model, *draw(0))
+    fit(model, in_batches(draw, 32), 250, 1e-2)
+    found = right(model, *draw(100))
     assert found.nanmean() > 0.9 and found[:, 0].isnan().all()
+
+
+def test_a_batch_has_its_share_of_both_halves_and_no_sequence_is_lost():
+    numbers = in_batches(lambda num: (torch.arange(num), torch.arange(num) < num // 2), 4, pieces=3)
+    seen = [next(numbers) for _ in range(3)]
+    assert sorted(torch.cat([inputs for inputs, _ in seen]).tolist()) == list(range(12))
+    assert [int(targets.sum()) for _, targets in seen] == [2, 2, 2]
 
 
 # ---- tasks -------------------------------------------------------------------------------------------------
