@@ -17,7 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .sequence_models import NONE, SequenceModel
+from .sequence_models import NONE, SequenceModel, interleaved
 
 SYMBOLS = 8                     # of lookup; a power of 2
 LETTERS = 4                     # of equality
@@ -121,8 +121,7 @@ def nearest(num, length, generator):
     turned = one_hot(torch.randint(DIMENSIONS, (num, QUERIES), generator=generator), DIMENSIONS)
     q = x.gather(1, asked[..., None].expand(-1, -1, DIMENSIONS)) * (1 - 2 * turned)
     answers = y.gather(1, (q @ x.transpose(1, 2)).argmax(-1))                       # (B, Q)
-    pairs = torch.stack((F.pad(x, (0, 1)), F.pad(2.0 * y[..., None] - 1, (DIMENSIONS, 0))), 2).flatten(1, 2)
-    return torch.cat((pairs, F.pad(q, (0, 1))), 1), torch.cat((torch.full((num, 2 * length), NONE), answers), 1)
+    return torch.cat((interleaved(x, y), F.pad(q, (0, 1))), 1), torch.cat((torch.full((num, 2 * length), NONE), answers), 1)
 
 
 TASKS = {"lookup": lookup, "dyck": dyck, "equality": equality, "nearest": nearest}

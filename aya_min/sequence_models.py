@@ -89,6 +89,13 @@ def right(model, inputs, targets):
     return found.masked_fill(targets == NONE, float("nan"))
 
 
+def interleaved(xs, ys):
+    """x_1 y_1 x_2 y_2 ...: vectors (B, n, d) and labels 0 or 1 (B, n) -> (B, 2 n, d + 1), with the labels as +-1
+    in a column of their own."""
+    labels = F.pad(2.0 * ys[..., None] - 1, (xs.shape[2], 0))
+    return torch.stack((F.pad(xs, (0, 1)), labels), 2).flatten(1, 2)
+
+
 def in_batches(draw, size, pieces=64):
     """Batches of `size` without end, of draw(number) -> (inputs, targets), which is asked for many at once: some
     tasks take as long to draw one sequence as a thousand."""
