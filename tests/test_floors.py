@@ -38,9 +38,9 @@ FLOORS = [
     {"arbitrage", "domains", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report",
      "reward", "sampling", "separations", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
-    # batch, models in fewer bits and what stands in their way, examples to classify
-    {"chat", "classify", "contrast", "evaluate_answers", "judges", "kto", "merge_embed", "merge_quantize",
-     "outliers", "pipeline_checks", "reference", "runs", "serve_batch"},
+    # batch, models in fewer bits and what stands in their way, examples to classify, functions in prompts
+    {"chat", "classify", "contrast", "evaluate_answers", "in_context", "judges", "kto", "merge_embed",
+     "merge_quantize", "outliers", "pipeline_checks", "reference", "runs", "serve_batch"},
     # 9: samples of the policy as batches, what judges say, what a client of the server asks, mixtures made,
     # what a model does with held-out rows, SideNets before a classifier
     {"early_exit", "evaluate_judges", "held_out", "judges_rates", "merge_upcycle", "rollouts", "router",

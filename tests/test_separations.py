@@ -2,11 +2,15 @@
 weights are written down."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from aya_min import separations
+from aya_min.claims import separations as claims
+from aya_min.config import Recipe, settings_from
+from aya_min.experiments_records import run_claims
 from aya_min.recurrent import DiagonalStateSpace, Retention
 from aya_min.separations import (BRACKETS, SYMBOLS, dyck, equality, index_lookup, lookup, mistakes, nearest,
                                  position_vectors, prefixes, width_bound, words)
@@ -201,3 +205,44 @@ def test_places_asked_before_do_not_change_what_is_found():
     model = index_lookup(30, width_bound(30), seeded())
     inputs, targets = lookup(50, 30, seeded(2))
     assert right(model, inputs, targets).nanmean() == 1
+
+
+# ---- the claim ---------------------------------------------------------------------------------------------
+
+class StandIn(SimpleNamespace):
+    """A lab without a folder."""
+
+    def step(self, name, make, *content):
+        return make(None)
+
+
+def test_figures_take_the_longest_length_and_pair_strings(monkeypatch):
+    rights = {("LSTM", 10): [1.0, 1.0], ("LSTM", 40): [1.0, 0.0], ("transformer, 1 layer", 40): [1.0, 1.0]}
+    monkeypatch.setattr(claims, "measured", lambda lab, model, task, length, width: rights[model, length])
+    lab = StandIn(recipe=settings_from(Recipe, {}))
+    assert claims.accuracy(claims.LSTM, "lookup", -1).of(lab) == [1, 0]
+    assert claims.more(claims.ONE, claims.LSTM, "lookup").of(lab) == [0, 1]
+    assert claims.shrinks(claims.LSTM, "lookup").of(lab) == [0, 1]
+
+
+def test_all_models_train_on_the_same_strings_which_are_not_those_of_the_evaluation():
+    lab = StandIn(seed=0)
+    a, b, test = (separations.lookup(4, 9, claims.strings(lab, "lookup", 9, use))[0]
+                  for use in ("train", "train", "test"))
+    assert torch.equal(a, b) and not torch.equal(a, test)
+
+
+def test_the_smallest_exact_width_is_the_least_above_the_last_mistake(monkeypatch):
+    found = {0.05: (5, 9), 0.1: (9, 0), 0.2: (18, 1), 0.5: (45, 0), 1.0: (91, 0)}
+    monkeypatch.setattr(claims, "built", lambda lab, length, share: dict(zip(("width", "wrong"), found[share])))
+    assert claims.smallest(None, 400) == 45
+
+
+@pytest.mark.long
+def test_the_claim_runs_from_nothing_to_its_pictures(tmp_path):
+    record = run_claims("separations", [1], "smoke", tmp_path, torch.device("cpu"))
+    first, *others = record["results"]
+    assert first["comparisons"][0]["seeds"][0]["value"] == 0 and len(others) == 4
+    for claim in record["results"]:
+        picture = claim["pictures"][0]
+        assert all(len(cells) == len(picture["columns"]) for _, cells in picture["rows"])
