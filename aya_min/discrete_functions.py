@@ -1,20 +1,21 @@
-"""Classes of Boolean functions, to be learned from examples in context: the sampling of arXiv 2310.03016 (as its
-official code has it), the learner that is optimal for it, nearest neighbours, teaching sequences.
+"""Classes of Boolean functions, to be learned from examples in context: the sampling of arXiv 2310.03016 (as
+its official code has it), the learner that is optimal for it, nearest neighbours, teaching sequences.
 
-    conjunction     literals, each absent, positive or negated with 0.7, 0.15, 0.15; an input is made to satisfy all
-                    with 0.3, as hardly any does by chance
+    conjunction     literals, each absent, positive or negated with 0.7, 0.15, 0.15; an input is made to
+                    satisfy all with 0.3, as hardly any does by chance
     disjunction     the same literals; an input is made to satisfy none with 0.3
-    monotone        a conjunction of positive literals, each with 0.3; an input is made to satisfy all with 0.4
+    monotone        a conjunction of positive literals, each with 0.3; an input is made to satisfy all with
+                    0.4
     majority        of a subset, each entry with 0.3; a tie is 0 ("sparse majority")
     parity          of a subset, each with the same probability: whether an odd number of its entries is 1
     sparse parity   of 2 entries
-    dnf             3 conjunctions with 0.8, 0.1, 0.1; an input satisfies one of them, the same of a whole sequence,
-                    with 0.35
-    nearest         no function: the first of the examples have labels by chance, a copy that of its first, and all
-                    later ones that of the nearest example before
+    dnf             3 conjunctions with 0.8, 0.1, 0.1; an input is made to satisfy one of them, the same in
+                    a whole sequence, with 0.35
+    nearest         no function: the first of the examples have labels by chance, a copy that of its
+                    original, and all later ones that of the nearest example before
 
-Inputs are vectors of +-1, uniform where nothing forces them; labels are 0 and 1. A function is a tensor w of 0, 1
-and -1: (d,), or (3, d) of a DNF. B functions, n examples, d entries, F functions of a class.
+Inputs are vectors of +-1, uniform where nothing forces them; labels are 0 and 1. A function is a tensor w of
+0, 1 and -1: (d,), or (3, d) of a DNF. B functions, n examples, d entries, F functions of a class.
 """
 
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ MANY = 100_000                  # functions that the optimal learner enumerates 
 
 @dataclass(frozen=True)
 class FunctionClass:
-    """absent, positive, negated: probabilities of an entry of w. forced: with which probability an input is made
-    an example of the rarer label."""
+    """absent, positive, negated: probabilities of an entry of w. forced: with which probability an input is
+    made an example of the rarer label."""
     absent: float
     positive: float
     negated: float = 0.0
@@ -75,7 +76,8 @@ def labels(name, w, xs):
 
 
 def targets(name, w, generator):
-    """What a forced input agrees with in the entries that are not 0, (num, d); None where nothing is forced."""
+    """What a forced input agrees with in the entries that are not 0, (num, d); None where nothing is
+    forced."""
     if not CLASSES[name].forced:
         return None
     if name == "dnf":
@@ -102,8 +104,8 @@ def sample(name, num, n, d, generator, first=0):
 # ---- nearest neighbours ------------------------------------------------------------------------------------
 
 def by_nearest(xs, ys, first):
-    """The labels (B, n) of which only the `first` are used: all others are those of the nearest example before,
-    the earliest of several. A copy among the first ones has its original's label."""
+    """The labels (B, n) of which only the `first` are used: all others are those of the nearest example
+    before, the earliest of several. A copy among the first ones has its original's label."""
     likeness, ys = xs @ xs.transpose(1, 2), ys.clone()                              # (B, n, n)
     for i in range(1, xs.shape[1]):
         best = likeness[:, i, :i].amax(-1)
@@ -115,8 +117,8 @@ def by_nearest(xs, ys, first):
 
 
 def nearest_neighbour(xs, ys):
-    """The probability of label 1 (B, n) by one nearest neighbour among the examples before: 0, 1, and 1/2 where
-    there is none."""
+    """The probability of label 1 (B, n) by one nearest neighbour among the examples before: 0, 1, and 1/2
+    where there is none."""
     likeness = xs @ xs.transpose(1, 2)
     before = torch.ones(xs.shape[1], xs.shape[1], dtype=torch.bool).tril(-1)
     at = likeness.masked_fill(~before, -torch.inf)
@@ -155,11 +157,11 @@ def every_function(name, d):
 
 
 def optimal(name, xs, ys):
-    """The probability of label 1 (B, n) given the examples before and the input, by Bayes' rule over all functions
-    of the class with their probabilities. No learner is right more often on average.
+    """The probability of label 1 (B, n) given the examples before and the input, by Bayes' rule over all
+    functions of the class with their probabilities. No learner is right more often on average.
 
-    An input tells of the function too, as some are forced: p(x | w) is (1 - forced) 2^-d, and where x agrees with
-    the w that it would be forced to, in L entries, forced 2^(L - d) more.
+    An input tells of the function too, as some are forced: p(x | w) is (1 - forced) 2^-d, and where x agrees
+    with the w that it would be forced to, in L entries, forced 2^(L - d) more.
     """
     w, prior = every_function(name, xs.shape[-1])
     size, forced, found = w.abs().sum(1, keepdim=True), CLASSES[name].forced, []        # size (F, 1)
@@ -182,15 +184,15 @@ def rate(probability, ys):
 # ---- teaching sequences ------------------------------------------------------------------------------------
 
 def teaching_sequence(w):
-    """The inputs (L + 1, d) that tell one monotone conjunction w (d,) of L literals from all others: the literals
-    alone are 1, then each time one of them is 0 too."""
+    """The inputs (L + 1, d) that tell one monotone conjunction w (d,) of L literals from all others: the
+    literals alone are 1, then each time one of them is 0 too."""
     alone = 2 * w - 1
     return torch.cat((alone[None], alone - 2 * F.one_hot(w.nonzero()[:, 0], len(w))))
 
 
 def with_teaching(xs, w, taught):
-    """(xs, ys) of monotone conjunctions w (B, d), where the first examples are the teaching sequence in those rows
-    that are `taught` (B,). What does not fit is cut."""
+    """(xs, ys) of monotone conjunctions w (B, d), where the first examples are the teaching sequence in those
+    rows that are `taught` (B,). What does not fit is cut."""
     xs = xs.clone()
     for i in taught.nonzero()[:, 0].tolist():
         lesson = teaching_sequence(w[i])[:xs.shape[1]]

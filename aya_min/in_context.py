@@ -1,11 +1,12 @@
-"""Ask a model folder to learn Boolean functions from examples in its prompt, as arXiv 2310.03016 asks language
-models: functions drawn anew, which are in no training set, against one nearest neighbour and the optimal learner.
+"""Ask a model folder to learn Boolean functions from examples in its prompt, as arXiv 2310.03016 asks
+language models: functions drawn anew, which are in no training set, against one nearest neighbour and the
+optimal learner.
 
     python -m aya_min.in_context --model RUN/model --function conjunction --entries 5 --examples 5 10 20 40
 
-A prompt holds an instruction, examples as lines of 0 and 1, and one more input; the answer is greedy, and its first
-character that is no blank must be 0 or 1. Any other answer counts as half right, as a guess is, and is reported. Of
-a DNF there are too many functions for an optimal learner.
+A prompt holds an instruction, examples as lines of 0 and 1, and one more input; the answer is greedy, and its
+first character that is no blank must be 0 or 1. Any other answer counts as half right, as a guess is, and is
+reported. Of a DNF there are too many functions for an optimal learner.
 
 The paper's defaults: 5 entries, up to 50 examples, 100 functions. The words of the prompt are ours.
 """
@@ -22,8 +23,9 @@ from .model import CohereForCausalLM
 from .sampling import answer_rows
 from .weights import KINDS, load, load_meta
 
-INSTRUCTION = ("Below are inputs of 0 and 1, each with the output of one and the same unknown Boolean function. Find "
-               "out what the function is. Answer with the output for the last input, 0 or 1, and nothing else.")
+INSTRUCTION = ("Below are inputs of 0 and 1, each with the output of one and the same unknown Boolean "
+               "function. Find out what the function is. Answer with the output for the last input, 0 or 1, "
+               "and nothing else.")
 FUNCTIONS = [name for name in CLASSES if name != "nearest"]
 LEARNERS = ("nearest neighbour", "optimal")
 
@@ -51,7 +53,8 @@ def ask(model, tokenizer, name, d, examples, count, seed, batch_size=32):
     generator = torch.Generator().manual_seed(seed)
     xs, ys, _ = sample(name, count, max(examples) + 1, d, generator)
     few = name != "dnf" and num_functions(name, d) <= MANY
-    learners = {"nearest neighbour": nearest_neighbour, **({"optimal": lambda *of: optimal(name, *of)} if few else {})}
+    learners = {"nearest neighbour": nearest_neighbour}
+    learners |= {"optimal": lambda xs, ys: optimal(name, xs, ys)} if few else {}
     known = {who: rate(learn(xs, ys), ys) for who, learn in learners.items()}           # (count, n)
     rows = [{"prompt": prompt_of(x[:k], y[:k], x[k])} for k in examples for x, y in zip(xs, ys)]
     answers = answer_rows(model, tokenizer, rows, max_new_tokens=4, temperature=0.0, seed=seed,
@@ -88,10 +91,12 @@ def main(argv=None):
     parser = Parser(prog="aya_min.in_context", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--function", default="conjunction", choices=FUNCTIONS)
-    parser.add_argument("--entries", type=number(int, "[2, 64]"), default=5, help="entries of an input (default 5)")
-    parser.add_argument("--examples", type=number(int, "[0, 1000]"), nargs="+", default=[0, 5, 10, 20, 30, 40, 49],
-                        help="numbers of examples in the prompt")
-    parser.add_argument("--count", type=number(int, "[2, 100000]"), default=100, help="functions (default 100)")
+    parser.add_argument("--entries", type=number(int, "[2, 64]"), default=5,
+                        help="entries of an input; default: %(default)s")
+    parser.add_argument("--examples", type=number(int, "[0, 1000]"), nargs="+",
+                        default=[0, 5, 10, 20, 30, 40, 49], help="numbers of examples in the prompt")
+    parser.add_argument("--count", type=number(int, "[2, 100000]"), default=100,
+                        help="functions; default: %(default)s")
     parser.add_argument("--batch-size", type=number(int, "[1, inf)"), default=32)
     parser.add_argument("--seed", type=number(int, WHOLE), default=0)
     parser.add_argument("--out", help="JSON file to write the figures to; must not exist")
@@ -102,7 +107,8 @@ def main(argv=None):
         raise taken(args.out)
     model, _, _ = load_meta(args.model, packed=True)
     if type(model) is not CohereForCausalLM:
-        raise ValueError(f"--model {args.model}: a {KINDS[type(model)]} does not answer; give a language model")
+        raise ValueError(f"--model {args.model}: a {KINDS[type(model)]} does not answer; give a language "
+                         "model")
     model, tokenizer = load(args.model, "cuda" if torch.cuda.is_available() else "cpu", packed=True)
     figures = figures_of(ask(model, tokenizer, args.function, args.entries, sorted(set(args.examples)),
                              args.count, args.seed, args.batch_size))

@@ -1,13 +1,13 @@
 """Two linear-recurrent layers, written small: a diagonal state space (DSS, arXiv 2203.14343; initialised as
 S4D-Lin, arXiv 2206.11893) and retention (RetNet, arXiv 2307.08621).
 
-Each is computed in two ways that give the same: over the whole sequence at once, in which it trains, and token
-by token with a state of fixed size, which is what separates it from attention. B batch, T tokens, W width, S
-states of a channel, H heads, D head width.
+Each is computed in two ways that give the same: over the whole sequence at once, in which it trains, and
+token by token with a state of fixed size, which is what separates it from attention. B batch, T tokens, W
+width, S states of a channel, H heads, D head width.
 
 Departures: the state space has one parameter C in place of B and C, whose product alone matters; its steps
-begin larger, for sequences of tens of tokens. Retention has no normalisation of its scores, because the norm of
-each head undoes any scale, and that norm has no weights.
+begin larger, for sequences of tens of tokens. Retention has no normalisation of its scores, because the norm
+of each head undoes any scale, and that norm has no weights.
 """
 
 import math
@@ -22,7 +22,8 @@ from .rope import rotate
 class DiagonalStateSpace(nn.Module):
     """For each channel by itself, with u its inputs and decay_s = exp(step A_s), |decay_s| < 1:
 
-        state_s[t] = decay_s state_s[t - 1] + u[t],    y[t] = Re sum_s C_s (decay_s - 1) / A_s state_s[t] + D u[t]
+        state_s[t] = decay_s state_s[t - 1] + u[t]
+        y[t] = Re sum_s C_s (decay_s - 1) / A_s state_s[t] + D u[t]
 
     A_s = -exp(log_rate) + i frequency begins at -1/2 + i pi s. Then GELU and a linear layer mix the channels.
     """
@@ -73,7 +74,8 @@ class DiagonalStateSpace(nn.Module):
 class Retention(nn.Module):
     """Multi-scale retention: attention without softmax, whose scores fade with the distance by gamma_h:
 
-        y[n] = q[n] sum_{m <= n} gamma^(n - m) k[m]^T v[m],    S[n] = gamma S[n - 1] + k[n]^T v[n],  y[n] = q[n] S[n]
+        y[n] = q[n] sum_{m <= n} gamma^(n - m) k[m]^T v[m]
+        S[n] = gamma S[n - 1] + k[n]^T v[n],    y[n] = q[n] S[n]
 
     Queries and keys are rotated by their positions. gamma_h = 1 - 2^(-5 - h).
     """
@@ -87,7 +89,8 @@ class Retention(nn.Module):
         self.register_buffer("gamma", 1 - 2.0 ** (-5 - torch.arange(num_heads).float()))     # (H,)
 
     def heads(self, x, first=0):
-        """x (B, T, W), whose first token stands at place `first` -> q, k, v (B, H, T, D) and the gate (B, T, W)."""
+        """x (B, T, W), whose first token stands at place `first` -> q, k, v (B, H, T, D) and the gate (B, T,
+        W)."""
         q, k, v, gate = self.qkvg(x).chunk(4, -1)
         q, k, v = (each.unflatten(-1, (self.H, self.D)) for each in (q, k, v))      # (B, T, H, D)
         places = first + torch.arange(x.shape[1])
@@ -109,7 +112,8 @@ class Retention(nn.Module):
         return self.output((q @ k.transpose(-1, -2) * fade) @ v, gate)
 
     def step(self, x, state, place):
-        """One token x (B, W) at a place and the state (B, H, D, D) before it -> (y (B, W), the state after)."""
+        """One token x (B, W) at a place and the state (B, H, D, D) before it -> (y (B, W), the state
+        after)."""
         q, k, v, gate = self.heads(x[:, None], place)
         state = self.gamma[:, None, None] * state + k.transpose(-1, -2) @ v
         return self.output(q @ state, gate)[:, 0], state

@@ -1,15 +1,16 @@
 """What tells transformers and recurrent models apart (arXiv 2406.09347): four tasks, each a stream of batches
-for sequence_models.py, and the paper's one-layer transformer that looks up an index exactly, whose weights are
-written down.
+for sequence_models.py, and the paper's one-layer transformer that looks up an index exactly, whose weights
+are written down.
 
     lookup      s_1 ... s_N, then places p: the symbol s_p
     dyck        a string of two kinds of brackets: whether it is a word of depth at most DEPTH
     equality    s_1 ... s_N t_1 ... t_N: whether s = t
     nearest     x_1 y_1 ... x_N y_N, then vectors q: the y of the x nearest to q
 
-Strings that are to be refused keep their symbols, of which two are exchanged: no count tells them. Departures:
-several places or vectors are asked after one string, and brackets and equality have a target at every prefix,
-which makes more of a string; what is reported of these two is the answer after the whole string alone.
+Strings that are to be refused keep their symbols, of which two are exchanged: no count tells them.
+Departures: several places or vectors are asked after one string, and brackets and equality have a target at
+every prefix, which makes more of a string; what is reported of these two is the answer after the whole string
+alone.
 """
 
 import math
@@ -27,7 +28,7 @@ QUERIES = 8
 BRACKETS = "()[]"
 
 
-# ---- tasks: (number of strings, length N, generator) -> (inputs (B, T, width of the task), targets (B, T)) ---
+# ---- tasks: (strings, length N, generator) -> (inputs (B, T, width of the task), targets (B, T)) -----------
 
 def one_hot(ids, num_classes):
     return F.one_hot(ids, num_classes).float()
@@ -57,7 +58,8 @@ def prefixes(brackets, depth=DEPTH):
     rows = torch.arange(num)
     for t in range(length):
         kind, closes = brackets[:, t] // 2, brackets[:, t] % 2 == 1
-        fits = torch.where(closes, (height > 0) & (stack[rows, (height - 1).clamp(min=0)] == kind), height < depth)
+        is_last = (height > 0) & (stack[rows, (height - 1).clamp(min=0)] == kind)
+        fits = torch.where(closes, is_last, height < depth)
         alive = alive & fits
         stack[rows, height] = torch.where(closes, stack[rows, height], kind)
         height = torch.where(alive, height + 1 - 2 * closes.long(), height)
@@ -121,7 +123,8 @@ def nearest(num, length, generator):
     turned = one_hot(torch.randint(DIMENSIONS, (num, QUERIES), generator=generator), DIMENSIONS)
     q = x.gather(1, asked[..., None].expand(-1, -1, DIMENSIONS)) * (1 - 2 * turned)
     answers = y.gather(1, (q @ x.transpose(1, 2)).argmax(-1))                       # (B, Q)
-    return torch.cat((interleaved(x, y), F.pad(q, (0, 1))), 1), torch.cat((torch.full((num, 2 * length), NONE), answers), 1)
+    nothing = torch.full((num, 2 * length), NONE)
+    return torch.cat((interleaved(x, y), F.pad(q, (0, 1))), 1), torch.cat((nothing, answers), 1)
 
 
 TASKS = {"lookup": lookup, "dyck": dyck, "equality": equality, "nearest": nearest}
@@ -141,8 +144,8 @@ def answered(task, correct):
 
 # ---- the construction --------------------------------------------------------------------------------------
 
-GAMMA = 0.5                     # the greatest inner product of two position vectors, over that of one with itself
-LOUD = 100.0                    # of a place that is asked, so that where it is asked hardly counts
+GAMMA = 0.5         # the greatest inner product of two position vectors, over that of one with itself
+LOUD = 100.0        # of a place that is asked, so that where it is asked hardly counts
 
 
 def width_bound(length, gamma=GAMMA):
@@ -152,8 +155,8 @@ def width_bound(length, gamma=GAMMA):
 
 
 def position_vectors(length, width, generator):
-    """(length, width) of signs, with inner products of at most GAMMA width where such vectors were found: one that
-    is too near to an earlier one is drawn anew, some times."""
+    """(length, width) of signs, with inner products of at most GAMMA width where such vectors were found: one
+    that is too near to an earlier one is drawn anew, some times."""
     vectors = torch.empty(length, width)
     for i in range(length):
         for _ in range(20):
@@ -165,14 +168,14 @@ def position_vectors(length, width, generator):
 
 @torch.no_grad()
 def index_lookup(length, width, generator):
-    """A one-layer SequenceModel that looks up every place of strings of up to `length` symbols (theorem 1 of the
-    paper), of the width `width` + log2 SYMBOLS. Its weights are written down, nothing is trained.
+    """A one-layer SequenceModel that looks up every place of strings of up to `length` symbols (theorem 1 of
+    the paper), of the width `width` + log2 SYMBOLS. Its weights are written down, nothing is trained.
 
-    A token of the string is (T(i), bits of s_i), with T(i) the position vector and bits of +-1; the place p that
-    is asked is (LOUD T(p), 0). The query scores key i by beta <T(p), T(i)> / width, and the values are the bits.
-    With beta (1 - gamma) = ln 4 N, all other tokens of the string together have about a quarter of the weight of
-    the right one. So each bit of the sum has the right sign, and the head's greatest logit is that of s_p. Places
-    that are asked have no bits, so they take weight from all tokens of the string alike.
+    A token of the string is (T(i), bits of s_i), with T(i) the position vector and bits of +-1; the place p
+    that is asked is (LOUD T(p), 0). The query scores key i by beta <T(p), T(i)> / width, and the values are
+    the bits. With beta (1 - gamma) = ln 4 N, all other tokens of the string together have about a quarter of
+    the weight of the right one. So each bit of the sum has the right sign, and the head's greatest logit is
+    that of s_p. Places that are asked have no bits, so they take weight from all tokens of the string alike.
     """
     num_bits = int(math.log2(SYMBOLS))
     bits = 2.0 * (torch.arange(SYMBOLS)[:, None] >> torch.arange(num_bits) & 1) - 1         # (SYMBOLS, bits)
@@ -201,8 +204,8 @@ def index_lookup(length, width, generator):
 
 
 def hardest(length, num, generator):
-    """(strings, places) of lookup: every place of `num` random strings, and of strings whose symbol at the place
-    asked stands nowhere else, while all others are its opposite in every bit."""
+    """(strings, places) of lookup: every place of `num` random strings, and of strings whose symbol at the
+    place asked stands nowhere else, while all others are its opposite in every bit."""
     places = torch.arange(length)
     symbols = torch.randint(SYMBOLS, (num, length), generator=generator).repeat_interleave(length, 0)
     own = torch.randint(SYMBOLS, (length, 1), generator=generator)

@@ -1,10 +1,10 @@
-"""Small models of sequences of vectors, of one interface: a transformer of the decoder's own blocks (model.py),
-torch's LSTM, a diagonal state space and a RetNet (recurrent.py); and the loop that trains them on batches drawn
-without end.
+"""Small models of sequences of vectors, of one interface: a transformer of the decoder's own blocks
+(model.py), torch's LSTM, a diagonal state space and a RetNet (recurrent.py); and the loop that trains them on
+batches drawn without end.
 
-A batch is (inputs (B, T, inputs), targets (B, T)): a target is the number of a class, or NONE where nothing is
-asked. Symbols are one-hot vectors. The transformer is the llama block in sequence, with learned embeddings of
-positions in place of rotary ones, as the papers' models have them (claims/separations.py, in_context.py).
+A batch is (inputs (B, T, inputs), targets (B, T)): a target is the number of a class, or NONE where nothing
+is asked. Symbols are one-hot vectors. The transformer is the llama block in sequence, with learned embeddings
+of positions in place of rotary ones, as the papers' models have them (claims/separations.py, in_context.py).
 These models have no tokens, no tokenizer and no folder, so they are none of the stages'.
 """
 
@@ -30,7 +30,8 @@ def config_of(width, num_layers, num_heads=2):
 
 
 class RecurrentBlock(nn.Module):
-    """x + mixer(norm x), then x + mlp(norm x): the transformer's block with another layer in attention's place."""
+    """x + mixer(norm x), then x + mlp(norm x): the transformer's block with another layer in attention's
+    place."""
 
     def __init__(self, mixer, config):
         super().__init__()
@@ -90,15 +91,15 @@ def right(model, inputs, targets):
 
 
 def interleaved(xs, ys):
-    """x_1 y_1 x_2 y_2 ...: vectors (B, n, d) and labels 0 or 1 (B, n) -> (B, 2 n, d + 1), with the labels as +-1
-    in a column of their own."""
+    """x_1 y_1 x_2 y_2 ...: vectors (B, n, d) and labels 0 or 1 (B, n) -> (B, 2 n, d + 1), with the labels as
+    +-1 in a column of their own."""
     labels = F.pad(2.0 * ys[..., None] - 1, (xs.shape[2], 0))
     return torch.stack((F.pad(xs, (0, 1)), labels), 2).flatten(1, 2)
 
 
 def in_batches(draw, size, pieces=64):
-    """Batches of `size` without end, of draw(number) -> (inputs, targets), which is asked for many at once: some
-    tasks take as long to draw one sequence as a thousand."""
+    """Batches of `size` without end, of draw(number) -> (inputs, targets), which is asked for many at once:
+    some tasks take as long to draw one sequence as a thousand."""
     while True:
         inputs, targets = draw(size * pieces)
         order = torch.arange(len(inputs)).view(size, pieces).T.flatten()    # each has some of all halves

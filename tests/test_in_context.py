@@ -1,5 +1,5 @@
-"""Functions that a model folder is asked in prompts: the text, what counts as an answer, the command; and the claim
-on models that are trained on such sequences."""
+"""Functions that a model folder is asked in prompts: the text, what counts as an answer, the command; and the
+claim on models that are trained on such sequences."""
 
 import json
 from types import SimpleNamespace
@@ -41,7 +41,8 @@ def test_a_model_is_asked_after_each_number_of_examples_and_beside_it_stand_the_
     model = language_model()
     model.came_from = "a model"
     found = ask(model, tokenizer(), "conjunction", 2, [0, 5], 30, seed=3)
-    assert set(found) == {0, 5} and all(len(values) == 30 for each in found.values() for values in each.values())
+    assert set(found) == {0, 5}
+    assert all(len(values) == 30 for each in found.values() for values in each.values())
     assert set(found[0]["nearest neighbour"]) == {0.5}              # without an example
     assert sum(found[5]["optimal"]) > sum(found[0]["optimal"])
     assert "optimal" not in ask(model, tokenizer(), "dnf", 2, [1], 2, seed=3)[1]
@@ -60,8 +61,8 @@ def folder(tmp_path_factory):
 
 def test_the_command_writes_what_it_shows(folder, tmp_path, capsys):
     out = tmp_path / "found.json"
-    main(["--model", str(folder / "model"), "--function", "sparse parity", "--entries", "3", "--examples", "2",
-          "0", "2", "--count", "4", "--out", str(out)])
+    main(["--model", str(folder / "model"), "--function", "sparse parity", "--entries", "3", "--count", "4",
+          "--examples", "2", "0", "2", "--out", str(out)])
     written = json.loads(out.read_text())
     assert written["function"] == "sparse parity" and list(written["examples"]) == ["0", "2"]
     assert len(capsys.readouterr().out.splitlines()) == 3

@@ -31,8 +31,8 @@ def grads(loss, layer, without=()):
 
 @torch.no_grad()
 def test_the_kernel_of_one_state_by_hand():
-    """A = -ln 2 and a step of 1 halve the state each token: (decay - 1) / A = 1 / (2 ln 2), C = ln 2, so that the
-    kernel is 1/2, 1/4, 1/8 and the inputs 2, 0, 4 become 1, 1/2, 2 + 1/4 (and D u)."""
+    """A = -ln 2 and a step of 1 halve the state each token: (decay - 1) / A = 1 / (2 ln 2), C = ln 2, so that
+    the kernel is 1/2, 1/4, 1/8 and the inputs 2, 0, 4 become 1, 1/2, 2 + 1/4 (and D u)."""
     layer = DiagonalStateSpace(1, num_states=1)
     layer.log_rate.fill_(math.log(math.log(2)))
     layer.frequency.zero_()
@@ -117,8 +117,8 @@ def test_a_batch_has_its_share_of_both_halves_and_no_sequence_is_lost():
 # ---- tasks -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("string, marks", [
-    ("()", "12"), ("([])[]", "111212"), ("(]", "10"), (")(", "00"), ("[()()]", "111112"), ("((()))", "110000"),
-    ("([)]", "1100"), ("[]]", "120"), ("(())()", "111212")])
+    ("()", "12"), ("([])[]", "111212"), ("(]", "10"), (")(", "00"), ("[()()]", "111112"),
+    ("((()))", "110000"), ("([)]", "1100"), ("[]]", "120"), ("(())()", "111212")])
 def test_prefixes_of_brackets_by_hand(string, marks):
     """0: no word of depth 2 begins so, 1: one may, 2: it is a word."""
     brackets = torch.tensor([[BRACKETS.index(each) for each in string]])
@@ -172,7 +172,8 @@ def test_the_nearest_vector_s_label_by_a_slow_search():
     inputs, targets = nearest(20, 5, seeded())
     for row, answers in zip(inputs, targets):
         vectors, labels, asked = row[:10:2, :-1], row[1:10:2, -1], row[10:, :-1]
-        assert (row[:10:2, -1] == 0).all() and (row[1:10:2, :-1] == 0).all() and set(labels.tolist()) <= {-1, 1}
+        assert (row[:10:2, -1] == 0).all() and (row[1:10:2, :-1] == 0).all()
+        assert set(labels.tolist()) <= {-1, 1}
         for q, answer in zip(asked, answers[10:]):
             distances = [int((q != x).sum()) for x in vectors]
             assert min(distances) <= 1 and labels[distances.index(min(distances))] == 2 * answer - 1
@@ -234,7 +235,8 @@ def test_all_models_train_on_the_same_strings_which_are_not_those_of_the_evaluat
 
 def test_the_smallest_exact_width_is_the_least_above_the_last_mistake(monkeypatch):
     found = {0.05: (5, 9), 0.1: (9, 0), 0.2: (18, 1), 0.5: (45, 0), 1.0: (91, 0)}
-    monkeypatch.setattr(claims, "built", lambda lab, length, share: dict(zip(("width", "wrong"), found[share])))
+    monkeypatch.setattr(claims, "built",
+                        lambda lab, length, share: dict(zip(("width", "wrong"), found[share])))
     assert claims.smallest(None, 400) == 45
 
 

@@ -1,10 +1,10 @@
 """Separations in the representational capabilities of transformers and recurrent architectures (arXiv
 2406.09347): which tasks a small model of one kind does and one of the other does not.
 
-Transformers of one and two layers (the decoder's own blocks), torch's LSTM and two linear-recurrent models of two
-layers (sequence_models.py) train on the tasks of separations.py: the same strings in the same order, as many
-steps, one learning rate. A model is measured on fresh strings of the length that it trained on. A task is done
-from an accuracy of DONE on.
+Transformers of one and two layers (the decoder's own blocks), torch's LSTM and two linear-recurrent models of
+two layers (sequence_models.py) train on the tasks of separations.py: the same strings in the same order, as
+many steps, one learning rate. A model is measured on fresh strings of the length that it trained on. A task
+is done from an accuracy of DONE on.
 
     lookup      one layer of attention and a width of O(log N); a recurrent state of Omega(N)
     dyck        an LSTM of constant width; Omega(N) for one layer of attention
@@ -15,15 +15,15 @@ The one-layer transformer of the lookup is also written down, without training, 
 signs. Its width is held against the bound of the proof, at every place of every length.
 
 Departures: the paper's theorems say how wide a model must be, and training shows what is found in a short
-time, so a model that fails here may only be slow. Its lengths are 20 to 400 and its widths 32 to 1024 (captions of
-its figures); those of preset tiny are below, as a claim may take minutes. Preset small has the longer ones and
-trains 14 times as long. Its optimizer's settings, alphabets and way to draw wrong strings are not known to us. All
-comparisons were written before any run. A smoke run of seed 0, of 2 or 3 steps, showed the written transformer
-exact at a fifth of the bound at length 50, so smaller widths are tried and the control is the smallest. The first
-look was at one cell of each kind: lookup 40, width 32: one layer 1.000, LSTM 0.176 after 500 steps; dyck 40: LSTM
-of width 8 0.876 and one layer of width 32 0.494 after 400; equality 10, two layers 1.000 and nearest 8, two layers
-0.994 after 1200. Then dyck got 600 steps, since the LSTM was still short of DONE, and the others 400, 800 and 1000,
-to fit the time. No rule and no comparison was changed.
+time, so a model that fails here may only be slow. Its lengths are 20 to 400 and its widths 32 to 1024
+(captions of its figures); those of preset tiny are below, as a claim may take minutes. Preset small has the
+longer ones and trains 14 times as long. Its optimizer's settings, alphabets and way to draw wrong strings are
+not known to us. All comparisons were written before any run. A smoke run of seed 0, of 2 or 3 steps, showed
+the written transformer exact at a fifth of the bound at length 50, so smaller widths are tried and the
+control is the smallest. The first look was at one cell of each kind: lookup 40, width 32: one layer 1.000,
+LSTM 0.176 after 500 steps; dyck 40: LSTM of width 8 0.876 and one layer of width 32 0.494 after 400; equality
+10, two layers 1.000 and nearest 8, two layers 0.994 after 1200. Then dyck got 600 steps, since the LSTM was
+still short of DONE, and the others 400, 800 and 1000, to fit the time. No rule and no comparison was changed.
 """
 
 from functools import partial
@@ -128,15 +128,16 @@ def picture(task, lab):
 # ---- the construction --------------------------------------------------------------------------------------
 
 def built(lab, length, share):
-    """{"width", "wrong", "num"} of the written transformer at a share of the bound's width, over all places of
-    strings of this length and of half of it."""
+    """{"width", "wrong", "num"} of the written transformer at a share of the bound's width, over all places
+    of strings of this length and of half of it."""
     width = max(2, round(share * width_bound(length)))
 
     def make(folder):
         generator = torch.Generator().manual_seed(lab.seed)
         model = index_lookup(length, width, generator)
         found = [mistakes(model, length, n, 1, generator) for n in (length, length // 2)]
-        return {"width": width, "wrong": sum(wrong for wrong, _ in found), "num": sum(num for _, num in found)}
+        wrong, num = map(sum, zip(*found))
+        return {"width": width, "wrong": wrong, "num": num}
     return lab.step("construction", make, length, width)
 
 
@@ -173,20 +174,23 @@ def construction(lab):
     def cell(length, share):
         found = built(lab, length, share)
         return 1 - found["wrong"] / found["num"], not found["wrong"]
-    return {"columns": [f"{share:.0%} of the bound" for share in SHARES],
-            "rows": [(f"length {length}, bound {width_bound(length)}", [cell(length, share) for share in SHARES])
-                     for length in lengths_of(lab)]}
+    rows = [(f"length {length}, bound {width_bound(length)}", [cell(length, share) for share in SHARES])
+            for length in lengths_of(lab)]
+    return {"columns": [f"{share:.0%} of the bound" for share in SHARES], "rows": rows}
 
 
 # ---- claims ------------------------------------------------------------------------------------------------
 
 CLAIMS = (
     Claim("separations-construction",
-          "A one-layer transformer of logarithmic width looks up every index exactly", "theorem: width O(log N)",
+          "A one-layer transformer of logarithmic width looks up every index exactly",
+          "theorem: width O(log N)",
           (Figure("mistakes at the width of the bound, of each length", wrong_at_bound, "below", 0.5),
            Figure("growth of the smallest exact width over that of the length", growth, "below", 0.5),
-           Figure("right at the smallest width tried, longest", right_when_narrow, "below", 1.0)), construction),
-    Claim("separations-lookup", "One layer of attention learns index lookup, recurrent models of its width do not",
+           Figure("right at the smallest width tried, longest", right_when_narrow, "below", 1.0)),
+          construction),
+    Claim("separations-lookup",
+          "One layer of attention learns index lookup, recurrent models of its width do not",
           "1-layer transformers do well, recurrent models fail as lengths grow",
           (accuracy(ONE, "lookup", -1), *(more(ONE, other, "lookup") for other in RECURRENT),
            *(shrinks(other, "lookup") for other in RECURRENT)), partial(picture, "lookup")),
@@ -198,7 +202,8 @@ CLAIMS = (
           "2 layers of logarithmic size; linear for 1 layer and for recurrent models",
           (accuracy(TWO, "equality", -1), *(more(TWO, other, "equality") for other in (ONE, *RECURRENT))),
           partial(picture, "equality")),
-    Claim("separations-nearest", "Two layers of attention find the nearest neighbour, recurrent models do not",
+    Claim("separations-nearest",
+          "Two layers of attention find the nearest neighbour, recurrent models do not",
           "2 layers of logarithmic size; linear for recurrent models",
           (accuracy(TWO, "nearest", -1), *(more(TWO, other, "nearest") for other in RECURRENT)),
           partial(picture, "nearest")),
