@@ -150,7 +150,8 @@ LOUD = 100.0        # of a place that is asked, so that where it is asked hardly
 
 def width_bound(length, gamma=GAMMA):
     """The width k at which `length` vectors of k random signs have, by Hoeffding and the sum over all pairs,
-    inner products of at most gamma k with a probability above 0: length^2 / 2 exp(-gamma^2 k / 2) < 1."""
+    inner products of at most gamma k with a probability above 0: length^2 / 2 exp(-gamma^2 k / 2) < 1. The
+    paper says O(log N), by the lemma of Johnson and Lindenstrauss; the constants are ours."""
     return math.floor(2 * math.log(length ** 2 / 2) / gamma ** 2) + 1
 
 
@@ -168,8 +169,8 @@ def position_vectors(length, width, generator):
 
 @torch.no_grad()
 def index_lookup(length, width, generator):
-    """A one-layer SequenceModel that looks up every place of strings of up to `length` symbols (theorem 1 of
-    the paper), of the width `width` + log2 SYMBOLS. Its weights are written down, nothing is trained.
+    """A one-layer SequenceModel that looks up every place of strings of up to `length` symbols, of the width
+    `width` + log2 SYMBOLS. Its weights are written down, nothing is trained.
 
     A token of the string is (T(i), bits of s_i), with T(i) the position vector and bits of +-1; the place p
     that is asked is (LOUD T(p), 0). The query scores key i by beta <T(p), T(i)> / width, and the values are
