@@ -23,6 +23,11 @@ transformer 0.781 and RetNet 0.615 (optimal 0.969, nearest neighbour 0.791), spa
 nearest, transformer 0.697. All are trained far too short; so there are 6 entries, 12 examples and 1700 steps,
 EARLY moved with the number of examples, and to fit the time the attention-free models were taken off
 majority, dnf and the parities. So their comparison on majority, which nobody had seen, fell away.
+
+The second look was a part of seed 0, the mean of the last quarter: conjunction: transformer 0.89, optimal
+0.96, LSTM 0.89, state space 0.79, RetNet 0.73; disjunction: 0.90, 0.95, 0.90, 0.84, 0.73; parity: transformer
+0.51, optimal 0.98; sparse parity: 0.60, 0.99; majority 0.89; dnf 0.92; nearest, transformer 0.99. The other
+models on nearest, and teaching, were not seen. Nothing was changed after it.
 """
 
 import torch
