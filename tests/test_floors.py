@@ -17,12 +17,12 @@ FLOORS = [
     # 0: the command line, the table of model families
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
-    {"cmaes", "code_shapes", "config_selection", "dropout", "files", "flops", "iso639", "line", "linear",
-     "merge_methods", "mixture_draw", "model_config", "norms", "patience", "quantization", "report_charts",
-     "rope", "rows_keys", "span_corruption", "template_expressions"},
+    {"cmaes", "code_shapes", "config_selection", "discrete_functions", "dropout", "files", "flops", "iso639",
+     "line", "linear", "merge_methods", "mixture_draw", "model_config", "norms", "patience", "quantization",
+     "report_charts", "rope", "rows_keys", "span_corruption", "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "encoder_decoder_config", "languages", "merge_config", "merge_front",
-     "quantized", "template", "tensorfiles", "token_logps"},
+     "quantized", "recurrent", "template", "tensorfiles", "token_logps"},
     # 3: losses, the world, one HTTP request, how to resume, what a line of JSONL means, whether two
     # folders are alike
     {"adafactor", "alike", "checkpoint", "control_tokens", "endpoint_http", "fused", "irreducible",
@@ -34,18 +34,19 @@ FLOORS = [
     {"encoder_decoder", "mixture_rows", "model", "tokenizer"},
     # 6: rows to batches, the engine's tensors, an endpoint asked, figures, the oracle
     {"classifier", "critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture",
-     "preferences", "pruning_duplicates", "report_table", "rows_streamed", "text_statistics",
-     "tokenizer_text", "world_oracle"},
+     "preferences", "pruning_duplicates", "report_table", "rows_streamed", "sequence_models",
+     "text_statistics", "tokenizer_text", "world_oracle"},
     # 7: an encoder-decoder's tensors while it samples
     {"encoder_decoder_engine"},
     # 8: what is done with a model or with folders
     {"arbitrage", "code_data", "domains", "endpoint_answers", "evaluate_languages", "filtration_scores",
-     "loop", "merge_folders", "mixture_stream", "report", "reward", "sampling", "templates", "weights",
-     "world_data", "world_translation"},
+     "loop", "merge_folders", "mixture_stream", "report", "reward", "sampling", "separations", "templates",
+     "weights", "world_data", "world_translation"},
     # 9: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch, models in fewer bits and what stands in their way, examples to classify
-    {"chat", "classify", "contrast", "evaluate_answers", "filtration", "judges", "kto", "merge_embed",
-     "merge_quantize", "outliers", "pipeline_checks", "pruning_checks", "reference", "runs", "serve_batch"},
+    {"chat", "classify", "contrast", "evaluate_answers", "filtration", "in_context", "judges", "kto",
+     "merge_embed", "merge_quantize", "outliers", "pipeline_checks", "pruning_checks", "reference", "runs",
+     "serve_batch"},
     # 10: samples of the policy as batches, what judges say, what a client of the server asks, mixtures made,
     # what a model does with held-out rows, SideNets before a classifier
     {"early_exit", "evaluate_judges", "held_out", "judges_rates", "merge_upcycle", "pruning", "rollouts",
