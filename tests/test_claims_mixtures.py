@@ -48,8 +48,8 @@ def test_each_weighting_has_all_sources_and_the_same_number_of_rows(monkeypatch)
         monkeypatch.setattr(mixtures, "trained", lambda lab, name, start, rows: rows)
         rows = mixtures.weighted(heavy)(lab)
         drawn[heavy] = {name: rows.count(name) for name in mixtures.SOURCES}
-    assert drawn["human"] == {"human": 288, "template": 96, "translation": 96}
-    assert drawn["translation"] == {"human": 96, "template": 96, "translation": 288}
+    assert drawn["human"] == {"human": 180, "template": 60, "translation": 60}
+    assert drawn["translation"] == {"human": 60, "template": 60, "translation": 180}
 
 
 def test_a_choice_is_right_where_the_right_answer_is_likelier(monkeypatch):
