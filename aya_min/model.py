@@ -22,7 +22,7 @@ from .dropout import dropped, dropped_attention
 from .families import NORMS
 from .line import Line
 from .linear import Linear, linear
-from .model_config import ModelConfig
+from .model_config import ModelConfig, RewardConfig
 from .moe import AttentionExperts, MixtureMLP
 from .norms import norm_of
 from .rope import growth, rotary, rotate
@@ -317,6 +317,7 @@ class RewardModel(nn.Module):
     language but not correctness (LOG.md), and the least likely token is where a wrong word shows.
     """
     task = "RewardModel"
+    config_class = RewardConfig
 
     def __init__(self, config):
         super().__init__()

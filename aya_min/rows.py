@@ -35,11 +35,11 @@ OTHER_FILES = {b"\x1f\x8b": "a gzip file, unpack it", b"PK\x03\x04": "a zip file
 
 # ---- a file's rows -----------------------------------------------------------------------------------------
 
-def read_jsonl(path, reading=None):
+def read_jsonl(path, reading=None, also=()):
     """[(where, row), ...] of a JSONL file; where is "file:line". ValueError at the first wrong line.
 
     reading: a config.Reading, whose columns rename keys. Names of languages become the codes used here. Keys
-    that nothing knows are reported.
+    that nothing knows are reported. also: keys that this caller reads and others do not.
     """
     path, columns = Path(path), reading.columns if reading else None
     check_columns(columns)
@@ -59,7 +59,7 @@ def read_jsonl(path, reading=None):
             row["language"] = canonical(row["language"], where)
         check_keys(row, where, unknown)
         # A row without a shape is refused later, by what wants one.
-        for key in sorted(row.keys() - READ) if shapes_in(row) else ():
+        for key in sorted(row.keys() - READ - set(also)) if shapes_in(row) else ():
             if not is_empty(row[key]):
                 count, first = unread.get(key, (0, where))
                 unread[key] = count + 1, first

@@ -9,8 +9,10 @@ SHAPES = ("messages", "prompt", "completion", "inputs", "targets", "chosen", "re
 # The keys that say how an answer ended.
 ENDINGS = ("finish_reason", "stop_reason")
 OF_PAIRS = ("chosen_finish_reason", "rejected_finish_reason")
-KNOWN = (*SHAPES, "system", "language", "weight", "train", "label", *ENDINGS, *OF_PAIRS, "question_id", "id",
-         "task", "args", "cluster")
+# What a reward model reads beside the answers (critiques.py). Where nothing reads them, they are reported.
+CRITIQUES = ("critique", "chosen_critique", "rejected_critique")
+KNOWN = (*SHAPES, "system", "language", "weight", "train", "label", *ENDINGS, *OF_PAIRS, *CRITIQUES,
+         "question_id", "id", "task", "args", "cluster")
 OF_MESSAGES = {"role", "content", "weight", "train", *ENDINGS}
 # Keys that are carried along, because they do not change what the texts mean: those of our own files, and the
 # usual columns of data sets.
@@ -50,7 +52,7 @@ REFUSED = {
                          "do_train", "train_on", "ignore", "supervise"], LOSS),
         **dict.fromkeys(["prefix", "partial"], CONTINUED), "refusal": "write it as content"},
 }
-READ = {*KNOWN, *CARRIED, *REFUSED["of a row"]}
+READ = {*KNOWN, *CARRIED, *REFUSED["of a row"]} - set(CRITIQUES)
 
 
 def check_columns(columns):
