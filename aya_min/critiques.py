@@ -13,8 +13,6 @@ A model folder that was trained so has "critiques": true in its config.json. It 
 critique, and no other reward model reads one.
 """
 
-from .model_config import RewardConfig
-
 MARKER = "[critique]"
 JOIN = f"\n\n{MARKER}\n"
 OF_PAIR = ("chosen_critique", "rejected_critique")
@@ -53,7 +51,7 @@ def encode(tokenizer, critique):
 
 def reads_critiques(model):
     """Whether a reward model was trained with critiques."""
-    return bool(getattr(model.config, "critiques", None))
+    return bool(model.config.critiques)
 
 
 def arrange(model, items, held_out, settings):
@@ -71,7 +69,7 @@ def arrange(model, items, held_out, settings):
                          f"with them; give chosen_critique and rejected_critique ({REMEDY}), or another "
                          "--model")
     if True in places:
-        model.config = RewardConfig.of(model.config, critiques=True)
+        model.config.critiques = True
     return items, held_out
 
 

@@ -4,7 +4,7 @@ rows.py decides what a line of JSONL means, lengths.py what is left out. Right p
 mask: under the causal mask no real token attends to the padding after it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Optional
 
 import numpy as np
@@ -31,7 +31,7 @@ class Example:
     language: str               # its code, "other" without one
     where: str = ""             # "file:line", for messages
     prompt_key: str = ""        # equal in examples that share a prompt; "" is shared with none (repeats_of)
-    critique: int = 0           # tokens of a critique after the answer's end, see critiques.py
+    critique: int = field(default=0, kw_only=True)      # tokens of one after the answer's end, critiques.py
 
     @property
     def sides(self):
@@ -59,7 +59,7 @@ def encode_example(tokenizer, messages, row, where="", prompt_key="", critique=N
     rest = tokenizer.after + more
     mask = np.array([False] * len(mask) + [True] * len(answer) + [False] * len(rest))
     ids = np.array(ids + answer + rest, np.int32)
-    return Example(ids, mask, row.get("language") or "other", where, prompt_key, len(more))
+    return Example(ids, mask, row.get("language") or "other", where, prompt_key, critique=len(more))
 
 
 def encode_conversation(tokenizer, messages, supervised, language, where):

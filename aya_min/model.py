@@ -321,7 +321,7 @@ class RewardModel(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config = config = RewardConfig.on(config)
         self.model = Decoder(config)
         self.score = Linear(config.hidden_size, 1, bias=False)
         self.score_logps = Linear(2, 1, bias=False)
@@ -355,7 +355,7 @@ class SequenceClassifier(RewardModel):
 
     def __init__(self, config):
         nn.Module.__init__(self)
-        self.config = config
+        self.config = config = RewardConfig.on(config)
         self.model = Decoder(config)
         self.score = Linear(config.hidden_size, 1, bias=False)
 

@@ -293,6 +293,11 @@ class RewardConfig(ModelConfig):
             raise ValueError(f"critiques {self.critiques!r:.80} must be true or false")
         self.critiques = self.critiques or None
 
+    @classmethod
+    def on(cls, config):
+        """The config itself, or this class's on the decoder of another."""
+        return config if isinstance(config, cls) else cls.of(config)
+
 
 # ---- how a config.json says it -----------------------------------------------------------------------------
 

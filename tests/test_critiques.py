@@ -8,7 +8,7 @@ import torch
 from small import CPU, language_model, reward_model, run, tokenizer, write_world
 
 from aya_min import config, critiques, weights
-from aya_min.data import collate_pairs, load_examples, load_pairs, load_prompts
+from aya_min.data import collate_pairs, load_examples, load_prompts
 from aya_min.files import write_jsonl
 from aya_min.kto import load_labelled
 from aya_min.losses import reward_loss
@@ -36,7 +36,7 @@ def pairs_of(path, stage="reward", limit=400, **settings):
 
 def trained_with_critiques(**changes):
     model = reward_model(**changes)
-    model.config = RewardConfig.of(model.config, critiques=True)
+    model.config.critiques = True
     return model
 
 
@@ -151,7 +151,7 @@ def test_rl_refuses_a_reward_model_that_reads_critiques(tmp_path):
 @pytest.mark.parametrize("wrong", ["yes", 1, []])
 def test_a_config_with_a_wrong_mark_is_refused(wrong):
     with pytest.raises(ValueError, match="critiques .* must be true or false"):
-        RewardConfig.of(reward_model().config, critiques=wrong)
+        RewardConfig.of(language_model().config, critiques=wrong)
 
 
 # ---- scores ------------------------------------------------------------------------------------------------

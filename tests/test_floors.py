@@ -17,10 +17,11 @@ FLOORS = [
     # 0: the command line, the table of model families
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
-    {"cmaes", "dropout", "files", "flops", "iso639", "line", "linear", "merge_methods", "model_config",
-     "norms", "patience", "quantization", "report_charts", "rope", "rows_keys", "template_expressions"},
-    # 2: critiques, settings, languages, ranks, losses, templates, tensors on disk
-    {"config", "critiques", "distributed", "languages", "merge_config", "merge_front", "quantized", "template",
+    {"cmaes", "critiques", "dropout", "files", "flops", "iso639", "line", "linear", "merge_methods",
+     "model_config", "norms", "patience", "quantization", "report_charts", "rope", "rows_keys",
+     "template_expressions"},
+    # 2: settings, languages, ranks, losses, templates, tensors on disk
+    {"config", "distributed", "languages", "merge_config", "merge_front", "quantized", "template",
      "tensorfiles", "token_logps"},
     # 3: losses, the world, one HTTP request, how to resume, what a line of JSONL means, whether two
     # folders are alike
