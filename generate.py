@@ -8,6 +8,7 @@
     torchrun generate.py --models A http://host/v1#model --arbiter RM --prompts F.jsonl --out best.jsonl
     python generate.py route --train candidates.jsonl --model DIR --out RUN       a router for --route learned
     python generate.py --answers G.jsonl --contrast translated.jsonl --out pairs.jsonl
+    torchrun generate.py critique --model C --answers G.jsonl --out H.jsonl     critiques, for reward models
 """
 
 import gc
@@ -81,7 +82,8 @@ def make_parser():
                       "which the same command resumes after an interruption")
     add_pool_flags(add)
     add_endpoint_flags(add)
-    add("--answers", help="with --contrast: JSONL file of answers written in the prompts' languages")
+    add("--answers", help="with --contrast: JSONL file of answers written in the prompts' languages; of critique "
+                          "the answers to criticise: pairs, completions or candidates")
     add("--contrast", help="JSONL file of answers to the same prompts that were translated from English; "
                            "--out gets pairs, --answers chosen, --contrast rejected. Takes no model")
     add("--num-samples", type=number(int, "[1, 1000000]"), default=1,
@@ -105,11 +107,15 @@ def make_parser():
 
 
 def parsed(words=None):
-    """The arguments of a command line, and in `given` the names of those that stand in it, with any value."""
+    """The arguments of a command line, and in `given` the names of those that stand in it, with any value.
+    critique: whether its first word is that, see generate_critique.py."""
+    words = sys.argv[1:] if words is None else words
+    is_critique = words[:1] == ["critique"]
+    words = words[is_critique:]
     args, parser = make_parser().parse_args(words), make_parser()
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    args.given = list(vars(parser.parse_args(words)))
+    args.given, args.critique = list(vars(parser.parse_args(words))), is_critique
     return args
 
 
@@ -140,6 +146,11 @@ def check(args):
     of_files = args.columns or args.allow_control_tokens is not None or talks and args.too_long
     if of_files and not args.prompts:
         raise ValueError("--columns, --too-long and --allow-control-tokens go with --prompts F.jsonl")
+    check_outputs(args)
+
+
+def check_outputs(args):
+    """Refuse outputs that are in the way, that cannot be written, or that are the same."""
     outputs = outputs_of(args)
     for path in outputs.values():
         folder = Path(path).absolute().parent
@@ -345,20 +356,28 @@ def run_command(args, device):
     """What one rank does for a command line."""
     started = time.perf_counter()
     reading = settings_from(Reading, flags=vars(args))
-    if args.answers or args.contrast:
+    if not args.critique and (args.answers or args.contrast):
         contrast.check(args)
         return print_lines(contrast.write_pairs(args.answers, args.contrast, args.out, reading))
-    args.endpoints = endpoints_of(args.models or [], args)
-    check(args)
+    args.endpoints = endpoints_of(args.models or [args.model] * (args.critique and bool(args.model)), args)
+    if args.critique:
+        from aya_min import generate_critique       # it needs the judges, which the other commands do not
+        generate_critique.check(args)
+        check_sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+        check_outputs(args)
+    else:
+        check(args)
     metas, arbiter = read_metas(args)
     check_all_there(args.endpoints)
     if args.chat:
         return talk(args, device)
     if args.serve:
         return serve_models(args, metas, device)
-    tokenizer = (next(iter(metas.values()), None) or arbiter)[1]
+    tokenizer = (next(iter(metas.values()), None) or arbiter or (None, None))[1]
     router = check_router(args.router, args.models) if args.router else None
-    rows, lengths = fit(read_rows(args, reading, tokenizer), metas, arbiter, router, args, reading)
+    rows = (generate_critique.requests_of(args.answers, reading, tokenizer) if args.critique
+            else read_rows(args, reading, tokenizer))
+    rows, lengths = fit(rows, metas, arbiter, router, args, reading)
     for folder, (model, *_) in metas.items():
         plan_cache(model, lengths[folder], args, device)
     table = read_table(args.table, rows, args.models) if args.table else None
@@ -372,7 +391,7 @@ def run_command(args, device):
         print_lines(lines)
     if distributed.is_main():
         rest = time.perf_counter() - started - seconds
-        print(f"{len(rows)} prompts, {tokens} new tokens, {seconds:.2f} s, {tokens / max(seconds, 1e-9):.0f} "
+        print(f"{len(rows)} {'answers' if args.critique else 'prompts'}, {tokens} new tokens, {seconds:.2f} s, {tokens / max(seconds, 1e-9):.0f} "
               f"tokens/s, and {rest:.1f} s for files, loading, compiling and scores", file=sys.stderr)
 
 
@@ -392,11 +411,15 @@ def write_answers(rows, lengths, metas, arbiter, table, detect, args, device, re
         if journal.done:
             num_asked = len(rows) * (1 if args.route == "learned" else len(args.models or [args.model]))
             distributed.say(f"resumes: {len(journal.done)} of {num_asked} prompts were finished before")
-        if args.models:
-            def ask(folder, wanted):
-                if folder in args.endpoints:
-                    return sample_endpoint(folder, wanted, rows, args, journal)
-                return sample(folder, wanted, rows, lengths, args, device, reading, journal)
+
+        def ask(folder, wanted):
+            if folder in args.endpoints:
+                return sample_endpoint(folder, wanted, rows, args, journal)
+            return sample(folder, wanted, rows, lengths, args, device, reading, journal)
+        if args.critique:
+            from aya_min import generate_critique
+            result = generate_critique.written(rows, ask, args, reading)
+        elif args.models:
             tokenizer = (arbiter or next(iter(metas.values())))[1]
             result = answers_of_pool(rows, ask, args, device, reading, table, detect, tokenizer)
         else:

@@ -92,14 +92,19 @@ def check_twice(args):
         seen[what] = text
 
 
-def check_endpoints(args):
-    """Refuse what an endpoint of the pool cannot be asked for."""
+def check_fields(args):
+    """Refuse what an endpoint cannot be asked for."""
     for name, off in (("top_k", 0), ("min_p", 0.0), ("ignore_eos", False)):
         if getattr(args, name) != off:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag}: the endpoint {next(iter(args.endpoints))} has no such field by the "
                              f"protocol; leave it out, or give what the server takes by --extra, for example "
                              "'{\"top_k\": 40}'")
+
+
+def check_endpoints(args):
+    """Refuse what endpoints of the pool cannot be asked for, and a pool without a tokenizer."""
+    check_fields(args)
     if not args.arbiter and len(args.endpoints) == len(args.models):
         raise ValueError("--models: endpoints alone have no tokenizer to count lengths by; give --arbiter "
                          "RM, or a model folder among them")

@@ -48,7 +48,7 @@ FLOORS = [
     # 10: the stages, the leaderboard, the server
     {"evaluate_early_exit", "evaluate_leaderboard", "evaluate_quantized", "generate_pool", "serve", "stages"},
     # 11: a recipe's run on disk; what a stage will need; what a search measures
-    {"estimate", "evaluate", "generate_route", "merge_fitness", "pipeline_steps"},
+    {"estimate", "evaluate", "generate_critique", "generate_route", "merge_fitness", "pipeline_steps"},
     # 12: what a run shows for itself; the search; real text for claims
     {"merge_search", "pipeline_results", "real_text"},
     # 13: the recipe; train.py, generate.py and merge.py stand on it
