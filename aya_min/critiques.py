@@ -5,8 +5,9 @@ The critique follows the end of the answer's turn, and the turn's end stands a s
 
     prompt, answer, end of turn, a blank line, the line [critique], the critique, end of turn
 
-So an answer has the same ids and the same log-probs, which model.RewardModel reads, with a critique as without,
-and no answer can write its own critique. The last token's state reads the critique. No loss is taken on it.
+So an answer has the same ids and the same log-probs, which model.RewardModel reads, with a critique as
+without, and no answer can write its own critique. The last token's state reads the critique. No loss is taken
+on it.
 Departure: we do not know how the paper joins the texts, nor its prompts.
 
 A model folder that was trained so has "critiques": true in its config.json. It scores no answer without a

@@ -31,7 +31,7 @@ class Example:
     language: str               # its code, "other" without one
     where: str = ""             # "file:line", for messages
     prompt_key: str = ""        # equal in examples that share a prompt; "" is shared with none (repeats_of)
-    critique: int = field(default=0, kw_only=True)      # tokens of one after the answer's end, critiques.py
+    critique: int = field(default=0, kw_only=True)      # tokens of a critique, which follow the answer's end
 
     @property
     def sides(self):

@@ -9,7 +9,7 @@ import generate
 from aya_min import generate_critique, weights
 from aya_min.config import Reading
 from aya_min.files import write_jsonl
-from aya_min.language_id import is_in_language
+from aya_min.language_id import identify
 from aya_min.languages import LANGUAGES
 
 PAIR = {"prompt": "hi", "chosen": "yes", "rejected": "no", "language": "de", "id": "p"}
@@ -49,7 +49,8 @@ def test_every_language_has_a_text_with_one_place_for_the_prompt_and_one_for_the
 @pytest.mark.parametrize("code", LANGUAGES)
 def test_the_text_of_a_language_is_in_that_language(code):
     text = generate_critique.prompts()[code].replace("{prompt}", "").replace("{answer}", "")
-    assert is_in_language(text, code)
+    # Malay and Indonesian share most of their words
+    assert identify(text)[0] in ({"id", "ms"} if code == "id" else {code})
 
 
 def test_an_answer_that_spells_a_place_is_not_filled_in():

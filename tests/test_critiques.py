@@ -47,7 +47,8 @@ def test_a_critique_follows_the_end_of_the_answer_and_is_not_supervised(write):
     t = tokenizer()
     prompt = t.encode_prompt("hi")
     yes, no = t.encode("yes yes") + [t.end_of_turn_id], t.encode("no") + [t.end_of_turn_id]
-    right, wrong = (t.encode(f"\n\n[critique]\n{text}") + [t.end_of_turn_id] for text in ("right", "wrong word"))
+    right, wrong = (t.encode(f"\n\n[critique]\n{text}") + [t.end_of_turn_id]
+                    for text in ("right", "wrong word"))
     assert pair.chosen.ids.tolist() == prompt + yes + right
     assert pair.rejected.ids.tolist() == prompt + no + wrong
     assert pair.chosen.mask.tolist() == [False] * len(prompt) + [True] * len(yes) + [False] * len(right)
@@ -67,7 +68,8 @@ def test_without_critiques_nothing_changes_and_other_stages_leave_them_unread(wr
     path = write(*({**row, "critique": "good"} for row in rows), name="answers.jsonl")
     told = load_examples([path], tokenizer(), 64, config.SFT())
     assert "'critique' (2 times" in capsys.readouterr().err
-    path = write(*({**row, "critique": "good", "label": row["prompt"] == "yes"} for row in rows), name="kto.jsonl")
+    path = write(*({**row, "critique": "good", "label": row["prompt"] == "yes"} for row in rows),
+                 name="kto.jsonl")
     kto = load_labelled([path], tokenizer(), 64, config.KTO())
     assert "'critique' (2 times" in capsys.readouterr().err
     for one, two, three in zip(bare, told, kto):
@@ -130,7 +132,7 @@ def test_pairs_with_and_without_critiques_do_not_mix(write):
     other = {**PLAIN, "prompt": "hello"}
     with_them, without = pairs_of(write(ROW)), pairs_of(write(other, name="plain.jsonl"))
     for items, held_out in ((with_them + without, []), (with_them, without), (without, with_them)):
-        with pytest.raises(ValueError, match="plain.jsonl:1: a pair without critiques, and .*rows.jsonl:1 has"):
+        with pytest.raises(ValueError, match="plain.jsonl:1: a pair without critiques, .*rows.jsonl:1 has"):
             critiques.arrange(reward_model(), items, held_out, None)
 
 
@@ -183,7 +185,8 @@ def test_the_log_probs_that_the_score_reads_are_those_without_a_critique():
 
 def test_scoring_without_the_critique_that_a_model_needs_or_with_one_that_it_cannot_read_is_refused():
     with pytest.raises(ValueError, match="row 1: no 'critique' beside the answer, and RM was trained with"):
-        score_texts(trained_with_critiques(), tokenizer(), [{**ANSWER, "critique": "right"}, ANSWER], name="RM")
+        score_texts(trained_with_critiques(), tokenizer(), [{**ANSWER, "critique": "right"}, ANSWER],
+                    name="RM")
     with pytest.raises(ValueError, match="row 0: 'critique' beside the answer, and RM was trained without"):
         score_texts(reward_model(), tokenizer(), [{**ANSWER, "critique": "right"}], name="RM")
     with pytest.raises(ValueError, match="row 0: 'critique' must be a text"):

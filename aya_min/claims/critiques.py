@@ -13,13 +13,13 @@ pairs, and is compared with one that reads no critiques. The critics:
 The start of the reward models is weak, a base that read few noisy rows, or strong, the same after right
 answers. All arms take as many steps, of as many pairs, at one learning rate; arms of one size see the same
 pairs in the same order. A pair is worth w plain ones if as many plain pairs as w times those with critiques
-give the same held-out accuracy, interpolated between SIZES on the logarithm of the size; an accuracy above the
-plain curve counts as its end, so that a large worth is a lower bound.
+give the same held-out accuracy, interpolated between SIZES on the logarithm of the size; an accuracy above
+the plain curve counts as its end, so that a large worth is a lower bound.
 
 The comparisons were written before the first run. Departures: critiques are short sentences in English, four
-of them but for the right words; the paper's are by language models and at length. The held-out pairs are those
-of the world, not RewardBench. "wrong" is never true, so that a reward model with enough pairs can learn to read
-it, as it could not learn to read a critic that is poor by chance.
+of them but for the right words; the paper's are by language models and at length. The held-out pairs are
+those of the world, not RewardBench. "wrong" is never true, so that a reward model with enough pairs can learn
+to read it, as it could not learn to read a critic that is poor by chance.
 """
 
 import random
@@ -126,7 +126,8 @@ def with_critiques(lab, name, by):
         return {"rows": [{**row, **{f"{side}_critique": next(told) for side in sides}} for row in rows]}
     if by == "none":
         return pairs_of(lab, name)
-    return lab.step(f"critiques-{by}-{name}", make, by == "trained" and lab.name_of(lab.arm("critic")))["rows"]
+    its_model = by == "trained" and lab.name_of(lab.arm("critic"))
+    return lab.step(f"critiques-{by}-{name}", make, its_model)["rows"]
 
 
 # ---- reward models -----------------------------------------------------------------------------------------
@@ -146,8 +147,9 @@ ARMS |= {f"strong, {by}, {size}": partial(reward_model, "strong", by, size)
 def right(lab, by, size, start="weak"):
     """(pairs,) 1 where a reward model prefers the better answer of a held-out pair, 0.5 where it ties."""
     rows = with_critiques(lab, "held-out", by)
-    texts = [{**row, "completion": row[side], **({"critique": row[f"{side}_critique"]} if by != "none" else {})}
-             for side in ("chosen", "rejected") for row in rows]
+    told = lambda row, side: {} if by == "none" else {"critique": row[f"{side}_critique"]}
+    texts = [{**row, "completion": row[side], **told(row, side)} for side in ("chosen", "rejected")
+             for row in rows]
     scores = lab.scores("critiques-held-out", texts, lab.arm(f"{start}, {by}, {size}"))
     chosen, rejected = np.array(scores).reshape(2, len(rows))
     return np.where(chosen == rejected, 0.5, chosen > rejected)
@@ -189,7 +191,7 @@ def stronger(lab):
 def plain_pairs(curve, accuracy):
     """How many plain pairs give this accuracy. curve: the accuracies at SIZES, of which the highest so far
     counts. Below the curve it is the smallest size, above it the largest."""
-    curve = np.maximum.accumulate(curve) + 1e-9 * np.arange(len(SIZES))         # rising, for the interpolation
+    curve = np.maximum.accumulate(curve) + 1e-9 * np.arange(len(SIZES))         # rising, to interpolate
     return float(np.exp(np.interp(accuracy, curve, np.log(SIZES))))
 
 
@@ -211,10 +213,13 @@ def worth(by, size):
 
 def picture(lab):
     """Held-out accuracy by critic and number of pairs."""
-    rows = [(f"{start} start, {by}", [(float(right(lab, by, size, start).mean()), False)
-                                      if f"{start}, {by}, {size}" in ARMS else (None, False) for size in SIZES])
-            for start, critics in (("weak", CRITICS), ("strong", ("none", "oracle"))) for by in critics]
-    return {"columns": [f"{size} pairs" for size in SIZES], "rows": rows}
+    def cell(start, by, size):
+        there = f"{start}, {by}, {size}" in ARMS
+        return (float(right(lab, by, size, start).mean()) if there else None), False
+    lines = [("weak", by) for by in CRITICS] + [("strong", "none"), ("strong", "oracle")]
+    return {"columns": [f"{size} pairs" for size in SIZES],
+            "rows": [(f"{start} start, {by}", [cell(start, by, size) for size in SIZES])
+                     for start, by in lines]}
 
 
 FEW, ALL = (SMALL, "few pairs"), (SIZES, "all sizes")
