@@ -51,8 +51,8 @@ class Pair:
 
 
 def encode_example(tokenizer, messages, row, where="", prompt_key="", critique=None):
-    """An Example of a prompt and its answer, the last message. Only the answer is supervised. critique: a text
-    about the answer, which is read after it."""
+    """An Example of a prompt and its answer, the last message. Only the answer is supervised. critique: a
+    text about the answer, which is read after it."""
     ids, mask = tokenizer.encode_chat(messages[:-1], generation_prompt=True, where=where)
     answer = tokenizer.encode_answer(messages[-1]["content"])
     more = critiques.encode(tokenizer, critique) if critique is not None else []

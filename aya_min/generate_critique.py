@@ -1,11 +1,12 @@
-"""`generate.py critique`: a model, or an endpoint, writes critiques of answers, for reward models that read them
-(critiques.py, arXiv 2405.20850).
+"""`generate.py critique`: a model, or an endpoint, writes critiques of answers, for reward models that read
+them (critiques.py, arXiv 2405.20850).
 
     generate.py critique --model C --answers F.jsonl --out G.jsonl
 
 Rows of F are preference pairs, prompts with completions, or prompts with candidates; G holds them with
 chosen_critique and rejected_critique, with critique, or with a critique in each candidate. The model is asked
-in the row's language, by the texts of critique_prompts.json, which a speaker can mend.
+in the row's language, by the texts of critique_prompts.json, which a speaker can mend. In arbitrage --critic
+does the same for each candidate, before the arbiter scores.
 """
 
 import json
@@ -66,8 +67,13 @@ def answers_in(row, where):
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{where}: 'candidates' must be a list of objects with a completion each")
         return [(prompt, text, c, "critique") for text, c in zip(texts, found)]
-    messages, *_ = conversation_of({**row, "label": None}, where)       # an unwanted answer has a critique too
+    messages, *_ = conversation_of({**row, "label": None}, where)       # an unwanted answer has one too
     return [(messages[:-1], messages[-1]["content"], row, "critique")]
+
+
+def asking(text, where, language):
+    return {"prompt": text, "prompt_messages": [{"role": "user", "content": text}], "prompt_where": where,
+            "language": language}
 
 
 def requests_of(path, reading, tokenizer):
@@ -81,15 +87,13 @@ def requests_of(path, reading, tokenizer):
                 raise ValueError(f"{where}: {key!r} is there already; remove it to have another written")
             spelled.look([*(message["content"] for message in messages), answer], where)
             text = request(messages, answer, language)
-            found.append({"prompt": text, "prompt_messages": [{"role": "user", "content": text}],
-                          "prompt_where": where, "language": language, "row": row, "target": target,
-                          "key": key})
+            found.append({**asking(text, where, language), "row": row, "target": target, "key": key})
         english[language or "none"] += language not in prompts()
     spelled.report([path], len(lines), reading)
     if +english:
         by_language = ", ".join(f"{code} {n}" for code, n in sorted((+english).items()))
-        distributed.say(f"{english.total()} of {len(lines)} rows are asked in English, as there is no text in "
-                        f"their language ({by_language})", [path])
+        distributed.say(f"{english.total()} of {len(lines)} rows are asked in English, as there is no text "
+                        f"in their language ({by_language})", [path])
     return found
 
 
@@ -116,5 +120,23 @@ def written(requests, ask, args, reading):
     lines.append(f"{len(groups)} critiques, {cut} cut at --max-new-tokens {args.max_new_tokens}; {len(kept)} "
                  f"rows, {len(rows) - len(kept)} left out, as a critique of theirs is missing or empty")
     if not kept:
-        raise ValueError(f"{args.out}: not a row is left ({lines[-1]}); look at the critic. Nothing is written")
+        raise ValueError(f"{args.out}: not a row is left ({lines[-1]}); look at the critic. Nothing is "
+                         "written")
     return {args.out: kept}, lines, tokens, seconds
+
+
+def criticise(rows, ask, reading):
+    """Set the "critique" of all candidates of arbitrage, in place, but for those in a wrong language. ask:
+    requests -> (those that fit the critic, a group of one answer for each, new tokens, seconds). A candidate
+    without a critique gets no score. -> text lines, new tokens, seconds"""
+    requests = [{**asking(request(row["prompt_messages"], c["completion"], row.get("language")),
+                          row["prompt_where"], row.get("language")), "target": c}
+                for row in rows for c in row["candidates"] if not c.get("wrong_language")]
+    asked, groups, tokens, seconds = ask(requests)
+    told = 0
+    for each, (answer,) in zip(asked, without_control_tokens(groups, None, reading), strict=True):
+        if text := (answer["completion"] or "").strip():
+            each["target"]["critique"] = text
+            told += 1
+    line = f"critiques: {told} of {len(requests)} candidates have one, the others are not scored"
+    return [line], tokens, seconds

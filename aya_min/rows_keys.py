@@ -17,9 +17,9 @@ OF_MESSAGES = {"role", "content", "weight", "train", *ENDINGS}
 # Keys that are carried along, because they do not change what the texts mean: those of our own files, and the
 # usual columns of data sets.
 CARRIED = set("""
-    source kind level category subcategory cluster task args candidates teacher scores reward score grade
-    seen_language why model seed sample logp num_tokens chosen_reward rejected_reward chosen_teacher
-    rejected_teacher critic dataset url user_id annotation_type template_id dataset_name sub_dataset_name split idx
+    source kind critic level category cluster task args candidates teacher scores reward score grade
+    subcategory seen_language why model seed sample logp num_tokens chosen_reward rejected_reward chosen_teacher
+    rejected_teacher dataset url user_id annotation_type template_id dataset_name sub_dataset_name split idx
     index uid uuid prompt_id split_type created license script task_type annotator_id""".split())
 
 # Keys that would change what a row means and that nothing here honours, with the reason. They may be empty.

@@ -6,11 +6,12 @@ import pytest
 from small import language_model, reward_model, tokenizer
 
 import generate
-from aya_min import generate_critique, weights
+from aya_min import generate_critique, generate_pool, weights
 from aya_min.config import Reading
 from aya_min.files import write_jsonl
 from aya_min.language_id import identify
 from aya_min.languages import LANGUAGES
+from aya_min.reward import score_texts
 
 PAIR = {"prompt": "hi", "chosen": "yes", "rejected": "no", "language": "de", "id": "p"}
 ANSWER = {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
@@ -124,3 +125,62 @@ def test_a_reward_model_is_no_critic(call, here):
     weights.save(here / "RM", reward_model(), tokenizer())
     code, _, err = call(LINE.replace("--model C", "--model RM"))
     assert code == 2 and "a reward model cannot generate" in err[-1]
+
+
+# ---- arbitrage ---------------------------------------------------------------------------------------------
+
+ARBITRAGE = ("--models C D --arbiter RM --critic C --prompts prompts.jsonl --out out.jsonl "
+             "--candidates all.jsonl --max-new-tokens 8 --temperature 1 --keep-cut --num-samples 2")
+
+
+@pytest.fixture
+def pool(here):
+    weights.save(here / "D", language_model(1), tokenizer())
+    judge = reward_model()
+    weights.save(here / "plain", judge, tokenizer())
+    judge.config.critiques = True
+    weights.save(here / "RM", judge, tokenizer())
+    write_jsonl(here / "prompts.jsonl",
+                [{"prompt": f"hi {i}", "language": "de", "critique": "of an older answer"} for i in range(3)])
+    return here
+
+
+def test_in_arbitrage_each_candidate_is_criticised_and_scored_with_its_critique(call, pool):
+    """The scores are those of the reward model on the written candidates with their critiques."""
+    code, out, err = call(ARBITRAGE)
+    assert code == 0, err
+    assert "critiques: 12 of 12 candidates have one" in out
+    judge, its_tokenizer = weights.load(pool / "RM")
+    for row in read("all.jsonl"):
+        assert [c["teacher"] for c in row["candidates"]] == ["C", "C", "D", "D"] and "critique" not in row
+        texts = [{"prompt": row["prompt"], **c} for c in row["candidates"]]
+        assert [c["reward"] for c in row["candidates"]] == pytest.approx(
+            score_texts(judge, its_tokenizer, texts), abs=1e-4)
+
+
+def test_arbitrage_that_was_stopped_after_the_critiques_resumes_with_them(call, pool, monkeypatch):
+    assert call(ARBITRAGE)[0] == 0
+    first = read("all.jsonl")
+    for name in ("out.jsonl", "all.jsonl"):
+        (pool / name).unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(generate_pool, "score_texts", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call(ARBITRAGE)
+    with monkeypatch.context() as patched:
+        patched.setattr(generate, "answer_rows", lambda *_, **__: 1 / 0)          # nothing is sampled again
+        code, _, err = call(ARBITRAGE)
+    assert code == 0 and read("all.jsonl") == first
+    assert any("resumes: 6 of 6 prompts" in line for line in err)
+
+
+@pytest.mark.parametrize("before, after, said", [
+    (" --critic C", "", "was trained with critiques; give --critic C"),
+    ("--arbiter RM", "--arbiter plain", "was trained without critiques and reads none; leave --critic out"),
+    ("--arbiter RM", "--route random", "--critic writes critiques for an arbiter to read"),
+    ("--critic C", "--critic plain", "plain: a reward model cannot generate"),
+])
+def test_an_arbiter_and_a_critic_that_do_not_fit_are_refused_before_any_work(before, after, said, call, pool):
+    code, out, err = call(ARBITRAGE.replace(before, after))
+    assert code == 2 and out == "" and said in err[-1], err
+    assert not (pool / "out.jsonl.partial").exists()
