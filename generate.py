@@ -104,6 +104,7 @@ def make_parser():
     add("--seed", type=number(int, WHOLE), default=0)
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add_flags(parser, Reading)
+    parser.set_defaults(critique=False)         # see `parsed`
     return parser
 
 
@@ -116,7 +117,8 @@ def parsed(words=None):
     args, parser = make_parser().parse_args(words), make_parser()
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    args.given, args.critique = list(vars(parser.parse_args(words))), is_critique
+    args.given = [name for name in vars(parser.parse_args(words)) if name != "critique"]
+    args.critique = is_critique
     return args
 
 

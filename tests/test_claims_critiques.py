@@ -1,5 +1,6 @@
 """The claim on critiques: what each critic says, worked by hand, the rule of what a pair is worth, and the
 whole way to figures and picture, with few steps of a small model."""
+
 import random
 from collections import Counter
 from types import SimpleNamespace
