@@ -18,9 +18,10 @@ OF_MESSAGES = {"role", "content", "weight", "train", *ENDINGS}
 # usual columns of data sets.
 CARRIED = set("""
     source kind critic level category cluster task args candidates teacher scores reward score grade
-    subcategory seen_language why model seed sample logp num_tokens chosen_reward rejected_reward chosen_teacher
-    rejected_teacher dataset url user_id annotation_type template_id dataset_name sub_dataset_name split idx
-    index uid uuid prompt_id split_type created license script task_type annotator_id""".split())
+    subcategory seen_language why model seed sample logp num_tokens chosen_reward rejected_reward
+    chosen_teacher rejected_teacher dataset url user_id annotation_type template_id dataset_name
+    sub_dataset_name split idx index uid uuid prompt_id split_type created license script task_type
+    annotator_id""".split())
 
 # Keys that would change what a row means and that nothing here honours, with the reason. They may be empty.
 TOOLS = "no tools are called here"
