@@ -8,6 +8,7 @@
     torchrun generate.py --models A http://host/v1#model --arbiter RM --prompts F.jsonl --out best.jsonl
     python generate.py route --train candidates.jsonl --model DIR --out RUN       a router for --route learned
     python generate.py --answers G.jsonl --contrast translated.jsonl --out pairs.jsonl
+    torchrun generate.py critique --model C --answers G.jsonl --out H.jsonl     critiques, for reward models
 """
 
 import gc
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from aya_min import contrast, distributed, weights
+from aya_min import contrast, critiques, distributed, generate_critique, weights
 from aya_min.alike import identity
 from aya_min.chat import chat
 from aya_min.command import WHOLE, Parser, is_text, number, printable
@@ -49,6 +50,7 @@ gc.freeze()
 gc.enable()
 signal.signal(signal.SIGINT, on_interrupt)
 
+CRITIQUES = "critiques by "         # how their keys in the journal begin
 SAMPLING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos",
             "seed", "dtype")
 
@@ -80,7 +82,8 @@ def make_parser():
                       "which the same command resumes after an interruption")
     add_pool_flags(add)
     add_endpoint_flags(add)
-    add("--answers", help="with --contrast: JSONL file of answers written in the prompts' languages")
+    add("--answers", help="with --contrast: JSONL file of answers written in the prompts' languages; of "
+                          "critique the answers to criticise: pairs, completions or candidates")
     add("--contrast", help="JSONL file of answers to the same prompts that were translated from English; "
                            "--out gets pairs, --answers chosen, --contrast rejected. Takes no model")
     add("--num-samples", type=number(int, "[1, 1000000]"), default=1,
@@ -100,15 +103,21 @@ def make_parser():
     add("--seed", type=number(int, WHOLE), default=0)
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
     add_flags(parser, Reading)
+    parser.set_defaults(critique=False)         # see `parsed`
     return parser
 
 
 def parsed(words=None):
-    """The arguments of a command line, and in `given` the names of those that stand in it, with any value."""
+    """The arguments of a command line, and in `given` the names of those that stand in it, with any value.
+    critique: whether its first word is that, see generate_critique.py."""
+    words = sys.argv[1:] if words is None else words
+    is_critique = words[:1] == ["critique"]
+    words = words[is_critique:]
     args, parser = make_parser().parse_args(words), make_parser()
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    args.given = list(vars(parser.parse_args(words)))
+    args.given = [name for name in vars(parser.parse_args(words)) if name != "critique"]
+    args.critique = is_critique
     return args
 
 
@@ -139,6 +148,11 @@ def check(args):
     of_files = args.columns or args.allow_control_tokens is not None or talks and args.too_long
     if of_files and not args.prompts:
         raise ValueError("--columns, --too-long and --allow-control-tokens go with --prompts F.jsonl")
+    check_outputs(args)
+
+
+def check_outputs(args):
+    """Refuse outputs that are in the way, that cannot be written, or that are the same."""
     outputs = outputs_of(args)
     for path in outputs.values():
         folder = Path(path).absolute().parent
@@ -167,7 +181,8 @@ def read_metas(args):
 
     ValueError for a reward model that shall generate, or a language model that shall score.
     """
-    metas = {folder: weights.load_meta(folder, packed=True) for folder in args.models or [args.model]
+    folders = [*(args.models or [args.model]), *([args.critic] if args.critic else [])]
+    metas = {folder: weights.load_meta(folder, packed=True) for folder in folders
              if folder not in args.endpoints}
     for folder, (model, *_) in metas.items():
         if not isinstance(model, weights.SPEAKERS):
@@ -177,6 +192,10 @@ def read_metas(args):
     if arbiter and not isinstance(arbiter[0], weights.RewardModel):
         raise ValueError(f"--arbiter {args.arbiter}: a {weights.KINDS[type(arbiter[0])]}, not a reward "
                          "model; give a folder that the reward stage wrote")
+    if arbiter and critiques.reads_critiques(arbiter[0]) != bool(args.critic):
+        raise ValueError(f"--arbiter {args.arbiter} was trained " + (
+            "without critiques and reads none; leave --critic out" if args.critic else
+            "with critiques; give --critic C, a model that writes them"))
     return metas, arbiter
 
 
@@ -233,10 +252,11 @@ def open_journal(rows, metas, args, reading):
     prompts = hashlib.sha256(dumps([row["prompt_messages"] for row in rows]).encode()).hexdigest()
     settings = {"models": args.models or [args.model], "model files": made_by, "prompts": prompts,
                 "cut-left": reading.too_long == "cut-left", **{k: getattr(args, k) for k in SAMPLING},
-                **({"extra": args.extra} if args.extra else {})}
+                **({"extra": args.extra} if args.extra else {}),
+                **({"critic": args.critic} if args.critic else {})}
 
     def fits(group):
-        return isinstance(group, list) and len(group) == args.num_samples and (
+        return isinstance(group, list) and len(group) in (args.num_samples, 1 if args.critic else None) and (
             all(map(is_answer, group)) or all(map(is_endpoint_answer, group)))
     return Journal(f"{args.out}.partial", settings, fits)
 
@@ -251,11 +271,11 @@ def stop_ids_of(tokenizer, args):
     return [] if args.ignore_eos else tokenizer.stop_ids
 
 
-def sample(folder, wanted, rows, lengths, args, device, reading, journal=None):
+def sample(folder, wanted, rows, lengths, args, device, reading, journal=None, label=None):
     """([samples of each row of these indices], new tokens, seconds) of one model; answers in the journal are
-    not made again."""
-    done = journal.done if journal else {}
-    left = [i for i in wanted if f"{folder} {i}" not in done]
+    not made again. label: what the journal calls the model, if not its folder."""
+    done, label = journal.done if journal else {}, label or folder
+    left = [i for i in wanted if f"{label} {i}" not in done]
     tokens, seconds = 0, 0.0
     if left:
         model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype), packed=True)
@@ -268,23 +288,35 @@ def sample(folder, wanted, rows, lengths, args, device, reading, journal=None):
             args.temperature, args.seed, args.batch_size, progress=Path(folder).name,
             stop_ids=stop_ids_of(tokenizer, args), stop_strings=args.stop, numbers=left, name=folder,
             cut_left=reading.too_long == "cut-left",
-            on_done=journal and (lambda j, answers: journal.add(f"{folder} {left[j]}", answers)),
+            on_done=journal and (lambda j, answers: journal.add(f"{label} {left[j]}", answers)),
             on_ready=lambda: started.append(time.perf_counter()),
             top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
         seconds = time.perf_counter() - (started or [time.perf_counter()])[0]
         tokens = sum(len(a["ids"]) for group in made for a in group)
-        done = {**done, **{f"{folder} {i}": group for i, group in zip(left, made)}}
-    return [done[f"{folder} {i}"] for i in wanted], tokens, seconds
+        done = {**done, **{f"{label} {i}": group for i, group in zip(left, made)}}
+    return [done[f"{label} {i}"] for i in wanted], tokens, seconds
 
 
-def sample_endpoint(name, wanted, rows, args, journal):
+def ask_critic(requests, metas, args, device, reading, journal):
+    """(the requests that fit --critic, a group of one answer to each, new tokens, seconds)."""
+    one = argparse.Namespace(**vars(args) | {"num_samples": 1, "stop": [], "ignore_eos": False})
+    label = f"{CRITIQUES}{args.critic}"
+    if args.critic in args.endpoints:
+        return requests, *sample_endpoint(args.critic, range(len(requests)), requests, one, journal, label)
+    about = {args.critic: metas[args.critic]}
+    requests, lengths = fit(requests, about, None, None, one, reading)
+    wanted = range(len(requests))
+    return requests, *sample(args.critic, wanted, requests, lengths, one, device, reading, journal, label)
+
+
+def sample_endpoint(name, wanted, rows, args, journal, label=None):
     """([answers to each row of these indices], new tokens, seconds) of an endpoint, see `sample`."""
     before, started = set(journal.done), time.perf_counter()
-    groups = ask_rows(args.endpoints[name], name, rows, wanted, journal, args.concurrency,
+    groups = ask_rows(args.endpoints[name], label or name, rows, wanted, journal, args.concurrency,
                       num_samples=args.num_samples, max_new_tokens=args.max_new_tokens,
                       temperature=args.temperature, top_p=args.top_p, seed=args.seed, stop=args.stop)
     tokens = sum(answer["usage"].get("completion_tokens", 0) for i, group in zip(wanted, groups)
-                 if f"{name} {i}" not in before for answer in group)
+                 if f"{label or name} {i}" not in before for answer in group)
     return groups, tokens, time.perf_counter() - started
 
 
@@ -344,20 +376,28 @@ def run_command(args, device):
     """What one rank does for a command line."""
     started = time.perf_counter()
     reading = settings_from(Reading, flags=vars(args))
-    if args.answers or args.contrast:
+    if not args.critique and (args.answers or args.contrast):
         contrast.check(args)
         return print_lines(contrast.write_pairs(args.answers, args.contrast, args.out, reading))
-    args.endpoints = endpoints_of(args.models or [], args)
-    check(args)
+    asked = [*(args.models or []), args.critic, args.model if args.critique else None]
+    args.endpoints = endpoints_of(list(filter(None, asked)), args)
+    if args.critique:
+        generate_critique.check(args)
+        check_sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+        check_outputs(args)
+    else:
+        check(args)
     metas, arbiter = read_metas(args)
     check_all_there(args.endpoints)
     if args.chat:
         return talk(args, device)
     if args.serve:
         return serve_models(args, metas, device)
-    tokenizer = (next(iter(metas.values()), None) or arbiter)[1]
+    tokenizer = (next(iter(metas.values()), None) or arbiter or (None, None))[1]
     router = check_router(args.router, args.models) if args.router else None
-    rows, lengths = fit(read_rows(args, reading, tokenizer), metas, arbiter, router, args, reading)
+    rows = (generate_critique.requests_of(args.answers, reading, tokenizer) if args.critique
+            else read_rows(args, reading, tokenizer))
+    rows, lengths = fit(rows, metas, arbiter, router, args, reading)
     for folder, (model, *_) in metas.items():
         plan_cache(model, lengths[folder], args, device)
     table = read_table(args.table, rows, args.models) if args.table else None
@@ -371,7 +411,8 @@ def run_command(args, device):
         print_lines(lines)
     if distributed.is_main():
         rest = time.perf_counter() - started - seconds
-        print(f"{len(rows)} prompts, {tokens} new tokens, {seconds:.2f} s, {tokens / max(seconds, 1e-9):.0f} "
+        what = "answers" if args.critique else "prompts"
+        print(f"{len(rows)} {what}, {tokens} new tokens, {seconds:.2f} s, {tokens / max(seconds, 1e-9):.0f} "
               f"tokens/s, and {rest:.1f} s for files, loading, compiling and scores", file=sys.stderr)
 
 
@@ -390,14 +431,20 @@ def write_answers(rows, lengths, metas, arbiter, table, detect, args, device, re
             raise taken(path)
         if journal.done:
             num_asked = len(rows) * (1 if args.route == "learned" else len(args.models or [args.model]))
-            distributed.say(f"resumes: {len(journal.done)} of {num_asked} prompts were finished before")
-        if args.models:
-            def ask(folder, wanted):
-                if folder in args.endpoints:
-                    return sample_endpoint(folder, wanted, rows, args, journal)
-                return sample(folder, wanted, rows, lengths, args, device, reading, journal)
+            num_done = sum(not key.startswith(CRITIQUES) for key in journal.done)
+            distributed.say(f"resumes: {num_done} of {num_asked} prompts were finished before")
+
+        def ask(folder, wanted):
+            if folder in args.endpoints:
+                return sample_endpoint(folder, wanted, rows, args, journal)
+            return sample(folder, wanted, rows, lengths, args, device, reading, journal)
+        if args.critique:
+            result = generate_critique.written(rows, ask, args, reading)
+        elif args.models:
             tokenizer = (arbiter or next(iter(metas.values())))[1]
-            result = answers_of_pool(rows, ask, args, device, reading, table, detect, tokenizer)
+            criticise = args.critic and (lambda candidates: generate_critique.criticise(
+                candidates, lambda some: ask_critic(some, metas, args, device, reading, journal), reading))
+            result = answers_of_pool(rows, ask, args, device, reading, table, detect, tokenizer, criticise)
         else:
             result = answers_of_model(rows, lengths, args, device, reading, journal)
         made, lines, tokens, seconds = result

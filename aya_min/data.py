@@ -4,18 +4,18 @@ rows.py decides what a line of JSONL means, lengths.py what is left out. Right p
 mask: under the causal mask no real token attends to the padding after it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Optional
 
 import numpy as np
 import torch
 
-from . import distributed
+from . import critiques, distributed
 from .config import Reading
 from .control_tokens import Spelled
 from .lengths import EARLIER_CUT, NOT_SUPERVISED, WAS_CUT, LeftOut, fitting_example, fitting_pair
 from .rows import is_plain_text, learned_of, pair_of, prompt_of, read_jsonl
-from .rows_keys import ENDINGS, OF_PAIRS, SHAPES
+from .rows_keys import CRITIQUES, ENDINGS, OF_PAIRS, SHAPES
 from .span_corruption import corrupted
 
 SKIP = Reading(too_long="skip")     # how load_examples and load_pairs read by default
@@ -31,6 +31,7 @@ class Example:
     language: str               # its code, "other" without one
     where: str = ""             # "file:line", for messages
     prompt_key: str = ""        # equal in examples that share a prompt; "" is shared with none (repeats_of)
+    critique: int = field(default=0, kw_only=True)      # tokens of a critique, which follow the answer's end
 
     @property
     def sides(self):
@@ -49,13 +50,16 @@ class Pair:
         return self.chosen, self.rejected
 
 
-def encode_example(tokenizer, messages, row, where="", prompt_key=""):
-    """An Example of a prompt and its answer, the last message. Only the answer is supervised."""
+def encode_example(tokenizer, messages, row, where="", prompt_key="", critique=None):
+    """An Example of a prompt and its answer, the last message. Only the answer is supervised. critique: a
+    text about the answer, which is read after it."""
     ids, mask = tokenizer.encode_chat(messages[:-1], generation_prompt=True, where=where)
     answer = tokenizer.encode_answer(messages[-1]["content"])
-    mask = np.array([False] * len(mask) + [True] * len(answer) + [False] * len(tokenizer.after))
-    ids = np.array(ids + answer + tokenizer.after, np.int32)
-    return Example(ids, mask, row.get("language") or "other", where, prompt_key)
+    more = critiques.encode(tokenizer, critique) if critique is not None else []
+    rest = tokenizer.after + more
+    mask = np.array([False] * len(mask) + [True] * len(answer) + [False] * len(rest))
+    ids = np.array(ids + answer + rest, np.int32)
+    return Example(ids, mask, row.get("language") or "other", where, prompt_key, critique=len(more))
 
 
 def encode_conversation(tokenizer, messages, supervised, language, where):
@@ -134,8 +138,9 @@ def load_examples(paths, tokenizer, limit, reading=SKIP):
     return examples
 
 
-def load_pairs(paths, tokenizer, limit, reading=SKIP):
-    """[Pair, ...] of the rows whose two sides fit into `limit` tokens.
+def load_pairs(paths, tokenizer, limit, reading=SKIP, with_critiques=False):
+    """[Pair, ...] of the rows whose two sides fit into `limit` tokens. with_critiques: whether those of the
+    rows are read (critiques.py).
 
     What is left out is counted and reported. Pairs of answers with the same ids teach nothing and are left
     out too. ValueError at the first wrong row, if more than EQUAL_SHARE of the pairs are such, or if nothing
@@ -143,12 +148,14 @@ def load_pairs(paths, tokenizer, limit, reading=SKIP):
     """
     pairs, equal, left_out, spelled = [], [], LeftOut(paths, reading, limit), Spelled(tokenizer)
     for path in paths:
-        for where, row in read_jsonl(path, reading):
+        for where, row in read_jsonl(path, reading, critiques.OF_PAIR if with_critiques else ()):
             left_out.total += 1
             prompt, *answers, cut, supervised = pair_of(row, where)
-            spelled.look([*(message["content"] for message in prompt), *answers], where)
+            told = critiques.critiques_of_pair(row, where) if with_critiques else (None, None)
+            texts = [*answers, *filter(None, told)]
+            spelled.look([*(message["content"] for message in prompt), *texts], where)
             sides = [encode_example(tokenizer, prompt + [{"role": "assistant", "content": text}], row, where,
-                                    prompt_key=where) for text in answers]
+                                    where, critique) for text, critique in zip(answers, told)]
             if np.array_equal(sides[0].ids, sides[1].ids):
                 equal.append(where)
             elif not supervised:
@@ -173,7 +180,7 @@ def load_pairs(paths, tokenizer, limit, reading=SKIP):
 # ---- prompts -----------------------------------------------------------------------------------------------
 
 # These keys describe the answer that a row had, or hold its prompt in another shape. A new answer has none.
-NOT_OF_PROMPTS = {*SHAPES, *ENDINGS, *OF_PAIRS, "system", "weight", "train"}
+NOT_OF_PROMPTS = {*SHAPES, *ENDINGS, *OF_PAIRS, *CRITIQUES, "system", "weight", "train"}
 
 
 def load_prompts(paths, reading=None, tokenizer=None):

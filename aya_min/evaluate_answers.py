@@ -6,7 +6,7 @@ and a row without a language counts as "other". An answer that was cut at its li
 is, and counted.
 """
 
-from . import distributed
+from . import critiques, distributed
 from .evaluate_rates import asked, join, prefix_of
 from .files import dumps
 from .language_id import identify, is_in_language, profile_of
@@ -23,7 +23,8 @@ VERDICT = ["grade", "seen_language", "why", "score", "reward"]          # keys t
 
 def answers_to_judge(path, judge, reading=None):
     """The rows of a JSONL file as the judge reads them. Empty answers are judged, and counted aloud."""
-    rows = [checked(where, row, judge) for where, row in read_jsonl(path, reading)]
+    also = () if judge == "oracle" else ("critique",)           # which a reward model may read
+    rows = [checked(where, row, judge) for where, row in read_jsonl(path, reading, also)]
     if empty := sum(not row["completion"].strip() for row in rows):
         distributed.say(f"{empty} of {len(rows)} answers are empty; they are judged as they are", [path])
     return rows
@@ -92,7 +93,10 @@ def grade_answers(rows):
 def judged_ids(tokenizer, row):
     """(prompt ids, answer ids), which a reward model reads of a row."""
     prompt = row.get("prompt_messages") or row["prompt"]
-    return tuple(tokenizer.encode_prompt(prompt)), tuple(tokenizer.encode_answer(row["completion"]))
+    answer = tokenizer.encode_answer(row["completion"])
+    if row.get("critique") is not None:
+        answer += critiques.encode(tokenizer, row["critique"])
+    return tuple(tokenizer.encode_prompt(prompt)), tuple(answer)
 
 
 def score_answers(model, tokenizer, sides, name="the reward model", too_long="refuse"):
@@ -119,6 +123,7 @@ def check_texts(rows, folder, reading):
         raise ValueError(f"--judge {folder}: a language model, not a reward model; a language model judges "
                          "by a published protocol, give --protocol arena-hard or scores")
     model, tokenizer, _ = load_meta(folder)
+    critiques.check(model, rows, f"--judge {folder}")
     room = model.config.max_position_embeddings
     for row in rows:
         texts = [message["content"] for message in row["prompt_messages"]] + [row["completion"]]

@@ -25,8 +25,8 @@ from .text_statistics import statistics_table, text_statistics
 from .world_oracle import check_question, grade
 
 # Flags of arbitrage only.
-OF_POOL = ("arbiter", "pairs", "table", "route", "margin", "keep_cut", "router", "candidates", "summary",
-           "language_guard", "length_control")
+OF_POOL = ("arbiter", "critic", "pairs", "table", "route", "margin", "keep_cut", "router", "candidates",
+           "summary", "language_guard", "length_control")
 POOL_LINE = "--models A B ... --prompts F.jsonl"
 FILES = ("out", "candidates", "pairs", "summary")       # what is written, if it is asked for, in this order
 
@@ -34,6 +34,8 @@ FILES = ("out", "candidates", "pairs", "summary")       # what is written, if it
 def add_flags(add):
     """The flags of arbitrage, but for those that --model has too. add: a parser's add_argument."""
     add("--arbiter", help="reward model folder that scores the pool's answers")
+    add("--critic", metavar="C", help="arbitrage: model folder or endpoint that writes a critique of each "
+                                      "answer, for an --arbiter that was trained with critiques")
     add("--route", choices=["reward", "random", "fixed", "learned"],
         help="arbitrage: how the answer is chosen (default reward)")
     add("--table", help="--route fixed: JSON file {language: model folder as given in --models}")
@@ -68,6 +70,8 @@ def check_pool(args):
     args.route = args.route or "reward"
     if (args.route == "reward" or args.pairs or args.length_control) and not args.arbiter:
         raise ValueError("--route reward and --pairs need --arbiter RM, and so does --length-control")
+    if args.critic and not args.arbiter:
+        raise ValueError("--critic writes critiques for an arbiter to read; give --arbiter RM")
     for how, name, what in (("fixed", "table", "FILE.json"), ("learned", "router", "DIR")):
         if (args.route == how) != bool(getattr(args, name)):
             raise ValueError(f"--route {how} needs --{name} {what}, and --{name} goes with --route {how}")
@@ -92,14 +96,19 @@ def check_twice(args):
         seen[what] = text
 
 
-def check_endpoints(args):
-    """Refuse what an endpoint of the pool cannot be asked for."""
+def check_fields(args):
+    """Refuse what an endpoint cannot be asked for."""
     for name, off in (("top_k", 0), ("min_p", 0.0), ("ignore_eos", False)):
         if getattr(args, name) != off:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag}: the endpoint {next(iter(args.endpoints))} has no such field by the "
                              f"protocol; leave it out, or give what the server takes by --extra, for example "
                              "'{\"top_k\": 40}'")
+
+
+def check_endpoints(args):
+    """Refuse what endpoints of the pool cannot be asked for, and a pool without a tokenizer."""
+    check_fields(args)
     if not args.arbiter and len(args.endpoints) == len(args.models):
         raise ValueError("--models: endpoints alone have no tokenizer to count lengths by; give --arbiter "
                          "RM, or a model folder among them")
@@ -199,12 +208,14 @@ def score(rows, args, reading, device):
     arbiter, tokenizer = weights.load(args.arbiter, device)
     for folder in args.models:
         some = [(row, c) for row in rows for c in row["candidates"]
-                if c["teacher"] == folder and not c.get("wrong_language")]
+                if c["teacher"] == folder and not c.get("wrong_language") and (
+                    not args.critic or "critique" in c)]
         if not some:
             continue
         # nobody can shorten an endpoint's answer, whose limit is in tokens of its own
         too_long = "skip" if folder in args.endpoints and reading.too_long == "refuse" else reading.too_long
-        scores = score_texts(arbiter, tokenizer, [{**row, "completion": c["completion"]} for row, c in some],
+        texts = [{**row, "completion": c["completion"], "critique": c.get("critique")} for row, c in some]
+        scores = score_texts(arbiter, tokenizer, texts,
                              name=args.arbiter, too_long=too_long)
         for (_, c), reward in zip(some, scores):
             c["reward"] = reward
@@ -218,11 +229,12 @@ def scores_of(row, models):
     return {folder: max(rewards, default=None) for folder, rewards in by_teacher.items()}
 
 
-def answers_of_pool(rows, ask, args, device, reading, table, detect, tokenizer):
+def answers_of_pool(rows, ask, args, device, reading, table, detect, tokenizer, criticise=None):
     """Arbitrage: the models answer the prompts, and one answer is kept for each.
 
     table: {language: model folder} for --route fixed. detect: see `detector`. tokenizer:
-    the arbiter's, or the first model's, by which lengths are counted and answers are equal. Returns
+    the arbiter's, or the first model's, by which lengths are counted and answers are equal. criticise:
+    candidates -> (text lines, new tokens, seconds), with --critic. Returns
     ({path: rows or a text}, text lines, new tokens, seconds).
     """
     def count_tokens(text):
@@ -237,6 +249,10 @@ def answers_of_pool(rows, ask, args, device, reading, table, detect, tokenizer):
     if detect:
         summary["language_guard"] = found = language_guard(candidates, detect)
         lines += guard_table(found, args.models)
+    if criticise:
+        told, new_tokens, its_seconds = criticise(candidates)
+        lines, tokens, seconds = lines + told, tokens + new_tokens, seconds + its_seconds
+        summary["new_tokens"] = tokens
     if args.arbiter:
         score(candidates, args, reading, device)
     if args.length_control:

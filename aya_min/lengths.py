@@ -76,7 +76,7 @@ def without_oldest(example, tokenizer, answer, room):
     through an earlier answer, the rest of that is not supervised.
     """
     answer = tokenizer.asks + tokenizer.encode_answer(answer) + tokenizer.after
-    if 1 + len(answer) > room:
+    if 1 + len(answer) + example.critique > room:
         return None
     mask = cut_left(example.mask, room)
     num_removed = len(example.mask) - room

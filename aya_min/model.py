@@ -22,7 +22,7 @@ from .dropout import dropped, dropped_attention
 from .families import NORMS
 from .line import Line
 from .linear import Linear, linear
-from .model_config import ModelConfig
+from .model_config import ModelConfig, RewardConfig
 from .moe import AttentionExperts, MixtureMLP
 from .norms import norm_of
 from .rope import growth, rotary, rotate
@@ -317,10 +317,11 @@ class RewardModel(nn.Module):
     language but not correctness (LOG.md), and the least likely token is where a wrong word shows.
     """
     task = "RewardModel"
+    config_class = RewardConfig
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config = config = RewardConfig.on(config)
         self.model = Decoder(config)
         self.score = Linear(config.hidden_size, 1, bias=False)
         self.score_logps = Linear(2, 1, bias=False)
@@ -354,7 +355,7 @@ class SequenceClassifier(RewardModel):
 
     def __init__(self, config):
         nn.Module.__init__(self)
-        self.config = config
+        self.config = config = RewardConfig.on(config)
         self.model = Decoder(config)
         self.score = Linear(config.hidden_size, 1, bias=False)
 

@@ -286,6 +286,24 @@ class ModelConfig:
                 "dtype": dtype, "torch_dtype": dtype}
 
 
+@dataclass
+class RewardConfig(ModelConfig):
+    """A decoder's config with what its reward model reads. critiques: whether it was trained with critiques
+    beside the answers (critiques.py), which it then needs."""
+    critiques: Optional[bool] = None
+
+    def __post_init__(self, sliding_window_pattern):
+        super().__post_init__(sliding_window_pattern)
+        if self.critiques is not None and type(self.critiques) is not bool:
+            raise ValueError(f"critiques {self.critiques!r:.80} must be true or false")
+        self.critiques = self.critiques or None
+
+    @classmethod
+    def on(cls, config):
+        """The config itself, or this class's on the decoder of another."""
+        return config if isinstance(config, cls) else cls.of(config)
+
+
 # ---- how a config.json says it -----------------------------------------------------------------------------
 
 def own_fields(family):

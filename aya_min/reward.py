@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import distributed
+from . import critiques, distributed
 from .data import batches_in_order, collate, encode_example, in_step
 from .lengths import cut_left
 
@@ -14,11 +14,13 @@ def score_texts(model, tokenizer, rows, batch_size=64, name="the reward model", 
     """Reward of each row's "completion" given its "prompt" (or "prompt_messages"): a list of floats.
 
     The ranks share the work, and each gets the whole list. An empty completion is scored like any other text.
+    A model that was trained with critiques reads each row's "critique"; see critiques.check.
     model: a RewardModel, plain or sharded; name: what messages call it. too_long decides on texts that exceed
     the model's positions: "refuse" (ValueError), "skip" (the score is None), or "cut-left" (the oldest tokens
     of the prompt are dropped; an answer that is too long by itself gets None). Their number is printed.
     ValueError for a score that is not finite.
     """
+    critiques.check(model, rows, name)
     model.eval()
     device = next(model.parameters()).device
     positions = model.config.max_position_embeddings
@@ -46,7 +48,7 @@ def score_texts(model, tokenizer, rows, batch_size=64, name="the reward model", 
 def example_of(tokenizer, row):
     messages = row.get("prompt_messages") or [{"role": "user", "content": row["prompt"]}]
     return encode_example(tokenizer, messages + [{"role": "assistant", "content": row["completion"]}], {},
-                          row.get("prompt_where") or "", prompt_key=str(messages))
+                          row.get("prompt_where") or "", str(messages), row.get("critique"))
 
 
 def fitted(examples, long, positions, too_long, name, places):

@@ -36,11 +36,12 @@ OTHER_FILES = {b"\x1f\x8b": "a gzip file, unpack it", b"PK\x03\x04": "a zip file
 
 # ---- a file's rows -----------------------------------------------------------------------------------------
 
-def read_jsonl(path, reading=None):
+def read_jsonl(path, reading=None, also=()):
     """[(where, row), ...] of a JSONL file, or of a drawn mixture (mixture_rows.Drawn); where is "file:line".
 
     reading: a config.Reading, whose columns rename keys. Names of languages become the codes used here. Keys
-    that nothing knows are reported. ValueError at the first wrong line.
+    that nothing knows are reported. also: keys that this caller reads and others do not. ValueError at the
+    first wrong line.
     """
     if hasattr(path, "read_rows"):
         return path.read_rows()
@@ -48,7 +49,7 @@ def read_jsonl(path, reading=None):
     check_columns(columns)
     data = read_bytes(path)
     refuse_other_files(data, path)
-    rows, not_read = [], NotRead()
+    rows, not_read = [], NotRead(also)
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip(BLANK):
             where = f"{path}:{number}"

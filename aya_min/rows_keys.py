@@ -9,14 +9,16 @@ SHAPES = ("messages", "prompt", "completion", "inputs", "targets", "chosen", "re
 # The keys that say how an answer ended.
 ENDINGS = ("finish_reason", "stop_reason")
 OF_PAIRS = ("chosen_finish_reason", "rejected_finish_reason")
-KNOWN = (*SHAPES, "system", "language", "weight", "train", "label", *ENDINGS, *OF_PAIRS, "question_id", "id",
-         "task", "args", "cluster")
+# What a reward model reads beside the answers (critiques.py). Where nothing reads them, they are reported.
+CRITIQUES = ("critique", "chosen_critique", "rejected_critique")
+KNOWN = (*SHAPES, "system", "language", "weight", "train", "label", *ENDINGS, *OF_PAIRS, *CRITIQUES,
+         "question_id", "id", "task", "args", "cluster")
 OF_MESSAGES = {"role", "content", "weight", "train", *ENDINGS}
 # Keys that are carried along, because they do not change what the texts mean: those of our own files, and the
 # usual columns of data sets.
 CARRIED = set("""
-    source kind level category subcategory cluster task args candidates teacher scores reward score grade
-    seen_language why model seed sample logp num_tokens chosen_reward rejected_reward chosen_teacher
+    source kind critic level category subcategory cluster task args candidates teacher scores reward score
+    grade seen_language why model seed sample logp num_tokens chosen_reward rejected_reward chosen_teacher
     rejected_teacher dataset url user_id annotation_type template_id dataset_name sub_dataset_name split idx
     index uid uuid prompt_id split_type created license script task_type annotator_id
     language_code source_id original_inputs original_targets approvals calls results""".split())
@@ -51,7 +53,7 @@ REFUSED = {
                          "do_train", "train_on", "ignore", "supervise"], LOSS),
         **dict.fromkeys(["prefix", "partial"], CONTINUED), "refusal": "write it as content"},
 }
-READ = {*KNOWN, *CARRIED, *REFUSED["of a row"]}
+READ = {*KNOWN, *CARRIED, *REFUSED["of a row"]} - set(CRITIQUES)
 
 
 def check_columns(columns):
@@ -112,15 +114,16 @@ def check_keys(row, where, unknown):
 
 
 class NotRead:
-    """Checks the keys of rows (check_keys), and counts those that nothing knows."""
+    """Checks the keys of rows (check_keys), and counts those that nothing knows. also: keys that are read."""
 
-    def __init__(self):
+    def __init__(self, also=()):
+        self.known = READ | set(also)
         self.of_messages, self.of_rows = {}, {}         # {key: (count, first place)}
 
     def look(self, row, where):
         check_keys(row, where, self.of_messages)
         # A row without a shape is refused later, by what wants one.
-        for key in sorted(row.keys() - READ) if shapes_in(row) else ():
+        for key in sorted(row.keys() - self.known) if shapes_in(row) else ():
             if not is_empty(row[key]):
                 count, first = self.of_rows.get(key, (0, where))
                 self.of_rows[key] = count + 1, first

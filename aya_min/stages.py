@@ -13,13 +13,14 @@ folder, and returns the path of model/.
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Callable, Optional
 
 import numpy as np
 import torch
 
-from . import balance, classify, config, distributed, router, selection, weights
+from . import balance, classify, config, critiques, distributed, router, selection, weights
 from .classifier import Classifier, SideNet
 from .data import (Example, Pair, batches_in_order, collate, collate_pairs, count_steps, load_pairs,
                    make_batches, slots_of)
@@ -123,6 +124,8 @@ def train_stage(name, model, tokenizer, data, settings, out, device, eval_data=(
     balance.weights_of(settings, model)
     reward_model = beside.pop("reward_model", None)
     models = {"model": model} | ({"reward_model": reward_model} if reward_model else {})
+    if reward_model:
+        critiques.refuse_unread(reward_model, "--reward-model")
     limit = fitting(settings, *models.values())
     if stage.samples and settings.keep_cut:
         raise ValueError(f"{name} keeps answers that are cut and scores them as they are; leave keep_cut out")
@@ -314,9 +317,9 @@ STAGES = {
         config.SFT, load_or_stream, blank_example, collate, lambda settings: sft_loss),
     "reward": Stage(
         "Bradley-Terry training of a reward model on preference pairs; accuracy by language in the metrics.",
-        config.Reward, load_pairs, blank_pair, collate_pairs,
+        config.Reward, partial(load_pairs, with_critiques=True), blank_pair, collate_pairs,
         lambda settings: reward_loss(settings.lm_weight), architecture=RewardModel, variant=reward_head,
-        decoders_only="its score reads a decoder's last state"),
+        arrange=critiques.arrange, decoders_only="its score reads a decoder's last state"),
     "dpo": Stage(
         "DPO, or another loss on preference pairs, against the model as it is at the start.",
         config.DPO, load_pairs, blank_pair, collate_pairs,

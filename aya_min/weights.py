@@ -223,7 +223,7 @@ def load_meta(folder, trunk=False, packed=False):
         found, model = model_class(config), build(config)
     model.packed = quantized.put_packed(model, *scheme) if scheme else {}
     if isinstance(model, SequenceClassifier) and model_class is not SequenceClassifier:
-        config.pad_token_id = tokenizer.pad_id          # which is published, see write_descriptions
+        model.config.pad_token_id = tokenizer.pad_id    # which is published, see write_descriptions
     own = (model if scheme else found).state_dict()
     packs = {name: spec for at, module in model.packed.items() for name, spec in module.specs(at).items()}
     alike = (model_class is EncoderDecoder or not config.tie_word_embeddings or stored

@@ -17,9 +17,10 @@ FLOORS = [
     # 0: the command line, the table of model families
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
-    {"cmaes", "code_shapes", "config_selection", "discrete_functions", "dropout", "files", "flops", "iso639",
-     "line", "linear", "merge_methods", "mixture_draw", "model_config", "norms", "patience", "quantization",
-     "report_charts", "rope", "rows_keys", "span_corruption", "template_expressions"},
+    {"cmaes", "code_shapes", "config_selection", "critiques", "discrete_functions", "dropout", "files",
+     "flops", "iso639", "line", "linear", "merge_methods", "mixture_draw", "model_config", "norms",
+     "patience", "quantization", "report_charts", "rope", "rows_keys", "span_corruption",
+     "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "encoder_decoder_config", "languages", "merge_config", "merge_front",
      "quantized", "recurrent", "template", "tensorfiles", "token_logps"},
@@ -54,7 +55,8 @@ FLOORS = [
     # 11: the stages, the leaderboard, the server
     {"evaluate_early_exit", "evaluate_leaderboard", "evaluate_quantized", "generate_pool", "serve", "stages"},
     # 12: a recipe's run on disk; what a stage will need; what a search measures
-    {"estimate", "evaluate", "generate_route", "irreducible_command", "merge_fitness", "pipeline_steps"},
+    {"estimate", "evaluate", "generate_critique", "generate_route", "irreducible_command", "merge_fitness",
+     "pipeline_steps"},
     # 13: what a run shows for itself; the search; real text for claims
     {"merge_search", "pipeline_results", "real_text"},
     # 14: the recipe; train.py, generate.py and merge.py stand on it

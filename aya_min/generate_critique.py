@@ -1,0 +1,142 @@
+"""`generate.py critique`: a model, or an endpoint, writes critiques of answers, for reward models that read
+them (critiques.py, arXiv 2405.20850).
+
+    generate.py critique --model C --answers F.jsonl --out G.jsonl
+
+Rows of F are preference pairs, prompts with completions, or prompts with candidates; G holds them with
+chosen_critique and rejected_critique, with critique, or with a critique in each candidate. The model is asked
+in the row's language, by the texts of critique_prompts.json, which a speaker can mend. In arbitrage --critic
+does the same for each candidate, before the arbiter scores.
+"""
+
+import json
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+from . import distributed
+from .control_tokens import Spelled
+from .endpoint_answers import tally, tally_line, without_control_tokens
+from .generate_pool import OF_POOL, check_fields
+from .judges import question_text
+from .rows import conversation_of, is_cut, pair_of, prompt_of, read_jsonl, shapes_in
+
+LINE = "generate.py critique --model C --answers F.jsonl --out G.jsonl"
+NOT_HERE = ("models", "prompts", "prompt", "chat", "serve", "host", "port", "max_length", "contrast",
+            "ignore_eos", *OF_POOL)
+
+
+@cache
+def prompts():
+    """{language: the text that asks for a critique, with {prompt} and {answer} in it}."""
+    return json.loads((Path(__file__).parent / "critique_prompts.json").read_text(encoding="utf-8"))
+
+
+def check(args):
+    """Refuse flags that the command needs, and those that it does not read."""
+    for name in ("model", "answers", "out"):
+        if not getattr(args, name):
+            raise ValueError(f"--{name} is missing: {LINE}")
+    others = [name for name in NOT_HERE if getattr(args, name) not in (None, False)]
+    others += ["num_samples"] if args.num_samples != 1 else []
+    if others:
+        raise ValueError(f"--{others[0].replace('_', '-')} does not go with critique: {LINE}")
+    if args.endpoints:
+        check_fields(args)
+
+
+# ---- what is asked -----------------------------------------------------------------------------------------
+
+def request(messages, answer, language):
+    """The text that asks for a critique of an answer to a prompt (messages), in a language or in English."""
+    parts = {"{prompt}": question_text(messages), "{answer}": answer}       # an answer may hold {prompt}
+    text = prompts().get(language, prompts()["en"])
+    return re.sub(r"\{prompt\}|\{answer\}", lambda found: parts[found[0]], text)
+
+
+def answers_in(row, where):
+    """[(prompt messages, answer, the object that gets its critique, the critique's key), ...] of a row."""
+    shapes = shapes_in(row)
+    if {"chosen", "rejected"} & shapes:
+        prompt, chosen, rejected, *_ = pair_of(row, where)
+        return [(prompt, chosen, row, "chosen_critique"), (prompt, rejected, row, "rejected_critique")]
+    if row.get("candidates"):
+        prompt, found = prompt_of(row, where), row["candidates"]
+        texts = [c.get("completion") if isinstance(c, dict) else None for c in found]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{where}: 'candidates' must be a list of objects with a completion each")
+        return [(prompt, text, c, "critique") for text, c in zip(texts, found)]
+    messages, *_ = conversation_of({**row, "label": None}, where)       # an unwanted answer has one too
+    return [(messages[:-1], messages[-1]["content"], row, "critique")]
+
+
+def asking(text, where, language):
+    return {"prompt": text, "prompt_messages": [{"role": "user", "content": text}], "prompt_where": where,
+            "language": language}
+
+
+def requests_of(path, reading, tokenizer):
+    """The requests for a file's answers: rows with "prompt_messages", and with what `written` needs."""
+    found, spelled, english = [], Spelled(tokenizer), Counter()
+    lines = read_jsonl(path, reading)
+    for where, row in lines:
+        language = row.get("language")
+        for messages, answer, target, key in answers_in(row, where):
+            if target.get(key) is not None:
+                raise ValueError(f"{where}: {key!r} is there already; remove it to have another written")
+            spelled.look([*(message["content"] for message in messages), answer], where)
+            text = request(messages, answer, language)
+            found.append({**asking(text, where, language), "row": row, "target": target, "key": key})
+        english[language or "none"] += language not in prompts()
+    spelled.report([path], len(lines), reading)
+    if +english:
+        by_language = ", ".join(f"{code} {n}" for code, n in sorted((+english).items()))
+        distributed.say(f"{english.total()} of {len(lines)} rows are asked in English, as there is no text "
+                        f"in their language ({by_language})", [path])
+    return found
+
+
+# ---- what is written ---------------------------------------------------------------------------------------
+
+def written(requests, ask, args, reading):
+    """The critiques of all requests in their rows. ask: see generate_pool.asked. A row without one of its
+    critiques is left out, and counted. -> ({path: rows}, text lines, new tokens, seconds)"""
+    groups, tokens, seconds = ask(args.model, range(len(requests)))
+    lines = []
+    if args.endpoints:
+        groups = without_control_tokens(groups, None, reading)
+        lines = [tally_line(tally(args.endpoints[args.model], requests, groups))]
+    rows, missing = {}, Counter()
+    for asked, (answer,) in zip(requests, groups):
+        text = (answer["completion"] or "").strip()
+        rows[asked["prompt_where"]] = asked["row"]
+        if text:
+            asked["target"][asked["key"]] = text
+        missing[asked["prompt_where"]] += not text
+    # cut critiques say something too
+    cut = sum(is_cut(answer) for (answer,) in groups)
+    kept = [{**row, "critic": args.model} for where, row in rows.items() if not missing[where]]
+    lines.append(f"{len(groups)} critiques, {cut} cut at --max-new-tokens {args.max_new_tokens}; {len(kept)} "
+                 f"rows, {len(rows) - len(kept)} left out, as a critique of theirs is missing or empty")
+    if not kept:
+        raise ValueError(f"{args.out}: not a row is left ({lines[-1]}); look at the critic. Nothing is "
+                         "written")
+    return {args.out: kept}, lines, tokens, seconds
+
+
+def criticise(rows, ask, reading):
+    """Set the "critique" of all candidates of arbitrage, in place, but for those in a wrong language. ask:
+    requests -> (those that fit the critic, a group of one answer for each, new tokens, seconds). A candidate
+    without a critique gets no score. -> text lines, new tokens, seconds"""
+    requests = [{**asking(request(row["prompt_messages"], c["completion"], row.get("language")),
+                          row["prompt_where"], row.get("language")), "target": c}
+                for row in rows for c in row["candidates"] if not c.get("wrong_language")]
+    asked, groups, tokens, seconds = ask(requests)
+    told = 0
+    for each, (answer,) in zip(asked, without_control_tokens(groups, None, reading), strict=True):
+        if text := (answer["completion"] or "").strip():
+            each["target"]["critique"] = text
+            told += 1
+    line = f"critiques: {told} of {len(requests)} candidates have one, the others are not scored"
+    return [line], tokens, seconds
