@@ -205,9 +205,11 @@ def table(languages, axes, scores, thresholds, removed, by_words, labels, standi
 
 # ---- the command -------------------------------------------------------------------------------------------
 
-def read_documents(path, reading):
-    """(rows [(where, row), ...], documents [(where, text, language), ...]) of a JSONL file."""
-    rows = read_jsonl(path, reading)
+def read_documents(path, reading, *also):
+    """(rows [(where, row), ...], documents [(where, text, language), ...]) of a JSONL file.
+
+    also: keys that are read besides."""
+    rows = read_jsonl(path, reading, also)
     if again := [where for where, row in rows if BECAUSE in row]:
         raise ValueError(f"{again[0]}: the row has {BECAUSE!r} already; rename that key")
     return rows, [(where, "\n".join(texts_in(row, where)), row.get("language")) for where, row in rows]
@@ -289,7 +291,7 @@ def run(args, device):
     reading = settings_from(Reading, flags=vars(args))
     phrases = read_phrases(args.triggers)
     keywords = read_phrases(args.keywords, "a word") if args.keywords else None
-    rows, documents = read_documents(args.data, reading)
+    rows, documents = read_documents(args.data, reading, *filter(None, [args.label_key]))
     labels = labels_of(rows, args.label_key) if args.label_key else None
     languages, axes = [language for _, _, language in documents], list(phrases)
     scores = scores_of(args, documents, phrases, device)

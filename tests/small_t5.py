@@ -32,7 +32,8 @@ def t5(seed=0, **changes):
     """A model whose weights are large enough that what a token says depends on all others."""
     sizes = dict(vocab_size=tokenizer().vocab_size, d_model=32, d_kv=8, d_ff=48, num_layers=2,
                  num_decoder_layers=2, num_heads=4, relative_attention_num_buckets=8,
-                 relative_attention_max_distance=12, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+                 relative_attention_max_distance=12, feed_forward_proj="gated-gelu",
+                 tie_word_embeddings=False)
     model = EncoderDecoder(EncoderDecoderConfig(**{**sizes, **changes}))
     return init_weights(model, torch.Generator().manual_seed(seed))
 
