@@ -1,9 +1,10 @@
-"""The same answer in other words: sure of itself, neutral or unsure, polite, or longer by a sentence that says
-nothing. "Human feedback is not gold standard" (arXiv 2309.16349) finds that assertive phrasing hides errors.
+"""The same answer in other words: sure of itself, neutral or unsure, polite, or longer by a sentence that
+says nothing. "Human feedback is not gold standard" (arXiv 2309.16349) finds that assertive phrasing hides
+errors.
 
-The frames of a language are data that a speaker can mend: "framed" in words/CODE.json, whole sentences before or
-after the answer, so that no answer has to be inflected and the speaker has no gender. The oracle
-(world_oracle.py) does not know them; who grades a framed answer takes off the frame first (`grade_unframed`).
+The frames of a language are data that a speaker can mend: "framed" in words/CODE.json, whole sentences before
+or after the answer, so that no answer has to be inflected and the speaker has no gender. The oracle
+(world_oracle.py) does not know them; `grade_unframed` takes off the frame first.
 """
 
 import unicodedata
@@ -23,8 +24,8 @@ def framed(code, frame, text):
 
 
 def unframed(code, text):
-    """(frame, text without it) of a text in one of the language's frames, else (None, text). The frame must be
-    spelled as in the file."""
+    """(frame, text without it) of a text in one of the language's frames, else (None, text). The frame must
+    be spelled as in the file."""
     text = unicodedata.normalize("NFC", text).strip()
     for frame in FRAMES:
         head, tail = words(code)["framed"][frame].split("{answer}")

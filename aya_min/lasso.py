@@ -1,9 +1,9 @@
-"""The lasso (Tibshirani, 1996) by coordinate descent, from sums over examples: who has them needs no examples.
+"""The lasso (Tibshirani, 1996) by coordinate descent, from sums over examples, without the examples.
 
     minimise over b0, b:  1/(2 N) sum_i (y_i - b0 - x_i b)^2  +  alpha sum_j |b_j|
 
-This is the scale of alpha in scikit-learn. The regression of human_feedback (arXiv 2309.16349, part 1) has its
-own sums in results/data.
+This is the scale of alpha in scikit-learn. The sums of claims/human_feedback.py (arXiv 2309.16349, part 1)
+are in results/data.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class Sums:
         shapes = {"x": self.x.shape, "xx": self.xx.shape, "xy": self.xy.shape}
         P = len(self.x)
         if self.num < 1 or shapes != {"x": (P,), "xx": (P, P), "xy": (P,)}:
-            raise ValueError(f"sums over {self.num} examples of the shapes {shapes}; give those of at least one "
-                             "example, with (P,), (P, P) and (P,)")
+            raise ValueError(f"sums over {self.num} examples of the shapes {shapes}; give those of at least "
+                             "one example, with (P,), (P, P) and (P,)")
         if (self.variances < -1e-9).any() or not np.allclose(self.xx, self.xx.T):
             raise ValueError("sums that no examples have: a variance below 0, or xx is not symmetric")
 
@@ -58,7 +58,8 @@ class Sums:
         """Of the same examples with each input divided by its standard deviation; one that never varies stays
         as it is."""
         scale = np.sqrt(np.where(self.variances > 0, self.variances, 1.0))
-        return Sums(self.num, self.x / scale, self.y, self.xx / np.outer(scale, scale), self.xy / scale, self.yy)
+        return Sums(self.num, self.x / scale, self.y, self.xx / np.outer(scale, scale), self.xy / scale,
+                    self.yy)
 
     def intercept(self, weights):
         return float(self.y - self.x @ weights) / self.num
@@ -73,7 +74,7 @@ def soft_threshold(values, limit):
 
 
 def coordinate_descent(gram, cross, penalty, tolerance=1e-12, max_rounds=10_000):
-    """The minimum over b of b' gram b / 2 - cross b + penalty sum |b|. cross: (..., P), several problems at once.
+    """The minimum over b of b' gram b / 2 - cross b + penalty sum |b|. cross: (..., P), several at once.
 
     Rounds over the coordinates end when none moves by more than `tolerance`; ValueError if it takes more than
     max_rounds. An input that never varies gets 0."""
@@ -99,8 +100,8 @@ def lasso(sums, alpha):
 def resampled(sums, alpha, num_resamples, seed):
     """The lasso's weights (R, P) under targets drawn anew: a parametric bootstrap, as examples are not there.
 
-    The targets are those of least squares plus normal noise of the residuals' variance, so that their products
-    with the inputs are normal with the covariance variance * gram."""
+    The targets are those of least squares plus normal noise of the residuals' variance, so that their
+    products with the inputs are normal with the covariance variance * gram."""
     P, rng = len(sums.x), np.random.default_rng(seed)
     fit = coordinate_descent(sums.gram, sums.cross, 0.0)
     variance = (1 - sums.r2(fit)) * sums.total / max(1, sums.num - P - 1)

@@ -17,8 +17,9 @@ FLOORS = [
     # 0: the command line, the table of model families
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
-    {"cmaes", "dropout", "files", "flops", "iso639", "line", "linear", "merge_methods", "model_config",
-     "norms", "patience", "quantization", "report_charts", "rope", "rows_keys", "template_expressions"},
+    {"cmaes", "dropout", "files", "flops", "iso639", "lasso", "line", "linear", "merge_methods",
+     "model_config", "norms", "patience", "quantization", "report_charts", "rope", "rows_keys",
+     "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "languages", "merge_config", "merge_front", "quantized", "template",
      "tensorfiles", "token_logps"},
@@ -34,8 +35,8 @@ FLOORS = [
     {"classifier", "critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture",
      "preferences", "report_table", "text_statistics", "tokenizer", "world_oracle"},
     # 7: what is done with a model or with folders
-    {"arbitrage", "domains", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report",
-     "reward", "sampling", "weights", "world_data", "world_translation"},
+    {"arbitrage", "domains", "endpoint_answers", "evaluate_languages", "frames", "loop", "merge_folders",
+     "report", "reward", "sampling", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch, models in fewer bits and what stands in their way, examples to classify
     {"chat", "classify", "contrast", "evaluate_answers", "judges", "kto", "merge_embed", "merge_quantize",
@@ -45,7 +46,8 @@ FLOORS = [
     {"early_exit", "evaluate_judges", "held_out", "judges_rates", "merge_upcycle", "rollouts", "router",
      "serve_request"},
     # 10: the stages, the leaderboard, the server
-    {"evaluate_early_exit", "evaluate_leaderboard", "evaluate_quantized", "generate_pool", "serve", "stages"},
+    {"evaluate_bias", "evaluate_early_exit", "evaluate_leaderboard", "evaluate_quantized", "generate_pool",
+     "serve", "stages"},
     # 11: a recipe's run on disk; what a stage will need; what a search measures
     {"estimate", "evaluate", "generate_route", "merge_fitness", "pipeline_steps"},
     # 12: what a run shows for itself; the search; real text for claims
