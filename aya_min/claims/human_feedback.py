@@ -16,7 +16,8 @@ Both kinds rate the same pairs with the same draws, so that arms differ in the d
 is trained on each, and RLOO and one round of online DPO optimise it from the same start. The policy is
 trained on answers of which a third are wrong, with frames drawn apart from that; "overconfident" on the same
 answers, each frame as frequent, but wrong ones mostly assertive and right ones mostly hedged. Frames are
-taken off before the oracle grades; an error is a grade below 2.
+taken off before the oracle grades; an error is a grade below 2. Answers in Hindi are left out of comparisons:
+framed they take up to 55 tokens of the recipe's tokenizer, and 32 are sampled.
 
 Departures: the paper's raters are people and its models are large. It shows that assertive outputs hide
 errors and that models trained on preferences are more assertive, and trains none itself, so that hf-reward,
@@ -35,6 +36,7 @@ from ..evaluate_bias import PROBES, differences, texts_of
 from ..experiments import Claim, Comparison, Figure
 from ..files import read_json
 from ..frames import ASSERTIVENESS, assertiveness, framed, grade_unframed
+from ..languages import LANGUAGES
 from ..lasso import Sums, lasso, resampled
 from ..preferences import best_worst
 from ..world import answer, gold_answer
@@ -43,6 +45,7 @@ from ..world_data import corpus, gold
 PAPER = "Human feedback is not gold standard, arXiv 2309.16349"
 MINUTES = 10
 RATINGS = Path(__file__).resolve().parents[2] / "results" / "data" / "human_feedback.json"
+SHORT = tuple(code for code in LANGUAGES if code != "hi")       # languages whose answers are not cut
 ALPHA = 0.01                                    # of the authors' lasso
 SHARPNESS = 1.0
 DAMPING = {"honest": 0.0, "damped": 1.5}
@@ -241,7 +244,7 @@ def of_probes(lab):
 # ---- claims ------------------------------------------------------------------------------------------------
 
 def more(measure, side, *pairs):
-    return tuple(Comparison(a, b, side, measure=measure) for a, b in pairs)
+    return tuple(Comparison(a, b, side, measure=measure, languages=SHORT) for a, b in pairs)
 
 
 TO_START = tuple((f"damped, {how}", "start") for how in ("rloo", "dpo"))
@@ -255,7 +258,7 @@ CLAIMS = (
     Claim("hf-digits", "The authors' regression, again from sums",
           "intercept 3.70898, R^2 0.22217, 10 weights",
           (off_print("weights", 0.005), off_print("intercept", 1e-6), off_print("r2", 1e-6))),
-    Claim("hf-reward", "A reward model of raters damped by assertive phrasing prefers assertive wrong answers",
+    Claim("hf-reward", "A reward model of raters whom assertive phrasing damps prefers sure wrong answers",
           "assertiveness skews the perceived rate of factuality errors (abstract)",
           (likes("damped", "sure, wrong", "above"), likes("honest", "sure, wrong", "below"),
            likes("damped", "assertive", "above")), picture=of_probes),
