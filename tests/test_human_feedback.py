@@ -14,6 +14,7 @@ from aya_min import evaluate_bias, frames, weights
 from aya_min.claims import human_feedback as claims
 from aya_min.command import guarded
 from aya_min.config import RECIPES, Reading, Recipe, settings_from
+from aya_min.experiments import measured
 from aya_min.files import write_jsonl
 from aya_min.frames import ASSERTIVENESS, FRAMES, framed, grade_unframed, unframed
 from aya_min.languages import LANGUAGES
@@ -155,12 +156,53 @@ def test_what_the_claim_measures_of_an_answer_by_hand():
     assert found[1] == pytest.approx([-1, 0, 1 / (1 + math.exp(-0.5))])
 
 
+# ---- the claim ---------------------------------------------------------------------------------------------
+
+def test_the_regressions_claims_need_no_model_and_their_figures_are_those_printed():
+    by_name = {claim.name: claim for claim in claims.CLAIMS}
+    assert [measured(None, c)["verdict"] for c in by_name["hf-digits"].comparisons] == ["shown"] * 3
+    found = {c.label: measured(None, c) for c in by_name["hf-weights"].comparisons}
+    for a, b, value in (("factuality", "refusal", 0.35 - 0.95), ("factuality", "formatting", 0.35 - 0.76),
+                        ("inconsistent", "refusal", 0.21 - 0.95), ("inconsistent", "formatting", 0.21 - 0.76)):
+        figure = found[f"weight of {a} less that of {b}"]
+        assert figure["value"] == pytest.approx(value, abs=0.01) and figure["num"] == 900
+        assert figure["ci95"][0] < figure["value"] < figure["ci95"][1]
+    with pytest.raises(ValueError, match="not in list"):
+        measured(None, claims.weighs_less("colour", "refusal"))
+
+
+def test_every_arm_that_is_compared_is_there_and_the_control_differs_in_the_raters_alone():
+    compared = {arm for claim in claims.CLAIMS for arm in claim.arms}
+    assert compared <= set(claims.ARMS)
+    for name in compared:
+        if name.startswith("damped"):
+            assert name.replace("damped", "honest") in claims.ARMS
+    assert claims.DAMPING["honest"] == 0 < claims.DAMPING["damped"]
+
+
+def test_the_picture_and_the_figures_of_likings_read_the_scores_of_their_own_texts():
+    """A reward model that scores a text by its characters likes the assertive frame by what it is longer."""
+    def scores(name, rows, judge):
+        assert judge == "reward model, damped" or judge == "reward model, honest"
+        return [float(len(row["completion"])) for row in rows]
+    fake = lab(eval_count=192)
+    fake.arm, fake.scores = (lambda name: name), scores
+    found = claims.likes("damped", "assertive", "above").of(fake)
+    asked = fake.questions("validation", 48, "liked")
+    assert found == [(q["question_id"], len(framed(q["language"], "assertive", "x"))
+                      - len(framed(q["language"], "hedged", "x"))) for q in asked]
+    picture = claims.of_probes(fake)
+    assert [name for name, _ in picture["rows"]] == ["honest raters", "damped raters"]
+    assert all(len(cells) == len(picture["columns"]) == 6 for _, cells in picture["rows"])
+
+
 # ---- the probe ---------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Three model folders: "longer", a reward model whose score is minus the log-prob of the answer's least
-    likely token, which a further sentence can only raise; "none", whose scores are all 0; a language model."""
+    likely token, which a further sentence raises or leaves (but for the end of the turn); "none", whose
+    scores are all 0; a language model."""
     above = tmp_path_factory.mktemp("models")
     texts = [framed(q["language"], frame, gold_answer(q)) for q in questions("train", 240, 0, level="tiny")
              for frame in FRAMES]
@@ -190,13 +232,15 @@ def test_the_probe_finds_that_a_reward_model_likes_length_without_any_file(folde
     assert result["unscored"] == 0 and result["deviation"] > 0 and result["without"] == {}
     said = capsys.readouterr().out.splitlines()
     assert all(name in said[1] for name in evaluate_bias.PROBES) and len(said) == 2 + 1 + 24 + 1
-    assert f"{longer['difference']:+.2f} [{longer['ci95'][0]:+.2f}" in said[2] and said[2].startswith("overall")
+    assert said[2].startswith("overall")
+    assert f"{longer['difference']:+.2f} [{longer['ci95'][0]:+.2f}" in said[2]
 
 
 def test_of_a_reward_model_without_likings_every_difference_is_0(folders, tmp_path):
     bias("--reward-model", folders / "none", "--count", 48, "--out", tmp_path / "f.json")
     result = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))
-    assert {(found["difference"], *found["ci95"]) for found in result["overall"].values()} == {(0.0, 0.0, 0.0)}
+    found = {(each["difference"], *each["ci95"]) for each in result["overall"].values()}
+    assert found == {(0.0, 0.0, 0.0)} and len(result["overall"]) == 6
 
 
 def test_differences_by_hand_and_a_text_without_a_score_leaves_out_its_probes():
@@ -225,7 +269,8 @@ def test_a_users_rows_have_their_answers_in_frames_of_their_language_and_others_
     assert of_user[None, "answer"] == "Assim."
     assert of_world[None, "answer"] == gold_answer(q[0]) and len(of_world) == 9
     assert grade(q[0], of_world["neutral", "wrong"].removeprefix("Hier ist meine Antwort. ")).grade == 1
-    bias("--reward-model", folders / "longer", "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "f.json")
+    bias("--reward-model", folders / "longer", "--prompts", tmp_path / "p.jsonl", "--out",
+         tmp_path / "f.json")
     result = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))
     assert result["overall"]["longer"]["num"] == 6 and result["overall"]["right"]["num"] == 3
     assert result["by_language"]["pt"]["right"] is None
@@ -251,8 +296,8 @@ def test_rows_that_cannot_be_probed_are_refused_with_the_line(rows, says, folder
 def test_texts_that_are_too_long_are_left_out_and_counted_when_that_is_asked_for(folders, tmp_path, capsys):
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": "How?", "completion": "word " * 900, "language": "en"},
                                        {"prompt": "How?", "completion": "So.", "language": "en"}])
-    bias("--reward-model", folders / "longer", "--prompts", tmp_path / "p.jsonl", "--too-long", "skip", "--out",
-         tmp_path / "f.json")
+    bias("--reward-model", folders / "longer", "--prompts", tmp_path / "p.jsonl", "--too-long", "skip",
+         "--out", tmp_path / "f.json")
     result = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))
     assert result["unscored"] == 6 and result["overall"]["longer"]["num"] == 1 and result["rows"] == 2
     assert "left out: 6 texts" in capsys.readouterr().out

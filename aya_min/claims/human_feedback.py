@@ -43,7 +43,7 @@ from ..world import answer, gold_answer
 from ..world_data import corpus, gold
 
 PAPER = "Human feedback is not gold standard, arXiv 2309.16349"
-MINUTES = 10
+MINUTES = 11
 RATINGS = Path(__file__).resolve().parents[2] / "results" / "data" / "human_feedback.json"
 SHORT = tuple(code for code in LANGUAGES if code != "hi")       # languages whose answers are not cut
 ALPHA = 0.01                                    # of the authors' lasso
@@ -213,7 +213,7 @@ def liked(lab, raters):
     """[(question id, {probe of evaluate_bias: difference of the reward model's scores})]."""
     r, rng = lab.recipe, random.Random(f"liked/{lab.seed}")
     rows = [{**q, "completion": None, "home": q["language"]}
-            for q in lab.questions(r.eval_split, max(1, r.eval_count // 2), "liked")]
+            for q in lab.questions(r.eval_split, max(1, r.eval_count // 4), "liked")]
     texts = [texts_of(row, rng) for row in rows]
     flat = [{**row, "completion": text} for row, some in zip(rows, texts) for text in some.values()]
     scores = iter(lab.scores("liked", flat, lab.arm(f"reward model, {raters}")))
