@@ -163,7 +163,8 @@ def test_the_regressions_claims_need_no_model_and_their_figures_are_those_printe
     assert [measured(None, c)["verdict"] for c in by_name["hf-digits"].comparisons] == ["shown"] * 3
     found = {c.label: measured(None, c) for c in by_name["hf-weights"].comparisons}
     for a, b, value in (("factuality", "refusal", 0.35 - 0.95), ("factuality", "formatting", 0.35 - 0.76),
-                        ("inconsistent", "refusal", 0.21 - 0.95), ("inconsistent", "formatting", 0.21 - 0.76)):
+                        ("inconsistent", "refusal", 0.21 - 0.95),
+                        ("inconsistent", "formatting", 0.21 - 0.76)):
         figure = found[f"weight of {a} less that of {b}"]
         assert figure["value"] == pytest.approx(value, abs=0.01) and figure["num"] == 900
         assert figure["ci95"][0] < figure["value"] < figure["ci95"][1]
