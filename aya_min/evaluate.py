@@ -13,6 +13,7 @@ published protocol (judges.py). Intervals resample questions, not rows (evaluate
     python -m aya_min.evaluate quantized --model A --against B --data F.jsonl       # evaluate_quantized.py
     python -m aya_min.evaluate early-exit --model MAIN --sidenet SIDE --data F.jsonl
     python -m aya_min.evaluate outliers --model DIR --data F.jsonl  # outliers.py
+    python -m aya_min.evaluate bias --reward-model RM [--prompts F.jsonl]   # evaluate_bias.py
 
 With --protocol, what the judge says is kept beside the output (eval.verdicts.jsonl). Until then it is in
 OUT.partial, from which the same command resumes.
@@ -21,7 +22,8 @@ OUT.partial, from which the same command resumes.
 import sys
 from pathlib import Path
 
-from . import evaluate_early_exit, evaluate_languages, evaluate_leaderboard, evaluate_quantized, outliers
+from . import (evaluate_bias, evaluate_early_exit, evaluate_languages, evaluate_leaderboard,
+               evaluate_quantized, outliers)
 from .command import Parser, guarded, is_spare_rank, printable
 from .config import Reading, settings_from
 from .evaluate_answers import answers_to_judge, matched, with_seen_language
@@ -146,7 +148,7 @@ def arena(args, reading):
 
 COMMANDS = {"languages": evaluate_languages.main, "leaderboard": evaluate_leaderboard.main,
             "quantized": evaluate_quantized.main, "early-exit": evaluate_early_exit.main,
-            "outliers": outliers.main}
+            "outliers": outliers.main, "bias": evaluate_bias.main}
 
 
 def main(argv=None):

@@ -113,15 +113,17 @@ def score_answers(model, tokenizer, sides, name="the reward model", too_long="re
             for side, rows in zip(keys, sides)]
 
 
-def check_texts(rows, folder, reading):
-    """Refuse texts that the judge cannot score, before its weights are read.
+def check_texts(rows, folder, reading, flag="--judge"):
+    """Refuse texts that the judge cannot score, before its weights are read. flag: that named the folder.
 
     ValueError for a folder without a reward model, a text that spells a control token, or more tokens than
     the judge has positions.
     """
     if not issubclass(read_config(folder)[1], RewardModel):
-        raise ValueError(f"--judge {folder}: a language model, not a reward model; a language model judges "
-                         "by a published protocol, give --protocol arena-hard or scores")
+        remedy = "give a folder that the reward stage wrote"
+        if flag == "--judge":
+            remedy = "a language model judges by a published protocol, give --protocol arena-hard or scores"
+        raise ValueError(f"{flag} {folder}: a language model, not a reward model; {remedy}")
     model, tokenizer, _ = load_meta(folder)
     critiques.check(model, rows, f"--judge {folder}")
     room = model.config.max_position_embeddings

@@ -18,7 +18,7 @@ FLOORS = [
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
     {"cmaes", "code_shapes", "config_selection", "critiques", "discrete_functions", "dropout", "files",
-     "flops", "iso639", "line", "linear", "merge_methods", "mixture_draw", "model_config", "norms",
+     "flops", "iso639", "lasso", "line", "linear", "merge_methods", "mixture_draw", "model_config", "norms",
      "patience", "quantization", "report_charts", "rope", "rows_keys", "span_corruption",
      "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
@@ -41,8 +41,8 @@ FLOORS = [
     {"encoder_decoder_engine"},
     # 8: what is done with a model or with folders
     {"arbitrage", "code_data", "domains", "endpoint_answers", "evaluate_languages", "filtration_scores",
-     "loop", "merge_folders", "mixture_stream", "report", "reward", "sampling", "separations", "templates",
-     "weights", "world_data", "world_translation"},
+     "frames", "loop", "merge_folders", "mixture_stream", "report", "reward", "sampling", "separations",
+     "templates", "weights", "world_data", "world_translation"},
     # 9: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch, models in fewer bits and what stands in their way, examples to classify
     {"chat", "classify", "contrast", "evaluate_answers", "filtration", "in_context", "judges", "kto",
@@ -53,7 +53,8 @@ FLOORS = [
     {"early_exit", "evaluate_judges", "held_out", "judges_rates", "merge_upcycle", "pruning", "rollouts",
      "router", "selection", "serve_request"},
     # 11: the stages, the leaderboard, the server
-    {"evaluate_early_exit", "evaluate_leaderboard", "evaluate_quantized", "generate_pool", "serve", "stages"},
+    {"evaluate_bias", "evaluate_early_exit", "evaluate_leaderboard", "evaluate_quantized", "generate_pool",
+     "serve", "stages"},
     # 12: a recipe's run on disk; what a stage will need; what a search measures
     {"estimate", "evaluate", "generate_critique", "generate_route", "irreducible_command", "merge_fitness",
      "pipeline_steps"},
