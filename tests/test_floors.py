@@ -17,8 +17,8 @@ FLOORS = [
     # 0: the command line, the table of model families
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
-    {"cmaes", "dropout", "files", "flops", "iso639", "line", "linear", "merge_methods", "model_config",
-     "norms", "patience", "quantization", "report_charts", "rope", "rows_keys", "template_expressions"},
+    {"alignment", "cmaes", "dropout", "files", "flops", "iso639", "line", "linear", "merge_methods",
+     "model_config", "norms", "patience", "quantization", "report_charts", "rope", "rows_keys", "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "languages", "merge_config", "merge_front", "quantized", "template",
      "tensorfiles", "token_logps"},
@@ -26,13 +26,14 @@ FLOORS = [
     # folders are alike
     {"alike", "checkpoint", "control_tokens", "endpoint_http", "fused", "journal", "lengths", "loss_scale",
      "losses", "report_data", "rows", "template_turns", "world"},
-    # 4: the layers of a mixture of experts, its losses over a step
-    {"balance", "moe"},
+    # 4: the layers of a mixture of experts, its losses over a step, pairs of English and Bash, grammars
+    {"balance", "grammars", "moe", "nl2bash"},
     # 5: the decoder
     {"model"},
-    # 6: text to ids, rows to batches, the engine's tensors, an endpoint asked, figures, the oracle
+    # 6: text to ids, rows to batches, the engine's tensors, an endpoint asked, figures, the oracle, encoders
     {"classifier", "critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture",
-     "preferences", "report_table", "text_statistics", "tokenizer", "world_oracle"},
+     "preferences", "report_table", "text_encoders", "text_statistics", "tokenizer",
+     "world_oracle"},
     # 7: what is done with a model or with folders
     {"arbitrage", "domains", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report",
      "reward", "sampling", "weights", "world_data", "world_translation"},

@@ -1,0 +1,173 @@
+"""Model 1 by hand and against a slow loop; grammars read back; the pairs of Bash; the claim on structure."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from aya_min import grammars, nl2bash
+from aya_min.alignment import fit, log_probs, unigrams
+from aya_min.files import dumps, read_bytes
+from aya_min.grammars import LEXICONS, STRUCTURES, is_of, lexicon, queries, read, texts
+
+# ---- model 1 -----------------------------------------------------------------------------------------------
+
+TOY = [("the house".split(), "das Haus".split()), ("the".split(), "das".split())]
+
+
+def test_one_round_of_em_by_hand():
+    """All t begin at 1/2. Each word of the first pair then counts 1/3 to each of the, house and the empty
+    word, das of the second 1/2 to the and to the empty word: the has 5/6 of das and 1/3 of Haus."""
+    table, likelihoods = fit(TOY, rounds=1)
+    assert table.of("the", "das") == pytest.approx((5 / 6) / (7 / 6))
+    assert table.of("the", "Haus") == pytest.approx((1 / 3) / (7 / 6))
+    assert table.of(None, "das") == pytest.approx((5 / 6) / (7 / 6))
+    assert table.of("house", "das") == pytest.approx(1 / 2)
+    assert likelihoods == [pytest.approx(3 * math.log(1 / 2))]
+
+
+def test_two_pairs_converge_to_the_right_table():
+    table, _ = fit(TOY, rounds=500)
+    assert table.of("the", "das") == pytest.approx(1, abs=1e-2)
+    assert table.of("house", "Haus") == pytest.approx(1, abs=1e-2)
+    assert table.of("house", "das") < 1e-2
+
+
+def slow_round(pairs, t):
+    """One round of EM over dicts, with "" as the empty word."""
+    counts, totals = {}, {}
+    for e, f in pairs:
+        for target in f:
+            whole = sum(t[source, target] for source in ["", *e])
+            for source in ["", *e]:
+                part = t[source, target] / whole
+                counts[source, target] = counts.get((source, target), 0) + part
+                totals[source] = totals.get(source, 0) + part
+    return {(source, target): count / totals[source] for (source, target), count in counts.items()}
+
+
+def drawn(seed, num=30):
+    rng = random.Random(seed)
+    return [(rng.choices("abcdef", k=rng.randint(0, 4)), rng.choices("uvwxyz", k=rng.randint(1, 5)))
+            for _ in range(num)]
+
+
+def test_em_gives_what_a_slow_loop_gives_and_the_likelihood_never_falls():
+    pairs = drawn(0)
+    table, likelihoods = fit(pairs, rounds=6)
+    num = len({word for _, f in pairs for word in f})
+    t = {(source, target): 1 / num for e, f in pairs for source in ["", *e] for target in f}
+    for _ in range(6):
+        t = slow_round(pairs, t)
+    for (source, target), value in t.items():
+        assert table.of(source or None, target) == pytest.approx(value)
+    assert all(a <= b + 1e-9 for a, b in zip(likelihoods, likelihoods[1:]))
+
+
+def test_log_probs_of_the_fitted_pairs_are_the_likelihood():
+    pairs = drawn(1)
+    table, _ = fit(pairs, rounds=3)
+    _, likelihoods = fit(pairs, rounds=4)
+    assert sum(log_probs(table, unigrams(pairs), pairs, 0.0)) == pytest.approx(likelihoods[3])
+
+
+def test_unknown_words_on_both_sides_by_hand():
+    """5 known words and one place for unknown ones: das 2 + 1 of 3 + 2 + 1. Of the three words of "new the"
+    and the empty one, new speaks for nothing."""
+    unigram = unigrams(TOY)
+    assert unigram("das") == pytest.approx(3 / 6) and unigram("Katze") == pytest.approx(1 / 6)
+    table, _ = fit(TOY, rounds=1)
+    found = log_probs(table, unigram, [(["new", "the"], ["das", "Katze"]), ([], [])], 0.1)
+    das = 0.1 / 2 + 0.9 * (5 / 7 + 5 / 7 + 1 / 2) / 3
+    unknown = 0.1 / 6 + 0.9 * (1 / 6) / 3
+    assert found == [pytest.approx(math.log(das) + math.log(unknown)), 0.0]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_probabilities_of_all_words_sum_to_one(share):
+    pairs = drawn(2)
+    table, unigram = fit(pairs)[0], unigrams(pairs)
+    words = [*{word for _, f in pairs for word in f}, "unknown"]
+    found = log_probs(table, unigram, [(["a", "new", "b"], [word]) for word in words], share)
+    assert torch.tensor(found).exp().sum().item() == pytest.approx(1)
+
+
+def test_pairs_without_words_are_refused():
+    with pytest.raises(ValueError, match="no word on the side to be explained"):
+        fit([(["a"], [])])
+
+
+# ---- grammars ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("words", range(LEXICONS))
+def test_a_command_is_read_back_as_its_query_and_as_nothing_else(structure, words):
+    for query in queries("train", 200, 0):
+        _, command = texts(query, words, structure)
+        assert read(command, words, structure) == query and is_of(command, structure)
+        for other_words in range(LEXICONS):
+            for other in STRUCTURES:
+                if (other_words, other) != (words, structure):
+                    assert read(command, other_words, other) is None
+        assert not any(is_of(command, other) for other in STRUCTURES if other != structure)
+        assert read(f"{command} X", words, structure) is None
+
+
+def test_a_query_in_both_structures_by_hand():
+    query = grammars.Query(0, 1, ((2, 3), (4, 5)), (6, 2))
+    w = lambda kind, number: f"{kind[0]}{number}"
+    assert grammars.ask_pipes(w, query) == "v0 in p1 whose a2 is v3 and a4 is v5 , then v6 by a2"
+    assert grammars.command_pipes(w, query) == "v0 p1 -a2 v3 -a4 v5 | v6 -a2"
+    assert grammars.ask_frames(w, query) == "please for v5 of a4 plus for v3 of a2 from p1 do v0 after v6 on a2"
+    assert grammars.command_frames(w, query) == "( v6 : a2 ( v3 = a2 ; v5 = a4 @ p1 ) v0 )"
+
+
+def test_lexicons_and_structures_share_no_word():
+    own = [{word for pairs in lexicon(number).values() for pair in pairs for word in pair}
+           for number in range(LEXICONS)]
+    assert len(own[0]) == len(own[1]) == 2 * sum(grammars.NUM.values()) and not own[0] & own[1]
+    of = [set(), set()]
+    for found, structure in zip(of, STRUCTURES):
+        for query in queries("train", 100, 0):
+            for text in texts(query, 0, structure):
+                found |= {word.lstrip("-") for word in text.split()} - own[0]
+    assert of[0] and of[1] and not of[0] & of[1]
+
+
+def test_splits_share_no_query_and_seeds_differ():
+    train, test = (queries(split, 500, 0) for split in ("train", "test"))
+    assert len({*train, *test}) == 1000 and queries("train", 500, 1) != train
+    assert queries("train", 500, 0) == train
+
+
+# ---- the pairs of English and Bash -------------------------------------------------------------------------
+
+def test_the_rule_keeps_short_printable_pairs_once():
+    sentences = [" list ", "list", "tab\there", "long", "", "café", "count"]
+    commands = ["ls", "ls ", "cat", "x" * 121, "ls", "ls", "wc -l"]
+    assert nl2bash.kept(sentences, commands) == [{"prompt": "list", "completion": "ls"},
+                                                 {"prompt": "count", "completion": "wc -l"}]
+    assert len(nl2bash.kept([str(i) for i in range(50)], ["ls"] * 50, 7)) == 7
+    with pytest.raises(ValueError, match="1 sentences and 2 commands"):
+        nl2bash.kept(["a"], ["b", "c"])
+
+
+def test_the_file_is_as_the_rule_says_and_splits_share_no_command():
+    parts = {split: nl2bash.rows(split) for split in ("train", "preference", "validation", "test")}
+    whole = [(row["prompt"], row["completion"]) for part in parts.values() for row in part]
+    assert len(whole) == len(set(whole)) == nl2bash.NUM
+    assert all(0 < len(text) <= nl2bash.LONGEST and text.isascii() for pair in whole for text in pair)
+    commands = [{row["completion"] for row in part} for part in parts.values()]
+    assert sum(map(len, commands)) == len(set().union(*commands))
+
+
+def test_the_command_writes_a_new_file_and_refuses_one_that_is_there(tmp_path):
+    for name, text in (("nl", "list\ncount\n"), ("cm", "ls\nwc -l\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    paths = [str(tmp_path / name) for name in ("nl", "cm", "out.jsonl")]
+    nl2bash.main(paths)
+    rows = [{"prompt": "list", "completion": "ls"}, {"prompt": "count", "completion": "wc -l"}]
+    assert read_bytes(tmp_path / "out.jsonl").decode() == "".join(dumps(row) + "\n" for row in rows)
+    with pytest.raises(ValueError, match="out.jsonl"):
+        nl2bash.main(paths)
