@@ -119,15 +119,16 @@ class Encoder(nn.Module):
     def next_logps(self, ids, lengths):
         """Log-probs (2 or 1, B, T - 1) of the tokens 1.. given those before and, both-ways, of the tokens
         ..T - 2 given those after. Places beyond a text hold 0."""
-        x, inside = self.layers(self.embed(ids), lengths), torch.arange(ids.shape[1] - 1) < lengths[:, None] - 1
+        x = self.layers(self.embed(ids), lengths)
+        inside = torch.arange(ids.shape[1] - 1) < lengths[:, None] - 1      # (B, T - 1)
         if self.kind == "both-ways":
             x = self.project(x)                                             # (2, B, T, W)
             pairs = (x[0][:, :-1], ids[:, 1:]), (x[1][:, 1:], ids[:, :-1])
         else:
             pairs = ((x[:, :-1], ids[:, 1:]),)
-        whole = [x.new_zeros(inside.shape).masked_scatter(inside, self.logps_of(some[inside], targets[inside]))
-                 for some, targets in pairs]
-        return torch.stack(whole)
+        empty = x.new_zeros(inside.shape)
+        return torch.stack([empty.masked_scatter(inside, self.logps_of(some[inside], targets[inside]))
+                            for some, targets in pairs])
 
     def masked_logps(self, seen, hidden, ids, lengths):
         """Log-probs (N,) of the hidden tokens given all that is seen, in the order of hidden.nonzero()."""

@@ -1,11 +1,11 @@
 """On "Scientific Debt" in NLP (arXiv 2306.02870): pre-training methods held against each other under matched
 conditions, and what the comparison says where conditions are mixed up with methods.
 
-A bidirectional LSTM language model (ELMo-like), a causal transformer (GPT-1-like) and a masked one (BERT-like)
-of one size (text_encoders.py) train on the same sentences in 24 codes in the same order, as many steps. Each
-is then fine-tuned whole on topics (SIB-200) in all languages. For each the same RATES are tried, of
-pre-training by the loss of its own kind on other sentences after a short run, of fine-tuning by the accuracy
-on other topics (the rows of split "preference"). These are the matched arms.
+A bidirectional LSTM language model (ELMo-like), a causal transformer (GPT-1-like) and a masked one
+(BERT-like) of one size (text_encoders.py) train on the same sentences in 24 codes in the same order, as many
+steps. Each is then fine-tuned whole on topics (SIB-200) in all languages. For each the same RATES are tried,
+of pre-training by the loss of its own kind on other sentences after a short run, of fine-tuning by the
+accuracy on other topics (the rows of split "preference"). These are the matched arms.
 
 The untuned arms are the two baselines under conditions as they were once compared: pre-trained on SHORT of
 the tokens (GPT-1 read 0.8 billion words, BERT 3.3), at one rate that is not chosen, and ELMo's states frozen.
@@ -85,7 +85,8 @@ def folds(lab):
     others = real_text.topics("train")
     if lab.seed:
         reported, others = [*reported, *others], []
-    number = {name: i % FOLDS for i, name in enumerate(sorted({(row["label"], row["id"]) for row in reported}))}
+    names = sorted({(row["label"], row["id"]) for row in reported})
+    number = {name: i % FOLDS for i, name in enumerate(names)}
     of = lambda row: number[row["label"], row["id"]]
     return [([row for row in reported if of(row) != fold] + others,
              [row for row in reported if of(row) == fold]) for fold in range(FOLDS)]
@@ -139,7 +140,8 @@ def epochs_of(lab):
 
 
 def right(lab, kind, before, rate, frozen, train, test):
-    """Of each test row whether a classifier fine-tuned on the train rows is right. before: of `pretrained`."""
+    """Of each test row whether a classifier fine-tuned on the train rows is right. before: what `pretrained`
+    gave."""
     def make(folder):
         tokenizer = tokenizer_of(lab)
         encoder = new_encoder(lab, kind, tokenizer.vocab_size)
