@@ -65,7 +65,7 @@ def languages(split, count, seed):
 
 
 def translations(source, target, split):
-    """The pairs of two languages in one split, {"prompt", "completion", "question_id"}, in the file's order."""
+    """The pairs of two languages in one split, {"prompt", "completion", "question_id"}, in file order."""
     found = {}
     for row in rows("parallel"):
         if split_named(row["id"]) == split:

@@ -1,11 +1,17 @@
 """The three encoders: what each sees, masking by hand, one size; the claim on matched conditions."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from small import CPU
 
-from aya_min import text_encoders
+from aya_min import real_text, text_encoders
+from aya_min.claims import matched as claims
+from aya_min.experiments import DATA, Figure, measured
+from aya_min.experiments_records import run_claims
+from aya_min.files import write_jsonl
 from aya_min.text_encoders import KINDS, PARITY, Encoder, WithHead, batches, fit, mask_tokens, padded, turned
 
 V, W, P = 40, 16, 12
@@ -189,3 +195,86 @@ def test_a_frozen_encoder_stays_and_its_head_learns():
 def test_batches_pass_over_all_rows_before_any_comes_again():
     found = [row for batch in batches(7, 3, 7, seeded()) for row in batch]
     assert len(found) == 21 and all(sorted(found[i:i + 7]) == list(range(7)) for i in (0, 7, 14))
+
+
+# ---- the claim ---------------------------------------------------------------------------------------------
+
+CODES = "en", "de", "hi"
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """Two topics of 14 ids each, in three languages."""
+    monkeypatch.setattr(real_text, "FOLDER", tmp_path)
+    write_jsonl(tmp_path / "classification.jsonl", [
+        {"id": f"{topic}/{n}", "language": code, "text": f"{topic} {n}", "label": topic}
+        for code in CODES for topic in real_text.TOPICS[:2] for n in range(14)])
+    return lambda seed: SimpleNamespace(seed=seed, recipe=SimpleNamespace(
+        corpus=960, eval_split="test" if seed else "validation"))
+
+
+def ids(rows):
+    return {row["id"] for row in rows}
+
+
+@pytest.mark.parametrize("seed,num", [(0, 4), (1, 20)])
+def test_every_reported_id_is_in_one_fold_which_trains_on_all_others(lab, seed, num):
+    found = claims.folds(lab(seed))
+    reported = [ids(test) for _, test in found]
+    assert sum(map(len, reported)) == len(set().union(*reported)) == num
+    for train, test in found:
+        assert not ids(train) & ids(test) and len(test) == len(CODES) * len(ids(test))
+        assert len(ids(train) | ids(test)) == 20
+    other = ids(real_text.topics("preference"))
+    assert not any(ids(rows) & other for pair in found for rows in pair)
+    assert set().union(*reported) >= ids(real_text.topics("test" if seed else "validation"))
+
+
+def test_matched_arms_choose_both_rates_and_untuned_ones_none(lab, monkeypatch):
+    """Pre-training is best at 3e-3 in the short run, fine-tuning at 1e-2."""
+    loss = {1e-3: 2.0, 3e-3: 1.0, 1e-2: 3.0}
+    monkeypatch.setattr(claims, "pretrained",
+                        lambda lab, kind, rate, share=1.0: {"loss": loss[rate], "is": (kind, rate, share)})
+    monkeypatch.setattr(claims, "right", lambda lab, kind, before, rate, *rest: [float(rate == 1e-2)])
+    for arm in claims.MATCHED:
+        kind, before, rate, frozen = claims.chosen(lab(1), arm)
+        assert before["is"] == (claims.KIND[arm], 3e-3, 1.0) and rate == 1e-2 and not frozen
+    for arm, name in claims.UNTUNED.items():
+        kind, before, rate, frozen = claims.chosen(lab(1), arm)
+        assert before["is"] == (claims.KIND[name], claims.RATES[0], claims.SHORT)
+        assert rate == claims.RATES[0] and frozen == (name == claims.ELMO)
+
+
+def test_a_condition_that_differs_loses_the_comparison(lab, monkeypatch):
+    same = {"sentences": 5, "steps": 4, "tuned": 6, "frozen": False, "parameters": 1000}
+    found = {arm: dict(same) for arm in claims.MATCHED}
+    monkeypatch.setattr(claims, "conditions", lambda lab, arm: dict(found[arm]))
+    figure = Figure("", claims.differing, "below", 0.5)
+    found[claims.GPT]["parameters"] = 1029
+    assert measured(lab(1), figure)["value"] == 0.0
+    found[claims.GPT]["parameters"] = 1031
+    assert measured(lab(1), figure)["value"] == pytest.approx(1 / 5)
+    found[claims.BERT]["tuned"] = 7
+    assert measured(lab(1), figure)["value"] == pytest.approx(2 / 5)
+    assert measured(lab(1), figure)["verdict"] != "shown"
+
+
+def test_competitive_is_within_the_margin(lab, monkeypatch):
+    """Of 40 texts 20 and 21 are right, at a difference of 0.025."""
+    right = {claims.ELMO: 20, claims.BERT: 21}
+    monkeypatch.setattr(claims, "answers", lambda lab, arm: [
+        (str(i), "en", float(i < right[arm])) for i in range(40)])
+    found = measured(lab(1), claims.less(claims.ELMO, claims.BERT, -claims.MARGIN))
+    assert found["value"] == pytest.approx(-1 / 40) and found["none"] == -claims.MARGIN
+
+
+def test_tuning_is_counted_and_unequal_arms_have_their_reason():
+    assert set(claims.TUNED.values()) == {2 * len(claims.RATES)} and set(claims.TUNED) == set(claims.MATCHED)
+    assert set(claims.UNMATCHED) < {claim.name for claim in claims.CLAIMS}
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not (DATA / "parallel.jsonl").is_file(), reason="needs parallel.jsonl in ../shared/data")
+def test_a_tiny_run_tries_every_claim(tmp_path):
+    record = run_claims("matched", (0,), "smoke", tmp_path / "out", CPU)
+    assert [claim["name"] for claim in record["results"]] == [claim.name for claim in claims.CLAIMS]

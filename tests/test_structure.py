@@ -2,13 +2,18 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
+from small import CPU
 
-from aya_min import grammars, nl2bash
+from aya_min import grammars, nl2bash, real_text
 from aya_min.alignment import fit, log_probs, unigrams
-from aya_min.files import dumps, read_bytes
+from aya_min.claims import structure as claims
+from aya_min.experiments import Comparison, Figure, measured
+from aya_min.experiments_records import run_claims
+from aya_min.files import dumps, read_bytes, write_jsonl
 from aya_min.grammars import LEXICONS, STRUCTURES, is_of, lexicon, queries, read, texts
 
 # ---- model 1 -----------------------------------------------------------------------------------------------
@@ -119,7 +124,8 @@ def test_a_query_in_both_structures_by_hand():
     w = lambda kind, number: f"{kind[0]}{number}"
     assert grammars.ask_pipes(w, query) == "v0 in p1 whose a2 is v3 and a4 is v5 , then v6 by a2"
     assert grammars.command_pipes(w, query) == "v0 p1 -a2 v3 -a4 v5 | v6 -a2"
-    assert grammars.ask_frames(w, query) == "please for v5 of a4 plus for v3 of a2 from p1 do v0 after v6 on a2"
+    asked = "please for v5 of a4 plus for v3 of a2 from p1 do v0 after v6 on a2"
+    assert grammars.ask_frames(w, query) == asked
     assert grammars.command_frames(w, query) == "( v6 : a2 ( v3 = a2 ; v5 = a4 @ p1 ) v0 )"
 
 
@@ -171,3 +177,124 @@ def test_the_command_writes_a_new_file_and_refuses_one_that_is_there(tmp_path):
     assert read_bytes(tmp_path / "out.jsonl").decode() == "".join(dumps(row) + "\n" for row in rows)
     with pytest.raises(ValueError, match="out.jsonl"):
         nl2bash.main(paths)
+
+
+def test_translations_pair_two_languages_within_a_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_text, "FOLDER", tmp_path)
+    write_jsonl(tmp_path / "parallel.jsonl", [
+        {"id": f"ntrex/{n}", "language": code, "text": f"{code} {n}"}
+        for code in ("de", "en", "fr") for n in range(40) if (code, n) != ("de", 0)])
+    splits = "train", "preference", "validation", "test"
+    parts = [real_text.translations("en", "de", split) for split in splits]
+    found = {row["question_id"]: (row["prompt"], row["completion"]) for part in parts for row in part}
+    assert found == {f"ntrex/{n}": (f"en {n}", f"de {n}") for n in range(1, 40)}
+    assert sum(map(len, parts)) == 39 and all(parts)
+
+
+# ---- the claim ---------------------------------------------------------------------------------------------
+
+class StandIn(SimpleNamespace):
+    """A lab that says what would be trained: a model is the list of what it was trained on."""
+
+    def untrained(self, texts, size):
+        return [("start", len(texts), size)]
+
+    def train(self, name, stage, start, rows, **settings):
+        return [*start, (rows, settings)]
+
+    def batch_of(self, rows, name):
+        return min(32, len(rows))
+
+
+def lab_of(**more):
+    recipe = SimpleNamespace(corpus=24 * 64, eval_count=40, eval_split="validation")
+    return StandIn(seed=0, recipe=recipe, module=claims, **more)
+
+
+def test_arms_differ_in_the_source_alone_and_budgets_are_parts_of_one_training():
+    lab, made = lab_of(), {}
+    for arm in [*(f"{source}, {budget}" for source in claims.SOURCES for budget in claims.BUDGETS),
+                "from scratch"]:
+        made[arm] = claims.ARMS[arm](lab)
+    for source in claims.SOURCES:
+        for budget, num in (("1/16", 4), ("1/4", 16), ("1", 64)):
+            start, *parts, (rows, settings) = made[f"{source}, {budget}"]
+            assert start == made["from scratch"][0]
+            assert (rows, settings) == made["from scratch"][-1]
+            assert [row for part, _ in parts for row in part] == claims.source_rows(lab, source)[:num]
+    ids = [[row["question_id"] for row in claims.source_rows(lab, source)] for source in claims.SOURCES]
+    assert all(each == ids[0] for each in ids)
+    assert not set(ids[0]) & {row["question_id"] for row in claims.target_rows(lab, "validation")}
+
+
+def test_sources_share_with_the_target_what_their_names_say():
+    lab = lab_of()
+    words = {source: {word.strip("-") for row in claims.source_rows(lab, source)
+                      for word in row["completion"].split() if word.strip("-").isalpha()}
+             for source in claims.SOURCES}
+    assert words["lexicon"] == words["both"] and words["structure"] == words["neither"]
+    assert not words["both"] & words["neither"]
+    for source, is_shared in (("both", 1), ("structure", 1), ("lexicon", 0), ("neither", 0)):
+        assert all(claims.well_formed("", row["completion"]) == is_shared
+                   for row in claims.source_rows(lab, source))
+
+
+def test_sorted_words_and_another_pair_s_sentence_leave_the_commands_as_they_are():
+    lab = lab_of()
+    own, some, other = (claims.bash_rows(lab, "train", how) for how in claims.HOW)
+    for a, b, c in zip(own, some, other, strict=True):
+        assert a["completion"] == b["completion"] == c["completion"]
+        assert sorted(a["prompt"].split()) == b["prompt"].split()
+    assert sorted(row["prompt"] for row in own) == sorted(row["prompt"] for row in other)
+    place = {row["prompt"]: i for i, row in enumerate(own)}
+    assert all(place[row["prompt"]] != i for i, row in enumerate(other) if len(place) == len(own))
+
+
+def test_measures_of_answers_by_hand():
+    assert claims.right_words("HIDE BARN -SIZE BIG", "BARN x HIDE HIDE") == 0.5
+    assert claims.well_formed("", "A B -C D | E -F") == 1.0 and claims.well_formed("", "A B -C") == 0.0
+
+
+def values(figure, lab):
+    return measured(lab, figure)["value"]
+
+
+def test_the_longest_pre_training_is_held_against_the_shorter_one_that_other_rows_choose(monkeypatch):
+    """Other rows prefer 1/16, although 1/4 is better on those that are reported."""
+    found = {("target", "1/16"): 2.0, ("target", "1/4"): 1.0, ("target", "1"): 2.5,
+             ("target, others", "1/16"): 1.0, ("target, others", "1/4"): 2.0}
+    monkeypatch.setattr(claims, "nats", lambda lab, arm, held_out: [found[held_out, arm.split(", ")[1]]] * 10)
+    assert values(claims.longest("neither", claims.BUDGETS, "target"), lab_of()) == pytest.approx(0.5)
+
+
+def test_shares_of_gains_by_hand(monkeypatch):
+    """Without pre-training 5 nats, after the lexicon 3.5, after the target 1: 1.5 less half of 4."""
+    found = {"from scratch": 5.0, "lexicon, 1": 3.5, "both, 1": 1.0}
+    monkeypatch.setattr(claims, "nats", lambda lab, arm: [found[arm]] * 10)
+    figure = Figure("", claims.share_of_gain, "above", 0.0)
+    assert values(figure, lab_of()) == pytest.approx(-0.5)
+    assert measured(lab_of(), figure)["verdict"] == "reversed"
+
+
+def test_what_sorted_words_keep_by_hand():
+    """Of a sentence worth 3 - 1 nats sorted words lose 1.8 - 1: they keep 1.2, which is 0.2 above a half."""
+    nats = dict(zip(claims.HOW, (1.0, 1.8, 3.0)))
+    lab = lab_of(arm=lambda name: name)
+    lab.losses = lambda arm, rows: [nats[arm.removeprefix("bash, ")]] * len(rows)
+    assert values(Figure("", claims.kept_when_sorted, "above", 0.0), lab) == pytest.approx(0.2)
+
+
+def test_every_claim_compares_arms_that_are_there():
+    for claim in claims.CLAIMS:
+        assert set(claim.arms) <= claims.ARMS.keys()
+        assert all(isinstance(c, Figure) or c.held_out in claims.HELD_OUT for c in claim.comparisons)
+        if any(isinstance(c, Comparison) for c in claim.comparisons):
+            assert claim.name in claims.UNMATCHED
+    assert set(claims.UNMATCHED) <= {claim.name for claim in claims.CLAIMS}
+
+
+@pytest.mark.long
+def test_a_tiny_run_tries_every_claim(tmp_path):
+    tried = [claim.name for claim in claims.CLAIMS if not claim.skipped]
+    record = run_claims("structure", (0,), "smoke", tmp_path / "out", CPU)
+    assert [claim["name"] for claim in record["results"]] == tried
