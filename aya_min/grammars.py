@@ -132,6 +132,7 @@ def queries(split, count, seed):
     return list(found)
 
 
+@cache
 def rows(split, count, seed, words, structure):
     """Queries as {"prompt", "completion", "question_id"}."""
     made = [(*texts(query, words, structure), repr(query)) for query in queries(split, count, seed)]

@@ -25,6 +25,7 @@ KINDS = ("both-ways", "causal", "masked")
 PARITY = 0.03                   # what numbers of parameters may differ, as a share
 MASKED = 0.15                   # of the tokens are predicted (BERT, section 3.1); of these
 TO_MASK, TO_RANDOM = 0.8, 0.1   # become the mask or a random token; the rest stays as it is
+WINDOW = 16                     # batches that are drawn together (`batches`)
 STD = 0.08                      # of the embeddings at first, as in preset tiny
 EPS = 1e-6
 
@@ -167,14 +168,16 @@ def padded(rows, pad_id):
     return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, pad_id), lengths
 
 
-def batches(num, size, steps, generator):
-    """The row numbers of each of `steps` batches: passes over all rows, each in another order."""
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        while len(order) < size:
-            order = torch.cat((order, torch.randperm(num, generator=generator)))
-        yield order[:size].tolist()
-        order = order[size:]
+def batches(lengths, size, steps, generator):
+    """The row numbers of each of `steps` batches: passes over all rows, each in another order. Of WINDOW
+    batches each holds rows of similar lengths, so that little is padding, and their order is drawn."""
+    order = []
+    for begin in range(0, steps, WINDOW):
+        while len(order) < size * WINDOW:
+            order += torch.randperm(len(lengths), generator=generator).tolist()
+        window, order = sorted(order[:size * WINDOW], key=lengths.__getitem__), order[size * WINDOW:]
+        for i in torch.randperm(WINDOW, generator=generator).tolist()[:steps - begin]:
+            yield window[i * size:(i + 1) * size]
 
 
 def fit(model, losses, learning_rate):

@@ -12,7 +12,8 @@ from aya_min.claims import matched as claims
 from aya_min.experiments import DATA, Figure, measured
 from aya_min.experiments_records import run_claims
 from aya_min.files import write_jsonl
-from aya_min.text_encoders import KINDS, PARITY, Encoder, WithHead, batches, fit, mask_tokens, padded, turned
+from aya_min.text_encoders import (KINDS, PARITY, WINDOW, Encoder, WithHead, batches, fit, mask_tokens,
+                                   padded, turned)
 
 V, W, P = 40, 16, 12
 
@@ -192,9 +193,21 @@ def test_a_frozen_encoder_stays_and_its_head_learns():
     assert set(before) - set(same) == {"head.weight", "head.bias"}
 
 
-def test_batches_pass_over_all_rows_before_any_comes_again():
-    found = [row for batch in batches(7, 3, 7, seeded()) for row in batch]
-    assert len(found) == 21 and all(sorted(found[i:i + 7]) == list(range(7)) for i in (0, 7, 14))
+def test_batches_pass_over_all_rows_before_any_comes_again_and_hold_similar_lengths():
+    lengths = torch.randint(1, 50, (4 * WINDOW,), generator=seeded()).tolist()
+    found = list(batches(lengths, 4, 2 * WINDOW + 3, seeded()))
+    assert len(found) == 2 * WINDOW + 3 and {len(batch) for batch in found} == {4}
+    for each in (found[:WINDOW], found[WINDOW:2 * WINDOW]):
+        assert sorted(row for batch in each for row in batch) == list(range(4 * WINDOW))
+        of = [[lengths[row] for row in batch] for batch in each]
+        ends = sorted((min(some), max(some)) for some in of)
+        assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:]))
+    assert found[:WINDOW] != found[WINDOW:2 * WINDOW] == list(batches(lengths, 4, 32, seeded()))[WINDOW:]
+
+
+def test_batches_of_fewer_rows_than_a_window_repeat_them_equally():
+    found = [row for batch in batches([5, 6, 7], 6, WINDOW, seeded()) for row in batch]
+    assert all(found.count(row) == 6 * WINDOW // 3 for row in range(3))
 
 
 # ---- the claim ---------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from small import CPU
 
 from aya_min import grammars, nl2bash, real_text
-from aya_min.alignment import fit, log_probs, unigrams
+from aya_min.alignment import SHARES, explained, fit, log_probs, unigrams, words
 from aya_min.claims import structure as claims
 from aya_min.experiments import Comparison, Figure, measured
 from aya_min.experiments_records import run_claims
@@ -93,9 +93,22 @@ def test_unknown_words_on_both_sides_by_hand():
 def test_probabilities_of_all_words_sum_to_one(share):
     pairs = drawn(2)
     table, unigram = fit(pairs)[0], unigrams(pairs)
-    words = [*{word for _, f in pairs for word in f}, "unknown"]
-    found = log_probs(table, unigram, [(["a", "new", "b"], [word]) for word in words], share)
+    targets = [*{word for _, f in pairs for word in f}, "unknown"]
+    found = log_probs(table, unigram, [(["a", "new", "b"], [word]) for word in targets], share)
     assert torch.tensor(found).exp().sum().item() == pytest.approx(1)
+
+
+def test_what_is_explained_takes_the_share_that_other_pairs_like_best():
+    train, other, pairs = drawn(3), drawn(4), drawn(5)
+    plain, mixed = explained(train, other, pairs)
+    table, unigram = fit(train)[0], unigrams(train)
+    nats = {share: [-value for value in log_probs(table, unigram, pairs, share)] for share in (*SHARES, 1.0)}
+    best = min(SHARES, key=lambda share: -sum(log_probs(table, unigram, other, share)))
+    assert plain == nats[1.0] and mixed == nats[best]
+
+
+def test_words_are_runs_of_letters_and_single_signs():
+    assert words("find . -name '*.c'") == ["find", ".", "-", "name", "'", "*", ".", "c", "'"]
 
 
 def test_pairs_without_words_are_refused():
@@ -106,17 +119,17 @@ def test_pairs_without_words_are_refused():
 # ---- grammars ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("words", range(LEXICONS))
-def test_a_command_is_read_back_as_its_query_and_as_nothing_else(structure, words):
+@pytest.mark.parametrize("number", range(LEXICONS))
+def test_a_command_is_read_back_as_its_query_and_as_nothing_else(structure, number):
     for query in queries("train", 200, 0):
-        _, command = texts(query, words, structure)
-        assert read(command, words, structure) == query and is_of(command, structure)
+        _, command = texts(query, number, structure)
+        assert read(command, number, structure) == query and is_of(command, structure)
         for other_words in range(LEXICONS):
             for other in STRUCTURES:
-                if (other_words, other) != (words, structure):
+                if (other_words, other) != (number, structure):
                     assert read(command, other_words, other) is None
         assert not any(is_of(command, other) for other in STRUCTURES if other != structure)
-        assert read(f"{command} X", words, structure) is None
+        assert read(f"{command} X", number, structure) is None
 
 
 def test_a_query_in_both_structures_by_hand():
@@ -207,7 +220,7 @@ class StandIn(SimpleNamespace):
 
 
 def lab_of(**more):
-    recipe = SimpleNamespace(corpus=24 * 64, eval_count=40, eval_split="validation")
+    recipe = SimpleNamespace(corpus=12 * 64, eval_count=40, eval_split="validation")
     return StandIn(seed=0, recipe=recipe, module=claims, **more)
 
 
@@ -229,11 +242,11 @@ def test_arms_differ_in_the_source_alone_and_budgets_are_parts_of_one_training()
 
 def test_sources_share_with_the_target_what_their_names_say():
     lab = lab_of()
-    words = {source: {word.strip("-") for row in claims.source_rows(lab, source)
+    shown = {source: {word.strip("-") for row in claims.source_rows(lab, source)
                       for word in row["completion"].split() if word.strip("-").isalpha()}
              for source in claims.SOURCES}
-    assert words["lexicon"] == words["both"] and words["structure"] == words["neither"]
-    assert not words["both"] & words["neither"]
+    assert shown["lexicon"] == shown["both"] and shown["structure"] == shown["neither"]
+    assert not shown["both"] & shown["neither"]
     for source, is_shared in (("both", 1), ("structure", 1), ("lexicon", 0), ("neither", 0)):
         assert all(claims.well_formed("", row["completion"]) == is_shared
                    for row in claims.source_rows(lab, source))

@@ -28,6 +28,11 @@ All comparisons and rules were written before any run:
 Departures: we know the paper's abstract alone, so how it builds its tasks and measures overlap is not known
 to us. SQL, whose overlap with Bash it finds strong, has only the synthetic structure in its place. Ours are
 decoders of under a million parameters. English to German has some hundred pairs, read up to 9 times.
+
+No seed has run at preset tiny. A smoke run of seed 0 (3 pairs of the target) showed that it runs; model 1 on
+the split "preference", which no seed reports, saves 12% of the unigram model's nats on Bash, and with as many
+pairs 8.2% on Bash and 7.8% on German. After that sources got twice the queries and Bash 4 epochs in place of
+2, for the time that was left; no rule was changed.
 """
 
 import math
@@ -49,13 +54,13 @@ SOURCES = {"both": (0, "pipes"), "lexicon": (0, "frames"), "structure": (1, "pip
 TARGET = SOURCES["both"]
 HOW = ("as they are", "words sorted", "another pair's")
 RATE, FINE_RATE = 3e-3, 2e-3
-FINE_EPOCHS, BASH_EPOCHS = 4, 2
+FINE_EPOCHS, BASH_EPOCHS = 4, 4
 
 
 # ---- data --------------------------------------------------------------------------------------------------
 
 def source_rows(lab, source):
-    return grammars.rows("train", lab.recipe.corpus // 24, f"{lab.seed}/source", *SOURCES[source])
+    return grammars.rows("train", lab.recipe.corpus // 12, f"{lab.seed}/source", *SOURCES[source])
 
 
 def target_rows(lab, split):
