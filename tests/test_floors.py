@@ -30,13 +30,12 @@ FLOORS = [
     {"balance", "grammars", "moe", "nl2bash"},
     # 5: the decoder
     {"model"},
-    # 6: text to ids, rows to batches, the engine's tensors, an endpoint asked, figures, the oracle, encoders
+    # 6: text to ids, rows to batches, the engine's tensors, an endpoint asked, figures, the oracle
     {"classifier", "critic", "data", "endpoint", "engine", "evaluate_rates", "language_id", "mixture",
-     "preferences", "report_table", "text_encoders", "text_statistics", "tokenizer",
-     "world_oracle"},
-    # 7: what is done with a model or with folders
+     "preferences", "report_table", "text_statistics", "tokenizer", "world_oracle"},
+    # 7: what is done with a model or with folders, encoders that are pre-trained in three ways
     {"arbitrage", "domains", "endpoint_answers", "evaluate_languages", "loop", "merge_folders", "report",
-     "reward", "sampling", "weights", "world_data", "world_translation"},
+     "reward", "sampling", "text_encoders", "weights", "world_data", "world_translation"},
     # 8: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch, models in fewer bits and what stands in their way, examples to classify
     {"chat", "classify", "contrast", "evaluate_answers", "judges", "kto", "merge_embed", "merge_quantize",

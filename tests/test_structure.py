@@ -78,8 +78,8 @@ def test_log_probs_of_the_fitted_pairs_are_the_likelihood():
 
 
 def test_unknown_words_on_both_sides_by_hand():
-    """5 known words and one place for unknown ones: das 2 + 1 of 3 + 2 + 1. Of the three words of "new the"
-    and the empty one, new speaks for nothing."""
+    """Three words of two kinds and one place for unknown ones: das has 2 + 1 of 3 + 2 + 1. Of new, the and
+    the empty word, new speaks for nothing."""
     unigram = unigrams(TOY)
     assert unigram("das") == pytest.approx(3 / 6) and unigram("Katze") == pytest.approx(1 / 6)
     table, _ = fit(TOY, rounds=1)
