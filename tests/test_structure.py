@@ -11,10 +11,13 @@ from small import CPU
 from aya_min import grammars, nl2bash, real_text
 from aya_min.alignment import SHARES, explained, fit, log_probs, unigrams, words
 from aya_min.claims import structure as claims
+from aya_min.data import load_examples
 from aya_min.experiments import Comparison, Figure, measured
 from aya_min.experiments_records import run_claims
 from aya_min.files import dumps, read_bytes, write_jsonl
 from aya_min.grammars import LEXICONS, STRUCTURES, is_of, lexicon, queries, read, texts
+from aya_min.held_out import WHOLE
+from aya_min.tokenizer import train_tokenizer
 
 # ---- model 1 -----------------------------------------------------------------------------------------------
 
@@ -295,6 +298,15 @@ def test_what_sorted_words_keep_by_hand():
     lab = lab_of(arm=lambda name: name)
     lab.losses = lambda arm, rows: [nats[arm.removeprefix("bash, ")]] * len(rows)
     assert values(Figure("", claims.kept_when_sorted, "above", 0.0), lab) == pytest.approx(0.2)
+
+
+def test_the_tokens_by_which_nats_are_summed_are_those_of_the_loss(tmp_path):
+    rows = nl2bash.rows("train")[:20]
+    tokenizer = train_tokenizer([row["completion"] for row in rows], 320)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    examples = load_examples([tmp_path / "rows.jsonl"], tokenizer, 1000, WHOLE)
+    assert ([int(example.mask.sum()) for example in examples]
+            == [len(tokenizer.encode_answer(row["completion"])) for row in rows])
 
 
 def test_every_claim_compares_arms_that_are_there():
