@@ -21,10 +21,12 @@ All comparisons and rules were written before any run:
 
 Departures: of the paper we know the abstract. It tries English benchmarks at the originals' size, and even
 simpler variants of the baselines; ours are of hundreds of thousands of parameters, read the mean of the
-states, and the masked model predicts 15% of the tokens of a step where the others predict all, since that is
-its method. Texts are cut at PLACES tokens, and all trains on the CPU. No seed has run at preset tiny: a smoke run of seed 0 (4 steps of
-pre-training, all at chance) and the time of 12 steps of each kind led to fewer steps and folds (300 to 200
-steps, 4 folds to 3) and to batches of texts of similar lengths.
+states, and train on the CPU. The masked model predicts 15% of the tokens of a step where the others predict
+all, since that is its method. Texts are cut at PLACES tokens.
+
+No seed has run at preset tiny. Smoke runs of seed 0 (4 steps of pre-training, all at chance) and the time of
+12 steps of each kind led to fewer steps and folds (300 to 200 steps, 4 folds to 3) and to batches of texts of
+similar lengths.
 """
 
 from functools import cache, partial
