@@ -64,6 +64,16 @@ def languages(split, count, seed):
     return [{**row, "label": row["language"]} for row in sentences(split, count, seed)]
 
 
+def translations(source, target, split):
+    """The pairs of two languages in one split, {"prompt", "completion", "question_id"}, in file order."""
+    found = {}
+    for row in rows("parallel"):
+        if split_named(row["id"]) == split:
+            found.setdefault(row["id"], {})[row["language"]] = row["text"]
+    return [{"prompt": both[source], "completion": both[target], "question_id": name}
+            for name, both in found.items() if {source, target} <= both.keys()]
+
+
 def topics(split):
     """The sentences with topics of one split. Each topic's ids are dealt to the splits in TURNS."""
     found, dealt = rows("classification"), {}

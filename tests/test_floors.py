@@ -17,9 +17,9 @@ FLOORS = [
     # 0: the command line, the table of model families
     {"command", "families"},
     # 1: a model's sizes, plain files, pure functions on texts and tensors
-    {"cmaes", "code_shapes", "config_selection", "critiques", "discrete_functions", "dropout", "files",
-     "flops", "iso639", "lasso", "line", "linear", "merge_methods", "mixture_draw", "model_config", "norms",
-     "patience", "quantization", "report_charts", "rope", "rows_keys", "span_corruption",
+    {"alignment", "cmaes", "code_shapes", "config_selection", "critiques", "discrete_functions", "dropout",
+     "files", "flops", "iso639", "lasso", "line", "linear", "merge_methods", "mixture_draw", "model_config",
+     "norms", "patience", "quantization", "report_charts", "rope", "rows_keys", "span_corruption",
      "template_expressions"},
     # 2: settings, languages, ranks, losses, templates, tensors on disk
     {"config", "distributed", "encoder_decoder_config", "languages", "merge_config", "merge_front",
@@ -30,7 +30,7 @@ FLOORS = [
      "journal", "lengths", "loss_scale", "losses", "mixture_spec", "report_data", "rows", "template_turns",
      "world"},
     # 4: the layers of a mixture of experts, its losses over a step
-    {"balance", "mixture_index", "moe"},
+    {"balance", "grammars", "mixture_index", "moe", "nl2bash"},
     # 5: the decoder, the encoder-decoder; text to ids
     {"encoder_decoder", "mixture_rows", "model", "tokenizer"},
     # 6: rows to batches, the engine's tensors, an endpoint asked, figures, the oracle
@@ -42,7 +42,7 @@ FLOORS = [
     # 8: what is done with a model or with folders
     {"arbitrage", "code_data", "domains", "endpoint_answers", "evaluate_languages", "filtration_scores",
      "frames", "loop", "merge_folders", "mixture_stream", "report", "reward", "sampling", "separations",
-     "templates", "weights", "world_data", "world_translation"},
+     "templates", "text_encoders", "weights", "world_data", "world_translation"},
     # 9: run folders, conversations, log-probs under a fixed model, judges, a recipe's checks, the server's
     # batch, models in fewer bits and what stands in their way, examples to classify
     {"chat", "classify", "contrast", "evaluate_answers", "filtration", "in_context", "judges", "kto",
