@@ -396,7 +396,7 @@ def test_the_list_names_every_claim_with_its_paper(capsys):
 def test_every_claim_file_runs_at_preset_smoke(name, in_process, tmp_path_factory):
     out = tmp_path_factory.getbasetemp() / "claims"         # all files share it, and with it the start
     code, printed, err = in_process(train, "claim", name, "--preset", "smoke", "--seeds", "1", "--out", out)
-    if code == 2 and "no part of this repository" in err[-1]:
+    if code == 2 and ("no part of this repository" in err[-1] or "../shared/data" in err[-1]):
         pytest.skip("the real text is not here")
     assert code == 0, err
     record = json.loads((out / name / "claim.json").read_text(encoding="utf-8"))

@@ -5,12 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small import CPU
 
 from aya_min import real_text, text_encoders
 from aya_min.claims import matched as claims
-from aya_min.experiments import DATA, Figure, measured
-from aya_min.experiments_records import run_claims
+from aya_min.experiments import Figure, measured
 from aya_min.files import write_jsonl
 from aya_min.text_encoders import (KINDS, PARITY, WINDOW, Encoder, WithHead, batches, fit, mask_tokens,
                                    padded, turned)
@@ -284,10 +282,3 @@ def test_competitive_is_within_the_margin(lab, monkeypatch):
 def test_tuning_is_counted_and_unequal_arms_have_their_reason():
     assert set(claims.TUNED.values()) == {2 * len(claims.RATES)} and set(claims.TUNED) == set(claims.MATCHED)
     assert set(claims.UNMATCHED) < {claim.name for claim in claims.CLAIMS}
-
-
-@pytest.mark.long
-@pytest.mark.skipif(not (DATA / "parallel.jsonl").is_file(), reason="needs parallel.jsonl in ../shared/data")
-def test_a_tiny_run_tries_every_claim(tmp_path):
-    record = run_claims("matched", (0,), "smoke", tmp_path / "out", CPU)
-    assert [claim["name"] for claim in record["results"]] == [claim.name for claim in claims.CLAIMS]

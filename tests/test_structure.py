@@ -6,14 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small import CPU
 
 from aya_min import grammars, nl2bash, real_text
 from aya_min.alignment import SHARES, explained, fit, log_probs, unigrams, words
 from aya_min.claims import structure as claims
 from aya_min.data import load_examples
 from aya_min.experiments import Comparison, Figure, measured
-from aya_min.experiments_records import run_claims
 from aya_min.files import dumps, read_bytes, write_jsonl
 from aya_min.grammars import LEXICONS, STRUCTURES, is_of, lexicon, queries, read, texts
 from aya_min.held_out import WHOLE
@@ -316,10 +314,3 @@ def test_every_claim_compares_arms_that_are_there():
         if any(isinstance(c, Comparison) for c in claim.comparisons):
             assert claim.name in claims.UNMATCHED
     assert set(claims.UNMATCHED) <= {claim.name for claim in claims.CLAIMS}
-
-
-@pytest.mark.long
-def test_a_tiny_run_tries_every_claim(tmp_path):
-    tried = [claim.name for claim in claims.CLAIMS if not claim.skipped]
-    record = run_claims("structure", (0,), "smoke", tmp_path / "out", CPU)
-    assert [claim["name"] for claim in record["results"]] == tried
