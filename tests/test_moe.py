@@ -14,7 +14,7 @@ from small import (assert_close, language_model, loaded_sharded, logged, on_rank
 from torch._inductor import config as inductor
 from torch.utils.flop_counter import FlopCounterMode
 
-from aya_min import estimate, linear, weights
+from aya_min import estimate, fused, linear, weights
 from aya_min.config import SFT
 from aya_min.engine import Engine
 from aya_min.fused import Fused
@@ -488,7 +488,7 @@ def test_without_weights_packed_as_on_a_gpu_the_engine_says_the_same(kind, monke
     prompt = rows(model)[0][0].tolist()
     with torch.no_grad():
         exact = model(torch.tensor([prompt]))[0, -1]
-    monkeypatch.setattr(Fused, "can_pack", lambda self, nbytes: False)
+    monkeypatch.setattr(fused, "can_pack", lambda device, dtype, nbytes: False)
     logits, _ = Engine(Fused(model), 1, 32, 8, 0).prefill([prompt])
     torch.testing.assert_close(logits[0], exact, atol=1e-4, rtol=1e-4)
 
