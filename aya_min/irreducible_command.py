@@ -9,6 +9,7 @@ import torch
 from . import config, distributed, irreducible, weights
 from .data import load_examples
 from .files import refuse_pipe
+from .mixture_spec import is_spec
 from .model import CohereForCausalLM
 from .reference import answer_logps
 from .stages import fitting
@@ -37,6 +38,9 @@ def run_irreducible(args, device):
     distributed.from_main(lambda: irreducible.check_place(path))
     for name in args.data:
         refuse_pipe(name)
+        if is_spec(name):
+            raise ValueError(f"--data {name}: the spec of a mixture; python -m aya_min.mixture writes its "
+                             "rows to a JSONL file, which takes its place here")
     kind = weights.read_config(args.model)[1]
     if kind is not CohereForCausalLM:
         raise ValueError(f"--model {args.model}: a {weights.KINDS[kind]}; irreducible losses are those of a "

@@ -17,8 +17,8 @@ Only "sources", with "files" and "weight" in each, is needed. Files are relative
   translated), "cap_language" of each language over all sources.
 - "epochs": how often a row may come in one pass over the mixture, on average over a source: 1, unless the
   spec says more. A source that has too few rows is refused.
-- "template_weights": how likely rows of a "template_id", or without one of a "task_type", are beside rows
-  whose template is not named, which count 1. 0 leaves them out.
+- "template_weights": how likely rows are whose "template_id", or else whose "task_type", it names, beside
+  all other rows, which count 1. 0 leaves them out.
 - "columns": {our key: the file's}, as --columns.
 """
 
@@ -32,11 +32,12 @@ from .files import dumps, read_json, refuse_pipe
 from .languages import SPELLINGS, language_code
 from .rows_keys import check_columns
 
-COUNT = (int, "[1, inf)")
+COUNT = (int, "[1, 1000000000000]")
+WEIGHT = "[0, 1000000000]"
 # {key: (kind, interval) of a number, or the type of another value}
 OF_SPEC = {"seed": (int, WHOLE), "total": COUNT, "temperature": (float, "[0, 10]"), "cap_language": COUNT,
            "languages": list, "sources": dict}
-OF_SOURCE = {"files": list, "weight": (float, "[0, inf)"), "cap_dataset": COUNT,
+OF_SOURCE = {"files": list, "weight": (float, WEIGHT), "cap_dataset": COUNT,
              "cap_dataset_language": COUNT, "epochs": (float, "[1, 1000000]"), "columns": dict,
              "template_weights": dict}
 REMEDY = "give the spec of a mixture, as aya_min/mixture_spec.py describes it"
@@ -144,7 +145,7 @@ def check_number(found, kind, interval, place):
 
 def check_weights(weights, place):
     for name, weight in (weights or {}).items():
-        check_number(weight, float, "[0, inf)", f"{place}: {name!r}")
+        check_number(weight, float, WEIGHT, f"{place}: {name!r}")
 
 
 def codes_of(names, path):

@@ -6,7 +6,7 @@ Exact duplicates (of the normalised texts of a row) always go, everything else b
 length, approvals, edit distance of re-annotations (the Aya dataset kept those of at least 5, arXiv
 2402.06619), wrong language, contamination with evaluation prompts, exact and near duplicates. Duplicates are
 sought within a language, over all files; the first stays. Rows are of any shape that training reads, and
-those that stay are byte for byte as they were, in their order.
+those that stay are as they were to the byte, but for white space around a line, in their order.
 
 The removed file holds each other row with "removed_because", "removed_from" (its file and line), "details"
 and, for a duplicate or a contaminated row, "duplicate_of", the place of what it repeats.

@@ -26,6 +26,9 @@ EDITED = ("inputs", "targets")          # compared with original_inputs, origina
 def answer_in(row, where):
     """The text of a row that should be in its language: its answer, the chosen one of a pair, or its only
     text. The prompt of a translation may be in another."""
+    for key in ("completion", "targets"):
+        if isinstance(row.get(key), str):
+            return row[key]                         # also an empty one, which texts_in leaves out
     texts = texts_in(row, where)
     return texts[-2] if "chosen" in shapes_in(row) else texts[-1]
 
@@ -79,7 +82,12 @@ def edit_distance(one, other, limit):
 
 def edits(row, where, least):
     """The edit distance of a re-annotation from its original, at most `least`: that of its inputs plus that
-    of its targets. None for a row that is no re-annotation; ValueError if its original is not there."""
+    of its targets. None for a row that is no re-annotation; ValueError if its original, or what it became, is
+    not there."""
+    for key in EDITED:
+        if row.get(f"original_{key}") is not None and row.get(key) is None:
+            raise ValueError(f"{where}: --edit-distance compares original_{key} with {key}, which the row "
+                             "lacks")
     pairs = [(text_of(row.get(key), key, where), text_of(row[f"original_{key}"], f"original_{key}", where))
              for key in EDITED if row.get(f"original_{key}") is not None]
     if not pairs and row.get("annotation_type") == RE_ANNOTATED:

@@ -182,7 +182,9 @@ def test_only_the_named_languages_are_drawn(folder):
 
 
 @pytest.mark.parametrize("value, message", [
-    (of(weight=-1), "source 's': weight must be a finite number of at least 0, got -1"),
+    (of(weight=-1), "source 's': weight must be a finite number of at least 0 and at most 1000000000, got"),
+    (of(weight=1e308), "weight must be a finite number"), ({**of(), "total": 10 ** 30}, "total must be"),
+    (of(template_weights={"a": 1e308}), "'a' must be a finite number"),
     (of(weight=0), "the weights of all sources are 0"), (of(weight="1"), "weight must be a finite number"),
     (of(wait=1), "unknown key 'wait'; known: files weight"), (of(files=[]), "one or more file names"),
     ({**of(), "temprature": 1}, "unknown key 'temprature'; known: seed total"),
