@@ -164,6 +164,9 @@ def load_model(args, device, settings):
     A folder is read directly into the ranks' shards."""
     if is_preset(args.model) and args.model in encoder_decoder_config.PRESETS:
         return encoder_decoder_of_preset(args, settings)
+    kind = None if is_preset(args.model) else weights.read_config(args.model)[1]
+    if kind is EncoderDecoder:
+        stages.check_encoder_decoder(args.command, settings)
     architecture = stages.builder(args.command, args.data, settings)
     if is_preset(args.model):
         preset = model_config.model_preset(args.model)
@@ -178,9 +181,6 @@ def load_model(args, device, settings):
             return on_meta(architecture, preset), tokenizer
         return init_weights(architecture(preset), torch.Generator().manual_seed(settings.seed)), tokenizer
     trunk = None if architecture is weights.CohereForCausalLM else architecture
-    kind = weights.read_config(args.model)[1]
-    if kind is EncoderDecoder:
-        stages.check_encoder_decoder(args.command, settings)
     if not trunk and kind not in weights.SPEAKERS:
         raise ValueError(f"--model {args.model}: a {weights.KINDS[kind]}; {args.command} trains language "
                          "models")

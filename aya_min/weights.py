@@ -257,6 +257,8 @@ def take_heads(folder, header, config):
     As in transformers 5, a lm_head.weight that differs from the embedding is the head, whatever config.json
     says; an equal one is, if it says false."""
     header.pop(STRAY, None)
+    if "shared.weight" not in header:
+        raise ValueError(f"{folder}: shared.weight, the embedding, is missing; download the model again")
     for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
         if name in header and not tensorfiles.same_as(header, name, "shared.weight"):
             raise ValueError(f"{folder}: {name} is not shared.weight, which encoder and decoder share; "

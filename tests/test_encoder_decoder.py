@@ -5,12 +5,14 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+import train
 from small import CPU, assert_close, logged, on_ranks, state_of, write_world
 from small_t5 import FILES, plain_logps, run_t5, t5, tokenizer, write_texts
 
@@ -403,3 +405,11 @@ def test_operations_are_two_for_each_weight_and_token_and_the_attentions():
     encoder, decoder = 5 * (4 * 24 + 3 * 32), 3 * (4 * 24 + 3 * 32 + 2 * 24) + 5 * 2 * 24
     attention = 4 * 6 * (5 * 5 + 3 * 3 / 2 + 3 * 5)
     assert flops.training_flops(made, [8], 3) == 3 * (2 * (encoder + decoder) + attention + 2 * 4 * 10 * 3)
+
+
+def test_a_stage_of_decoders_refuses_an_encoder_decoder_before_its_data_are_read(tmp_path):
+    """classify asked for labels first, of rows that it would not have trained on."""
+    t5_folder = write(tmp_path / "m", t5())
+    with pytest.raises(ValueError, match="classify trains decoders only"):
+        train.load_model(SimpleNamespace(command="classify", model=str(t5_folder), data=["none.jsonl"]), CPU,
+                         stages.STAGES["classify"].settings())
