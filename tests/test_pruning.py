@@ -249,7 +249,8 @@ def test_answers_of_next_to_nothing_go(prune):
 
 def test_an_empty_answer_is_short(prune):
     """It was left out of the row's texts, so that the prompt was taken for the answer."""
-    kept, removed = prune([{"prompt": "Who is there?", "completion": "", "language": "en"}], "--min-answer", 1)
+    row = {"prompt": "Who is there?", "completion": "", "language": "en"}
+    kept, removed = prune([row], "--min-answer", 1)
     assert not kept and removed[0]["details"] == "an answer of 0 characters"
 
 
