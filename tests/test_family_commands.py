@@ -74,7 +74,8 @@ def test_every_command_takes_a_family(family, run, tmp_path, world):
         run(train, f"{stage} --resume m/{stage} --max-steps 3")
         assert len(logged(tmp_path / "m" / stage)) == 3
         made = weights.load(tmp_path / "m" / stage / "model")[0]
-        assert made.config == config and isinstance(made, RewardModel) == (stage == "reward")
+        assert vars(config).items() <= vars(made.config).items()        # a reward model's says more
+        assert isinstance(made, RewardModel) == (stage == "reward")
     run(train, "reward --model m/0 --data world/pairs.jsonl --out m/reward-last --batch-size 4 --max-steps 1 "
                "--head last-token")
     assert type(weights.load(tmp_path / "m/reward-last/model")[0]) is SequenceClassifier
