@@ -15,7 +15,7 @@ templates, drawn by the seed and the row's id. Rows hold:
 A translation's prompt is in the language of the target, which it names, and does not name the source's; the
 row's language is the target's. Of parallel texts each is a target once; its source is in the language of
 --source or, without it, in one of the others, drawn. Labels get their names of templates/labels.json; those
-that it does not have stay as they are and are told.
+that it does not have stay as they are and are told. Ids without a pair of texts are counted.
 
 Rows come out with the collection's fields: id inputs targets dataset_name task_type template_id language
 script split. language is an ISO 639-3 code, script one of ISO 15924, as the collection writes them.
@@ -153,7 +153,7 @@ def field_of(row, keys, task, where):
 
 
 def examples_of(lines, task, language=None, languages=None, source=None, seed=0):
-    """The examples of structured rows, as `apply_templates` takes them.
+    """(examples of structured rows, as `apply_templates` takes them; ids of parallel texts without a pair).
 
     lines: rows_streamed.Line. language: of rows that do not say theirs. languages: only rows in these.
     """
@@ -172,7 +172,8 @@ def examples_of(lines, task, language=None, languages=None, source=None, seed=0)
             parallel[example["id"]][code] = example | {"fields": {"target": text}}
         elif languages is None or code in languages:
             examples.append(example | {"fields": fields_of(row, task, where)})
-    return examples + [pair for some in parallel.values() for pair in pairs(some, languages, source, seed)]
+    made = [pair for some in parallel.values() for pair in pairs(some, languages, source, seed)]
+    return examples + made, sum(not any(pairs(some, None, source)) for some in parallel.values())
 
 
 def fields_of(row, task, where):
@@ -205,16 +206,17 @@ def pairs(texts, languages=None, source=None, seed=0):
 def name_labels(examples, names):
     """Give labels their names in the examples' languages, and each example the list of its language's labels.
 
-    names: {language: {label: its name}}. Returns {language: labels that are not named there}; English labels
-    are their own names.
+    names: {language: {label: its name}}. Returns {language: labels that are not named there}. English labels
+    that other languages name are their own names.
     """
+    english = set().union(*names.values())
     labels, unnamed = defaultdict(set), defaultdict(set)
     for example in examples:
         fields, code = example["fields"], example["language"]
         home = home_language(code, names)
         if home is not None and fields["label"] in names[home]:
             fields["label"] = names[home][fields["label"]]
-        elif code.partition("-")[0] != "en":
+        elif code.partition("-")[0] != "en" or fields["label"] not in english:
             unnamed[code].add(fields["label"])
         labels[code].add(fields["label"])
     for example in examples:
@@ -269,8 +271,8 @@ def main(argv=None):
         raise taken(args.out)
     templates = read_templates(args.templates or FOLDER / f"{args.task}.json", args.task)
     names = read_labels(args.labels or FOLDER / "labels.json") if args.task == "classification" else None
-    examples = examples_of(streamed(args.file), args.task, args.language, args.languages, args.source,
-                           args.seed)
+    examples, alone = examples_of(streamed(args.file), args.task, args.language, args.languages, args.source,
+                                  args.seed)
     if not examples:
         raise ValueError(f"{args.file}: no row is left; give other --languages, another --source, or "
                          "parallel texts in two languages")
@@ -280,6 +282,8 @@ def main(argv=None):
     write_new({args.out: jsonl(rows)})
     for line in table(rows):
         print(printable(line))
+    if alone:
+        print(f"left out: {alone} ids of parallel texts, which have no second language, or not --source")
     for code, some in sorted(unnamed.items()):
         if some:
             print(printable(f"labels kept as they are in {code}: {', '.join(sorted(some))[:200]}"))

@@ -134,10 +134,10 @@ def test_a_regional_variety_has_the_templates_of_its_language_and_keeps_its_code
 def test_the_seed_decides_the_template_and_other_rows_do_not():
     lines = [(f"f:{n}", {"id": n, "language": "en", "question": f"q{n}", "answer": "a"}) for n in range(60)]
     templates = read_templates(FOLDER / "qa.json", "qa")
-    first, again, other = (apply_templates(examples_of(lines, "qa"), templates, "qa", seed)
+    first, again, other = (apply_templates(examples_of(lines, "qa")[0], templates, "qa", seed)
                            for seed in (0, 0, 1))
     assert first == again != other
-    assert apply_templates(examples_of(lines[30:], "qa"), templates, "qa") == first[30:]
+    assert apply_templates(examples_of(lines[30:], "qa")[0], templates, "qa") == first[30:]
 
 
 def test_a_published_code_is_read_as_the_same_language():
@@ -152,6 +152,22 @@ def test_labels_are_separated_as_the_language_writes_them():
     assert name_labels(examples, read_labels(FOLDER / "labels.json")) == {}
     assert examples[0]["fields"] == {"label": "健康", "labels": "健康、旅游"}
     assert fill("{labels}?", examples[0]["fields"]) == "健康、旅游?"
+
+
+def test_english_labels_that_nothing_names_are_told(convert, capsys):
+    convert([{"text": "a", "label": "sports"}, {"text": "b", "label": "0"}], "--task", "classification",
+            "--language", "en")
+    assert "labels kept as they are in en: 0\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", [(), ("--source", "de")])
+def test_parallel_texts_without_a_pair_are_counted(convert, capsys, source):
+    rows = [{"id": 1, "language": "en", "text": "a"}, {"id": 1, "language": "de", "text": "b"},
+            {"id": 2, "language": "de", "text": "c"}, {"id": 3, "language": "en", "text": "d"},
+            {"id": 3, "language": "tr", "text": "e"}]
+    made = convert(rows, "--task", "translation", *source)
+    assert len(made) == (1 if source else 4)
+    assert f"left out: {2 if source else 1} ids of parallel texts" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
