@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import distributed
-from .files import publish_file, scratch
+from .files import publish_file, refuse_pipe, scratch
 
 TENSORS = ("losses", "counts", "examples")
 FORMAT = "aya_min irreducible losses, 1"
@@ -72,6 +72,7 @@ def read(path, examples, tokenizer, limit):
     """[tensor (tokens,) of each example] of a file. ValueError, with what is other, for a file of another
     tokenizer, greatest length or other examples, and for a damaged one. A collective."""
     def load():
+        refuse_pipe(path)
         try:
             with safe_open(path, "pt") as file:
                 about, names = file.metadata() or {}, set(file.keys())

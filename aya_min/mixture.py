@@ -28,7 +28,8 @@ from .files import naming, publish_file, read_bytes, scratch, taken, write_new
 from .languages import SPELLINGS, language_code
 from .mixture_rows import open_mixture
 from .mixture_spec import is_spec
-from .rows import BLANK, read_jsonl
+from .rows import BLANK, read_jsonl, texts_in
+from .rows_keys import shapes_in
 
 TEMPERATURES = "[0, 10]"
 
@@ -87,11 +88,14 @@ def mix(rows, total, languages=None, temperature=1.0, cap_language=None, cap_sou
 # ---- the command -------------------------------------------------------------------------------------------
 
 def read_lines(paths):
-    """[{"language", "source", "line"}, ...] of JSONL files of any shape; line: the text of the row's line."""
+    """[{"language", "source", "line"}, ...] of JSONL files of any shape; line: the text of the row's line.
+    ValueError for a row of two shapes, and for another that no command would read."""
     rows = []
     for path in paths:
         lines = read_bytes(path).split(b"\n")
         for where, row in read_jsonl(path):
+            if shapes_in(row):
+                texts_in(row, where)
             line = lines[int(where.rpartition(":")[2]) - 1].strip(BLANK).decode("utf-8")
             rows.append({"language": row.get("language"), "source": source_of(row, path), "line": line})
     return rows

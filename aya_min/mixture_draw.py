@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .command import shortened
+from .command import in_range, shortened
+from .mixture_spec import EPOCHS
 
 
 @dataclass
@@ -165,11 +166,10 @@ def refuse_dry(spec, source, cells, need, room, most):
     capped = f" of {size:,} (caps, languages and template weights leave that many)" if kept < size else ""
     repeated = f", {room:,} in {source.epochs:g} epochs" if kept < room else ""
     remedies = [f"lower total to at most {most:,}"] if most else []
-    if kept:
-        remedies += [f"allow repeats with epochs {-(-100 * need // kept) / 100:g} in this source",
-                     "lower its weight"]
-    else:
-        remedies += ["set its weight to 0"]
+    epochs = -(-100 * need // kept) / 100 if kept else math.inf
+    if in_range(epochs, EPOCHS):
+        remedies += [f"allow repeats with epochs {epochs:g} in this source"]
+    remedies += ["lower its weight" if kept else "set its weight to 0"]
     raise ValueError(f"{spec.path}: source {source.name!r} runs dry: the mixture needs {need:,} of its rows, "
                      f"and it has {kept:,}{capped}{repeated}; {', '.join(remedies)}"
                      f"{', or raise a cap' if capped else ''}, or give more rows")

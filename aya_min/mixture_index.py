@@ -92,7 +92,7 @@ def group_of(row, where):
 
 def make_index(path, columns=None):
     """The Index of a file, read line by line. ValueError at the first line that is not a row."""
-    stamp, not_read, digest = stamp_of(path), NotRead(), hashlib.sha256()
+    stamp, not_read, digest = stamp_of(path), NotRead(columns=columns), hashlib.sha256()
     found, groups, start = {name: array("q" if name == "start" else "i") for name in ARRAYS}, {}, 0
     with open(path, "rb") as file, progress(total=stamp[0], desc=f"index of {Path(path).name}", unit="B",
                                             unit_scale=True, disable=not distributed.is_main()) as bar:

@@ -12,9 +12,9 @@ Only "sources", with "files" and "weight" in each, is needed. Files are relative
 - "weight": a source's share of the rows, as a part of the sum of weights (Aya 101, arXiv 2402.07827).
 - "total": rows of one pass over the mixture. Without it, as many as no source is too small for.
 - "temperature": within a source a language's share is proportional to size^T (1: as the files, 0: equal).
-- Caps bound the rows that may be drawn: "cap_dataset" of each dataset (Data Provenance: 20,000),
-  "cap_dataset_language" of each language of each dataset (Aya 23, arXiv 2405.15032: 3,000 of what is
-  translated), "cap_language" of each language over all sources.
+- Caps make a smaller corpus of the files, on which "total" and "epochs" count: "cap_dataset" of each dataset
+  (Data Provenance: 20,000), "cap_dataset_language" of each language of each dataset (Aya 23, arXiv
+  2405.15032: 3,000 of what is translated), "cap_language" of each language over all sources.
 - "epochs": how often a row may come in one pass over the mixture, on average over a source: 1, unless the
   spec says more. A source that has too few rows is refused.
 - "template_weights": how likely rows are whose "template_id", or else whose "task_type", it names, beside
@@ -33,12 +33,12 @@ from .languages import SPELLINGS, language_code
 from .rows_keys import check_columns
 
 COUNT = (int, "[1, 1000000000000]")
-WEIGHT = "[0, 1000000000]"
+WEIGHT, EPOCHS = "[0, 1000000000]", "[1, 1000000]"
 # {key: (kind, interval) of a number, or the type of another value}
 OF_SPEC = {"seed": (int, WHOLE), "total": COUNT, "temperature": (float, "[0, 10]"), "cap_language": COUNT,
            "languages": list, "sources": dict}
 OF_SOURCE = {"files": list, "weight": (float, WEIGHT), "cap_dataset": COUNT,
-             "cap_dataset_language": COUNT, "epochs": (float, "[1, 1000000]"), "columns": dict,
+             "cap_dataset_language": COUNT, "epochs": (float, EPOCHS), "columns": dict,
              "template_weights": dict}
 REMEDY = "give the spec of a mixture, as aya_min/mixture_spec.py describes it"
 

@@ -6,7 +6,8 @@ Exact duplicates (of the normalised texts of a row) always go, everything else b
 length, approvals, edit distance of re-annotations (the Aya dataset kept those of at least 5, arXiv
 2402.06619), wrong language, contamination with evaluation prompts, exact and near duplicates. Duplicates are
 sought within a language, over all files; the first stays. Rows are of any shape that training reads, and
-those that stay are as they were to the byte, but for white space around a line, in their order.
+those that stay are as they were to the byte, but for white space around a line, in their order. --columns
+renames keys for the reading of these files and of those of --against; what is written keeps its own.
 
 The removed file holds each other row with "removed_because", "removed_from" (its file and line), "details"
 and, for a duplicate or a contaminated row, "duplicate_of", the place of what it repeats.
@@ -27,10 +28,12 @@ from typing import NamedTuple
 import numpy as np
 
 from .command import Parser, guarded, is_spare_rank, number, printable, progress
+from .config import Reading, add_flags, settings_from
 from .files import dumps, parse_object, taken, write_new
 from .pruning_checks import Prompts, answer_in, edits, too_few_approvals, wrong_language
 from .pruning_duplicates import minima, near_duplicates, normalised, shingles
 from .rows import texts_in
+from .rows_keys import renamed
 from .rows_streamed import data_at, streamed
 
 REASONS = ("too short", "too long", "few approvals", "few edits", "wrong language", "contaminated",
@@ -55,7 +58,7 @@ class Checks:
     """What is asked of a row by itself. args: as `main` parses them."""
 
     def __init__(self, args):
-        self.args, self.prompts = args, Prompts(args.against or ())
+        self.args, self.prompts = args, Prompts(args.against or (), args.columns)
         self.unjudged, self.edited = Counter(), 0
 
     def removal(self, row, texts, where):
@@ -97,7 +100,7 @@ def read_and_check(paths, checks, threshold=None):
     size = sum(os.path.getsize(path) for path in paths)
     bar = progress(total=size, unit="B", unit_scale=True, desc="reading")
     for file, path in enumerate(paths):
-        for where, row, data, begin in streamed(path):
+        for where, row, data, begin in streamed(path, checks.args.columns):
             bar.update(len(data) + 1)
             i, texts = len(found.places), texts_in(row, where)
             language, text = row.get("language") or "other", "\n".join(texts)
@@ -117,8 +120,8 @@ def read_and_check(paths, checks, threshold=None):
     return found, compared, np.array(signatures)
 
 
-def compare(paths, found, compared, signatures, threshold):
-    """Add the removals of near duplicates to found.removals."""
+def compare(paths, found, compared, signatures, threshold, columns=None):
+    """Add the removals of near duplicates to found.removals. columns: as in `rows_streamed.streamed`."""
     codes = {code: i for i, code in enumerate(dict.fromkeys(found.languages))}
     groups = np.array([codes[found.languages[i]] for i in compared])
     files = [open(path, "rb") for path in paths]
@@ -126,8 +129,9 @@ def compare(paths, found, compared, signatures, threshold):
     @lru_cache(maxsize=4096)
     def shingles_of(i):
         place = found.places[compared[i]]
-        row = parse_object(data_at(files[place.file], place.begin), f"{paths[place.file]}:{place.line}")
-        return shingles("\n".join(texts_in(row, "")))
+        where = f"{paths[place.file]}:{place.line}"
+        row = renamed(parse_object(data_at(files[place.file], place.begin), where), columns or {}, where)
+        return shingles("\n".join(texts_in(row, where)))
 
     for i, (first, similarity) in near_duplicates(signatures, groups, threshold, shingles_of).items():
         found.removals[compared[i]] = Removal("near duplicate", f"Jaccard {similarity:.3f}", compared[first])
@@ -227,9 +231,11 @@ def main(argv=None):
     add("--against", nargs="+", metavar="EVAL.jsonl", help="remove rows that contain these files' prompts")
     add("--least-rows", type=whole, metavar="N",
         help="remove languages of which fewer rows stay; the paper: 50")
+    add_flags(parser, Reading, only=("columns",))
     args = parser.parse_args(argv)
     if is_spare_rank():
         return
+    args.columns = settings_from(Reading, flags=vars(args)).columns
     check_paths(args)
     begin, checks = time.monotonic(), Checks(args)
     found, compared, signatures = read_and_check(args.files, checks, args.duplicates)
@@ -237,7 +243,7 @@ def main(argv=None):
         raise ValueError("--edit-distance: no row has original_inputs or original_targets to compare with; "
                          "leave it out")
     if compared:
-        compare(args.files, found, compared, signatures, args.duplicates)
+        compare(args.files, found, compared, signatures, args.duplicates, args.columns)
     name_places(args.files, found)
     if args.least_rows:
         drop_small_languages(found, args.least_rows)

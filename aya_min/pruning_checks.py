@@ -5,7 +5,6 @@ Each check returns None or why the row goes. pruning.py calls them.
 """
 
 import math
-from collections import Counter
 
 from .evaluate_languages import lines_of
 from .language_id import posterior, profile_of
@@ -106,10 +105,10 @@ class Prompts:
     those of text_statistics, without case and punctuation; in scripts without spaces characters.
     """
 
-    def __init__(self, paths):
-        self.whole, self.grams, self.found = {}, {}, Counter()
+    def __init__(self, paths, columns=None):
+        self.whole, self.grams = {}, {}
         for path in paths:
-            for where, row, *_ in streamed(path):
+            for where, row, *_ in streamed(path, without_answer(columns or {})):
                 texts = texts_in(row, where) if is_plain_text(row) else [
                     message["content"] for message in prompt_of(without_answer(row), where)
                     if message["role"] == "user"]
@@ -135,6 +134,6 @@ def grams(words):
 
 
 def without_answer(row):
-    """A row without the answers that `prompt_of` would refuse beside its prompt."""
+    """A row, or columns, without the answers that `prompt_of` would refuse beside a prompt."""
     answers = ("completion", "targets", "chosen", "rejected")
     return {key: value for key, value in row.items() if key not in answers}

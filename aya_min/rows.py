@@ -49,7 +49,7 @@ def read_jsonl(path, reading=None, also=()):
     check_columns(columns)
     data = read_bytes(path)
     refuse_other_files(data, path)
-    rows, not_read = [], NotRead(also)
+    rows, not_read = [], NotRead(also, columns)
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip(BLANK):
             where = f"{path}:{number}"
@@ -72,6 +72,7 @@ def parse_row(line, where, columns, not_read):
     """The row of a line's bytes, with its keys renamed and checked. not_read: a rows_keys.NotRead."""
     row = parse_object(line, where, "one whole object a line")
     if columns:
+        not_read.has_columns(row)
         row = renamed(row, columns, where)
     name_language(row, where)
     not_read.look(row, where)

@@ -114,11 +114,16 @@ def check_keys(row, where, unknown):
 
 
 class NotRead:
-    """Checks the keys of rows (check_keys), and counts those that nothing knows. also: keys that are read."""
+    """Checks the keys of rows (check_keys), and counts those that nothing knows. also: keys that are read.
+    columns: as in `renamed`; those that no row has are told too."""
 
-    def __init__(self, also=()):
-        self.known = READ | set(also)
+    def __init__(self, also=(), columns=None):
+        self.known, self.missing = READ | set(also), dict(columns or {})
         self.of_messages, self.of_rows = {}, {}         # {key: (count, first place)}
+
+    def has_columns(self, row):
+        """Note which of theirs in the columns a row has, before it is renamed."""
+        self.missing = {ours: theirs for ours, theirs in self.missing.items() if theirs not in row}
 
     def look(self, row, where):
         check_keys(row, where, self.of_messages)
@@ -129,13 +134,14 @@ class NotRead:
                 self.of_rows[key] = count + 1, first
 
     def lines(self):
-        """[a text that names the keys of messages, one of rows], without empty ones."""
+        """[a text that names the keys of messages, one of rows, one for each column that no row has]."""
         texts = []
         for kind, found in (("of messages ", self.of_messages), ("", self.of_rows)):
             names = [f"{name!r} ({count} times, the first: {first})"
                      for name, (count, first) in found.items()]
             texts += [f"keys {kind}that are not read: {', '.join(names[:8])}"] if names else []
-        return texts
+        return texts + [f"--columns {ours}={theirs}: no row has the key {theirs!r}; {ours!r} is read as it is"
+                        for ours, theirs in self.missing.items()]
 
 
 def shapes_in(row):

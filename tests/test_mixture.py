@@ -135,3 +135,10 @@ def test_a_mistake_ends_the_process_with_code_2_and_one_line(files, tmp_path):
     done = program("-m", "aya_min.mixture", *files, "--out", tmp_path / "mixed.jsonl", "--total", "99")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 2, done.stderr
     assert json.loads(LINES[0])["language"] == "English" and not (tmp_path / "mixed.jsonl").exists()
+
+
+def test_a_row_of_two_shapes_is_refused_with_its_place(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"prompt": "a", "completion": "b", "text": "c"}\n')
+    with pytest.raises(ValueError, match="a.jsonl:2: two shapes in one row"):
+        main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out.jsonl"), "--total", "1"])
+    assert not (tmp_path / "out.jsonl").exists()

@@ -194,6 +194,7 @@ def test_only_the_named_languages_are_drawn(folder):
     ({"sources": {"s": {"files": ["a.jsonl"]}}}, "has no 'weight'"), ({"total": 5}, "no sources"),
     ({**of(), "total": 61}, "source 's' runs dry: the mixture needs 61 of its rows, and it has 60; lower "
                             "total to at most 60"),
+    ({**of(), "total": 10 ** 9}, "total to at most 60, lower its weight, or give more rows"),
     ({**of(cap_dataset=10), "total": 21}, "it has 20 of 60 \\(caps.*or raise a cap"),
     (of(template_weights={"9": 1}), "no row has the template_id or task_type '9'"),
     (of(template_weights={"1": -2}), "template_weights: '1' must be"),

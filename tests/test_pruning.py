@@ -321,6 +321,19 @@ def test_lengths_count_the_characters_of_prompt_and_answer_and_small_languages_g
         "too short", "too long", "small language", "too long"]
 
 
+def test_columns_rename_for_the_reading_and_what_is_written_keeps_its_keys(prune, tmp_path):
+    rows = [{"frage": sentence(random.Random(i)), "antwort": "b", "n": i} for i in range(3)]
+    rows += [{**rows[0], "n": 3}, {**rows[1], "frage": rows[1]["frage"] + " x", "n": 4}]
+    with pytest.raises(ValueError, match="no prompt in keys .*--columns OURS=THEIRS renames"):
+        prune(rows)
+    columns = "--columns", "prompt=frage", "completion=antwort"
+    kept, removed = prune(rows, *columns, "--duplicates", "0.8", "--against", tmp_path / "e.jsonl",
+                          e=[{"frage": rows[2]["frage"]}])
+    assert kept == rows[:2] and all("frage" in row for row in removed)
+    assert why(removed) == [("contaminated", "3", "e.jsonl:1"), ("duplicate", "4", "a.jsonl:1"),
+                            ("near duplicate", "5", "a.jsonl:2")]
+
+
 def test_all_shapes_of_rows_are_pruned(prune):
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
     rows = [{"messages": turns}, {"text": "a text"}, {"prompt": "only a prompt"},

@@ -376,6 +376,16 @@ def test_prose_markup_and_code_are_no_control_tokens(text, write, tokenizer, cap
 # ---- other people's names of keys --------------------------------------------------------------------------
 
 
+def test_a_column_that_no_row_has_is_told_where_all_rows_have_our_key(write, capsys):
+    """A misspelled --columns passed in silence beside rows of our keys."""
+    path = write({"prompt": "a", "frage": "b"}, {"prompt": "a"})
+    read_jsonl(path, Reading(columns={"prompt": "question"}))
+    assert "--columns prompt=question: no row has the key 'question'; 'prompt' is read as it is" in (
+        capsys.readouterr().err)
+    read_jsonl(write({"prompt": "a"}, {"question": "b"}), Reading(columns={"prompt": "question"}))
+    assert "--columns" not in capsys.readouterr().err
+
+
 def test_columns_rename_other_peoples_keys_and_a_whole_number_is_its_text(write, tokenizer, supervised):
     columns = {"prompt": "question", "completion": "answer"}
     row = {"question": "How many?", "answer": 6, "solution": "because", "language": "Swahili"}

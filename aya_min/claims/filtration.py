@@ -41,7 +41,7 @@ from ..sampling import generate
 from ..world import gold_answer, questions, split_named, words
 
 PAPER = "Mitigating harm in language models with conditional-likelihood filtration, arXiv 2108.07790"
-MINUTES = 3
+MINUTES = 5
 CODES = ("en", "de", "es")
 AXES = ("contempt", "harm")
 UNWANTED = 0.1                      # of the documents of remarks, half of it along each axis
