@@ -7,10 +7,11 @@ the same steps. All 24 codes, or 8 of them (every third), at one capacity, compa
 
 Departures: both are trained from scratch on questions alone; Aya 101 began with mT5, Aya 23 with Command R,
 and their pretraining differed in data and size too. Of small models the embeddings are most of the
-parameters, so the encoder-decoder's are tied, which mT5's are not. Each model has
-a tokenizer of its own kind (BPE, Unigram) with as many entries, trained on the same texts; since losses by
-token then differ in their unit, answers alone are compared. Both take AdamW at the recipe's rate; no setting
-was tried for either. All comparisons were written before the first run.
+parameters, so the encoder-decoder's are tied, which mT5's are not. Each model has a tokenizer of its own kind
+(BPE, Unigram) with as many entries, trained on the same texts; since losses by token then differ in their
+unit, answers alone are compared. Both take AdamW at the recipe's rate: in 300 steps of seed 0 it gave a lower
+loss on right answers than 0.3 and 3 times it, for either kind. All comparisons were written before the first
+run; nothing else was seen of seed 0.
 """
 
 import random
