@@ -186,11 +186,11 @@ def read_metas(args):
              if folder not in args.endpoints}
     for folder, (model, *_) in metas.items():
         if not isinstance(model, weights.SPEAKERS):
-            raise ValueError(f"{folder}: a {weights.KINDS[type(model)]} cannot generate; give a language "
+            raise ValueError(f"{folder}: {weights.ONE[type(model)]} cannot generate; give a language "
                              "model")
     arbiter = weights.load_meta(args.arbiter) if args.arbiter else None
     if arbiter and not isinstance(arbiter[0], weights.RewardModel):
-        raise ValueError(f"--arbiter {args.arbiter}: a {weights.KINDS[type(arbiter[0])]}, not a reward "
+        raise ValueError(f"--arbiter {args.arbiter}: {weights.ONE[type(arbiter[0])]}, not a reward "
                          "model; give a folder that the reward stage wrote")
     if arbiter and critiques.reads_critiques(arbiter[0]) != bool(args.critic):
         raise ValueError(f"--arbiter {args.arbiter} was trained " + (

@@ -182,7 +182,7 @@ def load_model(args, device, settings):
         return init_weights(architecture(preset), torch.Generator().manual_seed(settings.seed)), tokenizer
     trunk = None if architecture is weights.CohereForCausalLM else architecture
     if not trunk and kind not in weights.SPEAKERS:
-        raise ValueError(f"--model {args.model}: a {weights.KINDS[kind]}; {args.command} trains language "
+        raise ValueError(f"--model {args.model}: {weights.ONE[kind]}; {args.command} trains language "
                          "models")
     if kind is weights.SequenceClassifier and args.command == "reward" and args.head is None:
         distributed.say(f"--model {args.model} is a classifier on the last token; --head last-token keeps it "
@@ -224,7 +224,7 @@ def load_reward_model(args, device, settings, tokenizer):
         model, its_tokenizer = weights.load(args.reward_model, place, sharded=True,
                                             replicate=settings.replicate, cpu_offload=settings.cpu_offload)
     if not isinstance(model, weights.RewardModel):
-        raise ValueError(f"--reward-model {args.reward_model}: a {weights.KINDS[type(model)]}; give a folder "
+        raise ValueError(f"--reward-model {args.reward_model}: {weights.ONE[type(model)]}; give a folder "
                          "that the reward stage wrote")
     if tokenizer and its_tokenizer.meaning != tokenizer.meaning:
         raise ValueError(f"--reward-model {args.reward_model}: another tokenizer than --model; both must be "

@@ -13,7 +13,7 @@ from .language_id import identify, is_in_language, profile_of
 from .model import RewardModel
 from .reward import score_texts
 from .rows import finish_reason, prompt_of, read_jsonl
-from .weights import load_meta, read_config
+from .weights import ONE, CohereForCausalLM, load_meta, read_config
 from .world_oracle import check_question, grade
 
 VERDICT = ["grade", "seen_language", "why", "score", "reward"]          # keys that a judge adds to a row
@@ -119,11 +119,11 @@ def check_texts(rows, folder, reading, flag="--judge"):
     ValueError for a folder without a reward model, a text that spells a control token, or more tokens than
     the judge has positions.
     """
-    if not issubclass(read_config(folder)[1], RewardModel):
+    if not issubclass(kind := read_config(folder)[1], RewardModel):
         remedy = "give a folder that the reward stage wrote"
-        if flag == "--judge":
+        if flag == "--judge" and kind is CohereForCausalLM:
             remedy = "a language model judges by a published protocol, give --protocol arena-hard or scores"
-        raise ValueError(f"{flag} {folder}: a language model, not a reward model; {remedy}")
+        raise ValueError(f"{flag} {folder}: {ONE[kind]}, not a reward model; {remedy}")
     model, tokenizer, _ = load_meta(folder)
     critiques.check(model, rows, f"--judge {folder}")
     room = model.config.max_position_embeddings

@@ -41,7 +41,7 @@ def load_nets(model_path, side_path, device):
     for flag, path, kind in (("--model", model_path, Classifier), ("--sidenet", side_path, SideNet)):
         found = weights.read_config(path)[1]
         if found is not kind:
-            raise ValueError(f"{flag} {path}: a {weights.KINDS[found]}, not a {weights.KINDS[kind]}; give a "
+            raise ValueError(f"{flag} {path}: {weights.ONE[found]}, not {weights.ONE[kind]}; give a "
                              f"folder that train.py {'classify' if kind is Classifier else 'sidenet'} wrote")
     schemes = [quantized.read(read_config(path), path) for path in (model_path, side_path)]
     if schemes[0] != schemes[1]:

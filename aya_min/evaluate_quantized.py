@@ -26,7 +26,7 @@ from .languages import LANGUAGES
 from .reference import answer_logps
 from .rows import is_plain_text, read_jsonl, shapes_in
 from .sampling import answer_rows
-from .weights import KINDS, CohereForCausalLM, RewardModel, load, load_meta, read_config
+from .weights import ONE, CohereForCausalLM, RewardModel, load, load_meta, read_config
 from .world_oracle import check_question, grade
 
 # Title, width, key and format of each column.
@@ -182,7 +182,8 @@ def main(argv):
     for folder in folders:
         model, tokenizer, _ = load_meta(folder, packed=True)
         if type(model) is not CohereForCausalLM:
-            raise ValueError(f"{folder}: a {KINDS[type(model)]} does not answer; give a language model")
+            raise ValueError(f"{folder}: {ONE[type(model)]}; give a language model of a "
+                             "decoder alone")
         tokenizers.append(tokenizer)
     if tokenizers[0].meaning != tokenizers[1].meaning:
         raise ValueError(f"{args.model} and {args.against} have different tokenizers; compare a model with "

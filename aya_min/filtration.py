@@ -241,7 +241,7 @@ def scores_of(args, documents, phrases, device):
     """The scores of all documents: those in --scores, or the model's, which are then kept there."""
     model = weights.load_meta(args.model, packed=True)[0]
     if type(model) is not CohereForCausalLM:
-        raise ValueError(f"--model {args.model}: a {weights.KINDS[type(model)]}; give a language model")
+        raise ValueError(f"--model {args.model}: {weights.ONE[type(model)]}; give a language model")
     if args.scores:
         prints = distributed.from_main(
             lambda: fingerprints(args.model, args.data, phrases, args.window, args.dtype))

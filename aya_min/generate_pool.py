@@ -145,7 +145,7 @@ def check_router(path, models):
     for other teachers than the models."""
     model, tokenizer, header = weights.load_meta(router_folder(path))
     if not isinstance(model, weights.Router):
-        raise ValueError(f"--router {path}: a {weights.KINDS[type(model)]}, not a router; give the folder "
+        raise ValueError(f"--router {path}: {weights.ONE[type(model)]}, not a router; give the folder "
                          "that generate.py route wrote")
     if set(model.config.teachers) != set(models):
         raise ValueError(f"--router {path}: it chooses among {' '.join(model.config.teachers)}; give these "

@@ -21,7 +21,7 @@ from .evaluate_rates import bootstrap_mean
 from .files import dumps, taken, write_new
 from .model import CohereForCausalLM
 from .sampling import answer_rows
-from .weights import KINDS, load, load_meta
+from .weights import ONE, load, load_meta
 
 INSTRUCTION = ("Below are inputs of 0 and 1, each with the output of one and the same unknown Boolean "
                "function. Find out what the function is. Answer with the output for the last input, 0 or 1, "
@@ -107,8 +107,8 @@ def main(argv=None):
         raise taken(args.out)
     model, _, _ = load_meta(args.model, packed=True)
     if type(model) is not CohereForCausalLM:
-        raise ValueError(f"--model {args.model}: a {KINDS[type(model)]} does not answer; give a language "
-                         "model")
+        raise ValueError(f"--model {args.model}: {ONE[type(model)]}; give a language model of a "
+                         "decoder alone")
     model, tokenizer = load(args.model, "cuda" if torch.cuda.is_available() else "cpu", packed=True)
     figures = figures_of(ask(model, tokenizer, args.function, args.entries, sorted(set(args.examples)),
                              args.count, args.seed, args.batch_size))

@@ -43,7 +43,7 @@ def run_irreducible(args, device):
                              "rows to a JSONL file, which takes its place here")
     kind = weights.read_config(args.model)[1]
     if kind is not CohereForCausalLM:
-        raise ValueError(f"--model {args.model}: a {weights.KINDS[kind]}; irreducible losses are those of a "
+        raise ValueError(f"--model {args.model}: {weights.ONE[kind]}; irreducible losses are those of a "
                          "language model")
     model, tokenizer = weights.load(args.model, device, sharded=True,
                                     compute_dtype=getattr(torch, settings.dtype))

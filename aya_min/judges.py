@@ -27,6 +27,7 @@ import torch
 
 from . import distributed, weights
 from .alike import identity
+from .encoder_decoder import EncoderDecoder
 from .endpoint import Endpoint
 from .endpoint import ask as ask_endpoint
 from .evaluate_rates import prefix_of
@@ -333,8 +334,9 @@ def folder_judge(about, sides):
     """
     model, tokenizer, header = weights.load_meta(about.judge)
     if not isinstance(model, CohereForCausalLM):
-        raise ValueError(f"--judge {about.judge}: a {weights.KINDS[type(model)]}, which follows no protocol; "
-                         "leave --protocol out, or give a language model")
+        raise ValueError(f"--judge {about.judge}: {weights.ONE[type(model)]}, which follows no protocol; "
+                         + ("" if isinstance(model, EncoderDecoder) else "leave --protocol out, or ")
+                         + "give a language model of a decoder alone")
     if about.too_long == "cut-left":
         raise ValueError("--too-long cut-left would cut the question away from its answers; leave such games "
                          "unjudged with --too-long skip")

@@ -32,6 +32,9 @@ def embed(folder, data, reading=None, max_length=1024, device="cpu", batch_size=
     What is longer than max_length tokens is left out and counted; {"text"} is cut into several texts.
     ValueError for a row that cannot be read, and if nothing is left.
     """
+    if (kind := weights.read_config(folder)[1]) is weights.EncoderDecoder:
+        raise ValueError(f"{folder}: {weights.ONE[kind]}; embeddings are those of a language model of a "
+                         "decoder alone")
     model, tokenizer = weights.load(folder, device)
     limit = min(max_length, model.config.max_position_embeddings)
     reading, found = reading or Reading(too_long="skip"), {}

@@ -45,7 +45,7 @@ def of_models(folders, measure, dtype=None, device="cpu", allow_config_differenc
     headers = read_sources([Path(folder) for folder in folders], allow_config_differences)[1]
     kinds = [type(model_folders.load_meta(folder)[0]) for folder in folders]
     if other := [kind for kind in kinds if kind is not CohereForCausalLM]:
-        raise ValueError(f"a {model_folders.KINDS[other[0]]} is among the models; a search by --prompts or "
+        raise ValueError(f"{model_folders.ONE[other[0]]} is among the models; a search by --prompts or "
                          "--eval-data takes language models only")
     model, tokenizer = model_folders.load(folders[0], device)
     inputs = [places(header) for header in headers]

@@ -29,7 +29,7 @@ from .model import CohereForCausalLM, scaled, window_mask
 from .quantization import PIECE, SCHEMES, Scheme
 from .rope import growth, rotary
 from .tensorfiles import DTYPES, num_bytes, read_piece, write_piece
-from .weights import KINDS, load_meta
+from .weights import ONE, load_meta
 
 MOST_PIECE = 512                # tokens of a calibration text that are read together
 # The linear layers of a block that read the same input, and the norm that the input comes from.
@@ -72,11 +72,11 @@ def quantize_folder(folder, out, scheme, *, method="rtn", smooth=None, calibrati
     known = isinstance(model, (CohereForCausalLM, Classifier, SideNet))
     if not known or model.config.mixture or model.stored:
         kind = "a mixture of experts" if model.config.mixture else (
-            "a model that sees images" if model.stored else f"a {type(model).__name__}")
+            "a model that sees images" if model.stored else ONE[type(model)])
         raise ValueError(f"{folder}: {kind} is not quantized here; give a plain language model, a classifier "
                          "or a SideNet")
     if head and not speaks:
-        raise ValueError(f"{folder}: --head is for language models, and this is a {KINDS[type(model)]}, "
+        raise ValueError(f"{folder}: --head is for language models, and this is {ONE[type(model)]}, "
                          "whose head stays as it is; leave it out")
     tied = speaks and model.config.tie_word_embeddings
     if embedding and tied and not head:

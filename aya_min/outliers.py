@@ -31,7 +31,7 @@ from .distributed import blame
 from .files import dumps, taken, write_new
 from .quantization import SCHEMES, dequantize, round_to_nearest
 from .report_charts import curves, esc, grid, html_page, html_table, number, section, short
-from .weights import load
+from .weights import ONE, EncoderDecoder, load, read_config
 
 MAGNITUDE, LAYERS, TOKENS = 6.0, 0.25, 0.06
 # What reads the hidden states, and so shows their outlier dimensions.
@@ -260,6 +260,9 @@ def main(argv):
         if os.path.lexists(path):
             raise taken(path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (kind := read_config(args.model)[1]) is EncoderDecoder:
+        raise ValueError(f"--model {args.model}: {ONE[kind]}, and outliers measures decoders; give "
+                         "a language model of a decoder alone")
     model, tokenizer = load(args.model, device)
     if model.config.mixture:
         raise ValueError(f"--model {args.model}: a mixture of experts, and outliers measures dense models; "

@@ -102,7 +102,7 @@ def check_own(recipe, clusters, arms, base, prompts, teachers, arbiter, judge=No
         looked[flag, folder] = model, tokenizer, _ = weights.load_meta(folder)
         kind = "reward model" if wanted else "language model"
         if weights.KINDS[type(model)] != kind:
-            raise ValueError(f"{flag} {folder}: a {weights.KINDS[type(model)]}, not a {kind}; give the other "
+            raise ValueError(f"{flag} {folder}: {weights.ONE[type(model)]}, not a {kind}; give the other "
                              "kind")
     tokenizer = looked["--base", base][1]
     rows = [plain_prompt(row) for row in load_prompts(prompts, recipe, tokenizer)]

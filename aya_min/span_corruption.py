@@ -14,6 +14,7 @@ therefore see the same spans; T5 draws them anew.
 """
 
 import zlib
+from bisect import bisect_left
 
 import numpy as np
 
@@ -56,13 +57,17 @@ def corrupt(ids, sentinels, end, kept, replaced):
 def longest_text(limit, num_sentinels):
     """The most tokens of a text whose source and target together have at most `limit`, and whose spans, and
     the target's end, find a sentinel each. ValueError if not even the shortest does."""
-    for length in range(limit, LEAST - 1, -1):
+    def too_long(length):
         num_spans = counts(length)[1]
         # the text, a sentinel a span in both, one more, two ends
-        if length + 2 * num_spans + 3 <= limit and num_spans < num_sentinels:
-            return length
-    raise ValueError(f"--max-length {limit} leaves no room for span corruption: a text of {LEAST} tokens "
-                     f"takes {LEAST + 5}, source and target together; raise it")
+        return length + 2 * num_spans + 3 > limit or num_spans >= num_sentinels
+
+    # A limit may be a thousand million, which no model of distances refuses.
+    longest = LEAST - 1 + bisect_left(range(LEAST, max(limit, LEAST) + 1), True, key=too_long)
+    if longest < LEAST:
+        raise ValueError(f"--max-length {limit} leaves no room for span corruption: a text of {LEAST} tokens "
+                         f"takes {LEAST + 5}, source and target together; raise it")
+    return longest
 
 
 def corrupted(ids, sentinels, end, limit, seed, where):

@@ -35,6 +35,8 @@ OURS = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos
         "additional_special_tokens": [SENTINEL.format(i) for i in range(NUM_SENTINELS)]}
 SPEAKERS = {"user": "User: ", "assistant": "Assistant: "}
 BYTE = r"<0x[0-9A-F]{2}>"
+NO_BYTES = ("a ByT5, whose tokens are bytes by a rule and in no tokenizer.json; it is not supported, give a "
+            "T5, mT5 or umT5 with a tokenizer.json")
 
 
 def as_text(messages):
@@ -149,6 +151,8 @@ def load_text_tokenizer(folder):
     """The TextTokenizer of a model folder. ValueError names the folder."""
     files = read_files(folder)
     if "tokenizer.json" not in files:
+        if read_config(folder, files).get("tokenizer_class") == "ByT5Tokenizer":
+            raise ValueError(f"{folder}: {NO_BYTES}")
         raise ValueError(f"{folder}: no tokenizer.json (a spiece.model is not read); write one with "
                          "transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
     bpe = read_bpe(files["tokenizer.json"], Path(folder) / "tokenizer.json")

@@ -31,7 +31,7 @@ from .encoder_decoder_config import PUBLISHED, TASK, EncoderDecoderConfig
 from .files import new_folder, own_file, read_bytes, read_json
 from .model import CohereForCausalLM, RewardModel, Router, SequenceClassifier, initial_value
 from .tokenizer import FILES, load_tokenizer
-from .tokenizer_text import load_text_tokenizer
+from .tokenizer_text import NO_BYTES, load_text_tokenizer
 
 # transformers has no ForSequenceClassification of Cohere's two; older folders of ours are called so.
 TASKS = {"ForCausalLM": CohereForCausalLM, "RewardModel": RewardModel,
@@ -43,6 +43,7 @@ ARCHITECTURES = {family.class_named(task): RewardModel if family.block == "paral
 ARCHITECTURES |= {f"Mixture{task}": build for task, build in TASKS.items()}
 KINDS = {CohereForCausalLM: "language model", EncoderDecoder: "encoder-decoder", RewardModel: "reward model",
          SequenceClassifier: "reward model", Router: "router", Classifier: "classifier", SideNet: "SideNet"}
+ONE = {build: f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for build, name in KINDS.items()}
 SPEAKERS = CohereForCausalLM, EncoderDecoder        # what answers
 FLOATS = "F32", "BF16", "F16", "F64"
 USUAL_HEAD_LACKS = "score_logps.weight"         # a head on the last token only computes as if this were 0
@@ -70,6 +71,8 @@ def read_config(folder):
     if quantized.read(whole, path):                         # what it says is of the tensors: `load_meta`
         del whole["quantization_config"]
     raw, named = text_part(whole, path)
+    if raw.get("model_type") == "byt5" or raw.get("tokenizer_class") == "ByT5Tokenizer":
+        raise ValueError(f"{path}: {NO_BYTES}")
     if isinstance(kind := raw.get("model_type"), str) and kind in PUBLISHED:
         wanted = PUBLISHED[kind] + TASK
         if named and named[0] != wanted:
@@ -205,8 +208,13 @@ def load_meta(folder, trunk=False, packed=False):
     expected = max(config.num_hidden_layers, getattr(config, "num_layers", 0))          # of an encoder too
     expected = getattr(config, "sidenet_layer", expected)
     if expected > max(num_layers, 1):                       # checked before that many layers are built
+        name = "num_hidden_layers"
+        if model_class is EncoderDecoder:
+            name = "num_layers" if config.num_layers == expected else "num_decoder_layers"
+        elif model_class is SideNet:
+            name = "sidenet_layer"
         raise ValueError(f"{folder}: the tensors do not fit config.json: they are of {num_layers} layers, "
-                         f"num_hidden_layers is {expected}")
+                         f"{name} is {expected}")
     tokenizer = (load_text_tokenizer if model_class is EncoderDecoder else load_tokenizer)(folder)
     if max(tokenizer.vocab_size - 1, tokenizer.largest_id) >= config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the largest id is "
@@ -241,7 +249,7 @@ def load_meta(folder, trunk=False, packed=False):
             problems.append(f"{name} has shape {shape}, config.json says {tuple(own[name].shape)}")
         elif code not in FLOATS:
             problems.append(f"{name} is {code}, quantized weights are not read")
-    problems += [f"{name} has shape {header[name][2]}, a {KINDS[type(model)]} made of it {tuple(t.shape)}"
+    problems += [f"{name} has shape {header[name][2]}, {ONE[type(model)]} made of it {tuple(t.shape)}"
                  for name, t in model.state_dict().items() if name in own and own[name].shape != t.shape]
     if problems:
         listed = tensorfiles.first_of(problems, "; ")

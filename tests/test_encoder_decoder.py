@@ -2,6 +2,7 @@
 that every way to compute it says the same."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -199,7 +200,10 @@ def test_a_head_of_its_own_is_the_head_whatever_config_json_says(tmp_path):
 
 @pytest.mark.parametrize("raw, message", [
     (dict(architectures=["T5EncoderModel"]), "architecture 'T5EncoderModel' is not supported"),
-    (dict(num_layers=90000), "they are of 2 layers, num_hidden_layers is 90000"),
+    (dict(num_layers=90000), "they are of 2 layers, num_layers is 90000"),
+    (dict(num_decoder_layers=90000), "they are of 2 layers, num_decoder_layers is 90000"),
+    (dict(tokenizer_class="ByT5Tokenizer"), "config.json: a ByT5, whose tokens are bytes by a rule"),
+    (dict(model_type="byt5"), "config.json: a ByT5, whose tokens are bytes by a rule"),
     (dict(num_layers=1), "encoder.block.1.layer.0.SelfAttention.k.weight is extra"),
     (dict(d_ff=40), "decoder.block.0.layer.2.DenseReluDense.wi_0.weight has shape"),
     (dict(vocab_size=500), "tokenizer.json has 700 tokens"),
@@ -413,3 +417,30 @@ def test_a_stage_of_decoders_refuses_an_encoder_decoder_before_its_data_are_read
     with pytest.raises(ValueError, match="classify trains decoders only"):
         train.load_model(SimpleNamespace(command="classify", model=str(t5_folder), data=["none.jsonl"]), CPU,
                          stages.STAGES["classify"].settings())
+
+
+COMMANDS = {
+    "evaluate outliers": "-m aya_min.evaluate outliers --model M --data ROWS --out OUT",
+    "evaluate quantized": "-m aya_min.evaluate quantized --model M --against M --data ROWS",
+    "a judge": "-m aya_min.evaluate arena --answers ROWS --baseline ROWS --judge M --out OUT",
+    "a judge by a protocol":
+        "-m aya_min.evaluate arena --answers ROWS --baseline ROWS --judge M --protocol scores --out OUT",
+    "merge embed": "merge.py embed --model M --data a=ROWS --out OUT",
+    "merge quantize": "merge.py quantize M --scheme w8 --out OUT"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_of_decoders_refuses_an_encoder_decoder_in_one_line(name, tmp_path):
+    """outliers looked for the longest text by counting down from a thousand million, embed ended with a
+    traceback, a judge was told to take a protocol, and with one to leave it out."""
+    write(tmp_path / "m", t5())
+    row = {"prompt": "one two three", "completion": "two", "language": "en"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    places = {"M": tmp_path / "m", "ROWS": tmp_path / "rows.jsonl", "OUT": tmp_path / "out",
+              "a=ROWS": f"a={tmp_path / 'rows.jsonl'}"}
+    argv = [str(places.get(word, word)) for word in COMMANDS[name].split()]
+    done = subprocess.run([sys.executable, *argv], cwd=GOLDEN.parents[1], capture_output=True, text=True,
+                          timeout=120)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "an encoder-decoder" in last and "Traceback" not in done.stderr
+    assert "--protocol" not in last and not (tmp_path / "out").exists()

@@ -91,3 +91,13 @@ def test_texts_become_examples_whose_target_is_supervised(tmp_path):
 def test_what_cannot_be_corrupted_is_refused(limit, sentinels, message):
     with pytest.raises(ValueError, match=message):
         corrupted([7, 8, 9], sentinels, END, limit, 0, "f:1")
+
+
+def test_the_longest_text_is_found_at_once_under_any_limit():
+    """It was looked for by counting down from the limit, which for these models is a thousand million: a
+    command that read texts up to the model's positions never ended."""
+    def fits(length):
+        return length + 2 * counts(length)[1] + 3 <= 300 and counts(length)[1] < 100
+    assert longest_text(300, 100) == max(filter(fits, range(2, 301)))
+    assert longest_text(1 << 30, 100) == longest_text(10_000, 100)
+    assert counts(longest_text(1 << 30, 100))[1] == 99
