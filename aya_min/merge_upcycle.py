@@ -30,7 +30,7 @@ from .merge_methods import weighted_sum
 from .model import CohereForCausalLM, initial_value
 from .model_config import Mixture
 from .tensorfiles import DTYPES, first_of, num_bytes, places, write_piece
-from .weights import ONE as ONE_OF, load_meta
+from .weights import ONE, load_meta
 
 KINDS = ("nexus", "linear", "btx", "bam")
 SEED = "seed"                       # the name of the expert that the seed model is, of btx and bam
@@ -46,7 +46,7 @@ class Source:
         model, _, self.header = load_meta(folder)
         self.config = model.config
         if type(model) is not CohereForCausalLM:
-            raise ValueError(f"{folder} is {ONE_OF[type(model)]}; mixtures are made of language "
+            raise ValueError(f"{folder} is {ONE[type(model)]}; mixtures are made of language "
                              "models")
         if bool(self.config.mixture) != mixture:
             raise ValueError(f"{folder} is a mixture of experts already; merge.py extend adds a model to it"
