@@ -126,8 +126,8 @@ def is_answer(value):
 def answer_rows(endpoint, keys, rows, wanted, journal, concurrency=None, **sampling):
     """For each index of `wanted` the list of answers to that row, as `ask` gives them. A collective.
 
-    The ranks share the requests. journal: the answers to row i are kept under keys[i] and not asked for again;
-    where one is missing, the row is asked again by the next command.
+    The ranks share the requests. journal: the answers to row i are kept under keys[i] and not asked for
+    again; where one is missing, the row is asked again by the next command.
     """
     done = {i: journal.done[keys[i]] for i in wanted if keys[i] in journal.done}
     left = [i for i in wanted if i not in done]

@@ -216,7 +216,7 @@ def test_a_critique_stays_with_its_answer_when_another_start_asks_for_others(cal
 
 @pytest.mark.parametrize("large, said", [
     ("critic", "room in RM (512 positions, --max-new-tokens 8)"),
-    ("arbiter", "room in critic (512 positions, --max-new-tokens 8) for the critic's request, the answer and"),
+    ("arbiter", "room in critic (512 positions, --max-new-tokens 8) for the critic"),
 ])
 def test_a_prompt_without_room_for_a_critique_is_refused_before_any_teacher_answers(large, said, call, pool,
                                                                                     monkeypatch):
