@@ -23,6 +23,8 @@ import hashlib
 import os
 import sys
 import time
+from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -210,24 +212,35 @@ def fit(rows, metas, arbiter, router, args, reading):
     """(rows that fit, {model folder: [length of each row's prompt in tokens, ...]}).
 
     A row fits if the positions of each model and of the arbiter hold prompt and answer, and the router's the
-    prompt. --too-long decides on the other rows. ValueError if no row is left.
+    prompt. With --critic the arbiter's hold a critique too, and the critic's the text that asks for one, the
+    answer and the critique. --too-long decides on the other rows. ValueError if no row is left.
     """
-    readers = [(folder, *about[:2], 0) for folder, about in metas.items()]
+    def to_critic(row):
+        text = generate_critique.request(row["prompt_messages"], "", row.get("language"))
+        return [{"role": "user", "content": text}]
+    prompt = itemgetter("prompt_messages")
+    twice = args.max_new_tokens if args.critic else 0           # an answer and its critique
+    readers = [(folder, *about[:2], 0, prompt) for folder, about in metas.items()]
     if arbiter:
-        readers.append((args.arbiter, *arbiter[:2], len(arbiter[1].closing["assistant"])))
+        closing = len(arbiter[1].closing["assistant"])
+        ending = twice + len(critiques.encode(arbiter[1], "")) if args.critic else 0
+        readers.append((args.arbiter, *arbiter[:2], closing + ending, prompt))
+    if args.critic in metas:
+        readers.append((args.critic, *metas[args.critic][:2], twice, to_critic))
     if router:
-        readers.append((args.router, *router[:2], -args.max_new_tokens))        # it reads no answer
+        readers.append((args.router, *router[:2], -args.max_new_tokens, prompt))        # it reads no answer
     lengths = {}
-    for folder, model, tokenizer, ending in readers:
+    for folder, model, tokenizer, ending, asked in readers:
         positions = model.config.max_position_embeddings
         room = positions - args.max_new_tokens - ending
-        what = f"room in {folder} ({positions} positions, --max-new-tokens {args.max_new_tokens})"
+        of_critic = " for the critic's request, the answer and the critique" if asked is to_critic else ""
+        what = f"room in {folder} ({positions} positions, --max-new-tokens {args.max_new_tokens}){of_critic}"
         if room < 2:
             raise ValueError(f"no {what} for a prompt; lower --max-new-tokens")
-        found = {id(row): len(tokenizer.encode_prompt(row["prompt_messages"], row["prompt_where"]))
-                 for row in rows}
+        found = {id(row): len(tokenizer.encode_prompt(asked(row), row["prompt_where"])) for row in rows}
         rows = fit_prompts(rows, lambda row: found[id(row)], room, reading.too_long, what)
-        lengths[folder] = {key: min(room, length) for key, length in found.items()}
+        # a folder may be teacher and critic: its length is that of the prompt
+        lengths.setdefault(folder, {key: min(room, length) for key, length in found.items()})
     if not rows:
         raise ValueError("all prompts are too long; give shorter ones, or a lower --max-new-tokens")
     return rows, {folder: [lengths[folder][id(row)] for row in rows] for folder in metas}
@@ -271,11 +284,11 @@ def stop_ids_of(tokenizer, args):
     return [] if args.ignore_eos else tokenizer.stop_ids
 
 
-def sample(folder, wanted, rows, lengths, args, device, reading, journal=None, label=None):
+def sample(folder, wanted, rows, lengths, args, device, reading, journal=None, keys=None):
     """([samples of each row of these indices], new tokens, seconds) of one model; answers in the journal are
-    not made again. label: what the journal calls the model, if not its folder."""
-    done, label = journal.done if journal else {}, label or folder
-    left = [i for i in wanted if f"{label} {i}" not in done]
+    not made again. keys: the journal's key of each row, if not the folder and the index."""
+    done, keys = journal.done if journal else {}, keys or {i: f"{folder} {i}" for i in wanted}
+    left = [i for i in wanted if keys[i] not in done]
     tokens, seconds = 0, 0.0
     if left:
         model, tokenizer = weights.load(folder, device, getattr(torch, args.dtype), packed=True)
@@ -288,35 +301,48 @@ def sample(folder, wanted, rows, lengths, args, device, reading, journal=None, l
             args.temperature, args.seed, args.batch_size, progress=Path(folder).name,
             stop_ids=stop_ids_of(tokenizer, args), stop_strings=args.stop, numbers=left, name=folder,
             cut_left=reading.too_long == "cut-left",
-            on_done=journal and (lambda j, answers: journal.add(f"{label} {left[j]}", answers)),
+            on_done=journal and (lambda j, answers: journal.add(keys[left[j]], answers)),
             on_ready=lambda: started.append(time.perf_counter()),
             top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
         seconds = time.perf_counter() - (started or [time.perf_counter()])[0]
         tokens = sum(len(a["ids"]) for group in made for a in group)
-        done = {**done, **{f"{label} {i}": group for i, group in zip(left, made)}}
-    return [done[f"{label} {i}"] for i in wanted], tokens, seconds
+        done = {**done, **{keys[i]: group for i, group in zip(left, made)}}
+    return [done[keys[i]] for i in wanted], tokens, seconds
 
 
 def ask_critic(requests, metas, args, device, reading, journal):
     """(the requests that fit --critic, a group of one answer to each, new tokens, seconds)."""
-    one = argparse.Namespace(**vars(args) | {"num_samples": 1, "stop": [], "ignore_eos": False})
-    label = f"{CRITIQUES}{args.critic}"
+    one = argparse.Namespace(**vars(args) | {"num_samples": 1, "stop": [], "ignore_eos": False,
+                                             "critic": None})
     if args.critic in args.endpoints:
-        return requests, *sample_endpoint(args.critic, range(len(requests)), requests, one, journal, label)
+        wanted, keys = range(len(requests)), critique_keys(args.critic, requests)
+        return requests, *sample_endpoint(args.critic, wanted, requests, one, journal, keys)
     about = {args.critic: metas[args.critic]}
     requests, lengths = fit(requests, about, None, None, one, reading)
-    wanted = range(len(requests))
-    return requests, *sample(args.critic, wanted, requests, lengths, one, device, reading, journal, label)
+    wanted, keys = range(len(requests)), critique_keys(args.critic, requests)
+    return requests, *sample(args.critic, wanted, requests, lengths, one, device, reading, journal, keys)
 
 
-def sample_endpoint(name, wanted, rows, args, journal, label=None):
+def critique_keys(critic, requests):
+    """The journal's keys of critiques, made of what is asked: by the next start an endpoint may have given an
+    answer that was missing, or other flags may drop some, so that an index would be another answer's."""
+    seen, keys = Counter(), []
+    for asked in requests:
+        digest = hashlib.sha256(asked["prompt"].encode()).hexdigest()[:32]
+        keys.append(f"{CRITIQUES}{critic} {digest} {seen[digest]}")
+        seen[digest] += 1
+    return keys
+
+
+def sample_endpoint(name, wanted, rows, args, journal, keys=None):
     """([answers to each row of these indices], new tokens, seconds) of an endpoint, see `sample`."""
     before, started = set(journal.done), time.perf_counter()
-    groups = ask_rows(args.endpoints[name], label or name, rows, wanted, journal, args.concurrency,
+    keys = keys or {i: f"{name} {i}" for i in wanted}
+    groups = ask_rows(args.endpoints[name], keys, rows, wanted, journal, args.concurrency,
                       num_samples=args.num_samples, max_new_tokens=args.max_new_tokens,
                       temperature=args.temperature, top_p=args.top_p, seed=args.seed, stop=args.stop)
     tokens = sum(answer["usage"].get("completion_tokens", 0) for i, group in zip(wanted, groups)
-                 if f"{label or name} {i}" not in before for answer in group)
+                 if keys[i] not in before for answer in group)
     return groups, tokens, time.perf_counter() - started
 
 

@@ -123,19 +123,19 @@ def is_answer(value):
         type(count) is int for count in value["usage"].values())
 
 
-def answer_rows(endpoint, label, rows, wanted, journal, concurrency=None, **sampling):
+def answer_rows(endpoint, keys, rows, wanted, journal, concurrency=None, **sampling):
     """For each index of `wanted` the list of answers to that row, as `ask` gives them. A collective.
 
-    The ranks share the requests. journal: answers are kept under "LABEL INDEX" and not asked for again; where
-    one is missing, the row is asked again by the next command.
+    The ranks share the requests. journal: the answers to row i are kept under keys[i] and not asked for
+    again; where one is missing, the row is asked again by the next command.
     """
-    done = {i: journal.done[key] for i in wanted if (key := f"{label} {i}") in journal.done}
+    done = {i: journal.done[keys[i]] for i in wanted if keys[i] in journal.done}
     left = [i for i in wanted if i not in done]
     threads, mine = share(left, concurrency or 8, distributed.rank(), distributed.num_ranks())
 
     def work():
         groups = ask(endpoint, [rows[i]["prompt_messages"] for i in mine], numbers=mine, concurrency=threads,
-                     kept=lambda j, group: journal.add(f"{label} {mine[j]}", group), answered=len(done),
+                     kept=lambda j, group: journal.add(keys[mine[j]], group), answered=len(done),
                      progress=endpoint.name if distributed.is_main() else None, **sampling)
         return dict(zip(mine, groups))
     for part in distributed.patiently(work):

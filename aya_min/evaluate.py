@@ -124,7 +124,7 @@ def arena(args, reading):
     outputs = [out, verdicts_path(out)] if about else [out]
     for path in outputs:
         check_out(path, f"{out}.partial" if about else None)
-    sides = [answers_to_judge(path, args.judge, reading) for path in paths]
+    sides = [answers_to_judge(path, args.judge, reading, args.protocol) for path in paths]
     # refuses rows that do not match before a model is loaded
     pairs = matched(*sides, args.judge)
 

@@ -21,9 +21,10 @@ VERDICT = ["grade", "seen_language", "why", "score", "reward"]          # keys t
 
 # ---- rows --------------------------------------------------------------------------------------------------
 
-def answers_to_judge(path, judge, reading=None):
-    """The rows of a JSONL file as the judge reads them. Empty answers are judged, and counted aloud."""
-    also = () if judge == "oracle" else ("critique",)           # which a reward model may read
+def answers_to_judge(path, judge, reading=None, protocol=None):
+    """The rows of a JSONL file as the judge reads them, by a published protocol if one is named. Empty
+    answers are judged, and counted aloud."""
+    also = () if judge == "oracle" or protocol else ("critique",)       # which only reward models read
     rows = [checked(where, row, judge) for where, row in read_jsonl(path, reading, also)]
     if empty := sum(not row["completion"].strip() for row in rows):
         distributed.say(f"{empty} of {len(rows)} answers are empty; they are judged as they are", [path])
@@ -113,11 +114,12 @@ def score_answers(model, tokenizer, sides, name="the reward model", too_long="re
             for side, rows in zip(keys, sides)]
 
 
-def check_texts(rows, folder, reading, flag="--judge"):
+def check_texts(rows, folder, reading, flag="--judge", with_critiques=True):
     """Refuse texts that the judge cannot score, before its weights are read. flag: that named the folder.
+    with_critiques: whether such rows can bring critiques of their answers.
 
     ValueError for a folder without a reward model, a text that spells a control token, or more tokens than
-    the judge has positions.
+    the judge has positions, and for a critique that is missing or cannot be read.
     """
     if not issubclass(kind := read_config(folder)[1], RewardModel):
         remedy = "give a folder that the reward stage wrote"
@@ -125,10 +127,13 @@ def check_texts(rows, folder, reading, flag="--judge"):
             remedy = "a language model judges by a published protocol, give --protocol arena-hard or scores"
         raise ValueError(f"{flag} {folder}: {ONE[kind]}, not a reward model; {remedy}")
     model, tokenizer, _ = load_meta(folder)
-    critiques.check(model, rows, f"--judge {folder}")
+    if not with_critiques:
+        critiques.refuse_unread(model, f"{flag} {folder}")
+    critiques.check(model, rows, f"{flag} {folder}")
     room = model.config.max_position_embeddings
     for row in rows:
-        texts = [message["content"] for message in row["prompt_messages"]] + [row["completion"]]
+        texts = [message["content"] for message in row["prompt_messages"]]
+        texts += [row["completion"], row.get("critique") or ""]
         name = next(filter(None, map(tokenizer.spelled, texts)), None)
         if name and not reading.allow_control_tokens:
             raise ValueError(f"{prefix_of(row)}a text spells the control token {name}; give the text without "

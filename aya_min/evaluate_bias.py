@@ -63,7 +63,9 @@ def read(path, reading):
         if home is None:
             without[row["language"]] = without.get(row["language"], 0) + 1
             continue
-        rows.append({**row, "completion": None if is_question else row["completion"], "home": home})
+        # a critique of the answer says nothing of its frames; read_jsonl has reported that it is not read
+        rows.append({**row, "completion": None if is_question else row["completion"], "home": home,
+                     "critique": None})
     if not rows:
         raise ValueError(f"{path}: no row is in a language with frames ({' '.join(LANGUAGES)}); give such "
                          "rows a 'language'")
@@ -123,16 +125,23 @@ def measured(model, tokenizer, rows, name, reading, seed=0):
             "deviation": float(np.std(known)) if known else None, "unscored": len(scored) - len(known)}
 
 
+def cell(figure):
+    """A figure as text; one row alone has no interval."""
+    if figure is None:
+        return "-"
+    low, high = figure["ci95"]
+    return f"{figure['difference']:+.2f} " + ("(one row)" if figure["num"] == 1 else
+                                              f"[{low:+.2f}, {high:+.2f}]")
+
+
 def table(result):
     """The terminal's table: a line for each language, a column for each probe."""
     lines = [f"what {result['reward_model']} likes, in points of its score: difference and 95% interval",
              f"{'':30}" + "".join(f"{name:>24}" for name in PROBES)]
     for name, found in [("overall", result["overall"]), *result["by_language"].items()]:
         title = f"{name:8}{LANGUAGES[name].name}" if name in LANGUAGES else name
-        cells = ["-" if each is None else
-                 "{:+.2f} [{:+.2f}, {:+.2f}]".format(each["difference"], *each["ci95"])
-                 for each in found.values()]
-        lines.append(f"{title:30}" + "".join(f"{cell:>24}" for cell in cells))
+        cells = map(cell, found.values())
+        lines.append(f"{title:30}" + "".join(f"{each:>24}" for each in cells))
     if result["deviation"] is not None:
         lines.append(f"standard deviation of all its scores: {result['deviation']:.2f}")
     if result["unscored"]:
@@ -173,7 +182,7 @@ def main(argv):
                  "prompt_messages": [{"role": "user", "content": row["prompt"]}]} for row in rows]
     rng = random.Random(f"bias/{args.seed}")
     texts = [{**row, "completion": text} for row in rows for text in texts_of(row, rng).values()]
-    check_texts(texts, args.reward_model, reading, flag="--reward-model")
+    check_texts(texts, args.reward_model, reading, flag="--reward-model", with_critiques=False)
     model, tokenizer = load(args.reward_model, device=device())
     name = f"--reward-model {args.reward_model}"
     result = {"reward_model": args.reward_model, "prompts": args.prompts, "rows": len(rows),

@@ -169,7 +169,7 @@ def leaderboard(args, reading):
     outputs = [out, page, verdicts_path(out)] if about else [out, page]
     for path in outputs:
         check_out(path, f"{out}.partial" if about else None)
-    sides = [answers_to_judge(path, args.judge, reading) for path in paths]
+    sides = [answers_to_judge(path, args.judge, reading, args.protocol) for path in paths]
     matches = list(combinations(range(len(paths)), 2)) if baseline is None else [
         (i, baseline) for i in range(len(paths)) if i != baseline]
     pairs = {(i, j): matched(sides[i], sides[j], args.judge, (paths[i], paths[j])) for i, j in matches}

@@ -14,6 +14,7 @@ import os
 
 import torch
 
+from . import critiques
 from .command import Parser, is_spare_rank, number, printable
 from .config import SFT, Reading, add_flags, settings_from
 from .data import load_examples, load_prompts
@@ -178,6 +179,8 @@ def main(argv):
     if args.judge != "oracle" and not issubclass(read_config(args.judge)[1], RewardModel):
         raise ValueError(f"--judge {args.judge} is no reward model's folder; a language model judges by "
                          "`evaluate arena`, on answers of generate.py")
+    if args.judge != "oracle":
+        critiques.refuse_unread(load_meta(args.judge)[0], f"--judge {args.judge}")
     tokenizers = []
     for folder in folders:
         model, tokenizer, _ = load_meta(folder, packed=True)

@@ -21,6 +21,7 @@ from .endpoint_answers import tally, tally_line, without_control_tokens
 from .generate_pool import OF_POOL, check_fields
 from .judges import question_text
 from .rows import conversation_of, is_cut, pair_of, prompt_of, read_jsonl, shapes_in
+from .rows_keys import is_empty
 
 LINE = "generate.py critique --model C --answers F.jsonl --out G.jsonl"
 NOT_HERE = ("models", "prompts", "prompt", "chat", "serve", "host", "port", "max_length", "contrast",
@@ -57,17 +58,20 @@ def request(messages, answer, language):
 
 def answers_in(row, where):
     """[(prompt messages, answer, the object that gets its critique, the critique's key), ...] of a row."""
-    shapes = shapes_in(row)
+    shapes, has_pool = shapes_in(row), not is_empty(row.get("candidates"))
+    if has_pool and (others := shapes & {"chosen", "rejected", "completion", "targets"}):
+        raise ValueError(f"{where}: 'candidates' and {min(others)!r} in one row; leave one of them")
     if {"chosen", "rejected"} & shapes:
         prompt, chosen, rejected, *_ = pair_of(row, where)
         return [(prompt, chosen, row, "chosen_critique"), (prompt, rejected, row, "rejected_critique")]
-    if row.get("candidates"):
+    if has_pool:
         prompt, found = prompt_of(row, where), row["candidates"]
-        texts = [c.get("completion") if isinstance(c, dict) else None for c in found]
-        if not all(isinstance(text, str) for text in texts):
+        if not (isinstance(found, list) and all(isinstance(c, dict) and isinstance(c.get("completion"), str)
+                                                for c in found)):
             raise ValueError(f"{where}: 'candidates' must be a list of objects with a completion each")
-        return [(prompt, text, c, "critique") for text, c in zip(texts, found)]
-    messages, *_ = conversation_of({**row, "label": None}, where)       # an unwanted answer has one too
+        return [(prompt, c["completion"], c, "critique") for c in found]
+    # an unwanted answer (a label of kto) has one too
+    messages, *_ = conversation_of({key: value for key, value in row.items() if key != "label"}, where)
     return [(messages[:-1], messages[-1]["content"], row, "critique")]
 
 
@@ -120,8 +124,8 @@ def written(requests, ask, args, reading):
     lines.append(f"{len(groups)} critiques, {cut} cut at --max-new-tokens {args.max_new_tokens}; {len(kept)} "
                  f"rows, {len(rows) - len(kept)} left out, as a critique of theirs is missing or empty")
     if not kept:
-        raise ValueError(f"{args.out}: not a row is left ({lines[-1]}); look at the critic. Nothing is "
-                         "written")
+        raise ValueError(f"{args.out}: not a row is left ({'; '.join(lines)}); look at the critic, and "
+                         f"remove {args.out}.partial to have it asked anew. Nothing is written")
     return {args.out: kept}, lines, tokens, seconds
 
 

@@ -28,6 +28,7 @@ INSTRUCTION = ("Below are inputs of 0 and 1, each with the output of one and the
                "and nothing else.")
 FUNCTIONS = [name for name in CLASSES if name != "nearest"]
 LEARNERS = ("nearest neighbour", "optimal")
+NEW_TOKENS = 4              # of an answer: a tokenizer may put a blank or a sign before it
 
 
 def bits(x):
@@ -55,13 +56,22 @@ def ask(model, tokenizer, name, d, examples, count, seed, batch_size=32):
     few = name != "dnf" and num_functions(name, d) <= MANY
     learners = {"nearest neighbour": nearest_neighbour}
     learners |= {"optimal": lambda xs, ys: optimal(name, xs, ys)} if few else {}
-    known = {who: rate(learn(xs, ys), ys) for who, learn in learners.items()}           # (count, n)
     rows = [{"prompt": prompt_of(x[:k], y[:k], x[k])} for k in examples for x, y in zip(xs, ys)]
-    answers = answer_rows(model, tokenizer, rows, max_new_tokens=4, temperature=0.0, seed=seed,
+    check_room(model, tokenizer, rows)
+    known = {who: rate(learn(xs, ys), ys) for who, learn in learners.items()}           # (count, n)
+    answers = answer_rows(model, tokenizer, rows, max_new_tokens=NEW_TOKENS, temperature=0.0, seed=seed,
                           batch_size=batch_size, progress="asking", name=model.came_from)
     texts = iter(answer["completion"] for answer, in answers)
     return {k: graded([next(texts) for _ in range(count)], ys[:, k].tolist())
             | {who: rates[:, k].tolist() for who, rates in known.items()} for k in examples}
+
+
+def check_room(model, tokenizer, rows):
+    """ValueError for a prompt that is too long for the model, with what makes it shorter here."""
+    longest = max(len(tokenizer.encode_prompt(row["prompt"])) for row in rows)
+    if (room := model.config.max_position_embeddings - NEW_TOKENS) < longest:
+        raise ValueError(f"--model {model.came_from}: a prompt of so many examples has {longest} tokens, its "
+                         f"positions hold {room} and an answer; give fewer --examples or --entries")
 
 
 def graded(texts, ys):

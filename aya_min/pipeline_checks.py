@@ -4,7 +4,7 @@ late costs the run. Each check raises ValueError with the flag, what is wrong an
 
 from pathlib import Path
 
-from . import weights, world_data
+from . import critiques, weights, world_data
 from .alike import identity
 from .arbitrage import read_answers
 from .command import progress
@@ -104,6 +104,8 @@ def check_own(recipe, clusters, arms, base, prompts, teachers, arbiter, judge=No
         if weights.KINDS[type(model)] != kind:
             raise ValueError(f"{flag} {folder}: {weights.ONE[type(model)]}, not a {kind}; give the other "
                              "kind")
+        if wanted:
+            critiques.refuse_unread(model, f"{flag} {folder}")
     tokenizer = looked["--base", base][1]
     rows = [plain_prompt(row) for row in load_prompts(prompts, recipe, tokenizer)]
     eval_rows = None

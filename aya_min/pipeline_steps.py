@@ -261,7 +261,8 @@ def answers_of_endpoint(run, number, endpoint, rows, temperature, seed):
             distributed.say(f"{endpoint.name}: {len(journal.done)} of {len(rows)} prompts were answered "
                             "before")
         wanted = range(len(rows))
-        groups = ask_rows(endpoint, endpoint.name, rows, wanted, journal, run.concurrency, **sampling)
+        keys = {i: f"{endpoint.name} {i}" for i in wanted}
+        groups = ask_rows(endpoint, keys, rows, wanted, journal, run.concurrency, **sampling)
     groups = without_control_tokens(groups, load_tokenizer(run.base), run.recipe)
     return [answer for (answer,) in groups]
 

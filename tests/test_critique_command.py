@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from bad_server import Server, reply
 from small import language_model, reward_model, tokenizer
 
 import generate
@@ -111,6 +112,11 @@ def test_flags_that_do_not_fit_are_refused_before_anything_is_read(line, said, c
     ({**PAIR, "chosen_critique": "old"}, "F.jsonl:1: 'chosen_critique' is there already"),
     ({"prompt": "hi", "candidates": ["yes"]}, "F.jsonl:1: 'candidates' must be a list of objects"),
     ({"prompt": "hi"}, "F.jsonl:1: no example in keys"),
+    ({"prompt": "hi", "candidates": 5}, "F.jsonl:1: 'candidates' must be a list of objects"),
+    ({"prompt": "hi", "candidates": {"completion": "yes"}}, "F.jsonl:1: 'candidates' must be a list"),
+    ({**PAIR, "candidates": [{"completion": "yes"}]}, "F.jsonl:1: 'candidates' and 'chosen' in one row"),
+    ({"prompt": "hi", "completion": "yes", "candidates": [{"completion": "no"}]}, "and 'completion' in one"),
+    ({"question": "hi", "answer": "yes"}, "no example in keys ['answer', 'question']"),
     ({"prompt": "hi", "completion": "<|END_OF_TURN_TOKEN|>"}, "spell control tokens"),
 ])
 def test_rows_that_cannot_be_criticised_are_refused_with_their_place(row, said, call, here):
@@ -125,6 +131,14 @@ def test_a_reward_model_is_no_critic(call, here):
     weights.save(here / "RM", reward_model(), tokenizer())
     code, _, err = call(LINE.replace("--model C", "--model RM"))
     assert code == 2 and "a reward model cannot generate" in err[-1]
+
+
+def test_critiques_that_are_all_missing_are_refused_with_the_reason_and_the_way_to_ask_anew(call, here):
+    """The reason was lost, and as the journal held the answers the same command failed for ever."""
+    with Server(lambda body, times: reply("<|im_end|>")) as server:
+        code, _, err = call(LINE.replace("--model C", f"--model {server.url}#m"))
+    assert code == 2 and "control tokens 5" in err[-1], err
+    assert "remove G.jsonl.partial to have it asked anew" in err[-1]
 
 
 # ---- arbitrage ---------------------------------------------------------------------------------------------
@@ -172,6 +186,56 @@ def test_arbitrage_that_was_stopped_after_the_critiques_resumes_with_them(call, 
         code, _, err = call(ARBITRAGE)
     assert code == 0 and read("all.jsonl") == first
     assert any("resumes: 6 of 6 prompts" in line for line in err)
+
+
+def test_a_critique_stays_with_its_answer_when_another_start_asks_for_others(call, pool, monkeypatch):
+    """The journal kept critiques by their number. Where an endpoint answered a prompt that it had left out,
+    or a language guard dropped an answer, all later candidates got the critique of another one."""
+    def teacher(body, times):
+        content = body["messages"][-1]["content"]
+        late = content == "hi 0" and not is_back
+        return reply("" if late else f"answer to {content}")
+
+    def critic(body, times):
+        return reply("of " + body["messages"][-1]["content"].split("Antwort:\n")[1].split("\n")[0])
+    is_back = False
+    with Server(teacher) as one, Server(critic) as two:
+        line = ARBITRAGE.replace("C D", f"C {one.url}#t").replace("--critic C", f"--critic {two.url}#c")
+        with monkeypatch.context() as patched:
+            patched.setattr(generate_pool, "score_texts", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                call(line)
+        is_back, asked_before = True, len(two.asked)
+        code, _, err = call(line)
+        assert code == 0, err
+    found = [c for row in read("all.jsonl") for c in row["candidates"] if c["teacher"].startswith("http")]
+    assert len(found) == 6 and {c["critique"] for c in found} == {f"of answer to hi {i}" for i in range(3)}
+    assert all(c["critique"] == f"of {c['completion']}" for c in found)
+    assert len(two.asked) == asked_before + 2               # the others were there
+
+
+@pytest.mark.parametrize("large, said", [
+    ("critic", "room in RM (512 positions, --max-new-tokens 8)"),
+    ("arbiter", "room in critic (512 positions, --max-new-tokens 8) for the critic"),
+])
+def test_a_prompt_without_room_for_a_critique_is_refused_before_any_teacher_answers(large, said, call, pool,
+                                                                                    monkeypatch):
+    """The arbiter or the critic refused it when all teachers had answered."""
+    positions = {name: 1024 if name == large else 512 for name in ("critic", "arbiter")}
+    weights.save(pool / "critic", language_model(2, max_position_embeddings=positions["critic"]), tokenizer())
+    if large == "arbiter":
+        judge = reward_model(max_position_embeddings=1024)
+        judge.config.critiques = True
+        weights.save(pool / "large", judge, tokenizer())
+    text = "hi"
+    while len(tokenizer().encode_prompt(text)) < 512 - 8 - 4:
+        text += " a"
+    (pool / "prompts.jsonl").unlink()
+    write_jsonl(pool / "prompts.jsonl", [{"prompt": text, "language": "de"}])
+    monkeypatch.setattr(generate, "answer_rows", lambda *_, **__: 1 / 0)
+    line = ARBITRAGE.replace("--critic C", "--critic critic")
+    code, out, err = call(line.replace("--arbiter RM", "--arbiter large") if large == "arbiter" else line)
+    assert code == 2 and out == "" and said in err[-1], err
 
 
 @pytest.mark.parametrize("before, after, said", [

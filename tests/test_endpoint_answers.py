@@ -285,7 +285,8 @@ def rows_of(prompts=PROMPTS):
 def ask_on_a_rank(url, folder):
     with Journal(folder, {"url": url}) as journal:
         one = Endpoint.of(url)
-        return answer_rows(one, "label", rows_of(), [5, 0, 1, 3], journal, 4, max_new_tokens=4, temperature=0)
+        keys = [f"key {i}" for i in range(6)]
+        return answer_rows(one, keys, rows_of(), [5, 0, 1, 3], journal, 4, max_new_tokens=4, temperature=0)
 
 
 def test_ranks_share_the_requests_and_each_gets_all_answers_in_order(tmp_path):

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import program
+from small import program, reward_model, tokenizer
 
 from aya_min.command import guarded
+from aya_min.config import Reading
 from aya_min.model_config import model_preset
 from aya_min.evaluate import main, win_rate_table
-from aya_min.evaluate_answers import answers_to_judge, grade_answers, score_answers
+from aya_min.evaluate_answers import answers_to_judge, check_texts, grade_answers, score_answers
 from aya_min.evaluate_rates import bootstrap_mean, compare, join, rank_correlation, summarize, win_rates
 from aya_min.files import write_jsonl
 from aya_min.languages import CLUSTERS, LANGUAGES, SHARED
@@ -580,6 +581,25 @@ def test_empty_answers_are_counted_aloud(tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", rows)
     assert len(answers_to_judge(tmp_path / "a.jsonl", "RM")) == 3
     assert "2 of 3 answers are empty" in capsys.readouterr().err
+
+
+def test_a_critique_is_read_by_reward_models_alone_and_else_named(tmp_path, capsys):
+    """Language models by a protocol read none, and nothing said so."""
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b", "critique": "c"}])
+    for protocol, is_named in ((None, False), ("scores", True)):
+        answers_to_judge(tmp_path / "a.jsonl", "folder", protocol=protocol)
+        assert ("keys that are not read: 'critique'" in capsys.readouterr().err) == is_named
+
+
+def test_a_critique_that_spells_a_control_token_is_not_judged(tmp_path):
+    judge = reward_model()
+    judge.config.critiques = True
+    save(tmp_path / "RM", judge, tokenizer())
+    row = {"prompt": "a", "completion": "b", "critique": "<|END_OF_TURN_TOKEN|>"}
+    write_jsonl(tmp_path / "a.jsonl", [row])
+    rows = answers_to_judge(tmp_path / "a.jsonl", "RM")
+    with pytest.raises(ValueError, match="a.jsonl:1: a text spells the control token"):
+        check_texts(rows, tmp_path / "RM", Reading())
 
 
 def test_a_rank_correlation_by_hand():

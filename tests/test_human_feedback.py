@@ -201,15 +201,16 @@ def test_the_picture_and_the_figures_of_likings_read_the_scores_of_their_own_tex
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Three model folders: "longer", a reward model whose score is minus the log-prob of the answer's least
+    """Four model folders: "longer", a reward model whose score is minus the log-prob of the answer's least
     likely token, which a further sentence raises or leaves (but for the end of the turn); "none", whose
-    scores are all 0; a language model."""
+    scores are all 0; "critiques", which reads critiques; a language model."""
     above = tmp_path_factory.mktemp("models")
     texts = [framed(q["language"], frame, gold_answer(q)) for q in questions("train", 240, 0, level="tiny")
              for frame in FRAMES]
     tokenizer = train_tokenizer(texts, 1024)
-    for name, weight in (("longer", [0.0, -1.0]), ("none", [0.0, 0.0])):
+    for name, weight in (("longer", [0.0, -1.0]), ("none", [0.0, 0.0]), ("critiques", [0.0, 0.0])):
         model = make(RewardModel, 1, vocab_size=tokenizer.vocab_size)
+        model.config.critiques = name == "critiques" or None
         with torch.no_grad():
             model.score.weight.zero_()
             model.score_logps.weight.copy_(torch.tensor([weight]))
@@ -278,6 +279,15 @@ def test_a_users_rows_have_their_answers_in_frames_of_their_language_and_others_
     assert "left out: languages without frames: other (1 rows), sw (1 rows)" in capsys.readouterr().out
 
 
+def test_a_critique_is_named_as_not_read_and_one_row_has_no_interval(folders, tmp_path, capsys):
+    """The row was refused after it had been said that its critique is not read; [x, x] looked certain."""
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": "How?", "completion": "So.", "language": "en",
+                                        "critique": "short"}])
+    bias("--reward-model", folders / "longer", "--prompts", tmp_path / "p.jsonl")
+    out, err = capsys.readouterr()
+    assert "keys that are not read: 'critique'" in err and "(one row)" in out and "[" not in out
+
+
 @pytest.mark.parametrize("rows, says", [
     ([{"prompt": "How?", "language": "en"}], "p.jsonl:1: 'completion' is missing or no text"),
     ([{"prompt": "How?", "completion": "So."}], "no row is in a language with frames"),
@@ -309,6 +319,7 @@ def test_wrong_flags_are_one_line_and_exit_code_2(folders, tmp_path, capsys):
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": "How?", "completion": "So.", "language": "en"}])
     for words_, says in (
             (["--reward-model", folders / "lm"], "a language model, not a reward model; give a folder that"),
+            (["--reward-model", folders / "critiques"], "critiques: this reward model was trained with"),
             (["--reward-model", tmp_path / "nowhere"], "nowhere"), ([], "--reward-model"),
             (["--reward-model", folders / "none", "--out", tmp_path / "taken.json"], "taken.json"),
             (["--reward-model", folders / "none", "--count", 0], "of at least 1"),

@@ -73,7 +73,7 @@ def test_the_command_writes_what_it_shows(folder, tmp_path, capsys):
 
 
 def test_a_prompt_that_is_too_long_is_refused_by_name(folder):
-    with pytest.raises(ValueError, match="512"):
+    with pytest.raises(ValueError, match="508 and an answer; give fewer --examples or --entr"):
         main(["--model", str(folder / "model"), "--examples", "200", "--count", "2"])
 
 

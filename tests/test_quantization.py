@@ -589,9 +589,15 @@ def test_a_group_s_figures_worked_by_hand():
     assert found["same"] == 50 and found["grade"] == 1.5 and found["grade_against"] == 3
 
 
-def test_a_reward_model_grades_answers_in_place_of_the_oracle(models, tmp_path, capsys):
+def test_a_reward_model_grades_answers_in_place_of_the_oracle(models, tmp_path, capsys, monkeypatch):
     weights.save(tmp_path / "rm", reward_model(), tokenizer())
+    reads = reward_model()
+    reads.config.critiques = True
+    weights.save(tmp_path / "reads", reads, tokenizer())
     words = ("--against", models / "tied", "--data", models / "sft.jsonl", "--max-new-tokens", 4)
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="--judge .* trained with crit"):
+        patched.setattr(evaluate_quantized, "measured", lambda *_: 1 / 0)       # before anything is answered
+        evaluated(capsys, "--model", models / "tied", *words, "--judge", tmp_path / "reads")
     with pytest.raises(ValueError, match="is no reward model's folder; a language model judges by"):
         evaluated(capsys, "--model", models / "tied", *words, "--judge", models / "tied")
     evaluated(capsys, "--model", models / "tied", *words, "--judge", tmp_path / "rm", "--out", tmp_path / "r")

@@ -120,12 +120,15 @@ def test_every_preset_passes_its_own_checks():
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """Models A and B of 512 positions, a small one of 64, an arbiter and one of another tokenizer, 40
-    prompts."""
+    """Models A and B of 512 positions, a small one of 64, arbiters (one of another tokenizer, one that
+    reads critiques), 40 prompts."""
     folder = tmp_path_factory.mktemp("own")
     for name, model in {"A": language_model(0), "B": language_model(1), "RM": reward_model(),
                         "short": language_model(2, max_position_embeddings=64),
-                        "short-RM": reward_model(max_position_embeddings=64)}.items():
+                        "short-RM": reward_model(max_position_embeddings=64),
+                        "critiques-RM": reward_model()}.items():
+        if name == "critiques-RM":
+            model.config.critiques = True
         weights.save(folder / name, model, tokenizer())
     weights.save(folder / "other-RM", reward_model(vocab_size=280),
                  train_tokenizer(["one two three"] * 9, 280))
@@ -166,6 +169,8 @@ def flags_of(own, **change):
     ({"teachers": "A RM"}, "not a language model"),
     ({"cluster_spill": "0"}, "'slavic' has no prompt in its languages"),
     ({"arbiter": "B"}, "not a reward model"), ({"judge": "B"}, "not a reward model"),
+    ({"arbiter": "critiques-RM"}, "critiques-RM: this reward model was trained with critiques"),
+    ({"judge": "critiques-RM"}, "critiques-RM: this reward model was trained with critiques"),
     ({"base": "RM"}, "not a language"),
     ({"arbiter": "other-RM", "arms": "all"}, "share a tokenizer"),
     ({"batch_size": "48"}, "fewer than one batch of 48"),
