@@ -68,7 +68,7 @@ def test_the_command_writes_what_it_shows(folder, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
     with pytest.raises(ValueError, match="nothing is overwritten"):
         main(["--model", str(folder / "model"), "--out", str(out)])
-    with pytest.raises(ValueError, match="a reward model does not answer"):
+    with pytest.raises(ValueError, match="a reward model; give a language model of a decoder alone"):
         main(["--model", str(folder / "reward")])
 
 

@@ -610,7 +610,7 @@ def test_a_reward_model_grades_answers_in_place_of_the_oracle(models, tmp_path, 
 
 def test_evaluating_a_reward_model_or_another_tokenizer_is_refused(models, tmp_path):
     weights.save(tmp_path / "rm", reward_model(), tokenizer())
-    with pytest.raises(ValueError, match="a reward model does not answer"):
+    with pytest.raises(ValueError, match="a reward model; give a language model of a decoder alone"):
         evaluate.main(["quantized", "--model", str(tmp_path / "rm"), "--against", str(models / "tied"),
                        "--data", str(models / "prompts.jsonl")])
 
