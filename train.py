@@ -308,6 +308,8 @@ def run_one_stage(args, device):
     if any(map(is_spec, args.eval_data)):
         raise ValueError("--eval-data takes JSONL files; python -m aya_min.mixture writes a spec's rows to "
                          "one")
+    if not is_preset(args.model) and any(map(is_spec, args.data or ())):
+        weights.load_meta(args.model)               # an index may take minutes: a folder at fault is said now
     args.data = with_mixture(args.data, settings)
     model, tokenizer = load_model(args, device, settings)
     source = {"model": args.model, "eval_data": list(args.eval_data)}

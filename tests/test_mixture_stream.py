@@ -159,6 +159,13 @@ def test_columns_and_other_files_beside_a_spec_are_refused(world):
         with_mixture([world / "spec.json", world / "sft.jsonl"], config.SFT())
 
 
+def test_a_folder_at_fault_is_said_before_the_files_are_indexed(world, tmp_path):
+    done = program("train.py", "sft", "--model", tmp_path, "--data", world / "spec.json", "--out",
+                   tmp_path / "run")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "not a model folder" in done.stderr
+
+
 @pytest.mark.long
 def test_the_command_trains_a_tokenizer_and_a_model_on_a_spec_and_resumes(world, tmp_path):
     flags = "--model", "smoke", "--data", world / "spec.json", "--batch-size", 4, "--max-length", 100
