@@ -5,6 +5,7 @@ test_distributed.py starts this file under torchrun; then it runs what must not 
 ranks.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -132,6 +133,8 @@ def on_ranks(ranks, function, *args, timeout=60):
     """Run function(*args) on this number of ranks (gloo), forked from this process, which has torch imported.
     All must end well. timeout: seconds of a collective. -> what each returns"""
     def one_rank(rank):
+        # A group that this process's parent left as garbage would wait, when collected here, for its threads.
+        gc.freeze()
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         torch.set_num_threads(1)
