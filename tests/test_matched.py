@@ -246,12 +246,12 @@ def test_matched_arms_choose_both_rates_and_untuned_ones_none(lab, monkeypatch):
     loss = {1e-3: 2.0, 3e-3: 1.0, 1e-2: 3.0}
     monkeypatch.setattr(claims, "pretrained",
                         lambda lab, kind, rate, share=1.0: {"loss": loss[rate], "is": (kind, rate, share)})
-    monkeypatch.setattr(claims, "right", lambda lab, kind, before, rate, *rest: [float(rate == 1e-2)])
+    monkeypatch.setattr(claims, "right", lambda lab, task, kind, before, rate, *rest: [float(rate == 1e-2)])
     for arm in claims.MATCHED:
-        kind, before, rate, frozen = claims.chosen(lab(1), arm)
+        kind, before, rate, frozen = claims.chosen(lab(1), arm, claims.TOPICS)
         assert before["is"] == (claims.KIND[arm], 3e-3, 1.0) and rate == 1e-2 and not frozen
     for arm, name in claims.UNTUNED.items():
-        kind, before, rate, frozen = claims.chosen(lab(1), arm)
+        kind, before, rate, frozen = claims.chosen(lab(1), arm, claims.TOPICS)
         assert before["is"] == (claims.KIND[name], claims.RATES[0], claims.SHORT)
         assert rate == claims.RATES[0] and frozen == (name == claims.ELMO)
 
@@ -273,10 +273,31 @@ def test_a_condition_that_differs_loses_the_comparison(lab, monkeypatch):
 def test_competitive_is_within_the_margin(lab, monkeypatch):
     """Of 40 texts 20 and 21 are right, at a difference of 0.025."""
     right = {claims.ELMO: 20, claims.BERT: 21}
-    monkeypatch.setattr(claims, "answers", lambda lab, arm: [
+    monkeypatch.setattr(claims, "answers", lambda lab, arm, task: [
         (str(i), "en", float(i < right[arm])) for i in range(40)])
-    found = measured(lab(1), claims.less(claims.ELMO, claims.BERT, -claims.MARGIN))
+    found = measured(lab(1), claims.less(claims.ELMO, claims.BERT, claims.TOPICS, -claims.MARGIN))
     assert found["value"] == pytest.approx(-1 / 40) and found["none"] == -claims.MARGIN
+
+
+def test_learned_is_better_than_the_most_frequent_label(lab, monkeypatch):
+    """Of 60 texts 30 are of either topic, of which one is always said: 0.5. 33 are right: 0.05 more."""
+    monkeypatch.setattr(claims, "answers", lambda lab, arm, task: [
+        (str(i), "en", float(i < 33)) for i in range(60)])
+    for figure in claims.learned(claims.TOPICS):
+        found = measured(lab(1), figure)
+        assert found["value"] == pytest.approx(0.05) and found["none"] == 0 and found["verdict"] == "not shown"
+
+
+def test_sentences_of_all_codes_are_told_apart_and_no_id_is_both_trained_on_and_reported(lab, tmp_path):
+    write_jsonl(tmp_path / "parallel.jsonl", [
+        {"id": f"{n}", "language": code, "text": f"{code} {n}"} for code in CODES for n in range(400)])
+    real_text.rows("parallel")
+    labels, parts, tuning = claims.TASKS[claims.CODES]
+    some = lab(1)
+    some.recipe.corpus = 144000
+    (train, test), = parts(some)
+    assert {row["label"] for row in test} == set(CODES) < set(labels)
+    assert not ids(train) & ids(test) and not (ids(train) | ids(test)) & ids(tuning(some)[1])
 
 
 def test_tuning_is_counted_and_unequal_arms_have_their_reason():
