@@ -29,7 +29,7 @@ from ..tokenizer_text import train_text_tokenizer
 from ..world import gold_answer, questions
 
 PAPER = "Aya 23, arXiv 2405.15032; Aya 101, arXiv 2402.07827: architecture and breadth"
-MINUTES = 9
+MINUTES = 11
 ALL, EIGHT = tuple(LANGUAGES), tuple(list(LANGUAGES)[::3])
 DECODER, BOTH = "decoder", "encoder-decoder"
 # Two layers each, so narrow that encoder and decoder have the parameters of the decoder's three.

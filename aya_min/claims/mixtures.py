@@ -35,7 +35,7 @@ from ..world_oracle import grade_apart
 from ..world_translation import in_english, translated
 
 PAPER = "Aya 23, arXiv 2405.15032; Aya 101, arXiv 2402.07827; Aya Dataset, arXiv 2402.06619"
-MINUTES = 12
+MINUTES = 15
 REAL, REAL_VOCABULARY = "parallel.jsonl", 1024
 CODES = list(LANGUAGES)
 LANGUAGES_OF = {8: tuple(CODES[::3]), 16: tuple(CODES[::3] + CODES[1::3]), len(CODES): tuple(CODES)}
