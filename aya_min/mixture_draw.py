@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .command import in_range, shortened
-from .mixture_spec import EPOCHS
+
+EPOCHS = "[1, 1000000]"     # of a source in one pass over the mixture
 
 
 @dataclass

@@ -30,10 +30,11 @@ from typing import Optional
 from .command import WHOLE, describe, in_range, shortened
 from .files import dumps, read_json, refuse_pipe
 from .languages import SPELLINGS, language_code
+from .mixture_draw import EPOCHS
 from .rows_keys import check_columns
 
 COUNT = (int, "[1, 1000000000000]")
-WEIGHT, EPOCHS = "[0, 1000000000]", "[1, 1000000]"
+WEIGHT = "[0, 1000000000]"
 # {key: (kind, interval) of a number, or the type of another value}
 OF_SPEC = {"seed": (int, WHOLE), "total": COUNT, "temperature": (float, "[0, 10]"), "cap_language": COUNT,
            "languages": list, "sources": dict}

@@ -530,7 +530,7 @@ def test_what_of_a_classifier_is_not_quantized_is_refused(folder, packed, tmp_pa
     for name in ("main", "side"):
         with pytest.raises(ValueError, match="--head is for language models"):
             quantize_folder(folder / name, tmp_path / "q", "w8", head=True, progress=False)
-    with pytest.raises(ValueError, match="a RewardModel is not quantized here; give a plain language"):
+    with pytest.raises(ValueError, match="a reward model is not quantized here; give a plain language"):
         quantize_folder(folder / "RM", tmp_path / "q", "w8", progress=False)
     shutil.copytree(packed("main", "w8"), tmp_path / "headed")
     path = tmp_path / "headed" / "config.json"
