@@ -24,6 +24,7 @@ errors and that models trained on preferences are more assertive, and trains non
 hf-perceived and hf-errors follow from what it says and are not in it. SHARPNESS and DAMPING were set by hand,
 before any run, so that an assertive wrong answer is held for right more often than a hedged right one. The
 paper's crowd finds errors in 2.5% of assertive and 6.7% of unassertive outputs: a damping of about 0.5.
+Seed 0 was looked at once, and nothing was changed after it.
 """
 
 import math
