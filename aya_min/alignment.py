@@ -101,7 +101,7 @@ def log_probs(table, unigram, pairs, share):
     keys, place, lengths = cells_of(pairs, table.sources, table.targets)
     found = torch.zeros_like(lengths).index_add(0, place, table.at(keys)) / lengths
     known = torch.tensor([1 + sum(word in table.sources for word in e) for e, f in pairs for _ in f]).double()
-    plain = torch.tensor([unigram(word) for _, f in pairs for word in f]).double()
+    plain = torch.tensor([unigram(word) for _, f in pairs for word in f], dtype=torch.float64)
     mixed = share * plain + (1 - share) * (found + (1 - known / lengths) * plain)
     return [some.log().sum().item() for some in mixed.split([len(f) for _, f in pairs])]
 

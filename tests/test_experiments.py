@@ -393,6 +393,12 @@ def test_the_list_names_every_claim_with_its_paper(capsys):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", experiments.claim_files())
+def test_reasons_for_unmatched_arms_are_of_claims_that_there_are(name):
+    module = experiments.claim_files()[name]
+    assert set(getattr(module, "UNMATCHED", {})) <= {claim.name for claim in module.CLAIMS}
+
+
+@pytest.mark.parametrize("name", experiments.claim_files())
 def test_every_claim_file_runs_at_preset_smoke(name, in_process, tmp_path_factory):
     out = tmp_path_factory.getbasetemp() / "claims"         # all files share it, and with it the start
     code, printed, err = in_process(train, "claim", name, "--preset", "smoke", "--seeds", "1", "--out", out)

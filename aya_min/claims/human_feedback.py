@@ -276,3 +276,7 @@ CLAIMS = (
     Claim("hf-errors-rise-overconfident", "The same where the policy is surer of its wrong answers",
           "not in the paper", more("errors", "above", (SURE, "overconfident start"))),
 )
+
+# Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
+UNMATCHED = dict.fromkeys(("hf-assertive", "hf-perceived", "hf-errors-rise", "hf-errors-rise-overconfident"),
+                          "what optimisation changes in its start is what is asked")

@@ -291,4 +291,3 @@ CLAIMS = (
 # Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
 UNMATCHED = dict.fromkeys(("structure-lexical", "structure-overlap"),
                           "the start is what is compared; its source had as many queries and steps")
-UNMATCHED |= dict.fromkeys(("structure-compute", "structure-german"), "the length of pre-training is swept")
