@@ -37,7 +37,7 @@ from ..experiments import Claim, Figure, hash_of
 from ..sequence_models import KINDS, NONE, fit, in_batches, interleaved, new_model, right
 
 PAPER = "Understanding In-Context Learning by Learning to Learn Discrete Functions, arXiv 2310.03016"
-MINUTES = 8
+MINUTES = 10
 ARMS = {}                       # no language model is trained
 TRANSFORMER, ATTENTION_FREE = KINDS[0], KINDS[1:]
 SIMPLE, COMPLEX = ("conjunction", "disjunction"), ("parity", "sparse parity")

@@ -45,7 +45,7 @@ from ..sequence_models import fit, in_batches, new_model, right
 
 PAPER = "Separations in the Representational Capabilities of Transformers and Recurrent Architectures, " \
         "arXiv 2406.09347"
-MINUTES = 8
+MINUTES = 10
 ARMS = {}                       # no language model is trained
 DONE = 0.9
 RATE, BATCH = 5e-3, 32
