@@ -10,6 +10,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import wrap
 
 import torch
 
@@ -316,9 +317,10 @@ def generated(folder=RESULTS):
 def details(record):
     """The lines of a record: what made it, and every comparison."""
     versions, seeds = record["versions"], record["seeds"]
-    lines = [f"{record['paper']}.", f"Preset {record['preset']}, commit {versions['commit']}, torch "
-             f"{versions['torch']},", f"{record['machine']['processor']}, {record['machine']['threads']} "
-             "threads.", "", f"| comparison | {' | '.join(f'seed {seed}' for seed in seeds)} | verdict |",
+    lines = [*wrap(f"{record['paper']}.", 110),
+             f"Preset {record['preset']}, commit {versions['commit']}, torch {versions['torch']},",
+             f"{record['machine']['processor']}, {record['machine']['threads']} threads.", "",
+             f"| comparison | {' | '.join(f'seed {seed}' for seed in seeds)} | verdict |",
              "|---|" + "---|" * (len(seeds) + 1)]
     for claim in record["results"]:
         lines.append(f"| **{claim['name']}** |{' |' * len(seeds)} **{claim['verdict']}** |")

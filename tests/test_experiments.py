@@ -391,13 +391,13 @@ def test_the_list_names_every_claim_with_its_paper(capsys):
         assert module.PAPER in text and all(claim.statement in text for claim in module.CLAIMS)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", experiments.claim_files())
 def test_reasons_for_unmatched_arms_are_of_claims_that_there_are(name):
     module = experiments.claim_files()[name]
     assert set(getattr(module, "UNMATCHED", {})) <= {claim.name for claim in module.CLAIMS}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", experiments.claim_files())
 def test_every_claim_file_runs_at_preset_smoke(name, in_process, tmp_path_factory):
     out = tmp_path_factory.getbasetemp() / "claims"         # all files share it, and with it the start
