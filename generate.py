@@ -23,7 +23,6 @@ import hashlib
 import os
 import sys
 import time
-from collections import Counter
 from operator import itemgetter
 from pathlib import Path
 
@@ -52,7 +51,6 @@ gc.freeze()
 gc.enable()
 signal.signal(signal.SIGINT, on_interrupt)
 
-CRITIQUES = "critiques by "         # how their keys in the journal begin
 SAMPLING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos",
             "seed", "dtype")
 
@@ -315,23 +313,12 @@ def ask_critic(requests, metas, args, device, reading, journal):
     one = argparse.Namespace(**vars(args) | {"num_samples": 1, "stop": [], "ignore_eos": False,
                                              "critic": None})
     if args.critic in args.endpoints:
-        wanted, keys = range(len(requests)), critique_keys(args.critic, requests)
+        wanted, keys = range(len(requests)), generate_critique.keys_of(args.critic, requests)
         return requests, *sample_endpoint(args.critic, wanted, requests, one, journal, keys)
     about = {args.critic: metas[args.critic]}
     requests, lengths = fit(requests, about, None, None, one, reading)
-    wanted, keys = range(len(requests)), critique_keys(args.critic, requests)
+    wanted, keys = range(len(requests)), generate_critique.keys_of(args.critic, requests)
     return requests, *sample(args.critic, wanted, requests, lengths, one, device, reading, journal, keys)
-
-
-def critique_keys(critic, requests):
-    """The journal's keys of critiques, made of what is asked: by the next start an endpoint may have given an
-    answer that was missing, or other flags may drop some, so that an index would be another answer's."""
-    seen, keys = Counter(), []
-    for asked in requests:
-        digest = hashlib.sha256(asked["prompt"].encode()).hexdigest()[:32]
-        keys.append(f"{CRITIQUES}{critic} {digest} {seen[digest]}")
-        seen[digest] += 1
-    return keys
 
 
 def sample_endpoint(name, wanted, rows, args, journal, keys=None):
@@ -457,7 +444,7 @@ def write_answers(rows, lengths, metas, arbiter, table, detect, args, device, re
             raise taken(path)
         if journal.done:
             num_asked = len(rows) * (1 if args.route == "learned" else len(args.models or [args.model]))
-            num_done = sum(not key.startswith(CRITIQUES) for key in journal.done)
+            num_done = sum(not key.startswith(generate_critique.KEYS) for key in journal.done)
             distributed.say(f"resumes: {num_done} of {num_asked} prompts were finished before")
 
         def ask(folder, wanted):

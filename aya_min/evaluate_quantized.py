@@ -185,8 +185,7 @@ def main(argv):
     for folder in folders:
         model, tokenizer, _ = load_meta(folder, packed=True)
         if type(model) is not CohereForCausalLM:
-            raise ValueError(f"{folder}: {ONE[type(model)]}; give a language model of a "
-                             "decoder alone")
+            raise ValueError(f"{folder}: {ONE[type(model)]}; give a language model of a decoder alone")
         tokenizers.append(tokenizer)
     if tokenizers[0].meaning != tokenizers[1].meaning:
         raise ValueError(f"{args.model} and {args.against} have different tokenizers; compare a model with "

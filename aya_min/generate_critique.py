@@ -9,6 +9,7 @@ in the row's language, by the texts of critique_prompts.json, which a speaker ca
 does the same for each candidate, before the arbiter scores.
 """
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -26,6 +27,7 @@ from .rows_keys import is_empty
 LINE = "generate.py critique --model C --answers F.jsonl --out G.jsonl"
 NOT_HERE = ("models", "prompts", "prompt", "chat", "serve", "host", "port", "max_length", "contrast",
             "ignore_eos", *OF_POOL)
+KEYS = "critiques by "              # how the keys of critiques in a journal begin
 
 
 @cache
@@ -54,6 +56,17 @@ def request(messages, answer, language):
     parts = {"{prompt}": question_text(messages), "{answer}": answer}       # an answer may hold {prompt}
     text = prompts().get(language, prompts()["en"])
     return re.sub(r"\{prompt\}|\{answer\}", lambda found: parts[found[0]], text)
+
+
+def keys_of(critic, requests):
+    """The journal's keys of critiques, made of what is asked: by the next start an endpoint may have given an
+    answer that was missing, or other flags may drop some, so that an index would be another answer's."""
+    seen, keys = Counter(), []
+    for asked in requests:
+        digest = hashlib.sha256(asked["prompt"].encode()).hexdigest()[:32]
+        keys.append(f"{KEYS}{critic} {digest} {seen[digest]}")
+        seen[digest] += 1
+    return keys
 
 
 def answers_in(row, where):

@@ -292,7 +292,6 @@ def test_learned_is_better_than_the_most_frequent_label(lab, monkeypatch):
 def test_sentences_of_all_codes_are_told_apart_and_no_id_is_both_trained_on_and_reported(lab, tmp_path):
     write_jsonl(tmp_path / "parallel.jsonl", [
         {"id": f"{n}", "language": code, "text": f"{code} {n}"} for code in CODES for n in range(400)])
-    real_text.rows("parallel")
     labels, parts, tuning = claims.TASKS[claims.CODES]
     some = lab(1)
     some.recipe.corpus = 144000
