@@ -280,10 +280,10 @@ def check_flags(args, settings, device, ranks):
     for path in [*(args.data or []), *args.eval_data]:
         refuse_pipe(path)
     for name in ("irreducible", "replay"):
-        if path := getattr(settings, name, None):
-            refuse_pipe(path)
-        if path and not Path(path).exists():
-            raise ValueError(f"--{name} {path}: no such file; give one that {FILES_OF[name]}")
+        path = getattr(settings, name, None)
+        if path and not Path(path).is_file():
+            what = "not a plain file" if Path(path).exists() else "no such file"
+            raise ValueError(f"--{name} {path}: {what}; give one that {FILES_OF[name]}")
     if getattr(args, "reference_logps", None) and stages.has_reference(settings, args.reference_logps):
         reference.check_place(Path(args.reference_logps))
 

@@ -88,10 +88,10 @@ class Cache:
         return (torch.zeros(shape, dtype=self.dtype, device=self.device)
                 for shape in ((slots, H, D, size), (slots, H, size, D)))
 
-    def reach(self, num_tokens):
-        """Make room for that many tokens a row."""
+    def reach(self, num_tokens, most=0):
+        """Make room for that many tokens a row; twice as many as before, up to `most`."""
         if num_tokens > self.size:
-            size = round_up(max(num_tokens, 2 * self.size))
+            size = round_up(max(num_tokens, min(2 * self.size, most)))
             keys, values = self.made(size)
             keys[..., :self.size], values[:, :, :self.size] = self.keys, self.values
             self.keys, self.values, self.size = keys, values, size
@@ -113,6 +113,7 @@ class EncoderDecoderEngine:
         c, self.device, dtype = fused.config, fused.device, fused.dtype
         self.fused, self.config, self.slots, self.max_tokens = fused, c, slots, round_up(max_tokens)
         self.temperature, self.filters, self.dtype = temperature, filters, dtype
+        self.max_new_tokens = max_new_tokens
         self.own, self.cross = (
             [Cache(c, slots, dtype, self.device) for _ in fused.decoder] for _ in range(2))
         self.tokens, self.counts, self.source_lengths = (
@@ -244,7 +245,7 @@ class EncoderDecoderEngine:
         if T > self.own[0].size:
             self.looking_at = None
         for cache in self.own:
-            cache.reach(T)
+            cache.reach(T, self.max_new_tokens)
         self.fused.patience.begin()
         with torch.inference_mode():
             self.look_at(n, T, S)

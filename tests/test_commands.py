@@ -126,6 +126,9 @@ TRAIN_MISTAKES = {
     f"{SFT} --data sft.jsonl nowhere.jsonl": "nowhere.jsonl: cannot be read",
     f"{SFT} --data sft.jsonl --eval-data nowhere.jsonl": "nowhere.jsonl: cannot be read",
     f"{SFT} --data A": "A: not a plain file (a folder, a pipe or a device)",
+    f"{SFT} --data sft.jsonl --select rho --irreducible A": (
+        "A: not a plain file; give one that train.py irreducible wrote"
+    ),
     f"{SFT} --data malformed.jsonl": "malformed.jsonl:2: not JSON",
     f"{SFT} --data empty.jsonl": "empty.jsonl: the file is empty",
     f"{SFT} --data latin.jsonl": "latin.jsonl:2: not UTF-8",

@@ -17,10 +17,11 @@ import train
 from small import CPU, assert_close, logged, on_ranks, state_of, write_world
 from small_t5 import FILES, plain_logps, run_t5, t5, tokenizer, write_texts
 
-from aya_min import config, data, flops, stages, weights
+from aya_min import config, data, flops, sampling, stages, weights
 from aya_min.data import collate, load_examples, load_pairs
 from aya_min.encoder_decoder import EncoderDecoder, buckets
 from aya_min.encoder_decoder_config import PRESETS, EncoderDecoderConfig
+from aya_min.engine import round_up
 from aya_min.losses import sft_loss, supervised_logps
 from aya_min.reference import answer_logps
 from aya_min.sampling import answer_rows, generate
@@ -265,6 +266,16 @@ def test_the_samples_of_a_prompt_share_one_pass_of_the_encoder(monkeypatch):
                         lambda self, prompts: (encoded.extend(prompts), prefill(self, prompts))[1])
     generate(t5(), prompts_of(), 5, 8, 1.0, batch_size=4)
     assert sorted(encoded) == sorted(prompts_of())
+
+
+@pytest.mark.parametrize("new", [7, 40, 200])
+def test_caches_grow_no_further_than_was_checked_against_the_free_memory(new, monkeypatch):
+    """Answers of 200 tokens double their cache of 32 until it would pass 200."""
+    engines, made = [], sampling.engine_of
+    monkeypatch.setattr(sampling, "engine_of", lambda *given: engines.append(made(*given)) or engines[0])
+    generate(t5(), prompts_of(), 2, new, 1.0, batch_size=4)
+    own, cross = ({cache.size for cache in caches} for caches in (engines[0].own, engines[0].cross))
+    assert own == {round_up(new)} and cross == {round_up(max(map(len, prompts_of())))}
 
 
 def test_log_probs_are_those_of_each_text_alone(world):
