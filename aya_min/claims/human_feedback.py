@@ -24,7 +24,8 @@ errors and that models trained on preferences are more assertive, and trains non
 hf-perceived and hf-errors follow from what it says and are not in it. SHARPNESS and DAMPING were set by hand,
 before any run, so that an assertive wrong answer is held for right more often than a hedged right one. The
 paper's crowd finds errors in 2.5% of assertive and 6.7% of unassertive outputs: a damping of about 0.5.
-Seed 0 was looked at once, and nothing was changed after it.
+Seed 0 was looked at once, with half of the recipe's corpus, all its pairs of raters and its steps of RLOO.
+For time, and unseen since, these became a third, half and two thirds.
 """
 
 import math
@@ -44,7 +45,7 @@ from ..world import answer, gold_answer
 from ..world_data import corpus, gold
 
 PAPER = "Human feedback is not gold standard, arXiv 2309.16349"
-MINUTES = 11
+MINUTES = 20
 RATINGS = Path(__file__).resolve().parents[2] / "results" / "data" / "human_feedback.json"
 SHORT = tuple(code for code in LANGUAGES if code != "hi")       # languages whose answers are not cut
 ALPHA = 0.01                                    # of the authors' lasso
@@ -105,7 +106,7 @@ def choice(draws, sides, damping):
 def rated_pairs(lab, raters):
     """Preference pairs of answers in frames, each side right or wrong by a coin."""
     rng, rows = random.Random(f"raters/{lab.seed}"), []
-    for q in lab.questions("train", lab.recipe.arbiter_pairs, "raters"):
+    for q in lab.questions("train", lab.recipe.arbiter_pairs // 2, "raters"):
         wrongs = [rng.random() < 0.5 for _ in range(2)]
         frames = [rng.choice(list(ASSERTIVENESS)) for _ in range(2)]
         texts = [framed(q["language"], frame, answer(rng, q, (0, 0, 1, 0))[0] if wrong else gold_answer(q))
@@ -127,9 +128,9 @@ def in_frames(rows, seed):
 
 
 def base(lab):
-    """A base that has read frames: half of the recipe's corpus."""
+    """A base that has read frames: a third of the recipe's corpus."""
     r = lab.recipe
-    rows = in_frames(corpus(r.corpus // 2, f"human-feedback/{r.seed}", r.level), r.seed)
+    rows = in_frames(corpus(r.corpus // 3, f"human-feedback/{r.seed}", r.level), r.seed)
     texts = [f"{row['prompt']} {row['completion']}" for row in rows[:20000] if "prompt" in row]
     steps = max(1, len(rows) // r.batch_size)
     return lab.train("a base that has read frames", "pretrain", lab.untrained(texts), rows,
@@ -165,11 +166,11 @@ def start(shares):
 
 def rloo(raters, begin="start"):
     def train(lab):
-        r = lab.recipe
+        r, steps = lab.recipe, -(-lab.recipe.rloo_steps * 2 // 3)
         return lab.train("rloo", "rl", lab.arm(begin),
-                         lab.questions("preference", r.rloo_steps * r.batch_size, "human-feedback"),
+                         lab.questions("preference", steps * r.batch_size, "human-feedback"),
                          reward_model=lab.arm(f"reward model, {raters}"), num_samples=r.rloo_samples,
-                         beta=r.rloo_beta, learning_rate=r.rloo_learning_rate, max_steps=r.rloo_steps)
+                         beta=r.rloo_beta, learning_rate=r.rloo_learning_rate, max_steps=steps)
     return train
 
 
