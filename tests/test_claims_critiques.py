@@ -63,10 +63,10 @@ def test_the_critics_verdicts_are_counted_where_one_answer_is_right_and_the_othe
     right, wrong = claims.SENTENCES[3], claims.SENTENCES[1].format(right="six")
     grades = {"six!": 3, "two!": 1, "eight!": 1}
     monkeypatch.setattr(claims, "grade", lambda row, text: SimpleNamespace(grade=grades[text]))
-    rows = [dict(question_id=name, chosen=chosen, rejected=rejected, chosen_critique=one, rejected_critique=two)
-            for name, chosen, rejected, one, two in (
-                ("a", "six!", "two!", right, wrong), ("b", "six!", "eight!", right, right),
-                ("c", "two!", "six!", right, wrong), ("d", "six!", "six!", right, right))]
+    keys = "question_id", "chosen", "rejected", "chosen_critique", "rejected_critique"
+    rows = [dict(zip(keys, row)) for row in (
+        ("a", "six!", "two!", right, wrong), ("b", "six!", "eight!", right, right),
+        ("c", "two!", "six!", right, wrong), ("d", "six!", "six!", right, right))]
     monkeypatch.setattr(claims, "with_critiques", lambda lab, name, by: rows)
     assert claims.tells(None) == [("a", 1.0), ("b", 0.5), ("c", 0.0)]
 
