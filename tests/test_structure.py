@@ -298,6 +298,19 @@ def test_what_sorted_words_keep_by_hand():
     assert values(Figure("", claims.kept_when_sorted, "above", 0.0), lab) == pytest.approx(0.2)
 
 
+def test_the_share_saved_is_resampled_by_question_and_each_set_apart(monkeypatch):
+    """a twice and b once: 4 of 10 nats; a alone half, b alone nothing. Sets whose questions are all alike have
+    an interval of no width, however unlike the sets."""
+    share, drawn = claims.share_saved([("a", 4.0, 2.0), ("a", 4.0, 2.0), ("b", 2.0, 2.0)], 0)
+    assert share == pytest.approx(0.4) and {round(float(each), 9) for each in drawn} == {0.0, 0.4, 0.5}
+    found = {"bash": [("a", 4.0, 1.0), ("b", 4.0, 1.0)], "german": [(name, 2.0, 1.0) for name in "cdefg"]}
+    monkeypatch.setattr(claims, "bash_rows", lambda lab, split: "bash")
+    monkeypatch.setattr(claims, "german_rows", lambda lab, split: "german")
+    monkeypatch.setattr(claims, "aligned", lambda rows_of, split, limit: found[rows_of(split)])
+    less = claims.more_aligned(SimpleNamespace(recipe=SimpleNamespace(eval_split="test")))
+    assert less == {"value": 0.25, "ci95": [0.25, 0.25], "num": 7}
+
+
 def test_the_tokens_by_which_nats_are_summed_are_those_of_the_loss(tmp_path):
     rows = nl2bash.rows("train")[:20]
     tokenizer = train_tokenizer([row["completion"] for row in rows], 320)
