@@ -89,11 +89,13 @@ class Comparison:
 class Figure:
     """A figure of one seed that is no answer's. of(lab) gives its values, one per step or example, or pairs
     (question id, value): a question in several languages is one draw of the bootstrap. Their mean, with its
-    interval, is compared with `bound`. What is no mean is given as {"value", "ci95", "num"}."""
+    interval, is compared with `bound`. What is no mean is given as {"value", "ci95", "num"}. pairs: of arms
+    that it holds against each other, whose conditions are checked as those of a Comparison are."""
     label: str
     of: Callable
     side: str
     bound: float
+    pairs: tuple = ()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Matched conditions: compared arms share start, steps, tokens and tuning, or the claim says why not.
 
 "On Scientific Debt in NLP" (arXiv 2306.02870) asks for one difference at a time. A record holds each arm's
-start, steps and tokens. A claim file holds TUNED, {arm: settings tried for it alone} (an arm without an entry
-has one), and UNMATCHED, {claim: why its arms differ}. A record without the reason is refused.
+start, steps and tokens. Compared are the two arms of a Comparison and the `pairs` of a Figure. A claim file
+holds TUNED, {arm: settings tried for it alone} (an arm without an entry has one), and UNMATCHED, {claim: why
+its arms differ}. A record without the reason is refused.
 """
 
 STEPS, TOKENS = 0.01, 0.1           # what may differ, as a share of the larger of two numbers
@@ -21,13 +22,14 @@ def unmatched(record, module):
     """{claim: [(arm, arm, [what differs]), ...]} of a record's comparisons, whichever seed shows it."""
     tuned, found = getattr(module, "TUNED", {}), {}
     for claim in record["results"]:
-        for row in claim["comparisons"]:
+        pairs = [pair for row in claim["comparisons"] for pair in row.get("pairs", [row["arms"]])]
+        for pair in filter(None, pairs):
             differ = set()
-            for arms in record["arms"].values() if row["arms"] else ():
-                a, b = ({**arms[arm], "tuned": tuned.get(arm, 1)} for arm in row["arms"])
+            for arms in record["arms"].values():
+                a, b = ({**arms[arm], "tuned": tuned.get(arm, 1)} for arm in pair)
                 differ |= set(differences(a, b))
             if differ:
-                found.setdefault(claim["name"], []).append((*row["arms"], sorted(differ)))
+                found.setdefault(claim["name"], []).append((*pair, sorted(differ)))
     return found
 
 

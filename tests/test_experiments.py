@@ -415,6 +415,8 @@ def test_every_claim_file_names_arms_that_it_has():
     for module in experiments.claim_files().values():
         for claim in module.CLAIMS:
             experiments_records.check_claim(claim, module)
+            pairs = [pair for c in claim.comparisons for pair in getattr(c, "pairs", ())]
+            assert all(arm in module.ARMS for pair in pairs for arm in pair), claim.name
 
 
 def test_the_page_of_results_is_what_the_records_give():
@@ -529,6 +531,9 @@ def test_a_record_of_arms_that_differ_needs_a_reason(tmp_path):
         experiments_matched.check_matched(record, module)
     module.UNMATCHED = {"c": "more steps are what is asked"}
     assert experiments_matched.check_matched(record, module) == {"c": [("a", "b", ["steps"])]}
+    figure = Figure("f", None, "above", 0.0, (("b", "a"),))
+    record["results"] = [result(Claim("c", "s", "t", (figure,)), [[one]])]
+    assert experiments_matched.check_matched(record, module) == {"c": [("b", "a", ["steps"])]}
 
 
 @pytest.mark.parametrize("name, record", experiments_records.records().items())

@@ -299,8 +299,8 @@ def test_what_sorted_words_keep_by_hand():
 
 
 def test_the_share_saved_is_resampled_by_question_and_each_set_apart(monkeypatch):
-    """a twice and b once: 4 of 10 nats; a alone half, b alone nothing. Sets whose questions are all alike have
-    an interval of no width, however unlike the sets."""
+    """a twice and b once: 4 of 10 nats; a alone half, b alone nothing. Sets whose questions are all alike
+    have an interval of no width, however unlike the sets."""
     share, drawn = claims.share_saved([("a", 4.0, 2.0), ("a", 4.0, 2.0), ("b", 2.0, 2.0)], 0)
     assert share == pytest.approx(0.4) and {round(float(each), 9) for each in drawn} == {0.0, 0.4, 0.5}
     found = {"bash": [("a", 4.0, 1.0), ("b", 4.0, 1.0)], "german": [(name, 2.0, 1.0) for name in "cdefg"]}

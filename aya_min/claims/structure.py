@@ -175,12 +175,14 @@ def share_of_gain(lab):
 
 def longest(prefix, budgets, held_out):
     """The loss after the longest pre-training less that after the best shorter one, by other rows."""
+    *shorter, last = [f"{prefix}, {budget}" for budget in budgets]
+
     def of(lab):
-        *shorter, last = [f"{prefix}, {budget}" for budget in budgets]
         best = min(shorter, key=lambda arm: sum(nats(lab, arm, f"{held_out}, others")))
         pair = (nats(lab, arm, held_out) for arm in (last, best))
         return [(name, x - y) for name, x, y in with_ids(HELD_OUT[held_out](lab), *pair)]
-    return Figure(f"{prefix}: loss after the longest less that after the best shorter", of, "above", 0.0)
+    return Figure(f"{prefix}: loss after the longest less that after the best shorter", of, "above", 0.0,
+                  tuple((last, arm) for arm in shorter))
 
 
 def answered(measure, a, b):
@@ -191,7 +193,8 @@ def answered(measure, a, b):
         groups = [lab.sample(arm, lab.arm(arm), asked, 1, 0.0) for arm in (a, b)]
         return [(name, measure(command, x["completion"]) - measure(command, y["completion"]))
                 for name, command, (x,), (y,) in with_ids(rows, [row["completion"] for row in rows], *groups)]
-    return Figure(f"{measure.__name__.replace('_', ' ')} in answers: {a} less {b}", of, "above", 0.0)
+    return Figure(f"{measure.__name__.replace('_', ' ')} in answers: {a} less {b}", of, "above", 0.0,
+                  ((a, b),))
 
 
 def well_formed(command, answer):
@@ -274,7 +277,8 @@ CLAIMS = (
     Claim("structure-lexical", "To know the words is worth more than to know the structure",
           "NLBash is largely reducible to lexical alignment (abstract)",
           (by_loss("lexicon", "structure"), Figure(f"gain of the lexicon less {LARGELY} of the target's own",
-                                                   share_of_gain, "above", 0.0)),
+                                                   share_of_gain, "above", 0.0,
+                                                   (("lexicon, 1", "both, 1"),))),
           lambda lab: picture(SOURCES, BUDGETS, "target", lab)),
     Claim("structure-overlap", "What shares more with the target transfers better",
           "strong structural overlap with NLSQL",
@@ -288,16 +292,19 @@ CLAIMS = (
           (longest("neither", BUDGETS, "target"),)),
     Claim("structure-bash", "NL-to-Bash is largely lexical alignment", "largely reducible to it (abstract)",
           (Figure(f"what sorted words keep, less {LARGELY} of the sentence's worth", kept_when_sorted,
-                  "above", 0.0),
+                  "above", 0.0, tuple((f"bash, {HOW[0]}", f"bash, {how}") for how in HOW[1:])),
            Figure(f"what model 1 explains, less {LARGELY} of the sentence's worth", kept_by_alignment,
                   "above", 0.0))),
     Claim("structure-aligned", "Alignment explains more of NL-to-Bash than of English to German", OURS,
-          (Figure("nats saved by model 1, Bash less German (no seed)", more_aligned, "above", 0.0),), **GERMAN),
+          (Figure("nats saved by model 1, Bash less German (no seed)", more_aligned, "above", 0.0),),
+          **GERMAN),
     Claim("structure-german", "The same with English to German before Bash",
           "more compute on En-De does not always transfer better", (longest("German", PASSES, "bash"),),
           lambda lab: picture(("German",), PASSES, "bash", lab), **GERMAN),
 )
 
 # Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
-UNMATCHED = dict.fromkeys(("structure-lexical", "structure-overlap"),
+UNMATCHED = dict.fromkeys(("structure-lexical", "structure-overlap", "structure-answers"),
                           "the start is what is compared; its source had as many queries and steps")
+UNMATCHED |= dict.fromkeys(("structure-compute", "structure-german"),
+                           "how long the start was pre-trained is what is compared")
