@@ -27,10 +27,11 @@ def test_the_oracles_critique_by_hand():
     assert said[4] == "It is wrong: small, cold."
 
 
-def test_the_wrong_critic_is_never_right_and_the_noisy_one_is_as_often_as_it_says():
+def test_the_wrong_critic_is_never_right_the_noisy_one_as_often_as_it_says_and_the_random_one_a_quarter():
     rng, right = random.Random(0), "It is right."
     told = {by: Counter(claims.programmed(by, rng, LARGEST, gold_answer(LARGEST)) for _ in range(3000))
-            for by in ("wrong", "noisy")}
+            for by in ("wrong", "noisy", "random")}
+    assert len(told["random"]) == 4 and all(abs(n / 3000 - 1 / 4) < 0.04 for n in told["random"].values())
     assert right not in told["wrong"] and len(told["wrong"]) == 3
     assert all(abs(n / 3000 - 1 / 3) < 0.04 for n in told["wrong"].values())
     assert abs(told["noisy"][right] / 3000 - (1 - claims.NOISE)) < 0.03
@@ -86,5 +87,5 @@ def test_the_claim_runs_to_its_figures_and_picture(tmp_path, monkeypatch):
     held_out = {row["question_id"] for row in claims.pairs_of(lab, "held-out")}
     assert not held_out & {row["question_id"] for row in pairs}
     drawn = claims.picture(lab)
-    assert len(drawn["columns"]) == 6 and len(drawn["rows"]) == 7
+    assert len(drawn["columns"]) == 6 and len(drawn["rows"]) == 8
     assert [cell is not None for cell, _ in drawn["rows"][-1][1]] == [False, True] * 3

@@ -6,25 +6,26 @@ pairs, and is compared with one that reads no critiques. The critics:
     oracle      says what the oracle's grade says: right, right but no sentence, wrong and what is right, in a
                 wrong language
     noisy       the oracle's, but for a share NOISE of the answers the sentence of another grade
+    random      for every answer the sentence of a grade that is drawn, whatever its own; where it says
+                "wrong" it names what is right, as all do
     wrong       wrong on purpose: for every answer the sentence of another grade than its own
     trained     a language model that learned the oracle's critiques of other answers, to questions of another
                 split; it starts from the strong start and criticises greedily
 
 The start of the reward models is weak, a base that read few noisy rows, or strong, the same after right
-answers. All arms take as many steps, of as many pairs, at one learning rate; arms of one size see the same
-pairs in the same order. A pair is worth w plain ones if as many plain pairs as w times those with critiques
+answers. All arms take as many steps at one learning rate; arms of one size see the same pairs in the same
+order. A pair is worth w plain ones if as many plain pairs as w times those with critiques
 give the same held-out accuracy, interpolated between SIZES on the logarithm of the size; an accuracy above
 the plain curve counts as its end, so that a large worth is a lower bound.
 
-The comparisons were written before the first run, but for critiques-critic, which seed 0 suggested: there the
-trained critic called almost every answer right. On seed 0 it told right from wrong no better when it started
-from a base that had read half of the corpus, with five times the lessons, or when it had to give the right
-answer first. Nothing else was changed.
+The comparisons were written before the first run, but for two that seed 0 suggested. There the trained critic
+called almost every answer right (critiques-critic). It told right from wrong no better when it started from a
+base that had read half of the corpus, with five times the lessons, or when it had to give the right answer
+first. And there critiques that are wrong on purpose helped, since they are never true and so tell the grade
+by exclusion: the poor critic became the random one, and what is wrong on purpose a claim of its own.
 
 Departures: critiques are short sentences in English, four of them but for the right words; the paper's are by
-language models and at length. The held-out pairs are those of the world, not RewardBench. "wrong" is never
-true, so that a reward model with enough pairs can learn to read it, as it could not learn to read a critic
-that is poor by chance.
+language models and at length. The held-out pairs are those of the world, not RewardBench.
 """
 
 import random
@@ -49,7 +50,7 @@ HELD_OUT = 240                              # pairs
 SHARE = 8                                   # the weak start reads the recipe's corpus divided by this
 LESSONS = 9600                              # right answers of the strong start, two thirds as many critiques
 NOISE = 0.3
-CRITICS = ("none", "oracle", "noisy", "wrong", "trained")
+CRITICS = ("none", "oracle", "noisy", "random", "wrong", "trained")
 SENTENCES = {3: "It is right.", 2: "It is right, but no sentence.", 1: "It is wrong: {right}.",
              0: "It is in a wrong language."}
 REQUEST = "{prompt}\n{answer}"              # what the trained critic is asked
@@ -68,8 +69,10 @@ def other_grade(rng, given):
 
 
 def programmed(critic, rng, question, text):
-    """The critique of an answer by the critic "oracle", "noisy" or "wrong"."""
+    """The critique of an answer by the critic "oracle", "noisy", "random" or "wrong"."""
     given = grade(question, text).grade
+    if critic == "random":
+        return sentence(question, rng.choice(list(SENTENCES)))
     share = {"oracle": 0.0, "noisy": NOISE, "wrong": 1.0}[critic]
     return sentence(question, other_grade(rng, given) if rng.random() < share else given)
 
@@ -171,11 +174,16 @@ def mean_right(lab, by, sizes, start="weak"):
     return np.mean([right(lab, by, size, start) for size in sizes], 0)
 
 
+def held(a, b, sizes, start="weak"):
+    """The pairs of arms of two critics, one a size."""
+    return tuple((f"{start}, {a}, {size}", f"{start}, {b}, {size}") for size in sizes)
+
+
 def more(a, b, sizes, what, side="above"):
     """The held-out accuracy with critic a less that with critic b, mean over the sizes."""
     def of(lab):
         return list(zip(ids(lab), (mean_right(lab, a, sizes) - mean_right(lab, b, sizes)).tolist()))
-    return Figure(f"accuracy with {a} less with {b}, {what}", of, side, 0.0)
+    return Figure(f"accuracy with {a} less with {b}, {what}", of, side, 0.0, held(a, b, sizes))
 
 
 def tells(lab):
@@ -195,7 +203,7 @@ def fades(by):
     def of(lab):
         few, many = (mean_right(lab, by, sizes) - mean_right(lab, "none", sizes) for sizes in (SMALL, LARGE))
         return list(zip(ids(lab), (few - many).tolist()))
-    return Figure(f"gain of {by} with few pairs less with many", of, "above", 0.0)
+    return Figure(f"gain of {by} with few pairs less with many", of, "above", 0.0, held(by, "none", SIZES))
 
 
 def stronger(lab):
@@ -225,7 +233,8 @@ def worth(by, size):
             found.append(plain_pairs(plain[:, drawn].mean(1), told[drawn].mean()) / size)
         value = plain_pairs(plain.mean(1), told.mean()) / size
         return {"value": value, "ci95": np.percentile(found, [2.5, 97.5]).tolist(), "num": len(names)}
-    return Figure(f"plain pairs that one of {size} with a critique by {by} is worth", of, "above", 1.0)
+    return Figure(f"plain pairs that one of {size} with a critique by {by} is worth", of, "above", 1.0,
+                  held(by, "none", [size]))
 
 
 def picture(lab):
@@ -249,13 +258,20 @@ CLAIMS = (
           tuple(worth(by, size) for by in ("oracle", "trained") for size in SMALL)),
     Claim("critiques-quality", "The better the critic, the better the reward model",
           "gains depend on the quality of the critiques",
-          (more("oracle", "noisy", *ALL), more("noisy", "wrong", *ALL))),
+          (more("oracle", "noisy", *ALL), more("noisy", "random", *ALL))),
     Claim("critiques-poor", "Poor critiques hurt", "critiques of low quality hurt",
+          (more("random", "none", *ALL, side="below"),)),
+    Claim("critiques-wrong", "Critiques that are wrong on purpose hurt", "ours, no paper's",
           (more("wrong", "none", *ALL, side="below"),)),
     Claim("critiques-critic", "The model trained to criticise tells right answers from wrong ones",
           "ours, no paper's", (Figure("right verdicts of the trained critic", tells, "above", 0.5),)),
     Claim("critiques-fade", "The gains shrink with much data and with a strong start",
           "gains fade with strong starts or much data",
           (fades("oracle"), fades("trained"),
-           Figure("gain of oracle from the weak start less from the strong one", stronger, "above", 0.0))),
+           Figure("gain of oracle from the weak start less from the strong one", stronger, "above", 0.0,
+                  held("oracle", "none", STRONG) + held("oracle", "none", STRONG, "strong")))),
 )
+
+# Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
+UNMATCHED = dict.fromkeys(("critiques-help", "critiques-worth", "critiques-poor", "critiques-wrong",
+                           "critiques-fade"), "the critiques are read as well, which is what is asked")
