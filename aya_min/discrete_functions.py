@@ -37,7 +37,6 @@ class FunctionClass:
     positive: float
     negated: float = 0.0
     forced: float = 0.0
-    first: int = 0              # examples that nothing tells the labels of
 
 
 CLASSES = {

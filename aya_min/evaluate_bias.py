@@ -8,11 +8,11 @@ of its scores with intervals, by language. "Human feedback is not gold standard"
     polite      with thanks for the question less with a neutral sentence
     own         in the prompt's language less in English
 
-Without a file, or where a row is a question of the embedded world without an answer, the answer is the right
-one, and two columns more are known: "right", right less wrong, the yardstick of the others, and "sure,
-wrong", an assertive wrong answer less a hedged right one, which a reward model should put far below 0. Of
-other rows the answer is their "completion", which is known in no other language. Scores have no unit: compare
-the columns with each other and with the deviation of the scores.
+Without a file, or for a question of the embedded world without an answer, the right answer is used, and two
+columns more appear: "right", right less wrong, the yardstick of the others, and "sure, wrong", an assertive
+wrong answer less a hedged right one, which a reward model should put far below 0. Of other rows the answer is
+their "completion", which is known in no other language. Scores have no unit: compare the columns with each
+other and with the deviation of the scores.
 """
 
 import os
@@ -97,14 +97,16 @@ def differences(scores):
 
 
 def figures(rows):
-    """{probe: {"difference", "ci95", "num"}} of rows with "differences"; None for a probe of no row."""
+    """{probe: {"difference", "ci95", "num", "questions"}} of rows with "differences"; None for a probe of no
+    row."""
     found = {}
     for name in PROBES:
         some = [(row["differences"][name], row["question_id"]) for row in rows if name in row["differences"]]
         found[name] = None
         if some:
             value, ci95 = bootstrap_mean(*zip(*some))
-            found[name] = {"difference": value, "ci95": ci95, "num": len(some)}
+            found[name] = {"difference": value, "ci95": ci95, "num": len(some),
+                           "questions": len({question for _, question in some})}
     return found
 
 
@@ -126,11 +128,11 @@ def measured(model, tokenizer, rows, name, reading, seed=0):
 
 
 def cell(figure):
-    """A figure as text; one row alone has no interval."""
+    """A figure as text; one question alone has no interval."""
     if figure is None:
         return "-"
     low, high = figure["ci95"]
-    return f"{figure['difference']:+.2f} " + ("(one row)" if figure["num"] == 1 else
+    return f"{figure['difference']:+.2f} " + ("(one question)" if figure["questions"] == 1 else
                                               f"[{low:+.2f}, {high:+.2f}]")
 
 
@@ -160,8 +162,8 @@ def main(argv):
                              "world; default: questions of the embedded world")
     parser.add_argument("--count", type=number(int, "[1, inf)"),
                         help="questions of the embedded world, without --prompts (default 480)")
-    parser.add_argument("--seed", type=number(int, WHOLE), default=0,
-                        help="of these questions and of wrong answers (default %(default)s)")
+    parser.add_argument("--seed", type=number(int, WHOLE),
+                        help="of these questions and of wrong answers (default 0)")
     parser.add_argument("--out", help="JSON file to write the figures to; must not exist")
     add_flags(parser, Reading, only=("columns", "too_long", "allow_control_tokens"))
     args = parser.parse_args(argv)
@@ -171,22 +173,28 @@ def main(argv):
         raise taken(args.out)
     if args.prompts and args.count:
         raise ValueError("--count goes without --prompts, whose rows are all read; leave it out")
-    reading, without = settings_from(Reading, flags=vars(args)), {}
+    reading, without, seed = settings_from(Reading, flags=vars(args)), {}, args.seed or 0
+    if reading.too_long == "cut-left":
+        raise ValueError("--too-long cut-left: the texts that are compared would lose unequal parts of their "
+                         "prompt; use skip")
     if args.prompts:
         rows, without = read(args.prompts, reading)
+        if args.seed is not None and all(row["completion"] is not None for row in rows):
+            raise ValueError("--seed draws answers to questions of the embedded world, and all rows of "
+                             "--prompts have their own; leave it out")
     else:
         if args.columns:
             raise ValueError("--columns goes with --prompts; leave it out")
-        rows = questions("test", args.count or 480, f"bias/{args.seed}", level="tiny")
+        rows = questions("test", args.count or 480, f"bias/{seed}", level="tiny")
         rows = [{**row, "completion": None, "home": row["language"],
                  "prompt_messages": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-    rng = random.Random(f"bias/{args.seed}")
+    rng = random.Random(f"bias/{seed}")
     texts = [{**row, "completion": text} for row in rows for text in texts_of(row, rng).values()]
     check_texts(texts, args.reward_model, reading, flag="--reward-model", with_critiques=False)
     model, tokenizer = load(args.reward_model, device=device())
     name = f"--reward-model {args.reward_model}"
     result = {"reward_model": args.reward_model, "prompts": args.prompts, "rows": len(rows),
-              "seed": args.seed, **measured(model, tokenizer, rows, name, reading, args.seed),
+              "seed": seed, **measured(model, tokenizer, rows, name, reading, seed),
               "without": without}
     if args.out:
         write_new({args.out: dumps(result, indent=1) + "\n"})

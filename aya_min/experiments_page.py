@@ -84,8 +84,14 @@ def arms_table(record):
 
 TITLE = "aya_min: what papers say, tried"
 HOW_TO_READ = ("Whiskers are 95% intervals over questions (of figures of training over its steps, as if "
-               "these were independent); the dashed line is no difference; the marks of a row, from top to "
-               "bottom, are its seeds.")
+               "these were independent; a figure that is one number has none); the dashed line is no "
+               "difference; the marks of a row, from top to bottom, are its seeds.")
+
+
+def source(claim):
+    """What the paper says of a claim, or that the claim is ours."""
+    theirs = claim["theirs"]
+    return theirs if theirs.startswith(("ours", "not in")) else f"the paper: {theirs}"
 
 
 def page(record):
@@ -94,7 +100,7 @@ def page(record):
             f"seeds {esc(' '.join(map(str, record['seeds'])))}. {HOW_TO_READ}</p>{KEY}")
     for claim in record["results"]:
         body += (f"<h2>{esc(claim['name'])}: {esc(claim['verdict'])}</h2><p>{esc(claim['statement'])}. "
-                 f"The paper: {esc(claim['theirs'])}.</p>{forest(claim, record['seeds'])}"
+                 f"({esc(source(claim))})</p>{forest(claim, record['seeds'])}"
                  + drawn(claim, record["seeds"]))
     body += f"<h2>Arms</h2>{arms_table(record)}<p><code>{esc(record['command'])}</code></p>"
     return html_page(record["claims"], body)
@@ -145,4 +151,4 @@ def folded(claim, seeds):
     verdict = sign(*SHAPE_OF[claim["verdict"]], claim["verdict"])
     return (f"<details class=claim><summary>{esc(claim['statement'])} <span class=sign>{verdict}</span>"
             "</summary>"
-            f"<p>The paper: {esc(claim['theirs'])}.</p>{forest(claim, seeds)}{drawn(claim, seeds)}</details>")
+            f"<p>({esc(source(claim))})</p>{forest(claim, seeds)}{drawn(claim, seeds)}</details>")

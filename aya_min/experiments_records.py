@@ -20,7 +20,7 @@ from .config import RECIPES, Recipe, settings_from
 from .experiments import (SIDES, Comparison, Lab, claim_files, code_version, find_claims, hash_of, measured,
                           together)
 from .experiments_matched import check_matched
-from .experiments_page import ours, page, preset_of, shown
+from .experiments_page import ours, page, preset_of, shown, source
 from .files import parse_object, read_bytes, read_json, write_json, write_whole
 from .pipeline_steps import digest_of, read_done
 
@@ -248,7 +248,7 @@ def table(record):
     """The terminal's table: one row a comparison, one column a seed."""
     lines = []
     for claim in record["results"]:
-        lines += ["", f"{claim['name']}: {claim['statement']}", f"    the paper: {claim['theirs']}"]
+        lines += ["", f"{claim['name']}: {claim['statement']}", f"    {source(claim)}"]
         width = max(len(row["label"]) for row in claim["comparisons"])
         for row in claim["comparisons"]:
             values = "  ".join(f"{shown(one):>22}" for one in row["seeds"])

@@ -21,6 +21,7 @@ from .control_tokens import Spelled
 from .endpoint_answers import tally, tally_line, without_control_tokens
 from .generate_pool import OF_POOL, check_fields
 from .judges import question_text
+from .languages import home_language
 from .rows import conversation_of, is_cut, pair_of, prompt_of, read_jsonl, shapes_in
 from .rows_keys import is_empty
 
@@ -54,8 +55,18 @@ def check(args):
 def request(messages, answer, language):
     """The text that asks for a critique of an answer to a prompt (messages), in a language or in English."""
     parts = {"{prompt}": question_text(messages), "{answer}": answer}       # an answer may hold {prompt}
-    text = prompts().get(language, prompts()["en"])
+    text = prompts()[home_language(language, prompts()) or "en"]
     return re.sub(r"\{prompt\}|\{answer\}", lambda found: parts[found[0]], text)
+
+
+def in_english(languages, what):
+    """[a line on those that have no text in their language, so that English asks], [] without any."""
+    found = Counter(code or "none" for code in languages if not home_language(code, prompts()))
+    if not found:
+        return []
+    by_language = ", ".join(f"{code} {n}" for code, n in sorted(found.items()))
+    return [f"{found.total()} of {len(languages)} {what} are asked in English, as there is no text in their "
+            f"language ({by_language})"]
 
 
 def keys_of(critic, requests):
@@ -94,23 +105,22 @@ def asking(text, where, language):
 
 
 def requests_of(path, reading, tokenizer):
-    """The requests for a file's answers: rows with "prompt_messages", and with what `written` needs."""
-    found, spelled, english = [], Spelled(tokenizer), Counter()
+    """The requests for a file's answers: rows with "prompt_messages", and with what `written` needs: the
+    object that gets the critique, its key there, and [(row, [(object, key), ...]), ...] of the whole file."""
+    found, spelled, file = [], Spelled(tokenizer), []
     lines = read_jsonl(path, reading)
     for where, row in lines:
-        language = row.get("language")
-        for messages, answer, target, key in answers_in(row, where):
+        language, answers = row.get("language"), answers_in(row, where)
+        file.append((row, [(target, key) for *_, target, key in answers]))
+        for messages, answer, target, key in answers:
             if target.get(key) is not None:
                 raise ValueError(f"{where}: {key!r} is there already; remove it to have another written")
             spelled.look([*(message["content"] for message in messages), answer], where)
             text = request(messages, answer, language)
-            found.append({**asking(text, where, language), "row": row, "target": target, "key": key})
-        english[language or "none"] += language not in prompts()
+            found.append({**asking(text, where, language), "target": target, "key": key, "file": file})
     spelled.report([path], len(lines), reading)
-    if +english:
-        by_language = ", ".join(f"{code} {n}" for code, n in sorted((+english).items()))
-        distributed.say(f"{english.total()} of {len(lines)} rows are asked in English, as there is no text "
-                        f"in their language ({by_language})", [path])
+    for line in in_english([row.get("language") for row, _ in file], "rows"):
+        distributed.say(line, [path])
     return found
 
 
@@ -118,24 +128,22 @@ def requests_of(path, reading, tokenizer):
 
 def written(requests, ask, args, reading):
     """The critiques of all requests in their rows. ask: see generate_pool.asked. A row without one of its
-    critiques is left out, and counted. -> ({path: rows}, text lines, new tokens, seconds)"""
+    critiques is left out, and counted, also where --too-long left the request out.
+    -> ({path: rows}, text lines, new tokens, seconds)"""
     groups, tokens, seconds = ask(args.model, range(len(requests)))
     lines = []
     if args.endpoints:
         groups = without_control_tokens(groups, None, reading)
         lines = [tally_line(tally(args.endpoints[args.model], requests, groups))]
-    rows, missing = {}, Counter()
     for asked, (answer,) in zip(requests, groups):
-        text = (answer["completion"] or "").strip()
-        rows[asked["prompt_where"]] = asked["row"]
-        if text:
+        if text := (answer["completion"] or "").strip():
             asked["target"][asked["key"]] = text
-        missing[asked["prompt_where"]] += not text
+    file = requests[0]["file"]
     # cut critiques say something too
     cut = sum(is_cut(answer) for (answer,) in groups)
-    kept = [{**row, "critic": args.model} for where, row in rows.items() if not missing[where]]
+    kept = [{**row, "critic": args.model} for row, parts in file if all(one.get(key) for one, key in parts)]
     lines.append(f"{len(groups)} critiques, {cut} cut at --max-new-tokens {args.max_new_tokens}; {len(kept)} "
-                 f"rows, {len(rows) - len(kept)} left out, as a critique of theirs is missing or empty")
+                 f"rows, {len(file) - len(kept)} left out, as a critique of theirs is missing or empty")
     if not kept:
         raise ValueError(f"{args.out}: not a row is left ({'; '.join(lines)}); look at the critic, and "
                          f"remove {args.out}.partial to have it asked anew. Nothing is written")
@@ -155,5 +163,5 @@ def criticise(rows, ask, reading):
         if text := (answer["completion"] or "").strip():
             each["target"]["critique"] = text
             told += 1
-    line = f"critiques: {told} of {len(requests)} candidates have one, the others are not scored"
-    return [line], tokens, seconds
+    lines = [f"critiques: {told} of {len(requests)} candidates have one, the others are not scored"]
+    return lines + in_english([each["language"] for each in requests], "candidates"), tokens, seconds

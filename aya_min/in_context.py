@@ -5,8 +5,8 @@ optimal learner.
     python -m aya_min.in_context --model RUN/model --function conjunction --entries 5 --examples 5 10 20 40
 
 A prompt holds an instruction, examples as lines of 0 and 1, and one more input; the answer is greedy, and its
-first character that is no blank must be 0 or 1. Any other answer counts as half right, as a guess is, and is
-reported. Of a DNF there are too many functions for an optimal learner.
+first word must be 0 or 1, with or without a sign around it. Any other answer counts as half right, as a guess
+is, and is reported. Of a DNF there are too many functions for an optimal learner.
 
 The paper's defaults: 5 entries, up to 50 examples, 100 functions. The words of the prompt are ours.
 """
@@ -104,7 +104,7 @@ def main(argv=None):
     parser.add_argument("--entries", type=number(int, "[2, 64]"), default=5,
                         help="entries of an input; default: %(default)s")
     parser.add_argument("--examples", type=number(int, "[0, 1000]"), nargs="+",
-                        default=[0, 5, 10, 20, 30, 40, 49], help="numbers of examples in the prompt")
+                        default=[0, 5, 10, 20, 30, 40, 49], help="numbers of examples in the prompt; another largest number draws other functions")
     parser.add_argument("--count", type=number(int, "[2, 100000]"), default=100,
                         help="functions; default: %(default)s")
     parser.add_argument("--batch-size", type=number(int, "[1, inf)"), default=32)

@@ -7,7 +7,7 @@ are written down.
     equality    s_1 ... s_N t_1 ... t_N: whether s = t
     nearest     x_1 y_1 ... x_N y_N, then vectors q: the y of the x nearest to q
 
-Strings that are to be refused keep their symbols, of which two are exchanged: no count tells them.
+A string to be refused is a right one with two symbols exchanged, so that counts do not give it away.
 Departures: several places or vectors are asked after one string, and brackets and equality have a target at
 every prefix, which makes more of a string; what is reported of these two is the answer after the whole string
 alone.

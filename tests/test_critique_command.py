@@ -70,6 +70,15 @@ def test_what_is_asked_of_pairs_completions_and_candidates(here, capsys):
     assert "2 of 3 rows are asked in English" in capsys.readouterr().err
 
 
+def test_a_region_is_asked_in_its_language_and_what_is_asked_in_english_is_told(capsys):
+    """pt-BR was asked in English, and counted with those that have no text."""
+    messages = [{"role": "user", "content": "oi"}]
+    assert generate_critique.request(messages, "a", "pt-BR") == generate_critique.request(messages, "a", "pt")
+    assert generate_critique.in_english(["pt-BR", "en", "tlh", "tlh", None], "rows") == [
+        "3 of 5 rows are asked in English, as there is no text in their language (none 1, tlh 2)"]
+    assert generate_critique.in_english(["pt-BR", "en"], "rows") == []
+
+
 # ---- the command -------------------------------------------------------------------------------------------
 
 def test_critiques_are_written_into_pairs_completions_and_candidates(call, here):
@@ -83,6 +92,17 @@ def test_critiques_are_written_into_pairs_completions_and_candidates(call, here)
     assert all(c["critique"].strip() for c in pool["candidates"])
     assert "5 critiques" in out and "3 rows, 0 left out" in out
     assert not (here / "G.jsonl.partial").exists()
+
+
+def test_a_pair_of_which_one_request_is_too_long_is_left_out_and_counted(call, here):
+    """It was written with one critique, which `train.py reward` refuses, and counted as whole."""
+    (here / "F.jsonl").unlink()
+    long = "no " * 600
+    write_jsonl(here / "F.jsonl", [PAIR, {**PAIR, "rejected": long}, {**ANSWER, "completion": long}])
+    code, out, err = call(f"{LINE} --too-long skip")
+    assert code == 0, err
+    assert "3 critiques" in out and "1 rows, 2 left out" in out, out
+    assert [row["id"] for row in read("G.jsonl")] == ["p"]
 
 
 def test_the_same_command_writes_the_same_critiques_and_never_over_a_file(call, here):

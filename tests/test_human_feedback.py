@@ -108,7 +108,7 @@ def lab(**changes):
 
 
 def test_both_kinds_of_raters_rate_the_same_pairs_and_damping_prefers_sure_wrong_answers():
-    of = {raters: claims.rated_pairs(lab(arbiter_pairs=4000), raters) for raters in claims.DAMPING}
+    of = {raters: claims.rated_pairs(lab(arbiter_pairs=8000), raters) for raters in claims.DAMPING}
     for a, b in zip(of["honest"], of["damped"], strict=True):
         assert {a["chosen"], a["rejected"]} == {b["chosen"], b["rejected"]}
     shares = {}
@@ -253,7 +253,8 @@ def test_differences_by_hand_and_a_text_without_a_score_leaves_out_its_probes():
     rows = [{"differences": {"longer": 1.0}, "question_id": "a"},
             {"differences": {"longer": 2.0}, "question_id": "a"}, {"differences": {}, "question_id": "b"}]
     found = evaluate_bias.figures(rows)
-    assert found["longer"] == {"difference": 1.5, "ci95": [1.5, 1.5], "num": 2} and found["own"] is None
+    assert found["longer"] == {"difference": 1.5, "ci95": [1.5, 1.5], "num": 2, "questions": 1}
+    assert found["own"] is None and evaluate_bias.cell(found["longer"]) == "+1.50 (one question)"
 
 
 def test_a_users_rows_have_their_answers_in_frames_of_their_language_and_others_are_named(folders, tmp_path,
@@ -285,7 +286,7 @@ def test_a_critique_is_named_as_not_read_and_one_row_has_no_interval(folders, tm
                                         "critique": "short"}])
     bias("--reward-model", folders / "longer", "--prompts", tmp_path / "p.jsonl")
     out, err = capsys.readouterr()
-    assert "keys that are not read: 'critique'" in err and "(one row)" in out and "[" not in out
+    assert "keys that are not read: 'critique'" in err and "(one question)" in out and "[" not in out
 
 
 @pytest.mark.parametrize("rows, says", [
@@ -325,7 +326,10 @@ def test_wrong_flags_are_one_line_and_exit_code_2(folders, tmp_path, capsys):
             (["--reward-model", folders / "none", "--count", 0], "of at least 1"),
             (["--reward-model", folders / "none", "--columns", "prompt=q"], "--columns goes with --prompts"),
             (["--reward-model", folders / "none", "--count", 3, "--prompts", tmp_path / "p.jsonl"],
-             "--count goes without --prompts")):
+             "--count goes without --prompts"),
+            (["--reward-model", folders / "none", "--seed", 3, "--prompts", tmp_path / "p.jsonl"],
+             "--seed draws answers to questions of the embedded world"),
+            (["--reward-model", folders / "none", "--too-long", "cut-left"], "unequal parts of their")):
         with pytest.raises(SystemExit) as ended:
             guarded(lambda: bias(*words_), "aya_min.evaluate")
         said = capsys.readouterr().err

@@ -1,10 +1,10 @@
 """Human feedback is not gold standard (arXiv 2309.16349): what raters weigh, what assertive phrasing hides.
 
-Part 1, on the authors' 900 rated outputs. The lasso of overall quality on the errors that other raters found,
-from sums (results/data/human_feedback.json; the ratings have no licence and are not copied). The weights that
-their notebook prints are of inputs from 0 to 1, with R^2 0.22; with each input divided by its deviation the
-same alpha gives others (refusal .185, formatting .141, factuality .099), with R^2 0.24. Intervals are of a
-parametric bootstrap.
+Part 1, on the authors' 900 rated outputs, and so the same for every seed. The lasso of overall quality on the
+errors that other raters found, from sums (results/data/human_feedback.json; the ratings have no licence and
+are not copied). The weights that their notebook prints are of inputs from 0 to 1, with R^2 0.22; with each
+input divided by its deviation the same alpha gives others (refusal .185, formatting .141, factuality .099),
+with R^2 0.24. Intervals are of a parametric bootstrap.
 
 Part 2, on the embedded world. An answer is right or wrong and stands in an assertive, a neutral or a hedged
 frame (frames.py). A rater holds it for wrong with the probability
@@ -24,8 +24,8 @@ errors and that models trained on preferences are more assertive, and trains non
 hf-perceived and hf-errors follow from what it says and are not in it. SHARPNESS and DAMPING were set by hand,
 before any run, so that an assertive wrong answer is held for right more often than a hedged right one. The
 paper's crowd finds errors in 2.5% of assertive and 6.7% of unassertive outputs: a damping of about 0.5.
-Seed 0 was looked at once, with half of the recipe's corpus, all its pairs of raters and its steps of RLOO.
-For time, and unseen since, these became a third, half and two thirds.
+Seed 0 was looked at once, with half of the recipe's corpus, all its pairs of raters and its steps of RLOO. To
+save time these are now a third, half and two thirds, which was not looked at.
 """
 
 import math

@@ -13,16 +13,18 @@ that always reads it, one that never does, and one that does in half of its sequ
 the examples EARLY, which follow nearly every teaching sequence. The functions that are taught are those that
 are not.
 
-Departures: the paper's models have 28 entries (20 or fewer for parities), 40 examples, 6 or 12 layers of
-width 256 and 15 to 20 thousand steps of 32 or 64 sequences; ours are below, and preset small trains 14 times
-as long, on more examples. Which classes are simple is from memory, as we had the paper's abstract and code
-alone. In preset tiny the attention-free models train on OF_ALL alone, to fit the time. The paper's language
-models are asked by the command of in_context.py. All comparisons were written before any run. The first look
-at seed 0 was at four cells, with 10 entries, 20 examples and 700 steps, last quarter: conjunction,
-transformer 0.781 and RetNet 0.615 (optimal 0.969, nearest neighbour 0.791), sparse parity, transformer 0.553,
-nearest, transformer 0.697. All are trained far too short; so there are 6 entries, 12 examples and 1700 steps,
-EARLY moved with the number of examples, and to fit the time the attention-free models were taken off
-majority, dnf and the parities. So their comparison on majority, which nobody had seen, fell away.
+Of 6 entries there are so few conjunctions, disjunctions and parities that nearly all are trained on; what is
+new in a test is the inputs. Departures: the paper's models have 28 entries (20 or fewer for parities), 40
+examples, 6 or 12 layers of width 256 and 15 to 20 thousand steps of 32 or 64 sequences; ours are below, and
+preset small trains 14 times as long, on more examples. Which classes are simple is from memory, as we had the
+paper's abstract and code alone. In preset tiny the attention-free models train on OF_ALL alone, to fit the
+time. The paper's language models are asked by the command of in_context.py. All comparisons were written
+before any run. The first look at seed 0 was at four cells, with 10 entries, 20 examples and 700 steps, last
+quarter: conjunction, transformer 0.781 and RetNet 0.615 (optimal 0.969, nearest neighbour 0.791), sparse
+parity, transformer 0.553, nearest, transformer 0.697. All are trained far too short; so there are 6 entries,
+12 examples and 1700 steps, EARLY moved with the number of examples, and to fit the time the attention-free
+models were taken off majority, dnf and the parities. So their comparison on majority, which nobody had seen,
+fell away.
 
 The second look was a part of seed 0, the mean of the last quarter: conjunction: transformer 0.89, optimal
 0.96, LSTM 0.89, state space 0.79, RetNet 0.73; disjunction: 0.90, 0.95, 0.90, 0.84, 0.73; parity: transformer
@@ -49,7 +51,7 @@ STEPS = 1700                    # at the corpus of preset tiny
 SIZES = {"tiny": (6, 12), "full": (10, 40)}
 # Where the attention-free models train too.
 OF_ALL = {"tiny": (*SIMPLE, "nearest"), "full": NAMES}
-EARLY = slice(4, 8)             # examples after a teaching sequence
+EARLY = {"tiny": slice(4, 8), "full": slice(8, 12)}     # examples after a teaching sequence, by level
 NEAR = 0.05                     # of accuracy: what is near the optimal learner
 # {name: share of the sequences that begin with a teaching sequence}
 TEACHING = {"taught": 1.0, "untaught": 0.0, "both": 0.5}
@@ -129,7 +131,7 @@ def early(lab, trained_on, test):
     where all ("taught") or no ("untaught") sequences teach."""
     tests = {"taught": ["monotone", 1.0], "untaught": ["monotone", 0.0]}
     found = torch.tensor(trained(lab, TRANSFORMER, "monotone", TEACHING[trained_on], tests)[test])
-    return found[:, EARLY].mean(1)
+    return found[:, EARLY[lab.recipe.level]].mean(1)
 
 
 # ---- figures -----------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 
 Transformers of one and two layers (the decoder's own blocks), torch's LSTM and two linear-recurrent models of
 two layers (sequence_models.py) train on the tasks of separations.py: the same strings in the same order, as
-many steps, one learning rate. A model is measured on fresh strings of the length that it trained on. A task
-is done from an accuracy of DONE on.
+many steps, one learning rate. A model is measured on strings drawn anew, of the length that it trained on (of
+10 brackets there are so few that all were trained on). A task is done from an accuracy of DONE on.
 
     lookup      one layer of attention and a width of O(log N); a recurrent state of Omega(N)
     dyck        an LSTM of constant width; Omega(N) for one layer of attention
@@ -159,7 +159,8 @@ def wrong_at_bound(lab):
 
 
 def smallest(lab, length):
-    """The least of the tried widths that makes no mistake, as all greater ones do."""
+    """The least of the tried widths that makes no mistake, as all greater ones do; the length, if none."""
+    width = length
     for share in SHARES[::-1]:
         found = built(lab, length, share)
         if found["wrong"]:
