@@ -163,7 +163,7 @@ def hash_of(*parts):
 
 
 def code_version():
-    """A hash of the package's source and of its words and profiles, without the claim files and what only shows
+    """A hash of the package's source, words and profiles, without the claim files and what only shows
     results."""
     paths = [path for path in sorted(HERE.glob("*.py")) if not path.stem.startswith(("report", "chat"))]
     paths += [path for name in ("words", "profiles") for path in sorted((HERE / name).iterdir())

@@ -104,7 +104,9 @@ def main(argv=None):
     parser.add_argument("--entries", type=number(int, "[2, 64]"), default=5,
                         help="entries of an input; default: %(default)s")
     parser.add_argument("--examples", type=number(int, "[0, 1000]"), nargs="+",
-                        default=[0, 5, 10, 20, 30, 40, 49], help="numbers of examples in the prompt; another largest number draws other functions")
+                        default=[0, 5, 10, 20, 30, 40, 49],
+                        help="numbers of examples in the prompt; with another largest one other functions "
+                             "are drawn")
     parser.add_argument("--count", type=number(int, "[2, 100000]"), default=100,
                         help="functions; default: %(default)s")
     parser.add_argument("--batch-size", type=number(int, "[1, inf)"), default=32)
