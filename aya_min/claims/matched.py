@@ -52,7 +52,7 @@ from ..text_encoders import PARITY, Encoder, WithHead, batches, fit, padded
 from ..tokenizer import SPECIALS, load_tokenizer
 
 PAPER = 'On "Scientific Debt" in NLP, arXiv 2306.02870'
-MINUTES = 12
+MINUTES = 10
 ARMS = {}                       # no folder of a language model is trained
 MARGIN = 0.05                   # of accuracy
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)      # the first, Adam's usual one, is that of untuned arms
