@@ -38,7 +38,7 @@ from aya_min.engine import LEAST_TEMPERATURE, check_sampling
 from aya_min.endpoint import is_endpoint
 from aya_min.endpoint_answers import (add_flags as add_endpoint_flags, answer_rows as ask_rows,
                                       check_all_there, endpoints_of, is_answer as is_endpoint_answer)
-from aya_min.files import dumps, jsonl, marked, taken
+from aya_min.files import check_place, dumps, jsonl, marked, taken
 from aya_min.generate_pool import FILES, OF_POOL, add_flags as add_pool_flags
 from aya_min.generate_pool import answers_of_pool, check_pool, check_router, detector, read_table
 from aya_min.journal import PURPOSE, Journal
@@ -155,13 +155,9 @@ def check_outputs(args):
     """Refuse outputs that are in the way, that cannot be written, or that are the same."""
     outputs = outputs_of(args)
     for path in outputs.values():
-        folder = Path(path).absolute().parent
         if os.path.lexists(path) and not marked(f"{args.out}.partial", PURPOSE):
             raise taken(path)
-        if not folder.is_dir():
-            raise ValueError(f"{path}: its folder does not exist; make it first")
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f"{path}: its folder is not writable; give another")
+        check_place(path)
     seen = {Path(f"{args.out}.partial").resolve(): "--out"}
     for flag, path in outputs.items():
         if (other := seen.setdefault(Path(path).resolve(), flag)) != flag:

@@ -21,7 +21,6 @@ import argparse
 import ast
 import hashlib
 import io
-import os
 import random
 import re
 import sysconfig
@@ -33,7 +32,7 @@ from pathlib import Path
 
 from .code_shapes import PAGES, PROGRAMS
 from .command import WHOLE, Parser, guarded, is_spare_rank, number, printable
-from .files import dumps, taken, write_new
+from .files import check_out, dumps, write_new
 from .tokenizer import load_tokenizer
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
@@ -269,10 +268,7 @@ def check(args):
         raise ValueError("--docstrings: markup has none; leave it out")
     if args.unit and args.kind != "stdlib":
         raise ValueError(f"--unit goes with --kind stdlib; {args.kind} does not read it, leave it out")
-    if os.path.lexists(args.out):
-        raise taken(args.out)
-    if not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"{args.out}: its folder does not exist; make it first")
+    check_out(args.out)
 
 
 if __name__ == "__main__":

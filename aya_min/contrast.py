@@ -5,15 +5,13 @@ from the marks that translation leaves. Both sides come from files: chosen from 
 --contrast. Nothing checks that the second were translated. `python generate.py --contrast`
 """
 
-import os
 from dataclasses import fields
-from pathlib import Path
 
 from . import distributed
 from .arbitrage import read_answers
 from .config import Reading, flag_of
 from .data import load_prompts, without_added_keys
-from .files import jsonl, taken, write_new
+from .files import check_out, jsonl, write_new
 from .preferences import contrast_pairs, cut_line
 
 # What generate.py writes beside an answer; it is not true of the pair.
@@ -31,10 +29,7 @@ def check(args):
     if others := [name for name in args.given if name not in mine]:
         raise ValueError("--contrast takes two files of answers and no model; leave out "
                          f"{flag_of(others[0])}")
-    if os.path.lexists(args.out):
-        raise taken(args.out)
-    if not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"{args.out}: its folder does not exist; make it first")
+    check_out(args.out)
 
 
 def pairs_of_files(answers, translated, reading):

@@ -156,7 +156,7 @@ def load_pairs(paths, tokenizer, limit, reading=SKIP, with_critiques=False):
             spelled.look([*(message["content"] for message in prompt), *texts], where)
             sides = [encode_example(tokenizer, prompt + [{"role": "assistant", "content": text}], row, where,
                                     where, critique) for text, critique in zip(answers, told)]
-            if np.array_equal(sides[0].ids, sides[1].ids):
+            if np.array_equal(*(side.ids[:len(side.ids) - side.critique] for side in sides)):
                 equal.append(where)
             elif not supervised:
                 left_out.add(NOT_SUPERVISED, where)

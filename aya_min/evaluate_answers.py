@@ -114,9 +114,10 @@ def score_answers(model, tokenizer, sides, name="the reward model", too_long="re
             for side, rows in zip(keys, sides)]
 
 
-def check_texts(rows, folder, reading, flag="--judge", with_critiques=True):
+def check_texts(rows, folder, reading, flag="--judge", with_critiques=True, may_cut=True):
     """Refuse texts that the judge cannot score, before its weights are read. flag: that named the folder.
-    with_critiques: whether such rows can bring critiques of their answers.
+    with_critiques: whether such rows can bring critiques of their answers. may_cut: whether --too-long
+    cut-left is a remedy.
 
     ValueError for a folder without a reward model, a text that spells a control token, or more tokens than
     the judge has positions, and for a critique that is missing or cannot be read.
@@ -140,9 +141,9 @@ def check_texts(rows, folder, reading, flag="--judge", with_critiques=True):
                              "the template, or read it as letters with --allow-control-tokens")
         size = sum(map(len, judged_ids(tokenizer, row)))
         if size > room and reading.too_long == "refuse":
+            more = ", or drop the oldest tokens of their prompts with --too-long cut-left" if may_cut else ""
             raise ValueError(f"{prefix_of(row)}question and answer have {size} tokens, the judge {room} "
-                             "positions; leave such answers unjudged with --too-long skip, or drop the "
-                             "oldest tokens of their prompts with --too-long cut-left")
+                             f"positions; leave such answers unjudged with --too-long skip{more}")
 
 
 # ---- languages ---------------------------------------------------------------------------------------------

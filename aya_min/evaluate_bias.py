@@ -15,7 +15,6 @@ their "completion", which is known in no other language. Scores have no unit: co
 other and with the deviation of the scores.
 """
 
-import os
 import random
 
 import numpy as np
@@ -25,7 +24,7 @@ from .config import Reading, add_flags, settings_from
 from .evaluate_answers import checked, check_texts, score_answers
 from .evaluate_judges import device
 from .evaluate_rates import bootstrap_mean
-from .files import dumps, taken, write_new
+from .files import check_out, dumps, write_new
 from .frames import framed
 from .languages import LANGUAGES, home_language
 from .rows import read_jsonl
@@ -165,18 +164,18 @@ def main(argv):
     parser.add_argument("--seed", type=number(int, WHOLE),
                         help="of these questions and of wrong answers (default 0)")
     parser.add_argument("--out", help="JSON file to write the figures to; must not exist")
-    add_flags(parser, Reading, only=("columns", "too_long", "allow_control_tokens"))
+    # no cut-left: the texts that are compared would lose unequal parts of their prompt
+    parser.add_argument("--too-long", choices=["refuse", "skip"],
+                        help="what to do with texts beyond the model's positions (default refuse)")
+    add_flags(parser, Reading, only=("columns", "allow_control_tokens"))
     args = parser.parse_args(argv)
     if is_spare_rank():
         return
-    if args.out and os.path.lexists(args.out):
-        raise taken(args.out)
+    if args.out:
+        check_out(args.out)
     if args.prompts and args.count:
         raise ValueError("--count goes without --prompts, whose rows are all read; leave it out")
     reading, without, seed = settings_from(Reading, flags=vars(args)), {}, args.seed or 0
-    if reading.too_long == "cut-left":
-        raise ValueError("--too-long cut-left: the texts that are compared would lose unequal parts of their "
-                         "prompt; use skip")
     if args.prompts:
         rows, without = read(args.prompts, reading)
         if args.seed is not None and all(row["completion"] is not None for row in rows):
@@ -190,7 +189,8 @@ def main(argv):
                  "prompt_messages": [{"role": "user", "content": row["prompt"]}]} for row in rows]
     rng = random.Random(f"bias/{seed}")
     texts = [{**row, "completion": text} for row in rows for text in texts_of(row, rng).values()]
-    check_texts(texts, args.reward_model, reading, flag="--reward-model", with_critiques=False)
+    check_texts(texts, args.reward_model, reading, flag="--reward-model", with_critiques=False,
+                may_cut=False)
     model, tokenizer = load(args.reward_model, device=device())
     name = f"--reward-model {args.reward_model}"
     result = {"reward_model": args.reward_model, "prompts": args.prompts, "rows": len(rows),

@@ -25,14 +25,13 @@ right language that reads like a translation is right: nothing here measures sty
     python -m aya_min.evaluate languages --answers A.jsonl [--out F.json]
 """
 
-import os
 import re
 import unicodedata
 from collections import Counter
 
 from .command import Parser, is_spare_rank, printable
 from .config import Reading, add_flags, settings_from
-from .files import dumps, taken, write_new
+from .files import check_out, dumps, write_new
 from .language_id import (CLOSE, GROUP, SCRIPTS, UNSPACED, codes_of, identify, identify_words, is_in_language,
                           known, profile_of, words_of)
 from .languages import LANGUAGES
@@ -177,8 +176,8 @@ def main(argv):
     args = parser.parse_args(argv)
     if is_spare_rank():
         return
-    if args.out and os.path.lexists(args.out):
-        raise taken(args.out)
+    if args.out:
+        check_out(args.out)
     rows = read_jsonl(args.answers, settings_from(Reading, flags=vars(args)))
     result = {"answers": str(args.answers)} | pass_rates(rows)
     if args.out:

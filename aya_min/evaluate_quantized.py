@@ -10,7 +10,6 @@ the row is a question of the embedded world, or with --judge a reward model's sc
 after the other. A language model judges by `evaluate arena`, on the answers that generate.py writes.
 """
 
-import os
 
 import torch
 
@@ -21,7 +20,7 @@ from .data import load_examples, load_prompts
 from .evaluate_judges import device
 from .evaluate_judges import scored as scored_by
 from .evaluate_languages import verdict
-from .files import dumps, taken, write_new
+from .files import check_out, dumps, write_new
 from .language_id import profile_of
 from .languages import LANGUAGES
 from .reference import answer_logps
@@ -172,8 +171,8 @@ def main(argv):
     args = parser.parse_args(argv)
     if is_spare_rank():
         return
-    if args.out and os.path.lexists(args.out):
-        raise taken(args.out)
+    if args.out:
+        check_out(args.out)
     reading = settings_from(Reading, flags=vars(args))
     folders, scored = (args.model, args.against), read(args.data, reading)[0]
     if args.judge != "oracle" and not issubclass(read_config(args.judge)[1], RewardModel):

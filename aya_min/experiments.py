@@ -8,9 +8,9 @@ reward model). So claims share arms, and a killed claim goes on where it stopped
 after the recipe's settings and the code, so that no arm of other code is taken for one of this.
 
 The verdict of a comparison in one seed: shown if its 95% interval, over questions, is clear of no difference
-on the expected side; reversed on the other side; else not shown. A comparison is shown, or reversed, if it is
-so in every seed; a claim, if all its comparisons are. Seed 0 answers the validation questions, on which
-settings are chosen; all other seeds answer the test questions.
+on the expected side, or within what counts as level; reversed on the other side; else not shown. A comparison
+is shown, or reversed, if it is so in every seed; a claim, if all its comparisons are. Seed 0 answers the
+validation questions, on which settings are chosen; all other seeds answer the test questions.
 """
 
 import hashlib

@@ -113,9 +113,10 @@ def all_claims(records):
     counts = ", ".join(f"{verdicts[name]} {name}" for name in SHAPE_OF)
     body = (f'<p class="headline">What papers say, tried: {num} claims of {files} files, {counts}.</p>'
             "<p>A claim is shown if the 95% interval of every comparison, in every seed, is clear of no "
-            "difference on the side that the paper expects; reversed, if all are on the other side. Models "
-            "are small and the embedded world is simple: a claim that is not shown here may hold at the "
-            f"paper's size.</p>{KEY}{overview(records)}<p>{HOW_TO_READ}</p>")
+            "difference on the side that the paper expects; reversed, if all are on the other side. Where "
+            "the paper expects a level, the interval must lie within 5 points of a win rate of 50, or within "
+            "5% of another figure. Models are small and the embedded world is simple: a claim that is not "
+            f"shown here may hold at the paper's size.</p>{KEY}{overview(records)}<p>{HOW_TO_READ}</p>")
     for file, record in records.items():
         versions, machine = record["versions"], record["machine"]
         body += (f'<section id="{esc(file)}"><h2>{esc(record["paper"])}</h2><p class="note"><code>'

@@ -302,6 +302,22 @@ def taken(path):
     return ValueError(f"{path} exists; give a new file, nothing is overwritten")
 
 
+def check_out(path):
+    """Refuse, before any work, an output file that could not be written after it."""
+    if os.path.lexists(path):
+        raise taken(path)
+    check_place(path)
+
+
+def check_place(path):
+    """Refuse an output whose folder is missing or cannot be written."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"{path}: its folder does not exist; make it first")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{path}: its folder is not writable; give another")
+
+
 def publish_folder(made, path):
     """Give a finished folder its name in one step. Only an empty folder is replaced, else ValueError."""
     try:

@@ -26,7 +26,6 @@ false): then precision and recall are reported, for the list also at equal numbe
 
 import argparse
 import math
-import os
 import re
 import unicodedata
 from fractions import Fraction
@@ -38,7 +37,7 @@ import torch
 from . import distributed, weights
 from .command import Parser, number, printable, shortened
 from .config import Reading, add_flags, settings_from
-from .files import jsonl, parse_object, read_bytes, taken, write_new
+from .files import check_out, jsonl, parse_object, read_bytes, write_new
 from .filtration_scores import (ANY, check_place, fingerprints, phrases_for, read_phrases, read_scores, score,
                                 windows_of, write_scores)
 from .model import CohereForCausalLM
@@ -226,10 +225,7 @@ def check(args):
     """Refuse, before heavy work, what could not be written or read after it."""
     outputs = [args.out, args.removed]
     for path in outputs:
-        if os.path.lexists(path):
-            raise taken(path)
-        if not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path}: its folder does not exist; make it first")
+        check_out(path)
     if len({Path(path).absolute() for path in [*outputs, *([args.scores] if args.scores else [])]}) < (
             3 if args.scores else 2):
         raise ValueError("--out, --removed and --scores must be different files; give each its own name")

@@ -23,11 +23,12 @@ from .generate_pool import OF_POOL, check_fields
 from .judges import question_text
 from .languages import home_language
 from .rows import conversation_of, is_cut, pair_of, prompt_of, read_jsonl, shapes_in
-from .rows_keys import is_empty
+from .rows_keys import CRITIQUES, is_empty
 
 LINE = "generate.py critique --model C --answers F.jsonl --out G.jsonl"
 NOT_HERE = ("models", "prompts", "prompt", "chat", "serve", "host", "port", "max_length", "contrast",
             "ignore_eos", *OF_POOL)
+WRITTEN = (*CRITIQUES, "critic")    # the keys that the command writes
 KEYS = "critiques by "              # how the keys of critiques in a journal begin
 
 
@@ -83,6 +84,8 @@ def keys_of(critic, requests):
 def answers_in(row, where):
     """[(prompt messages, answer, the object that gets its critique, the critique's key), ...] of a row."""
     shapes, has_pool = shapes_in(row), not is_empty(row.get("candidates"))
+    if "candidates" in row and not has_pool and shapes <= {"prompt"}:
+        raise ValueError(f"{where}: 'candidates' is empty; fill it, or remove the line")
     if has_pool and (others := shapes & {"chosen", "rejected", "completion", "targets"}):
         raise ValueError(f"{where}: 'candidates' and {min(others)!r} in one row; leave one of them")
     if {"chosen", "rejected"} & shapes:
@@ -106,20 +109,24 @@ def asking(text, where, language):
 
 def requests_of(path, reading, tokenizer):
     """The requests for a file's answers: rows with "prompt_messages", and with what `written` needs: the
-    object that gets the critique, its key there, and [(row, [(object, key), ...]), ...] of the whole file."""
+    object that gets the critique, its key there, and of the whole file [(where, row, [(object, key), ...]),
+    ...]."""
     found, spelled, file = [], Spelled(tokenizer), []
-    lines = read_jsonl(path, reading)
+    lines = read_jsonl(path, reading, WRITTEN)
     for where, row in lines:
         language, answers = row.get("language"), answers_in(row, where)
-        file.append((row, [(target, key) for *_, target, key in answers]))
+        file.append((where, row, [(target, key) for *_, target, key in answers]))
+        for each in [row, *(target for *_, target, _ in answers)]:
+            for key in WRITTEN:
+                if each.get(key) is not None:
+                    raise ValueError(f"{where}: {key!r} is there already; remove it to have another written")
         for messages, answer, target, key in answers:
-            if target.get(key) is not None:
-                raise ValueError(f"{where}: {key!r} is there already; remove it to have another written")
             spelled.look([*(message["content"] for message in messages), answer], where)
             text = request(messages, answer, language)
-            found.append({**asking(text, where, language), "target": target, "key": key, "file": file})
+            place = f"{where}, the request for its {key}"
+            found.append({**asking(text, place, language), "target": target, "key": key, "file": file})
     spelled.report([path], len(lines), reading)
-    for line in in_english([row.get("language") for row, _ in file], "rows"):
+    for line in in_english([row.get("language") for _, row, _ in file], "rows"):
         distributed.say(line, [path])
     return found
 
@@ -135,15 +142,18 @@ def written(requests, ask, args, reading):
     if args.endpoints:
         groups = without_control_tokens(groups, None, reading)
         lines = [tally_line(tally(args.endpoints[args.model], requests, groups))]
+    told, file = 0, requests[0]["file"]
     for asked, (answer,) in zip(requests, groups):
         if text := (answer["completion"] or "").strip():
             asked["target"][asked["key"]] = text
-    file = requests[0]["file"]
+            told += 1
+    missing = [where for where, _, parts in file if not all(one.get(key) for one, key in parts)]
     # cut critiques say something too
     cut = sum(is_cut(answer) for (answer,) in groups)
-    kept = [{**row, "critic": args.model} for row, parts in file if all(one.get(key) for one, key in parts)]
-    lines.append(f"{len(groups)} critiques, {cut} cut at --max-new-tokens {args.max_new_tokens}; {len(kept)} "
-                 f"rows, {len(file) - len(kept)} left out, as a critique of theirs is missing or empty")
+    kept = [{**row, "critic": args.model} for where, row, _ in file if where not in set(missing)]
+    why = f", as a critique of theirs is missing or empty; the first: {missing[0]}" if missing else ""
+    lines.append(f"{told} critiques, {cut} cut at --max-new-tokens {args.max_new_tokens}; {len(kept)} rows, "
+                 f"{len(missing)} left out{why}")
     if not kept:
         raise ValueError(f"{args.out}: not a row is left ({'; '.join(lines)}); look at the critic, and "
                          f"remove {args.out}.partial to have it asked anew. Nothing is written")

@@ -11,14 +11,13 @@ is, and is reported. Of a DNF there are too many functions for an optimal learne
 The paper's defaults: 5 entries, up to 50 examples, 100 functions. The words of the prompt are ours.
 """
 
-import os
 
 import torch
 
 from .command import WHOLE, Parser, guarded, is_spare_rank, number
 from .discrete_functions import CLASSES, MANY, nearest_neighbour, num_functions, optimal, rate, sample
 from .evaluate_rates import bootstrap_mean
-from .files import dumps, taken, write_new
+from .files import check_out, dumps, write_new
 from .model import CohereForCausalLM
 from .sampling import answer_rows
 from .weights import ONE, load, load_meta
@@ -57,7 +56,7 @@ def ask(model, tokenizer, name, d, examples, count, seed, batch_size=32):
     learners = {"nearest neighbour": nearest_neighbour}
     learners |= {"optimal": lambda xs, ys: optimal(name, xs, ys)} if few else {}
     rows = [{"prompt": prompt_of(x[:k], y[:k], x[k])} for k in examples for x, y in zip(xs, ys)]
-    check_room(model, tokenizer, rows)
+    check_room(model, tokenizer, rows, [k for k in examples for _ in range(count)])
     known = {who: rate(learn(xs, ys), ys) for who, learn in learners.items()}           # (count, n)
     answers = answer_rows(model, tokenizer, rows, max_new_tokens=NEW_TOKENS, temperature=0.0, seed=seed,
                           batch_size=batch_size, progress="asking", name=model.came_from)
@@ -66,12 +65,17 @@ def ask(model, tokenizer, name, d, examples, count, seed, batch_size=32):
             | {who: rates[:, k].tolist() for who, rates in known.items()} for k in examples}
 
 
-def check_room(model, tokenizer, rows):
-    """ValueError for a prompt that is too long for the model, with what makes it shorter here."""
-    longest = max(len(tokenizer.encode_prompt(row["prompt"])) for row in rows)
-    if (room := model.config.max_position_embeddings - NEW_TOKENS) < longest:
-        raise ValueError(f"--model {model.came_from}: a prompt of so many examples has {longest} tokens, its "
-                         f"positions hold {room} and an answer; give fewer --examples or --entries")
+def check_room(model, tokenizer, rows, examples):
+    """ValueError for a prompt that is too long for the model, with what fits. examples: the number in each
+    row."""
+    longest, room = {}, model.config.max_position_embeddings - NEW_TOKENS
+    for k, row in zip(examples, rows, strict=True):
+        longest[k] = max(longest.get(k, 0), len(tokenizer.encode_prompt(row["prompt"])))
+    if (most := max(longest.values())) > room:
+        fit = " ".join(str(k) for k, length in longest.items() if length <= room)
+        remedy = f"of these --examples {fit} fit" if fit else "give fewer --examples or --entries"
+        raise ValueError(f"--model {model.came_from}: a prompt of {max(longest)} examples has {most} tokens, "
+                         f"its positions hold {room} and an answer; {remedy}")
 
 
 def graded(texts, ys):
@@ -115,8 +119,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if is_spare_rank():
         return
-    if args.out and os.path.lexists(args.out):
-        raise taken(args.out)
+    if args.out:
+        check_out(args.out)
     model, _, _ = load_meta(args.model, packed=True)
     if type(model) is not CohereForCausalLM:
         raise ValueError(f"--model {args.model}: {ONE[type(model)]}; give a language model of a "

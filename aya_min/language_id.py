@@ -19,7 +19,6 @@ need more than a short sentence. Transliterated text is not recognised.
 """
 
 import math
-import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -29,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from .command import Parser, guarded, is_spare_rank, number, printable
-from .files import dumps, read_json, taken, write_new
+from .files import check_out, dumps, read_json, write_new
 from .languages import LANGUAGES, home_language
 from .rows import read_jsonl
 
@@ -358,8 +357,8 @@ def main(argv=None):
         code, confidence = identify(args.text)
         print(f"{code or 'not told'} {confidence:.2f}")
         return
-    if args.out and os.path.lexists(args.out):
-        raise taken(args.out)
+    if args.out:
+        check_out(args.out)
     result = confusion(read_jsonl(args.confusion), args.lengths)
     if args.out:
         write_new({args.out: dumps(result, indent=1) + "\n"})

@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 from .command import WHOLE, Parser, guarded, is_spare_rank, number, printable, progress
-from .files import naming, publish_file, read_bytes, scratch, taken, write_new
+from .files import check_out, naming, publish_file, read_bytes, scratch, write_new
 from .languages import SPELLINGS, language_code
 from .mixture_rows import open_mixture
 from .mixture_spec import is_spec
@@ -157,10 +157,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if is_spare_rank():
         return
-    if os.path.lexists(args.out):
-        raise taken(args.out)
-    if not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"{args.out}: its folder does not exist; make it first")
+    check_out(args.out)
     if any(map(is_spec, args.files)):
         given = [name for name in OF_FILES if getattr(args, name) is not None]
         if len(args.files) > 1 or given:

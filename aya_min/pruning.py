@@ -29,7 +29,7 @@ import numpy as np
 
 from .command import Parser, guarded, is_spare_rank, number, printable, progress
 from .config import Reading, add_flags, settings_from
-from .files import dumps, parse_object, taken, write_new
+from .files import check_out, dumps, parse_object, write_new
 from .pruning_checks import Prompts, answer_in, edits, too_few_approvals, wrong_language
 from .pruning_duplicates import minima, near_duplicates, normalised, shingles
 from .rows import texts_in
@@ -260,10 +260,7 @@ def check_paths(args):
     """Refuse outputs that exist or are one file, and a file that is given twice."""
     outputs = [Path(args.out), Path(args.removed)]
     for path in outputs:
-        if os.path.lexists(path):
-            raise taken(path)
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"{path}: its folder does not exist; make it first")
+        check_out(path)
     if outputs[0].resolve() == outputs[1].resolve():
         raise ValueError("--out and --removed are one file; give two")
     if len({Path(path).resolve() for path in args.files}) < len(args.files):

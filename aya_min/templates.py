@@ -22,7 +22,6 @@ script split. language is an ISO 639-3 code, script one of ISO 15924, as the col
 """
 
 import argparse
-import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .command import WHOLE, Parser, guarded, is_spare_rank, number, printable, shortened
-from .files import jsonl, read_json, taken, write_new
+from .files import check_out, jsonl, read_json, write_new
 from .iso639 import LANGUAGES as TABLE
 from .languages import SCRIPTS, SPELLINGS, entries, home_language, language_code
 from .rows_streamed import streamed
@@ -267,8 +266,7 @@ def main(argv=None):
     for flag, task in (("source", "translation"), ("labels", "classification")):
         if getattr(args, flag) and args.task != task:
             raise ValueError(f"--{flag} is for --task {task}; leave it out")
-    if os.path.lexists(args.out):
-        raise taken(args.out)
+    check_out(args.out)
     templates = read_templates(args.templates or FOLDER / f"{args.task}.json", args.task)
     names = read_labels(args.labels or FOLDER / "labels.json") if args.task == "classification" else None
     examples, alone = examples_of(streamed(args.file), args.task, args.language, args.languages, args.source,

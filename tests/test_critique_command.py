@@ -62,7 +62,7 @@ def test_an_answer_that_spells_a_place_is_not_filled_in():
 
 def test_what_is_asked_of_pairs_completions_and_candidates(here, capsys):
     asked = generate_critique.requests_of(here / "F.jsonl", Reading(), tokenizer())
-    assert [(each["prompt_where"].split(":")[-1], each["key"]) for each in asked] == [
+    assert [(each["prompt_where"].split(":")[-1].split(",")[0], each["key"]) for each in asked] == [
         ("1", "chosen_critique"), ("1", "rejected_critique"), ("2", "critique"), ("3", "critique"),
         ("3", "critique")]
     assert "Anfrage:\nhi\n\nAntwort:\nno\n" in asked[1]["prompt"]
@@ -101,7 +101,8 @@ def test_a_pair_of_which_one_request_is_too_long_is_left_out_and_counted(call, h
     write_jsonl(here / "F.jsonl", [PAIR, {**PAIR, "rejected": long}, {**ANSWER, "completion": long}])
     code, out, err = call(f"{LINE} --too-long skip")
     assert code == 0, err
-    assert "3 critiques" in out and "1 rows, 2 left out" in out, out
+    assert "3 critiques" in out and "1 rows, 2 left out" in out and "the first: F.jsonl:2\n" in out, out
+    assert "F.jsonl:2, the request for its rejected_critique" in "".join(err)
     assert [row["id"] for row in read("G.jsonl")] == ["p"]
 
 
@@ -132,6 +133,10 @@ def test_flags_that_do_not_fit_are_refused_before_anything_is_read(line, said, c
     ({**PAIR, "chosen_critique": "old"}, "F.jsonl:1: 'chosen_critique' is there already"),
     ({"prompt": "hi", "candidates": ["yes"]}, "F.jsonl:1: 'candidates' must be a list of objects"),
     ({"prompt": "hi"}, "F.jsonl:1: no example in keys"),
+    ({**PAIR, "critic": "mine"}, "F.jsonl:1: 'critic' is there already"),
+    ({**POOL, "critique": "old"}, "F.jsonl:1: 'critique' is there already"),
+    ({"prompt": "hi", "candidates": []}, "F.jsonl:1: 'candidates' is empty; fill it, or remove the line"),
+    ({"prompt": "hi", "candidates": None}, "F.jsonl:1: 'candidates' is empty"),
     ({"prompt": "hi", "candidates": 5}, "F.jsonl:1: 'candidates' must be a list of objects"),
     ({"prompt": "hi", "candidates": {"completion": "yes"}}, "F.jsonl:1: 'candidates' must be a list"),
     ({**PAIR, "candidates": [{"completion": "yes"}]}, "F.jsonl:1: 'candidates' and 'chosen' in one row"),

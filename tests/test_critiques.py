@@ -55,6 +55,14 @@ def test_a_critique_follows_the_end_of_the_answer_and_is_not_supervised(write):
     assert (pair.chosen.critique, pair.rejected.critique) == (len(right), len(wrong))
 
 
+def test_a_pair_of_equal_answers_is_left_out_whatever_their_critiques(write, capsys):
+    """Such pairs were trained in silence where the two critiques said different things."""
+    row = {"prompt": "hi", "chosen": "yes", "rejected": "no",
+           "chosen_critique": "a", "rejected_critique": "b"}
+    pairs = pairs_of(write(*[row] * 4, {**row, "rejected": "yes "}))
+    assert len(pairs) == 4 and "1 of 5 pairs have the same answer" in capsys.readouterr().err
+
+
 def test_without_critiques_nothing_changes_and_other_stages_leave_them_unread(write, capsys):
     """In dpo, kto and sft a critique is no part of the answer: the ids are those of the row without it, and
     the key is named on standard error."""

@@ -391,6 +391,14 @@ def test_the_list_names_every_claim_with_its_paper(capsys):
         assert module.PAPER in text and all(claim.statement in text for claim in module.CLAIMS)
 
 
+@pytest.mark.parametrize("name, record", experiments_records.records().items())
+def test_a_record_says_what_the_claim_file_says(name, record):
+    """A record said "after SFT and DPO" of comparisons after SFT."""
+    says = {claim.name: (claim.statement, claim.theirs) for claim in experiments.claim_files()[name].CLAIMS}
+    for claim in record["results"]:
+        assert says[claim["name"]] == (claim["statement"], claim["theirs"])
+
+
 @pytest.mark.parametrize("name", experiments.claim_files())
 def test_reasons_for_unmatched_arms_are_of_claims_that_there_are(name):
     module = experiments.claim_files()[name]

@@ -68,6 +68,19 @@ def test_a_pipe_a_folder_and_a_missing_file_are_refused_at_once(tmp_path):
         files.sha256(tmp_path / "pipe")
 
 
+def test_an_output_that_could_not_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    """`evaluate bias`, `in_context` and others found a missing folder when all was computed, and lost it."""
+    (tmp_path / "taken").symlink_to("nowhere")
+    for path, says in ((tmp_path / "taken", "exists; give a new file"),
+                       (tmp_path / "none" / "f", "its folder does not exist; make it first")):
+        with pytest.raises(ValueError, match=says):
+            files.check_out(path)
+    files.check_out(tmp_path / "new")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="its folder is not writable"):
+        files.check_out(tmp_path / "new")
+
+
 def test_numbers_that_are_no_json_are_never_written(tmp_path):
     with pytest.raises(ValueError):
         files.write_jsonl(tmp_path / "rows.jsonl", [{"a": 1.0}, {"a": float("inf")}])

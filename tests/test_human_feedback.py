@@ -329,7 +329,8 @@ def test_wrong_flags_are_one_line_and_exit_code_2(folders, tmp_path, capsys):
              "--count goes without --prompts"),
             (["--reward-model", folders / "none", "--seed", 3, "--prompts", tmp_path / "p.jsonl"],
              "--seed draws answers to questions of the embedded world"),
-            (["--reward-model", folders / "none", "--too-long", "cut-left"], "unequal parts of their")):
+            (["--reward-model", folders / "none", "--too-long", "cut-left"], "choose from"),
+            (["--reward-model", folders / "none", "--out", tmp_path / "none" / "f.json"], "make it first")):
         with pytest.raises(SystemExit) as ended:
             guarded(lambda: bias(*words_), "aya_min.evaluate")
         said = capsys.readouterr().err

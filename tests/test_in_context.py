@@ -75,6 +75,8 @@ def test_the_command_writes_what_it_shows(folder, tmp_path, capsys):
 def test_a_prompt_that_is_too_long_is_refused_by_name(folder):
     with pytest.raises(ValueError, match="508 and an answer; give fewer --examples or --entr"):
         main(["--model", str(folder / "model"), "--examples", "200", "--count", "2"])
+    with pytest.raises(ValueError, match="a prompt of 200 examples .*; of these --examples 0 5 fit"):
+        main(["--model", str(folder / "model"), "--examples", "5", "200", "0", "--count", "2"])
 
 
 # ---- the claim ---------------------------------------------------------------------------------------------
