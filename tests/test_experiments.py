@@ -416,7 +416,7 @@ def test_every_claim_file_runs_at_preset_smoke(name, in_process, tmp_path_factor
     record = json.loads((out / name / "claim.json").read_text(encoding="utf-8"))
     there = [claim.name for claim in experiments.claim_files()[name].CLAIMS if not claim.skipped]
     assert [claim["name"] for claim in record["results"]] == there
-    assert printed.strip().endswith(str(out / name / "report.html")) and record["minutes"][0] > 0
+    assert printed.strip().endswith(str(out / name / "report.html")) and len(record["minutes"]) == 1
 
 
 def test_every_claim_file_names_arms_that_it_has():
