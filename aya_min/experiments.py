@@ -37,8 +37,8 @@ from .pipeline import (arbitrage, build_arbiter, build_base, build_teachers,
                        train_clusters_and_merge)
 from .pipeline_results import add_rewards, evaluate_model
 from .preferences import best_worst
-from .pipeline_steps import (Run, answers_of, data_file, saved_rows, scores_of, stage_settings, step,
-                             train_step)
+from .pipeline_steps import (Run, answers_of, data_file, read_done, saved_rows, scores_of, stage_settings,
+                             step, train_step)
 from .quantization import SCHEMES
 from .stages import STAGES
 from .tokenizer import load_tokenizer, train_tokenizer
@@ -76,6 +76,10 @@ class Comparison:
     held_out: Optional[str] = None
 
     @property
+    def pairs(self):
+        return ((self.a, self.b),)
+
+    @property
     def label(self):
         if self.measure == "loss":
             return f"{self.a} {self.side} {self.b}, loss, {self.held_out}"
@@ -90,12 +94,13 @@ class Figure:
     """A figure of one seed that is no answer's. of(lab) gives its values, one per step or example, or pairs
     (question id, value): a question in several languages is one draw of the bootstrap. Their mean, with its
     interval, is compared with `bound`. What is no mean is given as {"value", "ci95", "num"}. pairs: of arms
-    that it holds against each other, whose conditions are checked as those of a Comparison are."""
+    that it holds against each other, whose conditions are checked as those of a Comparison are; () of a
+    Figure that asks for one arm, or for none."""
     label: str
     of: Callable
     side: str
     bound: float
-    pairs: tuple = ()
+    pairs: tuple
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,7 @@ class Claim:
     @property
     def arms(self):
         """The names of the arms that its comparisons need, in order."""
-        both = [arm for c in self.comparisons if isinstance(c, Comparison) for arm in (c.a, c.b)]
-        return list(dict.fromkeys(both))
+        return list(dict.fromkeys(arm for c in self.comparisons for pair in c.pairs for arm in pair))
 
 
 # ---- claim files -------------------------------------------------------------------------------------------
@@ -358,13 +362,15 @@ class Lab:
 
     def step(self, name, make, *content):
         """Do make(folder) once for this name, content and text of the claim file, since make is code of it.
-        -> the JSON object that make returned, with "folder", which make fills as it likes"""
+        -> the JSON object that make returned, with "folder", which make fills as it likes. One that trains
+        says "training_steps" and "tokens" in its object, for the record of arms."""
         source = Path(self.module.__file__).read_text(encoding="utf-8")
         folder = self.folder / "steps" / f"{name}-{hash_of(source, *content)}" / "made"
 
         def fill(above):
             distributed.from_main(lambda: folder.mkdir(parents=True))
-            return {"made": make(folder) or {}}
+            made = make(folder) or {}
+            return {"made": made, **{key: made[key] for key in ("training_steps", "tokens") if key in made}}
         return self._done(name, fill, source, *content)["made"] | {"folder": folder}
 
     def _done(self, name, make, *content):
@@ -411,6 +417,10 @@ class Lab:
         if name not in self.arms:
             self.arms[name] = self.module.ARMS[name](self)
         return self.arms[name]
+
+    def made(self, name):
+        """What the step returned that an arm of the claim file is the folder of."""
+        return read_done(self.arm(name).parent)["made"]
 
     def metrics(self, name):
         """The rows of an arm's metrics.jsonl."""

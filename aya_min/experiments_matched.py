@@ -1,9 +1,10 @@
 """Matched conditions: compared arms share start, steps, tokens and tuning, or the claim says why not.
 
 "On Scientific Debt in NLP" (arXiv 2306.02870) asks for one difference at a time. A record holds each arm's
-start, steps and tokens. Compared are the two arms of a Comparison and the `pairs` of a Figure. A claim file
-holds TUNED, {arm: settings tried for it alone} (an arm without an entry has one), and UNMATCHED, {claim: why
-its arms differ}. A record without the reason is refused.
+start, steps and tokens. Compared are the two arms of a Comparison and the `pairs` that every Figure names (a
+smoke run of its file finds a Figure that asks for two arms and names none: tests/test_experiments.py). A
+claim file holds TUNED, {arm: settings tried for it alone} (an arm without an entry has one), and UNMATCHED,
+{claim: why its arms differ}. A record without the reason is refused.
 """
 
 STEPS, TOKENS = 0.01, 0.1           # what may differ, as a share of the larger of two numbers
@@ -19,22 +20,27 @@ def differences(a, b):
 
 
 def unmatched(record, module):
-    """{claim: [(arm, arm, [what differs]), ...]} of a record's comparisons, whichever seed shows it."""
+    """{claim: [(arm, arm, [what differs]), ...]} of the claim file's pairs of arms, whichever seed of the
+    record shows it. ValueError for an arm that the record does not hold."""
     tuned, found = getattr(module, "TUNED", {}), {}
-    for claim in record["results"]:
-        pairs = [pair for row in claim["comparisons"] for pair in row.get("pairs", [row["arms"]])]
-        for pair in filter(None, pairs):
+    names = [claim["name"] for claim in record["results"]]
+    for claim in (claim for claim in module.CLAIMS if claim.name in names):
+        for pair in dict.fromkeys(pair for c in claim.comparisons for pair in c.pairs):
             differ = set()
-            for arms in record["arms"].values():
+            for seed, arms in record["arms"].items():
+                if missing := [arm for arm in pair if arm not in arms]:
+                    raise ValueError(f"{record['claims']}, claim {claim.name}, seed {seed}: the record does "
+                                     f"not say how the arm {missing[0]!r} was trained")
                 a, b = ({**arms[arm], "tuned": tuned.get(arm, 1)} for arm in pair)
                 differ |= set(differences(a, b))
             if differ:
-                found.setdefault(claim["name"], []).append((*pair, sorted(differ)))
+                found.setdefault(claim.name, []).append((*pair, sorted(differ)))
     return found
 
 
 def check_matched(record, module):
-    """What `unmatched` finds. ValueError for arms that differ without a reason in UNMATCHED."""
+    """What `unmatched` finds. ValueError for arms that differ without a reason in UNMATCHED, and for an arm
+    that the record does not hold."""
     found, reasons = unmatched(record, module), getattr(module, "UNMATCHED", {})
     for claim, pairs in found.items():
         if claim not in reasons:

@@ -235,8 +235,7 @@ def result(claim, by_seed, pictures=()):
         is_arms = isinstance(c, Comparison)
         rows.append({"label": c.label, "side": c.side, "measure": c.measure if is_arms else "figure",
                      "arms": [c.a, c.b] if is_arms else [], "seeds": list(each),
-                     "verdict": together(one["verdict"] for one in each),
-                     **({} if is_arms or not c.pairs else {"pairs": [list(pair) for pair in c.pairs]})})
+                     "verdict": together(one["verdict"] for one in each)})
     made = {"name": claim.name, "statement": claim.statement, "theirs": claim.theirs, "comparisons": rows,
             "verdict": together(row["verdict"] for row in rows)}
     return made | ({"pictures": list(pictures)} if claim.picture else {})

@@ -91,11 +91,11 @@ def test_an_answer_without_a_score_leaves_its_question_out():
 def test_a_question_in_several_languages_is_one_draw_of_a_figures_interval():
     """A figure over questions resampled rows: its interval was narrower than its comparisons'."""
     values = [(f"q{i}", float(i % 3)) for i in range(30) for _ in range(4)]
-    wide, narrow = (measured(None, Figure("f", lambda lab: some, "above", 0.5))["ci95"]
+    wide, narrow = (measured(None, Figure("f", lambda lab: some, "above", 0.5, ()))["ci95"]
                     for some in (values, [value for _, value in values]))
     assert 1.7 < (wide[1] - wide[0]) / (narrow[1] - narrow[0]) < 2.3
     with pytest.raises(ValueError, match="no values with seed 1"):
-        measured(lab_of({}), Figure("f", lambda lab: [], "above", 0.5))
+        measured(lab_of({}), Figure("f", lambda lab: [], "above", 0.5, ()))
 
 
 # ---- arms --------------------------------------------------------------------------------------------------
@@ -105,7 +105,8 @@ def claim_file(**arms):
     a, b = list(arms)[:2]
     comparisons = (Comparison(a, b), Comparison(a, b, "level", "length", "greedy", ("en", "fr")),
                    Comparison(a, b, "below", "marks", "greedy"),
-                   Figure("losses", lambda lab: [row["loss"] for row in lab.metrics(a)], "above", 0.0))
+                   Figure("losses", lambda lab: [row["loss"] for row in lab.metrics(a)], "above", 0.0,
+                          ()))
     claims = (Claim("tried", "it", "1", comparisons),)
     measures = {"marks": lambda row: row["completion"].count("a")}
     return SimpleNamespace(PAPER="a paper", MINUTES=1, ARMS=arms, MEASURES=measures, CLAIMS=claims,
@@ -317,7 +318,7 @@ def test_a_run_under_other_settings_says_so_and_what_it_replaces_stays(run, tmp_
 def test_a_claim_whose_real_text_is_not_there_is_skipped_and_says_so(run, tmp_path, monkeypatch):
     """Without the text its arms are not made; the record of before does not stand for one with the text."""
     monkeypatch.setattr(experiments, "DATA", tmp_path / "data")
-    figure = Figure("f", lambda lab: [1.0, 2.0], "above", 0.0)
+    figure = Figure("f", lambda lab: [1.0, 2.0], "above", 0.0, ())
     file = claim_file(one=short_sft(32), two=short_sft(64))
     file.CLAIMS = (Claim("here", "it", "1", (figure,)),
                    Claim("away", "it", "1", (Comparison("one", "two"),), needs="a.jsonl"))
@@ -335,7 +336,8 @@ def test_a_claim_whose_real_text_is_not_there_is_skipped_and_says_so(run, tmp_pa
 
 
 def test_a_figure_that_is_no_mean_brings_its_own_interval():
-    found = measured(None, Figure("f", lambda lab: {"value": 0.5, "ci95": [0.1, 0.9], "num": 7}, "above", 0))
+    figure = Figure("f", lambda lab: {"value": 0.5, "ci95": [0.1, 0.9], "num": 7}, "above", 0, ())
+    found = measured(None, figure)
     assert (found["value"], found["verdict"], found["none"], found["num"]) == (0.5, "shown", 0, 7)
 
 
@@ -405,9 +407,35 @@ def test_reasons_for_unmatched_arms_are_of_claims_that_there_are(name):
     assert set(getattr(module, "UNMATCHED", {})) <= {claim.name for claim in module.CLAIMS}
 
 
+def watched(asked):
+    """`measured`, which appends (Comparison or Figure, {arms that it asks for}), without those that arms ask
+    for."""
+    def measured_too(lab, c):
+        found, depth = set(), [0]
+
+        def arm(name):
+            found.update([] if depth[0] else [name])
+            depth[0] += 1
+            try:
+                return Lab.arm(lab, name)
+            finally:
+                depth[0] -= 1
+        lab.arm = arm
+        asked.append((c, found))
+        try:
+            return measured(lab, c)
+        finally:
+            del lab.arm                 # pictures compare nothing
+    return measured_too
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", experiments.claim_files())
-def test_every_claim_file_runs_at_preset_smoke(name, in_process, tmp_path_factory):
+def test_every_claim_file_runs_at_preset_smoke(name, in_process, tmp_path_factory, monkeypatch):
+    """Also: a Figure that asks for two arms names the pairs whose conditions are to be checked, and arms that
+    started from different models have a reason."""
+    asked = []
+    monkeypatch.setattr(experiments_records, "measured", watched(asked))
     out = tmp_path_factory.getbasetemp() / "claims"         # all files share it, and with it the start
     code, printed, err = in_process(train, "claim", name, "--preset", "smoke", "--seeds", "1", "--out", out)
     if code == 2 and ("no part of this repository" in err[-1] or "../shared/data" in err[-1]):
@@ -417,14 +445,17 @@ def test_every_claim_file_runs_at_preset_smoke(name, in_process, tmp_path_factor
     there = [claim.name for claim in experiments.claim_files()[name].CLAIMS if not claim.skipped]
     assert [claim["name"] for claim in record["results"]] == there
     assert printed.strip().endswith(str(out / name / "report.html")) and len(record["minutes"]) == 1
+    assert [c.label for c, arms in asked if len(arms) > 1 and not c.pairs] == []
+    module = experiments.claim_files()[name]
+    differ = experiments_matched.unmatched(record, module)
+    assert {claim for claim, pairs in differ.items() if any("start" in what for *_, what in pairs)} \
+        <= getattr(module, "UNMATCHED", {}).keys()
 
 
 def test_every_claim_file_names_arms_that_it_has():
     for module in experiments.claim_files().values():
         for claim in module.CLAIMS:
             experiments_records.check_claim(claim, module)
-            pairs = [pair for c in claim.comparisons for pair in getattr(c, "pairs", ())]
-            assert all(arm in module.ARMS for pair in pairs for arm in pair), claim.name
 
 
 def test_the_page_of_results_is_what_the_records_give():
@@ -532,20 +563,26 @@ def test_arms_differ_in_start_steps_tokens_or_tuning(change, found):
 
 def test_a_record_of_arms_that_differ_needs_a_reason(tmp_path):
     one = {"value": 1.0, "ci95": [0.5, 2.0], "none": 0.0, "verdict": "shown"}
-    results = [result(Claim("c", "s", "t", (Comparison("a", "b"),)), [[one]])]
+    claim = Claim("c", "s", "t", (Comparison("a", "b"),))
+    results = [result(claim, [[one]])]
     record = {"claims": "f", "results": results, "arms": {"1": {"a": SAME, "b": {**SAME, "steps": 300}}}}
-    module = SimpleNamespace()
+    module = SimpleNamespace(CLAIMS=(claim,))
     with pytest.raises(ValueError, match="'a' and 'b' differ in steps"):
         experiments_matched.check_matched(record, module)
     module.UNMATCHED = {"c": "more steps are what is asked"}
     assert experiments_matched.check_matched(record, module) == {"c": [("a", "b", ["steps"])]}
     figure = Figure("f", None, "above", 0.0, (("b", "a"),))
-    record["results"] = [result(Claim("c", "s", "t", (figure,)), [[one]])]
+    module.CLAIMS = (Claim("c", "s", "t", (figure,)), Claim("other", "s", "t", (Comparison("a", "gone"),)))
     assert experiments_matched.check_matched(record, module) == {"c": [("b", "a", ["steps"])]}
+    module.CLAIMS = (Claim("c", "s", "t", (Comparison("a", "gone"),)),)
+    with pytest.raises(ValueError, match="f, claim c, seed 1: .* how the arm 'gone' was trained"):
+        experiments_matched.check_matched(record, module)
 
 
 @pytest.mark.parametrize("name, record", experiments_records.records().items())
 def test_every_record_is_of_matched_arms_or_says_why_not(name, record):
     module = experiments.claim_files()[name]
-    found = experiments_matched.check_matched(record, module)
-    assert found.keys() == getattr(module, "UNMATCHED", {}).keys()
+    found, reasons = experiments_matched.check_matched(record, module), getattr(module, "UNMATCHED", {})
+    [arms, *_] = record["arms"].values()
+    if any("start" in arm for arm in arms.values()):        # older records do not say starts that differ
+        assert found.keys() == reasons.keys()

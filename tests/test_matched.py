@@ -241,32 +241,40 @@ def test_every_reported_id_is_in_one_fold_which_trains_on_all_others(lab, seed, 
     assert set().union(*reported) >= ids(real_text.topics("test" if seed else "validation"))
 
 
+def with_arms(lab):
+    """A lab whose arms are made anew each time."""
+    lab.arm, lab.made = lambda name: claims.ARMS[name](lab), lambda name: {"folder": "made"}
+    return lab
+
+
 def test_matched_arms_choose_both_rates_and_untuned_ones_none(lab, monkeypatch):
     """Pre-training is best at 3e-3 in the short run, fine-tuning at 1e-2."""
     loss = {**dict.fromkeys(claims.RATES, 2.0), 3e-3: 1.0}
-    monkeypatch.setattr(claims, "pretrained",
-                        lambda lab, kind, rate, share=1.0: {"loss": loss[rate], "is": (kind, rate, share)})
+    monkeypatch.setattr(claims, "pretrained", lambda lab, kind, rate, share=1.0: {
+        "loss": loss[rate], "folder": (kind, rate, share)})
+    lab_of = lambda seed: with_arms(lab(seed))
     monkeypatch.setattr(claims, "right", lambda lab, task, kind, before, rate, *rest: [float(rate == 1e-2)])
     for arm in claims.MATCHED:
-        kind, before, rate, frozen = claims.chosen(lab(1), arm, claims.TOPICS)
-        assert before["is"] == (claims.KIND[arm], 3e-3, 1.0) and rate == 1e-2 and not frozen
+        kind, before, rate, frozen = claims.chosen(lab_of(1), arm, claims.TOPICS)
+        assert before["folder"] == (claims.KIND[arm], 3e-3, 1.0) and rate == 1e-2 and not frozen
     for arm, name in claims.UNTUNED.items():
-        kind, before, rate, frozen = claims.chosen(lab(1), arm, claims.TOPICS)
-        assert before["is"] == (claims.KIND[name], claims.RATES[0], claims.SHORT)
+        kind, before, rate, frozen = claims.chosen(lab_of(1), arm, claims.TOPICS)
+        assert before["folder"] == (claims.KIND[name], claims.RATES[0], claims.SHORT)
         assert rate == claims.RATES[0] and frozen == (name == claims.ELMO)
 
 
 def test_a_condition_that_differs_loses_the_comparison(lab, monkeypatch):
-    same = {"sentences": 5, "steps": 4, "tuned": 6, "frozen": False, "parameters": 1000}
+    same = {"sentences": 5, "training_steps": 4, "tokens": 90, "tuned": 6, "frozen": False,
+            "parameters": 1000}
     found = {arm: dict(same) for arm in claims.MATCHED}
     monkeypatch.setattr(claims, "conditions", lambda lab, arm: dict(found[arm]))
-    figure = Figure("", claims.differing, "below", 0.5)
+    figure = Figure("", claims.differing, "below", 0.5, ())
     found[claims.GPT]["parameters"] = 1029
     assert measured(lab(1), figure)["value"] == 0.0
     found[claims.GPT]["parameters"] = 1031
-    assert measured(lab(1), figure)["value"] == pytest.approx(1 / 5)
+    assert measured(lab(1), figure)["value"] == pytest.approx(1 / 6)
     found[claims.BERT]["tuned"] = 7
-    assert measured(lab(1), figure)["value"] == pytest.approx(2 / 5)
+    assert measured(lab(1), figure)["value"] == pytest.approx(2 / 6)
     assert measured(lab(1), figure)["verdict"] != "shown"
 
 

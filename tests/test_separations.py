@@ -219,9 +219,10 @@ class StandIn(SimpleNamespace):
 
 def test_figures_take_the_longest_length_and_pair_strings(monkeypatch):
     rights = {("LSTM", 10): [1.0, 1.0], ("LSTM", 40): [1.0, 0.0], ("transformer, 1 layer", 40): [1.0, 1.0]}
-    monkeypatch.setattr(claims, "measured", lambda lab, model, task, length, width: rights[model, length])
+    monkeypatch.setattr(claims, "cell", lambda lab, model, task, length, width: {"folder": (model, length)})
     lab = StandIn(recipe=settings_from(Recipe, {}))
-    assert claims.accuracy(claims.LSTM, "lookup", -1).of(lab) == [1, 0]
+    lab.made = lambda arm: {"right": rights[claims.ARMS[arm](lab)]}
+    assert claims.accuracy(claims.LSTM, "lookup").of(lab) == [1, 0]
     assert claims.more(claims.ONE, claims.LSTM, "lookup").of(lab) == [0, 1]
     assert claims.shrinks(claims.LSTM, "lookup").of(lab) == [0, 1]
 

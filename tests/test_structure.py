@@ -285,7 +285,7 @@ def test_shares_of_gains_by_hand(monkeypatch):
     """Without pre-training 5 nats, after the lexicon 3.5, after the target 1: 1.5 less half of 4."""
     found = {"from scratch": 5.0, "lexicon, 1": 3.5, "both, 1": 1.0}
     monkeypatch.setattr(claims, "nats", lambda lab, arm: [found[arm]] * 10)
-    figure = Figure("", claims.share_of_gain, "above", 0.0)
+    figure = Figure("", claims.share_of_gain, "above", 0.0, ())
     assert values(figure, lab_of()) == pytest.approx(-0.5)
     assert measured(lab_of(), figure)["verdict"] == "reversed"
 
@@ -295,7 +295,7 @@ def test_what_sorted_words_keep_by_hand():
     nats = dict(zip(claims.HOW, (1.0, 1.8, 3.0)))
     lab = lab_of(arm=lambda name: name)
     lab.losses = lambda arm, rows: [nats[arm.removeprefix("bash, ")]] * len(rows)
-    assert values(Figure("", claims.kept_when_sorted, "above", 0.0), lab) == pytest.approx(0.2)
+    assert values(Figure("", claims.kept_when_sorted, "above", 0.0, ()), lab) == pytest.approx(0.2)
 
 
 def test_the_share_saved_is_resampled_by_question_and_each_set_apart(monkeypatch):

@@ -231,7 +231,7 @@ def by_right(measure, a, b, side="above"):
     def of(lab):
         both = zip(right(lab, a, measure), right(lab, b, measure), strict=True)
         return [(name, x - y) for (name, x), (_, y) in both]
-    return Figure(f"{measure}: right answers of {a} less those of {b}", of, side, 0.0)
+    return Figure(f"{measure}: right answers of {a} less those of {b}", of, side, 0.0, ((a, b),))
 
 
 def by_loss(held_out, a, b, side="below"):
@@ -294,5 +294,7 @@ CLAIMS = (
 )
 
 # Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
-UNMATCHED = {"code-init-code": "the steps of the initialization and of text after it are those of text alone",
+UNMATCHED = {**dict.fromkeys(("code-init-reasoning", "code-init-knowledge", "code-init-code"),
+                             "the steps of the initialization and of text after it are those of text alone"),
+             "code-cooldown": "what a cooldown of a tenth of the tokens adds is what is asked",
              "code-quality": "rows and steps are equal, a row of markup has fewer tokens"}

@@ -264,7 +264,7 @@ CLAIMS = (
     Claim("critiques-wrong", "Critiques that are wrong on purpose hurt", "ours, no paper's",
           (more("wrong", "none", *ALL, side="below"),)),
     Claim("critiques-critic", "The model trained to criticise tells right answers from wrong ones",
-          "ours, no paper's", (Figure("right verdicts of the trained critic", tells, "above", 0.5),)),
+          "ours, no paper's", (Figure("right verdicts of the trained critic", tells, "above", 0.5, ()),)),
     Claim("critiques-fade", "The gains shrink with much data and with a strong start",
           "gains fade with strong starts or much data",
           (fades("oracle"), fades("trained"),

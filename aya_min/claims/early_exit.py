@@ -172,12 +172,17 @@ class Exit:
         self.cost = cost / found["of_main"].mean()
 
 
-def figure(label, values, side, bound):
+def nets(task, *ends):
+    """Pairs of arms, of which each is one system. ends: "", ", W8"."""
+    return tuple((f"MainNet, {task}{end}", f"SideNet {LAYER}, {task}{end}") for end in dict.fromkeys(ends))
+
+
+def figure(label, values, side, bound, pairs):
     """A Figure of a value for each text. values: lab -> (Exit, values (N,))."""
     def of(lab):
         one, found = values(lab)
         return list(zip(one.ids.tolist(), found.tolist()))
-    return Figure(label, of, side, bound)
+    return Figure(label, of, side, bound, pairs)
 
 
 def keeps(task, end=""):
@@ -187,12 +192,13 @@ def keeps(task, end=""):
         trained = [row["label"] for row in trained_on(lab, task)]
         chance = one.labels == max(sorted(set(trained)), key=trained.count)
         return one, one.right - KEEP * main - (1 - KEEP) * chance
-    return figure(f"{task}{end}: accuracy less chance + {KEEP} (MainNet's - chance)", values, "above", 0.0)
+    return figure(f"{task}{end}: accuracy less chance + {KEEP} (MainNet's - chance)", values, "above", 0.0,
+                  nets(task, "", end))
 
 
 def costs(task, end=""):
     return figure(f"{task}{end}: operations over the MainNet's",
-                  lambda lab: ((one := Exit(lab, task, end=end)), one.cost), "below", COST)
+                  lambda lab: ((one := Exit(lab, task, end=end)), one.cost), "below", COST, nets(task, end))
 
 
 def easier(task):
@@ -202,7 +208,8 @@ def easier(task):
         order, N = np.argsort(-one.side_confidence, kind="stable"), len(one.main)
         sign = np.where(np.argsort(order) < N // 2, N / (N // 2), -N / (N - N // 2))       # their sum is 0
         return one, sign * (one.main - one.main.mean())
-    return figure(f"{task}: MainNet's accuracy where SideNet is surer, less the rest", values, "above", 0.0)
+    return figure(f"{task}: MainNet's accuracy where SideNet is surer, less the rest", values, "above", 0.0,
+                  nets(task, ""))
 
 
 def calibrated(net, task):
@@ -212,7 +219,7 @@ def calibrated(net, task):
         bins = early_exit.bins_of(confidences)
         gaps = {m: abs(confidences[bins == m].mean() - right[bins == m].mean()) for m in set(bins.tolist())}
         return one, np.array([gaps[m] for m in bins.tolist()])
-    return figure(f"{task}: ECE of the {net.title()}Net", values, "below", ECE)
+    return figure(f"{task}: ECE of the {net.title()}Net", values, "below", ECE, nets(task, ""))
 
 
 def as_good(than, task):
@@ -221,7 +228,8 @@ def as_good(than, task):
         one = Exit(lab, task, end=", W8")
         alone = Exit(lab, task).right if than == "early exit" else one.main
         return one, 1 + (one.right.astype(float) - alone) / alone.mean()
-    return figure(f"{task}: accuracy of both over that of {than} alone", values, "above", KEEP)
+    return figure(f"{task}: accuracy of both over that of {than} alone", values, "above", KEEP,
+                  nets(task, "", ", W8"))
 
 
 def lighter(task):
@@ -230,7 +238,8 @@ def lighter(task):
         names = f"MainNet, {task}", f"SideNet {LAYER}, {task}"
         packed, whole = (sizes(*(lab.arm(f"{name}{end}") for name in names))["both"] for end in (", W8", ""))
         return [packed / whole]
-    return Figure(f"{task}: bytes of both over those of early exit alone", of, "below", 0.5)
+    return Figure(f"{task}: bytes of both over those of early exit alone", of, "below", 0.5,
+                  nets(task, "", ", W8"))
 
 
 def faster(task):
@@ -247,7 +256,7 @@ def faster(task):
                                 for _ in range(ROUNDS + 1)][1:]}
         names = lab.name_of(main), lab.name_of(side), rows, threshold
         return [one / other for one, other in lab.step("early-exit-seconds", make, *names)["seconds"]]
-    return Figure(f"{task}: seconds over those of the MainNet alone", of, "below", 1.0)
+    return Figure(f"{task}: seconds over those of the MainNet alone", of, "below", 1.0, nets(task, ""))
 
 
 def picture(tasks, lab):
@@ -299,3 +308,7 @@ CLAIMS = (
     Claim("exit-quantized-hard", "The same where the task needs all layers", "the same", each(HARD, *ADDS)),
     Claim("exit-quantized-real", "The same on real text", "the same", each(("language",), *ADDS)),
 )
+
+# Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
+UNMATCHED = dict.fromkeys((claim.name for claim in CLAIMS),
+                          "a SideNet is trained on its MainNet; both are one system")

@@ -207,7 +207,7 @@ def recall(code=None):
         found = zip(corpus(lab), removed(lab, "as many"), removed(lab, "list"), strict=True)
         return [(row["question_id"], float(a) - float(b)) for row, a, b in found
                 if row["unwanted"] and code in (None, row["language"])]
-    return Figure(f"recall of as many rows less that of the list, {code or 'all'}", of, "above", 0.0)
+    return Figure(f"recall of as many rows less that of the list, {code or 'all'}", of, "above", 0.0, ())
 
 
 def f1():
@@ -224,7 +224,7 @@ def f1():
         value = quality(ways[0], labels)["f1"] - quality(ways[1], labels)["f1"]
         return {"value": value, "ci95": np.percentile(of_ways[0] - of_ways[1], [2.5, 97.5]).tolist(),
                 "num": len(rows)}
-    return Figure("F1 at the planted percentile less that of the list", of, "above", 0.0)
+    return Figure("F1 at the planted percentile less that of the list", of, "above", 0.0, ())
 
 
 def without_words(lab):
@@ -264,7 +264,7 @@ def shows(lab, arm):
 def shows_less(a, b):
     def of(lab):
         return [(name, x - y) for (name, x), (_, y) in zip(shows(lab, b), shows(lab, a), strict=True)]
-    return Figure(f"continuations of {b} with an unwanted remark, less of {a}", of, "above", 0.0)
+    return Figure(f"continuations of {b} with an unwanted remark, less of {a}", of, "above", 0.0, ((a, b),))
 
 
 def rises(lab, rows):
@@ -282,20 +282,21 @@ def of_benchmark(lab):
     return less(rises(lab, benchmark(lab))[0], rises(lab, clean(lab))[0])
 
 
+KEPT = (("kept", "all"),)
 CLAIMS = (
     Claim("filtration-finds", "Trigger phrases find more of what is unwanted than a list of their words",
           "better than word lists", (recall(), *map(recall, CODES), f1())),
     Claim("filtration-no-word", "They find unwanted texts that hold no such word", "the same",
           (Figure("removed of the unwanted rows without a word, less of the clean ones", without_words,
-                  "above", 0.0),)),
+                  "above", 0.0, ()),)),
     Claim("filtration-behaviour", "A model trained on what is kept shows the behaviour less",
           "less harmful generation (abstract)", (shows_less("kept", "all"), shows_less("kept", "list"))),
     Claim("filtration-cost", "The loss on clean text rises by less than 5%", "slightly worse (abstract)",
-          (Figure("loss on clean text of kept over that of all", cost, "below", CLEAN),)),
+          (Figure("loss on clean text of kept over that of all", cost, "below", CLEAN, KEPT),)),
     Claim("filtration-benchmark", "The loss on a benchmark rises, in part because it holds unwanted text",
           "slightly worse, in part as benchmarks hold such text (abstract)",
           (Comparison("kept", "all", "above", "loss", held_out="benchmark"),
-           Figure("rise on the benchmark less that on its clean part", of_benchmark, "above", 0.0))),
+           Figure("rise on the benchmark less that on its clean part", of_benchmark, "above", 0.0, KEPT))),
     Claim("filtration-clean", "The other part of the rise is real: the loss on clean text rises too",
           "the same", (Comparison("kept", "all", "above", "loss", held_out="clean"),)),
 )

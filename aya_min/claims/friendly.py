@@ -136,7 +136,7 @@ def costlier(a, b, numbers):
     def of(lab):
         both = zip(held_out_rows(lab), cost(lab, a, numbers), cost(lab, b, numbers), strict=True)
         return [(row["question_id"], x - y) for row, x, y in both]
-    return Figure(f"cost of {numbers}, {a} less {b}", of, "above", 0.0)
+    return Figure(f"cost of {numbers}, {a} less {b}", of, "above", 0.0, ((a, b),))
 
 
 def correlation(diagnostic, numbers):
@@ -145,7 +145,8 @@ def correlation(diagnostic, numbers):
         value, ci95 = rank_correlation([looked_at(lab, arm)["diagnostics"][diagnostic] for arm in ARMS],
                                        [mean(cost(lab, arm, numbers)) for arm in ARMS])
         return {"value": value, "ci95": ci95, "num": len(ARMS)}
-    return Figure(f"rank correlation of {diagnostic} with the cost of {numbers}", of, "above", 0.0)
+    return Figure(f"rank correlation of {diagnostic} with the cost of {numbers}", of, "above", 0.0,
+                  tuple((arm, BASE) for arm in ARMS if arm != BASE))
 
 
 def of_arms(lab):

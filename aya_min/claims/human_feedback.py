@@ -74,7 +74,7 @@ def weighs_less(a, b):
         weights, drawn = -lasso(sums, ALPHA), -resampled(sums, ALPHA, 2000, seed=0)
         low, high = np.percentile(drawn[:, i] - drawn[:, j], [2.5, 97.5]).tolist()
         return {"value": float(weights[i] - weights[j]), "ci95": [low, high], "num": sums.num}
-    return Figure(f"weight of {a} less that of {b}", of, "below", 0.0)
+    return Figure(f"weight of {a} less that of {b}", of, "below", 0.0, ())
 
 
 def off_print(name, bound):
@@ -87,7 +87,7 @@ def off_print(name, bound):
         theirs = [printed[name][key] for key in names] if name == "weights" else [printed[name]]
         far = float(np.abs(ours[name] - np.array(theirs)).max())
         return {"value": far, "ci95": [far, far], "num": len(theirs)}
-    return Figure(f"{name}: largest difference to what is printed", of, "below", bound)
+    return Figure(f"{name}: largest difference to what is printed", of, "below", bound, ())
 
 
 # ---- raters ------------------------------------------------------------------------------------------------
@@ -228,7 +228,8 @@ def likes(raters, probe, side):
         return [(question, found[probe]) for question, found in liked(lab, raters)]
     names = {"sure, wrong": "an assertive wrong answer less a hedged right one",
              "assertive": "an answer in its assertive frame less in its hedged one"}
-    return Figure(f"reward model of {raters} raters, {names[probe]}", of, side, 0.0)
+    return Figure(f"reward model of {raters} raters, {names[probe]}", of, side, 0.0,
+                  (tuple(f"reward model, {each}" for each in DAMPING),))
 
 
 def of_probes(lab):

@@ -32,6 +32,8 @@ The second look was a part of seed 0, the mean of the last quarter: conjunction:
 models on nearest, and teaching, were not seen. Nothing was changed after it.
 """
 
+from functools import partial
+
 import torch
 
 from ..discrete_functions import nearest_neighbour, optimal, rate, sample, with_teaching
@@ -40,7 +42,6 @@ from ..sequence_models import KINDS, NONE, fit, in_batches, interleaved, new_mod
 
 PAPER = "Understanding In-Context Learning by Learning to Learn Discrete Functions, arXiv 2310.03016"
 MINUTES = 10
-ARMS = {}                       # no language model is trained
 TRANSFORMER, ATTENTION_FREE = KINDS[0], KINDS[1:]
 SIMPLE, COMPLEX = ("conjunction", "disjunction"), ("parity", "sparse parity")
 NAMES = (*SIMPLE, "majority", "dnf", *COMPLEX, "nearest")
@@ -88,28 +89,35 @@ def evaluated(lab, name, taught=None):
 
 # ---- models ------------------------------------------------------------------------------------------------
 
-def trained(lab, kind, name, taught, tests):
-    """{test: [whether each example's label was right (n,), of each sequence]}, after training. tests: {its
-    name: arguments of `evaluated`}."""
+def trained(kind, name, taught, tests, lab):
+    """An arm, whose step returns {"right": {test: [whether each example's label was right (n,), of each
+    sequence]}, "loss", ...}. tests: {its name: arguments of `evaluated`}."""
     steps, (d, n) = max(2, round(STEPS * lab.recipe.corpus / 144000)), SIZES[lab.recipe.level]
 
     def make(folder):
         generator = generator_of(lab, name, "train")
         model = new_model(lab.seed, kind, NUM_LAYERS, WIDTH, d + 1, 2, 2 * n)
         draw = lambda num: batch(name, *drawn(lab, name, num, generator, taught))
-        loss = fit(model, in_batches(draw, BATCH), steps, RATE)
+        fitted = fit(model, in_batches(draw, BATCH), steps, RATE)
         found = {test: right(model, *batch(name, *evaluated(lab, *arguments)))[:, ::2]
                  for test, arguments in tests.items()}
-        return {"right": {test: each.nan_to_num(0.5).tolist() for test, each in found.items()}, "loss": loss}
+        return {"right": {test: each.nan_to_num(0.5).tolist() for test, each in found.items()}, **fitted}
     about = f"{name}, {kind}", taught, tests, steps, d, n, lab.recipe.eval_count, lab.recipe.eval_split
-    return lab.step("trained", make, *about)["right"]
+    return lab.step("trained", make, *about)["folder"]
+
+
+ARMS = {f"{name}, {kind}": partial(trained, kind, name, None, {"test": [name]})
+        for name in NAMES for kind in KINDS}
+ARMS |= {f"monotone, {name}": partial(trained, TRANSFORMER, "monotone", share,
+                                      {"taught": ["monotone", 1.0], "untaught": ["monotone", 0.0]})
+         for name, share in TEACHING.items()}
 
 
 def rights(lab, who, name):
     """(num, n): how often a model, "optimal" or "nearest neighbour" is right, of each sequence and
     example."""
     if who in KINDS:
-        return torch.tensor(trained(lab, who, name, None, {"test": [name]})["test"])
+        return torch.tensor(lab.made(f"{name}, {who}")["right"]["test"])
     xs, ys = evaluated(lab, name)
     if who == "nearest neighbour" or name == "nearest":
         return rate(nearest_neighbour(xs, ys), ys)
@@ -129,25 +137,25 @@ def late(lab, who, name):
 def early(lab, trained_on, test):
     """(num,): of the transformer that was `trained_on` a name of TEACHING, the share of EARLY that is right
     where all ("taught") or no ("untaught") sequences teach."""
-    tests = {"taught": ["monotone", 1.0], "untaught": ["monotone", 0.0]}
-    found = torch.tensor(trained(lab, TRANSFORMER, "monotone", TEACHING[trained_on], tests)[test])
+    found = torch.tensor(lab.made(f"monotone, {trained_on}")["right"][test])
     return found[:, EARLY[lab.recipe.level]].mean(1)
 
 
 # ---- figures -----------------------------------------------------------------------------------------------
 
 def less(a, b, name, bound=0.0):
-    """What a has right more than b."""
+    """What a has right more than b, a learner or one of KINDS as a is."""
+    pairs = ((f"{name}, {a}", f"{name}, {b}"),) if b in KINDS else ()
     return Figure(f"{name}: {a} less {b}", lambda lab: (late(lab, a, name) - late(lab, b, name)).tolist(),
-                  "above", bound)
+                  "above", bound, pairs)
 
 
-def level(label, a, b):
+def level(label, a, b, pairs):
     """The accuracy of a over that of b, each a function of lab, level with 1."""
     def of(lab):
         x, y = a(lab), b(lab)
         return (1 + (x - y) / y.mean()).tolist()
-    return Figure(label, of, "level", 1.0)
+    return Figure(label, of, "level", 1.0, pairs)
 
 
 def harder(name, than):
@@ -155,17 +163,19 @@ def harder(name, than):
     def of(lab):
         gaps = (late(lab, "optimal", each) - late(lab, TRANSFORMER, each) for each in (name, than))
         return [x - y for x, y in zip(*(gap.tolist() for gap in gaps), strict=True)]
-    return Figure(f"gap to the optimal learner: {name} less {than}", of, "above", 0.0)
+    return Figure(f"gap to the optimal learner: {name} less {than}", of, "above", 0.0,
+                  ((f"{name}, {TRANSFORMER}", f"{than}, {TRANSFORMER}"),))
 
 
 def as_transformer(kind, name):
     return level(f"{name}: accuracy of {kind} over the transformer's", lambda lab: late(lab, kind, name),
-                 lambda lab: late(lab, TRANSFORMER, name))
+                 lambda lab: late(lab, TRANSFORMER, name), ((f"{name}, {kind}", f"{name}, {TRANSFORMER}"),))
 
 
 def same_early(test):
     return level(f"{test} sequences: accuracy of the model of both over that of the one of these",
-                 lambda lab: early(lab, "both", test), lambda lab: early(lab, test, test))
+                 lambda lab: early(lab, "both", test), lambda lab: early(lab, test, test),
+                 (("monotone, both", f"monotone, {test}"),))
 
 
 def earlier(label, taught, untaught):
@@ -173,7 +183,8 @@ def earlier(label, taught, untaught):
     does."""
     def of(lab):
         return (early(lab, taught, "taught") - early(lab, untaught, "untaught")).tolist()
-    return Figure(label, of, "above", 0.0)
+    pairs = ((f"monotone, {taught}", f"monotone, {untaught}"),) if taught != untaught else ()
+    return Figure(label, of, "above", 0.0, pairs)
 
 
 def by_examples(names):

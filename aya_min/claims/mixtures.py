@@ -170,7 +170,8 @@ def more_choices(a, b):
     def of(lab):
         both = zip(choices(lab, a), choices(lab, b), strict=True)
         return [(name, x - y) for (name, x), (_, y) in both]
-    return Figure(f"right choices, {a}-heavy less {b}-heavy", of, "above", 0.0)
+    return Figure(f"right choices, {a}-heavy less {b}-heavy", of, "above", 0.0,
+                  ((f"{a}-heavy", f"{b}-heavy"),))
 
 
 # ---- pruning -----------------------------------------------------------------------------------------------
@@ -248,4 +249,5 @@ CLAIMS = (
 )
 
 # Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
-UNMATCHED = {"weighting-open": "rows and steps are equal, translated answers are longer than terse ones"}
+UNMATCHED = dict.fromkeys(("weighting-open", "weighting-choices"),
+                          "rows and steps are equal, translated answers are longer than terse ones")

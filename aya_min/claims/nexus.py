@@ -157,14 +157,14 @@ def to_own(arm, domain, place, bound):
     def of(lab):
         return [(row["question_id"], sum(layer[place] for layer in layers) / len(layers))
                 for row, layers in zip(*routed(lab, arm, domain), strict=True)]
-    return Figure(f"share of {domain} to its expert, {arm}", of, "above", bound)
+    return Figure(f"share of {domain} to its expert, {arm}", of, "above", bound, ())
 
 
 def on_the_diagonal(arm, domains):
     """Each domain's own share against one in E, what chance gives, and that of all against one half."""
     each = [to_own(arm, domain, i, 1 / len(domains)) for i, domain in enumerate(domains)]
     return *each, Figure(f"share of a domain to its expert, {arm}",
-                         lambda lab: [pair for figure in each for pair in figure.of(lab)], "above", 0.5)
+                         lambda lab: [pair for figure in each for pair in figure.of(lab)], "above", 0.5, ())
 
 
 def by_layer(arms, domains):

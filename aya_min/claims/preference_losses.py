@@ -185,7 +185,8 @@ def held(arm):
     def of(lab):
         held, plain = (late(lab, f"{name}-fast", "logps/chosen") for name in (arm, "dpo"))
         return [a - b for a, b in zip(held, plain, strict=True)]
-    return Figure(f"nats of log p(chosen), {arm} less dpo", of, "above", 0.0)
+    return Figure(f"nats of log p(chosen), {arm} less dpo", of, "above", 0.0,
+                  ((f"{arm}-fast", "dpo-fast"),))
 
 
 def alike_in_length(text, other):
@@ -198,7 +199,7 @@ def similar_length(a, b):
         both = zip(lab.answers(a, "sampled"), lab.answers(b, "sampled"), strict=True)
         return [(x["question_id"], 50.0 * (1 + (x["grade"] > y["grade"]) - (x["grade"] < y["grade"])))
                 for x, y in both if alike_in_length(x["completion"], y["completion"])]
-    return Figure(f"wins of {a} over {b} at similar length, percent", wins, "above", 50.0)
+    return Figure(f"wins of {a} over {b} at similar length, percent", wins, "above", 50.0, ((a, b),))
 
 
 def weak_rise(lab):
@@ -223,14 +224,15 @@ CLAIMS = (
     Claim("pref-displacement",
           "Plain DPO lowers log p(chosen); an NLL term, length normalisation, the hinge and IPO hold it",
           "likelihood displacement",
-          (Figure("nats by which log p(chosen) moved in plain DPO", movement, "below", 0.0),
+          (Figure("nats by which log p(chosen) moved in plain DPO", movement, "below", 0.0, ()),
            *map(held, FAST[1:]))),
     Claim("pref-proxy", "From round three to six the arbiter's reward rises and the oracle's grade does not",
           "the gain of online rounds shrinks after about three",
           (Comparison("both-6", "both-3", measure="reward"), Comparison("both-6", "both-3", "level"))),
     Claim("pref-weak", "Under a weak arbiter its own score rises on, and answers are worse than under the "
           "recipe's", "reward hacking",
-          (Figure("weak arbiter's score, round 6 less round 3", weak_rise, "above", 0.0),
+          (Figure("weak arbiter's score, round 6 less round 3", weak_rise, "above", 0.0,
+                  (("weak-6", "weak-3"),)),
            Comparison("weak-6", "weak-3", "below"), Comparison("weak-6", "both-6", "below"))),
     Claim("pref-losses", "Every preference loss improves on its start", "as each paper says of its own",
           tuple(Comparison(name, "sft") for name in (*LOSSES, "kto"))),

@@ -170,12 +170,16 @@ def less(a, b):
         (name, -value * num / len(b)) for name, value in b]
 
 
+def to_full(where, way):
+    return ((f"{where}, {way}", f"{where}, full"),)
+
+
 def by_group(way, measure, name, wanted, other, where=WORLD):
     """What the wanted rows lose less what the other ones lose."""
     def of(lab):
         rows = HELD_OUT[where](lab)
         return less(*(lost(lab, measure, way, rows, each, where) for each in (wanted, other)))
-    return Figure(f"{name}, {where}, {measure}, {way}", of, "above", 0.0)
+    return Figure(f"{name}, {where}, {measure}, {way}", of, "above", 0.0, to_full(where, way))
 
 
 def by_script(way, measure, where=WORLD):
@@ -195,7 +199,7 @@ def by_metric(way, metric):
         rows = HELD_OUT[WORLD](lab)
         return [(name, x - y) for (name, x), (_, y) in zip(lost(lab, "grade", way, rows),
                                                            lost(lab, metric, way, rows), strict=True)]
-    return Figure(f"loss of grade less that of {metric}, {way}", of, "above", 0.0)
+    return Figure(f"loss of grade less that of {metric}, {way}", of, "above", 0.0, to_full(WORLD, way))
 
 
 def by_grade(a, b, wanted=lambda row: True, where="all languages"):
@@ -203,7 +207,8 @@ def by_grade(a, b, wanted=lambda row: True, where="all languages"):
     def of(lab):
         rows = zip(HELD_OUT[WORLD](lab), grades(lab, a), grades(lab, b), strict=True)
         return [(row["question_id"], x - y) for row, x, y in rows if wanted(row)]
-    return Figure(f"grade of {a} less that of {b}, {where}", of, "above", 0.0)
+    return Figure(f"grade of {a} less that of {b}, {where}", of, "above", 0.0,
+                  ((f"{WORLD}, {a}", f"{WORLD}, {b}"),))
 
 
 def by_loss(a, b, where, side="below", rows=""):
@@ -261,6 +266,6 @@ CLAIMS = (
     *claims_of("w3", ""), *claims_of("w4", "-w4"))
 
 # Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
-UNMATCHED = dict.fromkeys((
-    "quantization-bits", *(f"quantization-mitigated{end}" for end in ("", "-text", "-w4", "-text-w4"))),
+UNMATCHED = dict.fromkeys(
+    (claim.name for claim in CLAIMS if not claim.name.startswith("quantization-calibration")),
     "a quantized model is held against the one that it was made of")

@@ -100,6 +100,6 @@ CLAIMS = (
     Claim("dense-weights", "Almost all checkpoints get weight, bad ones too",
           "almost all checkpoints receive non-zero weight",
           (Figure("share of checkpoints with a weight above 0.01",
-                  lambda lab: [float(weight > 0.01) for weight in weights_of(lab)], "above", 0.8),
-           Figure("fall of the grade when one is left out", falls, "above", 0.0))),
+                  lambda lab: [float(weight > 0.01) for weight in weights_of(lab)], "above", 0.8, ()),
+           Figure("fall of the grade when one is left out", falls, "above", 0.0, ()))),
 )

@@ -228,7 +228,8 @@ def sooner(a, b, of_set, cost, side="below"):
         shares = [reach(own[:, pick].mean(1), own_costs[cost], base[-1, pick].mean()) / base_costs[cost][-1]
                   for pick in (np.arange(N), *rng.integers(0, N, (DRAWS, N)))]
         return {"value": shares[0], "ci95": np.quantile(shares[1:], (0.025, 0.975)).tolist(), "num": N}
-    return Figure(f"{a}: {cost} to the last loss of {b}, as a share of its, {of_set}", of, side, 1.0)
+    return Figure(f"{a}: {cost} to the last loss of {b}, as a share of its, {of_set}", of, side, 1.0,
+                  ((a, b),))
 
 
 def picked(lab, arm, which="noise"):
@@ -242,7 +243,7 @@ def share(arm, side, name, holds, of_all):
     """The Figure of a share of what an arm was trained on, against that of the data."""
     return Figure(f"{arm}: {name} among the chosen",
                   lambda lab: [(row["question_id"], float(holds(row))) for row in picked(lab, arm)], side,
-                  of_all)
+                  of_all, ())
 
 
 noise_share = partial(share, name="wrong answers", holds=lambda row: row["noisy"], of_all=NOISE)
