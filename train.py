@@ -29,13 +29,13 @@ from pathlib import Path
 import torch
 
 from aya_min import (config, distributed, encoder_decoder_config, linear, model_config, pipeline,
-                     pipeline_checks, pipeline_steps, reference, runs, stages, weights)
+                     pipeline_checks, pipeline_steps, runs, stages, weights)
 from aya_min.command import Parser, guarded, is_spare_rank, number, printable
 from aya_min.data import read_jsonl
 from aya_min.encoder_decoder import EncoderDecoder
 from aya_min.endpoint_answers import add_flags as add_endpoint_flags, check_all_there, endpoints_of
 from aya_min.evaluate_judges import check_judge_fits, judging_of_recipe
-from aya_min.files import read_json, refuse_pipe, write_json
+from aya_min.files import check_place, read_json, refuse_pipe, write_json
 from aya_min.irreducible_command import add_irreducible, run_irreducible
 from aya_min.languages import CLUSTERS, read_clusters
 from aya_min.mixture_rows import Mixture, with_mixture
@@ -285,7 +285,7 @@ def check_flags(args, settings, device, ranks):
             what = "not a plain file" if Path(path).exists() else "no such file"
             raise ValueError(f"--{name} {path}: {what}; give one that {FILES_OF[name]}")
     if getattr(args, "reference_logps", None) and stages.has_reference(settings, args.reference_logps):
-        reference.check_place(Path(args.reference_logps))
+        check_place(args.reference_logps)
 
 
 def run_one_stage(args, device):

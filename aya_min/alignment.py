@@ -34,13 +34,6 @@ class Table:
     keys: torch.Tensor
     values: torch.Tensor
 
-    def of(self, source, target):
-        """t(target | source) of two words; source None: of the empty word."""
-        e, f = EMPTY if source is None else self.sources.get(source), self.targets.get(target)
-        if e is None or f is None:
-            return 0.0
-        return self.at(torch.tensor([e * len(self.targets) + f])).item()
-
     def at(self, keys):
         places = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
         return self.values[places].where(self.keys[places] == keys, torch.zeros((), dtype=torch.float64))

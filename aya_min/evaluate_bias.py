@@ -164,9 +164,9 @@ def main(argv):
     parser.add_argument("--seed", type=number(int, WHOLE),
                         help="of these questions and of wrong answers (default 0)")
     parser.add_argument("--out", help="JSON file to write the figures to; must not exist")
-    # no cut-left: the texts that are compared would lose unequal parts of their prompt
     parser.add_argument("--too-long", choices=["refuse", "skip"],
-                        help="what to do with texts beyond the model's positions (default refuse)")
+                        help="what to do with texts beyond the model's positions (default refuse); none are "
+                             "cut, as the texts that are compared would lose unequal parts of their prompt")
     add_flags(parser, Reading, only=("columns", "allow_control_tokens"))
     args = parser.parse_args(argv)
     if is_spare_rank():

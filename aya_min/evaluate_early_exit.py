@@ -23,7 +23,7 @@ from .classify import load_texts, numbered
 from .command import Parser, is_spare_rank, number, printable
 from .config import Reading, add_flags, settings_from
 from .evaluate_rates import bootstrap_mean
-from .files import dumps, taken, write_new
+from .files import check_out, dumps, write_new
 from .flops import head_flops
 from .languages import CLUSTERS
 from .report_charts import (esc, grid, html_page, html_table, interval_text, legend, reliability, scatter,
@@ -280,8 +280,8 @@ def check(args):
     if args.validation and {*map(os.path.realpath, args.validation)} & {*map(os.path.realpath, args.data)}:
         raise ValueError("--validation and --data share a file: the threshold must not be chosen on --data")
     outputs = [args.out, str(args.out).removesuffix(".json") + ".html"] if args.out else []
-    for path in filter(os.path.lexists, outputs):
-        raise taken(path)
+    for path in outputs:
+        check_out(path)
     return outputs
 
 

@@ -1,7 +1,7 @@
 """Claims of papers, tried on the embedded world: arms that differ in one decision, comparisons with the side
 that the paper expects, and a verdict by rule.
 
-A claim file, claims/NAME.py, holds ARMS {name: function(lab) -> model folder} and CLAIMS. A Lab is one seed's
+A claim file, claims/NAME.py, holds ARMS {name: function(lab) -> folder} and CLAIMS. A Lab is one seed's
 run on disk: it makes the shared start with the recipe's own functions, and arms with the stages. What it
 makes is a step of the seed's folder, named after everything that decides it (stage, settings, start, rows,
 reward model). So claims share arms, and a killed claim goes on where it stopped. The seed's folder is named
@@ -94,8 +94,8 @@ class Figure:
     """A figure of one seed that is no answer's. of(lab) gives its values, one per step or example, or pairs
     (question id, value): a question in several languages is one draw of the bootstrap. Their mean, with its
     interval, is compared with `bound`. What is no mean is given as {"value", "ci95", "num"}. pairs: of arms
-    that it holds against each other, whose conditions are checked as those of a Comparison are; () of a
-    Figure that asks for one arm, or for none."""
+    that it holds against each other, whose conditions are checked as those of a Comparison are; () of one
+    that compares no arms. A difference of differences names those of each difference, and across."""
     label: str
     of: Callable
     side: str
@@ -125,7 +125,7 @@ class Claim:
 
     @property
     def arms(self):
-        """The names of the arms that its comparisons need, in order."""
+        """The names of the arms that its comparisons hold against each other, in order."""
         return list(dict.fromkeys(arm for c in self.comparisons for pair in c.pairs for arm in pair))
 
 
@@ -189,7 +189,7 @@ class Lab:
         self.folder, self.seed, self.device, self.module = out / f"seed-{seed}-{key}", seed, device, module
         self.run = Run(self.folder, self.recipe, device, CLUSTERS)
         self.arms, self.evaluated = {}, {}
-        self.starts = {}        # {trained model: what its training started from}
+        self.starts = {}        # {trained model: what its training, or that of its parts, started from}
 
     @cached_property
     def base(self):
@@ -295,8 +295,10 @@ class Lab:
         begun = {cluster: self.name_of(starts[cluster]) for cluster in clusters}
         plain = {key: value for key, value in settings.items() if key != "kind"}
         key = hash_of("clusters", stage, plain, begun, rows, epochs, clusters, shared, spill)
-        return train_clusters_and_merge(run, f"{stage}-{key}", name, stage, start, rows, settings, epochs,
+        made = train_clusters_and_merge(run, f"{stage}-{key}", name, stage, start, rows, settings, epochs,
                                         shared)
+        self.starts[self.name_of(made)] = " ".join(dict.fromkeys(begun.values()))
+        return made
 
     def parts(self, merged, clusters=CLUSTERS):
         """{cluster: folder} of the models that `clusters` averaged into this one."""
@@ -413,7 +415,7 @@ class Lab:
         return self._done(name, make, self.name_of(model), rows)["values"]
 
     def arm(self, name):
-        """The model folder of an arm of the claim file."""
+        """The folder of an arm of the claim file: a model's, or that of a step of the file's own."""
         if name not in self.arms:
             self.arms[name] = self.module.ARMS[name](self)
         return self.arms[name]

@@ -11,7 +11,8 @@ STEPS, TOKENS = 0.01, 0.1           # what may differ, as a share of the larger 
 
 
 def differences(a, b):
-    """What two arms {"start", "steps", "tokens", "tuned"} differ in, as words. Older records say no start."""
+    """What two arms {"start", "steps", "tokens", "tuned"} differ in, as words. Those that began from new
+    weights, merges and arms of older records say no start."""
     apart = lambda key, share: abs(a[key] - b[key]) > share * max(a[key], b[key])
     found = ["start"] if a.get("start") != b.get("start") else []
     found += ["steps"] if apart("steps", STEPS) else []
@@ -30,12 +31,21 @@ def unmatched(record, module):
             for seed, arms in record["arms"].items():
                 if missing := [arm for arm in pair if arm not in arms]:
                     raise ValueError(f"{record['claims']}, claim {claim.name}, seed {seed}: the record does "
-                                     f"not say how the arm {missing[0]!r} was trained")
+                                     f"not say how the arm {missing[0]!r} was trained; record it anew")
                 a, b = ({**arms[arm], "tuned": tuned.get(arm, 1)} for arm in pair)
                 differ |= set(differences(a, b))
             if differ:
                 found.setdefault(claim.name, []).append((*pair, sorted(differ)))
     return found
+
+
+def differing(record, module):
+    """{claim: what its arms differ in, and why} in words, for the pages."""
+    reasons, said = getattr(module, "UNMATCHED", {}), {}
+    for claim, pairs in unmatched(record, module).items():
+        what = " and ".join(dict.fromkeys(each for *_, some in pairs for each in some))
+        said[claim] = f"Arms differ in {what}: {reasons.get(claim, 'the claim file gives no reason')}."
+    return said
 
 
 def check_matched(record, module):

@@ -94,20 +94,22 @@ def source(claim):
     return theirs if theirs.startswith(("ours", "not in")) else f"the paper: {theirs}"
 
 
-def page(record):
-    """The whole text of a claim file's report.html."""
+def page(record, differing):
+    """The whole text of a claim file's report.html. differing: of experiments_matched.py."""
     body = (f"<p>{esc(record['paper'])}. P{esc(preset_of(record)[1:])}, "
             f"seeds {esc(' '.join(map(str, record['seeds'])))}. {HOW_TO_READ}</p>{KEY}")
     for claim in record["results"]:
         body += (f"<h2>{esc(claim['name'])}: {esc(claim['verdict'])}</h2><p>{esc(claim['statement'])}. "
-                 f"({esc(source(claim))})</p>{forest(claim, record['seeds'])}"
+                 f"({esc(source(claim))}) {esc(differing.get(claim['name'], ''))}</p>"
+                 + forest(claim, record["seeds"])
                  + drawn(claim, record["seeds"]))
     body += f"<h2>Arms</h2>{arms_table(record)}<p><code>{esc(record['command'])}</code></p>"
     return html_page(record["claims"], body)
 
 
-def all_claims(records):
-    """The whole text of one page of records, {file: record}: a table of verdicts, then each claim, folded."""
+def all_claims(records, differing):
+    """The whole text of one page of records, {file: record}: a table of verdicts, then each claim, folded.
+    differing: {file: what experiments_matched.differing gives of its record}."""
     verdicts = Counter(claim["verdict"] for record in records.values() for claim in record["results"])
     num, files = sum(verdicts.values()), len(records)
     counts = ", ".join(f"{verdicts[name]} {name}" for name in SHAPE_OF)
@@ -115,15 +117,18 @@ def all_claims(records):
             "<p>A claim is shown if the 95% interval of every comparison, in every seed, is clear of no "
             "difference on the side that the paper expects; reversed, if all are on the other side. Where "
             "the paper expects a level, the interval must lie within 5 points of a win rate of 50, or within "
-            "5% of another figure. Models are small and the embedded world is simple: a claim that is not "
-            f"shown here may hold at the paper's size.</p>{KEY}{overview(records)}<p>{HOW_TO_READ}</p>")
+            "5% of what any other figure is held against. Models are small and the embedded world is simple: "
+            "a claim that is not shown here may hold at the paper's size. Arms that are compared have the "
+            f"same start, steps, tokens and tuning, or the claim says what differs, and why.</p>{KEY}"
+            f"{overview(records)}<p>{HOW_TO_READ}</p>")
     for file, record in records.items():
         versions, machine = record["versions"], record["machine"]
         body += (f'<section id="{esc(file)}"><h2>{esc(record["paper"])}</h2><p class="note"><code>'
                  f"{esc(record['command'])}</code>, {esc(preset_of(record))}, commit "
                  f"{esc(versions['commit'])}, torch {esc(versions['torch'])}, {esc(machine['processor'])}, "
                  f"{esc(machine['threads'])} threads, {sum(record['minutes']):.0f} minutes</p>"
-                 + "".join(folded(claim, record["seeds"]) for claim in record["results"])
+                 + "".join(folded(claim, record["seeds"], differing[file].get(claim["name"], ""))
+                           for claim in record["results"])
                  + f"<details class=claim><summary>Arms: steps, tokens, seconds</summary>{arms_table(record)}"
                  + "</details>"
                  + "</section>")
@@ -147,9 +152,10 @@ def overview(records):
     return html_table(head, body, "claims")
 
 
-def folded(claim, seeds):
-    """A claim under its statement and verdict, opened by a click."""
+def folded(claim, seeds, differing):
+    """A claim under its statement and verdict, opened by a click. differing: what its arms differ in."""
     verdict = sign(*SHAPE_OF[claim["verdict"]], claim["verdict"])
     return (f"<details class=claim><summary>{esc(claim['statement'])} <span class=sign>{verdict}</span>"
             "</summary>"
-            f"<p>({esc(source(claim))})</p>{forest(claim, seeds)}{drawn(claim, seeds)}</details>")
+            f"<p>({esc(source(claim))}) {esc(differing)}</p>{forest(claim, seeds)}{drawn(claim, seeds)}"
+            "</details>")

@@ -19,7 +19,7 @@ from .command import guarded, printable
 from .config import RECIPES, Recipe, settings_from
 from .experiments import (SIDES, Comparison, Lab, claim_files, code_version, find_claims, hash_of, measured,
                           together)
-from .experiments_matched import check_matched
+from .experiments_matched import check_matched, differing
 from .experiments_page import ours, page, preset_of, shown, source
 from .files import parse_object, read_bytes, read_json, write_json, write_whole
 from .pipeline_steps import digest_of, read_done
@@ -115,7 +115,7 @@ def run_claims(name, seeds, preset, out, device, changed=None):
             record = joined(about, claims, dict(sorted((earlier_seeds(folder, code) | made).items())))
             set_aside(folder, code)
             write_json(folder / "claim.json", {**record, "sha256": digest_of(record)})
-            write_whole(folder / "report.html", page(record))
+            write_whole(folder / "report.html", page(record, differing(record, module)))
         distributed.from_main(write)
     return joined(about, claims, made)
 

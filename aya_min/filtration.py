@@ -37,8 +37,8 @@ import torch
 from . import distributed, weights
 from .command import Parser, number, printable, shortened
 from .config import Reading, add_flags, settings_from
-from .files import check_out, jsonl, parse_object, read_bytes, write_new
-from .filtration_scores import (ANY, check_place, fingerprints, phrases_for, read_phrases, read_scores, score,
+from .files import check_out, check_place, jsonl, parse_object, read_bytes, write_new
+from .filtration_scores import (ANY, fingerprints, phrases_for, read_phrases, read_scores, score,
                                 windows_of, write_scores)
 from .model import CohereForCausalLM
 from .rows import read_jsonl, texts_in

@@ -201,12 +201,6 @@ def fingerprints(model, data, phrases, size, dtype):
             for name, value in texts.items()}
 
 
-def check_place(path):
-    """ValueError, before anything is computed, for a file of scores that could not be written after it."""
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"--scores {path}: its folder does not exist; make it first")
-
-
 def write_scores(path, scores, prints):
     """Write the scores to a new file. prints: of `fingerprints`."""
     with scratch(path) as folder:

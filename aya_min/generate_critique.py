@@ -116,10 +116,10 @@ def requests_of(path, reading, tokenizer):
     for where, row in lines:
         language, answers = row.get("language"), answers_in(row, where)
         file.append((where, row, [(target, key) for *_, target, key in answers]))
-        for each in [row, *(target for *_, target, _ in answers)]:
-            for key in WRITTEN:
-                if each.get(key) is not None:
-                    raise ValueError(f"{where}: {key!r} is there already; remove it to have another written")
+        named = [(row, "critic"), (row, "critique")] if row.get("candidates") else [(row, "critic")]
+        for each, key in [*named, *((target, key) for *_, target, key in answers)]:
+            if each.get(key) is not None:
+                raise ValueError(f"{where}: {key!r} is there already; remove it to have another written")
         for messages, answer, target, key in answers:
             spelled.look([*(message["content"] for message in messages), answer], where)
             text = request(messages, answer, language)
@@ -147,11 +147,12 @@ def written(requests, ask, args, reading):
         if text := (answer["completion"] or "").strip():
             asked["target"][asked["key"]] = text
             told += 1
-    missing = [where for where, _, parts in file if not all(one.get(key) for one, key in parts)]
+    # of a dict, which keeps the order and is looked up at once
+    missing = dict.fromkeys(where for where, _, parts in file if not all(one.get(key) for one, key in parts))
     # cut critiques say something too
     cut = sum(is_cut(answer) for (answer,) in groups)
-    kept = [{**row, "critic": args.model} for where, row, _ in file if where not in set(missing)]
-    why = f", as a critique of theirs is missing or empty; the first: {missing[0]}" if missing else ""
+    kept = [{**row, "critic": args.model} for where, row, _ in file if where not in missing]
+    why = f", as a critique of theirs is missing or empty; the first: {next(iter(missing))}" if missing else ""
     lines.append(f"{told} critiques, {cut} cut at --max-new-tokens {args.max_new_tokens}; {len(kept)} rows, "
                  f"{len(missing)} left out{why}")
     if not kept:
@@ -165,7 +166,8 @@ def criticise(rows, ask, reading):
     requests -> (those that fit the critic, a group of one answer for each, new tokens, seconds). A candidate
     without a critique gets no score. -> text lines, new tokens, seconds"""
     requests = [{**asking(request(row["prompt_messages"], c["completion"], row.get("language")),
-                          row["prompt_where"], row.get("language")), "target": c}
+                          f"{row['prompt_where']}, the request for a critique", row.get("language")),
+                 "target": c}
                 for row in rows for c in row["candidates"] if not c.get("wrong_language")]
     asked, groups, tokens, seconds = ask(requests)
     told = 0

@@ -74,41 +74,23 @@ def command_frames(w, q):
     return f"( {begin}( {conditions} @ {w('place', q.place)} ) {w('verb', q.verb)} )"
 
 
-# {structure: (question, command, what a command is, what a condition in it is)}
+# {structure: (question, command, what a command is)}
 STRUCTURES = {
     "pipes": (ask_pipes, command_pipes,
               r"(?P<verb>\w+) (?P<place>\w+)(?P<conditions>(?: -\w+ \w+){1,2})"
-              r"(?: \| (?P<then_verb>\w+) -(?P<then_attribute>\w+))?",
-              r"-(?P<attribute>\w+) (?P<value>\w+)"),
+              r"(?: \| (?P<then_verb>\w+) -(?P<then_attribute>\w+))?"),
     "frames": (ask_frames, command_frames,
                r"\( (?:(?P<then_verb>\w+) : (?P<then_attribute>\w+) )?"
-               r"\( (?P<conditions>\w+ = \w+(?: ; \w+ = \w+)?) @ (?P<place>\w+) \) (?P<verb>\w+) \)",
-               r"(?P<value>\w+) = (?P<attribute>\w+)"),
+               r"\( (?P<conditions>\w+ = \w+(?: ; \w+ = \w+)?) @ (?P<place>\w+) \) (?P<verb>\w+) \)"),
 }
 
 
 def texts(query, words, structure):
     """(question, command) of a query in the lexicon of this number and in a structure."""
     own = lexicon(words)
-    ask, command, _, _ = STRUCTURES[structure]
+    ask, command, _ = STRUCTURES[structure]
     return tuple(write(lambda kind, number: own[kind][number][side], query)
                  for side, write in enumerate((ask, command)))
-
-
-def read(command, words, structure):
-    """The Query of a command; None if it is none of this structure in this lexicon."""
-    _, _, whole, condition = STRUCTURES[structure]
-    found = re.fullmatch(whole, command, re.ASCII)
-    numbers = {kind: {token: i for i, (_, token) in enumerate(pairs)}
-               for kind, pairs in lexicon(words).items()}
-    try:
-        conditions = tuple((numbers["attribute"][each["attribute"]], numbers["value"][each["value"]])
-                           for each in re.finditer(condition, found["conditions"]))
-        then = found["then_verb"] and (numbers["verb"][found["then_verb"]],
-                                       numbers["attribute"][found["then_attribute"]])
-        return Query(numbers["verb"][found["verb"]], numbers["place"][found["place"]], conditions, then)
-    except (KeyError, TypeError):               # a token of another kind; no match
-        return None
 
 
 def is_of(command, structure):

@@ -9,7 +9,6 @@ tokenizer, the greatest length and each example, so that no run takes those of o
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +40,6 @@ def sha256_of(*tensors):
 
 def tokenizer_print(tokenizer):
     return hashlib.sha256(tokenizer.bpe.to_str().encode()).hexdigest()
-
-
-def check_place(path):
-    """Raise ValueError, before any work, for a path that could not be written after it."""
-    if os.path.lexists(path):
-        raise ValueError(f"--out {path} exists; give a new file")
-    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise ValueError(f"--out {path}: {path.parent} is no folder that can be written; make it first")
 
 
 def write(path, losses, examples, tokenizer, limit, model_print):

@@ -8,7 +8,7 @@ import torch
 
 from . import config, distributed, irreducible, weights
 from .data import load_examples
-from .files import refuse_pipe
+from .files import check_out, refuse_pipe
 from .mixture_spec import is_spec
 from .model import CohereForCausalLM
 from .reference import answer_logps
@@ -35,7 +35,7 @@ def add_irreducible(commands):
 def run_irreducible(args, device):
     settings = config.settings_from(config.Training, None, args.config, vars(args))
     path = Path(args.out)
-    distributed.from_main(lambda: irreducible.check_place(path))
+    distributed.from_main(lambda: check_out(path))
     for name in args.data:
         refuse_pipe(name)
         if is_spec(name):

@@ -54,13 +54,6 @@ class Sums:
     def variances(self):
         return np.diag(self.gram) / self.num
 
-    def standardised(self):
-        """Of the same examples with each input divided by its standard deviation; one that never varies stays
-        as it is."""
-        scale = np.sqrt(np.where(self.variances > 0, self.variances, 1.0))
-        return Sums(self.num, self.x / scale, self.y, self.xx / np.outer(scale, scale), self.xy / scale,
-                    self.yy)
-
     def intercept(self, weights):
         return float(self.y - self.x @ weights) / self.num
 

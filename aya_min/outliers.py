@@ -17,7 +17,6 @@ All tokens of the texts count, the prompts' too, padding not; everything is comp
 """
 
 import math
-import os
 from functools import partial
 
 import torch
@@ -28,7 +27,7 @@ from .command import Parser, is_spare_rank, printable
 from .config import Reading, add_flags, settings_from
 from .data import batches_in_order, collate, load_examples
 from .distributed import blame
-from .files import dumps, taken, write_new
+from .files import check_out, dumps, write_new
 from .quantization import SCHEMES, dequantize, round_to_nearest
 from .report_charts import curves, esc, grid, html_page, html_table, number, section, short
 from .weights import ONE, EncoderDecoder, load, read_config
@@ -257,8 +256,7 @@ def main(argv):
     if is_spare_rank():
         return
     for path in filter(None, (args.out, args.page)):
-        if os.path.lexists(path):
-            raise taken(path)
+        check_out(path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if (kind := read_config(args.model)[1]) is EncoderDecoder:
         raise ValueError(f"--model {args.model}: {ONE[kind]}, and outliers measures decoders; give "

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from . import checkpoint, distributed
 from .data import batches_in_order, collate, in_step, rows_of
-from .files import publish_file, scratch
+from .files import check_place, publish_file, scratch
 from .loop import autocast
 from .losses import supervised_logps
 from .model import CohereForCausalLM
@@ -118,14 +118,6 @@ def store_reference(model, pairs, pad_id, device, settings, path, model_print):
         distributed.from_main(lambda: write(logps))
     for pair, both in zip(pairs, logps):
         pair.ref_logps = both.numpy()
-
-
-def check_place(path):
-    """Raise ValueError, before the reference pass, for a path that could not be written after it."""
-    if not path.parent.is_dir():
-        raise ValueError(f"--reference-logps {path}: its folder does not exist; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--reference-logps {path}: its folder cannot be written; give another file")
 
 
 def sha256_of(tensor):

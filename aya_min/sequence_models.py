@@ -5,7 +5,7 @@ batches drawn without end.
 A batch is (inputs (B, T, inputs), targets (B, T)): a target is the number of a class, or NONE where nothing
 is asked. Symbols are one-hot vectors. The transformer is the llama block in sequence, with learned embeddings
 of positions in place of rotary ones, as the papers' models have them (claims/separations.py, in_context.py).
-These models have no tokens, no tokenizer and no folder, so they are none of the stages'.
+They read no text and are in no model folder, so that they are none of the stages'.
 """
 
 import torch

@@ -18,8 +18,8 @@ from torch import nn
 
 from .classifier import mean_of
 from .model import Block
-from .model_config import ModelConfig
 from .norms import RMSNorm
+from .sequence_models import EPS, config_of
 
 KINDS = ("both-ways", "causal", "masked")
 PARITY = 0.03                   # what numbers of parameters may differ, as a share
@@ -27,7 +27,6 @@ MASKED = 0.15                   # of the tokens are predicted (BERT, section 3.1
 TO_MASK, TO_RANDOM = 0.8, 0.1   # become the mask or a random token; the rest stays as it is
 WINDOW = 16                     # batches that are drawn together (`batches`)
 STD = 0.08                      # of the embeddings at first, as in preset tiny
-EPS = 1e-6
 
 
 def units(width, num_layers, num_places):
@@ -75,9 +74,7 @@ class Layers(nn.Module):
 
     def __init__(self, width, num_layers, num_places, is_causal, num_heads=2):
         super().__init__()
-        config = ModelConfig(model_type="llama", vocab_size=1, hidden_size=width, intermediate_size=2 * width,
-                             num_hidden_layers=num_layers, num_attention_heads=num_heads,
-                             max_position_embeddings=1, rms_norm_eps=EPS)
+        config = config_of(width, num_layers, num_heads)
         self.places = nn.Parameter(STD * torch.randn(num_places, width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(num_layers))
         self.is_causal = is_causal

@@ -112,4 +112,4 @@ def test_a_tiny_run_tries_every_claim(tmp_path, monkeypatch):
     monkeypatch.setitem(experiments.RECIPES, "smoke", small)
     record = run_claims("friendly", (0,), "smoke", tmp_path / "out", CPU)
     assert [claim["name"] for claim in record["results"]] == [claim.name for claim in friendly.CLAIMS]
-    assert record["arms"]["0"].keys() == friendly.ARMS.keys() and "cost of W4A4" in page(record)
+    assert record["arms"]["0"].keys() == friendly.ARMS.keys() and "cost of W4A4" in page(record, {})

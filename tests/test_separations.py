@@ -102,7 +102,8 @@ def test_every_model_learns_whether_the_vector_before_was_positive(kind):
         targets[:, 1:] = (x[:, :-1, 0] > 0).long()
         return x, targets
     model = new_model(0, kind, 2, 16, inputs=1, outputs=2, num_places=6)
-    fit(model, in_batches(draw, 32), 250, 1e-2)
+    fitted = fit(model, in_batches(draw, 32), 250, 1e-2)
+    assert fitted["training_steps"] == 250 and fitted["tokens"] == 250 * 32 * 6 and fitted["loss"] < 0.5
     found = right(model, *draw(100))
     assert found.nanmean() > 0.9 and found[:, 0].isnan().all()
 
@@ -218,11 +219,14 @@ class StandIn(SimpleNamespace):
 
 
 def test_figures_take_the_longest_length_and_pair_strings(monkeypatch):
-    rights = {("LSTM", 10): [1.0, 1.0], ("LSTM", 40): [1.0, 0.0], ("transformer, 1 layer", 40): [1.0, 1.0]}
-    monkeypatch.setattr(claims, "cell", lambda lab, model, task, length, width: {"folder": (model, length)})
+    rights = {("LSTM", 10, 32): [1.0, 1.0], ("LSTM", 40, 32): [1.0, 0.0], ("LSTM", 40, 8): [0.0, 0.0],
+              ("transformer, 1 layer", 40, 32): [1.0, 1.0]}
+    monkeypatch.setattr(claims, "cell",
+                        lambda lab, model, task, length, width: {"folder": (model, length, width)})
     lab = StandIn(recipe=settings_from(Recipe, {}))
     lab.made = lambda arm: {"right": rights[claims.ARMS[arm](lab)]}
     assert claims.accuracy(claims.LSTM, "lookup").of(lab) == [1, 0]
+    assert claims.accuracy(claims.LSTM, "lookup", claims.NARROW).of(lab) == [0, 0]
     assert claims.more(claims.ONE, claims.LSTM, "lookup").of(lab) == [0, 1]
     assert claims.shrinks(claims.LSTM, "lookup").of(lab) == [0, 1]
 

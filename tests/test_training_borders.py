@@ -641,7 +641,7 @@ def test_a_place_for_the_reference_that_is_not_there_is_refused_before_the_model
     assert (
         code == 2
         and len(err) == 1
-        and f"--reference-logps {tmp_path}/{path}: its folder does not exist" in err[0]
+        and f"{tmp_path}/{path}: its folder does not exist" in err[0]
     ), err
     assert names(tmp_path) == ["pairs.jsonl"]
 

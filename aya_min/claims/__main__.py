@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 from ..command import Parser, guarded, is_spare_rank
+from ..experiments import claim_files
+from ..experiments_matched import differing
 from ..experiments_page import TITLE, all_claims
 from ..experiments_records import records
 from ..files import read_bytes, write_whole
@@ -21,7 +23,9 @@ def main(argv=None):
     if os.path.lexists(path) and not (path.is_file() and f"<title>{TITLE}<".encode() in read_bytes(path)):
         raise ValueError(f"--out {path} is there, and no earlier page of claims; give another file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, all_claims(records()))
+    kept, files = records(), claim_files()
+    differ = {name: differing(record, files[name]) for name, record in kept.items()}
+    write_whole(path, all_claims(kept, differ))
     print(path)
 
 

@@ -263,6 +263,8 @@ CLAIMS = (
 
 # Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
 UNMATCHED = {
+    **dict.fromkeys(("bam-data", "bam-soft", "bam-large"),
+                    "what one seed and its experts are put together into is what is compared"),
     "bam-compute": "equal operations are compared, so that the dearer arm takes fewer steps",
     "bam-dense": "experts and the seed are parts of the mixture; they are what it is made of, not "
                  "rivals at its cost",

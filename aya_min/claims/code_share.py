@@ -295,6 +295,7 @@ CLAIMS = (
 
 # Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
 UNMATCHED = {**dict.fromkeys(("code-init-reasoning", "code-init-knowledge", "code-init-code"),
-                             "the steps of the initialization and of text after it are those of text alone"),
+                             "the initialization is compared, whose steps and those after it are as many as "
+                             "the others' in all"),
              "code-cooldown": "what a cooldown of a tenth of the tokens adds is what is asked",
              "code-quality": "rows and steps are equal, a row of markup has fewer tokens"}

@@ -228,8 +228,7 @@ def likes(raters, probe, side):
         return [(question, found[probe]) for question, found in liked(lab, raters)]
     names = {"sure, wrong": "an assertive wrong answer less a hedged right one",
              "assertive": "an answer in its assertive frame less in its hedged one"}
-    return Figure(f"reward model of {raters} raters, {names[probe]}", of, side, 0.0,
-                  (tuple(f"reward model, {each}" for each in DAMPING),))
+    return Figure(f"reward model of {raters} raters, {names[probe]}", of, side, 0.0, ())
 
 
 def of_probes(lab):

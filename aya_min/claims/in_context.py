@@ -144,7 +144,7 @@ def early(lab, trained_on, test):
 # ---- figures -----------------------------------------------------------------------------------------------
 
 def less(a, b, name, bound=0.0):
-    """What a has right more than b, a learner or one of KINDS as a is."""
+    """What model a has right more than b, which is a model too or a learner."""
     pairs = ((f"{name}, {a}", f"{name}, {b}"),) if b in KINDS else ()
     return Figure(f"{name}: {a} less {b}", lambda lab: (late(lab, a, name) - late(lab, b, name)).tolist(),
                   "above", bound, pairs)

@@ -168,12 +168,12 @@ def pretraining_rate(lab, kind):
 
 
 def encoder_of(arm, lab):
+    """The folder of an arm's encoder before fine-tuning, which takes steps that depend on the task alone."""
     kind = KIND[UNTUNED.get(arm, arm)]
     rate, share = (RATES[0], SHORT) if arm in UNTUNED else (pretraining_rate(lab, kind), 1.0)
     return pretrained(lab, kind, rate, share)["folder"]
 
 
-# The encoders, before fine-tuning, whose steps depend on the task alone.
 ARMS = {arm: partial(encoder_of, arm) for arm in (*MATCHED, *UNTUNED)}
 
 

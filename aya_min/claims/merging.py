@@ -104,6 +104,7 @@ CLAIMS = (
 
 # Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
 UNMATCHED = {
+    **dict.fromkeys(("order", "merge-after-each"), "where in the order of stages models are merged is asked"),
     "per-language": "one model per language has more last batches that are not whole: 2% more steps",
     "slerp": "a merge of the same models is no training",
     "ties": "a merge of the same models is no training",

@@ -235,6 +235,8 @@ CLAIMS = (
 
 # Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
 UNMATCHED = {
+    **dict.fromkeys(("nexus-router", "nexus-mixture", "nexus-large", "nexus-tasks", "nexus-new"),
+                    "what one seed and its experts are put together into is what is compared"),
     "nexus-merge": "a merge is held against the seed, which its parts started from",
     "nexus-old": "a mixture is held against itself with one more expert",
 }

@@ -245,6 +245,8 @@ CLAIMS = (
 UNMATCHED = {
     "pref-both": "steps are equal over all rounds; the record counts those of the last",
     "pref-chosen": "SFT reads one answer of a pair, DPO both; pairs and steps are equal",
+    "pref-proxy": "later rounds are held against earlier ones",
+    "pref-weak": "later rounds are held against earlier ones, and rounds of one arbiter against another's",
     "pref-losses": "a stage is held against its start",
     "pref-kto": "KTO runs a second pass for its baseline; answers and steps are equal",
 }
