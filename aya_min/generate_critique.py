@@ -152,7 +152,8 @@ def written(requests, ask, args, reading):
     # cut critiques say something too
     cut = sum(is_cut(answer) for (answer,) in groups)
     kept = [{**row, "critic": args.model} for where, row, _ in file if where not in missing]
-    why = f", as a critique of theirs is missing or empty; the first: {next(iter(missing))}" if missing else ""
+    first = next(iter(missing), None)
+    why = f", as a critique of theirs is missing or empty; the first: {first}" if missing else ""
     lines.append(f"{told} critiques, {cut} cut at --max-new-tokens {args.max_new_tokens}; {len(kept)} rows, "
                  f"{len(missing)} left out{why}")
     if not kept:
