@@ -43,7 +43,7 @@ def differing(record, module):
     """{claim: what its arms differ in, and why} in words, for the pages."""
     reasons, said = getattr(module, "UNMATCHED", {}), {}
     for claim, pairs in unmatched(record, module).items():
-        what = " and ".join(dict.fromkeys(each for *_, some in pairs for each in some))
+        what = ", ".join(dict.fromkeys(each for *_, some in pairs for each in some))
         said[claim] = f"Arms differ in {what}: {reasons.get(claim, 'the claim file gives no reason')}."
     return said
 

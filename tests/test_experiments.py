@@ -565,7 +565,7 @@ def test_the_page_of_all_claims_says_each_verdict_and_needs_no_other_file(tmp_pa
             assert html.escape(differ[file].get(claim["name"], "")) in text
     points, share = experiments.LEVEL_POINTS, experiments.LEVEL_SHARE
     assert f"within {points:g} points of a win rate of 50, or within {share:.0%} of what" in text
-    assert "Arms differ in steps and tokens: equal operations are compared" in text
+    assert "Arms differ in steps, tokens: equal operations are compared" in text
     verdicts = experiments_records.last_verdicts()
     assert f"{list(verdicts.values()).count('shown')} shown" in text.replace("\n", " ")
     assert not re.search(r'(src|href)="(?!#)', text) and "<script" not in text
