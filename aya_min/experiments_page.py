@@ -44,7 +44,8 @@ def forest(claim, seeds):
     for none in dict.fromkeys(row["seeds"][0]["none"] for row in claim["comparisons"]):
         rows = [row for row in claim["comparisons"] if row["seeds"][0]["none"] == none]
         bounds = [bound for row in rows for one in row["seeds"] for bound in one["ci95"]]
-        step = 5 if none == 50 else float(f"{max(max(bounds) - min(bounds), 1e-6) / 4:.1g}")
+        wide = max(*bounds, none) - min(*bounds, none)
+        step = 5 if none == 50 else float(f"{(wide or 1) / 4:.1g}")
         scale = around(none, bounds, step)
         drawn = [forest_row(row, seeds, scale, none) for row in rows] + [axis(scale, step)]
         charts.append(chart("win rate, %" if none == 50 else f"beside {none:g}", drawn, "card forest"))

@@ -211,6 +211,15 @@ def test_other_steps_are_done_once_again_after_a_kill_and_anew_when_the_claim_fi
     assert lab.step("a step", make, "content")["calls"] == 4
 
 
+@pytest.mark.parametrize("value, ticks", [(1.0, "0.88 0.9 0.92 0.94 0.96 0.98 1"), (0.9, "0.8 1 1.2")])
+def test_values_that_are_all_alike_have_an_axis_from_what_they_are_held_against(value, ticks):
+    """An axis of a millionth had labels over each other."""
+    seeds = [{"value": value, "ci95": [value] * 2, "none": 0.9, "verdict": "shown"}]
+    claim = {"comparisons": [{"label": "f", "verdict": "shown", "seeds": seeds}]}
+    drawn = experiments_page.forest(claim, [1])
+    assert re.findall(r">([\d.]+)</text>", drawn[drawn.index("row axis"):]) == ticks.split()
+
+
 def test_a_step_that_trains_is_an_arm_with_its_steps_and_tokens(tmp_path):
     (file := tmp_path / "claims.py").write_text("1")
     fit = lambda lab: lab.step("fit", lambda _: {"training_steps": 7, "tokens": 70, "right": [1]})["folder"]
