@@ -61,7 +61,7 @@ def arrange(model, items, held_out, settings):
     ValueError if some pairs have critiques and others not, and for pairs without, to train a model further
     that was trained with critiques.
     """
-    places = {bool(pair.chosen.critique): pair.chosen.where for pair in items + held_out}
+    places = {bool(pair.chosen.critique): pair.chosen.where for pair in reversed([*items, *held_out])}
     if len(places) == 2:
         raise ValueError(f"{places[False]}: a pair without critiques, and {places[True]} has them; give them "
                          f"to every pair of --data and --eval-data ({REMEDY}), or to none")

@@ -59,6 +59,8 @@ def read(path, reading):
             except ValueError as error:
                 raise ValueError(f"{where}: {error}; or give the row a 'completion'") from None
         row = checked(where, {**row, "completion": "" if is_question else row.get("completion")}, "a model")
+        if not is_question and not row["completion"].strip():
+            raise ValueError(f"{where}: 'completion' is empty; fill it, or remove the line")
         if home is None:
             without[row["language"]] = without.get(row["language"], 0) + 1
             continue
@@ -75,7 +77,11 @@ def answers_of(row, rng):
     """{"answer", "wrong", "english": text} of a row, as far as they are known."""
     if row["completion"] is not None:
         return {"answer": row["completion"]}
-    found = {"answer": gold_answer(row), "wrong": answer(rng, row, (0, 0, 1, 0))[0]}
+    try:
+        found = {"answer": gold_answer(row), "wrong": answer(rng, row, (0, 0, 1, 0))[0]}
+    except IndexError:                  # of the task's words there are fewer than the world asks about
+        raise ValueError(f"{row['prompt_where']}: no wrong answer to this question is known; give the row a "
+                         "'completion'") from None
     return found if row["language"] == "en" else found | {"english": gold_answer(in_english(row))}
 
 

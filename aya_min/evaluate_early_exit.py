@@ -280,8 +280,7 @@ def check(args):
     if args.validation and {*map(os.path.realpath, args.validation)} & {*map(os.path.realpath, args.data)}:
         raise ValueError("--validation and --data share a file: the threshold must not be chosen on --data")
     outputs = [args.out, str(args.out).removesuffix(".json") + ".html"] if args.out else []
-    for path in outputs:
-        check_out(path)
+    check_out(*outputs)
     return outputs
 
 

@@ -31,7 +31,8 @@ def unmatched(record, module):
             for seed, arms in record["arms"].items():
                 if missing := [arm for arm in pair if arm not in arms]:
                     raise ValueError(f"{record['claims']}, claim {claim.name}, seed {seed}: the record does "
-                                     f"not say how the arm {missing[0]!r} was trained; record it anew")
+                                     f"not say how the arm {missing[0]!r} was trained; let the Figure that "
+                                     "names it ask for it, or record an older claim anew")
                 a, b = ({**arms[arm], "tuned": tuned.get(arm, 1)} for arm in pair)
                 differ |= set(differences(a, b))
             if differ:
@@ -44,7 +45,7 @@ def differing(record, module):
     reasons, said = getattr(module, "UNMATCHED", {}), {}
     for claim, pairs in unmatched(record, module).items():
         what = ", ".join(dict.fromkeys(each for *_, some in pairs for each in some))
-        said[claim] = f"Arms differ in {what}: {reasons.get(claim, 'the claim file gives no reason')}."
+        said[claim] = f"Arms differ in {what}: {reasons.get(claim) or 'the claim file gives no reason'}."
     return said
 
 
@@ -53,7 +54,7 @@ def check_matched(record, module):
     that the record does not hold."""
     found, reasons = unmatched(record, module), getattr(module, "UNMATCHED", {})
     for claim, pairs in found.items():
-        if claim not in reasons:
+        if not reasons.get(claim):
             a, b, what = pairs[0]
             raise ValueError(f"{record['claims']}, claim {claim}: the arms {a!r} and {b!r} differ in "
                              f"{' and '.join(what)}; match them, or say why in UNMATCHED of the claim file")

@@ -23,10 +23,20 @@ def shown(one, digits=1):
     return f"{one['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
+def labelled(row):
+    """The label of a comparison; that of a figure says the side that is expected, too."""
+    if row["measure"] != "figure":
+        return row["label"]
+    side = {"above": "above", "below": "below", "level": "level with"}[row["side"]]
+    return f"{row['label']}, expected {side} {row['seeds'][0]['none']:g}"
+
+
 def ours(claim):
-    """The numbers of a claim's first comparison, seed by seed, and how many of its comparisons are shown."""
+    """The numbers of a claim's first comparison that is not shown, else of its first, seed by seed, and how
+    many of its comparisons are shown."""
     rows = claim["comparisons"]
-    first = f"{rows[0]['label']}: {'; '.join(map(shown, rows[0]['seeds']))}"
+    row = next((row for row in rows if row["verdict"] != "shown"), rows[0])
+    first = f"{labelled(row)}: {'; '.join(map(shown, row['seeds']))}"
     num = sum(row["verdict"] == "shown" for row in rows)
     return first if len(rows) == 1 else f"{first}. {num} of {len(rows)} comparisons are shown"
 
@@ -58,7 +68,7 @@ def forest_row(row, seeds, scale, none):
         tip = f"seed {seed}: {shown(one)}"
         shape, tone = SHAPE_OF[one["verdict"]]
         marks += mark(one["value"], scale, shape, 10 + 12 * i, tone, tip, one["ci95"])
-    label, height = f"{row['label']}: {row['verdict']}", 12 * len(seeds) + 10
+    label, height = f"{labelled(row)}: {row['verdict']}", 12 * len(seeds) + 10
     return track(label, marks, " / ".join(f"{one['value']:.3g}" for one in row["seeds"]), scale, none, height)
 
 
@@ -86,7 +96,9 @@ def arms_table(record):
 TITLE = "aya_min: what papers say, tried"
 HOW_TO_READ = ("Whiskers are 95% intervals over questions (of figures of training over its steps, as if "
                "these were independent; a figure that is one number has none); the dashed line is no "
-               "difference; the marks of a row, from top to bottom, are its seeds.")
+               "difference, or what a figure is held against; the marks of a row, from top to bottom, are "
+               "its seeds. A framed cell of a heat map is a task that is done, a width that is exact, the "
+               "greatest of its row, a domain's own expert, or a learner that is not trained.")
 
 
 def source(claim):
@@ -108,20 +120,22 @@ def page(record, differing):
     return html_page(record["claims"], body)
 
 
-def all_claims(records, differing):
+def all_claims(records, differing, without=()):
     """The whole text of one page of records, {file: record}: a table of verdicts, then each claim, folded.
-    differing: {file: what experiments_matched.differing gives of its record}."""
+    differing: {file: what experiments_matched.differing gives of its record}. without: names of claims that
+    have no record."""
     verdicts = Counter(claim["verdict"] for record in records.values() for claim in record["results"])
     num, files = sum(verdicts.values()), len(records)
     counts = ", ".join(f"{verdicts[name]} {name}" for name in SHAPE_OF)
+    rest = f" Without a record: {', '.join(without)}." if without else ""
     body = (f'<p class="headline">What papers say, tried: {num} claims of {files} files, {counts}.</p>'
             "<p>A claim is shown if the 95% interval of every comparison, in every seed, is clear of no "
             "difference on the side that the paper expects; reversed, if all are on the other side. Where "
             "the paper expects a level, the interval must lie within 5 points of a win rate of 50, or within "
             "5% of what any other figure is held against. Models are small and the embedded world is simple: "
             "a claim that is not shown here may hold at the paper's size. Arms that are compared have the "
-            f"same start, steps, tokens and tuning, or the claim says what differs, and why.</p>{KEY}"
-            f"{overview(records)}<p>{HOW_TO_READ}</p>")
+            f"same start, steps, tokens and tuning, or the claim says what differs, and why.{esc(rest)}</p>"
+            f"{KEY}{overview(records)}<p>{HOW_TO_READ}</p>")
     for file, record in records.items():
         versions, machine = record["versions"], record["machine"]
         body += (f'<section id="{esc(file)}"><h2>{esc(record["paper"])}</h2><p class="note"><code>'

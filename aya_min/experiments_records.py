@@ -17,10 +17,10 @@ import torch
 from . import distributed, linear, runs
 from .command import guarded, printable
 from .config import RECIPES, Recipe, settings_from
-from .experiments import (SIDES, Comparison, Lab, claim_files, code_version, find_claims, hash_of, measured,
-                          together)
+from .experiments import (MEASURES, SIDES, Comparison, Lab, claim_files, code_version, find_claims, hash_of,
+                          measured, together)
 from .experiments_matched import check_matched, differing
-from .experiments_page import ours, page, preset_of, shown, source
+from .experiments_page import labelled, ours, page, preset_of, shown, source
 from .files import parse_object, read_bytes, read_json, write_json, write_whole
 from .pipeline_steps import digest_of, read_done
 
@@ -190,11 +190,23 @@ def open_seed(lab, held):
 
 
 def check_claim(claim, module):
-    """Refuse a claim whose comparisons name what its file does not have, before any arm is made."""
+    """ValueError, before any arm is made, for a claim whose comparisons name what its file does not have."""
     for c in claim.comparisons:
-        assert c.side in SIDES, (claim.name, c)
-    missing = [arm for arm in claim.arms if arm not in module.ARMS]
-    assert not missing, (claim.name, missing)
+        known = {"side": SIDES}
+        if isinstance(c, Comparison):
+            measures = [*MEASURES, *getattr(module, "MEASURES", {}), "win rate", "loss"]
+            known |= {"measure": measures, "decoding": ("greedy", "sampled")}
+        if getattr(c, "measure", "") == "loss":
+            known["held_out"] = getattr(module, "HELD_OUT", {})
+        for name, values in known.items():
+            if (value := getattr(c, name)) not in values:
+                raise ValueError(f"claim {claim.name}, {c.label}: unknown {name} {value!r}; give one of "
+                                 f"{', '.join(values)}")
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in c.pairs):
+            raise ValueError(f"claim {claim.name}, {c.label}: pairs {c.pairs!r} are no pairs; give "
+                             "((arm, arm), ...)")
+    if missing := [arm for arm in claim.arms if arm not in module.ARMS]:
+        raise ValueError(f"claim {claim.name}: the arm {missing[0]!r} is not in ARMS of its file; add it")
 
 
 def machine():
@@ -248,10 +260,10 @@ def table(record):
     lines = []
     for claim in record["results"]:
         lines += ["", f"{claim['name']}: {claim['statement']}", f"    {source(claim)}"]
-        width = max(len(row["label"]) for row in claim["comparisons"])
+        width = max(len(labelled(row)) for row in claim["comparisons"])
         for row in claim["comparisons"]:
             values = "  ".join(f"{shown(one):>22}" for one in row["seeds"])
-            lines.append(f"    {row['label']:{width}}  {values}  {row['verdict']}")
+            lines.append(f"    {labelled(row):{width}}  {values}  {row['verdict']}")
         lines.append(f"    verdict: {claim['verdict']}")
     lines += ["", *(f"{name}: skipped, {why}" for name, why in record.get("skipped", {}).items())]
     seeds = " ".join(map(str, record["seeds"]))
@@ -288,7 +300,7 @@ def listing():
     verdicts, lines = last_verdicts(), []
     for file, module in claim_files().items():
         lines.append(f"{file}: {module.PAPER}, {module.MINUTES} minutes a seed")
-        lines += [f"    {claim.name}: {claim.statement} [{verdicts.get(claim.name, '-')}]"
+        lines += [f"    {claim.name}: {claim.statement} [{verdicts.get(claim.name, 'no record')}]"
                   for claim in module.CLAIMS]
     return printable("\n".join(lines))
 
@@ -324,7 +336,7 @@ def details(record):
              "|---|" + "---|" * (len(seeds) + 1)]
     for claim in record["results"]:
         lines.append(f"| **{claim['name']}** |{' |' * len(seeds)} **{claim['verdict']}** |")
-        lines += [row_of([row["label"], *map(shown, row["seeds"]), row["verdict"]])
+        lines += [row_of([labelled(row), *map(shown, row["seeds"]), row["verdict"]])
                   for row in claim["comparisons"]]
     return lines
 

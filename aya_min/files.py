@@ -302,11 +302,14 @@ def taken(path):
     return ValueError(f"{path} exists; give a new file, nothing is overwritten")
 
 
-def check_out(path):
-    """Refuse, before any work, an output file that could not be written after it."""
-    if os.path.lexists(path):
-        raise taken(path)
-    check_place(path)
+def check_out(*paths):
+    """Refuse, before any work, output files that could not be written after it, and two that are one."""
+    for path in paths:
+        if os.path.lexists(path):
+            raise taken(path)
+        check_place(path)
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise ValueError(f"{' and '.join(map(str, paths))} are one file; give each a name of its own")
 
 
 def check_place(path):

@@ -26,6 +26,7 @@ false): then precision and recall are reported, for the list also at equal numbe
 
 import argparse
 import math
+import os
 import re
 import unicodedata
 from fractions import Fraction
@@ -223,14 +224,11 @@ def lines_of(path, rows):
 
 def check(args):
     """Refuse, before heavy work, what could not be written or read after it."""
-    outputs = [args.out, args.removed]
-    for path in outputs:
-        check_out(path)
-    if len({Path(path).absolute() for path in [*outputs, *([args.scores] if args.scores else [])]}) < (
-            3 if args.scores else 2):
-        raise ValueError("--out, --removed and --scores must be different files; give each its own name")
+    check_out(args.out, args.removed)
     if args.scores:
-        check_place(Path(args.scores))
+        check_place(args.scores)
+        if os.path.realpath(args.scores) in map(os.path.realpath, (args.out, args.removed)):
+            raise ValueError(f"--scores {args.scores} is --out or --removed; give it a name of its own")
 
 
 def scores_of(args, documents, phrases, device):

@@ -271,7 +271,8 @@ def answers_of_pool(rows, ask, args, device, reading, table, detect, tokenizer, 
              *worth_table(summary["reward_and_length"], args.models),
              f"the texts of the route {args.route}", *statistics_table(summary["text_statistics"])]
     if args.candidates:
-        outputs[args.candidates] = [{**without_added_keys(row), "candidates": row["candidates"]}
+        by = {"critic": args.critic} if args.critic else {}
+        outputs[args.candidates] = [{**without_added_keys(row), "candidates": row["candidates"], **by}
                                     for row in candidates if row["candidates"]]
     if args.pairs:
         pairs, pair_counts = best_worst(candidates, args.margin or 0.0, reading.keep_cut, tokenizer.key)

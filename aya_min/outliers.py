@@ -255,8 +255,7 @@ def main(argv):
     args = parser.parse_args(argv)
     if is_spare_rank():
         return
-    for path in filter(None, (args.out, args.page)):
-        check_out(path)
+    check_out(*filter(None, (args.out, args.page)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if (kind := read_config(args.model)[1]) is EncoderDecoder:
         raise ValueError(f"--model {args.model}: {ONE[kind]}, and outliers measures decoders; give "

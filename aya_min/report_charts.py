@@ -54,7 +54,7 @@ a { color: var(--a) } .claims .sign { text-align: left }
 td.text, th.text { text-align: left; white-space: normal; min-width: 180px }
 .claim { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; margin: 8px 0;
   padding: 8px 14px }
-.claim summary { font-size: 15px; margin: 0 } summary .sign { float: right }
+.claim summary { font-size: 15px; margin: 0; overflow: hidden } summary .sign { float: right }
 .name { text-align: left; position: sticky; left: 0; background: var(--card); font-weight: 600;
   white-space: normal; min-width: 118px }
 td small { display: block; font-weight: 400; color: var(--dim); font-size: 11.5px; line-height: 1.2 }

@@ -192,6 +192,7 @@ def test_in_arbitrage_each_candidate_is_criticised_and_scored_with_its_critique(
     judge, its_tokenizer = weights.load(pool / "RM")
     for row in read("all.jsonl"):
         assert [c["teacher"] for c in row["candidates"]] == ["C", "C", "D", "D"] and "critique" not in row
+        assert row["critic"] == ARBITRAGE.split("--critic ")[1].split()[0]
         texts = [{"prompt": row["prompt"], **c} for c in row["candidates"]]
         assert [c["reward"] for c in row["candidates"]] == pytest.approx(
             score_texts(judge, its_tokenizer, texts), abs=1e-4)

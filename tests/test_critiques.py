@@ -142,6 +142,9 @@ def test_pairs_with_and_without_critiques_do_not_mix(write):
     for items, held_out in ((with_them + without, []), (with_them, without), (without, with_them)):
         with pytest.raises(ValueError, match="plain.jsonl:1: a pair without critiques, .*rows.jsonl:1 has"):
             critiques.arrange(reward_model(), items, held_out, None)
+    more = pairs_of(write(other, {**other, "prompt": "again"}, name="plain.jsonl"))
+    with pytest.raises(ValueError, match="plain.jsonl:1: a pair without"):          # the first of them
+        critiques.arrange(reward_model(), with_them + more, [], None)
 
 
 def test_a_model_trained_with_critiques_is_not_trained_further_without(write):

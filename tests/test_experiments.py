@@ -215,8 +215,10 @@ def test_other_steps_are_done_once_again_after_a_kill_and_anew_when_the_claim_fi
 def test_values_that_are_all_alike_have_an_axis_from_what_they_are_held_against(value, ticks):
     """An axis of a millionth had labels over each other."""
     seeds = [{"value": value, "ci95": [value] * 2, "none": 0.9, "verdict": "shown"}]
-    claim = {"comparisons": [{"label": "f", "verdict": "shown", "seeds": seeds}]}
+    row = {"label": "f", "measure": "figure", "side": "above", "verdict": "shown", "seeds": seeds}
+    claim = {"comparisons": [row]}
     drawn = experiments_page.forest(claim, [1])
+    assert "f, expected above 0.9: shown" in drawn
     assert re.findall(r">([\d.]+)</text>", drawn[drawn.index("row axis"):]) == ticks.split()
 
 
@@ -423,6 +425,20 @@ def test_the_list_names_every_claim_with_its_paper(capsys):
         assert module.PAPER in text and all(claim.statement in text for claim in module.CLAIMS)
 
 
+@pytest.mark.parametrize("comparison, said", [
+    (Comparison("a", "gone"), "the arm 'gone' is not in ARMS"),
+    (Comparison("a", "b", "larger"), "unknown side 'larger'; give one of above, below, level"),
+    (Comparison("a", "b", measure="nosuch"), "unknown measure 'nosuch'"),
+    (Comparison("a", "b", decoding="beam"), "unknown decoding 'beam'; give one of greedy, sampled"),
+    (Comparison("a", "b", measure="loss", held_out="x"), "unknown held_out 'x'"),
+    (Figure("f", None, "above", 0.0, ("a", "b")), "are no pairs; give"),
+    (Figure("f", None, "above", 0.0, (("a", "gone"),)), "the arm 'gone' is not in ARMS")])
+def test_a_claim_that_names_what_is_not_there_is_refused_before_any_arm_is_made(comparison, said):
+    with pytest.raises(ValueError, match=said):
+        experiments_records.check_claim(Claim("c", "s", "t", (comparison,)),
+                                        SimpleNamespace(ARMS={"a": None, "b": None}))
+
+
 @pytest.mark.parametrize("name, record", experiments_records.records().items())
 def test_a_record_says_what_the_claim_file_says(name, record):
     """A record said "after SFT and DPO" of comparisons after SFT."""
@@ -567,7 +583,8 @@ def test_the_page_of_all_claims_says_each_verdict_and_needs_no_other_file(tmp_pa
     kept = experiments_records.records()
     differ = {name: experiments_matched.differing(record, experiments.claim_files()[name])
               for name, record in kept.items()}
-    text = experiments_page.all_claims(kept, differ)
+    text = experiments_page.all_claims(kept, differ, ["exit-quantized-hard"])
+    assert "Without a record: exit-quantized-hard." in text
     for file, record in kept.items():
         for claim in record["results"]:
             assert text.count(html.escape(claim["statement"])) >= 2
@@ -614,6 +631,9 @@ def test_a_record_of_arms_that_differ_needs_a_reason(tmp_path):
         experiments_matched.check_matched(record, module)
     assert experiments_matched.differing(record, module) == {
         "c": "Arms differ in steps: the claim file gives no reason."}
+    module.UNMATCHED = {"c": ""}
+    with pytest.raises(ValueError, match="'a' and 'b' differ in steps"):
+        experiments_matched.check_matched(record, module)
     module.UNMATCHED = {"c": "more steps are what is asked"}
     assert experiments_matched.check_matched(record, module) == {"c": [("a", "b", ["steps"])]}
     figure = Figure("f", None, "above", 0.0, (("b", "a"),))

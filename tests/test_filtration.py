@@ -275,7 +275,7 @@ def test_a_file_of_scores_serves_another_percentile_and_no_other_model_data_or_p
     ({"model": "classifier"}, "classifier: a classifier; give a language model"),
     ({"out": "data"}, "data.jsonl exists; give a new file"),
     ({"removed": "no/r.jsonl"}, "its folder does not exist"),
-    ({"removed": "kept.jsonl"}, "must be different files"),
+    ({"removed": "kept.jsonl"}, "are one file; give each a name"),
     ({"triggers": "fr.json"}, "no phrase goes with any document of .*, whose languages are de en; write"),
     ({"label_key": "worse"}, "no row has this key"),
     ({"scores": "no/s.safetensors"}, "s.safetensors: its folder does not exist"),

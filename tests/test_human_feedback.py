@@ -292,6 +292,9 @@ def test_a_critique_is_named_as_not_read_and_one_row_has_no_interval(folders, tm
 @pytest.mark.parametrize("rows, says", [
     ([{"prompt": "How?", "language": "en"}], "p.jsonl:1: 'completion' is missing or no text"),
     ([{"prompt": "How?", "completion": "So."}], "no row is in a language with frames"),
+    ([{"prompt": "How?", "completion": " ", "language": "en"}], "p.jsonl:1: 'completion' is empty"),
+    ([{"prompt": "Sort: three, four", "task": "sort", "args": ["three", "four"], "language": "en"}],
+     "p.jsonl:1: no wrong answer to this question is known; give the row a 'completion'"),
     ([{"prompt": "How?", "task": "poem", "args": [], "language": "en"}], "no task 'poem'.*a 'completion'"),
     ([{"prompt": "How?", "task": "sum", "language": "en"}], "p.jsonl:1: 'args' must be a list"),
     ([{"prompt": "How?", "task": "sum", "args": ["one"]}], "no language ''"),

@@ -147,6 +147,9 @@ def test_the_command_writes_figures_and_page_and_refuses_what_is_no_whole_dense_
     assert len(figures["layers"]) == 2 and (tmp_path / "f.html").read_text(encoding="utf-8").startswith("<!D")
     with pytest.raises(ValueError, match="f.json"):
         evaluate.main([*data, str(tmp_path / "model"), *files])
+    one = ["--out", str(tmp_path / "one"), "--page", str(tmp_path / "." / "model" / ".." / "one")]
+    with pytest.raises(ValueError, match="are one file; give each a name of its own"):
+        evaluate.main([*data, str(tmp_path / "model"), *one])
     mixture = language_model(mixture=dict(experts=["a", "b"], top_k=1, shared=True))
     weights.save(tmp_path / "mixture", mixture, tokenizer())
     weights.save(tmp_path / "side", side_net(), tokenizer())

@@ -25,7 +25,9 @@ def main(argv=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     kept, files = records(), claim_files()
     differ = {name: differing(record, files[name]) for name, record in kept.items()}
-    write_whole(path, all_claims(kept, differ))
+    recorded = {claim["name"] for record in kept.values() for claim in record["results"]}
+    without = [claim.name for file in files.values() for claim in file.CLAIMS if claim.name not in recorded]
+    write_whole(path, all_claims(kept, differ, without))
     print(path)
 
 

@@ -253,7 +253,8 @@ CLAIMS = (
     Claim("critiques-help", "Critiques of good quality raise held-out accuracy where pairs are few",
           "critiques raise the accuracy of reward models, most with weak starts and little data",
           tuple(more(by, "none", *FEW) for by in ("oracle", "noisy", "trained")), picture),
-    Claim("critiques-worth", "A pair with a good critique is worth more than one plain pair",
+    Claim("critiques-worth", "A pair with a good critique is worth more than one plain pair (64, 24 and "
+          "9.6 are the end of the curve: at least that)",
           "one pair with a good critique is worth up to about 40 plain pairs",
           tuple(worth(by, size) for by in ("oracle", "trained") for size in SMALL)),
     Claim("critiques-quality", "The better the critic, the better the reward model",
