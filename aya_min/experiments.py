@@ -94,8 +94,9 @@ class Figure:
     """A figure of one seed that is no answer's. of(lab) gives its values, one per step or example, or pairs
     (question id, value): a question in several languages is one draw of the bootstrap. Their mean, with its
     interval, is compared with `bound`. What is no mean is given as {"value", "ci95", "num"}. pairs: of arms
-    that it holds against each other, whose conditions are checked as those of a Comparison are; () of one
-    that compares no arms. A difference of differences names those of each difference, and across."""
+    that it holds against each other, or takes as one system, whose conditions are checked as those of a
+    Comparison are; () of one that asks for no second arm. A difference of differences names those of each
+    difference, and across."""
     label: str
     of: Callable
     side: str
@@ -189,6 +190,7 @@ class Lab:
         self.folder, self.seed, self.device, self.module = out / f"seed-{seed}-{key}", seed, device, module
         self.run = Run(self.folder, self.recipe, device, CLUSTERS)
         self.arms, self.evaluated = {}, {}
+        self.asked = set()      # names of arms, since a Figure was begun
         self.starts = {}        # {trained model: what its training, or that of its parts, started from}
 
     @cached_property
@@ -417,7 +419,10 @@ class Lab:
     def arm(self, name):
         """The folder of an arm of the claim file: a model's, or that of a step of the file's own."""
         if name not in self.arms:
+            asked = set(self.asked)
             self.arms[name] = self.module.ARMS[name](self)
+            self.asked = asked              # what the arm asked for is its own
+        self.asked.add(name)
         return self.arms[name]
 
     def made(self, name):

@@ -1,10 +1,10 @@
 """Matched conditions: compared arms share start, steps, tokens and tuning, or the claim says why not.
 
 "On Scientific Debt in NLP" (arXiv 2306.02870) asks for one difference at a time. A record holds each arm's
-start, steps and tokens. Compared are the two arms of a Comparison and the `pairs` that every Figure names (a
-smoke run of its file finds a Figure that asks for two arms and names none: tests/test_experiments.py). A
-claim file holds TUNED, {arm: settings tried for it alone} (an arm without an entry has one), and UNMATCHED,
-{claim: why its arms differ}. A record without the reason is refused.
+start, steps and tokens. Compared are the two arms of a Comparison and the `pairs` of a Figure; one that asks
+for two arms and names none is refused (experiments_records.py). A claim file holds TUNED, {arm: settings
+tried for it alone} (an arm without an entry has one), and UNMATCHED, {claim: why its arms differ}. A record
+without the reason is refused.
 """
 
 STEPS, TOKENS = 0.01, 0.1           # what may differ, as a share of the larger of two numbers

@@ -100,7 +100,7 @@ def run_claims(name, seeds, preset, out, device, changed=None):
         lab = Lab(out, preset, seed, device, module, changed)
         with ExitStack() as held:
             linear.choose(distributed.from_main(lambda: open_seed(lab, held)))
-            found = {claim.name: [measured(lab, c) for c in claim.comparisons] for claim in claims}
+            found = {claim.name: [with_pairs(lab, c) for c in claim.comparisons] for claim in claims}
         about = {"claims": name, "file": file, "code": code, "paper": module.PAPER, "preset": preset,
                  "changed": changed or {}, "skipped": skipped, "machine": machine(),
                  "products": linear.chosen(), "versions": runs.versions(),
@@ -118,6 +118,16 @@ def run_claims(name, seeds, preset, out, device, changed=None):
             write_whole(folder / "report.html", page(record, differing(record, module)))
         distributed.from_main(write)
     return joined(about, claims, made)
+
+
+def with_pairs(lab, c):
+    """`measured`. ValueError for a Figure that asks for two arms and names no pairs."""
+    lab.asked = set()
+    found = measured(lab, c)
+    if len(lab.asked) > 1 and not c.pairs:
+        raise ValueError(f"the figure {c.label!r} asks for the arms {' and '.join(sorted(lab.asked))}; name "
+                         "the pairs of them that it holds against each other")
+    return found
 
 
 def joined(about, claims, with_seeds):

@@ -215,7 +215,7 @@ def easier(task):
         sign = np.where(np.argsort(order) < N // 2, N / (N // 2), -N / (N - N // 2))       # their sum is 0
         return one, sign * (one.main - one.main.mean())
     return figure(f"{task}: MainNet's accuracy where SideNet is surer, less the rest", values, "above", 0.0,
-                  ())
+                  exits(task))
 
 
 def calibrated(net, task):
@@ -225,7 +225,7 @@ def calibrated(net, task):
         bins = early_exit.bins_of(confidences)
         gaps = {m: abs(confidences[bins == m].mean() - right[bins == m].mean()) for m in set(bins.tolist())}
         return one, np.array([gaps[m] for m in bins.tolist()])
-    return figure(f"{task}: ECE of the {net.title()}Net", values, "below", ECE, ())
+    return figure(f"{task}: ECE of the {net.title()}Net", values, "below", ECE, exits(task))
 
 
 def as_good(than, task):
@@ -317,6 +317,6 @@ CLAIMS = (
 
 # Why arms of these claims differ in start, steps, tokens or tuning (experiments_matched.py).
 UNMATCHED = dict.fromkeys(
-    ("exit-saves", "exit-saves-hard", "exit-saves-real", "exit-seconds", "exit-quantized",
-     "exit-quantized-hard", "exit-quantized-real"),
-    "a SideNet is trained on its MainNet, and W8 is made of both: a system is held against its part")
+    ("exit-saves", "exit-saves-hard", "exit-saves-real", "exit-seconds", "exit-easy", "exit-calibrated",
+     "exit-calibrated-real", "exit-quantized", "exit-quantized-hard", "exit-quantized-real"),
+    "a SideNet is trained on its MainNet, and W8 is made of both: they are one system, or it and its part")
