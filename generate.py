@@ -197,7 +197,11 @@ def read_metas(args):
 
 def read_rows(args, reading, tokenizer):
     if args.prompts:
-        return load_prompts(args.prompts, reading, tokenizer)
+        rows = load_prompts(args.prompts, reading, tokenizer)
+        if args.critic and (mine := next((row for row in rows if row.get("critic") is not None), None)):
+            raise ValueError(f"{mine['prompt_where']}: 'critic' is there already, and --candidates names "
+                             "--critic there; remove or rename it")
+        return rows
     return [{"prompt": args.prompt, "prompt_messages": [{"role": "user", "content": args.prompt}],
              "prompt_where": "--prompt"}]
 

@@ -198,6 +198,14 @@ def test_in_arbitrage_each_candidate_is_criticised_and_scored_with_its_critique(
             score_texts(judge, its_tokenizer, texts), abs=1e-4)
 
 
+def test_arbitrage_refuses_prompts_with_a_critic_of_their_own_before_it_asks(call, pool):
+    file = ARBITRAGE.split("--prompts ")[1].split()[0]
+    rows = read(file)
+    write_jsonl(pool / file, [rows[0], {**rows[1], "critic": "mine"}, *rows[2:]])
+    code, out, err = call(ARBITRAGE)
+    assert code == 2 and out == "" and f"{file}:2: 'critic' is there already" in err[-1], err
+
+
 def test_arbitrage_that_was_stopped_after_the_critiques_resumes_with_them(call, pool, monkeypatch):
     assert call(ARBITRAGE)[0] == 0
     first = read("all.jsonl")
